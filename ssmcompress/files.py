@@ -1,0 +1,84 @@
+"""Writing files whole or not at all, and never over something that is there unless asked to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
+
+
+def _sha(file) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Find out before the long work, not after it, whether `path` can be written; leaves nothing behind."""
+    with _workplace(path, force):
+        pass
+
+
+@contextmanager
+def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise."""
+    with _workplace(path, force) as workplace:
+        folder = workplace / "new"
+        folder.mkdir()
+        yield folder
+        _move(folder, path, workplace)
+
+
+def write_file(path: Path, content: bytes, force: bool = False) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with _workplace(path, force) as workplace:
+        (workplace / "new").write_bytes(content)
+        _move(workplace / "new", path, workplace)
+
+
+def _move(new: Path, path: Path, workplace: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        os.rename(path, workplace / "old")
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(workplace / "old", path)
+            raise
+    else:
+        os.replace(new, path)
+
+
+@contextmanager
+def _workplace(path: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `path`, removed at the end, with the parents made for it if nothing came of it."""
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path} exists; choose another output or pass --force to replace it")
+    parents = [p for p in path.absolute().parents if not p.exists()]
+    workplace = None
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        yield workplace
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)
+        for parent in parents:  # innermost first; stops at the first that has something in it
+            try:
+                parent.rmdir()
+            except OSError:
+                break

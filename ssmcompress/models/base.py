@@ -1,0 +1,125 @@
+"""What every model here is: embed(images) -> Tokens, blocks, readout(Tokens), with pruners between blocks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..pruning.alignment import Alignment
+from ..pruning.schedule import Plan, token_counts
+from ..tokens import Tokens
+
+StateDict = Mapping[str, Tensor]
+
+
+class Block(nn.Module, abc.ABC):
+    """One layer: Tokens in, Tokens out; aligns by itself to tokens that carry positions."""
+
+    @abc.abstractmethod
+    def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
+        """The tokens after this layer, with scores of `metric` where one is named."""
+
+    @abc.abstractmethod
+    def deltas(self, tokens: Tokens) -> Tensor:
+        """(scan paths, batch, kept, d_inner) delta after softplus that this layer would use."""
+
+    @abc.abstractmethod
+    def bias_delta(self) -> Tensor:
+        """(scan paths, d_inner) delta of a position that brings no input, softplus(dt_bias)."""
+
+    @abc.abstractmethod
+    def set_gap_delta(self, delta: Tensor) -> None:
+        """Set the delta (scan paths, d_inner) that pruned positions decay the state by."""
+
+
+class TokenModel(nn.Module, abc.ABC):
+    """A vision state-space classifier that can drop tokens between its blocks.
+
+    Attributes:
+        config: the architecture, a frozen dataclass.
+        pruners: TokenPruner by layer ("5": after the fifth), beside the blocks so that published parameter
+            names stay as they are.
+        plan: what `prune` carried out, None for a dense model.
+        preprocessing, source: how images are prepared and which file this is; set by `load`.
+    """
+
+    architecture: ClassVar[str]
+    # A few parameter names that tell the architecture, for messages.
+    telling_keys: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.pruners = nn.ModuleDict()
+        self.alignment = Alignment()
+        self.plan: Plan | None = None
+        self.preprocessing: Any = None
+        self.source: Any = None
+
+    @classmethod
+    @abc.abstractmethod
+    def recognises(cls, state: StateDict) -> bool:
+        """Whether these parameter names are this architecture's."""
+
+    @classmethod
+    @abc.abstractmethod
+    def infer_config(
+        cls, state: StateDict, image_size: tuple[int, int] | None, stride: int | None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """(config, state dict fitted to its image size), from names and shapes alone; InputError if it fails."""
+
+    @property
+    @abc.abstractmethod
+    def blocks(self) -> nn.ModuleList: ...
+
+    @property
+    @abc.abstractmethod
+    def length(self) -> int:
+        """Tokens before any pruning."""
+
+    @property
+    @abc.abstractmethod
+    def protected(self) -> int | None:
+        """Position of the token that is never pruned, or None."""
+
+    @property
+    @abc.abstractmethod
+    def patch_positions(self) -> Tensor:
+        """(rows, columns) position of each patch of the image grid."""
+
+    @abc.abstractmethod
+    def embed(self, images: Tensor) -> Tokens:
+        """Tokens of images (batch, channels, height, width)."""
+
+    @abc.abstractmethod
+    def readout(self, tokens: Tokens) -> Tensor:
+        """Logits (batch, classes)."""
+
+    @abc.abstractmethod
+    def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
+        """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.flops`."""
+
+    def token_counts(self) -> list[int]:
+        """Tokens that each layer processes, and last those that are read out (depth + 1 values)."""
+        stages = self.plan.stages if self.plan else ()
+        return token_counts(len(self.blocks), self.length, stages, self.protected is not None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        return self.trace(images)[0]
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and for each stage the kept positions (batch, kept), ascending."""
+        tokens = replace(self.embed(images), alignment=self.alignment)
+        kept = []
+        for layer, block in enumerate(self.blocks, 1):
+            pruner = self.pruners[str(layer)] if str(layer) in self.pruners else None
+            tokens = block(tokens, metric=pruner.metric if pruner else None)
+            if pruner is not None:
+                tokens = pruner(tokens)
+                kept.append(tokens.positions)
+        return self.readout(tokens), kept

@@ -1,0 +1,283 @@
+"""Vision Mamba (Vim, hustvl): bidirectional scans over a raster of patches, class token in the middle.
+
+arXiv 2401.09417; module and parameter names are those of the published checkpoints (`bimambav2`,
+`final_pool_mean`, `abs_pos_embed`, `with_midclstok`, `div2`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..ops import causal_conv1d, selective_scan
+from ..pruning.alignment import gap_steps
+from ..pruning.importance import importance
+from ..tokens import Tokens
+from .base import Block, StateDict, TokenModel
+
+
+@dataclass(frozen=True)
+class VimConfig:
+    """Sizes of a Vim, all of them visible in its weights except `stride` and `image_size`."""
+
+    d_model: int
+    depth: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    in_chans: int
+    num_classes: int
+    patch_size: tuple[int, int]
+    stride: int
+    image_size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (rows, columns)."""
+        (height, width), (ph, pw) = self.image_size, self.patch_size
+        return (height - ph) // self.stride + 1, (width - pw) // self.stride + 1
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c: VimConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(c.in_chans, c.d_model, c.patch_size, stride=c.stride)
+
+
+class VimMixer(nn.Module):
+    """The two scans of a layer, forward and backward over the same tokens, each gated, then averaged."""
+
+    def __init__(self, c: VimConfig):
+        super().__init__()
+        self.split = [c.dt_rank, c.d_state, c.d_state]
+        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner, bias=False)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
+        for suffix in ("", "_b"):
+            conv = nn.Conv1d(c.d_inner, c.d_inner, c.d_conv, groups=c.d_inner)
+            setattr(self, f"conv1d{suffix}", conv)
+            setattr(self, f"x_proj{suffix}", nn.Linear(c.d_inner, sum(self.split), bias=False))
+            setattr(self, f"dt_proj{suffix}", nn.Linear(c.dt_rank, c.d_inner))
+            setattr(self, f"D{suffix}", nn.Parameter(torch.ones(c.d_inner)))
+        steps = torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1)
+        self.A_log = nn.Parameter(steps.clone())
+        self.A_b_log = nn.Parameter(steps.clone())
+        self.register_buffer("gap_delta", None)  # (2, d_inner) once something before is pruned
+
+    def directions(self):
+        """Parameters of the forward and the backward path: reverse, conv, x_proj, dt_proj, A, D."""
+        yield False, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        yield True, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+
+    def scan_inputs(self, x: Tensor, tokens: Tokens):
+        """For each path: what its scan takes, from x (batch, kept, d_inner); delta before bias and softplus."""
+        positions = tokens.positions if tokens.alignment.conv else None
+        for reverse, conv, x_proj, dt_proj, A_log, D in self.directions():
+            u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=reverse)
+            dt, B, C = x_proj(u).split(self.split, dim=-1)
+            yield reverse, u, F.linear(dt, dt_proj.weight), B, C, dt_proj.bias, A_log, D
+
+    def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
+        """(update of the residual stream (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
+        x, z = self.in_proj(features).chunk(2, dim=-1)
+        aligned = tokens.alignment.scan and tokens.positions is not None
+        outputs, deltas = [], []
+        for path, (reverse, u, delta, B, C, bias, A_log, D) in enumerate(self.scan_inputs(x, tokens)):
+            gap = (gap_steps(tokens.positions, reverse), self.gap_delta[path]) if aligned else None
+            A = -torch.exp(A_log.float())
+            y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, gap=gap, reverse=reverse)
+            outputs.append(y)
+            if metric is not None:
+                deltas.append(F.softplus(delta.float() + bias.float()))
+        forward, backward = outputs
+        # The score reads the backward path alone: it beats the sum of both (65.2 against 59.9 % top-1).
+        scores = importance(metric, backward, sum(deltas) / 2) if metric is not None else None
+        return self.out_proj((forward + backward) / 2), scores
+
+
+class VimBlock(Block):
+    def __init__(self, c: VimConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
+        self.mixer = VimMixer(c)
+
+    def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
+        update, scores = self.mixer(self.norm(tokens.features), tokens, metric)
+        return tokens.updated(tokens.features + update, scores)
+
+    def deltas(self, tokens: Tokens) -> Tensor:
+        x, _ = self.mixer.in_proj(self.norm(tokens.features)).chunk(2, dim=-1)
+        paths = self.mixer.scan_inputs(x, tokens)
+        return torch.stack([F.softplus(delta.float() + bias.float()) for _, _, delta, _, _, bias, *_ in paths])
+
+    def bias_delta(self) -> Tensor:
+        return F.softplus(torch.stack([self.mixer.dt_proj.bias, self.mixer.dt_proj_b.bias]).float())
+
+    def set_gap_delta(self, delta: Tensor) -> None:
+        self.mixer.gap_delta = delta
+
+
+class VisionMamba(TokenModel):
+    """Vision Mamba of any size. `forward`: images (B, C, H, W) -> logits (B, classes)."""
+
+    architecture = "vim"
+    telling_keys = (
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "layers.0.mixer.A_b_log",
+        "head.weight",
+    )
+
+    def __init__(self, config: VimConfig):
+        super().__init__(config)
+        c = config
+        self.patch_embed = PatchEmbed(c)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(1, c.patches + 1, c.d_model))
+        self.layers = nn.ModuleList(VimBlock(c) for _ in range(c.depth))
+        self.norm_f = nn.RMSNorm(c.d_model, eps=1e-5)
+        self.head = nn.Linear(c.d_model, c.num_classes)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+    @property
+    def length(self) -> int:
+        return self.config.patches + 1
+
+    @property
+    def protected(self) -> int:
+        return self.config.patches // 2
+
+    @property
+    def patch_positions(self) -> Tensor:
+        raster = torch.arange(self.config.patches)
+        return (raster + (raster >= self.protected)).view(self.config.grid)
+
+    def embed(self, images: Tensor) -> Tokens:
+        c = self.config
+        if images.ndim != 4 or tuple(images.shape[1:]) != (c.in_chans, *c.image_size):
+            raise InputError(
+                f"images {tuple(images.shape)}: expected (batch, {c.in_chans}, {c.image_size[0]}, "
+                f"{c.image_size[1]}); load the model with another image_size for other images"
+            )
+        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2).float()
+        before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
+        tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
+        return Tokens(tokens + self.pos_embed, length=self.length, protected=self.protected)
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        index = tokens.protected_index()[:, None, None].expand(-1, 1, tokens.features.shape[2])
+        return self.head(self.norm_f(tokens.features.gather(1, index)[:, 0]))
+
+    def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
+        """The papers' count (`paper`) has one direction only; `full` has both (the gate is in the scan's part)."""
+        c = self.config
+        E, N, R, paths = c.d_inner, c.d_state, c.dt_rank, 2 if convention == "full" else 1
+        tokens, depth = sum(counts[:-1]), c.depth
+        return {
+            "embedding": c.patches * c.d_model * c.in_chans * math.prod(c.patch_size),
+            "in_proj": tokens * c.d_model * 2 * E,
+            "conv": paths * (tokens + depth * (c.d_conv - 1)) * E * c.d_conv,
+            "x_proj": paths * tokens * E * (R + 2 * N),
+            "dt_proj": paths * tokens * R * E,
+            "scan": paths * tokens * (9 * E * N + 2 * E),
+            "out_proj": tokens * E * c.d_model,
+            "head": c.num_classes * c.d_model,
+        }
+
+    @classmethod
+    def recognises(cls, state: StateDict) -> bool:
+        return "patch_embed.proj.weight" in state and any(k.startswith("layers.0.mixer.") for k in state)
+
+    @classmethod
+    def infer_config(
+        cls, state: StateDict, image_size: tuple[int, int] | None, stride: int | None
+    ) -> tuple[VimConfig, dict[str, Tensor]]:
+        def shape(key: str, ndim: int) -> tuple[int, ...]:
+            if key not in state:
+                raise InputError(f"looks like a Vim, but {key!r} is missing")
+            if state[key].ndim != ndim or 0 in state[key].shape:
+                raise InputError(f"{key} is {tuple(state[key].shape)}: expected {ndim} dimensions, none empty")
+            return tuple(state[key].shape)
+
+        depth = 1 + max(int(k.split(".")[1]) for k in state if _is_layer(k))
+        if depth > len(state):
+            raise InputError(f"layer numbers go up to {depth - 1}, but there are only {len(state)} tensors")
+        d_model, in_chans, *patch_size = shape("patch_embed.proj.weight", 4)
+        d_inner, d_state = shape("layers.0.mixer.A_log", 2)
+        stride = stride or patch_size[0]
+        table = shape("pos_embed", 3)[1] - 1
+        trained = _trained_grid(table, tuple(patch_size), stride, image_size)
+        if image_size is None:
+            image_size = tuple((g - 1) * stride + p for g, p in zip(trained, patch_size, strict=True))
+        if any(size < p for size, p in zip(image_size, patch_size, strict=True)):
+            raise InputError(f"image size {image_size} is smaller than the patches, {tuple(patch_size)}")
+        config = VimConfig(
+            d_model=d_model,
+            depth=depth,
+            d_inner=d_inner,
+            d_state=d_state,
+            dt_rank=shape("layers.0.mixer.dt_proj.weight", 2)[1],
+            d_conv=shape("layers.0.mixer.conv1d.weight", 3)[2],
+            in_chans=in_chans,
+            num_classes=shape("head.weight", 2)[0],
+            patch_size=tuple(patch_size),
+            stride=stride,
+            image_size=tuple(image_size),
+        )
+        fitted = dict(state)
+        if state["pos_embed"].shape[2] == d_model:  # a contradiction is reported with the other shapes
+            fitted["pos_embed"] = resize_pos_embed(state["pos_embed"], trained, config.grid)
+        return config, fitted
+
+
+def _is_layer(key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return head == "layers" and rest.partition(".")[0].isdecimal()
+
+
+def _trained_grid(
+    table: int, patch_size: tuple[int, int], stride: int, image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The patch grid of a position table of `table` entries: square, or that of the image size told."""
+    side = math.isqrt(table)
+    if side * side == table and side:
+        return side, side
+    if image_size is not None:
+        told = tuple((size - p) // stride + 1 for size, p in zip(image_size, patch_size, strict=True))
+        if told[0] * told[1] == table and min(told) > 0:
+            return told
+    raise InputError(
+        f"pos_embed has {table + 1} entries, so {table} patches, which is no square grid: "
+        f"give the image size it was trained at (and the patch stride, if it is not {patch_size[0]})"
+    )
+
+
+def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embedding (1, 1 + patches, d_model) for another patch grid.
+
+    The class token's entry, in the middle at patches // 2, is kept as it is; the rest is interpolated on the
+    grid (bicubic, as DeiT and Vim do for fine-tuning at another resolution).
+    """
+    if old == new:
+        return table
+    middle = (table.shape[1] - 1) // 2
+    patches = torch.cat([table[:, :middle], table[:, middle + 1 :]], dim=1)
+    image = patches.transpose(1, 2).unflatten(2, old).float()
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    patches = image.flatten(2).transpose(1, 2).to(table.dtype)
+    middle_new = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle_new], table[:, middle : middle + 1], patches[:, middle_new:]], dim=1)

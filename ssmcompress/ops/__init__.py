@@ -1,0 +1,11 @@
+"""The two ops that every model here is built from. All tensors are channels-last, in token order.
+
+`selective_scan` and `causal_conv1d` choose a backend by themselves; `backend=` names one for a call and
+`use_backend` for a block of code.
+"""
+
+from .causal_conv import causal_conv1d
+from .dispatch import BACKENDS, use_backend
+from .selective_scan import selective_scan
+
+__all__ = ["BACKENDS", "causal_conv1d", "selective_scan", "use_backend"]

@@ -1,0 +1,76 @@
+"""Reference backend: both ops in plain torch. Differentiable, float64-capable, and the oracle of the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def discretise(
+    delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(delta, delta + gap) after bias and softplus, each (batch, length, d_inner): input step, decay step."""
+    delta = delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)  # torch's threshold of 20 is that of the published kernels
+    if gap is None:
+        return delta, delta
+    if isinstance(gap, tuple):
+        steps, gap_delta = gap
+        gap = steps.to(dtype)[..., None] * gap_delta.to(dtype)
+    return delta, delta + gap.to(dtype)
+
+
+def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D u) * silu(z) in the dtype of y; all (batch, length, d_inner)."""
+    if D is not None:
+        y = y + D.to(y.dtype) * u.to(y.dtype)
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse) -> Tensor:
+    """See `ssmcompress.ops.selective_scan`."""
+    dtype = wide(u.dtype)
+    delta, decay = discretise(delta, delta_bias, delta_softplus, gap, dtype)
+    steps = range(u.shape[1] - 1, -1, -1) if reverse else range(u.shape[1])
+    inputs, A, B, C = delta * u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)[..., None]
+    state = inputs.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    outputs: list[Tensor] = [state] * u.shape[1]
+    for t in steps:
+        entering = inputs[:, t, :, None] * B[:, t, None, :]
+        state = torch.addcmul(entering, torch.exp(decay[:, t, :, None] * A), state)
+        outputs[t] = torch.matmul(state, C[:, t])[..., 0]
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(inputs)
+    return skip_and_gate(y, u, D, z).to(u.dtype)
+
+
+def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
+    """See `ssmcompress.ops.causal_conv1d`."""
+    dtype = wide(x.dtype)
+    width, length = weight.shape[1], x.shape[1]
+    source = x.to(dtype)
+    # taps[d] multiplies the token at distance d on the original path; one more row of zeros: out of reach.
+    taps = F.pad(weight.to(dtype).flip(1).t(), (0, 0, 0, 1))
+    y = source * taps[0]
+    # Kept tokens are ordered, so whatever is in reach is one of the width-1 tokens just before.
+    for back in range(1, min(width, length)):
+        if positions is None:
+            tap = taps[back]
+        else:
+            distance = positions[:, back:] - positions[:, : length - back]
+            tap = taps[distance.clamp(max=width)]
+        if reverse:
+            y = y + F.pad(tap * source[:, back:], (0, 0, 0, back))
+        else:
+            y = y + F.pad(tap * source[:, : length - back], (0, 0, back, 0))
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)

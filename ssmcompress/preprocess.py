@@ -1,0 +1,86 @@
+"""How an image becomes a model's input: size, crop, interpolation and normalisation, in timm's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .errors import InputError
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Evaluation transform: resize to size / crop_pct, centre crop, scale to 0..1, subtract mean, divide by std.
+
+    Attributes:
+        mean, std: per channel, on a 0..1 scale.
+        crop_pct: share of the resized image's side that is kept, above 0 to 1.
+        interpolation: one of `INTERPOLATIONS`.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def default(cls, in_chans: int, image_size: tuple[int, int]) -> Preprocessing:
+        """ImageNet's values for three channels, 0.5 for others; crop 0.875 at 224 pixels and above, none below."""
+        crop_pct = 0.875 if min(image_size) >= 224 else 1.0
+        if in_chans == 3:
+            return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct)
+        return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct)
+
+    def changed(self, **changes: Any) -> Preprocessing:
+        """With the given fields replaced; None leaves a field, one number stands for every channel."""
+        values = {"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct,
+                  "interpolation": self.interpolation}  # fmt: skip
+        for name, value in changes.items():
+            if value is not None:
+                single = name in ("mean", "std") and len(value) == 1
+                values[name] = tuple(value) * len(self.mean) if single else value
+        return type(self).from_dict(values, channels=len(self.mean))
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], channels: int) -> Preprocessing:
+        """Checked values; InputError for what cannot be."""
+        try:
+            mean, std = (tuple(float(v) for v in value[k]) for k in ("mean", "std"))
+            crop_pct, interpolation = float(value["crop_pct"]), str(value["interpolation"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
+        if not len(mean) == len(std) == channels:
+            raise InputError(f"mean {mean} and std {std}: expected one value, or {channels}, one a channel")
+        if not all(s > 0 for s in std) or not all(abs(m) < float("inf") for m in mean):
+            raise InputError(f"mean {mean} and std {std}: expected finite means and positive deviations")
+        if not 0 < crop_pct <= 1:
+            raise InputError(f"crop-pct {crop_pct:g}: expected above 0 and at most 1")
+        if interpolation not in INTERPOLATIONS:
+            raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
+        return cls(mean, std, crop_pct, interpolation)
+
+    def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
+        """A function from a PIL image, in any mode, to (channels, height, width) float32."""
+        channels = len(self.mean)
+        if channels not in (1, 3):
+            raise InputError(f"the model takes {channels}-channel input; images have 1 or 3 channels")
+        # timm takes seconds to import, and half of the commands prepare no image.
+        from timm.data import create_transform
+
+        to_tensor = create_transform(
+            input_size=(channels, *image_size),
+            is_training=False,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+        )
+        mode = "L" if channels == 1 else "RGB"
+        return lambda image: to_tensor(image.convert(mode))

@@ -1,0 +1,51 @@
+"""Token importance: one number a token from what a block computed for it, and the choice of the best.
+
+`clip` is the score of ToP-ViM (arXiv 2409.18962, section 4): the mean over channels of the positive part of
+the block's output. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` the signal of
+MTR (arXiv 2507.14042).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+IMPORTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "clip": lambda y, delta: y.relu().mean(-1),
+    "l1": lambda y, delta: y.abs().mean(-1),
+    "l2": lambda y, delta: y.square().mean(-1).sqrt(),
+    "mean": lambda y, delta: y.mean(-1),
+    "delta": lambda y, delta: delta.mean(-1),
+    # Blind to the features: the pruner ranks positions by its own seeded draw.
+    "random": lambda y, delta: torch.zeros_like(y[..., 0]),
+}
+
+
+def importance(metric: str, y: Tensor, delta: Tensor) -> Tensor:
+    """Score of each token, (batch, tokens).
+
+    Args:
+        metric: a name in `IMPORTANCES`.
+        y: (batch, tokens, channels) block output before the output projection, in token order.
+        delta: (batch, tokens, channels) step sizes after softplus, mean over scan paths.
+    """
+    return IMPORTANCES[metric](y.float(), delta.float())
+
+
+def top_tokens(scores: Tensor, count: int) -> Tensor:
+    """Indices (batch, count), ascending, of the highest scores (batch, tokens).
+
+    Equal scores go to the lower index, which a stable sort guarantees here and TopK in ONNX.
+    """
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return best.sort(dim=1).values
+
+
+def random_scores(length: int, seed: int) -> Tensor:
+    """(length,) a random rank for each position, the same for every image and batch.
+
+    A draw per image would make a prediction depend on the batch the image came in.
+    """
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed))

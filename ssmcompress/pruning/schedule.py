@@ -1,0 +1,183 @@
+"""Where and how much to prune: stages, kept counts, and the plan that carries them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError, InputError
+from .alignment import GAP_SOURCES, Alignment
+from .importance import IMPORTANCES
+
+# ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
+DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
+
+
+def default_stages(depth: int) -> tuple[int, ...]:
+    """The layers (1-based) after which a model of `depth` layers is pruned unless told otherwise."""
+    stages = {min(max(1, math.floor(depth * f + 0.5)), depth - 1) for f in DEFAULT_FRACTIONS}
+    return tuple(sorted(stages))
+
+
+def kept_count(length: int, ratio: float, protected: bool) -> int:
+    """Tokens left of `length` when the share `ratio` of those that may go is removed; at least 2.
+
+    1 + ceil((length - 1) * keep) with a protected class token, ceil(length * keep) without. The product is
+    rounded to 9 digits first, so that 10 * 0.7 = 7.000000000000001 keeps 7.
+    """
+    free = length - 1 if protected else length
+    kept = math.ceil(round(free * (1 - ratio), 9)) + (length - free)
+    return min(length, max(2, kept))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Remove the share `ratio` of the tokens after layer `after` (1-based), the least important by a metric."""
+
+    after: int
+    ratio: float
+    importance: str = "clip"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen on the calibration images.
+
+    Attributes:
+        name, images: the data and how many of its images were used.
+        gap_deltas: per layer (scan paths, d_inner), the mean of delta over images and tokens.
+        kept: per stage (positions,), the share of images that kept each position.
+        scores: per stage (positions,), the mean importance over the images that had the position (0: none).
+    """
+
+    name: str
+    images: int
+    gap_deltas: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...] = ()
+    scores: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to prune, where and by which metric: made by calibration or by hand, carried out by `prune`.
+
+    Attributes:
+        stages: in order of depth.
+        alignment: which ops make up for pruned positions.
+        gap: where the delta of a pruned position comes from, "calibrated" or "bias" (softplus(dt_bias)).
+        seed: of the `random` metric.
+        calibration: needed by gap "calibrated".
+    """
+
+    stages: tuple[Stage, ...]
+    alignment: Alignment = Alignment()
+    gap: str = "bias"
+    seed: int = 0
+    calibration: Calibration | None = field(default=None, compare=False)
+
+    def validate(self, depth: int) -> Plan:
+        """This plan, or an InputError that says what is wrong with it for a model of `depth` layers."""
+        for stage in self.stages:
+            if not 1 <= stage.after < depth:
+                raise InputError(
+                    f"cannot prune after layer {stage.after}: the model has {depth} layers, "
+                    f"so a stage is 1 to {depth - 1}"
+                )
+            if not 0 <= stage.ratio < 1:
+                raise InputError(
+                    f"ratio {stage.ratio:g} after layer {stage.after}: expected a share of tokens to remove, "
+                    f"at least 0 and below 1"
+                )
+            if stage.importance not in IMPORTANCES:
+                raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(IMPORTANCES)}")
+        afters = [stage.after for stage in self.stages]
+        if afters != sorted(set(afters)):
+            raise InputError(f"stages {afters}: expected layers in rising order, each once")
+        if self.gap not in GAP_SOURCES:
+            raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
+        if self.gap == "calibrated" and self.calibration is None:
+            raise InputError("gap 'calibrated' needs calibration images; use calibrate() or gap 'bias'")
+        return self
+
+    def to_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """A JSON value that `from_dict` reads; `tensors` False leaves out the calibrated ones."""
+        value: dict[str, Any] = {
+            "stages": [asdict(stage) for stage in self.stages],
+            "alignment": asdict(self.alignment),
+            "gap": self.gap,
+            "seed": self.seed,
+        }
+        if self.calibration is not None and tensors:
+            value["calibration"] = {
+                "name": self.calibration.name,
+                "images": self.calibration.images,
+                **{k: [t.tolist() for t in getattr(self.calibration, k)] for k in _CALIBRATED},
+            }
+        return value
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote; an InputError for anything else."""
+        try:
+            calibration = value.get("calibration")
+            if calibration is not None:
+                tensors = {k: tuple(torch.tensor(t) for t in calibration[k]) for k in _CALIBRATED}
+                calibration = Calibration(str(calibration["name"]), int(calibration["images"]), **tensors)
+            return cls(
+                stages=tuple(
+                    Stage(_whole(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")))
+                    for s in value["stages"]
+                ),
+                alignment=Alignment(**{k: bool(v) for k, v in value.get("alignment", {}).items()}),
+                gap=str(value.get("gap", "bias")),
+                seed=_whole(value.get("seed", 0)),
+                calibration=calibration,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"not a pruning plan: {type(error).__name__} {error}") from error
+
+
+_CALIBRATED = ("gap_deltas", "kept", "scores")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"expected a whole number, found {value!r}")
+    return int(value)
+
+
+def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: bool) -> list[int]:
+    """Tokens that each of the `depth` layers processes, then the count read out: depth + 1 values."""
+    ratios = {stage.after: stage.ratio for stage in stages}
+    counts = [length]
+    for layer in range(1, depth + 1):
+        left = counts[-1]
+        counts.append(kept_count(left, ratios[layer], protected) if layer in ratios else left)
+    return counts
+
+
+def ratio_for_budget(budget: float, share: Callable[[float], float]) -> float:
+    """The smallest ratio, in thousandths, whose share of the dense FLOPs is at most `budget`.
+
+    Args:
+        budget: wanted share of the dense model's FLOPs, 0 to 1.
+        share: ratio -> the share that remains; falls as the ratio rises.
+
+    Raises:
+        BudgetError: no ratio reaches the budget.
+    """
+    least = share(0.999)
+    if not least <= budget < 1:
+        raise BudgetError(
+            f"a FLOPs budget of {budget:.1%} is out of reach: these stages reach {least:.1%} to below 100%"
+        )
+    low, high = 0, 999  # share(low) > budget >= share(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(middle / 1000) <= budget else (middle, high)
+    return high / 1000

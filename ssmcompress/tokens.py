@@ -1,0 +1,51 @@
+"""Tokens: the kept features of a batch and where they stand, the one value that flows through a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .pruning.alignment import Alignment
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Kept tokens of a batch of images, always in their original order.
+
+    Attributes:
+        features: (batch, kept, d_model), the residual stream.
+        length: number of tokens before any pruning; positions count from 0 to length - 1.
+        protected: position of the token that is never pruned (the class token), or None.
+        positions: (batch, kept) int64, strictly increasing; None while nothing is pruned.
+        scores: (batch, kept) importance, where the last block was asked for it; else None.
+        alignment: which ops of the blocks make up for pruned positions.
+    """
+
+    features: Tensor
+    length: int
+    protected: int | None = None
+    positions: Tensor | None = None
+    scores: Tensor | None = None
+    alignment: Alignment = Alignment()
+
+    def updated(self, features: Tensor, scores: Tensor | None = None) -> Tokens:
+        """The same tokens with new features (and scores)."""
+        return replace(self, features=features, scores=scores)
+
+    def explicit_positions(self) -> Tensor:
+        """Positions (batch, kept), spelt out also where nothing is pruned yet."""
+        if self.positions is not None:
+            return self.positions
+        everything = torch.arange(self.features.shape[1], device=self.features.device)
+        return everything.expand(self.features.shape[0], -1)
+
+    def keep(self, index: Tensor) -> Tokens:
+        """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
+        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[2]))
+        return replace(self, features=features, positions=self.explicit_positions().gather(1, index), scores=None)
+
+    def protected_index(self) -> Tensor:
+        """(batch,) index of the protected token among the kept ones, which are ordered by position."""
+        return (self.explicit_positions() < self.protected).sum(1)
