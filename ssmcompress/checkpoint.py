@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
-import pathlib
-import pickle
-import pickletools
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +19,7 @@ from .models import MODELS, TokenModel, build
 from .preprocess import Preprocessing
 from .pruning.pruner import install
 from .pruning.schedule import Plan
+from .safe_pickle import read_pickle
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -108,7 +101,7 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
             if config is not None:
                 return _restore(config, state, image_size, stride, path, file)
         else:
-            content = _read_pickle(file, unsafe_load)
+            content = read_pickle(file, unsafe_load)
             state = _state_dict(content, weights)
             stride = stride or _told_stride(content)
         model = build(_clean(state), image_size, stride)
@@ -133,66 +126,6 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     except SafetensorError as error:
         raise InputError(f"not a whole safetensors file ({error})") from error
     return state, _parse_config(metadata["ssmcompress"]) if "ssmcompress" in metadata else None
-
-
-def _safe_globals() -> list[Any]:
-    """What training checkpoints carry besides tensors, none of which can run code."""
-    numbers = [np.dtype(kind) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "?")]
-    scalar = type(np.float32(0)).__reduce__(np.float32(0))[0]
-    paths = {
-        f"{module}.{name}": getattr(pathlib, f"Pure{name.removeprefix('Pure')}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    }
-    return [
-        argparse.Namespace,
-        np.dtype,
-        *{type(number) for number in numbers},
-        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-        *((path_class, name) for name, path_class in paths.items()),
-    ]
-
-
-def _read_pickle(file: Path, unsafe_load: bool) -> Any:
-    try:
-        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
-            return torch.load(file, map_location="cpu", weights_only=not unsafe_load)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever its readers meet in a damaged file
-        if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file)):
-            raise InputError(
-                f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
-                f"(--unsafe-load reads it all the same, if you trust where it comes from)"
-            ) from error
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "nothing in it"
-        raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error
-
-
-def _unsafe_globals(file: Path) -> list[str]:
-    """Names in a pickle, of any protocol, that torch's safe reader does not know; reads them, runs nothing."""
-    names: set[str] = set()
-    strings: list[str] = []
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-        else:
-            content = file.read_bytes()
-        stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # torch's older format is several pickles in a row
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in ("GLOBAL", "INST"):
-                    names.add(argument.replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:  # a damaged tail: what was read so far is what there is to say
-        pass
-    known = ("torch.", "collections.OrderedDict", "argparse.Namespace", "numpy.", "pathlib.", "_codecs.encode")
-    return sorted(name for name in names if not name.startswith(known))[:3]
 
 
 def _state_dict(content: Any, weights: str) -> Mapping[str, Tensor]:
@@ -285,6 +218,29 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     else:
         model.source = Source(str(path.absolute()), sha256(file), data=data)
     return model
+
+
+def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
+    """The dense model that a pruned one was made from, or the one given instead.
+
+    Raises:
+        InputError: it is gone or has changed since, or `override` has other classes or image channels.
+    """
+    source = model.source
+    path = Path(override or (source.path if source else ""))
+    if override is None:
+        file = path / WEIGHTS_FILE if path.is_dir() else path
+        if source is None or not file.is_file():
+            raise InputError(f"the dense model {path} is gone")
+        if sha256(file) != source.sha256:
+            raise InputError(f"the dense model {path} has changed since")
+    weights = source.weights if source else "model"
+    dense = load(path, image_size=model.config.image_size, stride=model.config.stride, weights=weights)
+    ours, theirs = model.config, dense.config
+    if (ours.num_classes, ours.in_chans) != (theirs.num_classes, theirs.in_chans):
+        raise InputError(f"{path} has {theirs.num_classes} classes, the compressed model {ours.num_classes}")
+    dense.preprocessing = model.preprocessing
+    return dense.to(next(model.parameters()).device)
 
 
 def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:

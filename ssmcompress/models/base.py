@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,6 +14,14 @@ from ..pruning.schedule import Plan, token_counts
 from ..tokens import Tokens
 
 StateDict = Mapping[str, Tensor]
+
+
+class Decision(NamedTuple):
+    """What one stage did: the positions it chose from, their scores, both (batch, tokens), and those it kept."""
+
+    candidates: Tensor
+    scores: Tensor
+    kept: Tensor
 
 
 class Block(nn.Module, abc.ABC):
@@ -112,14 +120,15 @@ class TokenModel(nn.Module, abc.ABC):
         """Logits (batch, classes) of images (batch, channels, height, width)."""
         return self.trace(images)[0]
 
-    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and for each stage the kept positions (batch, kept), ascending."""
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
+        """Logits (batch, classes), and what each stage decided."""
         tokens = replace(self.embed(images), alignment=self.alignment)
-        kept = []
+        decisions = []
         for layer, block in enumerate(self.blocks, 1):
             pruner = self.pruners[str(layer)] if str(layer) in self.pruners else None
             tokens = block(tokens, metric=pruner.metric if pruner else None)
             if pruner is not None:
-                tokens = pruner(tokens)
-                kept.append(tokens.positions)
-        return self.readout(tokens), kept
+                kept = pruner(tokens)
+                decisions.append(Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions))
+                tokens = kept
+        return self.readout(tokens), decisions

@@ -1,11 +1,12 @@
-"""The two ops that every model here is built from. All tensors are channels-last, in token order.
+"""The ops that every model here is built from. All tensors are channels-last, in token order.
 
-`selective_scan` and `causal_conv1d` choose a backend by themselves; `backend=` names one for a call and
+`selective_scan`, `causal_conv1d` and `top_tokens` choose a backend by themselves; `backend=` names one for a call and
 `use_backend` for a block of code.
 """
 
 from .causal_conv import causal_conv1d
 from .dispatch import BACKENDS, use_backend
 from .selective_scan import selective_scan
+from .top_tokens import top_tokens
 
-__all__ = ["BACKENDS", "causal_conv1d", "selective_scan", "use_backend"]
+__all__ = ["BACKENDS", "causal_conv1d", "selective_scan", "top_tokens", "use_backend"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import full_precision, select
 
 
 def causal_conv1d(
@@ -54,5 +53,5 @@ def causal_conv1d(
             raise ValueError(f"causal_conv1d: expected positions {tuple(x.shape[:2])}, found {tuple(positions.shape)}")
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation is 'silu' or None, found {activation!r}")
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with full_precision(x.device):
         return select(backend).causal_conv1d(x, weight, bias, positions, activation, reverse)

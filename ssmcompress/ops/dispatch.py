@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
 from types import ModuleType
 
-# Every backend is a module with `selective_scan` and `causal_conv1d` of the same signature as the public ops.
+import torch
+
+# Every backend is a module with the public ops, same arguments in the same order.
 BACKENDS = {
     "reference": "ssmcompress.ops.reference",
     "onnx": "ssmcompress.ops.onnx",  # not for computing: the form that export writes into a graph
@@ -31,6 +33,13 @@ def use_backend(name: str) -> Iterator[None]:
 def select(backend: str | None) -> ModuleType:
     """The module that runs an op: `backend`, else the forced one, else the reference."""
     return import_module(_module_name(backend or _forced.get() or "reference"))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast inside an op: products of hundreds of decays do not survive bfloat16."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # an autocast block, even an idle one, doubles the time of torch.export
 
 
 def _module_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Reference backend: both ops in plain torch. Differentiable, float64-capable, and the oracle of the others."""
+"""Reference backend: the ops in plain torch. Differentiable, float64-capable, and the oracle of the others."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
             tap = taps[back]
         else:
             distance = positions[:, back:] - positions[:, : length - back]
-            tap = taps[distance.clamp(max=width)]
+            tap = F.embedding(distance.clamp(max=width), taps)
         if reverse:
             y = y + F.pad(tap * source[:, back:], (0, 0, 0, back))
         else:
@@ -74,3 +74,9 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     if bias is not None:
         y = y + bias.to(dtype)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def top_tokens(scores: Tensor, count: int) -> Tensor:
+    """See `ssmcompress.ops.top_tokens`. topk promises nothing about equal values; a stable sort does."""
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return best.sort(dim=1).values

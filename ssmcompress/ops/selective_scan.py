@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .dispatch import select
+from .dispatch import full_precision, select
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
@@ -50,8 +49,7 @@ def selective_scan(
         ValueError: shapes that do not fit together, or an unknown backend.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap)
-    # State math keeps float32 under autocast too: products of hundreds of decays do not survive bfloat16.
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with full_precision(u.device):
         return select(backend).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse)
 
 

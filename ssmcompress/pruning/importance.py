@@ -1,4 +1,4 @@
-"""Token importance: one number a token from what a block computed for it, and the choice of the best.
+"""Token importance: one number a token from what a block computed for it, the higher the more it matters.
 
 `clip` is the score of ToP-ViM (arXiv 2409.18962, section 4): the mean over channels of the positive part of
 the block's output. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` the signal of
@@ -32,15 +32,6 @@ def importance(metric: str, y: Tensor, delta: Tensor) -> Tensor:
         delta: (batch, tokens, channels) step sizes after softplus, mean over scan paths.
     """
     return IMPORTANCES[metric](y.float(), delta.float())
-
-
-def top_tokens(scores: Tensor, count: int) -> Tensor:
-    """Indices (batch, count), ascending, of the highest scores (batch, tokens).
-
-    Equal scores go to the lower index, which a stable sort guarantees here and TopK in ONNX.
-    """
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return best.sort(dim=1).values
 
 
 def random_scores(length: int, seed: int) -> Tensor:

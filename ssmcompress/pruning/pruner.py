@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops import top_tokens
 from ..tokens import Tokens
-from .importance import random_scores, top_tokens
+from .importance import random_scores
 from .schedule import Plan, kept_count
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
 
 def default_stages(depth: int) -> tuple[int, ...]:
     """The layers (1-based) after which a model of `depth` layers is pruned unless told otherwise."""
+    if depth < 2:
+        raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     stages = {min(max(1, math.floor(depth * f + 0.5)), depth - 1) for f in DEFAULT_FRACTIONS}
     return tuple(sorted(stages))
 

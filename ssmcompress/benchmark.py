@@ -1,0 +1,39 @@
+"""Latency of models beside each other."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+REPEATS = 7
+
+
+@torch.inference_mode()
+def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPEATS) -> dict[str, float]:
+    """Median milliseconds of one forward pass of each model.
+
+    The runs are interleaved, so that whatever else the machine does falls on all of them.
+
+    Args:
+        models: name -> images (B, C, H, W) -> logits, all on the device of `images`.
+        repeats: timed runs of each, after one that is not timed.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            _synchronise(images.device)
+            start = time.perf_counter()
+            model(images)
+            _synchronise(images.device)
+            if repeat:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

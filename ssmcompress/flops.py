@@ -1,0 +1,44 @@
+"""FLOPs of one image, counted by formula and by part.
+
+One multiply-add is one FLOP in linear and convolution layers; the scan counts 9 FLOPs per token, channel and
+state, one per token and channel for D and one for the gate; norms, activations and biases are not counted.
+That is the convention of the papers, in two variants:
+
+- `full`: everything that is executed, so both directions of a Vim. What reports show unless told otherwise.
+- `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base). Only
+  for comparing with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .models.base import TokenModel
+from .pruning.schedule import Stage, token_counts
+
+CONVENTIONS = ("full", "paper")
+
+
+def flops(model: TokenModel) -> dict[str, float]:
+    """GFLOPs of one image as the model stands, pruned or not, by convention."""
+    return {convention: sum(by_part(model, convention).values()) for convention in CONVENTIONS}
+
+
+def by_part(model: TokenModel, convention: str = "full") -> dict[str, float]:
+    """GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head."""
+    return {part: count / 1e9 for part, count in model.flops_by_part(model.token_counts(), convention).items()}
+
+
+def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
+    """FLOPs (`full`) that are left when the dense `model` is pruned at `stages`, as a share of all of them."""
+
+    def count(stages: Sequence[Stage]) -> int:
+        counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
+        return sum(model.flops_by_part(counts, "full").values())
+
+    return count(stages) / count(())
+
+
+def reachable(model: TokenModel, stages: Sequence[int]) -> float:
+    """The smallest share of the dense FLOPs that pruning after layers `stages` can leave (two tokens kept)."""
+    return remaining_share(model, [Stage(after, 0.999999) for after in stages])

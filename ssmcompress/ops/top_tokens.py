@@ -1,0 +1,15 @@
+"""The choice of the tokens to keep."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .dispatch import select
+
+
+def top_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor:
+    """Indices (batch, count) int64, ascending, of the highest `scores` (batch, tokens).
+
+    Equal scores go to the lower index on every backend, so that the same image keeps the same tokens.
+    """
+    return select(backend).top_tokens(scores, count)

@@ -1,0 +1,140 @@
+"""Calibration: what a plan needs to know of real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.base import TokenModel
+from ..progress import track
+from .alignment import Alignment
+from .pruner import prune
+from .schedule import Calibration, Plan, Stage, default_stages
+
+
+def make_plan(
+    model: TokenModel,
+    *,
+    stages: Sequence[int] | None = None,
+    ratio: float | Sequence[float] = 0.3,
+    importance: str = "clip",
+    alignment: Alignment | bool = True,
+    seed: int = 0,
+) -> Plan:
+    """A plan that needs no images (gap source `bias`), checked against the model.
+
+    Args:
+        stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
+        ratio: share of the tokens removed at each stage, or one a stage; 0 to below 1.
+        importance: the metric, see `ssmcompress.pruning.importance`.
+        alignment: True for conv and scan, False for neither, or an Alignment.
+    """
+    depth = len(model.blocks)
+    stages = default_stages(depth) if stages is None else tuple(stages)
+    ratios = tuple(ratio) if isinstance(ratio, Sequence) else (ratio,) * len(stages)
+    if len(ratios) != len(stages):
+        raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
+    if isinstance(alignment, bool):
+        alignment = Alignment(alignment, alignment)
+    made = tuple(Stage(after, share, importance) for after, share in zip(stages, ratios, strict=True))
+    return Plan(made, alignment, seed=seed).validate(depth)
+
+
+def calibrate(
+    model: TokenModel,
+    images: Any,
+    plan: Plan | None = None,
+    *,
+    gap: str = "calibrated",
+    name: str = "images",
+    **options,
+) -> Plan:
+    """A plan that knows what the model does on real images.
+
+    The delta of a removed token is not known in later layers; its stand-in is the mean delta of the layer,
+    path and channel over all tokens of the calibration images. The passes are re-run over `images`, so memory
+    does not grow with their number.
+
+    Args:
+        model: dense.
+        images: a tensor (count, C, H, W) of prepared images, or something that can be iterated again and again
+            over such batches (tensors, (images, labels) pairs, or `ssmcompress.data.Batches`).
+        plan: what to prune; None: `make_plan(model, **options)`.
+        gap: what stands in for the delta of pruned positions, "calibrated" or "bias".
+        name: what the images are called in reports.
+
+    Returns:
+        The plan with a `calibration`: the mean deltas, and per stage how often each position was kept and its
+        mean score.
+    """
+    plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
+    batches = as_batches(images)
+    totals: list[Tensor | int] = [0] * len(model.blocks)
+    count = tokens_seen = 0
+    for batch in track(batches, "calibrating", len(batches)):
+        count += len(batch)
+        tokens_seen += len(batch) * model.length
+        for layer, delta in enumerate(_dense_deltas(model, batch)):
+            totals[layer] = totals[layer] + delta
+    if not count:
+        raise InputError("no images to calibrate on")
+    means = tuple((total / tokens_seen).float().cpu() for total in totals)
+    plan = replace(plan, gap=gap, calibration=Calibration(name, count, means))
+    return replace(plan, calibration=_with_stage_statistics(model, plan, batches))
+
+
+@torch.no_grad()
+def _dense_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
+    """Per layer (scan paths, d_inner), delta summed over images and tokens, in float64."""
+    tokens = model.embed(images.to(next(model.parameters()).device))
+    sums = []
+    for block in model.blocks:
+        sums.append(block.deltas(tokens).sum((1, 2), dtype=torch.float64))
+        tokens = block(tokens)
+    return sums
+
+
+@torch.no_grad()
+def _with_stage_statistics(model: TokenModel, plan: Plan, batches: Sequence[Any]) -> Calibration:
+    """Which positions each stage keeps and how they scored, from the pruned model on the same images."""
+    pruned = prune(model, plan)
+    kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
+    seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
+    for batch in track(batches, "scoring tokens", len(batches)):
+        _, decisions = pruned.trace(batch.to(next(model.parameters()).device))
+        for stage, (candidates, values, survivors) in enumerate(decisions):
+            candidates, values = candidates.flatten(), values.double().flatten()
+            seen[stage] += candidates.bincount(minlength=model.length).cpu()
+            scores[stage] += candidates.bincount(values, minlength=model.length).cpu()
+            kept[stage] += survivors.flatten().bincount(minlength=model.length).cpu()
+    images = plan.calibration.images
+    return replace(
+        plan.calibration, kept=tuple((kept / images).float()), scores=tuple((scores / seen.clamp(min=1)).float())
+    )
+
+
+def as_batches(images: Any) -> Sequence[Tensor]:
+    """Anything that holds batches of prepared images, as a sized iterable of tensors (batch, C, H, W)."""
+    if isinstance(images, Tensor):
+        return images.split(64)
+    return _ImagesOnly(images if hasattr(images, "__len__") else list(images))
+
+
+class _ImagesOnly:
+    def __init__(self, batches: Iterable[Any]):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            if isinstance(batch, Tensor):
+                yield batch
+            else:
+                yield batch.images if hasattr(batch, "images") else batch[0]

@@ -1,0 +1,84 @@
+"""Reading training checkpoints without running anything in them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+import pickle
+import pickletools
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+
+def _safe_globals() -> list[Any]:
+    """What training checkpoints carry besides tensors, none of which can run code."""
+    numbers = [np.dtype(kind) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "?")]
+    scalar = type(np.float32(0)).__reduce__(np.float32(0))[0]
+    paths = {
+        f"{module}.{name}": getattr(pathlib, f"Pure{name.removeprefix('Pure')}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    }
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *{type(number) for number in numbers},
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+        *((path_class, name) for name, path_class in paths.items()),
+    ]
+
+
+def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
+    """What a checkpoint file holds: tensors, numbers, strings, containers, Namespaces and paths.
+
+    Raises:
+        InputError: a damaged file, or one that asks for anything that could run code (named, not run).
+        OSError: a file that cannot be read at all.
+    """
+    try:
+        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
+            return torch.load(file, map_location="cpu", weights_only=not unsafe_load)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever its readers meet in a damaged file
+        if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file)):
+            raise InputError(
+                f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
+                f"(--unsafe-load reads it all the same, if you trust where it comes from)"
+            ) from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "nothing in it"
+        raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error
+
+
+def _unsafe_globals(file: Path) -> list[str]:
+    """Names in a pickle, of any protocol, that torch's safe reader does not know; reads them, runs nothing."""
+    names: set[str] = set()
+    strings: list[str] = []
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        else:
+            content = file.read_bytes()
+        stream = io.BytesIO(content)
+        while stream.tell() < len(content):  # torch's older format is several pickles in a row
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.add(argument.replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.add(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:  # a damaged tail: what was read so far is what there is to say
+        pass
+    known = ("torch.", "collections.OrderedDict", "argparse.Namespace", "numpy.", "pathlib.", "_codecs.encode")
+    return sorted(name for name in names if not name.startswith(known))[:3]
