@@ -1,0 +1,74 @@
+"""Post-training token pruning for vision state-space models.
+
+    import ssmcompress
+
+    model = ssmcompress.load("vim_tiny.pth")                       # images (B, C, H, W) -> logits
+    plan = ssmcompress.calibrate(model, images, ratio=0.3)         # images: a tensor, or batches
+    pruned = ssmcompress.prune(model, plan)                        # a new model; the first is untouched
+    ssmcompress.evaluate(pruned, batches, dense=model)
+    ssmcompress.save(pruned, "vim_tiny-r0.30")
+    ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
+
+Everything is imported when first used, so that `import ssmcompress` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import ops
+    from .checkpoint import load, save
+    from .compression import compress
+    from .evaluation import evaluate
+    from .export import export_onnx, verify_onnx
+    from .pruning.calibrate import calibrate, make_plan
+    from .pruning.pruner import prune
+    from .pruning.schedule import Plan, Stage
+
+_HOME = {
+    "Plan": "pruning.schedule",
+    "Stage": "pruning.schedule",
+    "calibrate": "pruning.calibrate",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "export_onnx": "export",
+    "load": "checkpoint",
+    "make_plan": "pruning.calibrate",
+    "ops": "ops",
+    "prune": "pruning.pruner",
+    "save": "checkpoint",
+    "verify_onnx": "export",
+}
+
+__all__ = [
+    "Plan",
+    "Stage",
+    "__version__",
+    "calibrate",
+    "compress",
+    "evaluate",
+    "export_onnx",
+    "load",
+    "make_plan",
+    "ops",
+    "prune",
+    "save",
+    "verify_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ssmcompress' has no attribute {name!r}")
+    module = import_module(f".{_HOME[name]}", __name__)
+    value = module if name == "ops" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

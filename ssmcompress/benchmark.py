@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,17 @@ def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPE
             if repeat:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def latency_settings(device: torch.device) -> dict[str, Any]:
+    """What `latency` at batch 1 was measured with: a JSON value."""
+    cuda = device.type == "cuda"
+    return {
+        "batch": 1,
+        "repeats": REPEATS,
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _synchronise(device: torch.device) -> None:

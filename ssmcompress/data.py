@@ -209,13 +209,13 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(photo) for photo in load_sample_images().images]
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     boxes = []
     for i in range(count):
         width, height = originals[i % 2].size
-        scale = draw.uniform(0.3, 1.0) * min(width / image_size[1], height / image_size[0])
+        scale = generator.uniform(0.3, 1.0) * min(width / image_size[1], height / image_size[0])
         w, h = scale * image_size[1], scale * image_size[0]
-        left, top = draw.uniform(0, width - w), draw.uniform(0, height - h)
+        left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
         boxes.append((left, top, left + w, top + h))
 
     def read(i: int) -> Image.Image:
@@ -248,7 +248,7 @@ class Batch:
     index: list[int]
 
 
-@dataclass
+@dataclass(eq=False)
 class Batches:
     """The images at `index` of `source`, prepared for `model`; can be iterated again and again.
 
@@ -266,6 +266,10 @@ class Batches:
 
     def __post_init__(self):
         self.transform = self.model.preprocessing.transform(self.model.config.image_size)
+
+    def unreadable_names(self) -> list[str]:
+        """What could not be read, as a person would name it."""
+        return [self.source.describe(i) for i in sorted(self.unreadable)]
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -303,8 +307,7 @@ class Batches:
             raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
 
 
-def split_indices(size: int, calibration: int, seed: int) -> tuple[list[int], list[int]]:
-    """(calibration, measurement): disjoint, the first `calibration` images but at most half, drawn by seed."""
+def draw(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(`count` of `size` indices drawn by seed, the others), both in order."""
     order = np.random.default_rng(seed).permutation(size).tolist()
-    count = min(calibration, size // 2)
     return sorted(order[:count]), sorted(order[count:])

@@ -56,16 +56,18 @@ def measure(models: Mapping[str, nn.Module], data: Any, *, dtype: torch.dtype = 
     total = len(data) if hasattr(data, "__len__") else None
     for batch in track(data, "measuring", total):
         images, labels = _parts(batch)
-        with _precision(next(models[next(iter(models))].parameters()).device, dtype):
-            logits = {
-                name: model(images.to(next(model.parameters()).device)).float().cpu() for name, model in models.items()
-            }
+        logits = {}
+        for name, model in models.items():
+            device = next(model.parameters()).device
+            with autocast(device, dtype):
+                logits[name] = model(images.to(device)).float().cpu()
         for name, tally in tallies.items():
             tally.add(logits[name], labels, logits["dense"] if name != "dense" and "dense" in logits else None)
     return {name: tally.result() for name, tally in tallies.items()}
 
 
-def _precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast to `dtype` on `device`; nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 

@@ -1,0 +1,197 @@
+"""The main job: a dense model in, a pruned one with its report in a folder out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report as reports
+from .benchmark import latency, latency_settings
+from .checkpoint import Source, save, versions
+from .data import PHOTOGRAPHS, Batches, draw, find_images, open_images
+from .errors import BudgetError, InputError
+from .evaluation import Evaluation, autocast, measure
+from .files import check_target
+from .flops import flops, reachable, remaining_share
+from .models.base import TokenModel
+from .pictures import kept_tokens
+from .pruning.alignment import Alignment
+from .pruning.calibrate import calibrate, make_plan
+from .pruning.pruner import prune
+from .pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
+
+SAMPLES = 1024
+UNALIGNED = Alignment(conv=False, scan=False)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a compression runs on, apart from the plan.
+
+    Attributes:
+        data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.open_images`.
+        samples: how many images to calibrate on at most.
+        gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
+        dtype: float32, or bfloat16 for measuring under autocast.
+        measure_latency: time both models at batch 1.
+    """
+
+    data: str | None = None
+    eval_data: str | None = None
+    samples: int = SAMPLES
+    gap: str | None = None
+    seed: int = 0
+    batch_size: int = 64
+    workers: int = 0
+    dtype: torch.dtype = torch.float32
+    measure_latency: bool = True
+
+
+def plan_for_budget(model: TokenModel, budget: float, stages: Sequence[int] | None, **options: Any) -> Plan:
+    """The plan that prunes every stage alike and least, so that `budget` of the FLOPs (`full`) is left.
+
+    Raises:
+        BudgetError: these stages cannot reach it.
+    """
+    stages = tuple(stages or default_stages(len(model.blocks)))
+    make_plan(model, stages=stages, **options)  # speaks up about stages before they are counted with
+    least = reachable(model, stages)
+    if not least <= budget < 1:
+        raise BudgetError(
+            f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
+            f"leaves between {least:.1%} and 100%"
+        )
+    ratio = ratio_for_budget(budget, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
+    return make_plan(model, stages=stages, ratio=ratio, **options)
+
+
+def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
+    """What a plan would do to a model, without images: a JSON value that `--plan` takes, too."""
+    dense = flops(model)
+    pruned = prune(model, Plan(plan.stages, plan.alignment, seed=plan.seed))
+    return {
+        "plan": plan.to_dict(),
+        "stages": stage_rows(pruned),
+        "dense": {"flops": dense},
+        "pruned": {"flops": flops(pruned)},
+    }
+
+
+def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
+    """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
+    counts = model.token_counts()
+    return [
+        {"after": s.after, "kept": counts[s.after], "of": counts[s.after - 1], "importance": s.importance}
+        for s in model.plan.stages
+    ]
+
+
+def compress(
+    model: TokenModel, plan: Plan, output: str | Path, setup: Setup = Setup(), *, command: str = "", force: bool = False
+) -> dict[str, Any]:
+    """Calibrate, prune, measure and write a folder; returns the report that is in it.
+
+    Args:
+        model: dense, from `load`.
+        plan: from `make_plan`, `plan_for_budget` or a file.
+        output: the folder to write; nothing is left there if anything fails.
+        command: recorded as how it was made.
+        force: replace `output` if it exists.
+    """
+    output = Path(output)
+    check_target(output, force)
+    calibration, measured = _batches(model, setup)
+    gap = setup.gap or ("bias" if calibration.source.name == PHOTOGRAPHS else "calibrated")
+    plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name)
+    models = {"dense": model}
+    if plan.alignment != UNALIGNED:
+        models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
+    models["pruned"] = pruned = prune(model, plan)
+    results = measure(models, measured, dtype=setup.dtype)
+    sample = next(iter(measured)).images.to(next(model.parameters()).device)
+    times = {}
+    if setup.measure_latency:
+        with autocast(sample.device, setup.dtype):
+            times = latency({name: models[name] for name in ("dense", "pruned")}, sample[:1])
+    report = {
+        "data": _data_block(measured, results["dense"], calibration),
+        "calibration": _calibration_block(plan, calibration),
+        **{name: _model_block(models[name], results[name], times.get(name)) for name in models},
+        "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
+        "stages": stage_rows(pruned),
+        "alignment": {**asdict(plan.alignment), "gap": plan.gap if plan.alignment.scan else None},
+        "latency": latency_settings(sample.device) if times else None,
+        "command": command,
+        "versions": versions(),
+    }
+    if measured.source.name != PHOTOGRAPHS:
+        pruned.source = replace(pruned.source or Source("", ""), data=_lasting_name(measured.source.name))
+    extra = {
+        reports.REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
+        reports.PICTURE_FILE: kept_tokens(pruned, sample),
+        "README.md": reports.to_card(report, output.name, picture=True).encode(),
+    }
+    save(pruned, output, command=command, extra=extra, force=force)
+    return report
+
+
+def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
+    """Images to calibrate on and, as far as they are not told apart, other images to measure on."""
+    if setup.samples < 1:
+        raise InputError(f"samples {setup.samples}: expected at least 1")
+    images = find_images(model, setup.data)
+    if setup.eval_data is None:
+        if len(images) < 2:
+            raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
+        chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
+        others = images
+    else:
+        chosen, _ = draw(len(images), setup.samples, setup.seed)
+        others = open_images(setup.eval_data, model.config.num_classes)
+        rest = range(len(others))
+    return (
+        Batches(images, model, chosen, setup.batch_size, setup.workers),
+        Batches(others, model, rest, setup.batch_size, setup.workers),
+    )
+
+
+def _data_block(measured: Batches, result: Evaluation, calibration: Batches) -> dict[str, Any]:
+    return {
+        "name": measured.source.name,
+        "images": result.images,
+        "labelled": result.labelled,
+        "overlap": len(measured.digests & calibration.digests),
+        "unreadable": measured.unreadable_names(),
+    }
+
+
+def _calibration_block(plan: Plan, calibration: Batches) -> dict[str, Any]:
+    """Also how often each stage kept each position, and its mean score: lists over positions."""
+    seen = plan.calibration
+    return {
+        "name": seen.name,
+        "images": seen.images,
+        "unreadable": calibration.unreadable_names(),
+        "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
+        "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
+    }
+
+
+def _model_block(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "flops": flops(model),
+        "params": sum(p.numel() for p in model.parameters()),
+        "latency_ms": milliseconds,
+    }
+
+
+def _lasting_name(name: str) -> str:
+    """A data set's name as it is found from any working directory."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

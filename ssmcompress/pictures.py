@@ -1,0 +1,51 @@
+"""Pictures of the tokens a pruned model keeps."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .models.base import TokenModel
+
+SIDE = 168  # pixels an image takes in the picture
+GAP = 6
+PAPER = (255, 255, 255)
+PRUNED = (214, 92, 43)  # a colour that photographs, and images in grey, have little of
+
+
+@torch.no_grad()
+def kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
+    """A PNG with a row an image: the image itself, then, for each stage, what was pruned by then in colour.
+
+    Args:
+        model: pruned. images: (batch, channels, height, width), prepared as for the model; the first `rows`.
+    """
+    images = images[:rows]
+    _, decisions = model.trace(images.to(next(model.parameters()).device))
+    kept = [decision.kept.cpu() for decision in decisions]
+    height, width = images.shape[2:]
+    size = (SIDE, round(SIDE * height / width))
+    sheet = Image.new("RGB", ((size[0] + GAP) * (1 + len(kept)) - GAP, (size[1] + GAP) * len(images) - GAP), PAPER)
+    for row, image in enumerate(images):
+        photo = _photo(model, image).resize(size, Image.Resampling.NEAREST)
+        for column in range(1 + len(kept)):
+            shown = photo
+            if column:
+                mask = torch.isin(model.patch_positions, kept[column - 1][row])
+                gone = Image.fromarray((~mask).numpy()).resize(size, Image.Resampling.NEAREST)
+                shown = photo.copy()
+                shown.paste(PRUNED, mask=gone.convert("L").point(lambda v: 190 if v else 0))
+            sheet.paste(shown, (column * (size[0] + GAP), row * (size[1] + GAP)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _photo(model: TokenModel, image: Tensor) -> Image.Image:
+    """The image as a person would see it: normalisation undone."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.squeeze(2).numpy() if pixels.shape[2] == 1 else pixels.numpy()).convert("RGB")

@@ -1,0 +1,134 @@
+"""The report of a compression, as JSON, a table, a web page and a model card."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CONFIG_FILE
+from .errors import InputError
+
+REPORT_FILE = "report.json"
+PICTURE_FILE = "kept_tokens.png"
+Report = Mapping[str, Any]
+
+
+def read(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    """(folder, its report); None: the newest under compressed/."""
+    path = Path(folder) if folder is not None else newest()
+    file = path / REPORT_FILE
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"no {REPORT_FILE} in {path}: expected a folder that `ssmcompress prune` wrote") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a report ({error})") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    expected = {"data", "dense", "pruned", "stages", "alignment"}
+    if not isinstance(report, dict) or not expected <= report.keys():
+        raise InputError(f"{file}: not a report of ssmcompress: expected {', '.join(sorted(expected))}")
+    return path, report
+
+
+def newest(root: Path = Path("compressed")) -> Path:
+    """The compressed model under `root` that was written last."""
+    folders = [file.parent for file in root.glob(f"*/{CONFIG_FILE}") if not file.parent.name.startswith(".")]
+    if not folders:
+        raise InputError(f"no compressed model under {root}/: name one, or run `ssmcompress prune` first")
+    return max(folders, key=lambda folder: (folder / CONFIG_FILE).stat().st_mtime_ns)
+
+
+def rows(report: Report) -> list[tuple[str, list[str]]]:
+    """The table: (quantity, a cell for each of `columns`)."""
+    models = [report[name] for name in columns(report)]
+    agreement = report.get("agreement") or {}
+
+    def line(key: str, form: str) -> list[str]:
+        return [_cell(model.get(key), form) for model in models]
+
+    table = [
+        ("top-1", line("top1", "{:.2f} %")),
+        ("top-5", line("top5", "{:.2f} %")),
+        ("GFLOPs, full", [_flops(model, report, "full") for model in models]),
+        ("GFLOPs, paper", [_flops(model, report, "paper") for model in models]),
+        ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
+        ("parameters", line("params", "{:,}")),
+    ]
+    blank = [""] * (len(models) - 1)
+    table.append(("same class as dense", [*blank, _cell(agreement.get("top1"), "{:.2f} %")]))
+    table.append(("KL from dense", [*blank, _cell(agreement.get("kl"), "{:.4f} nats")]))
+    return [(name, cells) for name, cells in table if any(cell not in ("", "-") for cell in cells)]
+
+
+def columns(report: Report) -> list[str]:
+    """The models that a report compares; `naive` is the same pruning without alignment."""
+    return [name for name in ("dense", "naive", "pruned") if report.get(name)]
+
+
+def notes(report: Report) -> list[str]:
+    """What the figures were measured on, and how the model was pruned, in sentences."""
+    data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
+    stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
+    metrics = ", ".join(sorted({s["importance"] for s in report["stages"]}))
+    aligned = [name for name in ("conv", "scan") if alignment.get(name)]
+    lines = [
+        f"kept: {stages} (importance {metrics})",
+        f"alignment: {' and '.join(aligned) or 'none'}"
+        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else ""),
+    ]
+    if data["labelled"]:
+        lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
+    else:
+        lines.append(
+            f"accuracy was not measured: {data['name']} has no labels; agreement with the dense model on "
+            f"{data['images']} images"
+        )
+    if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
+        lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
+    if data.get("overlap"):
+        lines.append(f"{data['overlap']} of the measured images were also calibrated on")
+    if calibration.get("images"):
+        lines.append(f"calibrated on {calibration['images']} images of {calibration['name']}")
+    return lines
+
+
+def to_html(report: Report, title: str, picture: bytes | None) -> str:
+    """A web page that stands alone, the picture of kept tokens inside it."""
+    image = base64.b64encode(picture).decode() if picture else None
+    return _render("report.html", report, title=title, picture=image)
+
+
+def to_card(report: Report, title: str, picture: bool) -> str:
+    """The README.md of a compressed model's folder."""
+    return _render("card.md", report, title=title, picture=PICTURE_FILE if picture else None)
+
+
+def _render(template: str, report: Report, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("ssmcompress"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(
+        report=report, columns=columns(report), rows=rows(report), notes=notes(report), **values
+    )
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _flops(model: Report, report: Report, convention: str) -> str:
+    if not model.get("flops"):
+        return "-"
+    value, dense = model["flops"][convention], report["dense"]["flops"][convention]
+    return f"{value:.4g}" if value == dense else f"{value:.4g} ({value / dense - 1:+.1%})"
