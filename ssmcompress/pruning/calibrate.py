@@ -74,18 +74,27 @@ def calibrate(
     """
     plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
     batches = as_batches(images)
+    deltas = mean_deltas(model, batches) if gap == "calibrated" and plan.alignment.scan else bias_deltas(model)
+    plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas))
+    return replace(plan, calibration=_with_stage_statistics(model, plan, batches))
+
+
+def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
+    """Per layer (scan paths, d_inner): softplus(dt_bias), the delta of a position that brings no input."""
+    return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
+
+
+def mean_deltas(model: TokenModel, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Per layer (scan paths, d_inner): the mean of delta over the images and tokens of the dense model."""
     totals: list[Tensor | int] = [0] * len(model.blocks)
-    count = tokens_seen = 0
+    tokens_seen = 0
     for batch in track(batches, "calibrating", len(batches)):
-        count += len(batch)
         tokens_seen += len(batch) * model.length
         for layer, delta in enumerate(_dense_deltas(model, batch)):
             totals[layer] = totals[layer] + delta
-    if not count:
+    if not tokens_seen:
         raise InputError("no images to calibrate on")
-    means = tuple((total / tokens_seen).float().cpu() for total in totals)
-    plan = replace(plan, gap=gap, calibration=Calibration(name, count, means))
-    return replace(plan, calibration=_with_stage_statistics(model, plan, batches))
+    return tuple((total / tokens_seen).float().cpu() for total in totals)
 
 
 @torch.no_grad()
@@ -105,16 +114,22 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: Sequence[Any]
     pruned = prune(model, plan)
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
     seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
+    images = 0
     for batch in track(batches, "scoring tokens", len(batches)):
+        images += len(batch)
         _, decisions = pruned.trace(batch.to(next(model.parameters()).device))
         for stage, (candidates, values, survivors) in enumerate(decisions):
             candidates, values = candidates.flatten(), values.double().flatten()
             seen[stage] += candidates.bincount(minlength=model.length).cpu()
             scores[stage] += candidates.bincount(values, minlength=model.length).cpu()
             kept[stage] += survivors.flatten().bincount(minlength=model.length).cpu()
-    images = plan.calibration.images
+    if not images:
+        raise InputError("no images to calibrate on")
     return replace(
-        plan.calibration, kept=tuple((kept / images).float()), scores=tuple((scores / seen.clamp(min=1)).float())
+        plan.calibration,
+        images=images,
+        kept=tuple((kept / images).float()),
+        scores=tuple((scores / seen.clamp(min=1)).float()),
     )
 
 

@@ -1,0 +1,75 @@
+"""Small models and images that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ssmcompress
+from ssmcompress.models.vim import VimConfig, VisionMamba
+
+GOLDEN = Path(__file__).parent / "golden"
+BUNDLED = Path(ssmcompress.__file__).parent / "assets" / "vim-fashion-mnist"
+
+
+def make_vim(depth=4, d_model=16, classes=10, channels=3, image=(16, 16), patch=4, stride=None, seed=0) -> VisionMamba:
+    """A Vim with random weights, spread widely enough that tokens differ in importance."""
+    config = VimConfig(
+        d_model=d_model,
+        depth=depth,
+        d_inner=2 * d_model,
+        d_state=4,
+        dt_rank=-(-d_model // 16),
+        d_conv=4,
+        in_chans=channels,
+        num_classes=classes,
+        patch_size=(patch, patch),
+        stride=stride or patch,
+        image_size=image,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = VisionMamba(config)
+    for name, value in model.state_dict().items():
+        if not name.endswith(("norm.weight", "norm_f.weight", "_log", "D", "D_b")):
+            value.normal_(0, 0.3, generator=generator)
+    return ssmcompress.load(model, image_size=image)
+
+
+@pytest.fixture
+def vim() -> VisionMamba:
+    return make_vim()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def checkpoint(vim, tmp_path) -> Path:
+    """A training checkpoint as hustvl's code writes it."""
+    import argparse
+
+    path = tmp_path / "model.pt"
+    torch.save({"model": vim.state_dict(), "epoch": 3, "args": argparse.Namespace(model="vim", lr=1e-3)}, path)
+    return path
+
+
+def write_image(path: Path, seed: int, size=(16, 16), mode="RGB") -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def class_folders(tmp_path) -> Path:
+    """Ten classes of two images each."""
+    root = tmp_path / "images"
+    for label in range(10):
+        for i in range(2):
+            write_image(root / f"class{label}" / f"{i}.png", seed=10 * label + i)
+    return root
