@@ -43,11 +43,13 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         InputError: a damaged file, or one that asks for anything that could run code (named, not run).
         OSError: a file that cannot be read at all.
     """
+    with open(file, "rb"):  # what cannot be opened is no damaged file
+        pass
     try:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
             return torch.load(file, map_location="cpu", weights_only=not unsafe_load)
-    except OSError:
+    except MemoryError:
         raise
     except Exception as error:  # torch raises whatever its readers meet in a damaged file
         if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file)):

@@ -1,0 +1,289 @@
+"""Files of every kind: published, our own, wrapped, damaged and hostile."""
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vim
+from safetensors.torch import save_file
+
+import ssmcompress
+from ssmcompress.checkpoint import find_dense
+from ssmcompress.errors import InputError
+
+
+def same(a, b, images):
+    with torch.no_grad():
+        return torch.equal(a(images), b(images))
+
+
+def test_every_container_of_a_state_dict(vim, images, tmp_path):
+    state = vim.state_dict()
+    files = {
+        "bare.pth": state,
+        "training.pth": {"model": state, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=1e-3)},
+        "wrapped.pt": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+        "numbers.pth": {
+            "model": state,
+            "best": np.float64(76.1),
+            "epoch": np.int64(3),
+            "args": argparse.Namespace(output=pathlib.Path("out"), lr=np.float32(0.1)),
+        },
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        assert same(ssmcompress.load(tmp_path / name), vim, images), name
+    torch.save(files["numbers.pth"], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert same(ssmcompress.load(tmp_path / "old.pth"), vim, images)
+    save_file(state, tmp_path / "bare.safetensors")
+    assert same(ssmcompress.load(tmp_path / "bare.safetensors"), vim, images)
+
+
+def test_averaged_weights_on_request(vim, images, tmp_path):
+    average = make_vim(seed=5)
+    torch.save({"model": vim.state_dict(), "model_ema": average.state_dict()}, tmp_path / "v.pth")
+    assert same(ssmcompress.load(tmp_path / "v.pth"), vim, images)
+    assert same(ssmcompress.load(tmp_path / "v.pth", weights="model_ema"), average, images)
+    torch.save({"model": vim.state_dict(), "epoch": 1}, tmp_path / "v.pth")
+    with pytest.raises(InputError, match="no weights under 'model_ema'.*entries model, epoch"):
+        ssmcompress.load(tmp_path / "v.pth", weights="model_ema")
+
+
+def test_half_precision_weights_are_read_as_float32(vim, tmp_path):
+    torch.save({k: v.half() for k, v in vim.state_dict().items()}, tmp_path / "half.pth")
+    assert next(ssmcompress.load(tmp_path / "half.pth").parameters()).dtype == torch.float32
+
+
+def test_the_published_name_of_a_finer_model_tells_its_stride(tmp_path):
+    state = make_vim(image=(20, 20), stride=2).state_dict()
+    args = argparse.Namespace(model="vim_tiny_patch4_stride2_20_bimambav2_final_pool_mean")
+    torch.save({"model": state, "args": args}, tmp_path / "v.pth")
+    assert ssmcompress.load(tmp_path / "v.pth").config.image_size == (20, 20)
+
+
+def test_a_pruned_folder_reloads_in_a_new_process_with_identical_logits(vim, images, tmp_path):
+    plan = ssmcompress.calibrate(vim, images, stages=(1, 3), ratio=0.4, importance="random", seed=3)
+    pruned = ssmcompress.prune(vim, plan)
+    ssmcompress.save(pruned, tmp_path / "folder")
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch, ssmcompress; torch.set_num_threads(int(sys.argv[4]))\n"
+        "model = ssmcompress.load(sys.argv[1])\n"
+        "with torch.no_grad(): torch.save(model(torch.load(sys.argv[2])), sys.argv[3])"
+    )
+    paths = [str(tmp_path / name) for name in ("folder", "images.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", code, *paths, str(torch.get_num_threads())], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(paths[2]), pruned(images))
+
+
+def test_saving_and_loading_keeps_everything(vim, images, tmp_path):
+    vim.preprocessing = vim.preprocessing.changed(mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+    for name, plan in (
+        ("calibrated", ssmcompress.calibrate(vim, images)),
+        ("naive", ssmcompress.make_plan(vim, alignment=False)),
+        ("dense", None),
+    ):
+        model = ssmcompress.prune(vim, plan) if plan else vim
+        folder = ssmcompress.save(model, tmp_path / name)
+        for path in (folder, folder / "model.safetensors"):  # the file alone describes itself
+            again = ssmcompress.load(path)
+            assert same(again, model, images)
+            assert (again.plan, again.config, again.preprocessing) == (plan, vim.config, vim.preprocessing)
+
+
+def test_a_pruned_model_reloads_for_another_image_size(vim, images, tmp_path):
+    ssmcompress.save(ssmcompress.prune(vim, ssmcompress.calibrate(vim, images, ratio=0.5)), tmp_path / "m")
+    model = ssmcompress.load(tmp_path / "m", image_size=24)
+    assert model.token_counts() == [37, 19, 10, 6, 6]
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 24, 24)).isfinite().all()
+
+
+def test_nothing_is_overwritten_unless_asked_and_nothing_is_left_on_failure(vim, tmp_path, monkeypatch):
+    folder = ssmcompress.save(vim, tmp_path / "a" / "m")
+    with pytest.raises(InputError, match="exists.*--force"):
+        ssmcompress.save(vim, folder)
+    (folder / "old").write_text("")
+    ssmcompress.save(vim, folder, force=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+    monkeypatch.setattr("ssmcompress.checkpoint.json.dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ssmcompress.save(vim, folder, force=True)
+    with pytest.raises(ZeroDivisionError):
+        ssmcompress.save(vim, tmp_path / "b" / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["m"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_dense_model_is_found_again_unless_it_changed(vim, images, checkpoint, tmp_path):
+    dense = ssmcompress.load(checkpoint)
+    ssmcompress.save(ssmcompress.prune(dense, ssmcompress.make_plan(dense)), tmp_path / "m")
+    pruned = ssmcompress.load(tmp_path / "m")
+    assert same(find_dense(pruned), dense, images)
+    torch.save(make_vim(seed=9).state_dict(), checkpoint)
+    with pytest.raises(InputError, match="has changed since"):
+        find_dense(pruned)
+    checkpoint.rename(tmp_path / "moved.pt")
+    with pytest.raises(InputError, match="is gone"):
+        find_dense(pruned)
+    assert find_dense(pruned, tmp_path / "moved.pt").plan is None
+    torch.save(make_vim(classes=3).state_dict(), checkpoint)
+    with pytest.raises(InputError, match="3 classes"):
+        find_dense(pruned, checkpoint)
+
+
+# ---------------------------------------------------------------------------------------- damaged and hostile
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "plain pickle 2"])
+def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(vim, tmp_path, form):
+    content = {"model": vim.state_dict(), "args": Evil(tmp_path / "ran")}
+    file = tmp_path / "evil.pth"
+    if form == "zip":
+        torch.save(content, file)
+    elif form == "legacy":
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+    else:
+        file.write_bytes(pickle.dumps(content["args"], protocol=2 if form.endswith("2") else None))
+    with pytest.raises(InputError, match=r"refused: this pickle asks for \w+\.system.*--unsafe-load"):
+        ssmcompress.load(file)
+    assert not (tmp_path / "ran").exists()
+    if form == "zip":
+        assert ssmcompress.load(file, unsafe_load=True).config == vim.config
+        assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_truncated_file_is_said_to_be_one(vim, tmp_path, share, kind):
+    file = tmp_path / f"v.{kind}"
+    torch.save(vim.state_dict(), file) if kind == "pth" else save_file(vim.state_dict(), file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match=r"v\.(pth|safetensors): not a (checkpoint, or a damaged one|whole)"):
+        ssmcompress.load(file)
+
+
+def edited(vim, **changes):
+    state = dict(vim.state_dict())
+    for key, value in changes.items():
+        key = key.replace("__", ".")
+        if value is None:
+            del state[key]
+        else:
+            state[key] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers__2__mixer__x_proj__weight": torch.zeros(3, 4)}, r"layers.2.mixer.x_proj.weight is \(3, 4\)"),
+        ({"pos_embed": torch.zeros(1, 17, 9)}, "contradicting shapes: pos_embed"),
+        ({"pos_embed": torch.zeros(17)}, "expected 3 dimensions"),
+        ({"head__weight": None}, "'head.weight' is missing"),
+        ({"layers__1__norm__weight": None}, r"1 missing \(layers.1.norm.weight\)"),
+        ({"layers__0__mixer__A_log": None}, "'layers.0.mixer.A_log' is missing"),
+        ({"rope__freqs": torch.zeros(3)}, r"1 unknown \(rope.freqs\)"),
+        ({"layers__99999999__x": torch.zeros(1)}, "layer numbers go up to 99999999"),
+        ({"norm_f__weight": torch.full((16,), torch.nan)}, "norm_f.weight holds values that are not finite"),
+        ({"head__bias": torch.zeros(10, dtype=torch.int64)}, "head.bias holds torch.int64"),
+        ({"patch_embed__proj__weight": torch.zeros(0, 3, 4, 4)}, "none empty"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_state_dict_that_contradicts_itself(vim, changes, message):
+    with pytest.raises(InputError, match=message):
+        ssmcompress.load(edited(vim, **changes))
+
+
+def test_a_state_dict_of_something_else_says_what_was_expected(tmp_path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(InputError, match=r"found 2 tensors \(bias, weight.*vim has cls_token, pos_embed"):
+        ssmcompress.load(tmp_path / "linear.pth")
+    for content in ([1, 2], {"model": 3}, {}, "text"):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=r"expected a"):
+            ssmcompress.load(tmp_path / "other.pth")
+
+
+def test_paths_that_are_no_models(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        ssmcompress.load(tmp_path / "none.pth")
+    with pytest.raises(InputError, match="a folder without model.safetensors"):
+        ssmcompress.load(tmp_path)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        ssmcompress.load(tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), "format version 2.*upgrade"),
+        (lambda c: c.update(format_version="x"), "not one of ssmcompress"),
+        (lambda c: c.pop("architecture"), "not one of ssmcompress"),
+        (lambda c: c["architecture"].update(type="resnet"), "'resnet': this version knows vim"),
+        (lambda c: c["architecture"].update(image_size=[0, -4]), "bad architecture block"),
+        (lambda c: c["architecture"].update(image_size="big"), "bad architecture block"),
+        (lambda c: c["pruning"].update(stages=[{"after": 9, "ratio": 0.3}]), "the model has 4 layers"),
+        (lambda c: c["pruning"].update(stages=[{"after": 3, "ratio": 0.3}]), "gap deltas do not fit"),
+        (lambda c: c["pruning"].update(stages=[{"after": 1, "ratio": "lots"}]), "not a pruning plan"),
+        (lambda c: c["preprocessing"].update(std=[0, 0, 0]), "positive deviations"),
+        (lambda c: c["preprocessing"].update(crop_pct=0), "crop-pct"),
+        (lambda c: c.update(preprocessing=3), "not a preprocessing block"),
+    ],
+)
+def test_a_damaged_configuration(vim, tmp_path, change, message):
+    folder = ssmcompress.save(ssmcompress.prune(vim, ssmcompress.make_plan(vim, stages=(1,))), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        ssmcompress.load(folder)
+
+
+def test_a_configuration_that_is_no_json(vim, tmp_path):
+    folder = ssmcompress.save(vim, tmp_path / "m")
+    for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe"):
+        (folder / "config.json").write_bytes(content)
+        with pytest.raises(InputError, match="configuration|not a text file"):
+            ssmcompress.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config.json is missing"):
+        ssmcompress.load(folder)
+
+
+def test_gap_deltas_that_are_not_finite(vim, tmp_path):
+    plan = ssmcompress.make_plan(vim, stages=(1,))
+    pruned = ssmcompress.prune(vim, plan)
+    pruned.blocks[2].mixer.gap_delta[0, 0] = torch.nan
+    ssmcompress.save(pruned, tmp_path / "m")
+    with pytest.raises(InputError, match="gap_delta holds values that are not finite"):
+        ssmcompress.load(tmp_path / "m")
+
+
+def test_data_named_by_a_folder_is_found_beside_it(vim, tmp_path):
+    vim.source = replace(ssmcompress.load(ssmcompress.save(vim, tmp_path / "x")).source, data="images")
+    folder = ssmcompress.save(vim, tmp_path / "m")
+    (folder / "images").mkdir()
+    assert ssmcompress.load(folder).source.data == str(folder / "images")

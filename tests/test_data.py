@@ -1,0 +1,174 @@
+"""Images from every place users keep them in, and what is wrong with some."""
+
+import pytest
+import torch
+from conftest import BUNDLED, make_vim, write_image
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+import ssmcompress
+from ssmcompress.data import Batches, draw, find_images, open_images, photographs
+from ssmcompress.errors import InputError
+
+
+def test_class_folders_are_labelled_by_sorted_name(class_folders):
+    images = open_images(class_folders, 10)
+    assert images.labels == tuple(label for label in range(10) for _ in range(2))
+    assert images.describe(3).endswith("class1/1.png")
+
+
+def test_imagenet_folders_are_labelled_by_synset(tmp_path):
+    for synset in ("n01443537", "n01440764", "n15075141"):
+        write_image(tmp_path / synset / "a.JPEG", 0)
+    assert open_images(tmp_path, 1000).labels == (0, 1, 999)
+    write_image(tmp_path / "n99999999" / "a.JPEG", 0)
+    with pytest.raises(InputError, match="n99999999 is not one of ImageNet-1k's synsets"):
+        open_images(tmp_path, 1000)
+
+
+def test_classes_that_are_not_the_heads_are_an_error(class_folders):
+    with pytest.raises(InputError, match="10 class folders.*the model has 7 classes"):
+        open_images(class_folders, 7)
+
+
+def test_a_folder_of_images_has_no_labels(tmp_path):
+    for i, name in enumerate(("b.jpg", "a.png", "c.webp")):
+        write_image(tmp_path / name, i)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = open_images(tmp_path, 10)
+    assert (len(images), images.labels) == (3, None)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "folder", "bytes"])
+def test_tables(tmp_path, form):
+    pictures = [Image.new("L", (16, 16), color) for color in (0, 100, 200)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    table = Dataset.from_dict({"image": pictures, "label": [0, 9, 4]}, features=features)
+    path = tmp_path / "data.parquet"
+    if form == "parquet":
+        table.to_parquet(path)
+    elif form == "arrow":
+        table.save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    elif form == "folder":
+        (tmp_path / "parts").mkdir()
+        table.select([0]).to_parquet(tmp_path / "parts" / "0.parquet")
+        table.select([1, 2]).to_parquet(tmp_path / "parts" / "1.parquet")
+        path = tmp_path / "parts"
+    else:  # no `datasets` metadata: image bytes and whole numbers
+        raw = table.cast_column("image", ImageFeature(decode=False))
+        Dataset.from_dict({"image": [r["bytes"] for r in raw["image"]], "label": [0, 9, 4]}).to_parquet(path)
+    images = open_images(path, 10)
+    assert images.labels == (0, 9, 4)
+    assert [images.read(i).getpixel((3, 3)) for i in range(3)] == [0, 100, 200]
+
+
+def labelled_table(path, labels, kind="int64"):
+    pictures = [Image.new("L", (8, 8))] * len(labels)
+    features = Features({"image": ImageFeature(), "label": Value(kind)})
+    Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(path)
+    return path
+
+
+def test_labels_outside_the_classes_are_an_error_and_hidden_ones_are_none(tmp_path):
+    for labels, kind in (([0, 10], "int64"), ([0, -2], "int64"), ([0, None], "int64"), (["a", "b"], "string")):
+        with pytest.raises(InputError, match=r"row \d: label .*classes 0 to 9"):
+            open_images(labelled_table(tmp_path / "t.parquet", labels, kind), 10)
+    assert open_images(labelled_table(tmp_path / "t.parquet", [-1, -1]), 10).labels is None
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path, vim):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png", i)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
+    batches = Batches(open_images(tmp_path, 10), vim, range(6), batch_size=2)
+    for _ in range(2):
+        assert sum(len(batch.images) for batch in batches) == 3
+        assert sorted(name.rpartition("/")[2] for name in batches.unreadable_names()) == [
+            "cut.png",
+            "empty.png",
+            "text.jpg",
+        ]
+
+
+def test_no_readable_image_at_all(tmp_path, vim):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(InputError, match="none of the 1 images"):
+        list(Batches(open_images(tmp_path, 10), vim, [0]))
+
+
+def test_places_without_images(tmp_path):
+    with pytest.raises(InputError, match="no images in"):
+        open_images(tmp_path, 10)
+    write_image(tmp_path / "val" / "cat" / "a.png", 0)
+    with pytest.raises(InputError, match="did you mean .*val"):
+        open_images(tmp_path, 10)
+    write_image(tmp_path / "val" / "a.png", 0)
+    with pytest.raises(InputError, match="both images and class folders"):
+        open_images(tmp_path / "val", 1)
+    with pytest.raises(InputError, match="expected a folder"):
+        open_images(tmp_path / "nowhere", 10)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InputError, match="not a whole parquet file"):
+        open_images(tmp_path / "data.parquet", 10)
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(InputError, match="columns text: expected one with images"):
+        open_images(tmp_path / "text.parquet", 10)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_kind_of_image_fits_any_model(tmp_path, mode, channels):
+    if mode == "I;16":
+        Image.new(mode, (20, 30), 30000).save(tmp_path / "a.png")
+    else:
+        write_image(tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}", 0, (30, 20), mode)
+    model = make_vim(channels=channels)
+    (batch,) = Batches(open_images(tmp_path, 10), model, [0])
+    assert batch.images.shape == (1, channels, 16, 16)
+    assert batch.images.isfinite().all()
+
+
+def test_preprocessing_defaults():
+    small, large = make_vim(), make_vim(image=(224, 224), patch=56)
+    assert small.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert (small.preprocessing.crop_pct, large.preprocessing.crop_pct) == (1.0, 0.875)
+    gray = make_vim(channels=1)
+    assert (gray.preprocessing.mean, gray.preprocessing.std) == ((0.5,), (0.5,))
+    white = Image.new("L", (40, 40), 255)
+    assert torch.allclose(gray.preprocessing.transform((16, 16))(white), torch.ones(1, 16, 16))
+
+
+def test_preprocessing_values_are_checked(vim):
+    for bad in ({"mean": (1.0, 2.0)}, {"std": (0.0,)}, {"crop_pct": 1.5}, {"interpolation": "cubic"}):
+        with pytest.raises(InputError):
+            vim.preprocessing.changed(**bad)
+    assert vim.preprocessing.changed(mean=(0.5,)).mean == (0.5, 0.5, 0.5)
+
+
+def test_workers_and_batch_sizes_give_the_same_images(class_folders, vim):
+    images = open_images(class_folders, 10)
+    wanted = [(b.index, b.labels.tolist()) for b in Batches(images, vim, range(20), 20)]
+    one = torch.cat([b.images for b in Batches(images, vim, range(20), 20)])
+    other = list(Batches(images, vim, range(20), 3, workers=2))
+    assert torch.equal(torch.cat([b.images for b in other]), one)
+    assert [i for b in other for i in b.index] == wanted[0][0]
+
+
+def test_without_data_the_folders_own_images_else_photographs(vim):
+    bundled = find_images(ssmcompress.load(BUNDLED), None)
+    assert (len(bundled), len(set(bundled.labels))) == (2000, 10)
+    crops = find_images(vim, None)
+    assert (crops.labels, crops.read(5).size) == (None, (16, 16))
+    assert crops.read(7).tobytes() == photographs((16, 16)).read(7).tobytes()
+
+
+def test_draws_are_disjoint_and_depend_on_the_seed():
+    chosen, rest = draw(100, 30, seed=1)
+    assert sorted(chosen + rest) == list(range(100))
+    assert len(chosen) == 30
+    assert draw(100, 30, seed=1) == (chosen, rest)
+    assert draw(100, 30, seed=2) != (chosen, rest)

@@ -1,0 +1,138 @@
+"""What the report's figures mean: accuracy, agreement, FLOPs, latency."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, make_vim
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssmcompress
+from ssmcompress.benchmark import latency
+from ssmcompress.evaluation import measure
+from ssmcompress.flops import by_part, flops, reachable, remaining_share
+from ssmcompress.models.vim import VimConfig, VisionMamba
+from ssmcompress.pruning.schedule import Plan, Stage, default_stages
+
+
+class Fixed(torch.nn.Module):
+    """Gives out the logits that it was fed as images (B, 1, 1, classes)."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.as_tensor(shift))
+
+    def forward(self, images):
+        return images[:, 0, 0] + self.shift
+
+
+def test_accuracy_agreement_and_divergence():
+    logits = torch.eye(6)[[0, 1, 2, 3]] * 5 - torch.arange(6) / 100
+    labels = torch.tensor([0, 1, 5, 3])
+    batches = [(logits[:3, None, None], labels[:3]), (logits[3:, None, None], labels[3:])]
+    shift = torch.tensor([0.0, 0, 0, 9, 0, 0])
+    found = measure({"dense": Fixed(), "model": Fixed(shift)}, batches)
+    assert (found["dense"].top1, found["dense"].images, found["dense"].agreement) == (75.0, 4, None)
+    assert (found["model"].top1, found["model"].agreement) == (25.0, 25.0)
+    p, q = logits.double().softmax(1), (logits + shift).double().softmax(1)
+    assert found["model"].kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), abs=1e-5)
+    assert found["dense"].top5 == 75.0  # the third image's label is its last class
+
+
+def test_unlabelled_and_few_classes():
+    images = F.one_hot(torch.tensor([0, 1]), 3).float()[:, None, None]
+    unlabelled = ssmcompress.evaluate(Fixed(), [images])
+    assert (unlabelled.top1, unlabelled.top5, unlabelled.labelled) == (None, None, False)
+    labelled = ssmcompress.evaluate(Fixed(), [(images, torch.tensor([0, 1]))])
+    assert (labelled.top1, labelled.top5) == (100.0, None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_the_batch_size_changes_nothing(vim, images, batch_size):
+    pruned = ssmcompress.prune(vim, ssmcompress.calibrate(vim, images))
+    labels = torch.arange(5)
+    whole = measure({"dense": vim, "pruned": pruned}, [(images, labels)])
+    parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    for name, found in measure({"dense": vim, "pruned": pruned}, parts).items():
+        assert (found.top1, found.agreement) == (whole[name].top1, whole[name].agreement)
+        assert found.kl == pytest.approx(whole[name].kl, abs=2e-6)
+
+
+def test_bfloat16_is_autocast(vim, images):
+    wide, narrow = (
+        ssmcompress.evaluate(vim, images[None], dense=vim, dtype=d) for d in (torch.float32, torch.bfloat16)
+    )
+    assert wide.agreement == narrow.agreement == 100
+
+
+def shape_only(d_model):
+    """A published Vim without memory for its weights."""
+    with torch.device("meta"):
+        config = VimConfig(d_model, 24, 2 * d_model, 16, -(-d_model // 16), 4, 3, 1000, (16, 16), 16, (224, 224))
+        return VisionMamba(config)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "params", "full", "paper"),
+    [(192, 7_148_008, 1.823, 1.449), (384, 25_796_584, 5.912, 5.077), (768, 97_598_440, 20.887, 18.868)],
+)
+def test_published_sizes(d_model, params, full, paper):
+    model = shape_only(d_model)
+    assert sum(p.numel() for p in model.parameters()) == params
+    found = flops(model)
+    assert found["full"] == pytest.approx(full, rel=1e-3)
+    assert found["paper"] == pytest.approx(paper, rel=1e-3)
+    assert sum(by_part(model).values()) == pytest.approx(found["full"])
+
+
+def test_tiny_has_415_tensors():
+    assert len(shape_only(192).state_dict()) == 415
+
+
+@pytest.mark.parametrize(("d_model", "stages", "paper"), [(384, (5, 10, 15), 3.57), (192, (10,), 1.28)])
+def test_published_pruned_sizes(d_model, stages, paper):
+    model = shape_only(d_model)
+    model.plan = Plan(tuple(Stage(after, 0.2) for after in stages))
+    assert flops(model)["paper"] == pytest.approx(paper, rel=1e-2)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_matrix_products_agree_with_torchs_own_counter(ratio):
+    """Torch counts no scan, no element-wise convolution and both directions; a multiply-add is two."""
+    model = make_vim(image=(32, 32), d_model=32)
+    if ratio:
+        model = ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=ratio))
+    parts = by_part(model)
+    expected = sum(parts[name] for name in ("embedding", "in_proj", "x_proj", "dt_proj", "out_proj", "head"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    # The scan's read-out C h is a matrix product here and is in the formula's 9 per state.
+    c = model.config
+    readout = 2 * sum(model.token_counts()[:-1]) * c.d_inner * c.d_state
+    assert counter.get_total_flops() / 2 - readout == pytest.approx(expected * 1e9)
+
+
+def test_the_reachable_range_is_that_of_two_tokens():
+    model = make_vim(image=(32, 32))
+    least = reachable(model, default_stages(4))
+    assert least == remaining_share(model, [Stage(after, 0.999999) for after in default_stages(4)])
+    pruned = ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=0.999))
+    assert flops(pruned)["full"] / flops(model)["full"] == pytest.approx(least)
+
+
+def test_latency_is_measured_for_each(vim, images):
+    times = latency({"a": vim, "b": vim}, images[:1], repeats=2)
+    assert set(times) == {"a", "b"}
+    assert all(t > 0 for t in times.values())
+
+
+def test_the_trained_model_of_the_golden_files_is_about_84_percent_right():
+    """The first 500 of the images that come with the package; all 2,000 are in test_cli.py."""
+    from conftest import BUNDLED
+
+    from ssmcompress.data import Batches, open_images
+
+    model = ssmcompress.load(GOLDEN / "vim_fashion_mnist.pth")
+    model.preprocessing = model.preprocessing.changed(mean=(0.2860,), std=(0.3530,), crop_pct=1.0)
+    images = open_images(BUNDLED / "images.parquet", 10)
+    found = ssmcompress.evaluate(model, Batches(images, model, range(500)))
+    assert 82 <= found.top1 <= 88
