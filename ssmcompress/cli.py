@@ -19,6 +19,8 @@ from .errors import InputError, SsmCompressError
 
 # Heavy imports (torch takes two seconds) stay inside the commands, so that --help answers at once.
 
+INTERRUPTED = 130
+
 _arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
 
 
@@ -30,12 +32,14 @@ class Commands(typer.core.TyperGroup):
         _arguments.set(tuple(arguments))
         try:
             code = super().main(arguments, prog_name or "ssmcompress", standalone_mode=False, **extra)
+            if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
+                _complain("interrupted", code)
         except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it
             code = _complain(f"{error.format_message()} (see ssmcompress --help)", 2)
         except SsmCompressError as error:
             code = _complain(str(error), error.exit_code)
         except (KeyboardInterrupt, typer.Abort):
-            code = _complain("interrupted", 130)
+            code = _complain("interrupted", INTERRUPTED)
         except BrokenPipeError:  # `ssmcompress report | head`
             sys.stderr.close()
             code = 1

@@ -69,7 +69,7 @@ def open_images(name: str | Path, num_classes: int) -> Images:
             return _from_hub(repo, split, num_classes)
         raise InputError(f"no data at {name}: expected a folder, a parquet or arrow file, or a hub name with :split")
     try:
-        if path.is_file():
+        if not path.is_dir():
             return _from_table(_read_tables([path]), str(name), num_classes)
         tables = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow") and p.is_file())
         if tables:
