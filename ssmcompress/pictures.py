@@ -13,7 +13,7 @@ from .models.base import TokenModel
 SIDE = 168  # pixels an image takes in the picture
 GAP = 6
 PAPER = (255, 255, 255)
-PRUNED = (214, 92, 43)  # a colour that photographs, and images in grey, have little of
+PRUNED = (196, 30, 140)  # a colour that photographs, and images in grey, have little of
 
 
 @torch.no_grad()
