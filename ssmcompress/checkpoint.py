@@ -75,6 +75,7 @@ def load(
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     if isinstance(path, nn.Module):
+        path = getattr(path, "module", path)  # as wrapped for data parallelism
         proj = getattr(getattr(path, "patch_embed", None), "proj", None)
         stride = stride or (proj.stride[0] if isinstance(proj, nn.Conv2d) else None)
         model = build(_clean(path.state_dict()), image_size, stride)
@@ -95,6 +96,8 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
         if file.suffix == ".safetensors":
+            if weights != "model":
+                raise InputError(f"a safetensors file has no {weights!r} entry")
             state, config = _read_safetensors(file)
             if path.is_dir():
                 config = _read_config(path / CONFIG_FILE)
@@ -199,9 +202,9 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         stride = stride or int(architecture["stride"])
         if len(trained) != 2 or min(*trained, stride) < 1:
             raise ValueError(f"image_size {trained}, stride {stride}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
-    model = build(weights, image_size or trained, stride)
+    model = build(weights, image_size or trained, stride, trained_size=trained)
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
     pruning = config.get("pruning")
     if pruning is not None:

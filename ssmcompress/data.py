@@ -1,23 +1,19 @@
 """Images from wherever users keep them: folders, parquet / arrow files, `datasets` names, or sample photographs.
 
-`open_images` finds out what a name means and gives back an `Images`: a list of pictures with or without
-labels. `Batches` turns (a part of) it into the batches a model takes.
+`open_images` finds out what a name means and gives back an `Images`: a list of pictures with or without labels.
+`ssmcompress.batches` prepares them for a model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from .errors import InputError
 
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
-PHOTOGRAPHS = "sample-photographs"
 PHOTOGRAPH_CROPS = 64
 
 
@@ -40,6 +35,7 @@ class Images:
         read: index -> PIL image; raises OSError for one that cannot be read.
         describe: index -> how to name that picture to a person.
         labels: a class index for each, or None.
+        stand_in: whether they were taken for lack of the user's own.
     """
 
     name: str
@@ -47,6 +43,7 @@ class Images:
     read: Callable[[int], Image.Image]
     describe: Callable[[int], str]
     labels: tuple[int, ...] | None = None
+    stand_in: bool = False
 
     def __len__(self) -> int:
         return self.size
@@ -100,7 +97,11 @@ def _from_folder(path: Path, num_classes: int) -> Images:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if _is_image(p))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _from_files(path: Path, files: Sequence[Path], labels: tuple[int, ...] | None) -> Images:
@@ -119,7 +120,7 @@ def _class_index(names: list[str], num_classes: int, where: str) -> dict[str, in
         return {name: synsets[name] for name in names}
     if len(names) != num_classes:
         raise InputError(
-            f"{where} has {len(names)} class folders ({', '.join(names[:3])}, ...), the model has {num_classes} "
+            f"{where} has {len(names)} classes ({', '.join(names[:3])}, ...), the model has {num_classes} "
             f"classes; its images cannot be scored"
         )
     return {name: i for i, name in enumerate(sorted(names))}
@@ -171,6 +172,10 @@ def _from_table(table: Any, name: str, num_classes: int) -> Images:
         table = table.cast_column(column, ImageFeature(decode=False))
     found = [k for k in LABEL_COLUMNS if k in table.column_names]
     labels = _checked_labels(table[found[0]], name, num_classes) if found else None
+    names = getattr(table.features[found[0]], "names", None) if labels is not None else None
+    if names is not None and len(names) != num_classes:
+        index = _class_index(names, num_classes, name)
+        labels = tuple(index[names[label]] for label in labels)
     root = Path(name) if Path(name).is_dir() else Path(name).parent
     return Images(name, len(table), lambda i: _decode(table[i][column], root), lambda i: f"{name}, row {i}", labels)
 
@@ -193,12 +198,29 @@ def _decode(source: Any, root: Path | None = None) -> Image.Image:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         elif not isinstance(source, Path):
-            return Image.fromarray(np.asarray(source, dtype=np.uint8))
+            return Image.fromarray(_bytes(np.asarray(source)))
         with Image.open(source) as image:
             image.load()
-            return image
+            return _eight_bits(image)
     except Exception as error:  # PIL's decoders raise whatever a damaged file makes them
         raise OSError(f"unreadable image: {error}") from error
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as 0..255; an OSError-to-be for anything whose scale would be a guess."""
+    if not np.issubdtype(pixels.dtype, np.integer) or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"pixels are {pixels.dtype}, expected whole numbers from 0 to 255")
+    return pixels.astype(np.uint8)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey values scaled down; PIL's own conversion cuts everything above 255 to white."""
+    if image.mode == "F":
+        raise ValueError("an image of floating-point values has no known scale")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        return Image.fromarray(_bytes(pixels // 257 if image.mode != "I" or pixels.max() > 255 else pixels))
+    return image
 
 
 # --------------------------------------------------------------------------------- what needs no file at all
@@ -222,92 +244,15 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
         size = (image_size[1], image_size[0])
         return originals[i % 2].resize(size, Image.Resampling.BICUBIC, box=boxes[i])
 
-    return Images(PHOTOGRAPHS, count, read, lambda i: f"crop {i} of the sample photographs")
+    return Images("sample photographs", count, read, lambda i: f"crop {i} of the sample photographs", stand_in=True)
 
 
 def find_images(model: TokenModel, data: str | Path | None) -> Images:
     """The images to use with a model: `data`, else those that its folder names, else sample photographs."""
     if data is None and model.source is not None:
         data = model.source.data
-        if data is not None and not Path(data).exists() and ":" not in data:
+        if data is not None and not (Path(data).is_absolute() and Path(data).exists()) and ":" not in data:
             data = None
-    if data is None or str(data) == PHOTOGRAPHS:
+    if data is None:
         return photographs(model.config.image_size)
     return open_images(data, model.config.num_classes)
-
-
-# -------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images (batch, channels, height, width); labels (batch,) or None; where each stood in its source."""
-
-    images: Tensor
-    labels: Tensor | None
-    index: list[int]
-
-
-@dataclass(eq=False)
-class Batches:
-    """The images at `index` of `source`, prepared for `model`; can be iterated again and again.
-
-    Unreadable ones are left out. An iteration fills `unreadable` with their indices and `digests` with the
-    hashes of the others, by which the same image is known in another place.
-    """
-
-    source: Images
-    model: TokenModel
-    index: Sequence[int]
-    batch_size: int = 64
-    workers: int = 0
-    unreadable: set[int] = field(default_factory=set)
-    digests: set[bytes] = field(default_factory=set)
-
-    def __post_init__(self):
-        self.transform = self.model.preprocessing.transform(self.model.config.image_size)
-
-    def unreadable_names(self) -> list[str]:
-        """What could not be read, as a person would name it."""
-        return [self.source.describe(i) for i in sorted(self.unreadable)]
-
-    def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
-        i = self.index[row]
-        try:
-            return i, self.transform(self.source.read(i))
-        except OSError:
-            return i, None
-
-    def __iter__(self) -> Iterator[Batch]:
-        rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
-        # Readers are closures, which only forked workers can take over.
-        fork = "fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=rows,
-            num_workers=self.workers if fork else 0,
-            collate_fn=list,
-            multiprocessing_context=fork,
-        )
-        empty = True
-        for items in loader:
-            self.unreadable.update(i for i, image in items if image is None)
-            items = [(i, image) for i, image in items if image is not None]
-            if not items:
-                continue
-            empty = False
-            index = [i for i, _ in items]
-            labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in index])
-            self.digests.update(hashlib.sha1(image.numpy().tobytes()).digest() for _, image in items)
-            yield Batch(torch.stack([image for _, image in items]), labels, index)
-        if empty and self.index:
-            raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
-
-
-def draw(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(`count` of `size` indices drawn by seed, the others), both in order."""
-    order = np.random.default_rng(seed).permutation(size).tolist()
-    return sorted(order[:count]), sorted(order[count:])

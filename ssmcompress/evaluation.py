@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import InputError
+from .batches import AnyBatches
+from .errors import InputError, SsmCompressError
 from .progress import track
 
 
@@ -41,7 +42,7 @@ def evaluate(
 
     Args:
         model: images (B, C, H, W) -> logits (B, classes).
-        data: batches: `ssmcompress.data.Batches`, (images, labels) pairs, or image tensors.
+        data: batches: `ssmcompress.batches.Batches`, (images, labels) pairs, or image tensors; or one tensor.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16 for autocast.
     """
@@ -53,9 +54,8 @@ def evaluate(
 def measure(models: Mapping[str, nn.Module], data: Any, *, dtype: torch.dtype = torch.float32) -> dict[str, Evaluation]:
     """Measure several models on the same images in one pass; a model named "dense" is what others agree with."""
     tallies = {name: _Tally() for name in models}
-    total = len(data) if hasattr(data, "__len__") else None
-    for batch in track(data, "measuring", total):
-        images, labels = _parts(batch)
+    batches = AnyBatches(data)
+    for images, labels in track(batches, "measuring", len(batches)):
         logits = {}
         for name, model in models.items():
             device = next(model.parameters()).device
@@ -71,15 +71,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch, None
-    if hasattr(batch, "images"):
-        return batch.images, batch.labels
-    images, labels = batch[0], batch[1]
-    return images, labels
-
-
 class _Tally:
     """Counts over batches; sums in float64, so that the batch size changes nothing that is printed."""
 
@@ -90,6 +81,8 @@ class _Tally:
         self.kl = 0.0
 
     def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
+        if not logits.isfinite().all():
+            raise SsmCompressError("the model's logits are not finite on these images")
         self.images += len(logits)
         self.classes = logits.shape[1]
         if labels is not None:

@@ -182,7 +182,7 @@ def verify_onnx(
             verdict = _compare_kept(decisions, kept, row) if outputs else "same"
             if verdict == "same":
                 difference = float(np.abs(found[row] - expected[row]).max())
-                worst = difference if not difference <= worst else worst  # keeps a NaN
+                worst = float(np.maximum(worst, difference))  # a NaN stays
             else:
                 (ties if verdict == "tie" else mismatches).append(images.describe(index))
     result = Verification(count, images.name, worst, 100 * same / count, ties, mismatches, atol)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .models.base import TokenModel
-from .pruning.schedule import Stage, token_counts
+from .pruning.schedule import LEAST_KEPT, Stage, token_counts
 
 CONVENTIONS = ("full", "paper")
 
@@ -41,4 +41,4 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
 def reachable(model: TokenModel, stages: Sequence[int]) -> float:
     """The smallest share of the dense FLOPs that pruning after layers `stages` can leave (two tokens kept)."""
-    return remaining_share(model, [Stage(after, 0.999999) for after in stages])
+    return remaining_share(model, [Stage(after, LEAST_KEPT) for after in stages])

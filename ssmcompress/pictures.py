@@ -29,7 +29,7 @@ def kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
     height, width = images.shape[2:]
     size = (SIDE, round(SIDE * height / width))
     sheet = Image.new("RGB", ((size[0] + GAP) * (1 + len(kept)) - GAP, (size[1] + GAP) * len(images) - GAP), PAPER)
-    for row, image in enumerate(images):
+    for row, image in enumerate(images.cpu()):
         photo = _photo(model, image).resize(size, Image.Resampling.NEAREST)
         for column in range(1 + len(kept)):
             shown = photo

@@ -58,7 +58,7 @@ class Preprocessing:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
         if not len(mean) == len(std) == channels:
             raise InputError(f"mean {mean} and std {std}: expected one value, or {channels}, one a channel")
-        if not all(s > 0 for s in std) or not all(abs(m) < float("inf") for m in mean):
+        if not all(0 < s < float("inf") for s in std) or not all(abs(m) < float("inf") for m in mean):
             raise InputError(f"mean {mean} and std {std}: expected finite means and positive deviations")
         if not 0 < crop_pct <= 1:
             raise InputError(f"crop-pct {crop_pct:g}: expected above 0 and at most 1")

@@ -18,6 +18,7 @@ def build(
     state: StateDict,
     image_size: tuple[int, int] | None = None,
     stride: int | None = None,
+    trained_size: tuple[int, int] | None = None,
 ) -> TokenModel:
     """The dense model, in float32, that a state dict belongs to.
 
@@ -25,6 +26,7 @@ def build(
         state: published parameter names -> tensors.
         image_size: (height, width) it will be run at; None: what it was trained at.
         stride: step between patches in pixels; None: the patch size.
+        trained_size: (height, width) that its position embedding is for, where that is known.
 
     Raises:
         InputError: an unknown architecture, parameters missing, left over, contradicting each other or not
@@ -32,11 +34,13 @@ def build(
     """
     for model_class in MODELS:
         if model_class.recognises(state):
-            config, fitted = model_class.infer_config(state, image_size, stride)
+            config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
             with torch.device("meta"):
                 model = model_class(config)
             _check(model, fitted)
-            model.load_state_dict({k: v.float() for k, v in fitted.items()}, assign=True)
+            # Cloned: the caller's own tensors, of a live module, must not change with the model.
+            dtypes = {k: v.dtype for k, v in model.state_dict().items()}
+            model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
             return model.requires_grad_(True).eval()
     found = ", ".join(sorted(state)[:4]) or "none"
     known = "; ".join(f"{m.architecture} has {', '.join(m.telling_keys)}" for m in MODELS)
@@ -57,7 +61,7 @@ def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
                 f"contradicting shapes: {key} is {tuple(value.shape)}, the other parameters "
                 f"say {tuple(expected[key].shape)}"
             )
-        if not value.is_floating_point():
-            raise InputError(f"{key} holds {value.dtype}: expected floating-point weights")
+        if value.is_floating_point() != expected[key].is_floating_point():
+            raise InputError(f"{key} holds {value.dtype}: expected {expected[key].dtype}")
         if not value.isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the checkpoint is damaged")

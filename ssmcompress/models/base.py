@@ -76,7 +76,11 @@ class TokenModel(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def infer_config(
-        cls, state: StateDict, image_size: tuple[int, int] | None, stride: int | None
+        cls,
+        state: StateDict,
+        image_size: tuple[int, int] | None,
+        stride: int | None,
+        trained_size: tuple[int, int] | None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """(config, state dict fitted to its image size), from names and shapes alone; InputError if it fails."""
 

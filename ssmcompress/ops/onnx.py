@@ -1,6 +1,6 @@
 """Backend of the exporter: each op becomes one node that calls a function defined in the ONNX file itself.
 
-Nothing here computes: outside of `torch.onnx.export` a result is empty memory. An op's node is named for its
+Nothing here computes. An op's node is named for its
 kind and the parts it has ("SelectiveScan_D_z_bias_softplus_reverse"), takes just their tensors, and
 `function_text` writes the function of any such name in standard ONNX operators. So the graph shows one node
 where the model has one op, and a runtime that knows only the standard can run it.
@@ -48,6 +48,8 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
 
 
 def _call(kind: str, parts: list[str], tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    if not torch.onnx.is_in_onnx_export():
+        raise RuntimeError("backend 'onnx' writes graphs and computes nothing; it is for torch.onnx.export alone")
     name = "_".join([kind, *parts])
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", tensors, dtype=like.dtype, shape=like.shape, version=1)
 
@@ -120,14 +122,14 @@ def _conv(parts: list[str]) -> tuple[list[str], list[str]]:
         else:
             lines += [f"distance{back} = Identity (back{back})"]
         if "reverse" in parts:
-            taken, padding = f"back{back}, end", [0, 0, 0, 0, back, 0]
+            taken, sizes = f"back{back}, end", f"0, 0, 0, 0, {back}, 0"
         else:
-            taken, padding = f"zero, minus{back}", [0, back, 0, 0, 0, 0]
+            taken, sizes = f"zero, minus{back}", f"0, {back}, 0, 0, 0, 0"
         lines += [
             f"tap{back} = Gather (taps, distance{back})",
             f"source{back} = Slice (x, {taken}, axis)",
             f"product{back} = Mul (tap{back}, source{back})",
-            f"padding{back} = Constant <value_ints = {padding}> ()",
+            f"padding{back} = Constant <value = int64[6] {{{sizes}}}> ()",  # value_ints fails in onnx < 1.21
             f"term{back} = Pad (product{back}, padding{back})",
             f"sum{back} = Add (sum{back - 1}, term{back})",
         ]

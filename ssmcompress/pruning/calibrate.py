@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..batches import AnyBatches
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -50,7 +51,7 @@ def calibrate(
     images: Any,
     plan: Plan | None = None,
     *,
-    gap: str = "calibrated",
+    gap: str | None = None,
     name: str = "images",
     **options,
 ) -> Plan:
@@ -63,9 +64,10 @@ def calibrate(
     Args:
         model: dense.
         images: a tensor (count, C, H, W) of prepared images, or something that can be iterated again and again
-            over such batches (tensors, (images, labels) pairs, or `ssmcompress.data.Batches`).
+            over such batches (tensors, (images, labels) pairs, or `ssmcompress.batches.Batches`).
         plan: what to prune; None: `make_plan(model, **options)`.
-        gap: what stands in for the delta of pruned positions, "calibrated" or "bias".
+        gap: what stands in for the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else
+            calibrated.
         name: what the images are called in reports.
 
     Returns:
@@ -73,8 +75,10 @@ def calibrate(
         mean score.
     """
     plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
-    batches = as_batches(images)
-    deltas = mean_deltas(model, batches) if gap == "calibrated" and plan.alignment.scan else bias_deltas(model)
+    batches = AnyBatches(images)
+    # Without scan alignment nothing reads the deltas: no pass over the images for their sake.
+    gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
+    deltas = mean_deltas(model, batches) if gap == "calibrated" else bias_deltas(model)
     plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas))
     return replace(plan, calibration=_with_stage_statistics(model, plan, batches))
 
@@ -84,11 +88,11 @@ def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
     return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
 
 
-def mean_deltas(model: TokenModel, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
     """Per layer (scan paths, d_inner): the mean of delta over the images and tokens of the dense model."""
     totals: list[Tensor | int] = [0] * len(model.blocks)
     tokens_seen = 0
-    for batch in track(batches, "calibrating", len(batches)):
+    for batch, _ in track(batches, "calibrating", len(batches)):
         tokens_seen += len(batch) * model.length
         for layer, delta in enumerate(_dense_deltas(model, batch)):
             totals[layer] = totals[layer] + delta
@@ -100,29 +104,31 @@ def mean_deltas(model: TokenModel, batches: Sequence[Tensor]) -> tuple[Tensor, .
 @torch.no_grad()
 def _dense_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
     """Per layer (scan paths, d_inner), delta summed over images and tokens, in float64."""
-    tokens = model.embed(images.to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    tokens = model.embed(images.to(device))
     sums = []
     for block in model.blocks:
-        sums.append(block.deltas(tokens).sum((1, 2), dtype=torch.float64))
+        sums.append(block.deltas(tokens).sum((1, 2), dtype=exact))
         tokens = block(tokens)
     return sums
 
 
 @torch.no_grad()
-def _with_stage_statistics(model: TokenModel, plan: Plan, batches: Sequence[Any]) -> Calibration:
+def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches) -> Calibration:
     """Which positions each stage keeps and how they scored, from the pruned model on the same images."""
     pruned = prune(model, plan)
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
     seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
     images = 0
-    for batch in track(batches, "scoring tokens", len(batches)):
+    for batch, _ in track(batches, "scoring tokens", len(batches)):
         images += len(batch)
         _, decisions = pruned.trace(batch.to(next(model.parameters()).device))
         for stage, (candidates, values, survivors) in enumerate(decisions):
-            candidates, values = candidates.flatten(), values.double().flatten()
-            seen[stage] += candidates.bincount(minlength=model.length).cpu()
-            scores[stage] += candidates.bincount(values, minlength=model.length).cpu()
-            kept[stage] += survivors.flatten().bincount(minlength=model.length).cpu()
+            candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
+            seen[stage] += candidates.bincount(minlength=model.length)
+            scores[stage] += candidates.bincount(values, minlength=model.length)
+            kept[stage] += survivors.flatten().cpu().bincount(minlength=model.length)
     if not images:
         raise InputError("no images to calibrate on")
     return replace(
@@ -131,25 +137,3 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: Sequence[Any]
         kept=tuple((kept / images).float()),
         scores=tuple((scores / seen.clamp(min=1)).float()),
     )
-
-
-def as_batches(images: Any) -> Sequence[Tensor]:
-    """Anything that holds batches of prepared images, as a sized iterable of tensors (batch, C, H, W)."""
-    if isinstance(images, Tensor):
-        return images.split(64)
-    return _ImagesOnly(images if hasattr(images, "__len__") else list(images))
-
-
-class _ImagesOnly:
-    def __init__(self, batches: Iterable[Any]):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            if isinstance(batch, Tensor):
-                yield batch
-            else:
-                yield batch.images if hasattr(batch, "images") else batch[0]

@@ -12,26 +12,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-IMPORTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+IMPORTANCES: dict[str, Callable[[Tensor, Callable[[], Tensor]], Tensor]] = {
     "clip": lambda y, delta: y.relu().mean(-1),
     "l1": lambda y, delta: y.abs().mean(-1),
     "l2": lambda y, delta: y.square().mean(-1).sqrt(),
     "mean": lambda y, delta: y.mean(-1),
-    "delta": lambda y, delta: delta.mean(-1),
+    "delta": lambda y, delta: delta().float().mean(-1),
     # Blind to the features: the pruner ranks positions by its own seeded draw.
     "random": lambda y, delta: torch.zeros_like(y[..., 0]),
 }
 
 
-def importance(metric: str, y: Tensor, delta: Tensor) -> Tensor:
+def importance(metric: str, y: Tensor, delta: Callable[[], Tensor]) -> Tensor:
     """Score of each token, (batch, tokens).
 
     Args:
         metric: a name in `IMPORTANCES`.
         y: (batch, tokens, channels) block output before the output projection, in token order.
-        delta: (batch, tokens, channels) step sizes after softplus, mean over scan paths.
+        delta: gives (batch, tokens, channels) step sizes after softplus, mean over scan paths; asked for only
+            by the metric that needs them.
     """
-    return IMPORTANCES[metric](y.float(), delta.float())
+    return IMPORTANCES[metric](y.float(), delta)
 
 
 def random_scores(length: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +65,10 @@ def prune(model: TokenModel, plan: Plan) -> TokenModel:
 def install(model: TokenModel, plan: Plan) -> TokenModel:
     """Put the pruners and gap deltas of `plan` into `model` itself, and return it."""
     plan.validate(len(model.blocks))
+    if plan.gap is None:
+        plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")
+    if plan.gap == "calibrated" and plan.calibration is None:
+        raise InputError("gap 'calibrated' needs calibration images: use calibrate(), or gap 'bias'")
     for index, stage in enumerate(plan.stages):
         seed = plan.seed * 1000 + index  # a draw of its own for each stage
         model.pruners[str(stage.after)] = TokenPruner(stage.ratio, stage.importance, model.length, seed)
@@ -82,7 +87,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
                     f"calibrated gap deltas of layer {index + 1}: expected {tuple(delta.shape)}, "
                     f"found {tuple(calibrated.shape)}; the plan was made for another model"
                 )
-            delta = calibrated.to(delta)
+            delta = calibrated.to(delta, copy=True)
         block.set_gap_delta(delta)
     model.plan = plan
     model.alignment = plan.alignment

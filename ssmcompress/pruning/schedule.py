@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, InputError
+from ..errors import InputError
 from .alignment import GAP_SOURCES, Alignment
 from .importance import IMPORTANCES
 
 # ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
+
+
+# A ratio that leaves two tokens of any length up to a million.
+LEAST_KEPT = 0.999999
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
@@ -71,14 +77,15 @@ class Plan:
     Attributes:
         stages: in order of depth.
         alignment: which ops make up for pruned positions.
-        gap: where the delta of a pruned position comes from, "calibrated" or "bias" (softplus(dt_bias)).
+        gap: where the delta of a pruned position comes from, "calibrated" or "bias" (softplus(dt_bias)); None
+            while that is left to calibration: calibrated where there are images, else bias.
         seed: of the `random` metric.
         calibration: needed by gap "calibrated".
     """
 
     stages: tuple[Stage, ...]
     alignment: Alignment = Alignment()
-    gap: str = "bias"
+    gap: str | None = None
     seed: int = 0
     calibration: Calibration | None = field(default=None, compare=False)
 
@@ -100,10 +107,10 @@ class Plan:
         afters = [stage.after for stage in self.stages]
         if afters != sorted(set(afters)):
             raise InputError(f"stages {afters}: expected layers in rising order, each once")
-        if self.gap not in GAP_SOURCES:
+        if not self.stages:
+            raise InputError("a plan without stages prunes nothing")
+        if self.gap is not None and self.gap not in GAP_SOURCES:
             raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
-        if self.gap == "calibrated" and self.calibration is None:
-            raise InputError("gap 'calibrated' needs calibration images; use calibrate() or gap 'bias'")
         return self
 
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
@@ -123,6 +130,19 @@ class Plan:
         return value
 
     @classmethod
+    def read(cls, file: str | Path) -> Plan:
+        """A plan from its own JSON, from a dry run's, or from the pruning block of a config.json."""
+        try:
+            value = json.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file}: not JSON ({error})") from error
+        if isinstance(value, dict):
+            value = value.get("plan") or value.get("pruning") or value
+        return cls.from_dict(value)
+
+    @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` wrote; an InputError for anything else."""
         try:
@@ -136,11 +156,11 @@ class Plan:
                     for s in value["stages"]
                 ),
                 alignment=Alignment(**{k: bool(v) for k, v in value.get("alignment", {}).items()}),
-                gap=str(value.get("gap", "bias")),
+                gap=value.get("gap"),
                 seed=_whole(value.get("seed", 0)),
                 calibration=calibration,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"not a pruning plan: {type(error).__name__} {error}") from error
 
 
@@ -167,19 +187,11 @@ def ratio_for_budget(budget: float, share: Callable[[float], float]) -> float:
     """The smallest ratio, in thousandths, whose share of the dense FLOPs is at most `budget`.
 
     Args:
-        budget: wanted share of the dense model's FLOPs, 0 to 1.
+        budget: wanted share of the dense model's FLOPs, within what `share` reaches.
         share: ratio -> the share that remains; falls as the ratio rises.
-
-    Raises:
-        BudgetError: no ratio reaches the budget.
     """
-    least = share(0.999)
-    if not least <= budget < 1:
-        raise BudgetError(
-            f"a FLOPs budget of {budget:.1%} is out of reach: these stages reach {least:.1%} to below 100%"
-        )
-    low, high = 0, 999  # share(low) > budget >= share(high)
+    low, high = 0, 1000  # share(low) > budget >= share(high), the latter never asked for
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle / 1000) <= budget else (middle, high)
-    return high / 1000
+    return min(high / 1000, LEAST_KEPT)
