@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .errors import InputError
 from .files import new_folder, sha256
-from .models import MODELS, TokenModel, build
+from .models import MODELS, MadeBy, TokenModel, build
 from .preprocess import Preprocessing
 from .pruning.pruner import install
 from .pruning.schedule import Plan
@@ -209,6 +209,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     pruning = config.get("pruning")
     if pruning is not None:
         plan = Plan.from_dict(pruning)
+        plan = replace(plan, gap=plan.gap or "bias", calibration=None)
+        model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
         _fill_gaps(model, gaps)
         model.plan = plan
@@ -227,21 +229,30 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
     """The dense model that a pruned one was made from, or the one given instead.
 
     Raises:
-        InputError: it is gone or has changed since, or `override` has other classes or image channels.
+        InputError: it is gone or has changed since; or `override` is pruned, or has other classes or channels.
     """
-    source = model.source
-    path = Path(override or (source.path if source else ""))
+    source = model.source or Source("", "")
     if override is None:
+        if not source.path:
+            raise InputError("the dense model was never a file")
+        path = Path(source.path)
         file = path / WEIGHTS_FILE if path.is_dir() else path
-        if source is None or not file.is_file():
+        if not file.is_file():
             raise InputError(f"the dense model {path} is gone")
         if sha256(file) != source.sha256:
             raise InputError(f"the dense model {path} has changed since")
-    weights = source.weights if source else "model"
-    dense = load(path, image_size=model.config.image_size, stride=model.config.stride, weights=weights)
+    size, stride = model.config.image_size, model.config.stride
+    dense = load(
+        override or source.path, image_size=size, stride=stride, weights="model" if override else source.weights
+    )
+    if dense.plan is not None:
+        raise InputError(f"{override or source.path} is pruned itself; expected a dense model")
     ours, theirs = model.config, dense.config
     if (ours.num_classes, ours.in_chans) != (theirs.num_classes, theirs.in_chans):
-        raise InputError(f"{path} has {theirs.num_classes} classes, the compressed model {ours.num_classes}")
+        raise InputError(
+            f"{override} has {theirs.num_classes} classes and {theirs.in_chans} channels, the compressed model "
+            f"{ours.num_classes} and {ours.in_chans}"
+        )
     dense.preprocessing = model.preprocessing
     return dense.to(next(model.parameters()).device)
 
@@ -257,7 +268,7 @@ def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:
         buffer.copy_(gaps[key])
 
 
-def describe(model: TokenModel, command: str | None = None) -> dict[str, Any]:
+def describe(model: TokenModel) -> dict[str, Any]:
     """The configuration that makes a folder reload by itself: a JSON value, what config.json holds."""
     pruning = None
     if model.plan is not None:
@@ -266,8 +277,8 @@ def describe(model: TokenModel, command: str | None = None) -> dict[str, Any]:
             **model.plan.to_dict(tensors=False),
             "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},
-            "command": command,
-            "versions": versions(),
+            "command": model.made_by.command,
+            "versions": model.made_by.versions or versions(),
         }
     return {
         "format_version": FORMAT_VERSION,
@@ -285,20 +296,31 @@ def versions() -> dict[str, str]:
     return {"ssmcompress": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def serialise(model: TokenModel, command: str | None = None) -> bytes:
-    """A self-describing .safetensors file: weights and gap deltas, the configuration in its metadata."""
+def serialise(model: TokenModel, report: str | None = None) -> bytes:
+    """A self-describing .safetensors file: weights and gap deltas, in its metadata the configuration and a report."""
     from safetensors.torch import save as to_bytes
 
     # Not save_file: its error on a full disk is no OSError.
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    return to_bytes(state, metadata={"format": "pt", "ssmcompress": json.dumps(describe(model, command))})
+    metadata = {"format": "pt", "ssmcompress": json.dumps(describe(model))}
+    return to_bytes(state, metadata=metadata | ({"ssmcompress_report": report} if report else {}))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts in a .safetensors file's header: what `serialise` put there, and more; InputError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
 
 
 def save(
     model: TokenModel,
     folder: str | Path,
     *,
-    command: str | None = None,
     extra: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
@@ -307,7 +329,6 @@ def save(
     Args:
         model: from `load` or `prune`.
         folder: where; it must not exist unless `force`.
-        command: recorded as how it was made.
         extra: further files, name -> content (the report and the model card, for the command line).
 
     Raises:
@@ -315,8 +336,8 @@ def save(
     """
     folder = Path(folder)
     with new_folder(folder, force) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(serialise(model, command))
-        config = json.dumps(describe(model, command), indent=2)
+        (temporary / WEIGHTS_FILE).write_bytes(serialise(model))
+        config = json.dumps(describe(model), indent=2)
         (temporary / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         for name, content in (extra or {}).items():
             (temporary / name).write_bytes(content)

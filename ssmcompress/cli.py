@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ class Commands(typer.core.TyperGroup):
     """Errors as one plain line and an exit code, for usage errors as for our own."""
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
-        arguments = list(sys.argv[1:] if args is None else args)
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         _arguments.set(tuple(arguments))
         try:
             code = super().main(arguments, prog_name or "ssmcompress", standalone_mode=False, **extra)
@@ -67,7 +68,6 @@ def _looks_like_memory(error: Exception) -> bool:
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Make vision state-space models cheaper to run: prune tokens with alignment, measure, export.",
@@ -132,8 +132,8 @@ def _share(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
         raise InputError(f"--flops {text}: expected the share to keep, as 60% or 0.6") from error
-    if not 0 < value < 1:
-        raise InputError(f"--flops {text}: expected a share between 0% and 100%")
+    if not math.isfinite(value):
+        raise InputError(f"--flops {text}: expected the share to keep, as 60% or 0.6")
     return value
 
 
@@ -273,7 +273,7 @@ def _output_beside(model: str, suffix: str, inside: bool) -> Path:
     path = Path(model)
     if path.is_dir():
         return path / f"model{suffix}" if inside else path.resolve().with_name(path.resolve().name + suffix)
-    return path.with_suffix(suffix)
+    return path.with_name(f"{path.stem}-export{suffix}") if path.suffix == suffix else path.with_suffix(suffix)
 
 
 # --------------------------------------------------------------------------------------------------- commands
@@ -297,7 +297,8 @@ def inspect(
 
     model = load(checkpoint, image_size=_size(image_size), stride=stride, weights=weights, unsafe_load=unsafe_load)
     full, paper = by_part(model, "full"), by_part(model, "paper")
-    stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(len(model.blocks)))
+    depth = len(model.blocks)
+    stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     result = {
         "architecture": {"type": model.architecture, **asdict(model.config)},
         "params": sum(p.numel() for p in model.parameters()),
@@ -315,10 +316,11 @@ def inspect(
     lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
     lines.append(("total", [f"{result['flops'][c]:.4g}" for c in ("full", "paper")]))
     _table(["GFLOPs of one image", "full", "paper"], lines)
-    print(
-        f"  pruning after {','.join(map(str, stages))} leaves {result['range']['min_percent']:.1f}% "
-        f"to 100% of the full FLOPs"
-    )
+    if stages:
+        print(
+            f"  pruning after {','.join(map(str, stages))} leaves {result['range']['min_percent']:.1f}% "
+            f"to 100% of the full FLOPs"
+        )
 
 
 @app.command()
@@ -334,8 +336,10 @@ def prune(
     stages: Annotated[
         str | None, typer.Option(help="Layers (from 1) after which to prune. Default: 5,10,15 scaled to the depth.")
     ] = None,
-    importance: Annotated[Importance, typer.Option(help="What tokens are ranked by.")] = Importance.clip,
-    align: Annotated[bool, typer.Option("--align/--no-align", help="Align conv and scan to pruned tokens.")] = True,
+    importance: Annotated[Importance | None, typer.Option(help="What tokens are ranked by. Default: clip.")] = None,
+    align: Annotated[
+        bool | None, typer.Option("--align/--no-align", help="Align conv and scan to pruned tokens. Default: align.")
+    ] = None,
     gap: Annotated[
         GapSource | None,
         typer.Option(help="Step size of pruned tokens. Default: calibrated where data is given, else bias."),
@@ -348,7 +352,7 @@ def prune(
         str | None, typer.Option(help="Images to measure on. Default: those of --data not calibrated on.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images to calibrate on, at most half of --data.")] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images drawn and of importance random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the images drawn and of importance random.")] = 0,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     force: Force = False,
     image_size: ImageSize = None,
@@ -376,9 +380,10 @@ def prune(
     given = [name for name, value in (("--ratio", ratio), ("--flops", flops), ("--plan", plan)) if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: expected one of them")
-    if plan is not None and stages is not None:
-        raise InputError("--plan and --stages: a plan has its stages in it")
-    from .compression import Setup, compress, plan_for_budget, preview
+    own = [("--stages", stages), ("--importance", importance), ("--align or --no-align", align)]
+    if plan is not None and (extra := [name for name, value in own if value is not None]):
+        raise InputError(f"--plan and {', '.join(extra)}: a plan has that in it")
+    from .compression import Setup, compress, folder_name, plan_for_budget, preview
     from .flops import reachable
     from .pruning.calibrate import make_plan
     from .pruning.schedule import Plan, default_stages
@@ -386,12 +391,13 @@ def prune(
     model = _open(
         checkpoint, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads
     )
-    options = {"stages": layers, "importance": importance.value, "alignment": align, "seed": seed}
+    options = {"stages": layers, "importance": (importance or Importance.clip).value, "seed": seed}
+    options["alignment"] = align is not False
     if plan is not None:
-        chosen = Plan.from_dict(_read_plan(plan)).validate(len(model.blocks))
+        chosen = Plan.read(plan).validate(len(model.blocks))
     elif share is not None:
         where = layers or default_stages(len(model.blocks))
-        make_plan(model, **options)
+        make_plan(model, **options)  # speaks up about stages before the range is counted with them
         _say(f"reachable with stages {','.join(map(str, where))}: {reachable(model, where):.1%} to 100%", quiet)
         chosen = plan_for_budget(model, share, **options)
     else:
@@ -400,22 +406,12 @@ def prune(
     if dry_run:
         _show_preview(preview(model, chosen), as_json)
         return
-    name = "-".join(
-        [
-            Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else Path(checkpoint).stem,
-            *([f"plan-{Path(plan).stem}"] if plan else []),
-            *([f"f{share:.2f}"] if share else []),
-            *(["r" + "-".join(f"{r:.2f}" for r in ratios)] if ratios else []),
-            *([f"s{'-'.join(map(str, layers))}"] if layers else []),
-            *([importance.value] if importance is not Importance.clip else []),
-            *([] if align else ["no-align"]),
-            *([f"gap-{gap.value}"] if gap else []),
-            *([f"seed{seed}"] if seed else []),
-            *([weights] if weights != "model" else []),
-            *([image_size] if image_size else []),
-        ]
-    )
-    folder = Path(output) if output else Path("compressed") / name
+    folder = Path(output or Path("compressed", folder_name(checkpoint, {
+        "plan": Path(plan).stem if plan else None, "f": share, "r": ratios, "s": layers,
+        "": importance.value if importance not in (None, Importance.clip) else None,
+        "no-align": "" if align is False else None, "gap-": gap.value if gap else None, "seed": seed or None,
+        "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
+    })))  # fmt: skip
     import torch
 
     setup = Setup(
@@ -434,19 +430,6 @@ def prune(
     _show_report(report, as_json)
     _say_about_data(report, quiet)
     _say(f"wrote {folder}", quiet)
-
-
-def _read_plan(file: str) -> Any:
-    """A plan from its own JSON, from a dry run's, or from the pruning block of a config.json."""
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from error
-    if isinstance(value, dict):
-        value = value.get("plan") or value.get("pruning") or value
-    return value
 
 
 def _show_preview(value: dict[str, Any], as_json: bool) -> None:
@@ -492,9 +475,10 @@ def evaluate(
     """Top-1 and top-5 on labelled images; agreement with the dense model where there is one."""
     import torch
 
+    from .batches import Batches
     from .checkpoint import find_dense
-    from .data import Batches, find_images
-    from .evaluation import evaluate as measure
+    from .data import find_images
+    from .evaluation import evaluate as evaluate_model
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -508,7 +492,7 @@ def evaluate(
     images = find_images(loaded, data)
     batches = Batches(images, loaded, range(len(images)), batch_size, workers)
     with _progress(quiet):
-        found = measure(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value))
+        found = evaluate_model(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value))
     unreadable = batches.unreadable_names()
     result: dict[str, Any] = {
         "top1": found.top1,
@@ -588,10 +572,14 @@ def export(
 
     path = model or str(reports.newest())
     file = Path(output) if output else _output_beside(path, ".onnx" if onnx else ".safetensors", inside=onnx)
-    check_target(file, force)
+    check_target(file, force, [path])
     loaded = _open(path, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
     if not onnx:
-        write_file(file, serialise(loaded, _command()), force)
+        try:
+            text = json.dumps(reports.read(path)[1])
+        except InputError:  # a model without a report is a model all the same
+            text = None
+        write_file(file, serialise(loaded, text), force)
         if as_json:
             _print_json({"file": str(file)})
         _say(f"wrote {file}", quiet)
@@ -610,15 +598,24 @@ def verify(
     file: Annotated[str, typer.Argument(metavar="FILE.onnx", help="ONNX file made from it.")],
     data: Data = None,
     atol: Atol = 1e-4,
+    image_size: ImageSize = None,
+    stride: Stride = None,
+    weights: Weights = "model",
+    unsafe_load: Unsafe = False,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check that an ONNX file computes what a model computes, in onnxruntime, on real images."""
-    from .checkpoint import load
     from .export import verify_onnx
 
+    loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
     with _progress(quiet):
-        result = verify_onnx(load(model), Path(file), data=data, atol=atol)
+        result = verify_onnx(loaded, Path(file), data=data, atol=atol)
     _show_verification(result, Path(file), as_json)
 
 

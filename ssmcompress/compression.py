@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from . import report as reports
+from .batches import Batches, draw
 from .benchmark import latency, latency_settings
 from .checkpoint import Source, save, versions
-from .data import PHOTOGRAPHS, Batches, draw, find_images, open_images
+from .data import find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
 from .flops import flops, reachable, remaining_share
-from .models.base import TokenModel
+from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
 from .pruning.calibrate import calibrate, make_plan
@@ -70,6 +71,24 @@ def plan_for_budget(model: TokenModel, budget: float, stages: Sequence[int] | No
     return make_plan(model, stages=stages, ratio=ratio, **options)
 
 
+def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
+    """Default name of a compressed model: the checkpoint's, then what was chosen: `vim-r0.30-s2-4-6-seed1`.
+
+    Args:
+        choices: label -> what was chosen (a text, a number or several), None where nothing was.
+    """
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
+        return "-".join(map(text, value)) if isinstance(value, tuple) else str(value)
+
+    path = Path(checkpoint).resolve()
+    return "-".join(
+        [path.name if path.is_dir() else path.stem] + [k + text(v) for k, v in choices.items() if v is not None]
+    )
+
+
 def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
     """What a plan would do to a model, without images: a JSON value that `--plan` takes, too."""
     dense = flops(model)
@@ -104,9 +123,13 @@ def compress(
         force: replace `output` if it exists.
     """
     output = Path(output)
-    check_target(output, force)
+    plan.validate(len(model.blocks))
+    inputs = [setup.data, setup.eval_data]
+    if model.source is not None:
+        inputs += [model.source.path, model.source.data]
+    check_target(output, force, inputs)
     calibration, measured = _batches(model, setup)
-    gap = setup.gap or ("bias" if calibration.source.name == PHOTOGRAPHS else "calibrated")
+    gap = setup.gap or plan.gap or ("bias" if calibration.source.stand_in else "calibrated")
     plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name)
     models = {"dense": model}
     if plan.alignment != UNALIGNED:
@@ -125,18 +148,20 @@ def compress(
         "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
         "stages": stage_rows(pruned),
         "alignment": {**asdict(plan.alignment), "gap": plan.gap if plan.alignment.scan else None},
+        "dtype": str(setup.dtype).removeprefix("torch."),
         "latency": latency_settings(sample.device) if times else None,
         "command": command,
         "versions": versions(),
     }
-    if measured.source.name != PHOTOGRAPHS:
+    pruned.made_by = MadeBy(command, versions())
+    if not measured.source.stand_in:
         pruned.source = replace(pruned.source or Source("", ""), data=_lasting_name(measured.source.name))
     extra = {
         reports.REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         reports.PICTURE_FILE: kept_tokens(pruned, sample),
         "README.md": reports.to_card(report, output.name, picture=True).encode(),
     }
-    save(pruned, output, command=command, extra=extra, force=force)
+    save(pruned, output, extra=extra, force=force)
     return report
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batches import Batches
 from .checkpoint import describe
-from .data import Batches, find_images
+from .data import find_images
 from .errors import InputError, VerificationError
 from .files import check_target, write_file
 from .models.base import Decision, TokenModel
@@ -112,9 +113,18 @@ def build_onnx(model: TokenModel) -> onnx.ModelProto:
     _strip(graph)
     names = {node.op_type for node in graph.graph.node if node.domain == DOMAIN}
     graph.functions.extend(onnx.parser.parse_function(function_text(name)) for name in sorted(names))
-    onnx.helper.set_model_props(graph, {"ssmcompress": json.dumps(describe(model))})
+    onnx.helper.set_model_props(graph, {"ssmcompress": json.dumps(_public(describe(model)))})
     onnx.checker.check_model(graph, full_check=True)
     return graph
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the paths of the machine it was made on: an ONNX file is made to be given away."""
+    pruning = config["pruning"]
+    if pruning is not None:
+        pruning = {k: v for k, v in pruning.items() if k not in ("source", "command")}
+        pruning["source"] = {"sha256": config["pruning"]["source"]["sha256"]}
+    return {**config, "data": None, "pruning": pruning}
 
 
 class _WithKept(nn.Module):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +27,17 @@ def _sha(file) -> str:  # Python 3.10 has no file_digest
     return digest.hexdigest()
 
 
-def check_target(path: Path, force: bool) -> None:
-    """Find out before the long work, not after it, whether `path` can be written; leaves nothing behind."""
+def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Find out before the long work, not after it, whether `path` can be written; leaves nothing behind.
+
+    Args:
+        inputs: files and folders that are read: replacing `path` must not take one of them away.
+    """
+    for name in inputs:
+        if name is not None and Path(name).exists() and path.exists():
+            read = Path(name).resolve()
+            if path.resolve() in (read, *read.parents):
+                raise InputError(f"{path} is, or holds, the input {name}; choose another output")
     with _workplace(path, force):
         pass
 
@@ -39,38 +49,55 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         folder = workplace / "new"
         folder.mkdir()
         yield folder
-        _move(folder, path, workplace)
+        _move(folder, path, workplace, force)
 
 
 def write_file(path: Path, content: bytes, force: bool = False) -> None:
     """Write `content` to `path`, whole or not at all."""
     with _workplace(path, force) as workplace:
         (workplace / "new").write_bytes(content)
-        _move(workplace / "new", path, workplace)
+        _move(workplace / "new", path, workplace, force)
 
 
-def _move(new: Path, path: Path, workplace: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        os.rename(path, workplace / "old")
-        try:
-            os.rename(new, path)
-        except OSError:
-            os.rename(workplace / "old", path)
-            raise
-    else:
+def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:
+    _refuse_existing(path, force)  # another process may have been faster
+    if not path.is_dir() or path.is_symlink():
         os.replace(new, path)
+        return
+    os.rename(path, workplace / "old")
+    try:
+        os.rename(new, path)
+    except BaseException:  # an interruption, too, must not cost the old one
+        os.rename(workplace / "old", path)
+        raise
+
+
+def _refuse_existing(path: Path, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise InputError(f"{path} exists; choose another output or pass --force to replace it")
+    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
+        raise InputError(f"{path} holds files that ssmcompress did not write; --force does not replace those")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return "format_version" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 @contextmanager
 def _workplace(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path`, removed at the end, with the parents made for it if nothing came of it."""
-    if os.path.lexists(path) and not force:
-        raise InputError(f"{path} exists; choose another output or pass --force to replace it")
-    parents = [p for p in path.absolute().parents if not p.exists()]
+    """A temporary folder beside `path`, removed at the end, with parents made for it if nothing came of it."""
+    parents: list[Path] = []
     workplace = None
     try:
+        _refuse_existing(path, force)
+        parents = [p for p in path.absolute().parents if not p.exists()]
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        workplace = Path(tempfile.mkdtemp(prefix=".ssmcompress-", dir=path.absolute().parent))
         yield workplace
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE
+from .checkpoint import CONFIG_FILE, read_metadata
 from .errors import InputError
 
 REPORT_FILE = "report.json"
@@ -16,21 +16,23 @@ PICTURE_FILE = "kept_tokens.png"
 Report = Mapping[str, Any]
 
 
-def read(folder: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """(folder, its report); None: the newest under compressed/."""
-    path = Path(folder) if folder is not None else newest()
-    file = path / REPORT_FILE
+def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    """(model, its report): of a folder, of a .safetensors file that carries one, or of the newest folder."""
+    path = Path(model) if model is not None else newest()
+    file = path / REPORT_FILE if path.is_dir() else path
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"no {REPORT_FILE} in {path}: expected a folder that `ssmcompress prune` wrote") from error
+        text = file.read_text(encoding="utf-8") if path.is_dir() else read_metadata(file)["ssmcompress_report"]
+        report = json.loads(text)
+    except (FileNotFoundError, KeyError) as error:
+        raise InputError(f"no {REPORT_FILE} in {path}: expected a model that `ssmcompress prune` wrote") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a report ({error})") from error
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    expected = {"data", "dense", "pruned", "stages", "alignment"}
-    if not isinstance(report, dict) or not expected <= report.keys():
-        raise InputError(f"{file}: not a report of ssmcompress: expected {', '.join(sorted(expected))}")
+    try:
+        rows(report), notes(report)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
     return path, report
 
 
@@ -92,7 +94,10 @@ def notes(report: Report) -> list[str]:
     if data.get("overlap"):
         lines.append(f"{data['overlap']} of the measured images were also calibrated on")
     if calibration.get("images"):
-        lines.append(f"calibrated on {calibration['images']} images of {calibration['name']}")
+        use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
+        lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
+    if timing := report.get("latency"):
+        lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
     return lines
 
 

@@ -233,7 +233,7 @@ def test_bad_ratios(checkpoint, value):
         (["--stages", "2,1"], "rising order"),
         (["--importance", "best"], "'best'"),
         (["--flops", "60%", "--ratio", "0.3"], "expected one of them"),
-        (["--flops", "140%"], "between 0% and 100%"),
+        (["--flops", "nan%"], "--flops nan%"),
         (["--plan", "none.json"], "cannot read none.json"),
         (["--image-size", "tall"], "--image-size tall"),
         (["--image-size", "2"], "smaller than the patches"),
@@ -272,8 +272,8 @@ def test_bad_data(checkpoint, class_folders, tmp_path):
     assert "no images in empty" in refused("prune", checkpoint, "--data", "empty")
     assert "no images in empty" in refused("evaluate", checkpoint, "--data", "empty")
     write_image(class_folders / "class10" / "a.png", 0)
-    assert "11 class folders" in refused("prune", checkpoint, "--data", class_folders)
-    assert "11 class folders" in refused("evaluate", checkpoint, "--data", class_folders)
+    assert "11 classes" in refused("prune", checkpoint, "--data", class_folders)
+    assert "11 classes" in refused("evaluate", checkpoint, "--data", class_folders)
     write_image(tmp_path / "one" / "a.png", 0)
     assert "has 1 image" in refused("prune", checkpoint, "--data", tmp_path / "one")
 
@@ -331,7 +331,7 @@ def test_help_and_version_do_not_import_torch():
 
 
 def test_figures_of_the_trained_model_on_2000_images():
-    """Section 6 of the measurements that this project started from: 83.95 dense, 65.2 aligned, 52.1 naive."""
+    """An independent implementation measured 83.95 % dense, 65.2 % aligned and 52.1 % naive."""
     found = call_json(
         "prune", GOLDEN / "vim_fashion_mnist.pth", "--mean", 0.2860, "--std", 0.3530, "--crop-pct", 1.0,
         "--stages", "2,4,6", "--ratio", 0.3, "--data", BUNDLED / "images.parquet",

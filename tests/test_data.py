@@ -8,7 +8,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import ssmcompress
-from ssmcompress.data import Batches, draw, find_images, open_images, photographs
+from ssmcompress.batches import Batches, draw
+from ssmcompress.data import find_images, open_images, photographs
 from ssmcompress.errors import InputError
 
 
@@ -28,7 +29,7 @@ def test_imagenet_folders_are_labelled_by_synset(tmp_path):
 
 
 def test_classes_that_are_not_the_heads_are_an_error(class_folders):
-    with pytest.raises(InputError, match="10 class folders.*the model has 7 classes"):
+    with pytest.raises(InputError, match="10 classes.*the model has 7 classes"):
         open_images(class_folders, 7)
 
 

@@ -129,7 +129,8 @@ def test_the_trained_model_of_the_golden_files_is_about_84_percent_right():
     """The first 500 of the images that come with the package; all 2,000 are in test_cli.py."""
     from conftest import BUNDLED
 
-    from ssmcompress.data import Batches, open_images
+    from ssmcompress.batches import Batches
+    from ssmcompress.data import open_images
 
     model = ssmcompress.load(GOLDEN / "vim_fashion_mnist.pth")
     model.preprocessing = model.preprocessing.changed(mean=(0.2860,), std=(0.3530,), crop_pct=1.0)

@@ -26,7 +26,7 @@ def case(batch=2, length=7, d_inner=3, d_state=2, dtype=torch.float32, seed=0):
 
 
 def equation(u, delta, A, B, C, D, z, bias, gap=None):
-    """Section 1's recurrence, one number at a time."""
+    """The recurrence of the op's docstring, one number at a time."""
     delta = F.softplus(delta + bias)
     y = torch.zeros_like(u)
     for b in range(u.shape[0]):

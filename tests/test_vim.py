@@ -1,4 +1,4 @@
-"""Vim against golden logits of the authors' code, and against this page's own words."""
+"""Vim against golden logits of the authors' code, and its blocks against dense ones."""
 
 import numpy as np
 import pytest

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Block, StateDict, TokenModel
+from .base import Block, MadeBy, StateDict, TokenModel
 from .vim import VisionMamba
 
 MODELS: tuple[type[TokenModel], ...] = (VisionMamba,)
 
-__all__ = ["MODELS", "Block", "StateDict", "TokenModel", "build"]
+__all__ = ["MODELS", "Block", "MadeBy", "StateDict", "TokenModel", "build"]
 
 
 def build(

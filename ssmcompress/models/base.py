@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ class Decision(NamedTuple):
     candidates: Tensor
     scores: Tensor
     kept: Tensor
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """How a pruned model came about: the command line and the versions, where they are known."""
+
+    command: str | None = None
+    versions: dict[str, str] | None = None
 
 
 class Block(nn.Module, abc.ABC):
@@ -53,6 +61,7 @@ class TokenModel(nn.Module, abc.ABC):
             names stay as they are.
         plan: what `prune` carried out, None for a dense model.
         preprocessing, source: how images are prepared and which file this is; set by `load`.
+        made_by: how it was pruned.
     """
 
     architecture: ClassVar[str]
@@ -67,6 +76,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.plan: Plan | None = None
         self.preprocessing: Any = None
         self.source: Any = None
+        self.made_by = MadeBy()
 
     @classmethod
     @abc.abstractmethod
