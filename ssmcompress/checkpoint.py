@@ -152,7 +152,7 @@ def _told_stride(content: Any) -> int | None:
     """The patch stride in a training run's model name: hustvl's finer models are `..._stride8_...`."""
     args = content.get("args") if isinstance(content, Mapping) else None
     name = getattr(args, "model", None)
-    told = re.search(r"stride(\d+)", name) if isinstance(name, str) else None
+    told = re.search(r"stride(\d{1,3})(?!\d)", name) if isinstance(name, str) else None
     return int(told.group(1)) or None if told else None
 
 
@@ -160,7 +160,10 @@ def _clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Parameter names without the prefixes that wrappers add."""
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InputError(f"{key!r} holds a {type(value).__name__}: expected named tensors")
+            raise InputError(f"{str(key)[:80]!r} holds a {type(value).__name__}: expected named tensors")
+        plain = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
+        if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise InputError(f"{key[:80]!r} holds no plain dense tensor (it is sparse, nested, expanded or the like)")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v.detach() for k, v in state.items()}
 
 
@@ -214,8 +217,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
         _fill_gaps(model, gaps)
         model.plan = plan
-    data = config.get("data")
-    if isinstance(data, str) and path.is_dir() and (path / data).exists():
+    data = config.get("data") if isinstance(config.get("data"), str) else None
+    if data is not None and path.is_dir() and (path / data).exists():
         data = str((path / data).absolute())
     origin = pruning.get("source") if isinstance(pruning, dict) else None
     if isinstance(origin, dict):

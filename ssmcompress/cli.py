@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ._version import __version__
-from .errors import InputError, SsmCompressError
+from .errors import InputError, SsmCompressError, VerificationError
 
 # Heavy imports (torch takes two seconds) stay inside the commands, so that --help answers at once.
 
@@ -44,10 +44,10 @@ class Commands(typer.core.TyperGroup):
         except BrokenPipeError:  # `ssmcompress report | head`
             sys.stderr.close()
             code = 1
-        except MemoryError:
-            code = _complain("out of memory; try a smaller --batch-size", 1)
+        except OSError as error:  # a name too long, a folder that may not be read, ...
+            code = _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
         except Exception as error:
-            if _looks_like_memory(error):
+            if isinstance(error, MemoryError) or _looks_like_memory(error):
                 code = _complain("out of memory; try a smaller --batch-size", 1)
             else:
                 code = _complain(f"internal error, {type(error).__name__}: {error}; please report it", 1)
@@ -122,7 +122,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 6 and int(side) > 0 for side in sides):
         raise InputError(f"--image-size {text}: expected a side in pixels, or HEIGHTxWIDTH")
     return int(sides[0]), int(sides[-1])
 
@@ -166,7 +166,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Precision, typer.Option(help="Precision of matrix products when measuring.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; changes no result.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none besides this one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU. Default: all cores.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
@@ -182,7 +182,7 @@ def _device(name: str):
 
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a meta device has no values
     except Exception as error:
         raise InputError(f"--device {name}: not available here") from error
     return device
@@ -252,8 +252,8 @@ def _table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for name, cells in rows:
         table.add_row(name, *cells)
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    # No markup: names of users' folders are shown as they are.
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table)
 
 
@@ -586,7 +586,7 @@ def export(
         return
     from .export import export_onnx
 
-    with _progress(quiet):
+    with _progress(quiet), _shown_when_it_fails(file, as_json):
         result = export_onnx(loaded, file, data=data, atol=atol, force=force)
     _show_verification(result, file, as_json)
     _say(f"wrote {file}", quiet)
@@ -614,16 +614,28 @@ def verify(
     from .export import verify_onnx
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
-    with _progress(quiet):
+    with _progress(quiet), _shown_when_it_fails(Path(file), as_json):
         result = verify_onnx(loaded, Path(file), data=data, atol=atol)
     _show_verification(result, Path(file), as_json)
+
+
+@contextmanager
+def _shown_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
+    """A script that asked for JSON gets the figures of a verification that failed, too."""
+    try:
+        yield
+    except VerificationError as error:
+        if as_json and error.result is not None:
+            _show_verification(error.result, file, as_json)
+        raise
 
 
 def _show_verification(result: Any, file: Path, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        _print_json({"file": str(file), **asdict(result), "passed": result.passed})
+        worst = result.max_difference if math.isfinite(result.max_difference) else None
+        _print_json({"file": str(file), **asdict(result), "max_difference": worst, "passed": result.passed})
         return
     print(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "

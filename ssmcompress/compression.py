@@ -159,7 +159,7 @@ def compress(
     extra = {
         reports.REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         reports.PICTURE_FILE: kept_tokens(pruned, sample),
-        "README.md": reports.to_card(report, output.name, picture=True).encode(),
+        "README.md": reports.to_card(report, output.name, picture=True).encode(errors="replace"),
     }
     save(pruned, output, extra=extra, force=force)
     return report
@@ -174,6 +174,8 @@ def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
         chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
+        if not any(images.readable(i) for i in chosen):
+            chosen, rest = rest, chosen  # of a few images, the few drawn may just be the damaged ones
         others = images
     else:
         chosen, _ = draw(len(images), setup.samples, setup.seed)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,14 @@ class Images:
 
     def __len__(self) -> int:
         return self.size
+
+    def readable(self, index: int) -> bool:
+        """Whether that picture can be read."""
+        try:
+            self.read(index)
+        except OSError:
+            return False
+        return True
 
 
 def open_images(name: str | Path, num_classes: int) -> Images:
@@ -131,7 +140,7 @@ def _class_index(names: list[str], num_classes: int, where: str) -> dict[str, in
 
 def _read_tables(files: list[Path]) -> Any:
     from datasets import Dataset, concatenate_datasets
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
     parts = []
     for file in files:
@@ -142,20 +151,29 @@ def _read_tables(files: list[Path]) -> Any:
                 parts.append(Dataset(parquet.read_table(file)))
             else:
                 raise InputError(f"{file}: expected a folder of images, or a .parquet or .arrow file")
-        except (ArrowException, ValueError, OSError) as error:
-            raise InputError(f"{file}: not a whole {file.suffix[1:]} file ({str(error).splitlines()[0]})") from error
-    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+        except InputError:
+            raise
+        except Exception as error:  # pyarrow and datasets raise whatever a damaged file makes them
+            raise InputError(f"{file}: not a whole {file.suffix[1:]} file ({_first_line(error)})") from error
+    try:
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    except Exception as error:  # likewise
+        raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
 
 
 def _from_hub(repo: str, split: str, num_classes: int) -> Images:
     from datasets import load_dataset
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; the error below says it
     try:
         table = load_dataset(repo, split=split)
     except Exception as error:  # whatever the hub, the network or a loading script answers
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise InputError(f"no data at {repo}:{split}, neither here nor on the hub ({reason})") from error
+        raise InputError(f"no data at {repo}:{split}, neither here nor on the hub ({_first_line(error)})") from error
     return _from_table(table, f"{repo}:{split}", num_classes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def _from_table(table: Any, name: str, num_classes: int) -> Images:

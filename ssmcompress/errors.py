@@ -3,6 +3,8 @@
 The command line prints the message as one line on stderr and ends with `exit_code`.
 """
 
+from typing import Any
+
 
 class SsmCompressError(Exception):
     """Failed at run time; the base of every error this package raises on purpose."""
@@ -23,6 +25,13 @@ class BudgetError(SsmCompressError):
 
 
 class VerificationError(SsmCompressError):
-    """An exported file that does not compute what the model computes."""
+    """An exported file that does not compute what the model computes; `result` says by how much."""
 
     exit_code = 4
+
+    def __init__(self, message: str, result: Any = None):
+        super().__init__(message)
+        self.result = result
+
+
+NOT_FINITE = "the model's values are not finite on these images: check its weights, and --mean and --std"

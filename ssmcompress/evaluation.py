@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import AnyBatches
-from .errors import InputError, SsmCompressError
+from .errors import NOT_FINITE, InputError
 from .progress import track
 
 
@@ -82,7 +82,7 @@ class _Tally:
 
     def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
         if not logits.isfinite().all():
-            raise SsmCompressError("the model's logits are not finite on these images")
+            raise InputError(NOT_FINITE)
         self.images += len(logits)
         self.classes = logits.shape[1]
         if labels is not None:

@@ -200,7 +200,8 @@ def verify_onnx(
         other = f", {len(mismatches)} keep other tokens ({', '.join(mismatches[:3])})" if mismatches else ""
         raise VerificationError(
             f"the ONNX graph does not compute what the model does: largest difference {worst:.3g} (allowed {atol:g}), "
-            f"{result.top1_agreement:.1f}% of {count} images in the same class{other}"
+            f"{result.top1_agreement:.1f}% of {count} images in the same class{other}",
+            result,
         )
     return result
 

@@ -54,6 +54,8 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 def write_file(path: Path, content: bytes, force: bool = False) -> None:
     """Write `content` to `path`, whole or not at all."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected the name of a file to write")
     with _workplace(path, force) as workplace:
         (workplace / "new").write_bytes(content)
         _move(workplace / "new", path, workplace, force)

@@ -54,14 +54,14 @@ class Preprocessing:
         try:
             mean, std = (tuple(float(v) for v in value[k]) for k in ("mean", "std"))
             crop_pct, interpolation = float(value["crop_pct"]), str(value["interpolation"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
         if not len(mean) == len(std) == channels:
             raise InputError(f"mean {mean} and std {std}: expected one value, or {channels}, one a channel")
         if not all(0 < s < float("inf") for s in std) or not all(abs(m) < float("inf") for m in mean):
             raise InputError(f"mean {mean} and std {std}: expected finite means and positive deviations")
-        if not 0 < crop_pct <= 1:
-            raise InputError(f"crop-pct {crop_pct:g}: expected above 0 and at most 1")
+        if not 0.05 <= crop_pct <= 1:
+            raise InputError(f"crop-pct {crop_pct:g}: expected 0.05 to 1")
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
         return cls(mean, std, crop_pct, interpolation)

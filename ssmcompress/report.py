@@ -22,7 +22,7 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     file = path / REPORT_FILE if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8") if path.is_dir() else read_metadata(file)["ssmcompress_report"]
-        report = json.loads(text)
+        report = json.loads(text, parse_constant=_no_constant)
     except (FileNotFoundError, KeyError) as error:
         raise InputError(f"no {REPORT_FILE} in {path}: expected a model that `ssmcompress prune` wrote") from error
     except (ValueError, RecursionError) as error:
@@ -31,9 +31,14 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     try:
         rows(report), notes(report)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
     return path, report
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def newest(root: Path = Path("compressed")) -> Path:

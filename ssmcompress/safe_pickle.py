@@ -63,10 +63,17 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error
 
 
+# What tensors, state dicts and training arguments are made of.
+_KNOWN = re.compile(
+    r"torch\.(_utils\._rebuild\w+|\w+Storage|storage\.\w+|nn\.parameter\.Parameter|Size|device|b?float\d+|u?int\d+|bool)"
+    r"|numpy\.(dtype|dtypes\.\w+|_?core\.multiarray\.scalar)|pathlib\.(_local\.)?(Pure)?(Posix|Windows)Path"
+    r"|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
+)
+
+
 def _unsafe_globals(file: Path) -> list[str]:
     """Names in a pickle, of any protocol, that torch's safe reader does not know; reads them, runs nothing."""
     names: set[str] = set()
-    strings: list[str] = []
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -75,14 +82,19 @@ def _unsafe_globals(file: Path) -> list[str]:
             content = file.read_bytes()
         stream = io.BytesIO(content)
         while stream.tell() < len(content):  # torch's older format is several pickles in a row
+            memo: list[str | None] = []
+            strings: list[str | None] = [None, None]
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name in ("GLOBAL", "INST"):
                     names.add(argument.replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
+                    names.add(".".join(part or "?" for part in strings[-2:]))
+                elif opcode.name == "MEMOIZE":
+                    memo.append(strings[-1])
+                elif opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo):
+                    strings.append(memo[argument])
+                elif opcode.name not in ("FRAME", "PROTO"):
+                    strings.append(argument if isinstance(argument, str) else None)
     except Exception:  # a damaged tail: what was read so far is what there is to say
         pass
-    known = ("torch.", "collections.OrderedDict", "argparse.Namespace", "numpy.", "pathlib.", "_codecs.encode")
-    return sorted(name for name in names if not name.startswith(known))[:3]
+    return sorted(name for name in names if not _KNOWN.fullmatch(name))[:3]

@@ -97,7 +97,7 @@ def test_saving_and_loading_keeps_everything(vim, images, tmp_path):
         for path in (folder, folder / "model.safetensors"):  # the file alone describes itself
             again = ssmcompress.load(path)
             assert same(again, model, images)
-            assert (again.plan, again.config, again.preprocessing) == (plan, vim.config, vim.preprocessing)
+            assert (again.plan, again.config, again.preprocessing) == (model.plan, vim.config, vim.preprocessing)
 
 
 def test_a_pruned_model_reloads_for_another_image_size(vim, images, tmp_path):

@@ -283,7 +283,10 @@ def test_an_output_that_exists_is_left_alone_and_a_pruned_model_is_not_pruned_ag
     with open("m/mine.txt", "w") as file:
         file.write("mine")
     assert "m exists" in refused("prune", checkpoint, "-o", "m")
+    assert "did not write" in refused("prune", checkpoint, "-o", "m", "--force")
     assert os.listdir("m") == ["mine.txt"]
+    os.remove("m/mine.txt")
+    call("prune", checkpoint, "-o", "m", "--force", "--no-latency")
     call("prune", checkpoint, "-o", "m", "--force", "--no-latency")
     assert "pruned already" in refused("prune", "m", "-o", "n")
     call("export", "m", "--onnx")

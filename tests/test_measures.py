@@ -58,9 +58,7 @@ def test_the_batch_size_changes_nothing(vim, images, batch_size):
 
 
 def test_bfloat16_is_autocast(vim, images):
-    wide, narrow = (
-        ssmcompress.evaluate(vim, images[None], dense=vim, dtype=d) for d in (torch.float32, torch.bfloat16)
-    )
+    wide, narrow = (ssmcompress.evaluate(vim, images, dense=vim, dtype=d) for d in (torch.float32, torch.bfloat16))
     assert wide.agreement == narrow.agreement == 100
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssmcompress
+from ssmcompress.batches import AnyBatches
 from ssmcompress.compression import plan_for_budget
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import flops
@@ -150,7 +151,7 @@ def test_gradients_reach_every_layer_of_a_pruned_model(vim, images):
 def test_calibrated_deltas_are_means_over_images_and_tokens(vim, images):
     tokens = vim.embed(images)
     first = vim.blocks[0].deltas(tokens)
-    found = mean_deltas(vim, [images[:2], images[2:]])
+    found = mean_deltas(vim, AnyBatches([images[:2], images[2:]]))
     torch.testing.assert_close(found[0], first.mean((1, 2)), atol=1e-6, rtol=1e-5)
     assert [d.shape for d in found] == [(2, vim.config.d_inner)] * 4
 

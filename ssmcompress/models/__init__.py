@@ -63,5 +63,5 @@ def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
             )
         if value.is_floating_point() != expected[key].is_floating_point():
             raise InputError(f"{key} holds {value.dtype}: expected {expected[key].dtype}")
-        if not value.isfinite().all():
+        if not value.to(expected[key].dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the checkpoint is damaged")

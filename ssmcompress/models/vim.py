@@ -21,6 +21,9 @@ from ..pruning.importance import importance
 from ..tokens import Tokens
 from .base import Block, StateDict, TokenModel
 
+# Pixels; a slip of the keyboard must not ask for a position table of terabytes.
+LARGEST_SIDE = 8192
+
 
 @dataclass(frozen=True)
 class VimConfig:
@@ -235,6 +238,8 @@ class VisionMamba(TokenModel):
             image_size = tuple((g - 1) * stride + p for g, p in zip(trained, patch_size, strict=True))
         if any(size < p for size, p in zip(image_size, patch_size, strict=True)):
             raise InputError(f"image size {image_size} is smaller than the patches, {tuple(patch_size)}")
+        if max(image_size) > LARGEST_SIDE or stride > LARGEST_SIDE:
+            raise InputError(f"image size {image_size}, stride {stride}: expected at most {LARGEST_SIDE} pixels")
         config = VimConfig(
             d_model=d_model,
             depth=depth,
@@ -256,7 +261,8 @@ class VisionMamba(TokenModel):
 
 def _is_layer(key: str) -> bool:
     head, _, rest = key.partition(".")
-    return head == "layers" and rest.partition(".")[0].isdecimal()
+    number = rest.partition(".")[0]
+    return head == "layers" and number.isdecimal() and len(number) < 9
 
 
 def _trained_grid(

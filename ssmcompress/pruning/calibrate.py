@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batches import AnyBatches
-from ..errors import InputError
+from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
 from .alignment import Alignment
@@ -98,7 +98,10 @@ def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
             totals[layer] = totals[layer] + delta
     if not tokens_seen:
         raise InputError("no images to calibrate on")
-    return tuple((total / tokens_seen).float().cpu() for total in totals)
+    means = tuple((total / tokens_seen).float().cpu() for total in totals)
+    if not all(mean.isfinite().all() for mean in means):
+        raise InputError(NOT_FINITE)
+    return means
 
 
 @torch.no_grad()
@@ -123,7 +126,9 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches) -
     images = 0
     for batch, _ in track(batches, "scoring tokens", len(batches)):
         images += len(batch)
-        _, decisions = pruned.trace(batch.to(next(model.parameters()).device))
+        logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
+        if not logits.isfinite().all():
+            raise InputError(NOT_FINITE)
         for stage, (candidates, values, survivors) in enumerate(decisions):
             candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
             seen[stage] += candidates.bincount(minlength=model.length)

@@ -160,7 +160,7 @@ class Plan:
                 seed=_whole(value.get("seed", 0)),
                 calibration=calibration,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             raise InputError(f"not a pruning plan: {type(error).__name__} {error}") from error
 
 
@@ -168,8 +168,8 @@ _CALIBRATED = ("gap_deltas", "kept", "scores")
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"expected a whole number, found {value!r}")
+    if isinstance(value, bool) or int(value) != value or abs(value) > 2**31:
+        raise ValueError(f"expected a whole number, found {str(value)[:20]}")
     return int(value)
 
 
