@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPE
     for repeat in range(repeats + 1):
         for name, model in models.items():
             _synchronise(images.device)
-            start = time.perf_counter()
+            start = perf_counter()
             model(images)
             _synchronise(images.device)
+            elapsed = perf_counter() - start
             if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -218,7 +219,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         _fill_gaps(model, gaps)
         model.plan = plan
     data = config.get("data") if isinstance(config.get("data"), str) else None
-    if data is not None and path.is_dir() and (path / data).exists():
+    if data is not None and path.is_dir() and os.path.exists(path / data):
         data = str((path / data).absolute())
     origin = pruning.get("source") if isinstance(pruning, dict) else None
     if isinstance(origin, dict):

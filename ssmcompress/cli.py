@@ -673,7 +673,7 @@ def demo(
     if as_json:
         from dataclasses import asdict
 
-        _print_json({**report, "onnx": {"file": str(folder / "model.onnx"), **asdict(result)}})
+        _print_json({**report, "onnx": {"file": str(folder / "model.onnx"), **asdict(result), "passed": True}})
     else:
         _show_report(report, False)
         _show_verification(result, folder / "model.onnx", False)

@@ -174,8 +174,9 @@ def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
         chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
-        if not any(images.readable(i) for i in chosen):
-            chosen, rest = rest, chosen  # of a few images, the few drawn may just be the damaged ones
+        if not any(images.readable(i) for i in chosen):  # of a few images, those drawn may be the damaged ones
+            spare = [i for i in rest if images.readable(i)][:1]
+            chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
         others = images
     else:
         chosen, _ = draw(len(images), setup.samples, setup.seed)

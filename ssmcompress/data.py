@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,7 @@ def find_images(model: TokenModel, data: str | Path | None) -> Images:
     """The images to use with a model: `data`, else those that its folder names, else sample photographs."""
     if data is None and model.source is not None:
         data = model.source.data
-        if data is not None and not (Path(data).is_absolute() and Path(data).exists()) and ":" not in data:
+        if data is not None and not (os.path.isabs(data) and os.path.exists(data)) and ":" not in data:
             data = None
     if data is None:
         return photographs(model.config.image_size)

@@ -54,7 +54,7 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         raise
     except Exception as error:  # torch raises whatever its readers meet in a damaged file
         told = re.findall(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and (names := told[:1] or _unsafe_globals(file)):
+        if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file) or told[:1]):
             raise InputError(
                 f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
                 f"(--unsafe-load reads it all the same, if you trust where it comes from)"

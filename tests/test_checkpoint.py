@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 import ssmcompress
 from ssmcompress.checkpoint import find_dense
 from ssmcompress.errors import InputError
+from ssmcompress.files import check_target, write_file
 
 
 def same(a, b, images):
@@ -245,6 +246,10 @@ def test_paths_that_are_no_models(tmp_path):
         (lambda c: c["architecture"].update(type="resnet"), "'resnet': this version knows vim"),
         (lambda c: c["architecture"].update(image_size=[0, -4]), "bad architecture block"),
         (lambda c: c["architecture"].update(image_size="big"), "bad architecture block"),
+        (lambda c: c["architecture"].update(image_size=[float("inf"), 3]), "bad architecture block"),
+        (lambda c: c["architecture"].update(image_size=[10**6, 10**6]), "not the grid of its image size|at most"),
+        (lambda c: c["pruning"].update(seed=1e30), "not a pruning plan"),
+        (lambda c: c["preprocessing"].update(mean=[10**400, 0, 0]), "not a preprocessing block"),
         (lambda c: c["pruning"].update(stages=[{"after": 9, "ratio": 0.3}]), "the model has 4 layers"),
         (lambda c: c["pruning"].update(stages=[{"after": 3, "ratio": 0.3}]), "gap deltas do not fit"),
         (lambda c: c["pruning"].update(stages=[{"after": 1, "ratio": "lots"}]), "not a pruning plan"),
@@ -287,3 +292,85 @@ def test_data_named_by_a_folder_is_found_beside_it(vim, tmp_path):
     folder = ssmcompress.save(vim, tmp_path / "m")
     (folder / "images").mkdir()
     assert ssmcompress.load(folder).source.data == str(folder / "images")
+
+
+@pytest.mark.parametrize("size", [(8, 32), (16, 36), (24, 20)], ids=str)
+def test_grids_that_are_not_square_reload_with_identical_logits(vim, tmp_path, size):
+    model = ssmcompress.load(vim, image_size=size)
+    images = torch.randn(2, 3, *size)
+    ssmcompress.save(ssmcompress.prune(model, ssmcompress.make_plan(model)), tmp_path / "m")
+    again = ssmcompress.load(tmp_path / "m")
+    assert same(again, ssmcompress.prune(model, ssmcompress.make_plan(model)), images)
+    assert ssmcompress.load(tmp_path / "m", image_size=16).config.grid == (4, 4)
+
+
+def test_a_patch_stride_is_remembered(tmp_path):
+    model = make_vim(image=(20, 20), stride=2)
+    ssmcompress.save(model, tmp_path / "m")
+    assert ssmcompress.load(tmp_path / "m").config == model.config
+
+
+def test_force_never_takes_away_what_is_not_ours(vim, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "precious.jpg").write_text("")
+    with pytest.raises(InputError, match="did not write"):
+        ssmcompress.save(vim, tmp_path / "photos", force=True)
+    with pytest.raises(InputError, match="is a folder"):
+        write_file(tmp_path / "photos", b"", force=True)
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["precious.jpg"]
+    folder = ssmcompress.save(vim, tmp_path / "m")
+    for target, source in ((folder, folder), (tmp_path / "photos", tmp_path / "photos" / "precious.jpg")):
+        with pytest.raises(InputError, match="is, or holds, the input"):
+            check_target(target, True, [source])
+
+
+def test_the_model_does_not_share_memory_with_the_module_it_came_from(vim):
+    loaded = ssmcompress.load(vim)
+    with torch.no_grad():
+        loaded.head.bias += 1
+    assert not torch.equal(loaded.head.bias, vim.head.bias)
+
+
+def test_a_wrapped_live_module_brings_its_stride():
+    made = make_vim(image=(20, 20), stride=2)
+    assert ssmcompress.load(torch.nn.DataParallel(made)).config == made.config
+
+
+def test_safetensors_have_one_set_of_weights(vim, tmp_path):
+    save_file(vim.state_dict(), tmp_path / "v.safetensors")
+    with pytest.raises(InputError, match="no 'model_ema' entry"):
+        ssmcompress.load(tmp_path / "v.safetensors", weights="model_ema")
+
+
+def test_a_pruned_model_is_no_dense_one(vim, tmp_path):
+    pruned = ssmcompress.prune(vim, ssmcompress.make_plan(vim))
+    folder = ssmcompress.save(pruned, tmp_path / "m")
+    with pytest.raises(InputError, match="pruned itself"):
+        find_dense(pruned, folder)
+    with pytest.raises(InputError, match="never a file"):
+        find_dense(ssmcompress.load(folder))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(16).to_sparse(), torch.zeros(1).expand(10**9), torch.empty(4, device="meta")],
+    ids=["sparse", "expanded", "meta"],
+)
+def test_tensors_that_are_not_plain(vim, tensor):
+    with pytest.raises(InputError, match="no plain dense tensor"):
+        ssmcompress.load(edited(vim, norm_f__weight=tensor))
+
+
+def test_weights_too_large_for_float32(vim):
+    state = {k: v.double() for k, v in vim.state_dict().items()}
+    state["head.weight"] = state["head.weight"] * 1e300
+    with pytest.raises(InputError, match=r"head.weight holds values that are not finite"):
+        ssmcompress.load(state)
+
+
+def test_names_that_torchs_reader_refuses_are_told_whichever_they_are(tmp_path):
+    for protocol in (2, 4):
+        for function, name in ((torch.load, "torch.serialization.load"), (np.load, "numpy.*load")):
+            (tmp_path / "v.pth").write_bytes(pickle.dumps(function, protocol=protocol))
+            with pytest.raises(InputError, match=f"asks for {name}.*--unsafe-load"):
+                ssmcompress.load(tmp_path / "v.pth")

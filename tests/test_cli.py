@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli import app
+from ssmcompress.data import find_images
+from ssmcompress.models.vim import VimConfig, VisionMamba
 
 
 @pytest.fixture(autouse=True)
@@ -159,10 +162,11 @@ def test_a_budget(checkpoint):
     found = json.loads(result.stdout)
     assert "reachable with stages 1,2,3" in result.stderr
     assert found["pruned"]["flops"]["full"] <= 0.8 * found["dense"]["flops"]["full"]
-    assert "out of reach" in refused("prune", checkpoint, "--flops", "1%", "--quiet", code=3)
+    for share in ("1%", "100%", "140%", "0"):
+        assert "out of reach" in refused("prune", checkpoint, "--flops", share, "--quiet", code=3)
 
 
-def test_a_dry_run_writes_nothing_and_its_plan_can_be_used(checkpoint):
+def test_a_dry_run_writes_nothing_and_its_plan_can_be_used(checkpoint, class_folders):
     found = call_json("prune", checkpoint, "--ratio", "0.2,0.5", "--stages", "1,3", "--importance", "l1", "--dry-run")
     assert os.listdir() == []
     assert [s["kept"] for s in found["stages"]] == [14, 8]
@@ -172,6 +176,14 @@ def test_a_dry_run_writes_nothing_and_its_plan_can_be_used(checkpoint):
     assert made["stages"] == found["stages"]
     again = call_json("prune", checkpoint, "--plan", "m/config.json", "--no-latency", "-o", "n")
     assert again["stages"] == made["stages"]
+    with_images = ("--data", class_folders, "--no-latency")
+    call("prune", checkpoint, *with_images, "-o", "calibrated")
+    made = call_json("prune", checkpoint, "--plan", "calibrated/config.json", *with_images, "-o", "o")
+    assert made["alignment"]["gap"] == "calibrated"
+    for option in (("--importance", "l1"), ("--no-align",), ("--stages", "1")):
+        assert "a plan has that in it" in refused("prune", checkpoint, "--plan", "plan.json", *option)
+    Path("empty.json").write_text('{"stages": []}')
+    assert "prunes nothing" in refused("prune", checkpoint, "--plan", "empty.json")
 
 
 def test_gap_is_calibrated_where_data_is_given_else_bias(checkpoint, class_folders):
@@ -208,6 +220,11 @@ def test_export_as_one_file_that_every_command_takes(checkpoint, images):
     verified = call_json("verify", "compressed/model-r0.30", "m.onnx")
     assert verified["max_difference"] == found["max_difference"]
     assert "does not compute" in refused("verify", "compressed/model-r0.30", "m.onnx", "--atol", "0", code=4)
+    assert not call_json("verify", "compressed/model-r0.30", "m.onnx", "--atol", "0", code=4)["passed"]
+    assert call_json("report", "compressed/model-r0.30.safetensors") == call_json("report", "compressed/model-r0.30")
+    again = ssmcompress.load("compressed/model-r0.30.safetensors").made_by
+    assert again == folder.made_by
+    assert again.command == f"ssmcompress prune {checkpoint} --no-latency --quiet"
 
 
 def test_evaluate_says_when_the_dense_model_is_gone(checkpoint):
@@ -345,3 +362,110 @@ def test_figures_of_the_trained_model_on_2000_images():
     assert found["pruned"]["top1"] >= 64
     assert found["naive"]["top1"] == pytest.approx(52, abs=1.5)
     assert [s["kept"] for s in found["stages"]] == [139, 98, 69]
+
+
+def test_inspect_of_published_sizes(tmp_path):
+    """Through the command, on files: zeros of the published shapes."""
+    for d_model, full, paper in ((192, 1.823, 1.449), (384, 5.912, 5.077)):
+        with torch.device("meta"):
+            names = VisionMamba(
+                VimConfig(d_model, 24, 2 * d_model, 16, d_model // 16, 4, 3, 1000, (16, 16), 16, (224, 224))
+            ).state_dict()
+        torch.save({k: torch.zeros(v.shape, dtype=torch.float16) for k, v in names.items()}, tmp_path / "v.pth")
+        found = call_json("inspect", tmp_path / "v.pth")["flops"]
+        assert found["full"] == pytest.approx(full, rel=5e-3)
+        assert found["paper"] == pytest.approx(paper, rel=5e-3)
+
+
+def test_inspect_of_a_single_layer(tmp_path):
+    torch.save(make_vim(depth=1).state_dict(), tmp_path / "v.pth")
+    assert call_json("inspect", tmp_path / "v.pth")["range"] == {"stages": [], "min_percent": 100, "max_percent": 100}
+    assert "no place to prune" in refused("prune", tmp_path / "v.pth")
+
+
+def test_demo(monkeypatch):
+    """The whole chain, on the first 100 of the bundled images."""
+
+    def first(*arguments):
+        images = find_images(*arguments)
+        return replace(images, size=100, labels=images.labels[:100])
+
+    monkeypatch.setattr("ssmcompress.compression.find_images", first)
+    found = call_json("demo")
+    assert (found["data"]["images"], found["data"]["labelled"]) == (50, True)
+    assert found["dense"]["top1"] > found["pruned"]["top1"] > found["naive"]["top1"]
+    assert found["onnx"]["passed"]
+    assert found["pruned"]["flops"]["full"] < 0.65 * found["dense"]["flops"]["full"]
+    assert "exists" in refused("demo", "--quiet")
+
+
+def test_the_seed_chooses_the_images(checkpoint, class_folders):
+    options = ("--data", class_folders, "--no-latency", "--samples", 3)
+    one, other = (call_json("prune", checkpoint, *options, "--seed", s)["calibration"] for s in (1, 2))
+    assert one["mean_score"] != other["mean_score"]
+
+
+def test_the_options_of_loading_reach_the_loader(vim, tmp_path):
+    torch.save({"model": vim.state_dict(), "hook": print}, tmp_path / "odd.pth")
+    assert "__builtin__.print" in refused("inspect", tmp_path / "odd.pth")
+    assert call_json("inspect", tmp_path / "odd.pth", "--unsafe-load")["params"] > 0
+    fine = tmp_path / "fine.pth"
+    torch.save(make_vim(image=(20, 20), stride=2).state_dict(), fine)
+    assert call_json("inspect", fine, "--stride", 2)["architecture"]["image_size"] == [20, 20]
+    assert call_json("inspect", fine, "--stride", 2, "--image-size", "24x28")["architecture"]["image_size"] == [24, 28]
+    write_image(tmp_path / "pictures" / "a.png", 0)
+    found = call_json(
+        "evaluate", fine, "--stride", 2, "--dense", fine, "--data", tmp_path / "pictures", "--dtype", "bfloat16",
+        "--threads", torch.get_num_threads(), "--workers", 1, "--interpolation", "bilinear",
+    )  # fmt: skip
+    assert found["agreement"]["top1"] == 100
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.update(data=None), lambda r: r.update(stages=[{}]), lambda r: r["dense"].update(flops=3),
+    lambda r: r.update(alignment=[]), lambda r: r["pruned"].update(top1=float("inf")), lambda r: r.clear(),
+])  # fmt: skip
+def test_a_damaged_report(checkpoint, change):
+    call("prune", checkpoint, "--no-latency", "--quiet", "-o", "m")
+    content = json.loads(Path("m/report.json").read_text())
+    change(content)
+    Path("m/report.json").write_text(json.dumps(content))
+    assert "not a report" in refused("report", "m", "--json")
+
+
+def test_force_does_not_replace_what_is_read(checkpoint, class_folders):
+    assert "is, or holds, the input" in refused(
+        "prune", checkpoint, "--data", class_folders, "-o", class_folders, "--force"
+    )
+    call("export", BUNDLED, "-o", "dense.safetensors")
+    assert "is, or holds, the input" in refused("export", "dense.safetensors", "-o", "dense.safetensors", "--force")
+    call("export", "dense.safetensors", "--quiet")
+    assert os.path.isfile("dense-export.safetensors")
+
+
+def test_a_few_images_one_of_them_damaged(checkpoint, tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "few" / f"{i}.png", i)
+    (tmp_path / "few" / "x.png").write_text("no image")
+    for seed in range(4):
+        options = ("--data", tmp_path / "few", "--samples", 1, "--seed", seed, "--no-latency")
+        assert call_json("prune", checkpoint, *options)["calibration"]["images"] >= 1
+
+
+def test_names_that_no_system_takes(checkpoint):
+    assert "too long" in refused("prune", checkpoint, "--data", "x" * 300)
+    assert "too long" in refused("inspect", "x" * 300)
+
+
+def test_the_program_alone_shows_its_help():
+    assert "Commands:" in call().stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_prune_on_a_gpu(checkpoint, class_folders):
+    options = ("--data", class_folders, "--ratio", 0.5)
+    there = call_json("prune", checkpoint, *options, "--device", "cuda", "-o", "gpu")
+    here = call_json("prune", checkpoint, *options, "-o", "cpu")
+    assert there["stages"] == here["stages"]
+    assert there["dense"]["top1"] == here["dense"]["top1"]

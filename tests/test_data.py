@@ -1,5 +1,7 @@
 """Images from every place users keep them in, and what is wrong with some."""
 
+import json
+
 import pytest
 import torch
 from conftest import BUNDLED, make_vim, write_image
@@ -130,7 +132,11 @@ def test_any_kind_of_image_fits_any_model(tmp_path, mode, channels):
     model = make_vim(channels=channels)
     (batch,) = Batches(open_images(tmp_path, 10), model, [0])
     assert batch.images.shape == (1, channels, 16, 16)
-    assert batch.images.isfinite().all()
+    shown = batch.images[0, 0] * model.preprocessing.std[0] + model.preprocessing.mean[0]
+    if mode == "I;16":
+        assert torch.allclose(shown, torch.tensor(116 / 255))  # 30000 of 65535, not cut to white
+    else:
+        assert 0.2 < shown.mean() < 0.8
 
 
 def test_preprocessing_defaults():
@@ -173,3 +179,44 @@ def test_draws_are_disjoint_and_depend_on_the_seed():
     assert len(chosen) == 30
     assert draw(100, 30, seed=1) == (chosen, rest)
     assert draw(100, 30, seed=2) != (chosen, rest)
+
+
+def test_pixels_whose_scale_would_be_a_guess_are_unreadable(tmp_path, vim):
+    Image.new("F", (16, 16), 0.7).save(tmp_path / "float.tif")
+    write_image(tmp_path / "good.png", 0)
+    batches = Batches(open_images(tmp_path, 10), vim, range(2))
+    assert sum(len(b.images) for b in batches) == 1
+    assert [name.rpartition("/")[2] for name in batches.unreadable_names()] == ["float.tif"]
+    array = Dataset.from_dict({"image": [[[0, 255], [3, 4]], [[0.5, 0.25], [1.0, 0.0]]], "label": [1, 2]})
+    array.to_parquet(tmp_path / "t.parquet")
+    images = open_images(tmp_path / "t.parquet", 10)
+    assert not images.readable(1)
+
+
+def test_a_tables_classes_must_be_the_heads(tmp_path):
+    def table(names):
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+        data = {"image": [Image.new("L", (8, 8))] * 2, "label": [0, 1]}
+        Dataset.from_dict(data, features=features).to_parquet(tmp_path / "t.parquet")
+        return tmp_path / "t.parquet"
+
+    with pytest.raises(InputError, match=r"2 classes.*the model has 10"):
+        open_images(table(["cat", "dog"]), 10)
+    assert open_images(table(["n01443537", "n15075141"]), 1000).labels == (1, 999)
+
+
+def test_tables_that_do_not_go_together(tmp_path):
+    labelled_table(tmp_path / "a.parquet", [1])
+    labelled_table(tmp_path / "b.parquet", ["x"], "string")
+    with pytest.raises(InputError, match="do not go together"):
+        open_images(tmp_path, 10)
+
+
+def test_a_strangers_folder_names_no_data_of_mine(vim, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "train" / "a.png", 0)
+    ssmcompress.save(vim, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for data in ("train", -1, [], "x" * 5000):
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "data": data}))
+        assert find_images(ssmcompress.load(tmp_path / "m"), None).stand_in

@@ -174,3 +174,42 @@ def test_the_bundled_model_pruned_agrees_on_its_own_images(tmp_path):
     result = ssmcompress.export_onnx(model, tmp_path / "m.onnx", data=BUNDLED / "images.parquet")
     assert result.images == 33
     assert result.max_difference < 1e-4
+
+
+def test_a_single_nan_is_not_forgotten(pruned, graph, monkeypatch):
+    """The first image alone gives a NaN that is not its largest logit."""
+    from ssmcompress import export
+
+    genuine = export._session
+
+    def session(*arguments):
+        run, kept = genuine(*arguments)
+        seen = []
+
+        def spoilt(images):
+            logits, *rest = run(images)
+            if not seen:
+                seen.append(1)
+                logits = logits.copy()
+                logits[0, logits[0].argmin()] = np.nan
+            return [logits, *rest]
+
+        return spoilt, kept
+
+    monkeypatch.setattr(export, "_session", session)
+    with pytest.raises(VerificationError):
+        verify_onnx(pruned, graph)
+
+
+def test_a_file_of_a_loaded_model_names_no_path(tmp_path):
+    torch.save(make_vim(depth=2).state_dict(), tmp_path / "secret-place.pt")
+    model = ssmcompress.load(tmp_path / "secret-place.pt")
+    content = build_onnx(ssmcompress.prune(model, ssmcompress.make_plan(model))).SerializeToString()
+    assert b"secret-place" not in content
+    assert model.source.sha256.encode() in content
+
+
+def test_the_exporters_backend_computes_nothing():
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(RuntimeError, match="torch.onnx.export alone"):
+        causal_conv1d(x, torch.zeros(3, 4), backend="onnx")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_vim
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from ssmcompress.batches import AnyBatches
 from ssmcompress.compression import plan_for_budget
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import flops
+from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.calibrate import mean_deltas
 from ssmcompress.pruning.importance import IMPORTANCES
@@ -110,6 +112,9 @@ def test_random_depends_on_the_seed_alone(vim, images):
         return [d.kept.tolist() for d in ssmcompress.prune(vim, plan).trace(images)[1]]
 
     assert kept(1) == kept(1)
+    pruned = ssmcompress.prune(vim, ssmcompress.make_plan(vim, importance="random", ratio=0.5))
+    draws = [pruner.draw for pruner in pruned.pruners.values()]
+    assert not torch.equal(draws[0], draws[1])
     assert kept(1) != kept(2)
 
 
@@ -204,7 +209,20 @@ def test_stages_out_of_order_or_twice_are_refused(vim):
             ssmcompress.make_plan(vim, stages=stages)
 
 
-@pytest.mark.parametrize("value", [[], {"stages": 3}, {"stages": [{"after": 1}]}, {"stages": [], "seed": "x"}, "plan"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {"stages": 3},
+        {"stages": [{"after": 1}]},
+        {"stages": [], "seed": "x"},
+        "plan",
+        {"stages": [{"after": math.inf, "ratio": 0.3}]},
+        {"stages": [{"after": 1, "ratio": 10**400}]},
+        {"stages": [], "seed": 1e30},
+        {"stages": [], "calibration": {"name": "", "images": 1, "gap_deltas": [None]}},
+    ],
+)
 def test_what_is_no_plan_is_refused(value):
     with pytest.raises(InputError, match="not a pruning plan"):
         Plan.from_dict(value)
@@ -222,3 +240,71 @@ def test_a_budget_out_of_reach_is_refused(vim):
     for budget in (0.05, 1.0):
         with pytest.raises(BudgetError, match="out of reach"):
             plan_for_budget(vim, budget, None)
+
+
+def dense_with_masks(model, images, pruned):
+    """Logits of `pruned` computed by the dense model alone: every layer sees all positions, the pruned ones masked.
+
+    A pruned position brings no input to conv or scan, and decays the state by the gap delta of its layer.
+    """
+    _, decisions = pruned.trace(images)
+    kept = {stage.after: d.kept for stage, d in zip(pruned.plan.stages, decisions, strict=True)}
+    x = model.embed(images).features
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    for layer, (block, other) in enumerate(zip(model.blocks, pruned.blocks, strict=True), 1):
+        mixer = block.mixer
+        u0, z = mixer.in_proj(block.norm(x)).chunk(2, -1)
+        u0, total = torch.where(mask[..., None], u0, 0), 0
+        for path, (reverse, conv, x_proj, dt_proj, A_log, D) in enumerate(mixer.directions()):
+            u = causal_conv1d(u0, conv.weight, conv.bias, reverse=reverse)
+            dt, B, C = x_proj(u).split(mixer.split, -1)
+            delta = F.softplus(dt_proj(dt))
+            if other.mixer.gap_delta is not None:
+                delta = torch.where(mask[..., None], delta, other.mixer.gap_delta[path])
+            u = torch.where(mask[..., None], u, 0)
+            total = total + selective_scan(u, delta, -A_log.exp(), B, C, D, z, reverse=reverse)
+        x = x + mixer.out_proj(total / 2)
+        if layer in kept:
+            mask = torch.zeros_like(mask).scatter(1, kept[layer], True)
+    return model.head(model.norm_f(x[:, model.protected]))
+
+
+@pytest.mark.parametrize("gap", ["calibrated", "bias"])
+def test_a_pruned_model_equals_the_dense_one_with_pruned_positions_masked(vim, images, gap):
+    with torch.no_grad():
+        plan = ssmcompress.calibrate(vim, images, stages=(1, 2, 3), ratio=0.4, gap=gap)
+        pruned = ssmcompress.prune(vim, plan)
+        torch.testing.assert_close(pruned(images), dense_with_masks(vim, images, pruned), atol=1e-5, rtol=0)
+
+
+def test_each_later_layer_gets_its_own_gap_delta(vim, images):
+    calibrated = ssmcompress.calibrate(vim, images, stages=(2,))
+    model = ssmcompress.prune(vim, calibrated)
+    assert [block.mixer.gap_delta is None for block in model.blocks] == [True, True, False, False]
+    for layer in (2, 3):
+        assert torch.equal(model.blocks[layer].mixer.gap_delta, calibrated.calibration.gap_deltas[layer])
+    by_bias = ssmcompress.prune(vim, ssmcompress.make_plan(vim, stages=(2,)))
+    for layer in (2, 3):
+        bias = torch.stack([vim.blocks[layer].mixer.dt_proj.bias, vim.blocks[layer].mixer.dt_proj_b.bias])
+        assert torch.equal(by_bias.blocks[layer].mixer.gap_delta, F.softplus(bias))
+    with torch.no_grad():
+        assert not torch.equal(model(images), by_bias(images))
+
+
+def test_a_plan_says_what_its_gaps_are(vim, images):
+    def plan(**options):
+        return ssmcompress.calibrate(vim, images, **options)
+
+    assert plan().gap == "calibrated"
+    assert plan(gap="bias").gap == "bias"
+    assert plan(alignment=Alignment(conv=True, scan=False)).gap == "bias"
+    assert ssmcompress.prune(vim, ssmcompress.make_plan(vim)).plan.gap == "bias"
+    with pytest.raises(InputError, match="needs calibration images"):
+        ssmcompress.prune(vim, Plan((Stage(1, 0.3),), gap="calibrated"))
+
+
+def test_the_plans_tensors_are_not_the_models(vim, images):
+    plan = ssmcompress.calibrate(vim, images, stages=(1,))
+    model = ssmcompress.prune(vim, plan)
+    model.blocks[1].mixer.gap_delta.zero_()
+    assert plan.calibration.gap_deltas[1].abs().min() > 0
