@@ -83,10 +83,9 @@ def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
             return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
         return "-".join(map(text, value)) if isinstance(value, tuple) else str(value)
 
-    path = Path(checkpoint).resolve()
-    return "-".join(
-        [path.name if path.is_dir() else path.stem] + [k + text(v) for k, v in choices.items() if v is not None]
-    )
+    path = Path(checkpoint)
+    name = path.resolve().name if path.is_dir() else path.stem  # a folder may be called "."; a link keeps its name
+    return "-".join([name, *(label + text(value) for label, value in choices.items() if value is not None)])
 
 
 def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:

@@ -195,6 +195,15 @@ def test_gap_is_calibrated_where_data_is_given_else_bias(checkpoint, class_folde
     assert gap("--data", class_folders, "--gap", "bias") == "bias"
 
 
+def test_default_names_say_what_was_chosen(checkpoint):
+    os.symlink(checkpoint, "linked.pt")
+    call("prune", "linked.pt", "--no-latency", "--quiet")
+    options = ("--ratio", "0.2,0.301", "--stages", "1,3", "--importance", "l2", "--no-align", "--gap", "bias")
+    call("prune", checkpoint, *options, "--seed", 4, "--image-size", "20x16", "--no-latency", "--quiet")
+    names = sorted(os.listdir("compressed"))
+    assert names == ["linked-r0.30", "model-r0.20-0.301-s1-3-l2-no-align-gap-bias-seed4-image20x16"]
+
+
 def test_report_as_a_web_page_and_of_the_newest_model(checkpoint):
     call("prune", checkpoint, "--no-latency", "--quiet")
     time.sleep(0.01)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, make_vim
+from conftest import make_vim
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmcompress
@@ -130,20 +130,6 @@ def test_latency_is_measured_for_each(vim, images, monkeypatch):
     monkeypatch.setattr("ssmcompress.benchmark.perf_counter", lambda: next(clock))
     times = latency({"a": vim, "b": vim}, images[:1], repeats=2)
     assert times == {"a": pytest.approx(1), "b": pytest.approx(3)}  # the first run of each does not count
-
-
-def test_the_trained_model_of_the_golden_files_is_about_84_percent_right():
-    """The first 500 of the images that come with the package; all 2,000 are in test_cli.py."""
-    from conftest import BUNDLED
-
-    from ssmcompress.batches import Batches
-    from ssmcompress.data import open_images
-
-    model = ssmcompress.load(GOLDEN / "vim_fashion_mnist.pth")
-    model.preprocessing = model.preprocessing.changed(mean=(0.2860,), std=(0.3530,), crop_pct=1.0)
-    images = open_images(BUNDLED / "images.parquet", 10)
-    found = ssmcompress.evaluate(model, Batches(images, model, range(500)))
-    assert 82 <= found.top1 <= 88
 
 
 def test_logits_that_are_not_finite_are_an_error_and_no_figure(vim, images):
