@@ -96,7 +96,7 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
         raise InputError(f"{path}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
     file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
-        if file.suffix == ".safetensors":
+        if file.suffix == ".safetensors" or _looks_like_safetensors(file):
             if weights != "model":
                 raise InputError(f"a safetensors file has no {weights!r} entry")
             state, config = _read_safetensors(file)
@@ -118,6 +118,13 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
 
 
 # ---------------------------------------------------------------------------------------------- reading files
+
+
+def _looks_like_safetensors(file: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a JSON header, and that; whatever it is called."""
+    with open(file, "rb") as content:
+        start = content.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

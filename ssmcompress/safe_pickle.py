@@ -44,8 +44,9 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         InputError: a damaged file, or one that asks for anything that could run code (named, not run).
         OSError: a file that cannot be read at all.
     """
-    with open(file, "rb"):  # what cannot be opened is no damaged file
-        pass
+    with open(file, "rb") as content:  # what cannot be opened is no damaged file
+        if content.read(12) == b"version http":
+            raise InputError("a pointer that git-lfs left in place of the file; fetch it with `git lfs pull`")
     try:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below

@@ -44,8 +44,9 @@ def test_every_container_of_a_state_dict(vim, images, tmp_path):
         assert same(ssmcompress.load(tmp_path / name), vim, images), name
     torch.save(files["numbers.pth"], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert same(ssmcompress.load(tmp_path / "old.pth"), vim, images)
-    save_file(state, tmp_path / "bare.safetensors")
-    assert same(ssmcompress.load(tmp_path / "bare.safetensors"), vim, images)
+    for name in ("bare.safetensors", "renamed.pth"):
+        save_file(state, tmp_path / name)
+        assert same(ssmcompress.load(tmp_path / name), vim, images)
 
 
 def test_averaged_weights_on_request(vim, images, tmp_path):
@@ -232,6 +233,9 @@ def test_paths_that_are_no_models(tmp_path):
         ssmcompress.load(tmp_path / "none.pth")
     with pytest.raises(InputError, match="a folder without model.safetensors"):
         ssmcompress.load(tmp_path)
+    (tmp_path / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="git lfs pull"):
+        ssmcompress.load(tmp_path / "lfs.pth")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(InputError, match="not a checkpoint"):
         ssmcompress.load(tmp_path / "text.pth")
