@@ -513,7 +513,8 @@ def evaluate(
         rows = [("top-1", found.top1, "%"), ("top-5", found.top5, "%")]
         rows += [("same class as dense", found.agreement, "%"), ("KL from dense", found.kl, "nats")]
         lines = [(name, [f"{value:.4g} {unit}"]) for name, value, unit in rows if value is not None]
-        _table(["", f"{found.images} images of {images.name}"], lines)
+        _table(["", "model"], lines)
+        print(f"  measured on {found.images} images of {images.name}")
     if not found.labelled:
         _say(f"accuracy was not measured: {images.name} has no labels; give --data", quiet)
     if unreadable:
