@@ -1,0 +1,175 @@
+"""What the command line prints and how it ends: results on stdout, progress and messages on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .errors import SsmCompressError, VerificationError
+
+INTERRUPTED = 130
+
+_arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
+
+
+class Commands(typer.core.TyperGroup):
+    """Errors as one plain line and an exit code, for usage errors as for our own."""
+
+    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        _arguments.set(tuple(arguments))
+        try:
+            code = super().main(arguments, prog_name or "ssmcompress", standalone_mode=False, **extra)
+            if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
+                _complain("interrupted", code)
+        except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it
+            code = _complain(f"{error.format_message()} (see ssmcompress --help)", 2)
+        except SsmCompressError as error:
+            code = _complain(str(error), error.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            code = _complain("interrupted", INTERRUPTED)
+        except BrokenPipeError:  # `ssmcompress report | head`
+            sys.stderr.close()
+            code = 1
+        except OSError as error:  # a name too long, a folder that may not be read, ...
+            code = _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+        except Exception as error:
+            if isinstance(error, MemoryError) or _looks_like_memory(error):
+                code = _complain("out of memory; try a smaller --batch-size", 1)
+            else:
+                code = _complain(f"internal error, {type(error).__name__}: {error}; please report it", 1)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _looks_like_memory(error: Exception) -> bool:
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def command_line() -> str:
+    """What the user typed, as it could be typed again."""
+    return shlex.join(["ssmcompress", *_arguments.get()])
+
+
+def say(message: str, quiet: bool) -> None:
+    """A message for a person, on stderr."""
+    if not quiet:
+        print(message, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """The one JSON object that --json promises."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[None]:
+    """Bars with the time left, on stderr, where that is a terminal."""
+    from .progress import tracked_by
+
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        tracked_by(lambda items, what, total: progress.track(items, total=total, description=what)),
+    ):
+        yield
+
+
+def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    """A table on stdout: the first column names, the others hold figures."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    # No markup: names of users' folders are shown as they are.
+    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+def show_report(report: dict[str, Any], as_json: bool) -> None:
+    """A report on stdout, as `ssmcompress.report` words it."""
+    from . import report as reports
+
+    if as_json:
+        print_json(report)
+        return
+    show_table(["", *reports.columns(report)], reports.rows(report))
+    for note in reports.notes(report):
+        print(f"  {note}")
+
+
+def show_preview(value: dict[str, Any], as_json: bool) -> None:
+    """What a dry run found, on stdout."""
+    if as_json:
+        print_json(value)
+        return
+    for stage in value["stages"]:
+        print(f"  after layer {stage['after']}: {stage['kept']} of {stage['of']} tokens, {stage['importance']}")
+    for convention in ("full", "paper"):
+        dense, pruned = (value[name]["flops"][convention] for name in ("dense", "pruned"))
+        print(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
+
+
+def say_about_data(report: dict[str, Any], quiet: bool) -> None:
+    """What a user should know of the images that were measured on."""
+    if not report["data"]["labelled"]:
+        say(f"accuracy was not measured: {report['data']['name']} has no labels; give --data", quiet)
+    for block in ("data", "calibration"):
+        if names := report[block]["unreadable"]:
+            say(f"skipped {len(names)} unreadable images: {', '.join(names[:3])}", quiet)
+
+
+@contextmanager
+def shown_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
+    """A script that asked for JSON gets the figures of a verification that failed, too."""
+    try:
+        yield
+    except VerificationError as error:
+        if as_json and error.result is not None:
+            show_verification(error.result, file, as_json)
+        raise
+
+
+def show_verification(result: Any, file: Path, as_json: bool) -> None:
+    """How an ONNX file compares with its model, on stdout."""
+    if as_json:
+        from dataclasses import asdict
+
+        worst = result.max_difference if math.isfinite(result.max_difference) else None
+        print_json({"file": str(file), **asdict(result), "max_difference": worst, "passed": result.passed})
+        return
+    print(
+        f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
+        f"{result.top1_agreement:.1f}% in the same class, {result.images} images of {result.data}"
+    )
+    if result.ties:
+        print(
+            f"  {len(result.ties)} images kept other tokens, their scores being equal but for rounding: "
+            f"{', '.join(result.ties)}"
+        )
