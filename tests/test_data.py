@@ -220,3 +220,16 @@ def test_a_strangers_folder_names_no_data_of_mine(vim, tmp_path, monkeypatch):
     for data in ("train", -1, [], "x" * 5000):
         (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "data": data}))
         assert find_images(ssmcompress.load(tmp_path / "m"), None).stand_in
+
+
+def test_a_hub_name_with_a_split_is_loaded_by_datasets(tmp_path, monkeypatch):
+    """The real loading code, on a local repository of the hub's layout; the hub itself is not reached by tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    for split, labels in (("train", [1, 2, 3]), ("validation", [4, 5])):
+        labelled_table(tmp_path / "repo" / "data" / f"{split}-00000-of-00001.parquet", labels)
+    images = open_images(f"{tmp_path / 'repo'}:validation", 10)
+    assert images.labels == (4, 5)
+    assert images.read(1).size == (8, 8)
+    with pytest.raises(InputError, match="neither here nor on the hub"):
+        open_images(f"{tmp_path / 'repo'}:test", 10)
