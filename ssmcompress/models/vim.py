@@ -102,7 +102,7 @@ class VimMixer(nn.Module):
             y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, gap=gap, reverse=reverse)
             outputs.append(y)
         forward, backward = outputs
-        # The score reads the backward path alone: it beats the sum of both (65.2 against 59.9 % top-1).
+        # The score reads the backward path alone: on the bundled model, 2,000 images, 65.2 % top-1 against 59.9 for the sum.
         scores = None
         if metric is not None:
             scores = importance(metric, backward, lambda: _steps(paths).mean(0))
