@@ -102,7 +102,8 @@ class VimMixer(nn.Module):
             y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, gap=gap, reverse=reverse)
             outputs.append(y)
         forward, backward = outputs
-        # The score reads the backward path alone: on the bundled model, 2,000 images, 65.2 % top-1 against 59.9 for the sum.
+        # The score reads the backward path alone: on the bundled model (2, 4, 6 at 0.3, 2,000 images) that gives
+        # 65.2 % top-1, the sum of both paths 59.9.
         scores = None
         if metric is not None:
             scores = importance(metric, backward, lambda: _steps(paths).mean(0))
