@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,12 +20,11 @@ from .preprocess import Preprocessing
 from .pruning.pruner import install
 from .pruning.schedule import Plan
 from .safe_pickle import read_pickle
+from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-# Where checkpoints keep their weights: hustvl's and DeiT's, Lightning's and mmcv's.
-STATE_KEYS = ("model", "state_dict")
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,9 @@ def load(
         path = getattr(path, "module", path)  # as wrapped for data parallelism
         proj = getattr(getattr(path, "patch_embed", None), "proj", None)
         stride = stride or (proj.stride[0] if isinstance(proj, nn.Conv2d) else None)
-        model = build(_clean(path.state_dict()), image_size, stride)
+        model = build(clean(path.state_dict()), image_size, stride)
     elif isinstance(path, Mapping):
-        model = build(_clean(path), image_size, stride)
+        model = build(clean(path), image_size, stride)
     else:
         model = _load_path(Path(path), image_size, stride, weights, unsafe_load)
     if model.preprocessing is None:
@@ -96,86 +94,25 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
         raise InputError(f"{path}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
     file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
-        if file.suffix == ".safetensors" or _looks_like_safetensors(file):
+        if file.suffix == ".safetensors" or looks_like_safetensors(file):
             if weights != "model":
                 raise InputError(f"a safetensors file has no {weights!r} entry")
-            state, config = _read_safetensors(file)
+            state, texts = read_safetensors(file)
             if path.is_dir():
-                config = _read_config(path / CONFIG_FILE)
-            if config is not None:
-                return _restore(config, state, image_size, stride, path, file)
+                return _restore(_read_config(path / CONFIG_FILE), state, image_size, stride, path, file)
+            if "ssmcompress" in texts:
+                return _restore(_parse_config(texts["ssmcompress"]), state, image_size, stride, path, file)
         else:
             content = read_pickle(file, unsafe_load)
-            state = _state_dict(content, weights)
-            stride = stride or _told_stride(content)
-        model = build(_clean(state), image_size, stride)
+            state = find_state_dict(content, weights)
+            stride = stride or told_stride(content)
+        model = build(clean(state), image_size, stride)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     model.source = Source(str(path.absolute()), sha256(file), weights)
     return model
-
-
-# ---------------------------------------------------------------------------------------------- reading files
-
-
-def _looks_like_safetensors(file: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON header, and that; whatever it is called."""
-    with open(file, "rb") as content:
-        start = content.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            metadata = tensors.metadata() or {}
-            state = {k: tensors.get_tensor(k) for k in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"not a whole safetensors file ({error})") from error
-    return state, _parse_config(metadata["ssmcompress"]) if "ssmcompress" in metadata else None
-
-
-def _state_dict(content: Any, weights: str) -> Mapping[str, Tensor]:
-    """The weights inside what a checkpoint file held."""
-    if isinstance(content, nn.Module):  # only with unsafe_load
-        content = content.state_dict()
-    if not isinstance(content, Mapping) or not content:
-        raise InputError(f"holds a {type(content).__name__}: expected a state dict or a dict with one in it")
-    if all(isinstance(value, Tensor) for value in content.values()):
-        if weights == "model":
-            return content
-        raise InputError(f"a bare state dict has no {weights!r} entry")
-    for key in STATE_KEYS if weights == "model" else (weights,):
-        if isinstance(content.get(key), Mapping):
-            return content[key]
-    found = ", ".join(str(key) for key in list(content)[:8])
-    raise InputError(f"no weights under {weights!r}: expected a dict of tensors there, found entries {found}")
-
-
-def _told_stride(content: Any) -> int | None:
-    """The patch stride in a training run's model name: hustvl's finer models are `..._stride8_...`."""
-    args = content.get("args") if isinstance(content, Mapping) else None
-    name = getattr(args, "model", None)
-    told = re.search(r"stride(\d{1,3})(?!\d)", name) if isinstance(name, str) else None
-    return int(told.group(1)) or None if told else None
-
-
-def _clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Parameter names without the prefixes that wrappers add."""
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InputError(f"{str(key)[:80]!r} holds a {type(value).__name__}: expected named tensors")
-        plain = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
-        if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise InputError(f"{key[:80]!r} holds no plain dense tensor (it is sparse, nested, expanded or the like)")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v.detach() for k, v in state.items()}
-
-
-# ------------------------------------------------------------------------------------------- our own format
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -207,7 +144,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     if architecture.get("type") not in known:
         raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(known)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
-    weights = _clean({k: v for k, v in state.items() if k not in gaps})
+    weights = clean({k: v for k, v in state.items() if k not in gaps})
     try:
         trained = tuple(int(side) for side in architecture["image_size"])
         stride = stride or int(architecture["stride"])
@@ -252,16 +189,14 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
             raise InputError(f"the dense model {path} is gone")
         if sha256(file) != source.sha256:
             raise InputError(f"the dense model {path} has changed since")
-    size, stride = model.config.image_size, model.config.stride
-    dense = load(
-        override or source.path, image_size=size, stride=stride, weights="model" if override else source.weights
-    )
+    chosen, weights = (source.path, source.weights) if override is None else (override, "model")
+    dense = load(chosen, image_size=model.config.image_size, stride=model.config.stride, weights=weights)
     if dense.plan is not None:
-        raise InputError(f"{override or source.path} is pruned itself; expected a dense model")
+        raise InputError(f"{chosen} is pruned itself; expected a dense model")
     ours, theirs = model.config, dense.config
     if (ours.num_classes, ours.in_chans) != (theirs.num_classes, theirs.in_chans):
         raise InputError(
-            f"{override} has {theirs.num_classes} classes and {theirs.in_chans} channels, the compressed model "
+            f"{chosen} has {theirs.num_classes} classes and {theirs.in_chans} channels, the compressed model "
             f"{ours.num_classes} and {ours.in_chans}"
         )
     dense.preprocessing = model.preprocessing
@@ -315,17 +250,6 @@ def serialise(model: TokenModel, report: str | None = None) -> bytes:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "ssmcompress": json.dumps(describe(model))}
     return to_bytes(state, metadata=metadata | ({"ssmcompress_report": report} if report else {}))
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The texts in a .safetensors file's header: what `serialise` put there, and more; InputError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.metadata() or {}
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
 
 
 def save(

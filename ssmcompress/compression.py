@@ -38,6 +38,8 @@ class Setup:
         data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.open_images`.
         samples: how many images to calibrate on at most.
         gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
+        seed: of the images drawn.
+        batch_size: images at a time; changes no result. workers: processes that decode them.
         dtype: float32, or bfloat16 for measuring under autocast.
         measure_latency: time both models at batch 1.
     """
@@ -119,7 +121,10 @@ def compress(
         plan: from `make_plan`, `plan_for_budget` or a file.
         output: the folder to write; nothing is left there if anything fails.
         command: recorded as how it was made.
-        force: replace `output` if it exists.
+        force: replace `output` if ssmcompress wrote it.
+
+    Raises:
+        InputError: data, plan or output that cannot be used.
     """
     output = Path(output)
     plan.validate(len(model.blocks))

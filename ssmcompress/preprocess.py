@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -40,8 +40,7 @@ class Preprocessing:
 
     def changed(self, **changes: Any) -> Preprocessing:
         """With the given fields replaced; None leaves a field, one number stands for every channel."""
-        values = {"mean": self.mean, "std": self.std, "crop_pct": self.crop_pct,
-                  "interpolation": self.interpolation}  # fmt: skip
+        values = asdict(self)
         for name, value in changes.items():
             if value is not None:
                 single = name in ("mean", "std") and len(value) == 1

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE, read_metadata
+from .checkpoint import CONFIG_FILE
 from .errors import InputError
+from .weights import read_metadata
 
 REPORT_FILE = "report.json"
 PICTURE_FILE = "kept_tokens.png"
@@ -25,6 +26,8 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
         report = json.loads(text, parse_constant=_no_constant)
     except (FileNotFoundError, KeyError) as error:
         raise InputError(f"no {REPORT_FILE} in {path}: expected a model that `ssmcompress prune` wrote") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a report ({error})") from error
     except OSError as error:

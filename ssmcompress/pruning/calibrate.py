@@ -27,13 +27,17 @@ def make_plan(
     alignment: Alignment | bool = True,
     seed: int = 0,
 ) -> Plan:
-    """A plan that needs no images (gap source `bias`), checked against the model.
+    """A plan made without images, its gap source left open, checked against the model.
 
     Args:
         stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
         ratio: share of the tokens removed at each stage, or one a stage; 0 to below 1.
         importance: the metric, see `ssmcompress.pruning.importance`.
         alignment: True for conv and scan, False for neither, or an Alignment.
+        seed: of importance `random`.
+
+    Raises:
+        InputError: stages, ratios or a metric that the model cannot be pruned by.
     """
     depth = len(model.blocks)
     stages = default_stages(depth) if stages is None else tuple(stages)
@@ -73,6 +77,9 @@ def calibrate(
     Returns:
         The plan with a `calibration`: the mean deltas, and per stage how often each position was kept and its
         mean score.
+
+    Raises:
+        InputError: no images, values that are not finite on them, or a plan that does not fit the model.
     """
     plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
     batches = AnyBatches(images)
