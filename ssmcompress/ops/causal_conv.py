@@ -29,7 +29,7 @@ def causal_conv1d(
             token stood on the original path. None: nothing is missing.
         activation: "silu" or None.
         reverse: look ahead instead of back, with x, positions and the result in token order.
-        backend: "reference", or None for the best one available.
+        backend: "cpu", "reference", or None for the best one available.
 
     Returns:
         (batch, length, channels) in the dtype of `x`; sums are float32 or wider.
@@ -54,4 +54,4 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation is 'silu' or None, found {activation!r}")
     with full_precision(x.device):
-        return select(backend).causal_conv1d(x, weight, bias, positions, activation, reverse)
+        return select(backend, x).causal_conv1d(x, weight, bias, positions, activation, reverse)

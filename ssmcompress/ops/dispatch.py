@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 # Every backend is a module with the public ops, same arguments in the same order.
 BACKENDS = {
     "reference": "ssmcompress.ops.reference",
+    "cpu": "ssmcompress.ops.compiled",
     "onnx": "ssmcompress.ops.onnx",  # not for computing: the form that export writes into a graph
 }
 
+_logger = logging.getLogger("ssmcompress")
 _forced: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", default=None)
 
 
@@ -30,9 +35,25 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def select(backend: str | None) -> ModuleType:
-    """The module that runs an op: `backend`, else the forced one, else the reference."""
-    return import_module(_module_name(backend or _forced.get() or "reference"))
+def select(backend: str | None, tensor: Tensor) -> ModuleType:
+    """The module that runs an op on `tensor`: `backend`, else the forced one, else the best there is for it."""
+    return import_module(_module_name(backend or _forced.get() or _best(tensor)))
+
+
+def _best(tensor: Tensor) -> str:
+    # float64 is for the reference: there is nothing faster that is as exact.
+    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return "cpu" if fast and _numba_works() else "reference"
+
+
+@cache
+def _numba_works() -> bool:
+    try:
+        import_module("numba")
+    except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
+        _logger.warning("numba cannot be used (%s): the ops run in plain torch, some 50 times slower", error)
+        return False
+    return True
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

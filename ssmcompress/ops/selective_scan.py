@@ -40,7 +40,7 @@ def selective_scan(
         gap: (batch, length, d_inner) in the units of delta after softplus, or a pair
             (steps (batch, length), delta (d_inner,)) whose product it is, or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
-        backend: "reference", or None for the best one available.
+        backend: "cpu", "reference", or None for the best one available.
 
     Returns:
         y (batch, length, d_inner) in the dtype of `u`. The state is float32 or wider whatever the input.
@@ -50,7 +50,7 @@ def selective_scan(
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap)
     with full_precision(u.device):
-        return select(backend).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse)
+        return select(backend, u).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse)
 
 
 def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap) -> None:

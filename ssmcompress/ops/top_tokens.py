@@ -12,4 +12,4 @@ def top_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor
 
     Equal scores go to the lower index on every backend, so that the same image keeps the same tokens.
     """
-    return select(backend).top_tokens(scores, count)
+    return select(backend, scores).top_tokens(scores, count)

@@ -1,0 +1,157 @@
+"""Train the small Vim that comes with the package, on Fashion-MNIST, on a CPU.
+
+    apt-get install dataset-fashion-mnist        # Debian; or --idx, any folder with the four original files
+    python examples/train_fashion_mnist.py vim_fashion_mnist.pth
+
+The checkpoint is in the official format and is written every few minutes; the same command goes on from it, and
+a run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test images goes to
+standard output and to the checkpoint's "history". `examples/make_bundled_model.py` turns the checkpoint into the folder.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from ssmcompress.models.vim import VimConfig, VisionMamba
+
+MEAN, STD = 0.2860, 0.3530
+SHIFT = 2  # pixels that a crop may be off by
+SAVE_EVERY = 180  # seconds
+
+
+def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """(normalised images (n, 1, 28, 28), labels (n,)) of "train" or "t10k"."""
+    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return torch.from_numpy(pixels / np.float32(255) - np.float32(MEAN)) / STD, torch.from_numpy(labels).long()
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to SHIFT pixels, half of them mirrored."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, [SHIFT] * 4, value=-MEAN / STD)
+    corner = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
+    rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)
+    columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns, columns.flip(1))
+    return padded[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None]][:, None]
+
+
+def initialise(model: VisionMamba) -> None:
+    """Weights as the published models start from (Vim and mamba-ssm): step sizes spread over 0.001 to 0.1."""
+    c = model.config
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    nn.init.trunc_normal_(model.cls_token, std=0.02)
+    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    nn.init.zeros_(model.head.bias)
+    for block in model.blocks:
+        block.mixer.out_proj.weight.data /= (c.depth) ** 0.5
+        for dt_proj in (block.mixer.dt_proj, block.mixer.dt_proj_b):
+            nn.init.uniform_(dt_proj.weight, -(c.dt_rank**-0.5), c.dt_rank**-0.5)
+            delta = torch.exp(torch.empty(c.d_inner).uniform_(np.log(1e-3), np.log(1e-1)))
+            dt_proj.bias.data = delta + torch.log(-torch.expm1(-delta))  # softplus of this is delta
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
+    spared = ("A_log", "A_b_log", "pos_embed", "cls_token")
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(spared)]
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(spared)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent."""
+    model.eval()
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True))
+    model.train()
+    return 100 * right / len(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    parser.add_argument("--idx", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--d-state", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="stop after this many more steps")
+    args = parser.parse_args()
+
+    images, labels = read(args.idx, "train")
+    test = read(args.idx, "t10k")
+    torch.manual_seed(args.seed)
+    config = VimConfig(
+        d_model=args.d_model, depth=args.depth, d_inner=2 * args.d_model, d_state=args.d_state,
+        dt_rank=-(-args.d_model // 16), d_conv=4, in_chans=1, num_classes=10, patch_size=(2, 2), stride=2,
+        image_size=(28, 28),
+    )  # fmt: skip
+    model = VisionMamba(config)
+    initialise(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
+    per_epoch = len(images) // args.batch_size
+    last = args.epochs * per_epoch
+    schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
+    step, history = 0, []
+    settings = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")}
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        if saved["settings"] != settings:
+            raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, history = saved["step"], saved["history"]
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}
+        temporary = args.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "settings": settings, "config": asdict(config)}, temporary)
+        os.replace(temporary, args.checkpoint)
+
+    saved_at = started = time.monotonic()
+    first, stop = step, min(last, step + (args.steps or last))
+    while step < stop:
+        epoch, position = divmod(step, per_epoch)
+        # Drawn from the seed and the step alone, so that a run in pieces sees the same batches.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
+        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
+        batch = augmented(images[chosen], torch.Generator().manual_seed(args.seed + 1000 * (step + 1)))
+        schedule.step_update(step)
+        loss = F.cross_entropy(model(batch), labels[chosen], label_smoothing=args.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            each = (time.monotonic() - started) / (step - first)
+            print(f"step {step}/{last} loss {loss.item():.3f} {each:.2f} s a step, {each * (last - step) / 60:.0f} min left",
+                  flush=True)  # fmt: skip
+        if step % per_epoch == 0:
+            history.append({"epoch": step // per_epoch, "loss": loss.item(), "top1": accuracy(model, *test)})
+            print(json.dumps(history[-1]), flush=True)
+        if step == stop or step % per_epoch == 0 or time.monotonic() - saved_at > SAVE_EVERY:
+            save()
+            saved_at = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""CPU backend: the ops compiled by Numba, on torch's tensors in place and torch's threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .entries import COLUMNS, address
+from .scan import BLOCK
+from .threads import run
+
+# Multiply-adds below which a second thread costs more than it brings.
+_SMALL = 1 << 15
+
+
+def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse) -> Tensor:
+    """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
+    y = torch.empty(u.shape, dtype=u.dtype)
+    if y.numel():
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, y]
+        _launch("scan_forward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
+    return y
+
+
+def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse) -> list[Tensor]:
+    """Gradients of u, delta, A, B, C, D, z, bias, gap; arguments as in `ssmcompress.ops.compiled`."""
+    batch, length, d_inner = u.shape
+    blocks = -(-d_inner // int(BLOCK))
+    du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(u.shape, dtype=u.dtype)
+    dz = torch.empty(u.shape if z is not None else 0, dtype=u.dtype)
+    dgap = torch.empty(u.shape if gap is not None else 0)
+    # In parts that no two threads share.
+    dA = torch.empty(batch, *A.shape)
+    dB, dC = torch.empty(blocks, *B.shape), torch.empty(blocks, *B.shape)
+    dD = torch.empty((batch, d_inner) if D is not None else 0)
+    dbias = torch.empty((batch, d_inner) if bias is not None else 0)
+    if u.numel():
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy]
+        arrays += [du, ddelta, dA, dB.flatten(0, 1), dC.flatten(0, 1), dD, dz, dbias, dgap]
+        _launch("scan_backward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
+    return [du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dgap]
+
+
+def conv_forward(x, taps, bias, positions, silu, reverse) -> Tensor:
+    """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    if y.numel():
+        arrays = [x, taps, bias, positions, y]
+        _launch("conv_forward", (silu, reverse), arrays, x.dtype, x.numel() * taps.shape[0])
+    return y
+
+
+def conv_backward(dy, x, taps, bias, positions, silu, reverse) -> list[Tensor]:
+    """Gradients of x, taps and bias; arguments as in `ssmcompress.ops.compiled`."""
+    batch, _, channels = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dtaps = torch.empty(batch, *taps.shape)
+    dbias = torch.empty((batch, channels) if bias is not None else 0)
+    if x.numel():
+        arrays = [x, taps, bias, positions, dy, dx, dtaps, dbias]
+        _launch("conv_backward", (silu, reverse), arrays, x.dtype, x.numel() * taps.shape[0])
+    return [dx, dtaps.sum(0), dbias.sum(0)]
+
+
+def _launch(kernel: str, flags: tuple[bool, bool], arrays: list[Tensor | None], dtype: torch.dtype, work: int) -> None:
+    """Run a kernel over all of its items; see `entries` for the table that it takes."""
+    arrays = [None if a is None or not a.numel() else _dense(a) for a in arrays]
+    rows = [0, *map(int, flags), *[0] * (COLUMNS - 3)]
+    for array in arrays:
+        if array is None:
+            rows += [0] * COLUMNS
+            continue
+        missing, size = 3 - array.ndim, array.element_size()
+        rows += [array.data_ptr(), *[1] * missing, *array.shape, *[0] * missing, *[s * size for s in array.stride()]]
+    table = torch.tensor(rows, dtype=torch.int64)
+    run(address(kernel, dtype == torch.bfloat16), table, torch.get_num_threads() if work > _SMALL else 1)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis dense; the others may have any strides."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

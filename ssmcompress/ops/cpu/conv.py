@@ -1,0 +1,114 @@
+"""The aligned causal convolution of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
+
+Arrays have three axes, as in `scan`: x, y and their gradients (batch, length, channels) are float32, or bfloat16 held
+as uint16; taps (1, width, channels), row d for distance d, and bias (1, 1, channels) float32; positions (1, batch,
+length) int64. What is not there has no elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint64
+
+from .vector import LANES, load, next_item, scratch, sigmoid, splat, store
+
+ZERO = uint64(0)
+ONE = uint64(1)
+WIDTH = uint64(LANES)
+# Tokens that one thread takes at a time in the forward pass, which goes along the rows.
+ROWS = uint64(32)
+# Channels that one thread takes at a time in the backward pass.
+BLOCK = uint64(64)
+
+
+@njit
+def conv_forward(table, with_silu, reverse, x, taps, bias, positions, y):
+    """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
+    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(taps.shape[1])
+    stretches = (length + ROWS - ONE) // ROWS
+    stretch = next_item(table)
+    while stretch < uint64(x.shape[0]) * stretches:
+        b, start = stretch // stretches, stretch % stretches * ROWS
+        for t in range(start, min(start + ROWS, length)):
+            for e in range(ZERO, channels, WIDTH):
+                count = min(WIDTH, channels - e)
+                y_t = _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width)
+                if with_silu:
+                    y_t = y_t * sigmoid(y_t)
+                store(y, (b, t, e), count, y_t)
+        stretch = next_item(table)
+
+
+@njit
+def conv_backward(table, with_silu, reverse, x, taps, bias, positions, dy, dx, dtaps, dbias):
+    """Gradients from that of y, dy (batch, length, channels), of every block of channels not taken yet.
+
+    dtaps (batch, width, channels) and dbias (1, batch, channels) are left in parts for the caller to sum, in an
+    order that is the same each time.
+    """
+    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(taps.shape[1])
+    blocks = (channels + BLOCK - ONE) // BLOCK
+    most = BLOCK // WIDTH
+    dsum, dtap, doffset = scratch(length * most), scratch(width * most), scratch(most)
+    block = next_item(table)
+    while block < uint64(x.shape[0]) * blocks:
+        b, start = block // blocks, block % blocks * BLOCK
+        end = min(start + BLOCK, channels)
+        dtap[:] = np.float32(0)
+        doffset[:] = np.float32(0)
+        for t in range(length):
+            for e in range(start, end, WIDTH):
+                v, count = (e - start) // WIDTH, min(WIDTH, end - e)
+                g = load(dy, (b, t, e), count)
+                if with_silu:
+                    y_t = _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width)
+                    share = sigmoid(y_t)
+                    g = g * (share * (1.0 + y_t * (1.0 - share)))
+                store(dsum, (t * most + v, ZERO), WIDTH, g)
+                store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + g)
+                for back in range(min(width, (length - t if reverse else t + ONE))):
+                    source = t + back if reverse else t - back
+                    distance = _distance(positions, b, t, source, back)
+                    if distance < width:
+                        row = (distance * most + v, ZERO)
+                        store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, source, e), count))
+        for source in range(length):
+            for e in range(start, end, WIDTH):
+                v, count = (e - start) // WIDTH, min(WIDTH, end - e)
+                dx_t = splat(0.0)
+                for ahead in range(min(width, (source + ONE if reverse else length - source))):
+                    t = source - ahead if reverse else source + ahead
+                    distance = _distance(positions, b, t, source, ahead)
+                    if distance < width:
+                        tap = load(taps, (ZERO, distance, e), count)
+                        dx_t = dx_t + tap * load(dsum, (t * most + v, ZERO), WIDTH)
+                store(dx, (b, source, e), count, dx_t)
+        for e in range(start, end, WIDTH):
+            v, count = (e - start) // WIDTH, min(WIDTH, end - e)
+            for d in range(width):
+                store(dtaps, (b, d, e), count, load(dtap, (d * most + v, ZERO), WIDTH))
+            if bias.size:
+                store(dbias, (ZERO, b, e), count, load(doffset, (v, ZERO), WIDTH))
+        block = next_item(table)
+
+
+@njit(_nrt=False)
+def _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width):
+    """The convolution at one token and sixteen channels, before its activation."""
+    y_t = load(bias, (ZERO, ZERO, e), count) if bias.size else splat(0.0)
+    for back in range(min(width, (length - t if reverse else t + ONE))):
+        source = t + back if reverse else t - back
+        distance = _distance(positions, b, t, source, back)
+        # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
+        if distance < width:
+            y_t = y_t + load(taps, (ZERO, distance, e), count) * load(x, (b, source, e), count)
+    return y_t
+
+
+@njit(_nrt=False)
+def _distance(positions, b, t, source, back):
+    """Steps on the original path between two kept tokens that are `back` kept tokens apart."""
+    if positions.size:
+        apart = positions[ZERO, b, t] - positions[ZERO, b, source]
+        return uint64(abs(apart))
+    return back

@@ -1,0 +1,126 @@
+"""The kernels as C functions of one pointer, compiled when first asked for and kept on disk.
+
+Every thread of a team calls the same function with the same table, seven int64 a row: first the counter of items
+taken and two flags, then for each array its address, shape and strides in bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from numba import carray, cfunc, float32, int64, types, uint16, void
+
+from .conv import conv_backward, conv_forward
+from .scan import scan_backward, scan_forward
+from .vector import array_at
+
+COLUMNS = 7
+
+# `a` is the dtype of activations. Numba's cache looks for changes in the file of a function alone, but at the values
+# that it closes over too: `stamp` stands for all the files that a kernel is made of.
+
+
+def _scan_forward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        scan_forward(
+            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
+            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, a),
+            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
+            array_at(t, 12, a),
+        )  # fmt: skip
+
+    return entry
+
+
+def _scan_backward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        scan_backward(
+            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
+            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, a),
+            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
+            array_at(t, 12, a), array_at(t, 13, a), array_at(t, 14, a), array_at(t, 15, float32),
+            array_at(t, 16, float32), array_at(t, 17, float32), array_at(t, 18, float32), array_at(t, 19, a),
+            array_at(t, 20, float32), array_at(t, 21, float32),
+        )  # fmt: skip
+
+    return entry
+
+
+def _conv_forward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        conv_forward(
+            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32),
+            array_at(t, 4, int64), array_at(t, 5, a),
+        )  # fmt: skip
+
+    return entry
+
+
+def _conv_backward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        conv_backward(
+            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32),
+            array_at(t, 4, int64), array_at(t, 5, a), array_at(t, 6, a), array_at(t, 7, float32),
+            array_at(t, 8, float32),
+        )  # fmt: skip
+
+    return entry
+
+
+_KERNELS: dict[str, Callable] = {
+    "scan_forward": _scan_forward,
+    "scan_backward": _scan_backward,
+    "conv_forward": _conv_forward,
+    "conv_backward": _conv_backward,
+}
+_compiling = threading.Lock()
+_logger = logging.getLogger("ssmcompress")
+
+
+def address(kernel: str, half: bool) -> int:
+    """Address of the C function void(void *) of a kernel, for bfloat16 activations if `half`, else float32."""
+    with _compiling:
+        return _compiled(kernel, half).address
+
+
+@cache
+def _compiled(kernel: str, half: bool):
+    function = _KERNELS[kernel](uint16 if half else float32, _stamp())
+    announcement = threading.Timer(0.5, _announce)  # one loaded from disk takes far less
+    announcement.start()
+    try:
+        return _made(function)
+    finally:
+        announcement.cancel()
+
+
+def _made(function: Callable):
+    try:
+        return cfunc(void(types.voidptr), cache=True)(function)
+    except (RuntimeError, OSError) as error:  # no folder to write to, or none that takes the file
+        _logger.debug("compiled code cannot be kept: %s", error)
+        return cfunc(void(types.voidptr))(function)
+
+
+@cache
+def _announce() -> None:
+    _logger.warning("compiling the CPU kernels, once on this machine (10 to 20 s)")
+
+
+@cache
+def _stamp() -> int:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return int.from_bytes(hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()[:7], "big")

@@ -1,0 +1,273 @@
+"""The selective scan of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
+
+All arrays have three axes and are in token order; `reverse` walks them from the last token to the first. u, delta, z,
+y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16; the rest is float32: A (1,
+d_inner, d_state), B and C (batch, length, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps
+(1, batch, length) with gap_delta (1, 1, d_inner). What is not there has no elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint64
+
+from .vector import (
+    LANES,
+    LOG2_E,
+    exp2,
+    lane_sum,
+    load,
+    next_item,
+    prefetch,
+    scratch,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+)
+
+ZERO = uint64(0)
+ONE = uint64(1)
+WIDTH = uint64(LANES)
+# Channels that one thread takes at a time: 64 bytes of a row at a time wait on memory half of the time.
+BLOCK = uint64(64)
+# Tokens to ask for in advance.
+AHEAD = uint64(4)
+# Vectors of states and factors that the backward pass keeps of one sequence: 512 KiB, half of a usual L2 cache.
+KEPT = uint64(1 << 13)
+
+
+@njit
+def scan_forward(table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, y):
+    """y (batch, length, d_inner) of every block of channels that no other thread has taken from `table`."""
+    length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
+    blocks = (d_inner + BLOCK - ONE) // BLOCK
+    most = BLOCK // WIDTH
+    h, a = scratch(most * d_state), scratch(most * d_state)
+    x, decay, out = scratch(most), scratch(most), scratch(most)
+    block = next_item(table)
+    while block < uint64(u.shape[0]) * blocks:
+        b, start = block // blocks, block % blocks * BLOCK
+        end = min(start + BLOCK, d_inner)
+        vectors = (end - start + WIDTH - ONE) // WIDTH
+        for v in range(vectors):
+            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+        h[:] = np.float32(0)
+        for k in range(length):
+            t = length - ONE - k if reverse else k
+            ahead = t - AHEAD if reverse else t + AHEAD
+            # Three passes over the vectors of a block: in one, each scan would wait for its own softplus.
+            for v in range(vectors):
+                e = start + v * WIDTH
+                count = min(WIDTH, end - e)
+                prefetch(delta, (b, ahead, e))
+                prefetch(u, (b, ahead, e))
+                step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                u_t = load(u, (b, t, e), count)
+                store(x, (v, ZERO), WIDTH, step * u_t)
+                store(decay, (v, ZERO), WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
+                store(out, (v, ZERO), WIDTH, load(D, (ZERO, ZERO, e), count) * u_t if D.size else splat(0.0))
+            for v in range(vectors):
+                x_t, decay_t = load(x, (v, ZERO), WIDTH), load(decay, (v, ZERO), WIDTH)
+                y_t = load(out, (v, ZERO), WIDTH)
+                row = v * d_state
+                for n in range(d_state):
+                    factor = exp2(decay_t * load(a, (row + n, ZERO), WIDTH))
+                    state = factor * load(h, (row + n, ZERO), WIDTH) + x_t * B[b, t, n]
+                    store(h, (row + n, ZERO), WIDTH, state)
+                    y_t = y_t + state * C[b, t, n]
+                store(out, (v, ZERO), WIDTH, y_t)
+            for v in range(vectors):
+                e = start + v * WIDTH
+                count = min(WIDTH, end - e)
+                y_t = load(out, (v, ZERO), WIDTH)
+                prefetch(y, (b, ahead, e))
+                if z.size:
+                    prefetch(z, (b, ahead, e))
+                    z_t = load(z, (b, t, e), count)
+                    y_t = y_t * (z_t * sigmoid(z_t))
+                store(y, (b, t, e), count, y_t)
+        block = next_item(table)
+
+
+@njit
+def scan_backward(
+    table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy,
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dgap,
+):  # fmt: skip
+    """Gradients of all inputs from that of y, dy (batch, length, d_inner), of every block not taken yet.
+
+    dA (batch, d_inner, d_state), dD and dbias (1, batch, d_inner), dB and dC (blocks * batch, length, d_state) are
+    left in parts for the caller to sum: so no two threads add to one number, and the order of a sum is fixed. dgap
+    is that of a `gap`; `steps` and `gap_delta` get none.
+
+    The states are computed anew, for as many tokens at a time as the cache has room for.
+    """
+    batch, length, d_inner, d_state = uint64(u.shape[0]), uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
+    blocks = (d_inner + BLOCK - ONE) // BLOCK
+    most = BLOCK // WIDTH
+    chunk = min(length, max(ONE, KEPT // (uint64(2) * d_state)))
+    chunks = (length + chunk - ONE) // chunk
+    a, dh, da = scratch(most * d_state), scratch(most * d_state), scratch(most * d_state)
+    starts = scratch(chunks * most * d_state)  # the states that each chunk begins with
+    h, factors = scratch((chunk + ONE) * d_state), scratch(chunk * d_state)
+    x, decay, gated, y = scratch(most * chunk), scratch(most * chunk), scratch(most * chunk), scratch(most * chunk)
+    dskip, doffset = scratch(most), scratch(most)
+    dB_lanes, dC_lanes = scratch(length * d_state), scratch(length * d_state)
+    block = next_item(table)
+    while block < batch * blocks:
+        b, start = block // blocks, block % blocks * BLOCK
+        end = min(start + BLOCK, d_inner)
+        vectors = (end - start + WIDTH - ONE) // WIDTH
+        for v in range(vectors):
+            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+        for sums in (dh, da, dskip, doffset, dB_lanes, dC_lanes):
+            sums[:] = np.float32(0)
+        starts[: most * d_state] = np.float32(0)
+        for part in range(chunks - ONE):
+            now, later = part * most * d_state, (part + ONE) * most * d_state
+            starts[later : later + most * d_state] = starts[now:later]
+            for k in range(part * chunk, (part + ONE) * chunk):
+                t = length - ONE - k if reverse else k
+                for v in range(vectors):
+                    e = start + v * WIDTH
+                    count = min(WIDTH, end - e)
+                    step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                    x_t = step * load(u, (b, t, e), count)
+                    decay_t = step + _gap(steps, gap_delta, gap, b, t, e, count)
+                    for n in range(d_state):
+                        row = (later + v * d_state + n, ZERO)
+                        factor = exp2(decay_t * load(a, (v * d_state + n, ZERO), WIDTH))
+                        store(starts, row, WIDTH, factor * load(starts, row, WIDTH) + x_t * B[b, t, n])
+        for done in range(chunks):
+            part = chunks - ONE - done
+            first = part * chunk
+            taken = min(chunk, length - first)
+            # What is the same for all states is computed before and after the scans, a row of the block at a time: in
+            # the scans it would be waited for, and columns of 64 bytes push each other out of the cache.
+            for k in range(taken):
+                t = length - ONE - first - k if reverse else first + k
+                ahead = t - AHEAD if reverse else t + AHEAD
+                for v in range(vectors):
+                    e, row = start + v * WIDTH, (v * chunk + k, ZERO)
+                    count = min(WIDTH, end - e)
+                    prefetch(delta, (b, ahead, e))
+                    prefetch(u, (b, ahead, e))
+                    prefetch(dy, (b, ahead, e))
+                    step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                    store(x, row, WIDTH, step * load(u, (b, t, e), count))
+                    store(decay, row, WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
+                    g = load(dy, (b, t, e), count)
+                    if z.size:
+                        prefetch(z, (b, ahead, e))
+                        z_t = load(z, (b, t, e), count)
+                        g = g * (z_t * sigmoid(z_t))
+                    store(gated, row, WIDTH, g)
+            for v in range(vectors):
+                top = (part * most + v) * d_state
+                h[:d_state] = starts[top : top + d_state]
+                for k in range(taken):
+                    t = length - ONE - first - k if reverse else first + k
+                    x_t, decay_t = load(x, (v * chunk + k, ZERO), WIDTH), load(decay, (v * chunk + k, ZERO), WIDTH)
+                    for n in range(d_state):
+                        row = k * d_state + n
+                        factor = exp2(decay_t * load(a, (v * d_state + n, ZERO), WIDTH))
+                        store(factors, (row, ZERO), WIDTH, factor)
+                        state = factor * load(h, (row, ZERO), WIDTH) + x_t * B[b, t, n]
+                        store(h, (row + d_state, ZERO), WIDTH, state)
+                for back in range(taken):
+                    k = taken - ONE - back
+                    t = length - ONE - first - k if reverse else first + k
+                    row_t = (v * chunk + k, ZERO)
+                    x_t, decay_t, g = load(x, row_t, WIDTH), load(decay, row_t, WIDTH), load(gated, row_t, WIDTH)
+                    dx_t, ddecay_t, y_t = splat(0.0), splat(0.0), splat(0.0)
+                    for n in range(d_state):
+                        row, own, lanes = k * d_state + n, (v * d_state + n, ZERO), (t * d_state + n, ZERO)
+                        B_t, C_t = B[b, t, n], C[b, t, n]
+                        state = load(h, (row + d_state, ZERO), WIDTH)
+                        dstate = load(dh, own, WIDTH) + g * C_t
+                        y_t = y_t + state * C_t
+                        store(dC_lanes, lanes, WIDTH, load(dC_lanes, lanes, WIDTH) + g * state)
+                        store(dB_lanes, lanes, WIDTH, load(dB_lanes, lanes, WIDTH) + dstate * x_t)
+                        dx_t = dx_t + dstate * B_t
+                        dstate = dstate * load(factors, (row, ZERO), WIDTH)
+                        store(dh, own, WIDTH, dstate)
+                        dexponent = dstate * load(h, (row, ZERO), WIDTH)
+                        ddecay_t = ddecay_t + dexponent * load(a, own, WIDTH)
+                        store(da, own, WIDTH, load(da, own, WIDTH) + dexponent * decay_t)
+                    store(x, row_t, WIDTH, dx_t)  # in the place of what no one needs any more
+                    store(decay, row_t, WIDTH, ddecay_t * LN_2)  # a is in units of log2
+                    store(y, row_t, WIDTH, y_t)
+            for k in range(taken):
+                t = length - ONE - first - k if reverse else first + k
+                ahead = t - AHEAD if reverse else t + AHEAD
+                for v in range(vectors):
+                    e, row = start + v * WIDTH, (v * chunk + k, ZERO)
+                    count = min(WIDTH, end - e)
+                    prefetch(du, (b, ahead, e))
+                    prefetch(ddelta, (b, ahead, e))
+                    step, raw = _step(delta, bias, with_softplus, b, t, e, count)
+                    u_t, y_t = load(u, (b, t, e), count), load(y, row, WIDTH)
+                    dx_t, ddecay_t = load(x, row, WIDTH), load(decay, row, WIDTH)
+                    du_t = dx_t * step
+                    if D.size:
+                        skip, g = load(D, (ZERO, ZERO, e), count), load(gated, row, WIDTH)
+                        y_t = y_t + skip * u_t
+                        du_t = du_t + skip * g
+                        store(dskip, (v, ZERO), WIDTH, load(dskip, (v, ZERO), WIDTH) + g * u_t)
+                    if z.size:
+                        prefetch(dz, (b, ahead, e))
+                        z_t = load(z, (b, t, e), count)
+                        share = sigmoid(z_t)
+                        slope = share * (1.0 + z_t * (1.0 - share))
+                        store(dz, (b, t, e), count, load(dy, (b, t, e), count) * y_t * slope)
+                    if gap.size:
+                        store(dgap, (b, t, e), count, ddecay_t)
+                    dstep = dx_t * u_t + ddecay_t
+                    if with_softplus:
+                        dstep = dstep * sigmoid(raw)
+                    store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + dstep)
+                    store(du, (b, t, e), count, du_t)
+                    store(ddelta, (b, t, e), count, dstep)
+        for e in range(start, end):
+            v, lane = (e - start) // WIDTH, (e - start) % WIDTH
+            for n in range(d_state):
+                dA[b, e, n] = da[v * d_state + n, lane]
+            if D.size:
+                dD[ZERO, b, e] = dskip[v, lane]
+            if bias.size:
+                dbias[ZERO, b, e] = doffset[v, lane]
+        place = block % blocks * batch + b
+        for t in range(length):
+            for n in range(d_state):
+                dB[place, t, n] = lane_sum(load(dB_lanes, (t * d_state + n, ZERO), WIDTH))
+                dC[place, t, n] = lane_sum(load(dC_lanes, (t * d_state + n, ZERO), WIDTH))
+        block = next_item(table)
+
+
+LN_2 = np.float32(np.log(2))
+
+
+@njit(_nrt=False)
+def _step(delta, bias, with_softplus, b, t, e, count):
+    """(delta after bias and softplus, delta after bias) of one token and sixteen channels."""
+    raw = load(delta, (b, t, e), count)
+    if bias.size:
+        raw = raw + load(bias, (ZERO, ZERO, e), count)
+    return softplus(raw) if with_softplus else raw, raw
+
+
+@njit(_nrt=False)
+def _gap(steps, gap_delta, gap, b, t, e, count):
+    """What the decay has beyond the step."""
+    if steps.size:
+        return load(gap_delta, (ZERO, ZERO, e), count) * steps[ZERO, b, t]
+    return load(gap, (b, t, e), count) if gap.size else splat(0.0)
+
+
+@njit(_nrt=False)
+def _load_rates(A, e, end, a, row):
+    """Rows `row`.. (d_state, 16 channels) of a: A of channels e.. in units of log2, so exp(x A) = 2^(x a)."""
+    for n in range(uint64(A.shape[2])):
+        for lane in range(WIDTH):
+            a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)
