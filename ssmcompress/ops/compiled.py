@@ -7,6 +7,7 @@ derivative. CPU kernels are in `cpu`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import top_tokens
@@ -16,29 +17,32 @@ __all__ = ["DTYPES", "causal_conv1d", "selective_scan", "top_tokens"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    activations = _common(u, delta, z)
-    steps = gap_delta = None
+    dt_weight = steps = gap_delta = None
+    if isinstance(delta, tuple):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (u, *delta)):
+            delta = F.linear(*delta)  # its backward is two matrix products, which are torch's
+        else:
+            delta, dt_weight = delta
     if isinstance(gap, tuple):
         if any(t.requires_grad for t in gap):
             gap = gap[0][..., None] * gap[1]
         else:
             (steps, gap_delta), gap = (_float(t) for t in gap), None
+    dtype = _common(u, delta, z, add)
     y = _scan(
-        u.to(activations), delta.to(activations), _float(A), _float(B), _float(C), _float(D),
-        None if z is None else z.to(activations), _float(delta_bias), steps, gap_delta, _float(gap),
-        delta_softplus, reverse,
+        _as(dtype, u), _as(dtype, delta), _float(dt_weight), _float(A), _float(B), _float(C), _float(D), _as(dtype, z),
+        _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), delta_softplus, reverse,
     )  # fmt: skip
-    return y.to(u.dtype)
+    return _as(u.dtype, y)
 
 
 def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     """See `ssmcompress.ops.causal_conv1d`."""
-    taps = _float(weight).flip(1).t().contiguous()  # row d for distance d, as in the reference
-    positions = None if positions is None else positions.long()
-    y = _conv(x.to(_common(x)), taps, _float(bias), positions, activation == "silu", reverse)
-    return y.to(x.dtype)
+    positions = _as(torch.int64, positions)
+    y = _conv(_as(_common(x), x), _float(weight), _float(bias), positions, activation == "silu", reverse)
+    return _as(x.dtype, y)
 
 
 def _common(*activations: Tensor | None) -> torch.dtype:
@@ -49,76 +53,90 @@ def _common(*activations: Tensor | None) -> torch.dtype:
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
 
 
+def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
+    return _as(torch.float32, tensor)
 
 
-@torch.library.custom_op("ssmcompress::selective_scan", mutates_args=(), device_types="cpu")
-def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, steps: Tensor | None, gap_delta: Tensor | None, gap: Tensor | None,
-    softplus: bool, reverse: bool,
-) -> Tensor:  # fmt: skip
-    """u, delta, z float32 or bfloat16, all alike; the rest float32; the gap either whole or as steps x gap_delta."""
+# Defined by hand: torch.library.custom_op would take 15 us more at each of a forward's hundred calls.
+_OPERATORS = """
+selective_scan(Tensor u, Tensor delta, Tensor? dt_weight, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
+    Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, Tensor? add, bool softplus, bool reverse) -> Tensor
+selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
+    Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, bool softplus, bool reverse) -> Tensor[]
+causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu, bool reverse) -> Tensor
+causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu,
+    bool reverse) -> Tensor[]
+"""
+for _schema in _OPERATORS.strip().replace("\n    ", " ").splitlines():
+    torch.library.define(f"ssmcompress::{_schema.partition('(')[0]}", _schema[_schema.index("(") :])
+_scan = torch.ops.ssmcompress.selective_scan.default
+_scan_backward = torch.ops.ssmcompress.selective_scan_backward.default
+_conv = torch.ops.ssmcompress.causal_conv1d.default
+_conv_backward = torch.ops.ssmcompress.causal_conv1d_backward.default
+
+
+@torch.library.impl("ssmcompress::selective_scan", "cpu")
+def _(u, *others):
+    """u, delta, z and add float32 or bfloat16, all alike; the rest float32.
+
+    With `dt_weight` (d_inner, rank), delta is (batch, length, rank) and has no gradient; the gap comes whole, or as
+    steps (batch, length) and gap_delta (d_inner,), which have none either.
+    """
     from . import cpu
 
-    return cpu.scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse)
+    return cpu.scan_forward(u, *others)
 
 
-@torch.library.custom_op("ssmcompress::selective_scan_backward", mutates_args=(), device_types="cpu")
-def _scan_backward(
-    dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, steps: Tensor | None, gap_delta: Tensor | None, gap: Tensor | None,
-    softplus: bool, reverse: bool,
-) -> list[Tensor]:  # fmt: skip
+@torch.library.impl("ssmcompress::selective_scan_backward", "cpu")
+def _(dy, *others):
     """Gradients of u, delta, A, B, C, D, z, bias and gap; without elements where there is no such input."""
     from . import cpu
 
-    return cpu.scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse)
+    return cpu.scan_backward(dy, *others)
 
 
-@torch.library.custom_op("ssmcompress::causal_conv1d", mutates_args=(), device_types="cpu")
-def _conv(
-    x: Tensor, taps: Tensor, bias: Tensor | None, positions: Tensor | None, silu: bool, reverse: bool
-) -> Tensor:
-    """taps (width, channels) float32, row d for distance d; positions (batch, length) int64."""
+@torch.library.impl("ssmcompress::causal_conv1d", "cpu")
+def _(x, *others):
+    """x float32 or bfloat16; weight (channels, width) and bias float32; positions (batch, length) int64."""
     from . import cpu
 
-    return cpu.conv_forward(x, taps, bias, positions, silu, reverse)
+    return cpu.conv_forward(x, *others)
 
 
-@torch.library.custom_op("ssmcompress::causal_conv1d_backward", mutates_args=(), device_types="cpu")
-def _conv_backward(
-    dy: Tensor, x: Tensor, taps: Tensor, bias: Tensor | None, positions: Tensor | None, silu: bool, reverse: bool
-) -> list[Tensor]:
-    """Gradients of x, taps and bias; without elements where there is no such input."""
+@torch.library.impl("ssmcompress::causal_conv1d_backward", "cpu")
+def _(dy, *others):
+    """Gradients of x, weight and bias; without elements where there is no such input."""
     from . import cpu
 
-    return cpu.conv_backward(dy, x, taps, bias, positions, silu, reverse)
+    return cpu.conv_backward(dy, *others)
 
 
 def _empty(like: Tensor | None, of: Tensor) -> Tensor:
     return of.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-@_scan.register_fake
+@torch.library.register_fake("ssmcompress::selective_scan")
 def _(u, *others):
     return _empty(u, u)
 
 
-@_scan_backward.register_fake
+@torch.library.register_fake("ssmcompress::selective_scan_backward")
 def _(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse):
     return [_empty(t, u) for t in (u, delta, A, B, C, D, z, bias, gap)]
 
 
-@_conv.register_fake
+@torch.library.register_fake("ssmcompress::causal_conv1d")
 def _(x, *others):
     return _empty(x, x)
 
 
-@_conv_backward.register_fake
-def _(dy, x, taps, bias, positions, silu, reverse):
-    return [_empty(t, x) for t in (x, taps, bias)]
+@torch.library.register_fake("ssmcompress::causal_conv1d_backward")
+def _(dy, x, weight, bias, positions, silu, reverse):
+    return [_empty(t, x) for t in (x, weight, bias)]
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -128,18 +146,19 @@ def _save_inputs(ctx, inputs, output) -> None:
 
 
 def _scan_gradients(ctx, dy):
-    tensors = ctx.saved_tensors
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, *tensors, *ctx.flags)
-    _, _, _, _, _, D, z, bias, _, _, gap = tensors
+    u, delta, _, *rest, add = ctx.saved_tensors
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, u, delta, *rest, *ctx.flags)
+    _, _, _, D, z, bias, _, _, gap = rest
     optional = (None if t is None else d for t, d in ((D, dD), (z, dz), (bias, dbias)))
-    return du, ddelta, dA, dB, dC, *optional, None, None, None if gap is None else dgap, None, None
+    dgap, dadd = None if gap is None else dgap, None if add is None else dy
+    return du, ddelta, None, dA, dB, dC, *optional, None, None, dgap, dadd, None, None
 
 
 def _conv_gradients(ctx, dy):
     tensors = ctx.saved_tensors
-    dx, dtaps, dbias = _conv_backward(dy, *tensors, *ctx.flags)
-    return dx, dtaps, None if tensors[2] is None else dbias, None, None, None
+    dx, dweight, dbias = _conv_backward(dy, *tensors, *ctx.flags)
+    return dx, dweight, None if tensors[2] is None else dbias, None, None, None
 
 
-_scan.register_autograd(_scan_gradients, setup_context=_save_inputs)
-_conv.register_autograd(_conv_gradients, setup_context=_save_inputs)
+torch.library.register_autograd("ssmcompress::selective_scan", _scan_gradients, setup_context=_save_inputs)
+torch.library.register_autograd("ssmcompress::causal_conv1d", _conv_gradients, setup_context=_save_inputs)

@@ -18,11 +18,13 @@ DOMAIN = "ssmcompress"
 OPSET = 20
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
+    if isinstance(delta, tuple):
+        delta = F.linear(*delta)
     if isinstance(gap, tuple):
         gap = gap[0].to(torch.float32)[..., None] * gap[1]
-    optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap}
+    optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}
     parts = [name for name, tensor in optional.items() if tensor is not None]
     parts += [name for name, wanted in (("softplus", delta_softplus), ("reverse", reverse)) if wanted]
     tensors = (u, delta, A, B, C, *(tensor for tensor in optional.values() if tensor is not None))
@@ -64,7 +66,7 @@ def function_text(name: str) -> str:
 
 def _scan(parts: list[str]) -> tuple[list[str], list[str]]:
     """The recurrence runs step by step in ONNX Scan; what does not depend on the state stays outside of it."""
-    inputs = ["u", "delta", "A", "B", "C", *(p for p in ("D", "z", "bias", "gap") if p in parts)]
+    inputs = ["u", "delta", "A", "B", "C", *(p for p in ("D", "z", "bias", "gap", "add") if p in parts)]
     way = int("reverse" in parts)
     lines = ["raw = Add (delta, bias)" if "bias" in parts else "raw = Identity (delta)"]
     lines += ["step = Softplus (raw)" if "softplus" in parts else "step = Identity (raw)"]
@@ -96,10 +98,9 @@ def _scan(parts: list[str]) -> tuple[list[str], list[str]]:
         "    }> (start, decay, entering, B, C)",
     ]
     lines += ["through = Mul (D, u)", "y = Add (scanned, through)"] if "D" in parts else ["y = Identity (scanned)"]
-    if "z" in parts:
-        lines += ["opening = Sigmoid (z)", "gate = Mul (z, opening)", "out = Mul (y, gate)"]
-    else:
-        lines += ["out = Identity (y)"]
+    lines += ["opening = Sigmoid (z)", "gate = Mul (z, opening)"] if "z" in parts else []
+    lines += ["gated = Mul (y, gate)"] if "z" in parts else ["gated = Identity (y)"]
+    lines += ["out = Add (gated, add)"] if "add" in parts else ["out = Identity (gated)"]
     return inputs, lines
 
 

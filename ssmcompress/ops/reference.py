@@ -13,10 +13,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def discretise(
-    delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
+    delta: Tensor | tuple, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(delta, delta + gap) after bias and softplus, each (batch, length, d_inner): input step, decay step."""
-    delta = delta.to(dtype)
+    delta = F.linear(*(t.to(dtype) for t in delta)) if isinstance(delta, tuple) else delta.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)
     if delta_softplus:
@@ -29,14 +29,16 @@ def discretise(
     return delta, delta + gap.to(dtype)
 
 
-def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """(y + D u) * silu(z) in the dtype of y; all (batch, length, d_inner)."""
+def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None, add: Tensor | None) -> Tensor:
+    """(y + D u) * silu(z) + add in the dtype of y; all (batch, length, d_inner)."""
     if D is not None:
         y = y + D.to(y.dtype) * u.to(y.dtype)
-    return y if z is None else y * F.silu(z.to(y.dtype))
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y if add is None else y + add.to(y.dtype)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
     dtype = wide(u.dtype)
     delta, decay = discretise(delta, delta_bias, delta_softplus, gap, dtype)
@@ -49,7 +51,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
         state = torch.addcmul(entering, torch.exp(decay[:, t, :, None] * A), state)
         outputs[t] = torch.matmul(state, C[:, t])[..., 0]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(inputs)
-    return skip_and_gate(y, u, D, z).to(u.dtype)
+    return skip_and_gate(y, u, D, z, add).to(u.dtype)
 
 
 def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:

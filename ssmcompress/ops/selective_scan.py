@@ -6,12 +6,13 @@ from torch import Tensor
 
 from .dispatch import full_precision, select
 
-Gap = Tensor | tuple[Tensor, Tensor] | None
+Product = tuple[Tensor, Tensor]
+Gap = Tensor | Product | None
 
 
 def selective_scan(
     u: Tensor,
-    delta: Tensor,
+    delta: Tensor | Product,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -21,6 +22,7 @@ def selective_scan(
     delta_softplus: bool = False,
     gap: Gap = None,
     reverse: bool = False,
+    add: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Selective scan over a sequence, aligned to the positions that pruning removed.
@@ -28,18 +30,20 @@ def selective_scan(
     Per channel e and state n, with `delta = softplus(delta + delta_bias)` where asked for:
 
         h_t = exp((delta_t + gap_t) A) h_{t-1} + delta_t B_t u_t,   h_0 = 0
-        y_t = (sum_n C_t h_t + D u_t) * silu(z_t)
+        y_t = (sum_n C_t h_t + D u_t) * silu(z_t) + add_t
 
     `gap_t` is the sum of delta over the positions pruned just before token t: time passes there and nothing
     comes in, so it belongs to the decay and never to the input (ToP-ViM, arXiv 2409.18962, section 4).
 
     Args:
-        u, delta, z: (batch, length, d_inner); `z` None: no gate.
+        u, delta, z: (batch, length, d_inner); `z` None: no gate. `delta` may be a pair (dt (batch, length, rank),
+            weight (d_inner, rank)) whose product it is, which a compiled scan takes without writing it out.
         A: (d_inner, d_state), negative. B, C: (batch, length, d_state). D, delta_bias: (d_inner,).
         delta_softplus: apply softplus, the identity above 20, after adding the bias.
         gap: (batch, length, d_inner) in the units of delta after softplus, or a pair
             (steps (batch, length), delta (d_inner,)) whose product it is, or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
+        add: (batch, length, d_inner) that the result is added to, of another path say, in the same pass over memory.
         backend: "cpu", "reference", or None for the best one available.
 
     Returns:
@@ -48,12 +52,13 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add)
     with full_precision(u.device):
-        return select(backend, u).selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse)
+        scan = select(backend, u).selective_scan
+        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add)
 
 
-def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap) -> None:
+def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:
     if u.ndim != 3 or A.ndim != 2 or A.shape[0] != u.shape[2]:
         raise ValueError(
             f"selective_scan: expected u (batch, length, d_inner) and A (d_inner, d_state), "
@@ -61,13 +66,19 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap) -> None:
         )
     batch, length, d_inner = u.shape
     expected = {
-        "delta": (delta, (batch, length, d_inner)),
         "B": (B, (batch, length, A.shape[1])),
         "C": (C, (batch, length, A.shape[1])),
         "D": (D, (d_inner,)),
         "z": (z, (batch, length, d_inner)),
         "delta_bias": (delta_bias, (d_inner,)),
+        "add": (add, (batch, length, d_inner)),
     }
+    if isinstance(delta, tuple):
+        rank = delta[0].shape[-1]
+        expected["dt"] = (delta[0], (batch, length, rank))
+        expected["dt weight"] = (delta[1], (d_inner, rank))
+    else:
+        expected["delta"] = (delta, (batch, length, d_inner))
     if isinstance(gap, tuple):
         expected["gap steps"] = (gap[0], (batch, length))
         expected["gap delta"] = (gap[1], (d_inner,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,11 @@ from .threads import run
 _SMALL = 1 << 15
 
 
-def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse) -> Tensor:
+def scan_forward(u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, softplus, reverse) -> Tensor:
     """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
     y = torch.empty(u.shape, dtype=u.dtype)
     if y.numel():
-        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, y]
+        arrays = [u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y]
         _launch("scan_forward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
     return y
 
@@ -41,41 +43,42 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, soft
     return [du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dgap]
 
 
-def conv_forward(x, taps, bias, positions, silu, reverse) -> Tensor:
+def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
     """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
     y = torch.empty(x.shape, dtype=x.dtype)
     if y.numel():
-        arrays = [x, taps, bias, positions, y]
-        _launch("conv_forward", (silu, reverse), arrays, x.dtype, x.numel() * taps.shape[0])
+        arrays = [x, weight, bias, positions, y]
+        _launch("conv_forward", (silu, reverse), arrays, x.dtype, x.numel() * weight.shape[1])
     return y
 
 
-def conv_backward(dy, x, taps, bias, positions, silu, reverse) -> list[Tensor]:
-    """Gradients of x, taps and bias; arguments as in `ssmcompress.ops.compiled`."""
+def conv_backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
+    """Gradients of x, weight and bias; arguments as in `ssmcompress.ops.compiled`."""
     batch, _, channels = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype)
-    dtaps = torch.empty(batch, *taps.shape)
+    dweight = torch.empty(batch, *weight.shape)
     dbias = torch.empty((batch, channels) if bias is not None else 0)
     if x.numel():
-        arrays = [x, taps, bias, positions, dy, dx, dtaps, dbias]
-        _launch("conv_backward", (silu, reverse), arrays, x.dtype, x.numel() * taps.shape[0])
-    return [dx, dtaps.sum(0), dbias.sum(0)]
+        arrays = [x, weight, bias, positions, dy, dx, dweight, dbias]
+        _launch("conv_backward", (silu, reverse), arrays, x.dtype, x.numel() * weight.shape[1])
+    return [dx, dweight.sum(0), dbias.sum(0)]
 
 
 def _launch(kernel: str, flags: tuple[bool, bool], arrays: list[Tensor | None], dtype: torch.dtype, work: int) -> None:
     """Run a kernel over all of its items; see `entries` for the table that it takes."""
-    arrays = [None if a is None or not a.numel() else _dense(a) for a in arrays]
-    rows = [0, *map(int, flags), *[0] * (COLUMNS - 3)]
-    for array in arrays:
-        if array is None:
-            rows += [0] * COLUMNS
-            continue
-        missing, size = 3 - array.ndim, array.element_size()
-        rows += [array.data_ptr(), *[1] * missing, *array.shape, *[0] * missing, *[s * size for s in array.stride()]]
-    table = torch.tensor(rows, dtype=torch.int64)
-    run(address(kernel, dtype == torch.bfloat16), table, torch.get_num_threads() if work > _SMALL else 1)
+    dense = [None if a is None else a if a.stride(-1) == 1 else a.contiguous() for a in arrays]  # alive to the end
+    table = array("q", (0, *flags, *_NO_ARRAY[3:]))
+    for a in dense:
+        table.extend(_NO_ARRAY if a is None else _row(a))
+    threads = torch.get_num_threads() if work > _SMALL else 1
+    run(address(kernel, dtype == torch.bfloat16), table.buffer_info()[0], threads)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis dense; the others may have any strides."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+_NO_ARRAY = (0,) * COLUMNS
+
+
+def _row(tensor: Tensor) -> tuple[int, ...]:
+    """Address, shape and strides in bytes, as of three axes."""
+    missing, size = 3 - tensor.ndim, tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()]
+    return tensor.data_ptr(), *(1,) * missing, *tensor.shape, *(0,) * missing, *strides

@@ -1,7 +1,7 @@
 """The aligned causal convolution of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
 Arrays have three axes, as in `scan`: x, y and their gradients (batch, length, channels) are float32, or bfloat16 held
-as uint16; taps (1, width, channels), row d for distance d, and bias (1, 1, channels) float32; positions (1, batch,
+as uint16; weight (1, channels, width), the last tap being the token itself, and bias (1, 1, channels) float32; positions (1, batch,
 length) int64. What is not there has no elements.
 """
 
@@ -22,34 +22,63 @@ BLOCK = uint64(64)
 
 
 @njit
-def conv_forward(table, with_silu, reverse, x, taps, bias, positions, y):
+def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
     """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
-    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(taps.shape[1])
+    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(weight.shape[2])
     stretches = (length + ROWS - ONE) // ROWS
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    taps, sums = _taps(weight), scratch(vectors)
     stretch = next_item(table)
     while stretch < uint64(x.shape[0]) * stretches:
         b, start = stretch // stretches, stretch % stretches * ROWS
         for t in range(start, min(start + ROWS, length)):
-            for e in range(ZERO, channels, WIDTH):
-                count = min(WIDTH, channels - e)
-                y_t = _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width)
-                if with_silu:
-                    y_t = y_t * sigmoid(y_t)
-                store(y, (b, t, e), count, y_t)
+            # Four taps at a time, written out: a loop over the taps of a number took four times as long.
+            for back in range(ZERO, width, uint64(4)):
+                s0, d0 = _source(positions, reverse, b, t, back, length, width)
+                s1, d1 = _source(positions, reverse, b, t, back + uint64(1), length, width)
+                s2, d2 = _source(positions, reverse, b, t, back + uint64(2), length, width)
+                s3, d3 = _source(positions, reverse, b, t, back + uint64(3), length, width)
+                for e in range(ZERO, channels, WIDTH):
+                    count = min(WIDTH, channels - e)
+                    v = e // WIDTH
+                    y_t = splat(0.0)
+                    if back:
+                        y_t = load(sums, (v, ZERO), WIDTH)
+                    elif bias.size:
+                        y_t = load(bias, (ZERO, ZERO, e), count)
+                    y_t = y_t + load(taps, (d0 * vectors + v, ZERO), WIDTH) * load(x, (b, s0, e), count)
+                    y_t = y_t + load(taps, (d1 * vectors + v, ZERO), WIDTH) * load(x, (b, s1, e), count)
+                    y_t = y_t + load(taps, (d2 * vectors + v, ZERO), WIDTH) * load(x, (b, s2, e), count)
+                    y_t = y_t + load(taps, (d3 * vectors + v, ZERO), WIDTH) * load(x, (b, s3, e), count)
+                    if back + uint64(4) < width:
+                        store(sums, (v, ZERO), WIDTH, y_t)
+                    else:
+                        store(y, (b, t, e), count, y_t * sigmoid(y_t) if with_silu else y_t)
         stretch = next_item(table)
 
 
+@njit(_nrt=False)
+def _source(positions, reverse, b, t, back, length, width):
+    """(token, tap) of the kept token that is `back` before t; the token itself and the tap of zeros if out of reach."""
+    if back >= (length - t if reverse else t + ONE):
+        return t, width
+    source = t + back if reverse else t - back
+    # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
+    return source, min(_distance(positions, b, t, source, back), width)
+
+
 @njit
-def conv_backward(table, with_silu, reverse, x, taps, bias, positions, dy, dx, dtaps, dbias):
+def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx, dweight, dbias):
     """Gradients from that of y, dy (batch, length, channels), of every block of channels not taken yet.
 
-    dtaps (batch, width, channels) and dbias (1, batch, channels) are left in parts for the caller to sum, in an
+    dweight (batch, channels, width) and dbias (1, batch, channels) are left in parts for the caller to sum, in an
     order that is the same each time.
     """
-    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(taps.shape[1])
+    length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(weight.shape[2])
     blocks = (channels + BLOCK - ONE) // BLOCK
     most = BLOCK // WIDTH
-    dsum, dtap, doffset = scratch(length * most), scratch(width * most), scratch(most)
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    taps, dsum, dtap, doffset = _taps(weight), scratch(length * most), scratch(width * most), scratch(most)
     block = next_item(table)
     while block < uint64(x.shape[0]) * blocks:
         b, start = block // blocks, block % blocks * BLOCK
@@ -61,7 +90,7 @@ def conv_backward(table, with_silu, reverse, x, taps, bias, positions, dy, dx, d
                 v, count = (e - start) // WIDTH, min(WIDTH, end - e)
                 g = load(dy, (b, t, e), count)
                 if with_silu:
-                    y_t = _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width)
+                    y_t = _sum(x, taps, vectors, bias, positions, reverse, b, t, e, count, length, width)
                     share = sigmoid(y_t)
                     g = g * (share * (1.0 + y_t * (1.0 - share)))
                 store(dsum, (t * most + v, ZERO), WIDTH, g)
@@ -80,20 +109,21 @@ def conv_backward(table, with_silu, reverse, x, taps, bias, positions, dy, dx, d
                     t = source - ahead if reverse else source + ahead
                     distance = _distance(positions, b, t, source, ahead)
                     if distance < width:
-                        tap = load(taps, (ZERO, distance, e), count)
+                        tap = load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH)
                         dx_t = dx_t + tap * load(dsum, (t * most + v, ZERO), WIDTH)
                 store(dx, (b, source, e), count, dx_t)
         for e in range(start, end, WIDTH):
             v, count = (e - start) // WIDTH, min(WIDTH, end - e)
-            for d in range(width):
-                store(dtaps, (b, d, e), count, load(dtap, (d * most + v, ZERO), WIDTH))
+            for lane in range(count):
+                for d in range(width):
+                    dweight[b, e + lane, width - ONE - d] = dtap[d * most + v, lane]
             if bias.size:
                 store(dbias, (ZERO, b, e), count, load(doffset, (v, ZERO), WIDTH))
         block = next_item(table)
 
 
 @njit(_nrt=False)
-def _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width):
+def _sum(x, taps, vectors, bias, positions, reverse, b, t, e, count, length, width):
     """The convolution at one token and sixteen channels, before its activation."""
     y_t = load(bias, (ZERO, ZERO, e), count) if bias.size else splat(0.0)
     for back in range(min(width, (length - t if reverse else t + ONE))):
@@ -101,7 +131,7 @@ def _sum(x, taps, bias, positions, reverse, b, t, e, count, length, width):
         distance = _distance(positions, b, t, source, back)
         # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
         if distance < width:
-            y_t = y_t + load(taps, (ZERO, distance, e), count) * load(x, (b, source, e), count)
+            y_t = y_t + load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH) * load(x, (b, source, e), count)
     return y_t
 
 
@@ -112,3 +142,16 @@ def _distance(positions, b, t, source, back):
         apart = positions[ZERO, b, t] - positions[ZERO, b, source]
         return uint64(abs(apart))
     return back
+
+
+@njit
+def _taps(weight):
+    """((width + 1) * vectors, 16): the tap of each distance, its channels in a row, and last those of zeros."""
+    channels, width = uint64(weight.shape[1]), uint64(weight.shape[2])
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    taps = scratch((width + ONE) * vectors)
+    taps[:] = np.float32(0)
+    for e in range(channels):
+        for d in range(width):
+            taps[d * vectors + e // WIDTH, e % WIDTH] = weight[ZERO, e, width - ONE - d]
+    return taps

@@ -16,6 +16,7 @@ from pathlib import Path
 from numba import carray, cfunc, float32, int64, types, uint16, void
 
 from .conv import conv_backward, conv_forward
+from .memory import keep_freed_memory
 from .scan import scan_backward, scan_forward
 from .vector import array_at
 
@@ -31,9 +32,9 @@ def _scan_forward(a, stamp):
         t = carray(pointer, (1, COLUMNS), int64)
         scan_forward(
             t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
-            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, a),
-            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
-            array_at(t, 12, a),
+            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, float32),
+            array_at(t, 8, a), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
+            array_at(t, 12, float32), array_at(t, 13, a), array_at(t, 14, a),
         )  # fmt: skip
 
     return entry
@@ -93,13 +94,14 @@ _logger = logging.getLogger("ssmcompress")
 def address(kernel: str, half: bool) -> int:
     """Address of the C function void(void *) of a kernel, for bfloat16 activations if `half`, else float32."""
     with _compiling:
+        keep_freed_memory()
         return _compiled(kernel, half).address
 
 
 @cache
 def _compiled(kernel: str, half: bool):
     function = _KERNELS[kernel](uint16 if half else float32, _stamp())
-    announcement = threading.Timer(0.5, _announce)  # one loaded from disk takes far less
+    announcement = threading.Timer(1.5, _announce)  # one loaded from disk takes half a second
     announcement.start()
     try:
         return _made(function)
@@ -110,7 +112,7 @@ def _compiled(kernel: str, half: bool):
 def _made(function: Callable):
     try:
         return cfunc(void(types.voidptr), cache=True)(function)
-    except (RuntimeError, OSError) as error:  # no folder to write to, or none that takes the file
+    except Exception as error:  # no folder to write to, a full disk, a damaged file: all of them only cost time
         _logger.debug("compiled code cannot be kept: %s", error)
         return cfunc(void(types.voidptr))(function)
 

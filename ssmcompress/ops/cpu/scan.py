@@ -1,7 +1,7 @@
 """The selective scan of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
 All arrays have three axes and are in token order; `reverse` walks them from the last token to the first. u, delta, z,
-y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16; the rest is float32: A (1,
+y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16, and so is add; the rest is float32: A (1,
 d_inner, d_state), B and C (batch, length, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps
 (1, batch, length) with gap_delta (1, 1, d_inner). What is not there has no elements.
 """
@@ -15,6 +15,7 @@ from .vector import (
     LANES,
     LOG2_E,
     exp2,
+    item,
     lane_sum,
     load,
     next_item,
@@ -38,12 +39,18 @@ KEPT = uint64(1 << 13)
 
 
 @njit
-def scan_forward(table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, y):
-    """y (batch, length, d_inner) of every block of channels that no other thread has taken from `table`."""
+def scan_forward(
+    table, with_softplus, reverse, u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y
+):
+    """y (batch, length, d_inner) of every block of channels that no other thread has taken from `table`.
+
+    With dt_weight (1, d_inner, rank), delta (batch, length, rank) is multiplied by it first.
+    """
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + BLOCK - ONE) // BLOCK
     most = BLOCK // WIDTH
-    h, a = scratch(most * d_state), scratch(most * d_state)
+    rank = uint64(dt_weight.shape[2])
+    h, a, w = scratch(most * d_state), scratch(most * d_state), scratch(most * rank)
     x, decay, out = scratch(most), scratch(most), scratch(most)
     block = next_item(table)
     while block < uint64(u.shape[0]) * blocks:
@@ -51,7 +58,8 @@ def scan_forward(table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, s
         end = min(start + BLOCK, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+            _load_rows(A, LOG2_E, start + v * WIDTH, end, a, v * d_state)
+            _load_rows(dt_weight, ONE, start + v * WIDTH, end, w, v * rank)
         h[:] = np.float32(0)
         for k in range(length):
             t = length - ONE - k if reverse else k
@@ -60,9 +68,15 @@ def scan_forward(table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, s
             for v in range(vectors):
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
-                prefetch(delta, (b, ahead, e))
                 prefetch(u, (b, ahead, e))
-                step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                raw = splat(0.0)
+                if rank:
+                    for r in range(rank):
+                        raw = raw + load(w, (v * rank + r, ZERO), WIDTH) * item(delta, (b, t, r))
+                else:
+                    prefetch(delta, (b, ahead, e))
+                    raw = load(delta, (b, t, e), count)
+                step, _ = _step(raw, bias, with_softplus, e, count)
                 u_t = load(u, (b, t, e), count)
                 store(x, (v, ZERO), WIDTH, step * u_t)
                 store(decay, (v, ZERO), WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
@@ -86,6 +100,9 @@ def scan_forward(table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, s
                     prefetch(z, (b, ahead, e))
                     z_t = load(z, (b, t, e), count)
                     y_t = y_t * (z_t * sigmoid(z_t))
+                if add.size:
+                    prefetch(add, (b, ahead, e))
+                    y_t = y_t + load(add, (b, t, e), count)
                 store(y, (b, t, e), count, y_t)
         block = next_item(table)
 
@@ -120,7 +137,7 @@ def scan_backward(
         end = min(start + BLOCK, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+            _load_rows(A, LOG2_E, start + v * WIDTH, end, a, v * d_state)
         for sums in (dh, da, dskip, doffset, dB_lanes, dC_lanes):
             sums[:] = np.float32(0)
         starts[: most * d_state] = np.float32(0)
@@ -132,7 +149,7 @@ def scan_backward(
                 for v in range(vectors):
                     e = start + v * WIDTH
                     count = min(WIDTH, end - e)
-                    step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                    step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
                     x_t = step * load(u, (b, t, e), count)
                     decay_t = step + _gap(steps, gap_delta, gap, b, t, e, count)
                     for n in range(d_state):
@@ -154,7 +171,7 @@ def scan_backward(
                     prefetch(delta, (b, ahead, e))
                     prefetch(u, (b, ahead, e))
                     prefetch(dy, (b, ahead, e))
-                    step, _ = _step(delta, bias, with_softplus, b, t, e, count)
+                    step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
                     store(x, row, WIDTH, step * load(u, (b, t, e), count))
                     store(decay, row, WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
                     g = load(dy, (b, t, e), count)
@@ -206,7 +223,7 @@ def scan_backward(
                     count = min(WIDTH, end - e)
                     prefetch(du, (b, ahead, e))
                     prefetch(ddelta, (b, ahead, e))
-                    step, raw = _step(delta, bias, with_softplus, b, t, e, count)
+                    step, raw = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
                     u_t, y_t = load(u, (b, t, e), count), load(y, row, WIDTH)
                     dx_t, ddecay_t = load(x, row, WIDTH), load(decay, row, WIDTH)
                     du_t = dx_t * step
@@ -249,9 +266,8 @@ LN_2 = np.float32(np.log(2))
 
 
 @njit(_nrt=False)
-def _step(delta, bias, with_softplus, b, t, e, count):
+def _step(raw, bias, with_softplus, e, count):
     """(delta after bias and softplus, delta after bias) of one token and sixteen channels."""
-    raw = load(delta, (b, t, e), count)
     if bias.size:
         raw = raw + load(bias, (ZERO, ZERO, e), count)
     return softplus(raw) if with_softplus else raw, raw
@@ -266,8 +282,9 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
 
 
 @njit(_nrt=False)
-def _load_rates(A, e, end, a, row):
-    """Rows `row`.. (d_state, 16 channels) of a: A of channels e.. in units of log2, so exp(x A) = 2^(x a)."""
-    for n in range(uint64(A.shape[2])):
+def _load_rows(matrix, scale, e, end, rows, row):
+    """Columns of matrix (1, d_inner, columns), of channels e.., times `scale`, into rows `row`.. of 16 lanes."""
+    for n in range(uint64(matrix.shape[2])):
         for lane in range(WIDTH):
-            a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)
+            inside = e + lane < end
+            rows[row + n, lane] = matrix[ZERO, e + lane, n] * np.float32(scale) if inside else np.float32(0)

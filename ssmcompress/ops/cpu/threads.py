@@ -17,12 +17,11 @@ import torch
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run(function: int, table: torch.Tensor, threads: int) -> None:
-    """Call the C function at address `function` with the address of `table`, in `threads` threads at once.
+def run(function: int, pointer: int, threads: int) -> None:
+    """Call the C function at address `function` with `pointer`, in `threads` threads at once.
 
     Returns when all are done. The function is one of `entries`, which share the work out among themselves.
     """
-    pointer = table.data_ptr()
     if threads > 1 and (openmp := _openmp()) is not None:
         openmp(function, pointer, threads, 0)
         return
