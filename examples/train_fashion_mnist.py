@@ -3,9 +3,9 @@
     apt-get install dataset-fashion-mnist        # Debian; or --idx, any folder with the four original files
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth
 
-The checkpoint is in the official format and is written every few minutes; the same command goes on from it, and
-a run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test images goes to
-standard output and to the checkpoint's "history". `examples/make_bundled_model.py` turns the checkpoint into the folder.
+The checkpoint is in the official format and is written every few minutes; the same command goes on from it, and a
+run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test images goes
+to standard output and to the checkpoint's "history". `examples/make_bundled_model.py` makes the folder from it.
 """
 
 import argparse
@@ -75,7 +75,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 in percent."""
     model.eval()
-    right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True))
+    right = sum(
+        (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(250), labels.split(250), strict=True)
+    )
     model.train()
     return 100 * right / len(labels)
 
@@ -143,8 +145,8 @@ def main() -> None:
         step += 1
         if step % 20 == 0:
             each = (time.monotonic() - started) / (step - first)
-            print(f"step {step}/{last} loss {loss.item():.3f} {each:.2f} s a step, {each * (last - step) / 60:.0f} min left",
-                  flush=True)  # fmt: skip
+            left = f"{each:.2f} s a step, {each * (last - step) / 60:.0f} min left"
+            print(f"step {step}/{last} loss {loss.item():.3f} {left}", flush=True)
         if step % per_epoch == 0:
             history.append({"epoch": step // per_epoch, "loss": loss.item(), "top1": accuracy(model, *test)})
             print(json.dumps(history[-1]), flush=True)

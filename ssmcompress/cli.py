@@ -16,6 +16,7 @@ from .console import (
     progress_bars,
     say,
     say_about_data,
+    show_benchmark,
     show_preview,
     show_report,
     show_table,
@@ -441,6 +442,62 @@ def verify(
     with progress_bars(quiet), shown_when_it_fails(Path(file), as_json):
         result = verify_onnx(loaded, Path(file), data=data, atol=atol)
     show_verification(result, Path(file), as_json)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="Files and folders. A pruned one alone runs beside its dense model."),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, one table row each.")] = "1,8",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; the runs are interleaved.")] = 7,
+    reference: Annotated[bool, typer.Option("--reference", help="Time each with the reference scan, too.")] = False,
+    ops: Annotated[bool, typer.Option("--ops", help="Time the scan and the convolution alone, by backend.")] = False,
+    shape: Annotated[str, typer.Option(help="Of --ops: batch,length,d_inner,d_state.")] = "8,197,768,16",
+    image_size: ImageSize = None,
+    stride: Stride = None,
+    weights: Weights = "model",
+    unsafe_load: Unsafe = False,
+    device: Device = "cpu",
+    dtype: Dtype = Precision.float32,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Latency, images per second and memory of models side by side in one run, or with --ops of the ops."""
+    import torch
+
+    from . import benchmark as benchmarks
+    from .checkpoint import find_dense
+    from .op_benchmark import benchmark_ops
+
+    sizes, extents = numbers(batch_sizes, "--batch-sizes", int), numbers(shape, "--shape", int)
+    if not models and not ops:
+        raise InputError("nothing to time: give models, or --ops")
+    if min(sizes) < 1:
+        raise InputError(f"--batch-sizes {batch_sizes}: expected numbers above 0")
+    if len(extents) != 4 or min(extents) < 1:
+        raise InputError(f"--shape {shape}: expected batch,length,d_inner,d_state, all above 0")
+    where, precision = _device(device), getattr(torch, dtype.value)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result: dict[str, Any] = {"settings": benchmarks.settings(where, precision, repeats)}
+    loaded = {}
+    for path in dict.fromkeys(models or []):
+        args = (path, image_size, stride, weights, unsafe_load, None, None, None, None, device, threads)
+        loaded[path] = _open(*args)
+    if len(loaded) == 1 and (only := next(iter(loaded.values()))).plan is not None:
+        try:
+            loaded = {"dense": find_dense(only).to(where), **loaded}
+        except InputError as error:
+            say(f"the dense model was not timed: {error}", quiet)
+    with progress_bars(quiet):
+        if loaded:
+            result["models"] = benchmarks.benchmark(loaded, sizes, repeats, precision, reference)
+        if ops:
+            result["ops"] = benchmark_ops(extents, repeats, precision, where)
+    show_benchmark(result, as_json)
 
 
 @app.command()

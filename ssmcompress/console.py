@@ -136,6 +136,39 @@ def show_preview(value: dict[str, Any], as_json: bool) -> None:
         print(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
 
 
+def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
+    """Timings of models and ops, on stdout."""
+    if as_json:
+        print_json(result)
+        return
+    if models := result.get("models"):
+        with_reference = "reference_ms" in models[0]
+        header = ["", "batch", "ms", "quartiles", "images/s", "faster", "products ms", "x products"]
+        header += ["reference ms", "x reference"] if with_reference else []
+        rows = []
+        for m in models:
+            cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
+            cells += [f"{m['images_per_second']:.1f}", f"{m['times_faster']:.2f}x"]
+            cells += [f"{m['products_ms']:.1f}", f"{m['times_products']:.2f}"]
+            cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
+            rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
+        show_table([*header, "peak MB", "one layer's MB"], rows)
+        print("  faster: than the first model. products: the model's matrix products alone.")
+        print("  peak: most memory of tensors at once; one layer's: what its ops take from and hand to each other")
+    if ops := result.get("ops"):
+        rows = []
+        for o in ops:
+            cells = [o["by"], f"{o['ms']:.2f}", f"{o['ms_low']:.2f}-{o['ms_high']:.2f}"]
+            cells.append(f"{o['ns_per_element']:.3f}" if o["ns_per_element"] is not None else "")
+            rows.append((o["op"], [*cells, f"{o['times_faster']:.1f}x" if o["times_faster"] is not None else ""]))
+        show_table(["", "by", "ms", "quartiles", "ns/element", "x reference"], rows)
+    s = result["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+    print(
+        f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
+    )
+
+
 def say_about_data(report: dict[str, Any], quiet: bool) -> None:
     """What a user should know of the images that were measured on."""
     if not report["data"]["labelled"]:

@@ -255,7 +255,8 @@ def dense_with_masks(model, images, pruned):
         mixer = block.mixer
         u0, z = mixer.in_proj(block.norm(x)).chunk(2, -1)
         u0, total = torch.where(mask[..., None], u0, 0), 0
-        for path, (reverse, conv, x_proj, dt_proj, A_log, D) in enumerate(mixer.directions()):
+        for path, reverse in enumerate((False, True)):
+            conv, x_proj, dt_proj, A_log, D = mixer.parameters_of(path)
             u = causal_conv1d(u0, conv.weight, conv.bias, reverse=reverse)
             dt, B, C = x_proj(u).split(mixer.split, -1)
             delta = F.softplus(dt_proj(dt))

@@ -104,7 +104,8 @@ def test_an_aligned_block_equals_a_dense_one_with_zeros_at_pruned_positions(vim)
     x, z = mixer.in_proj(block.norm(everything)).chunk(2, -1)
     x = torch.where(mask[:, None], x, 0)
     both = 0
-    for path, (reverse, conv, x_proj, dt_proj, A_log, D) in enumerate(mixer.directions()):
+    for path, reverse in enumerate((False, True)):
+        conv, x_proj, dt_proj, A_log, D = mixer.parameters_of(path)
         u = causal_conv1d(x, conv.weight, conv.bias, reverse=reverse)
         dt, B, C = x_proj(u).split(mixer.split, -1)
         delta = torch.where(mask[:, None], F.softplus(dt_proj(dt)), gap_delta[path])

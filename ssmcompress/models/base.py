@@ -125,6 +125,14 @@ class TokenModel(nn.Module, abc.ABC):
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
         """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.flops`."""
 
+    @abc.abstractmethod
+    def matrix_products(self) -> list[tuple[int, Tensor]]:
+        """(rows, weight (outputs, inputs)) of every matrix product of one image, in order, as the model stands."""
+
+    @abc.abstractmethod
+    def activations(self) -> int:
+        """Numbers that the ops of the first layer take from and hand to each other, for one image."""
+
     def token_counts(self) -> list[int]:
         """Tokens that each layer processes, and last those that are read out (depth + 1 values)."""
         stages = self.plan.stages if self.plan else ()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import causal_conv1d, selective_scan
+from ..ops import causal_conv1d, rms_norm, selective_scan
 from ..pruning.alignment import gap_steps
 from ..pruning.importance import importance
 from ..tokens import Tokens
@@ -77,23 +77,24 @@ class VimMixer(nn.Module):
         self.A_b_log = nn.Parameter(steps.clone())
         self.register_buffer("gap_delta", None)  # (2, d_inner) once something before is pruned
 
-    def directions(self):
-        """Parameters of the forward and the backward path: reverse, conv, x_proj, dt_proj, A, D."""
-        yield False, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
-        yield True, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+    def parameters_of(self, path: int):
+        """Parameters of the forward (0) or the backward path (1): conv, x_proj, dt_proj, A, D."""
+        if path == 0:
+            return self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        return self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
 
     def scan_inputs(self, x: Tensor, tokens: Tokens, path: int):
         """What the scan of a path takes, from x (batch, kept, d_inner); delta as (dt, weight), before the bias."""
-        reverse, conv, x_proj, dt_proj, A_log, D = list(self.directions())[path]
+        conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
-        u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=reverse)
+        u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=path == 1)
         dt, B, C = x_proj(u).split(self.split, dim=-1)
-        return reverse, u, (dt, dt_proj.weight), B, C, dt_proj.bias, A_log, D
+        return u, (dt, dt_proj.weight), B, C, dt_proj.bias, -torch.exp(A_log.float()), D
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
         """(paths, batch, kept, d_inner) delta after bias and softplus, from x (batch, kept, d_inner)."""
         paths = (self.scan_inputs(x, tokens, path) for path in (0, 1))
-        return torch.stack([F.softplus(F.linear(*dt).float() + bias.float()) for _, _, dt, _, _, bias, *_ in paths])
+        return torch.stack([F.softplus(F.linear(*dt).float() + bias.float()) for _, dt, _, _, bias, *_ in paths])
 
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
         """(projected sum of both paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
@@ -102,9 +103,9 @@ class VimMixer(nn.Module):
         y = scores = None
         # One path after the other, so that the second works in the memory that the first has in cache.
         for path in (1, 0):
-            reverse, u, delta, B, C, bias, A_log, D = self.scan_inputs(x, tokens, path)
+            reverse = path == 1
+            u, delta, B, C, bias, A, D = self.scan_inputs(x, tokens, path)
             gap = (gap_steps(tokens.positions, reverse), self.gap_delta[path]) if aligned else None
-            A = -torch.exp(A_log.float())
             y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, gap=gap, reverse=reverse, add=y)
             # The score reads the backward path alone: on the first bundled model (2, 4, 6 at 0.3, 2,000 images) that
             # gave 65.2 % top-1, the sum of both paths 59.9.
@@ -119,12 +120,16 @@ class VimBlock(Block):
         self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
         self.mixer = VimMixer(c)
 
+    def normalised(self, tokens: Tokens) -> Tensor:
+        """(batch, kept, d_model) what the mixer takes."""
+        return rms_norm(tokens.features, self.norm.weight, self.norm.eps)
+
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
-        both, scores = self.mixer(self.norm(tokens.features), tokens, metric)
+        both, scores = self.mixer(self.normalised(tokens), tokens, metric)
         return tokens.updated(torch.add(tokens.features, both, alpha=0.5), scores)  # the mean of the two paths
 
     def deltas(self, tokens: Tokens) -> Tensor:
-        x, _ = self.mixer.in_proj(self.norm(tokens.features)).chunk(2, dim=-1)
+        x, _ = self.mixer.in_proj(self.normalised(tokens)).chunk(2, dim=-1)
         return self.mixer.deltas(x, tokens)
 
     def bias_delta(self) -> Tensor:
@@ -204,6 +209,21 @@ class VisionMamba(TokenModel):
             "out_proj": tokens * E * c.d_model,
             "head": c.num_classes * c.d_model,
         }
+
+    def matrix_products(self) -> list[tuple[int, Tensor]]:
+        *counts, _ = self.token_counts()
+        products = [(self.config.patches, self.patch_embed.proj.weight.flatten(1))]
+        for count, block in zip(counts, self.blocks, strict=True):
+            m = block.mixer
+            layers = (m.in_proj, m.x_proj_b, m.dt_proj_b, m.x_proj, m.dt_proj, m.out_proj)
+            products += [(count, layer.weight) for layer in layers]
+        return [*products, (1, self.head.weight)]
+
+    def activations(self) -> int:
+        c = self.config
+        path = c.d_inner + c.dt_rank + 2 * c.d_state + c.d_inner  # conv, x_proj, scan
+        # Residual stream in and out, norm, out_proj; x and z of in_proj; both paths.
+        return self.length * (4 * c.d_model + 2 * c.d_inner + 2 * path)
 
     @classmethod
     def recognises(cls, state: StateDict) -> bool:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .reference import top_tokens
 
-__all__ = ["DTYPES", "causal_conv1d", "selective_scan", "top_tokens"]
+__all__ = ["DTYPES", "causal_conv1d", "rms_norm", "selective_scan", "top_tokens"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +23,8 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
     dt_weight = steps = gap_delta = None
     if isinstance(delta, tuple):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (u, *delta)):
-            delta = F.linear(*delta)  # its backward is two matrix products, which are torch's
+            dt, weight = delta
+            delta = F.linear(dt, weight.to(dt.dtype))  # its backward is two matrix products, which are torch's
         else:
             delta, dt_weight = delta
     if isinstance(gap, tuple):
@@ -43,6 +45,13 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     positions = _as(torch.int64, positions)
     y = _conv(_as(_common(x), x), _float(weight), _float(bias), positions, activation == "silu", reverse)
     return _as(x.dtype, y)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ssmcompress.ops.rms_norm`. One pass for torch's six, but no gradient: for that it is torch's."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return reference.rms_norm(x, weight, eps)
+    return _as(x.dtype, _norm(_as(_common(x), x), _float(weight), eps))
 
 
 def _common(*activations: Tensor | None) -> torch.dtype:
@@ -70,6 +79,7 @@ selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, T
 causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu, bool reverse) -> Tensor
 causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu,
     bool reverse) -> Tensor[]
+rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
 """
 for _schema in _OPERATORS.strip().replace("\n    ", " ").splitlines():
     torch.library.define(f"ssmcompress::{_schema.partition('(')[0]}", _schema[_schema.index("(") :])
@@ -77,6 +87,7 @@ _scan = torch.ops.ssmcompress.selective_scan.default
 _scan_backward = torch.ops.ssmcompress.selective_scan_backward.default
 _conv = torch.ops.ssmcompress.causal_conv1d.default
 _conv_backward = torch.ops.ssmcompress.causal_conv1d_backward.default
+_norm = torch.ops.ssmcompress.rms_norm.default
 
 
 @torch.library.impl("ssmcompress::selective_scan", "cpu")
@@ -115,6 +126,13 @@ def _(dy, *others):
     return cpu.conv_backward(dy, *others)
 
 
+@torch.library.impl("ssmcompress::rms_norm", "cpu")
+def _(x, weight, eps):
+    from . import cpu
+
+    return cpu.norm_forward(x, weight, eps)
+
+
 def _empty(like: Tensor | None, of: Tensor) -> Tensor:
     return of.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
@@ -131,6 +149,11 @@ def _(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, revers
 
 @torch.library.register_fake("ssmcompress::causal_conv1d")
 def _(x, *others):
+    return _empty(x, x)
+
+
+@torch.library.register_fake("ssmcompress::rms_norm")
+def _(x, weight, eps):
     return _empty(x, x)
 
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import wide
+from .reference import rms_norm, wide
+
+__all__ = ["causal_conv1d", "function_text", "rms_norm", "selective_scan", "top_tokens"]
 
 DOMAIN = "ssmcompress"
 OPSET = 20
@@ -21,7 +23,7 @@ OPSET = 20
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
     if isinstance(delta, tuple):
-        delta = F.linear(*delta)
+        delta = F.linear(delta[0], delta[1].to(delta[0].dtype))
     if isinstance(gap, tuple):
         gap = gap[0].to(torch.float32)[..., None] * gap[1]
     optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}

@@ -78,6 +78,11 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ssmcompress.ops.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
 def top_tokens(scores: Tensor, count: int) -> Tensor:
     """See `ssmcompress.ops.top_tokens`. topk promises nothing about equal values; a stable sort does."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]

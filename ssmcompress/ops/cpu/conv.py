@@ -1,8 +1,8 @@
 """The aligned causal convolution of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
 Arrays have three axes, as in `scan`: x, y and their gradients (batch, length, channels) are float32, or bfloat16 held
-as uint16; weight (1, channels, width), the last tap being the token itself, and bias (1, 1, channels) float32; positions (1, batch,
-length) int64. What is not there has no elements.
+as uint16; weight (1, channels, width), the last tap being the token itself, and bias (1, 1, channels) float32;
+positions (1, batch, length) int64. What is not there has no elements.
 """
 
 from __future__ import annotations

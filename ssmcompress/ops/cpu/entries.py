@@ -1,7 +1,7 @@
 """The kernels as C functions of one pointer, compiled when first asked for and kept on disk.
 
 Every thread of a team calls the same function with the same table, seven int64 a row: first the counter of items
-taken and two flags, then for each array its address, shape and strides in bytes.
+taken, two flags and a size, then for each array its address, shape and strides in bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from numba import carray, cfunc, float32, int64, types, uint16, void
+from numba import carray, cfunc, float32, int64, types, uint16, uint64, void
 
 from .conv import conv_backward, conv_forward
 from .memory import keep_freed_memory
+from .norm import norm_forward
 from .scan import scan_backward, scan_forward
 from .vector import array_at
 
@@ -31,8 +32,9 @@ def _scan_forward(a, stamp):
         _ = stamp
         t = carray(pointer, (1, COLUMNS), int64)
         scan_forward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
-            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, float32),
+            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, a),
+            array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
+            array_at(t, 7, float32),
             array_at(t, 8, a), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
             array_at(t, 12, float32), array_at(t, 13, a), array_at(t, 14, a),
         )  # fmt: skip
@@ -81,11 +83,21 @@ def _conv_backward(a, stamp):
     return entry
 
 
+def _norm_forward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        norm_forward(t[0], array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32), array_at(t, 4, a))
+
+    return entry
+
+
 _KERNELS: dict[str, Callable] = {
     "scan_forward": _scan_forward,
     "scan_backward": _scan_backward,
     "conv_forward": _conv_forward,
     "conv_backward": _conv_backward,
+    "norm_forward": _norm_forward,
 }
 _compiling = threading.Lock()
 _logger = logging.getLogger("ssmcompress")

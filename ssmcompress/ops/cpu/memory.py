@@ -1,7 +1,7 @@
 """Keeps the C library from returning memory to the system after every layer, only to ask for it again.
 
-glibc hands the top of its heap back as soon as twice the largest tensor is free there. A forward of Vim-tiny, batch 8, then
-faults in 170,000 pages anew and takes 1.5 times as long.
+glibc hands the top of its heap back as soon as twice the largest tensor is free there. A forward of Vim-tiny, batch 8,
+then faults in 170,000 pages anew and takes 1.5 times as long.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The selective scan of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
 All arrays have three axes and are in token order; `reverse` walks them from the last token to the first. u, delta, z,
-y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16, and so is add; the rest is float32: A (1,
+add, y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16. The rest is float32: A (1,
 d_inner, d_state), B and C (batch, length, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps
 (1, batch, length) with gap_delta (1, 1, d_inner). What is not there has no elements.
 """
@@ -30,7 +30,7 @@ from .vector import (
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Channels that one thread takes at a time: 64 bytes of a row at a time wait on memory half of the time.
+# Channels that one thread takes at a time in the backward pass.
 BLOCK = uint64(64)
 # Tokens to ask for in advance.
 AHEAD = uint64(4)
@@ -40,22 +40,22 @@ KEPT = uint64(1 << 13)
 
 @njit
 def scan_forward(
-    table, with_softplus, reverse, u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y
+    table, with_softplus, reverse, channels, u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y
 ):
-    """y (batch, length, d_inner) of every block of channels that no other thread has taken from `table`.
+    """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`.
 
     With dt_weight (1, d_inner, rank), delta (batch, length, rank) is multiplied by it first.
     """
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
-    blocks = (d_inner + BLOCK - ONE) // BLOCK
-    most = BLOCK // WIDTH
+    blocks = (d_inner + channels - ONE) // channels
+    most = channels // WIDTH
     rank = uint64(dt_weight.shape[2])
     h, a, w = scratch(most * d_state), scratch(most * d_state), scratch(most * rank)
     x, decay, out = scratch(most), scratch(most), scratch(most)
     block = next_item(table)
     while block < uint64(u.shape[0]) * blocks:
-        b, start = block // blocks, block % blocks * BLOCK
-        end = min(start + BLOCK, d_inner)
+        b, start = block // blocks, block % blocks * channels
+        end = min(start + channels, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
             _load_rows(A, LOG2_E, start + v * WIDTH, end, a, v * d_state)

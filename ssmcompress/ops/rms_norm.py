@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation (arXiv 1910.07467), in front of every block."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .dispatch import select
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+
+    Args:
+        x: (..., channels). weight: (channels,).
+        backend: "cpu", "reference", or None for the best one available.
+
+    Returns:
+        (..., channels) in the dtype of `x`.
+    """
+    return select(backend, x).rms_norm(x, weight, eps)
