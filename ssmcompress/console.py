@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 import sys
@@ -79,9 +80,11 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[None]:
-    """Bars with the time left, on stderr, where that is a terminal."""
+    """Bars with the time left, on stderr, where that is a terminal; if `quiet`, no messages of the library either."""
     from .progress import tracked_by
 
+    if quiet:
+        logging.getLogger("ssmcompress").setLevel(logging.ERROR)
     if quiet or not sys.stderr.isatty():
         yield
         return

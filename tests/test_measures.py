@@ -1,5 +1,7 @@
 """What the report's figures mean: accuracy, agreement, FLOPs, latency."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,13 @@ from conftest import make_vim
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmcompress
-from ssmcompress.benchmark import latency
+from ssmcompress.benchmark import benchmark, latency, peak_memory
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation import autocast, measure
 from ssmcompress.flops import by_part, flops, reachable, remaining_share
 from ssmcompress.models.vim import VimConfig, VisionMamba
+from ssmcompress.op_benchmark import _inputs, _scan_by, benchmark_ops
+from ssmcompress.ops import selective_scan, use_backend
 from ssmcompress.pruning.schedule import Plan, Stage, default_stages
 
 
@@ -109,12 +113,73 @@ def test_matrix_products_agree_with_torchs_own_counter(ratio):
         model = ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=ratio))
     parts = by_part(model)
     expected = sum(parts[name] for name in ("embedding", "in_proj", "x_proj", "dt_proj", "out_proj", "head"))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The reference, whose read-out of the state the counter can see.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("reference"):
         model(torch.randn(1, 3, 32, 32))
     # The scan's read-out C h is a matrix product here and is in the formula's 9 per state.
     c = model.config
     readout = 2 * sum(model.token_counts()[:-1]) * c.d_inner * c.d_state
     assert counter.get_total_flops() / 2 - readout == pytest.approx(expected * 1e9)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_matrix_products_that_are_timed_alone_are_those_of_the_model(ratio):
+    model = make_vim(image=(32, 32), d_model=32)
+    if ratio:
+        model = ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=ratio))
+    parts = by_part(model)
+    expected = sum(parts[name] for name in ("embedding", "in_proj", "x_proj", "dt_proj", "out_proj", "head"))
+    assert sum(rows * weight.numel() for rows, weight in model.matrix_products()) == pytest.approx(expected * 1e9)
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def call():
+        first, second = torch.empty(1_000_000), torch.empty(500_000)
+        del first
+        return second, torch.empty(750_000)
+
+    assert peak_memory(call, torch.device("cpu")) == 6_000_000
+
+
+def test_a_forward_holds_less_than_its_activations_and_no_tensor_of_all_states():
+    c = replace(make_vim(image=(64, 64), d_model=32).config, d_state=64)
+    model, images = VisionMamba(c).eval(), torch.randn(2, 3, 64, 64)
+    model(images)  # what is made once is not of the forward
+    states = 2 * model.length * c.d_inner * c.d_state * 4
+    assert peak_memory(lambda: model(images), torch.device("cpu")) < min(states, 1.5 * 2 * model.activations() * 4)
+
+
+def test_benchmark_times_each_model_beside_its_products(vim, images):
+    pruned = ssmcompress.prune(vim, ssmcompress.make_plan(vim, ratio=0.5))
+    rows = benchmark({"dense": vim, "pruned": pruned}, batch_sizes=(1, 2), repeats=3, reference=True)
+    assert [(row["model"], row["batch"]) for row in rows] == [(m, b) for b in (1, 2) for m in ("dense", "pruned")]
+    for row in rows:
+        assert row["ms_low"] <= row["ms"] <= row["ms_high"]
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["ms"])
+        assert row["times_products"] == pytest.approx(row["ms"] / row["products_ms"])
+        assert row["times_reference"] == pytest.approx(row["reference_ms"] / row["ms"])
+        assert 0 < row["peak_mb"] < row["activations_mb"]
+    assert rows[0]["times_faster"] == 1
+    assert rows[1]["times_faster"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
+
+
+def test_ops_are_timed_by_every_backend():
+    rows = benchmark_ops((1, 5, 7, 2), repeats=2)
+    found = {(row["op"], row["by"]) for row in rows}
+    expected = {(op, by) for op in ("scan", "scan backward", "conv", "conv backward") for by in ("reference", "cpu")}
+    assert found >= expected | {("one layer", "matrix products")}
+    assert all(row["ns_per_element"] > 0 for row in rows if row["op"] != "one layer")
+
+
+def test_the_work_that_mambapy_is_timed_at_is_the_scan():
+    def pscan(factors, inputs):
+        states = [inputs[:, 0]]
+        for t in range(1, inputs.shape[1]):
+            states.append(factors[:, t] * states[-1] + inputs[:, t])
+        return torch.stack(states, 1)
+
+    scan, _ = _inputs((2, 9, 7, 3), torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(_scan_by(pscan, **scan), selective_scan(**scan, delta_softplus=True))
 
 
 def test_the_reachable_range_is_that_of_two_tokens():

@@ -84,17 +84,17 @@ class VimMixer(nn.Module):
         return self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
 
     def scan_inputs(self, x: Tensor, tokens: Tokens, path: int):
-        """What the scan of a path takes, from x (batch, kept, d_inner); delta as (dt, weight), before the bias."""
+        """What the scan of a path takes, from x (batch, kept, d_inner); delta before bias and softplus."""
         conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
         u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=path == 1)
         dt, B, C = x_proj(u).split(self.split, dim=-1)
-        return u, (dt, dt_proj.weight), B, C, dt_proj.bias, -torch.exp(A_log.float()), D
+        return u, F.linear(dt, dt_proj.weight), B, C, dt_proj.bias, -torch.exp(A_log.float()), D
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
         """(paths, batch, kept, d_inner) delta after bias and softplus, from x (batch, kept, d_inner)."""
         paths = (self.scan_inputs(x, tokens, path) for path in (0, 1))
-        return torch.stack([F.softplus(F.linear(*dt).float() + bias.float()) for _, dt, _, _, bias, *_ in paths])
+        return torch.stack([F.softplus(delta.float() + bias.float()) for _, delta, _, _, bias, *_ in paths])
 
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
         """(projected sum of both paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""

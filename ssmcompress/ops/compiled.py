@@ -7,7 +7,6 @@ derivative. CPU kernels are in `cpu`.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -20,13 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    dt_weight = steps = gap_delta = None
-    if isinstance(delta, tuple):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (u, *delta)):
-            dt, weight = delta
-            delta = F.linear(dt, weight.to(dt.dtype))  # its backward is two matrix products, which are torch's
-        else:
-            delta, dt_weight = delta
+    steps = gap_delta = None
     if isinstance(gap, tuple):
         if any(t.requires_grad for t in gap):
             gap = gap[0][..., None] * gap[1]
@@ -34,7 +27,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
             (steps, gap_delta), gap = (_float(t) for t in gap), None
     dtype = _common(u, delta, z, add)
     y = _scan(
-        _as(dtype, u), _as(dtype, delta), _float(dt_weight), _float(A), _float(B), _float(C), _float(D), _as(dtype, z),
+        _as(dtype, u), _as(dtype, delta), _float(A), _float(B), _float(C), _float(D), _as(dtype, z),
         _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), delta_softplus, reverse,
     )  # fmt: skip
     return _as(u.dtype, y)
@@ -72,7 +65,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 # Defined by hand: torch.library.custom_op would take 15 us more at each of a forward's hundred calls.
 _OPERATORS = """
-selective_scan(Tensor u, Tensor delta, Tensor? dt_weight, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
+selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
     Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, Tensor? add, bool softplus, bool reverse) -> Tensor
 selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
     Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, bool softplus, bool reverse) -> Tensor[]
@@ -94,8 +87,7 @@ _norm = torch.ops.ssmcompress.rms_norm.default
 def _(u, *others):
     """u, delta, z and add float32 or bfloat16, all alike; the rest float32.
 
-    With `dt_weight` (d_inner, rank), delta is (batch, length, rank) and has no gradient; the gap comes whole, or as
-    steps (batch, length) and gap_delta (d_inner,), which have none either.
+    The gap comes whole, or as steps (batch, length) and gap_delta (d_inner,), which have no gradient.
     """
     from . import cpu
 
@@ -169,12 +161,12 @@ def _save_inputs(ctx, inputs, output) -> None:
 
 
 def _scan_gradients(ctx, dy):
-    u, delta, _, *rest, add = ctx.saved_tensors
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, u, delta, *rest, *ctx.flags)
-    _, _, _, D, z, bias, _, _, gap = rest
+    *tensors, add = ctx.saved_tensors
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, *tensors, *ctx.flags)
+    _, _, _, _, _, D, z, bias, _, _, gap = tensors
     optional = (None if t is None else d for t, d in ((D, dD), (z, dz), (bias, dbias)))
     dgap, dadd = None if gap is None else dgap, None if add is None else dy
-    return du, ddelta, None, dA, dB, dC, *optional, None, None, dgap, dadd, None, None
+    return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dadd, None, None
 
 
 def _conv_gradients(ctx, dy):

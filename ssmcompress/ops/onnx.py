@@ -22,8 +22,6 @@ OPSET = 20
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    if isinstance(delta, tuple):
-        delta = F.linear(delta[0], delta[1].to(delta[0].dtype))
     if isinstance(gap, tuple):
         gap = gap[0].to(torch.float32)[..., None] * gap[1]
     optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}

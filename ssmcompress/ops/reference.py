@@ -13,10 +13,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def discretise(
-    delta: Tensor | tuple, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
+    delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(delta, delta + gap) after bias and softplus, each (batch, length, d_inner): input step, decay step."""
-    delta = F.linear(*(t.to(dtype) for t in delta)) if isinstance(delta, tuple) else delta.to(dtype)
+    delta = delta.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)
     if delta_softplus:

@@ -6,13 +6,12 @@ from torch import Tensor
 
 from .dispatch import full_precision, select
 
-Product = tuple[Tensor, Tensor]
-Gap = Tensor | Product | None
+Gap = Tensor | tuple[Tensor, Tensor] | None
 
 
 def selective_scan(
     u: Tensor,
-    delta: Tensor | Product,
+    delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -36,8 +35,7 @@ def selective_scan(
     comes in, so it belongs to the decay and never to the input (ToP-ViM, arXiv 2409.18962, section 4).
 
     Args:
-        u, delta, z: (batch, length, d_inner); `z` None: no gate. `delta` may be a pair (dt (batch, length, rank),
-            weight (d_inner, rank)) whose product it is, which a compiled scan takes without writing it out.
+        u, delta, z: (batch, length, d_inner); `z` None: no gate.
         A: (d_inner, d_state), negative. B, C: (batch, length, d_state). D, delta_bias: (d_inner,).
         delta_softplus: apply softplus, the identity above 20, after adding the bias.
         gap: (batch, length, d_inner) in the units of delta after softplus, or a pair
@@ -66,6 +64,7 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:
         )
     batch, length, d_inner = u.shape
     expected = {
+        "delta": (delta, (batch, length, d_inner)),
         "B": (B, (batch, length, A.shape[1])),
         "C": (C, (batch, length, A.shape[1])),
         "D": (D, (d_inner,)),
@@ -73,12 +72,6 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:
         "delta_bias": (delta_bias, (d_inner,)),
         "add": (add, (batch, length, d_inner)),
     }
-    if isinstance(delta, tuple):
-        rank = delta[0].shape[-1]
-        expected["dt"] = (delta[0], (batch, length, rank))
-        expected["dt weight"] = (delta[1], (d_inner, rank))
-    else:
-        expected["delta"] = (delta, (batch, length, d_inner))
     if isinstance(gap, tuple):
         expected["gap steps"] = (gap[0], (batch, length))
         expected["gap delta"] = (gap[1], (d_inner,))

@@ -15,11 +15,11 @@ from .threads import run
 _SMALL = 1 << 15
 
 
-def scan_forward(u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, softplus, reverse) -> Tensor:
+def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, softplus, reverse) -> Tensor:
     """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
     y = torch.empty(u.shape, dtype=u.dtype)
     if y.numel():
-        arrays = [u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y]
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y]
         flags = (softplus, reverse, _channels(u.shape[0], u.shape[2]))
         _launch("scan_forward", flags, arrays, u.dtype, u.numel() * A.shape[1])
     return y

@@ -34,9 +34,8 @@ def _scan_forward(a, stamp):
         scan_forward(
             t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, a),
             array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
-            array_at(t, 7, float32),
-            array_at(t, 8, a), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
-            array_at(t, 12, float32), array_at(t, 13, a), array_at(t, 14, a),
+            array_at(t, 7, a), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32),
+            array_at(t, 11, float32), array_at(t, 12, a), array_at(t, 13, a),
         )  # fmt: skip
 
     return entry

@@ -15,7 +15,6 @@ from .vector import (
     LANES,
     LOG2_E,
     exp2,
-    item,
     lane_sum,
     load,
     next_item,
@@ -39,18 +38,12 @@ KEPT = uint64(1 << 13)
 
 
 @njit
-def scan_forward(
-    table, with_softplus, reverse, channels, u, delta, dt_weight, A, B, C, D, z, bias, steps, gap_delta, gap, add, y
-):
-    """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`.
-
-    With dt_weight (1, d_inner, rank), delta (batch, length, rank) is multiplied by it first.
-    """
+def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y):
+    """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`."""
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + channels - ONE) // channels
     most = channels // WIDTH
-    rank = uint64(dt_weight.shape[2])
-    h, a, w = scratch(most * d_state), scratch(most * d_state), scratch(most * rank)
+    h, a = scratch(most * d_state), scratch(most * d_state)
     x, decay, out = scratch(most), scratch(most), scratch(most)
     block = next_item(table)
     while block < uint64(u.shape[0]) * blocks:
@@ -58,8 +51,7 @@ def scan_forward(
         end = min(start + channels, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rows(A, LOG2_E, start + v * WIDTH, end, a, v * d_state)
-            _load_rows(dt_weight, ONE, start + v * WIDTH, end, w, v * rank)
+            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
         h[:] = np.float32(0)
         for k in range(length):
             t = length - ONE - k if reverse else k
@@ -68,15 +60,9 @@ def scan_forward(
             for v in range(vectors):
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
+                prefetch(delta, (b, ahead, e))
                 prefetch(u, (b, ahead, e))
-                raw = splat(0.0)
-                if rank:
-                    for r in range(rank):
-                        raw = raw + load(w, (v * rank + r, ZERO), WIDTH) * item(delta, (b, t, r))
-                else:
-                    prefetch(delta, (b, ahead, e))
-                    raw = load(delta, (b, t, e), count)
-                step, _ = _step(raw, bias, with_softplus, e, count)
+                step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
                 u_t = load(u, (b, t, e), count)
                 store(x, (v, ZERO), WIDTH, step * u_t)
                 store(decay, (v, ZERO), WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
@@ -137,7 +123,7 @@ def scan_backward(
         end = min(start + BLOCK, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rows(A, LOG2_E, start + v * WIDTH, end, a, v * d_state)
+            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
         for sums in (dh, da, dskip, doffset, dB_lanes, dC_lanes):
             sums[:] = np.float32(0)
         starts[: most * d_state] = np.float32(0)
@@ -282,9 +268,8 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
 
 
 @njit(_nrt=False)
-def _load_rows(matrix, scale, e, end, rows, row):
-    """Columns of matrix (1, d_inner, columns), of channels e.., times `scale`, into rows `row`.. of 16 lanes."""
-    for n in range(uint64(matrix.shape[2])):
+def _load_rates(A, e, end, a, row):
+    """Rows `row`.. (d_state, 16 channels) of a: A of channels e.. in units of log2, so exp(x A) = 2^(x a)."""
+    for n in range(uint64(A.shape[2])):
         for lane in range(WIDTH):
-            inside = e + lane < end
-            rows[row + n, lane] = matrix[ZERO, e + lane, n] * np.float32(scale) if inside else np.float32(0)
+            a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)

@@ -198,20 +198,6 @@ def load(typing_context, array, index, count):
 
 
 @intrinsic
-def item(typing_context, array, index):
-    """One number of `array`, bfloat16 as uint16 widened, as a float32."""
-
-    def code(context, builder, signature, values):
-        value = builder.load(_pointer(context, builder, signature.args[0], values[0], values[1]))
-        if signature.args[0].dtype == types.float32:
-            return value
-        bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(array, index), code
-
-
-@intrinsic
 def prefetch(typing_context, array, index):
     """Ask for the cache line of an element that will be loaded soon; any index will do, even one outside."""
 
