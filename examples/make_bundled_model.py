@@ -1,7 +1,8 @@
 """Make the model folder that comes with the package: a small trained Vim and 2,000 labelled test images.
 
     apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
-    python examples/make_bundled_model.py tests/golden/vim_fashion_mnist.pth ssmcompress/assets/vim-fashion-mnist
+    python examples/train_fashion_mnist.py vim_fashion_mnist.pth
+    python examples/make_bundled_model.py vim_fashion_mnist.pth ssmcompress/assets/vim-fashion-mnist
 
 Fashion-MNIST is by Zalando SE, MIT licence; the folder's LICENSE carries its notice.
 """

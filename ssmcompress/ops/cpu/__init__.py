@@ -92,6 +92,8 @@ def _launch(kernel: str, flags: tuple[int, ...], arrays: list[Tensor | None], dt
         table.extend(_NO_ARRAY if a is None else _row(a))
     threads = torch.get_num_threads() if work > _SMALL else 1
     run(address(kernel, dtype == torch.bfloat16), table.buffer_info()[0], threads)
+    if not table[0]:  # every thread failed before its first item, and only the making of scratch can fail
+        raise MemoryError(f"out of memory in {kernel}")
 
 
 _NO_ARRAY = (0,) * COLUMNS

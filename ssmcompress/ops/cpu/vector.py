@@ -1,8 +1,8 @@
 """Sixteen float32 lanes as one Numba value: arithmetic, loads, stores, exp2, sigmoid and softplus.
 
 Numba's loops become vector code only where LLVM can prove that no arrays overlap, and then test it before every
-inner loop: that form of the scan took 5.4 ms where this one takes 2.6. A vector of LLVM leaves nothing to be proved,
-and any target runs it: AVX-512 in one register, AVX2 in two, NEON in four.
+inner loop: that form of a scan of (8, 197, 768, 16) took 5.4 ms where this one takes 3.2. A vector of LLVM leaves
+nothing to be proved, and any target runs it: AVX-512 in one register, AVX2 in two, NEON in four.
 """
 
 from __future__ import annotations
@@ -87,26 +87,21 @@ def splat(typing_context, number):
     return vector(number), code
 
 
-@intrinsic
-def minimum(typing_context, v, limit):
-    """The smaller of each lane and the number `limit`; NaN stays NaN."""
+def _limiter(beyond: str):
+    """A function of a vector and a number: lanes that are `beyond` the number become it; NaN stays NaN."""
 
-    def code(context, builder, signature, values):
-        v, limit = (_widened(context, builder, x, t) for x, t in zip(values, signature.args, strict=True))
-        return builder.select(builder.fcmp_ordered(">", v, limit), limit, v)
+    @intrinsic
+    def limited(typing_context, v, limit):
+        def code(context, builder, signature, values):
+            v, limit = (_widened(context, builder, x, t) for x, t in zip(values, signature.args, strict=True))
+            return builder.select(builder.fcmp_ordered(beyond, v, limit), limit, v)
 
-    return vector(v, limit), code
+        return vector(v, limit), code
+
+    return limited
 
 
-@intrinsic
-def maximum(typing_context, v, limit):
-    """The larger of each lane and the number `limit`; NaN stays NaN."""
-
-    def code(context, builder, signature, values):
-        v, limit = (_widened(context, builder, x, t) for x, t in zip(values, signature.args, strict=True))
-        return builder.select(builder.fcmp_ordered("<", v, limit), limit, v)
-
-    return vector(v, limit), code
+minimum, maximum = _limiter(">"), _limiter("<")
 
 
 @intrinsic
