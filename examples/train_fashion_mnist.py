@@ -9,7 +9,6 @@ to standard output and to the checkpoint's "history". `examples/make_bundled_mod
 """
 
 import argparse
-import gzip
 import json
 import os
 import time
@@ -19,23 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fashion_mnist import FOLDER, MEAN, STD, read
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
-MEAN, STD = 0.2860, 0.3530
 SHIFT = 2  # pixels that a crop may be off by
 SAVE_EVERY = 180  # seconds
 
 
-def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """(normalised images (n, 1, 28, 28), labels (n,)) of "train" or "t10k"."""
-    with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return torch.from_numpy(pixels / np.float32(255) - np.float32(MEAN)) / STD, torch.from_numpy(labels).long()
+    pixels, labels = read(folder, split)
+    images = (pixels[:, None] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,7 +53,7 @@ def initialise(model: VisionMamba) -> None:
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     nn.init.zeros_(model.head.bias)
     for block in model.blocks:
-        block.mixer.out_proj.weight.data /= (c.depth) ** 0.5
+        block.mixer.out_proj.weight.data /= c.depth**0.5
         for dt_proj in (block.mixer.dt_proj, block.mixer.dt_proj_b):
             nn.init.uniform_(dt_proj.weight, -(c.dt_rank**-0.5), c.dt_rank**-0.5)
             delta = torch.exp(torch.empty(c.d_inner).uniform_(np.log(1e-3), np.log(1e-1)))
@@ -85,7 +82,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
-    parser.add_argument("--idx", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--d-state", type=int, default=8)
@@ -98,8 +95,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="stop after this many more steps")
     args = parser.parse_args()
 
-    images, labels = read(args.idx, "train")
-    test = read(args.idx, "t10k")
+    images, labels = load(args.idx, "train")
+    test = load(args.idx, "t10k")
     torch.manual_seed(args.seed)
     config = VimConfig(
         d_model=args.d_model, depth=args.depth, d_inner=2 * args.d_model, d_state=args.d_state,
