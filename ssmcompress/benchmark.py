@@ -66,7 +66,9 @@ def latency_settings(device: torch.device) -> dict[str, Any]:
 
 def spread(milliseconds: Sequence[float]) -> dict[str, float]:
     """Median and the quartiles beside it: a JSON value."""
-    low, _, high = statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
+    low, _, high = (
+        statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else [milliseconds[0]] * 3
+    )
     return {"ms": statistics.median(milliseconds), "ms_low": low, "ms_high": high}
 
 
@@ -132,9 +134,8 @@ def benchmark(
             if reference:
                 slow = statistics.median(times[f"{name}, {REFERENCE}"])
                 row |= {"reference_ms": slow, "times_reference": slow / row["ms"]}
-            size = torch.finfo(dtype).bits // 8
             row["peak_mb"] = peak_memory(calls[name], device) / 1e6
-            row["activations_mb"] = batch * model.activations() * size / 1e6
+            row["activations_mb"] = batch * model.activation_bytes(dtype.itemsize) / 1e6
             rows.append(row)
     return rows
 
@@ -165,7 +166,7 @@ def _products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.d
 
 @torch.inference_mode()
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors that a call holds at once, beside those that were there before."""
+    """Most bytes of torch's tensors that a call holds at once, beside those that were there before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

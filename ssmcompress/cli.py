@@ -489,7 +489,8 @@ def benchmark(
         loaded[path] = _open(*args)
     if len(loaded) == 1 and (only := next(iter(loaded.values()))).plan is not None:
         try:
-            loaded = {"dense": find_dense(only).to(where), **loaded}
+            name = "dense" if "dense" not in loaded else "dense model"
+            loaded = {name: find_dense(only).to(where), **loaded}
         except InputError as error:
             say(f"the dense model was not timed: {error}", quiet)
     with progress_bars(quiet):

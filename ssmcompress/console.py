@@ -84,8 +84,15 @@ def progress_bars(quiet: bool) -> Iterator[None]:
     from .progress import tracked_by
 
     if quiet:
-        logging.getLogger("ssmcompress").setLevel(logging.ERROR)
-    if quiet or not sys.stderr.isatty():
+        logger = logging.getLogger("ssmcompress")
+        before = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+        return
+    if not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
@@ -156,8 +163,10 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
             cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
             rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
         show_table([*header, "peak MB", "one layer's MB"], rows)
-        print("  faster: than the first model. products: the model's matrix products alone.")
-        print("  peak: most memory of tensors at once; one layer's: what its ops take from and hand to each other")
+        print("  faster: than the first model. products: the model's matrix products alone, and how many of them the")
+        print("  forward takes. peak: most memory of tensors at once, beside what one layer's ops hand to each other.")
+        if with_reference:
+            print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
         rows = []
         for o in ops:

@@ -99,6 +99,7 @@ def _mambapy() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def _scan_by(pscan, u, delta, A, B, C, D, z, delta_bias) -> Tensor:
     """The same work through a parallel scan over factors and inputs (batch, length, d_inner, d_state)."""
+    u, delta, B, C, z = (t.float() for t in (u, delta, B, C, z))
     delta = F.softplus(delta + delta_bias)
     states = pscan(torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None])
     return ((states @ C[..., None])[..., 0] + D * u) * F.silu(z)

@@ -9,7 +9,7 @@ from conftest import make_vim
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmcompress
-from ssmcompress.benchmark import benchmark, latency, peak_memory
+from ssmcompress.benchmark import benchmark, latency, peak_memory, spread
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation import autocast, measure
 from ssmcompress.flops import by_part, flops, reachable, remaining_share
@@ -132,6 +132,11 @@ def test_matrix_products_that_are_timed_alone_are_those_of_the_model(ratio):
     assert sum(rows * weight.numel() for rows, weight in model.matrix_products()) == pytest.approx(expected * 1e9)
 
 
+def test_spread_is_within_what_was_measured():
+    assert spread([1.0, 10.0]) == {"ms": 5.5, "ms_low": 3.25, "ms_high": 7.75}
+    assert spread([2.0]) == {"ms": 2.0, "ms_low": 2.0, "ms_high": 2.0}
+
+
 def test_peak_memory_is_what_is_held_at_once():
     def call():
         first, second = torch.empty(1_000_000), torch.empty(500_000)
@@ -146,7 +151,7 @@ def test_a_forward_holds_less_than_its_activations_and_no_tensor_of_all_states()
     model, images = VisionMamba(c).eval(), torch.randn(2, 3, 64, 64)
     model(images)  # what is made once is not of the forward
     states = 2 * model.length * c.d_inner * c.d_state * 4
-    assert peak_memory(lambda: model(images), torch.device("cpu")) < min(states, 1.5 * 2 * model.activations() * 4)
+    assert peak_memory(lambda: model(images), torch.device("cpu")) < min(states, 1.5 * 2 * model.activation_bytes())
 
 
 def test_benchmark_times_each_model_beside_its_products(vim, images):
@@ -178,8 +183,10 @@ def test_the_work_that_mambapy_is_timed_at_is_the_scan():
             states.append(factors[:, t] * states[-1] + inputs[:, t])
         return torch.stack(states, 1)
 
-    scan, _ = _inputs((2, 9, 7, 3), torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(_scan_by(pscan, **scan), selective_scan(**scan, delta_softplus=True))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        scan, _ = _inputs((2, 9, 7, 3), dtype, torch.device("cpu"))
+        found, expected = _scan_by(pscan, **scan).float(), selective_scan(**scan, delta_softplus=True).float()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_reachable_range_is_that_of_two_tokens():

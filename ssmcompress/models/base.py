@@ -130,8 +130,12 @@ class TokenModel(nn.Module, abc.ABC):
         """(rows, weight (outputs, inputs)) of every matrix product of one image, in order, as the model stands."""
 
     @abc.abstractmethod
-    def activations(self) -> int:
-        """Numbers that the ops of the first layer take from and hand to each other, for one image."""
+    def activation_bytes(self, size: int = 4) -> int:
+        """Bytes that the ops of the first layer take from and hand to each other, for one image.
+
+        Args:
+            size: bytes of a number beside the residual stream and its norm, which are float32: 2 under autocast.
+        """
 
     def token_counts(self) -> list[int]:
         """Tokens that each layer processes, and last those that are read out (depth + 1 values)."""

@@ -39,7 +39,7 @@ def causal_conv1d(
     """
     if weight.ndim == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or not weight.shape[1]:
         raise ValueError(
             f"causal_conv1d: expected x (batch, length, channels) and weight (channels, width), "
             f"found {tuple(x.shape)} and {tuple(weight.shape)}"

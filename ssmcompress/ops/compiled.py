@@ -12,9 +12,7 @@ from torch import Tensor
 from . import reference
 from .reference import top_tokens
 
-__all__ = ["DTYPES", "causal_conv1d", "rms_norm", "selective_scan", "top_tokens"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["causal_conv1d", "rms_norm", "selective_scan", "top_tokens"]
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
@@ -50,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _common(*activations: Tensor | None) -> torch.dtype:
     """bfloat16 where all are, else float32, which holds every narrower dtype."""
     dtypes = {t.dtype for t in activations if t is not None}
-    if not dtypes <= set(DTYPES):
+    if not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"compiled ops: expected float32, bfloat16 or float16, found {', '.join(map(str, dtypes))}")
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
 
@@ -154,19 +152,25 @@ def _(dy, x, weight, bias, positions, silu, reverse):
     return [_empty(t, x) for t in (x, weight, bias)]
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    tensors = [v for v in inputs if not isinstance(v, bool)]
+def _save_scan(ctx, inputs, output) -> None:
+    *tensors, add, softplus, reverse = inputs
     ctx.save_for_backward(*tensors)
-    ctx.flags = inputs[len(tensors) :]
+    ctx.adds, ctx.flags = add is not None, (softplus, reverse)
 
 
 def _scan_gradients(ctx, dy):
-    *tensors, add = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, *tensors, *ctx.flags)
     _, _, _, _, _, D, z, bias, _, _, gap = tensors
     optional = (None if t is None else d for t, d in ((D, dD), (z, dz), (bias, dbias)))
-    dgap, dadd = None if gap is None else dgap, None if add is None else dy
-    return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dadd, None, None
+    dgap = None if gap is None else dgap
+    return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dy if ctx.adds else None, None, None
+
+
+def _save_conv(ctx, inputs, output) -> None:
+    *tensors, silu, reverse = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.flags = silu, reverse
 
 
 def _conv_gradients(ctx, dy):
@@ -175,5 +179,11 @@ def _conv_gradients(ctx, dy):
     return dx, dweight, None if tensors[2] is None else dbias, None, None, None
 
 
-torch.library.register_autograd("ssmcompress::selective_scan", _scan_gradients, setup_context=_save_inputs)
-torch.library.register_autograd("ssmcompress::causal_conv1d", _conv_gradients, setup_context=_save_inputs)
+def _no_gradients(ctx, *upper):
+    raise NotImplementedError("compiled ops have no second derivative; backend='reference' has")
+
+
+torch.library.register_autograd("ssmcompress::selective_scan", _scan_gradients, setup_context=_save_scan)
+torch.library.register_autograd("ssmcompress::causal_conv1d", _conv_gradients, setup_context=_save_conv)
+for _name in ("selective_scan_backward", "causal_conv1d_backward", "rms_norm"):
+    torch.library.register_autograd(f"ssmcompress::{_name}", _no_gradients)

@@ -35,23 +35,27 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def select(backend: str | None, tensor: Tensor) -> ModuleType:
-    """The module that runs an op on `tensor`: `backend`, else the forced one, else the best there is for it."""
-    return import_module(_module_name(backend or _forced.get() or _best(tensor)))
+def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
+    """The module that runs an op on these: `backend`, else the forced one, else the best there is for them."""
+    return import_module(_module_name(backend or _forced.get() or _best(activations)))
 
 
-def _best(tensor: Tensor) -> str:
+def _best(activations: tuple[Tensor | None, ...]) -> str:
     # float64 is for the reference: there is nothing faster that is as exact.
-    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fast = all(t is None or (t.device.type == "cpu" and t.dtype in _COMPILED) for t in activations)
     return "cpu" if fast and _numba_works() else "reference"
 
 
+_COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
 @cache
 def _numba_works() -> bool:
     try:
         import_module("numba")
     except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
-        _logger.warning("numba cannot be used (%s): the ops run in plain torch, some 50 times slower", error)
+        _logger.warning("numba cannot be used (%s): the ops run in plain torch, many times slower", error)
         return False
     return True
 

@@ -16,5 +16,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
 
     Returns:
         (..., channels) in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
     """
+    if weight.ndim != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(f"rms_norm: expected weight {tuple(x.shape[-1:])}, found {tuple(weight.shape)}")
     return select(backend, x).rms_norm(x, weight, eps)

@@ -52,7 +52,7 @@ def selective_scan(
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add)
     with full_precision(u.device):
-        scan = select(backend, u).selective_scan
+        scan = select(backend, u, delta, z, add).selective_scan
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add)
 
 

@@ -17,7 +17,7 @@ _SMALL = 1 << 15
 
 def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, softplus, reverse) -> Tensor:
     """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
-    y = torch.empty(u.shape, dtype=u.dtype)
+    y = _new(u, u.shape, u.dtype)
     if y.numel():
         arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y]
         flags = (softplus, reverse, _channels(u.shape[0], u.shape[2]))
@@ -38,25 +38,24 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, soft
     """Gradients of u, delta, A, B, C, D, z, bias, gap; arguments as in `ssmcompress.ops.compiled`."""
     batch, _, d_inner = u.shape
     blocks = -(-d_inner // int(BLOCK))
-    new = torch.empty if u.numel() else torch.zeros
-    du, ddelta = new(u.shape, dtype=u.dtype), new(u.shape, dtype=u.dtype)
-    dz = new(u.shape if z is not None else 0, dtype=u.dtype)
-    dgap = new(u.shape if gap is not None else 0)
+    du, ddelta = _new(u, u.shape, u.dtype), _new(u, u.shape, u.dtype)
+    dz = _new(u, u.shape if z is not None else (0,), u.dtype)
+    dgap = _new(u, u.shape if gap is not None else (0,))
     # In parts that no two threads share.
-    dA = new(batch, *A.shape)
-    dB, dC = new(blocks, *B.shape), new(blocks, *B.shape)
-    dD = new((batch, d_inner) if D is not None else 0)
-    dbias = new((batch, d_inner) if bias is not None else 0)
+    dA = _new(u, (batch, *A.shape))
+    dB, dC = _new(u, (blocks, *B.shape)), _new(u, (blocks, *B.shape))
+    dD = _new(u, (batch, d_inner) if D is not None else (0,))
+    dbias = _new(u, (batch, d_inner) if bias is not None else (0,))
     if u.numel():
         arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy]
         arrays += [du, ddelta, dA, dB.flatten(0, 1), dC.flatten(0, 1), dD, dz, dbias, dgap]
         _launch("scan_backward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
-    return [du, ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dgap]
+    return [du, ddelta, _sum(dA), _sum(dB), _sum(dC), _sum(dD), dz, _sum(dbias), dgap]
 
 
 def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
     """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _new(x, x.shape, x.dtype)
     if y.numel():
         arrays = [x, weight, bias, positions, y]
         _launch("conv_forward", (silu, reverse), arrays, x.dtype, x.numel() * weight.shape[1])
@@ -66,22 +65,31 @@ def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
 def conv_backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
     """Gradients of x, weight and bias; arguments as in `ssmcompress.ops.compiled`."""
     batch, _, channels = x.shape
-    new = torch.empty if x.numel() else torch.zeros
-    dx, dweight = new(x.shape, dtype=x.dtype), new(batch, *weight.shape)
-    dbias = new((batch, channels) if bias is not None else 0)
+    dx, dweight = _new(x, x.shape, x.dtype), _new(x, (batch, *weight.shape))
+    dbias = _new(x, (batch, channels) if bias is not None else (0,))
     if x.numel():
         arrays = [x, weight, bias, positions, dy, dx, dweight, dbias]
         _launch("conv_backward", (silu, reverse), arrays, x.dtype, x.numel() * weight.shape[1])
-    return [dx, dweight.sum(0), dbias.sum(0)]
+    return [dx, _sum(dweight), _sum(dbias)]
 
 
 def norm_forward(x, weight, eps) -> Tensor:
     """y (..., channels); arguments as in `ssmcompress.ops.compiled`."""
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _new(x, x.shape, x.dtype)
     if y.numel():
-        arrays = [x.reshape(-1, x.shape[-1]), weight, torch.tensor([eps]), y.view(-1, x.shape[-1])]
+        arrays = [x.reshape(-1, x.shape[-1]), weight, torch.tensor([eps], dtype=torch.float32), y.view(-1, x.shape[-1])]
         _launch("norm_forward", (), arrays, x.dtype, x.numel())
     return y
+
+
+def _new(of: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel that goes over `of` will fill; zeros if there is nothing to go over."""
+    return (torch.empty if of.numel() else torch.zeros)(shape, dtype=dtype, device=of.device)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """Over the first axis, where there is more than that."""
+    return parts.sum(0) if parts.ndim > 1 else parts
 
 
 def _launch(kernel: str, flags: tuple[int, ...], arrays: list[Tensor | None], dtype: torch.dtype, work: int) -> None:

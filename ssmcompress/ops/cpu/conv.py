@@ -8,9 +8,9 @@ positions (1, batch, length) int64. What is not there has no elements.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
-from .vector import LANES, load, next_item, prefetch, scratch, sigmoid, splat, store
+from .vector import LANES, helper, kernel, load, next_item, prefetch, scratch, sigmoid, splat, store
 
 ZERO = uint64(0)
 ONE = uint64(1)
@@ -23,7 +23,7 @@ AHEAD = uint64(2)
 BLOCK = uint64(64)
 
 
-@njit
+@kernel
 def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
     """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
     length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(weight.shape[2])
@@ -43,7 +43,7 @@ def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
                 for e in range(ZERO, channels, WIDTH):
                     count = min(WIDTH, channels - e)
                     v = e // WIDTH
-                    prefetch(x, (b, t - AHEAD if reverse else t + AHEAD, e))
+                    prefetch(x, (b, t + width + ONE if reverse else t + AHEAD, e))
                     prefetch(y, (b, t + AHEAD, e))
                     y_t = splat(0.0)
                     if back:
@@ -61,17 +61,7 @@ def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
         stretch = next_item(table)
 
 
-@njit(_nrt=False)
-def _source(positions, reverse, b, t, back, length, width):
-    """(token, tap) of the kept token that is `back` before t; the token itself and the tap of zeros if out of reach."""
-    if back >= (length - t if reverse else t + ONE):
-        return t, width
-    source = t + back if reverse else t - back
-    # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
-    return source, min(_distance(positions, b, t, source, back), width)
-
-
-@njit
+@kernel
 def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx, dweight, dbias):
     """Gradients from that of y, dy (batch, length, channels), of every block of channels not taken yet.
 
@@ -99,9 +89,8 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
                     g = g * (share * (1.0 + y_t * (1.0 - share)))
                 store(dsum, (t * most + v, ZERO), WIDTH, g)
                 store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + g)
-                for back in range(min(width, (length - t if reverse else t + ONE))):
-                    source = t + back if reverse else t - back
-                    distance = _distance(positions, b, t, source, back)
+                for back in range(width):
+                    source, distance = _source(positions, reverse, b, t, back, length, width)
                     if distance < width:
                         row = (distance * most + v, ZERO)
                         store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, source, e), count))
@@ -126,29 +115,36 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
         block = next_item(table)
 
 
-@njit(_nrt=False)
+@helper
 def _sum(x, taps, vectors, bias, positions, reverse, b, t, e, count, length, width):
     """The convolution at one token and sixteen channels, before its activation."""
     y_t = load(bias, (ZERO, ZERO, e), count) if bias.size else splat(0.0)
-    for back in range(min(width, (length - t if reverse else t + ONE))):
-        source = t + back if reverse else t - back
-        distance = _distance(positions, b, t, source, back)
-        # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
-        if distance < width:
-            y_t = y_t + load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH) * load(x, (b, source, e), count)
+    for back in range(width):
+        source, distance = _source(positions, reverse, b, t, back, length, width)
+        y_t = y_t + load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH) * load(x, (b, source, e), count)
     return y_t
 
 
-@njit(_nrt=False)
+@helper
+def _source(positions, reverse, b, t, back, length, width):
+    """(token, distance) of the kept token that is `back` before t; (t, width), the tap of zeros, if out of reach."""
+    if back >= min(width, (length - t if reverse else t + ONE)):
+        return t, width
+    source = t + back if reverse else t - back
+    # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
+    distance = _distance(positions, b, t, source, back)
+    return (source, distance) if distance < width else (t, width)
+
+
+@helper
 def _distance(positions, b, t, source, back):
     """Steps on the original path between two kept tokens that are `back` kept tokens apart."""
     if positions.size:
-        apart = positions[ZERO, b, t] - positions[ZERO, b, source]
-        return uint64(abs(apart))
+        return uint64(abs(positions[ZERO, b, t] - positions[ZERO, b, source]))
     return back
 
 
-@njit
+@kernel
 def _taps(weight):
     """((width + 1) * vectors, 16): the tap of each distance, its channels in a row, and last those of zeros."""
     channels, width = uint64(weight.shape[1]), uint64(weight.shape[2])

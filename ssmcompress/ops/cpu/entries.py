@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -98,15 +99,19 @@ _KERNELS: dict[str, Callable] = {
     "conv_backward": _conv_backward,
     "norm_forward": _norm_forward,
 }
+_addresses: dict[tuple[str, bool], int] = {}
 _compiling = threading.Lock()
 _logger = logging.getLogger("ssmcompress")
 
 
 def address(kernel: str, half: bool) -> int:
     """Address of the C function void(void *) of a kernel, for bfloat16 activations if `half`, else float32."""
-    with _compiling:
-        keep_freed_memory()
-        return _compiled(kernel, half).address
+    found = _addresses.get((kernel, half))
+    if found is None:
+        with _compiling:
+            keep_freed_memory()
+            found = _addresses[kernel, half] = _compiled(kernel, half).address
+    return found
 
 
 @cache
@@ -130,7 +135,16 @@ def _made(function: Callable):
 
 @cache
 def _announce() -> None:
-    _logger.warning("compiling the CPU kernels, once on this machine (10 to 20 s)")
+    _logger.warning("compiling the CPU kernels (10 to 20 s, kept for later runs)")
+
+
+def _renew_lock() -> None:
+    global _compiling
+    _compiling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread that held it is not in the child
 
 
 @cache

@@ -17,13 +17,15 @@ _LARGEST_ON_HEAP = 32 << 20  # the most that glibc takes; larger tensors come fr
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let up to 512 MB of freed memory stay with this process; whether that was done.
+    """Let up to 512 MB of freed memory stay with this process; whether glibc was asked to.
 
     Not done where the environment has malloc settings of its own, or SSMCOMPRESS_KEEP_MEMORY=0, or where the C
     library is not glibc.
     """
-    own = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-    if os.environ.get("SSMCOMPRESS_KEEP_MEMORY") == "0" or any(name in os.environ for name in own):
+    own = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if os.environ.get("SSMCOMPRESS_KEEP_MEMORY") == "0":
         return False
     try:
         library = ctypes.CDLL(None)

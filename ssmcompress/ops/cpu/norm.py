@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
-from .vector import LANES, lane_sum, load, next_item, splat, store
+from .vector import LANES, kernel, lane_sum, load, next_item, splat, store
 
 ZERO = uint64(0)
 WIDTH = uint64(LANES)
@@ -13,7 +13,7 @@ WIDTH = uint64(LANES)
 ROWS = uint64(32)
 
 
-@njit
+@kernel
 def norm_forward(table, x, weight, eps, y):
     """y = x / sqrt(mean(x^2) + eps) * weight; weight (1, 1, channels) and eps (1, 1, 1) float32."""
     rows, channels = uint64(x.shape[1]), uint64(x.shape[2])

@@ -9,12 +9,14 @@ d_inner, d_state), B and C (batch, length, d_state), D and bias (1, 1, d_inner),
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
 from .vector import (
     LANES,
     LOG2_E,
     exp2,
+    helper,
+    kernel,
     lane_sum,
     load,
     next_item,
@@ -37,7 +39,7 @@ AHEAD = uint64(4)
 KEPT = uint64(1 << 13)
 
 
-@njit
+@kernel
 def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y):
     """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`."""
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
@@ -93,7 +95,7 @@ def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, 
         block = next_item(table)
 
 
-@njit
+@kernel
 def scan_backward(
     table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dgap,
@@ -109,7 +111,7 @@ def scan_backward(
     batch, length, d_inner, d_state = uint64(u.shape[0]), uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + BLOCK - ONE) // BLOCK
     most = BLOCK // WIDTH
-    chunk = min(length, max(ONE, KEPT // (uint64(2) * d_state)))
+    chunk = min(length, max(ONE, KEPT // (uint64(2) * max(ONE, d_state))))
     chunks = (length + chunk - ONE) // chunk
     a, dh, da = scratch(most * d_state), scratch(most * d_state), scratch(most * d_state)
     starts = scratch(chunks * most * d_state)  # the states that each chunk begins with
@@ -251,7 +253,7 @@ def scan_backward(
 LN_2 = np.float32(np.log(2))
 
 
-@njit(_nrt=False)
+@helper
 def _step(raw, bias, with_softplus, e, count):
     """(delta after bias and softplus, delta after bias) of one token and sixteen channels."""
     if bias.size:
@@ -259,7 +261,7 @@ def _step(raw, bias, with_softplus, e, count):
     return softplus(raw) if with_softplus else raw, raw
 
 
-@njit(_nrt=False)
+@helper
 def _gap(steps, gap_delta, gap, b, t, e, count):
     """What the decay has beyond the step."""
     if steps.size:
@@ -267,7 +269,7 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
     return load(gap, (b, t, e), count) if gap.size else splat(0.0)
 
 
-@njit(_nrt=False)
+@helper
 def _load_rates(A, e, end, a, row):
     """Rows `row`.. (d_state, 16 channels) of a: A of channels e.. in units of log2, so exp(x A) = 2^(x a)."""
     for n in range(uint64(A.shape[2])):
