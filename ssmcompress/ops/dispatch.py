@@ -50,8 +50,12 @@ _COMPILED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _numba_works() -> bool:
+    return _try_numba()
+
+
+@cache
+def _try_numba() -> bool:
     try:
         import_module("numba")
     except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
