@@ -4,8 +4,9 @@
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth
 
 The checkpoint is in the official format and is written every few minutes; the same command goes on from it, and a
-run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test images goes
-to standard output and to the checkpoint's "history". `examples/make_bundled_model.py` makes the folder from it.
+run in pieces gives the same model as a run in one. A finished run goes on, too, with more --epochs. After each epoch a
+line with the accuracy on the test images goes to standard output and to the checkpoint's "history".
+`examples/make_bundled_model.py` makes the folder from it.
 """
 
 import argparse
@@ -35,11 +36,11 @@ def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to SHIFT pixels, half of them mirrored."""
+def augmented(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to `shift` pixels, half of them mirrored."""
     count, _, height, width = images.shape
-    padded = F.pad(images, [SHIFT] * 4, value=-MEAN / STD)
-    corner = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
+    padded = F.pad(images, [shift] * 4, value=-MEAN / STD)
+    corner = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
     rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)
     columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns, columns.flip(1))
     return padded[torch.arange(count)[:, None, None], 0, rows[:, :, None], columns[:, None]][:, None]
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--d-state", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--plain-epochs", type=int, default=0, help="the last so many without shifts")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -113,7 +115,7 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")}
     if args.checkpoint.exists():
         saved = torch.load(args.checkpoint, weights_only=True)
-        if saved["settings"] != settings:
+        if any(saved["settings"][k] != settings[k] for k in ("d_model", "depth", "d_state", "batch_size", "seed")):
             raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -132,7 +134,8 @@ def main() -> None:
         # Drawn from the seed and the step alone, so that a run in pieces sees the same batches.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
         chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
-        batch = augmented(images[chosen], torch.Generator().manual_seed(args.seed + 1000 * (step + 1)))
+        shift = SHIFT if epoch < args.epochs - args.plain_epochs else 0
+        batch = augmented(images[chosen], shift, torch.Generator().manual_seed(args.seed + 1000 * (step + 1)))
         schedule.step_update(step)
         loss = F.cross_entropy(model(batch), labels[chosen], label_smoothing=args.label_smoothing)
         optimizer.zero_grad(set_to_none=True)

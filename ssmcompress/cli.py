@@ -518,8 +518,9 @@ def demo(
     folder = Path(output) if output else Path("compressed") / f"{bundled.name}-demo"
     model = load(bundled)
     with progress_bars(quiet):
-        say("pruning 60 % of the tokens after layer 3 of 8 of a small Vim trained on Fashion-MNIST", quiet)
-        plan = make_plan(model, stages=(3,), ratio=0.6)
+        layers = len(model.blocks)
+        say(f"pruning 60 % of the tokens after layer 2 of {layers} of a small Vim trained on Fashion-MNIST", quiet)
+        plan = make_plan(model, stages=(2,), ratio=0.6)
         report = compress(model, plan, folder, command=command_line(), force=force)
         say("exporting to ONNX and checking it in onnxruntime", quiet)
         result = export_onnx(load(folder), folder / "model.onnx")
