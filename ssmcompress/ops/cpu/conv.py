@@ -72,7 +72,8 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
     blocks = (channels + BLOCK - ONE) // BLOCK
     most = BLOCK // WIDTH
     vectors = (channels + WIDTH - ONE) // WIDTH
-    taps, dsum, dtap, doffset = _taps(weight), scratch(length * most), scratch(width * most), scratch(most)
+    taps, dsum, dtap, doffset = _taps(weight), scratch(length * most), scratch((width + ONE) * most), scratch(most)
+    source, distance = np.empty(width, np.uint64), np.empty(width, np.uint64)
     block = next_item(table)
     while block < uint64(x.shape[0]) * blocks:
         b, start = block // blocks, block % blocks * BLOCK
@@ -80,31 +81,35 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
         dtap[:] = np.float32(0)
         doffset[:] = np.float32(0)
         for t in range(length):
+            for back in range(width):
+                source[back], distance[back] = _source(positions, reverse, b, t, back, length, width)
             for e in range(start, end, WIDTH):
                 v, count = (e - start) // WIDTH, min(WIDTH, end - e)
                 g = load(dy, (b, t, e), count)
                 if with_silu:
-                    y_t = _sum(x, taps, vectors, bias, positions, reverse, b, t, e, count, length, width)
+                    y_t = load(bias, (ZERO, ZERO, e), count) if bias.size else splat(0.0)
+                    for back in range(width):
+                        tap = load(taps, (distance[back] * vectors + e // WIDTH, ZERO), WIDTH)
+                        y_t = y_t + tap * load(x, (b, source[back], e), count)
                     share = sigmoid(y_t)
                     g = g * (share * (1.0 + y_t * (1.0 - share)))
                 store(dsum, (t * most + v, ZERO), WIDTH, g)
                 store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + g)
                 for back in range(width):
-                    source, distance = _source(positions, reverse, b, t, back, length, width)
-                    if distance < width:
-                        row = (distance * most + v, ZERO)
-                        store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, source, e), count))
-        for source in range(length):
+                    # What is out of reach goes to a row past the taps, which no one reads.
+                    row = (distance[back] * most + v, ZERO)
+                    store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, source[back], e), count))
+        # x at t reaches y where y's own source is t: the same question, asked along the other direction.
+        for t in range(length):
+            for ahead in range(width):
+                source[ahead], distance[ahead] = _source(positions, not reverse, b, t, ahead, length, width)
             for e in range(start, end, WIDTH):
                 v, count = (e - start) // WIDTH, min(WIDTH, end - e)
                 dx_t = splat(0.0)
-                for ahead in range(min(width, (source + ONE if reverse else length - source))):
-                    t = source - ahead if reverse else source + ahead
-                    distance = _distance(positions, b, t, source, ahead)
-                    if distance < width:
-                        tap = load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH)
-                        dx_t = dx_t + tap * load(dsum, (t * most + v, ZERO), WIDTH)
-                store(dx, (b, source, e), count, dx_t)
+                for ahead in range(width):
+                    tap = load(taps, (distance[ahead] * vectors + e // WIDTH, ZERO), WIDTH)
+                    dx_t = dx_t + tap * load(dsum, (source[ahead] * most + v, ZERO), WIDTH)
+                store(dx, (b, t, e), count, dx_t)
         for e in range(start, end, WIDTH):
             v, count = (e - start) // WIDTH, min(WIDTH, end - e)
             for lane in range(count):
@@ -113,16 +118,6 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
             if bias.size:
                 store(dbias, (ZERO, b, e), count, load(doffset, (v, ZERO), WIDTH))
         block = next_item(table)
-
-
-@helper
-def _sum(x, taps, vectors, bias, positions, reverse, b, t, e, count, length, width):
-    """The convolution at one token and sixteen channels, before its activation."""
-    y_t = load(bias, (ZERO, ZERO, e), count) if bias.size else splat(0.0)
-    for back in range(width):
-        source, distance = _source(positions, reverse, b, t, back, length, width)
-        y_t = y_t + load(taps, (distance * vectors + e // WIDTH, ZERO), WIDTH) * load(x, (b, source, e), count)
-    return y_t
 
 
 @helper
