@@ -21,7 +21,7 @@ import ssmcompress
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", help="one, or several whose weights are averaged")
+    parser.add_argument("checkpoint")
     parser.add_argument("output", type=Path)
     parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--split", default="t10k", help="t10k or train")
@@ -38,9 +38,7 @@ def main() -> None:
         table.to_parquet(args.output)
         return
 
-    model = ssmcompress.load(args.checkpoints[0])
-    states = [ssmcompress.load(checkpoint).state_dict() for checkpoint in args.checkpoints]
-    model.load_state_dict({name: sum(state[name] for state in states) / len(states) for name in states[0]})
+    model = ssmcompress.load(args.checkpoint)
     model.preprocessing = model.preprocessing.changed(mean=(MEAN,), std=(STD,), crop_pct=1.0)
     model.source = replace(model.source, data="images.parquet")
     ssmcompress.save(model, args.output, force=True)
