@@ -34,7 +34,7 @@ def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
     while stretch < uint64(x.shape[0]) * stretches:
         b, start = stretch // stretches, stretch % stretches * ROWS
         for t in range(start, min(start + ROWS, length)):
-            # Four taps at a time, written out: a loop over the taps of a number took four times as long.
+            # Four taps at a time, written out: with a loop over the taps a call took 1.15 ms in a Vim-tiny, then 0.7.
             for back in range(ZERO, width, uint64(4)):
                 s0, d0 = _source(positions, reverse, b, t, back, length, width)
                 s1, d1 = _source(positions, reverse, b, t, back + uint64(1), length, width)

@@ -275,13 +275,13 @@ def exp2(v):
 
 @njit
 def sigmoid(v):
-    """1 / (1 + e^-v)"""
+    """1 / (1 + e^-v) to 4e-6 relative on [-60, 60]"""
     return 1.0 / (1.0 + exp2(v * -LOG2_E))
 
 
 @njit
 def softplus(v):
-    """log(1 + e^v) to 3e-7 relative, down to 2^-125; above 20 it is v to that precision, torch's threshold."""
+    """log(1 + e^v) to 4e-6 relative on [-60, 60], most of it the rounding of v log2(e); v itself from 20 on."""
     x = exp2(minus_magnitude(v) * LOG2_E)
     s = x / (2.0 + x)
     s2 = s * s
