@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .pruning.alignment import Alignment
+from .pruning.alignment import Alignment, gap_steps
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Tokens:
         positions: (batch, kept) int64, strictly increasing; None while nothing is pruned.
         scores: (batch, kept) importance, where the last block was asked for it; else None.
         alignment: which ops of the blocks make up for pruned positions.
+        steps: pruned positions just before each token, on the way forward and on the way back, each (batch, kept)
+            float32; made from `positions`, once for all blocks up to the next stage.
     """
 
     features: Tensor
@@ -29,6 +31,12 @@ class Tokens:
     positions: Tensor | None = None
     scores: Tensor | None = None
     alignment: Alignment = Alignment()
+    steps: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and self.steps is None:
+            ways = (gap_steps(self.positions, reverse).float() for reverse in (False, True))
+            object.__setattr__(self, "steps", tuple(ways))
 
     def updated(self, features: Tensor, scores: Tensor | None = None) -> Tokens:
         """The same tokens with new features (and scores)."""
@@ -44,7 +52,8 @@ class Tokens:
     def keep(self, index: Tensor) -> Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
         features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[2]))
-        return replace(self, features=features, positions=self.explicit_positions().gather(1, index), scores=None)
+        positions = self.explicit_positions().gather(1, index)
+        return replace(self, features=features, positions=positions, steps=None, scores=None)
 
     def protected_index(self) -> Tensor:
         """(batch,) index of the protected token among the kept ones, which are ordered by position."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import causal_conv1d, rms_norm, selective_scan
-from ..pruning.alignment import gap_steps
 from ..pruning.importance import importance
 from ..tokens import Tokens
 from .base import Block, StateDict, TokenModel
@@ -99,13 +98,13 @@ class VimMixer(nn.Module):
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
         """(projected sum of both paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
-        aligned = tokens.alignment.scan and tokens.positions is not None
+        aligned = tokens.alignment.scan and tokens.steps is not None
         y = scores = None
         # One path after the other, so that the second works in the memory that the first has in cache.
         for path in (1, 0):
             reverse = path == 1
             u, delta, B, C, bias, A, D = self.scan_inputs(x, tokens, path)
-            gap = (gap_steps(tokens.positions, reverse), self.gap_delta[path]) if aligned else None
+            gap = (tokens.steps[path], self.gap_delta[path]) if aligned else None
             y = selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True, gap=gap, reverse=reverse, add=y)
             # The score reads the backward path alone: on the first bundled model (2, 4, 6 at 0.3, 2,000 images) that
             # gave 65.2 % top-1, the sum of both paths 59.9.
