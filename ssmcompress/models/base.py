@@ -152,7 +152,7 @@ class TokenModel(nn.Module, abc.ABC):
         decisions = []
         for layer, block in enumerate(self.blocks, 1):
             pruner = self.pruners[str(layer)] if str(layer) in self.pruners else None
-            tokens = block(tokens, metric=pruner.metric if pruner else None)
+            tokens = block(tokens, metric=pruner.asks_for if pruner else None)
             if pruner is not None:
                 kept = pruner(tokens)
                 decisions.append(Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions))

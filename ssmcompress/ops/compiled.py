@@ -1,15 +1,16 @@
-"""Backend of compiled kernels: the ops as torch.library operators, with a kernel for each kind of device.
-
-Being operators, they work under torch.compile and torch.export, and autograd knows them: one backward, no second
-derivative. CPU kernels are in `cpu`.
-"""
+"""Backend of the CPU's compiled kernels, which are in `cpu`: one backward, no second derivative."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .operators import conv_operator, empty_like, operator
 from .reference import top_tokens
 
 __all__ = ["causal_conv1d", "rms_norm", "selective_scan", "top_tokens"]
@@ -61,95 +62,15 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return _as(torch.float32, tensor)
 
 
-# Defined by hand: torch.library.custom_op would take 15 us more at each of a forward's hundred calls.
-_OPERATORS = """
-selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
-    Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, Tensor? add, bool softplus, bool reverse) -> Tensor
-selective_scan_backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,
-    Tensor? bias, Tensor? steps, Tensor? gap_delta, Tensor? gap, bool softplus, bool reverse) -> Tensor[]
-causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu, bool reverse) -> Tensor
-causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu,
-    bool reverse) -> Tensor[]
-rms_norm(Tensor x, Tensor weight, float eps) -> Tensor
-"""
-for _schema in _OPERATORS.strip().replace("\n    ", " ").splitlines():
-    torch.library.define(f"ssmcompress::{_schema.partition('(')[0]}", _schema[_schema.index("(") :])
-_scan = torch.ops.ssmcompress.selective_scan.default
-_scan_backward = torch.ops.ssmcompress.selective_scan_backward.default
-_conv = torch.ops.ssmcompress.causal_conv1d.default
-_conv_backward = torch.ops.ssmcompress.causal_conv1d_backward.default
-_norm = torch.ops.ssmcompress.rms_norm.default
+def _kernel(name: str) -> Callable[..., Any]:
+    """A kernel of `cpu`, which takes a second to import and so waits for the first call."""
+    return lambda *arguments: getattr(import_module(".cpu", __package__), name)(*arguments)
 
 
-@torch.library.impl("ssmcompress::selective_scan", "cpu")
-def _(u, *others):
-    """u, delta, z and add float32 or bfloat16, all alike; the rest float32.
-
-    The gap comes whole, or as steps (batch, length) and gap_delta (d_inner,), which have no gradient.
-    """
-    from . import cpu
-
-    return cpu.scan_forward(u, *others)
-
-
-@torch.library.impl("ssmcompress::selective_scan_backward", "cpu")
-def _(dy, *others):
-    """Gradients of u, delta, A, B, C, D, z, bias and gap; without elements where there is no such input."""
-    from . import cpu
-
-    return cpu.scan_backward(dy, *others)
-
-
-@torch.library.impl("ssmcompress::causal_conv1d", "cpu")
-def _(x, *others):
-    """x float32 or bfloat16; weight (channels, width) and bias float32; positions (batch, length) int64."""
-    from . import cpu
-
-    return cpu.conv_forward(x, *others)
-
-
-@torch.library.impl("ssmcompress::causal_conv1d_backward", "cpu")
-def _(dy, *others):
-    """Gradients of x, weight and bias; without elements where there is no such input."""
-    from . import cpu
-
-    return cpu.conv_backward(dy, *others)
-
-
-@torch.library.impl("ssmcompress::rms_norm", "cpu")
-def _(x, weight, eps):
-    from . import cpu
-
-    return cpu.norm_forward(x, weight, eps)
-
-
-def _empty(like: Tensor | None, of: Tensor) -> Tensor:
-    return of.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-@torch.library.register_fake("ssmcompress::selective_scan")
-def _(u, *others):
-    return _empty(u, u)
-
-
-@torch.library.register_fake("ssmcompress::selective_scan_backward")
-def _(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse):
-    return [_empty(t, u) for t in (u, delta, A, B, C, D, z, bias, gap)]
-
-
-@torch.library.register_fake("ssmcompress::causal_conv1d")
-def _(x, *others):
-    return _empty(x, x)
-
-
-@torch.library.register_fake("ssmcompress::rms_norm")
-def _(x, weight, eps):
-    return _empty(x, x)
-
-
-@torch.library.register_fake("ssmcompress::causal_conv1d_backward")
-def _(dy, x, weight, bias, positions, silu, reverse):
-    return [_empty(t, x) for t in (x, weight, bias)]
+# u, delta, z, add and dy float32 or bfloat16, all alike; the rest float32. The gap comes whole, or as steps (batch,
+# length) and gap_delta (d_inner,), which have no gradient.
+_INPUTS = """Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? steps,
+    Tensor? gap_delta, Tensor? gap"""
 
 
 def _save_scan(ctx, inputs, output) -> None:
@@ -167,23 +88,26 @@ def _scan_gradients(ctx, dy):
     return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dy if ctx.adds else None, None, None
 
 
-def _save_conv(ctx, inputs, output) -> None:
-    *tensors, silu, reverse = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.flags = silu, reverse
-
-
-def _conv_gradients(ctx, dy):
-    tensors = ctx.saved_tensors
-    dx, dweight, dbias = _conv_backward(dy, *tensors, *ctx.flags)
-    return dx, dweight, None if tensors[2] is None else dbias, None, None, None
-
-
-def _no_gradients(ctx, *upper):
-    raise NotImplementedError("compiled ops have no second derivative; backend='reference' has")
-
-
-torch.library.register_autograd("ssmcompress::selective_scan", _scan_gradients, setup_context=_save_scan)
-torch.library.register_autograd("ssmcompress::causal_conv1d", _conv_gradients, setup_context=_save_conv)
-for _name in ("selective_scan_backward", "causal_conv1d_backward", "rms_norm"):
-    torch.library.register_autograd(f"ssmcompress::{_name}", _no_gradients)
+_scan_backward = operator(
+    f"selective_scan_backward(Tensor dy, {_INPUTS}, bool softplus, bool reverse) -> Tensor[]",
+    _kernel("scan_backward"),
+    ["cpu"],
+    lambda dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, *flags: [
+        empty_like(t, u) for t in (u, delta, A, B, C, D, z, bias, gap)
+    ],
+)
+_scan = operator(
+    f"selective_scan({_INPUTS}, Tensor? add, bool softplus, bool reverse) -> Tensor",
+    _kernel("scan_forward"),
+    ["cpu"],
+    lambda u, *others: empty_like(u, u),
+    _scan_gradients,
+    _save_scan,
+)
+_conv = conv_operator("causal_conv1d", _kernel("conv_forward"), _kernel("conv_backward"), ["cpu"])
+_norm = operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _kernel("norm_forward"),
+    ["cpu"],
+    lambda x, *others: empty_like(x, x),
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 BACKENDS = {
     "reference": "ssmcompress.ops.reference",
     "cpu": "ssmcompress.ops.compiled",
+    "triton": "ssmcompress.ops.triton",
     "onnx": "ssmcompress.ops.onnx",  # not for computing: the form that export writes into a graph
 }
 
@@ -41,25 +42,34 @@ def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
 
 
 def _best(activations: tuple[Tensor | None, ...]) -> str:
+    given = [t for t in activations if t is not None]
+    devices = {t.device.type for t in given}
     # float64 is for the reference: there is nothing faster that is as exact.
-    fast = all(t is None or (t.device.type == "cpu" and t.dtype in _COMPILED) for t in activations)
-    return "cpu" if fast and _numba_works() else "reference"
+    if len(devices) == 1 and all(t.dtype in _COMPILED for t in given):
+        backend = _BEST.get(devices.pop(), "reference")
+        if backend == "reference" or _works(backend):
+            return backend
+    return "reference"
 
 
 _COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+_BEST = {"cpu": "cpu", "cuda": "triton"}
 
 
 @torch.compiler.assume_constant_result
-def _numba_works() -> bool:
-    return _try_numba()
+def _works(backend: str) -> bool:
+    return _try(backend)
 
 
 @cache
-def _try_numba() -> bool:
+def _try(backend: str) -> bool:
+    package = {"cpu": "numba", "triton": "triton"}[backend]
     try:
-        import_module("numba")
+        import_module(package)
+        if backend == "triton":
+            import_module(BACKENDS[backend]).check_driver()
     except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
-        _logger.warning("numba cannot be used (%s): the ops run in plain torch, many times slower", error)
+        _logger.warning("%s cannot be used (%s): the ops run in plain torch, many times slower", package, error)
         return False
     return True
 

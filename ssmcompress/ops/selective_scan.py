@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import full_precision, select
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
+
+# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "clip": lambda y: y.relu().mean(-1),
+    "l1": lambda y: y.abs().mean(-1),
+    "l2": lambda y: y.square().mean(-1).sqrt(),
+    "mean": lambda y: y.mean(-1),
+    "delta": lambda delta: delta.mean(-1),
+}
 
 
 def selective_scan(
@@ -42,7 +56,7 @@ def selective_scan(
             (steps (batch, length), delta (d_inner,)) whose product it is, or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
         add: (batch, length, d_inner) that the result is added to, of another path say, in the same pass over memory.
-        backend: "cpu", "reference", or None for the best one available.
+        backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
         y (batch, length, d_inner) in the dtype of `u`. The state is float32 or wider whatever the input.
@@ -54,6 +68,116 @@ def selective_scan(
     with full_precision(u.device):
         scan = select(backend, u, delta, z, add).selective_scan
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add)
+
+
+class ScanPath(NamedTuple):
+    """One path of `scan_paths`; the fields are those arguments of `selective_scan`, and
+
+    order: (length,) or (batch, length) integers, the token that each step of the path visits. u, and the result, are
+        in token order; delta, B, C and a gap are in the order of the steps, as PlainMamba (arXiv 2403.17695) has them.
+        None: the steps are the tokens from the first to the last, or with `reverse` from the last to the first.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    delta_bias: Tensor | None = None
+    gap: Gap = None
+    reverse: bool = False
+    order: Tensor | None = None
+
+
+def scan_paths(
+    paths: Iterable[ScanPath],
+    z: Tensor | None = None,
+    delta_softplus: bool = False,
+    score: str | None = None,
+    scored: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Selective scans of the same tokens along several paths, summed and gated, in token order.
+
+    y = (sum over paths of sum_n C_t h_t + D u_t) * silu(z), with h of each path as in `selective_scan`. Where all is
+    in one kernel, u and z are neither flipped nor gathered, and scores cost no further pass over y.
+
+    Args:
+        paths: taken one at a time where a backend works that way, so that a generator need not hold them all.
+        z: (batch, length, d_inner) or None. delta_softplus: as in `selective_scan`.
+        score: a name in `SCORES`, or None.
+        scored: how many paths, the first ones, the scored y is the sum of; None: all.
+        backend: "cpu", "triton", "reference", or None for the best one available.
+
+    Returns:
+        y (batch, length, d_inner) in the dtype of `u`, and scores (batch, length) float32, without gradient, or None.
+        The score "delta" belongs to steps, not to the tokens of an `order`, and is the mean over all paths.
+
+    Raises:
+        ValueError: shapes that do not fit together, no paths, an unknown score or backend.
+    """
+    if score is not None and score not in SCORES:
+        raise ValueError(f"scan_paths: unknown score {score!r}; there are {', '.join(SCORES)}")
+    checked = _checked(paths, z)
+    first = next(checked, None)
+    if first is None:
+        raise ValueError("scan_paths: expected at least one path")
+    module = select(backend, first.u, first.delta, z)
+    together = getattr(module, "scan_paths", None)
+    if together is None:
+        return one_by_one(module.selective_scan, chain([first], checked), z, delta_softplus, score, scored)
+    paths = [first, *checked]
+    with full_precision(first.u.device):
+        return together(paths, z, delta_softplus, score, scored)
+
+
+def one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
+    """`scan_paths` by a backend's scan of one path, each on top of the ones before it."""
+    y, scores, deltas = None, None, []
+    for count, path in enumerate(paths, 1):  # making a path is the caller's code, under the caller's autocast
+        u, gate, below = path.u, z, y
+        if path.order is not None:
+            order = path.order.expand(u.shape[:2])
+            u, gate, below = _taken(u, order), _taken(z, order), _taken(y, order)
+        with full_precision(u.device):
+            y = scan(
+                u, path.delta, path.A, path.B, path.C, path.D, gate, path.delta_bias, delta_softplus, path.gap,
+                path.reverse, below,
+            )  # fmt: skip
+        if path.order is not None:
+            y = _taken(y, order.argsort(1))
+        if score == "delta":
+            deltas.append(SCORES[score](step_size(path, delta_softplus)))
+        elif score is not None and count == scored:
+            scores = SCORES[score](y.detach().float())
+    if score is not None and scores is None:
+        scores = sum(deltas) / len(deltas) if deltas else SCORES[score](y.detach().float())
+    return y, scores
+
+
+def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
+    """(batch, length, d_inner) float32 delta of a path after bias and softplus, without gradient."""
+    delta = path.delta.detach().float()
+    if path.delta_bias is not None:
+        delta = delta + path.delta_bias.detach().float()
+    return F.softplus(delta) if delta_softplus else delta
+
+
+def _taken(tensor: Tensor | None, order: Tensor) -> Tensor | None:
+    return tensor if tensor is None else tensor.gather(1, order[..., None].expand(-1, -1, tensor.shape[2]))
+
+
+def _checked(paths: Iterable[ScanPath], z: Tensor | None) -> Iterator[ScanPath]:
+    for path in paths:
+        u, delta, A, B, C, D, bias, gap, reverse, order = path
+        _check_shapes(u, delta, A, B, C, D, z, bias, gap, None)
+        if order is not None and (reverse or order.shape not in ((u.shape[1],), u.shape[:2])):
+            raise ValueError(
+                f"scan_paths: expected an order ({u.shape[1]},) or {tuple(u.shape[:2])}, and no reverse beside it, "
+                f"found {tuple(order.shape)}{' and reverse' if reverse else ''}"
+            )
+        yield path
 
 
 def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:

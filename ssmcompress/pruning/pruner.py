@@ -29,8 +29,13 @@ class TokenPruner(nn.Module):
         draw = random_scores(length, seed) if metric == "random" else None
         self.register_buffer("draw", draw, persistent=False)
 
+    @property
+    def asks_for(self) -> str | None:
+        """The scores that the block before it is to give; None where a draw decides."""
+        return self.metric if self.draw is None else None
+
     def forward(self, tokens: Tokens) -> Tokens:
-        """The kept tokens of `tokens`, which must carry scores; the protected token is always kept."""
+        """The kept tokens of `tokens`, which carry the scores that it asks for; the protected token is always kept."""
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:

@@ -1,0 +1,139 @@
+"""Backend of Triton kernels, for CUDA devices; in Triton's interpreter (TRITON_INTERPRET=1) for the CPU's tensors.
+
+Activations are float32, bfloat16 or float16, each read as it is. One backward, no second derivative.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+
+from ..operators import conv_operator, empty_like, operator
+from ..reference import rms_norm, top_tokens
+from ..selective_scan import ScanPath, one_by_one
+from . import conv, scan
+from .launch import INTERPRETED, check_driver
+
+__all__ = ["causal_conv1d", "check_driver", "rms_norm", "scan_paths", "selective_scan", "top_tokens"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
+    """See `ssmcompress.ops.selective_scan`."""
+    path = ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse)
+    return _scan_together([path], z, add, delta_softplus, None, 1)[0]
+
+
+def scan_paths(paths: list[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
+    """See `ssmcompress.ops.scan_paths`: all in one launch, unless that would leave the device idle."""
+    first = paths[0]
+    if len(paths) > 1 and first.order is not None and scan.chunk_length(first.u, first.A) < first.u.shape[1]:
+        # A chunk of steps visits other tokens on each path, so that their sum cannot be made in one launch.
+        return one_by_one(selective_scan, paths, z, delta_softplus, score, scored)
+    y, scores = _scan_together(paths, z, None, delta_softplus, score, scored or len(paths))
+    return y, None if score is None else scores
+
+
+def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
+    """See `ssmcompress.ops.causal_conv1d`."""
+    _check(x, weight)
+    return _conv(x, weight, bias, positions, activation == "silu", reverse)
+
+
+def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tuple[Tensor, Tensor]:
+    _check(z, add, *(t for path in paths for t in (path.u, path.delta)))
+    u, delta, A, B, C, D, bias, gap, reverse, order = zip(*paths, strict=True)
+    steps, gap_delta, gap = zip(*map(_gap_parts, gap), strict=True)
+    order = [None if o is None else o.reshape(-1, o.shape[-1]) for o in order]
+    optional = (_all_or_none(tensors) for tensors in (D, bias, steps, gap_delta, gap, order))
+    return _scan(u, delta, A, B, C, *optional, z, add, softplus, reverse, score, scored)
+
+
+def _gap_parts(gap) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(steps, gap_delta, None), or (None, None, gap) where a gap comes whole or its parts need gradients."""
+    if not isinstance(gap, tuple):
+        return None, None, gap
+    if any(t.requires_grad for t in gap):
+        return None, None, gap[0][..., None] * gap[1]
+    return gap[0].float(), gap[1], None
+
+
+def _all_or_none(tensors) -> list[Tensor]:
+    if len({t is None for t in tensors}) > 1:
+        raise ValueError("scan_paths: D, delta_bias, gap and order are given for all paths or for none")
+    return [t for t in tensors if t is not None]
+
+
+def _check(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"triton ops: expected float32, bfloat16 or float16, found {tensor.dtype}")
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"triton ops: expected CUDA tensors, found {tensor.device.type}; for Triton's interpreter on the CPU, "
+                "set TRITON_INTERPRET=1 before Python starts"
+            )
+
+
+# A list holds a tensor for each path, or none for what there is not: gaps come whole, or as steps (batch, length) and
+# gap_delta (d_inner,), which have no gradient; an order is (1 or batch, length).
+_INPUTS = """Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] bias,
+    Tensor[] steps, Tensor[] gap_delta, Tensor[] gap, Tensor[] order, Tensor? z"""
+_DEVICES = ["cuda", "cpu"] if INTERPRETED else ["cuda"]
+
+
+def _with_gradient(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z) -> list[list[Tensor]]:
+    return [u, delta, A, B, C, D, bias, gap, [] if z is None else [z]]
+
+
+def _fake_scan(u, *others):
+    score = others[-2]
+    y = empty_like(u[0], u[0])
+    return y, y.new_empty(u[0].shape[:2] if score is not None else (0,), dtype=torch.float32)
+
+
+def _save_scan(ctx, inputs, output) -> None:
+    *lists, z, add, softplus, reverse, _, _ = inputs
+    ctx.counts = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*(t for tensors in lists for t in tensors), *([] if z is None else [z]))
+    ctx.flags, ctx.add_dtype = (softplus, reverse), None if add is None else add.dtype
+    ctx.set_materialize_grads(True)
+
+
+def _scan_gradients(ctx, dy, dscores):
+    lists = _split(ctx.saved_tensors, [*ctx.counts, len(ctx.saved_tensors) - sum(ctx.counts)])
+    *tensors, z = lists
+    z = z[0] if z else None
+    counts = [len(part) for part in _with_gradient(*tensors, z)]
+    gradients = _scan_backward(dy, *tensors, z, *ctx.flags)
+    *found, dgap, dz = _split(gradients, counts)
+    nothing = [[None] * len(part) for part in tensors[7:11]]
+    add = None if ctx.add_dtype is None else dy.to(ctx.add_dtype)
+    return *found, nothing[0], nothing[1], dgap, nothing[3], dz[0] if dz else None, add, None, None, None, None
+
+
+def _split(tensors, counts: list[int]) -> list[list[Tensor]]:
+    tensors = iter(tensors)
+    return [list(islice(tensors, count)) for count in counts]
+
+
+_scan_backward = operator(
+    f"scan_paths_backward(Tensor dy, {_INPUTS}, bool softplus, bool[] reverse) -> Tensor[]",
+    lambda *arguments: list(chain(*scan.backward(*arguments))),
+    _DEVICES,
+    lambda dy, *inputs: [empty_like(t, t) for tensors in _with_gradient(*inputs[:-2]) for t in tensors],
+)
+_scan = operator(
+    f"scan_paths({_INPUTS}, Tensor? add, bool softplus, bool[] reverse, str? score, int scored) -> (Tensor, Tensor)",
+    scan.forward,
+    _DEVICES,
+    _fake_scan,
+    _scan_gradients,
+    _save_scan,
+)
+_conv = conv_operator("triton_causal_conv1d", conv.forward, conv.backward, _DEVICES)

@@ -1,0 +1,132 @@
+"""The selective scan over several paths by Triton: what the kernels are given, and how many programs run them.
+
+The arguments are those of the operators in `ssmcompress.ops.triton`: a list holds a tensor for each path, an empty
+list means that there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import INTERPRETED, even_rows, launch, processors
+from .scan_kernels import scan_backward, scan_chunks, scan_forward
+
+# Tokens whose states the backward pass holds in registers at a time.
+HELD = 4
+# Warps that a multiprocessor needs; where all programs make fewer, the tokens are cut into chunks run side by side.
+BUSY = 4
+# A chunk is scanned twice, and what enters it is put together from all chunks before it.
+FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
+# Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each size.
+BLOCKS = (64, 32, 128)
+_tuned_forward = triton.autotune(
+    [triton.Config({"BLOCK": block}, num_warps=1) for block in BLOCKS], key=["channels", "STATES"]
+)(scan_forward)
+_BACKWARD_BLOCK = 32
+
+
+def forward(
+    u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, add, softplus, reverse, score, scored
+) -> tuple[Tensor, Tensor]:
+    """(y (batch, length, d_inner), scores (batch, length), without elements where none are asked for)."""
+    batch, length, channels = u[0].shape
+    block, warps = BLOCKS[0], _warps(A[0])
+    blocks = triton.cdiv(channels, block)
+    y = u[0].new_empty(batch, length, channels)
+    parts = u[0].new_empty((batch, blocks, length) if score else (0,), dtype=torch.float32)
+    if y.numel():
+        chunk = chunk_length(u[0], A[0])
+        chunks = triton.cdiv(length, chunk)
+        arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
+        arguments |= {"add": None if add is None else add.contiguous(), "y": y, "scores": parts, "chunk": chunk}
+        arguments |= {"ends": None, "decays": None, "SCORE": score, "SCORED": scored, "EVEN": channels % block == 0}
+        grid, shape = (batch * blocks, chunks), {"BLOCK": block, "num_warps": warps}
+        if chunks > 1:
+            slots = batch, len(u), chunks
+            arguments["ends"] = y.new_empty(*slots, arguments["N"], channels, dtype=torch.float32)
+            arguments["decays"] = y.new_empty(*slots, channels, dtype=torch.float32)
+            launch(scan_chunks, grid, y, arguments, **shape)
+        # The parts of scores stay the same from run to run: what was fastest has no say in them.
+        if chunks > 1 or score or warps > 1 or channels % max(BLOCKS) or INTERPRETED:
+            launch(scan_forward, grid, y, arguments, **shape)
+        else:
+            launch(_tuned_forward, lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),), y, arguments)
+    scores = parts.sum(1) / channels if score else parts
+    return y, scores.sqrt() if score == "l2" else scores / len(u) if score == "delta" else scores
+
+
+def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> list[list[Tensor]]:
+    """Gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty where there is no such input."""
+    batch, length, channels = u[0].shape
+    blocks, states, zs = triton.cdiv(channels, _BACKWARD_BLOCK), A[0].shape[1], [] if z is None else [z]
+
+    def new(tensors: list[Tensor], *shape: int) -> list[Tensor]:
+        make = torch.empty if dy.numel() else torch.zeros
+        return [make(shape, dtype=torch.float32, device=dy.device) for _ in tensors]
+
+    du, ddelta = ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (u, delta))
+    dgap, dz = new(gap, batch, length, channels), new(zs, batch, length, channels)
+    # Sums over images or channels, in parts that no two programs share.
+    dA, dD, dbias = new(A, batch, channels, states), new(D, batch, channels), new(bias, batch, channels)
+    dB, dC = new(B, batch, blocks, length, states), new(C, batch, blocks, length, states)
+    if dy.numel():
+        arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
+        outputs = {"dus": du, "ddeltas": ddelta, "dAs": dA, "dBs": dB, "dCs": dC, "dDs": dD, "dbiases": dbias}
+        arguments |= {name: _each(tensors, len(u)) for name, tensors in (outputs | {"dgaps": dgap}).items()}
+        entering = dy.new_empty(batch, triton.cdiv(length, HELD), arguments["N"], channels, dtype=torch.float32)
+        arguments |= {"dy": dy.contiguous(), "dz": dz[0] if dz else None, "entering": entering, "CHUNK": HELD}
+        shape = {"BLOCK": _BACKWARD_BLOCK, "EVEN": channels % _BACKWARD_BLOCK == 0, "num_warps": _warps(A[0])}
+        launch(scan_backward, (batch * blocks,), dy, arguments, **shape)
+    dA, dD, dbias = ([t.sum(0) for t in tensors] for tensors in (dA, dD, dbias))
+    dB, dC = ([t.sum(1) for t in tensors] for tensors in (dB, dC))
+    pairs = (du, u), (ddelta, delta), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, bias), (dgap, gap), (dz, zs)
+    return [[d.to(t.dtype) for d, t in zip(ds, ts, strict=True)] for ds, ts in pairs]
+
+
+def chunk_length(u: Tensor, A: Tensor) -> int:
+    """Tokens of a program: all, unless that would make too few programs for the device to be busy."""
+    batch, length, channels = u.shape
+    warps = batch * triton.cdiv(channels, BLOCKS[0]) * _warps(A)
+    chunks = min(triton.cdiv(BUSY * processors(u.device), max(warps, 1)), length // SHORTEST_CHUNK)
+    return triton.cdiv(length, chunks) if chunks >= FEWEST_CHUNKS else length
+
+
+def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
+    """What the kernels take, by the names they have for it."""
+    z = None if z is None else even_rows(z)
+    A, BC = _same_strides(A), _same_strides([even_rows(t) for t in (*B, *C)])
+    dense = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
+    tensors = {name: [t.contiguous() for t in ts] for name, ts in (dense | {"orders": order}).items()}
+    tensors |= {"As": A, "Bs": BC[: len(B)], "Cs": BC[len(B) :]}
+    return {name: _each(ts, len(u)) for name, ts in tensors.items()} | {
+        "z": z,
+        "length": u[0].shape[1],
+        "channels": u[0].shape[2],
+        "state_stride": BC[0].stride(1),
+        "z_stride": 0 if z is None else z.stride(1),
+        "order_stride": u[0].shape[1] if order and order[0].shape[0] > 1 else 0,
+        "a_channel_step": A[0].stride(0),
+        "a_state_step": A[0].stride(1),
+        "PATHS": len(u),
+        "REVERSE": tuple(reverse),
+        "SOFTPLUS": softplus,
+        "STATES": A[0].shape[1],
+        "N": triton.next_power_of_2(A[0].shape[1]),
+    }
+
+
+def _warps(A: Tensor) -> int:
+    """Warps of a program: one up to 16 states a channel, then as many as leave a thread no more than 32."""
+    return max(1, triton.next_power_of_2(A.shape[1]) // 16)
+
+
+def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
+
+
+def _each(tensors: list[Tensor], paths: int) -> tuple[Tensor | None, ...]:
+    return tuple(tensors) or (None,) * paths
