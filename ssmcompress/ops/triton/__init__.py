@@ -30,7 +30,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
 def scan_paths(paths: list[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
     """See `ssmcompress.ops.scan_paths`: all in one launch, unless that would leave the device idle."""
     first = paths[0]
-    if len(paths) > 1 and first.order is not None and scan.chunk_length(first.u, first.A) < first.u.shape[1]:
+    if len(paths) > 1 and first.order is not None and scan.forward_shape(first.u, first.A)[0] < first.u.shape[1]:
         # A chunk of steps visits other tokens on each path, so that their sum cannot be made in one launch.
         return one_by_one(selective_scan, paths, z, delta_softplus, score, scored)
     y, scores = _scan_together(paths, z, None, delta_softplus, score, scored or len(paths))

@@ -95,10 +95,11 @@ def conv_backward(
     row0 = b * length
     e = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
     live = e < channels
-    total = tl.zeros([CHANNELS], tl.float32)
-    taps = ()
+    nothing = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    bias_sum = nothing
+    tap_sums = ()
     for _ in tl.static_range(WIDTH):
-        taps = taps + (total,)
+        tap_sums = tap_sums + (nothing,)
     for first in range(0, length, TOKENS):
         t = first + tl.arange(0, TOKENS)
         distances = token_positions(positions, row0, t, length, REVERSE, WIDTH)
@@ -110,19 +111,19 @@ def conv_backward(
             share = sigmoid(before)
             g *= share * (1.0 + before * (1.0 - share))
             tl.store(slope + here, g, mask=mask)
-        total += tl.sum(g, 0)
+        bias_sum += g
         sums = ()
         for distance in tl.static_range(WIDTH):
             source, kept = source_at(t, distances, distance, length, REVERSE, WIDTH)
             where = x + (row0 + source)[:, None] * x_stride + e[None, :]
             token = tl.load(where, mask=kept[:, None] & live[None, :], other=0.0).to(tl.float32)
-            sums = sums + (taps[distance] + tl.sum(g * token, 0),)
-        taps = sums
+            sums = sums + (tap_sums[distance] + g * token,)
+        tap_sums = sums
     for distance in tl.static_range(WIDTH):
         where = dweight + (b * channels + e) * WIDTH + (WIDTH - 1 - distance)
-        tl.store(where, taps[distance], mask=live)
+        tl.store(where, tl.sum(tap_sums[distance], 0), mask=live)
     if bias is not None:
-        tl.store(dbias + b * channels + e, total, mask=live)
+        tl.store(dbias + b * channels + e, tl.sum(bias_sum, 0), mask=live)
 
 
 def forward(x, weight, bias, positions, silu, reverse) -> Tensor:
@@ -168,4 +169,5 @@ def _launch(kernel, grid, x, weight, bias, positions, silu, reverse, **outputs) 
         "REVERSE": reverse,
         "WIDTH": weight.shape[1],
     }
-    launch(kernel, grid, x, arguments | outputs, TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=4)
+    warps = 8 if kernel is conv_backward else 4  # the backward pass holds five sums
+    launch(kernel, grid, x, arguments | outputs, TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=warps)

@@ -26,7 +26,6 @@ BLOCKS = (64, 32, 128)
 _tuned_forward = triton.autotune(
     [triton.Config({"BLOCK": block}, num_warps=1) for block in BLOCKS], key=["channels", "STATES"]
 )(scan_forward)
-_BACKWARD_BLOCK = 32
 
 
 def forward(
@@ -34,13 +33,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y (batch, length, d_inner), scores (batch, length), without elements where none are asked for)."""
     batch, length, channels = u[0].shape
-    block, warps = BLOCKS[0], _warps(A[0])
-    blocks = triton.cdiv(channels, block)
+    chunk, block, warps = forward_shape(u[0], A[0])
+    blocks, chunks = triton.cdiv(channels, block), triton.cdiv(length, chunk)
     y = u[0].new_empty(batch, length, channels)
     parts = u[0].new_empty((batch, blocks, length) if score else (0,), dtype=torch.float32)
     if y.numel():
-        chunk = chunk_length(u[0], A[0])
-        chunks = triton.cdiv(length, chunk)
         arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
         arguments |= {"add": None if add is None else add.contiguous(), "y": y, "scores": parts, "chunk": chunk}
         arguments |= {"ends": None, "decays": None, "SCORE": score, "SCORED": scored, "EVEN": channels % block == 0}
@@ -62,7 +59,11 @@ def forward(
 def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> list[list[Tensor]]:
     """Gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty where there is no such input."""
     batch, length, channels = u[0].shape
-    blocks, states, zs = triton.cdiv(channels, _BACKWARD_BLOCK), A[0].shape[1], [] if z is None else [z]
+    # More channels and states to a thread and its registers do not hold what it must remember.
+    states = A[0].shape[1]
+    warps = max(1, triton.next_power_of_2(states) // 16)
+    block = 32 if warps == 1 else 16
+    blocks, zs = triton.cdiv(channels, block), [] if z is None else [z]
 
     def new(tensors: list[Tensor], *shape: int) -> list[Tensor]:
         make = torch.empty if dy.numel() else torch.zeros
@@ -79,7 +80,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
         arguments |= {name: _each(tensors, len(u)) for name, tensors in (outputs | {"dgaps": dgap}).items()}
         entering = dy.new_empty(batch, triton.cdiv(length, HELD), arguments["N"], channels, dtype=torch.float32)
         arguments |= {"dy": dy.contiguous(), "dz": dz[0] if dz else None, "entering": entering, "CHUNK": HELD}
-        shape = {"BLOCK": _BACKWARD_BLOCK, "EVEN": channels % _BACKWARD_BLOCK == 0, "num_warps": _warps(A[0])}
+        shape = {"BLOCK": block, "EVEN": channels % block == 0, "num_warps": warps}
         launch(scan_backward, (batch * blocks,), dy, arguments, **shape)
     dA, dD, dbias = ([t.sum(0) for t in tensors] for tensors in (dA, dD, dbias))
     dB, dC = ([t.sum(1) for t in tensors] for tensors in (dB, dC))
@@ -87,12 +88,16 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
     return [[d.to(t.dtype) for d, t in zip(ds, ts, strict=True)] for ds, ts in pairs]
 
 
-def chunk_length(u: Tensor, A: Tensor) -> int:
-    """Tokens of a program: all, unless that would make too few programs for the device to be busy."""
+def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
+    """(tokens, channels, warps) of a program: all tokens, unless too few programs would keep the device busy."""
     batch, length, channels = u.shape
-    warps = batch * triton.cdiv(channels, BLOCKS[0]) * _warps(A)
-    chunks = min(triton.cdiv(BUSY * processors(u.device), max(warps, 1)), length // SHORTEST_CHUNK)
-    return triton.cdiv(length, chunks) if chunks >= FEWEST_CHUNKS else length
+    N = triton.next_power_of_2(A.shape[1])
+    warps = max(1, N // 16)
+    needed = triton.cdiv(BUSY * processors(u.device), max(1, batch * triton.cdiv(channels, 32) * warps))
+    chunks = min(needed, length // SHORTEST_CHUNK)
+    if chunks >= FEWEST_CHUNKS:
+        return triton.cdiv(length, chunks), 32, warps
+    return length, BLOCKS[0] if warps == 1 else 32, warps
 
 
 def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
@@ -117,11 +122,6 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
         "STATES": A[0].shape[1],
         "N": triton.next_power_of_2(A[0].shape[1]),
     }
-
-
-def _warps(A: Tensor) -> int:
-    """Warps of a program: one up to 16 states a channel, then as many as leave a thread no more than 32."""
-    return max(1, triton.next_power_of_2(A.shape[1]) // 16)
 
 
 def _same_strides(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,124 @@
+"""Compiles every Triton kernel for a GPU that need not be there, and prints what it takes of one, as JSON lines.
+
+    python tests/compile_triton.py 80 90 100
+
+Registers are a thread's (255 at most), shared memory a program's, in bytes; `stack` and `spills` (instructions that
+move registers to local memory and back) are 0 where everything fits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ssmcompress.ops.triton import conv, scan
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class NoDevice:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("cuobjdump", "--dump-sass"))
+        )
+    found = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
+    return {"registers": found["REG"], "stack": found["STACK"], "spills": len(re.findall(r"\b(?:STL|LDL)\b", code))}
+
+
+def compile_instead(case: dict):
+    """What takes the place of a launch."""
+
+    def launch(kernel, grid, like, arguments, **constants) -> None:
+        taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+        compiled = kernel.warmup(**taken, **constants, grid=(1,))
+        for one in compiled if isinstance(compiled, list) else [compiled]:
+            row = {"kernel": one.metadata.name, "sm": one.metadata.target.arch, **case}
+            row |= resources(one.asm["cubin"]) | {"shared": one.metadata.shared, "warps": one.metadata.num_warps}
+            print(json.dumps(row), flush=True)
+
+    return launch
+
+
+def scan_case(paths: int, d_state: int, dtype: torch.dtype, gap: str | None, channels=768, ordered=False) -> dict:
+    batch, length, rank = 2, 197, 24
+    sequence, each = (batch, length, channels), range(paths)
+    x_dbl = torch.zeros(batch, length, rank + 2 * d_state, dtype=dtype)
+    return {
+        "u": [torch.zeros(sequence, dtype=dtype) for _ in each],
+        "delta": [torch.zeros(sequence, dtype=dtype) for _ in each],
+        "A": [torch.zeros(channels, d_state) for _ in each],
+        "B": [x_dbl[..., rank : rank + d_state] for _ in each],
+        "C": [x_dbl[..., rank + d_state :] for _ in each],
+        "D": [torch.zeros(channels) for _ in each],
+        "bias": [torch.zeros(channels) for _ in each],
+        "steps": [torch.zeros(batch, length) for _ in each] if gap == "steps" else [],
+        "gap_delta": [torch.zeros(channels) for _ in each] if gap == "steps" else [],
+        "gap": [torch.zeros(sequence) for _ in each] if gap == "whole" else [],
+        "order": [torch.zeros(1, length, dtype=torch.int64) for _ in each] if ordered else [],
+        "z": torch.zeros(batch, length, 2 * channels, dtype=dtype).chunk(2, dim=-1)[1],
+        "softplus": True,
+        "reverse": [path == 0 and paths == 2 for path in each],
+    }
+
+
+def compile_scans(named: dict, **case) -> None:
+    scan.launch = compile_instead(named)
+    inputs = scan_case(**case)
+    forward = {"add": None, "score": None, "scored": 1}
+    scan.processors = lambda device: 1
+    scan.forward(**inputs, **forward)
+    scan.forward(**inputs, **forward | {"score": "clip"})
+    scan.backward(torch.zeros_like(inputs["u"][0]), **inputs)
+    scan.processors = lambda device: 132  # and so in chunks
+    scan.forward(**inputs, **forward)
+
+
+def compile_convs(named: dict, dtype: torch.dtype, channels: int = 768) -> None:
+    conv.launch = compile_instead(named)
+    x = torch.zeros(2, 197, 2 * channels, dtype=dtype).chunk(2, dim=-1)[0]
+    weight, bias, positions = torch.zeros(channels, 4), torch.zeros(channels), torch.zeros(2, 197, dtype=torch.int64)
+    conv.forward(x, weight, bias, positions, True, False)
+    conv.backward(torch.zeros_like(x), x, weight, bias, positions, True, True)
+
+
+def main(capabilities: list[int]) -> None:
+    for capability in capabilities:
+        driver.set_active(NoDevice(capability))
+        for d_state in (16, 64):
+            for dtype in (torch.bfloat16, torch.float32):
+                case = {"d_state": d_state, "dtype": str(dtype).removeprefix("torch.")}
+                compile_scans(case, paths=2, d_state=d_state, dtype=dtype, gap="steps")
+        for dtype in (torch.bfloat16, torch.float32):
+            compile_convs({"dtype": str(dtype).removeprefix("torch.")}, dtype)
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])
