@@ -55,9 +55,9 @@ def optional_row(pointer, offset, e):
 def load_states(pointer, n, STATES: tl.constexpr, N: tl.constexpr):
     """A row of B or C, (N, 1): zeros beyond the states that there are."""
     if N == STATES:
-        return tl.load(pointer + n)
+        return tl.load(pointer + n).to(tl.float32)
     else:
-        return tl.load(pointer + n, mask=n < STATES, other=0.0)
+        return tl.load(pointer + n, mask=n < STATES, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -84,7 +84,8 @@ def load_matrix(pointer, n, e, state_step, channel_step, STATES: tl.constexpr, N
 def place(program, channels, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """(image, channels, which of them there are) of a program; for one that there is not, the last one's number."""
     blocks = tl.cdiv(channels, BLOCK)
-    e = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    # Not to be seen as contiguous: a thread that loaded neighbours would have to exchange them with others.
+    e = tl.max_contiguous(program % blocks * BLOCK + tl.arange(0, BLOCK), 1)
     live = e < channels
     if not EVEN:
         e = tl.minimum(e, channels - 1)
@@ -100,18 +101,18 @@ def store_row(pointer, e, value, live, EVEN: tl.constexpr):
 
 
 @triton.jit
-def row_of(step, first, count, row0, REVERSE: tl.constexpr):
-    """The row that step `step` of a path is at, of the tokens `first` .. `first + count - 1` of an image."""
-    return row0 + first + (count - 1 - step if REVERSE else step)
+def row_of(step, first, count, REVERSE: tl.constexpr):
+    """The row that step `step` of a path is at, of the tokens `first` .. `first + count - 1`."""
+    return first + (count - 1 - step if REVERSE else step)
 
 
 @triton.jit
-def token_row(row, row0, order, order0):
-    """The row whose u, z and y a step at `row` belongs to: the same one, or where an order says."""
+def token_of(row, order):
+    """The token whose u, z and y a step at `row` has: that of the same number, or the one an order says."""
     if order is None:
         return row
     else:
-        return row0 + tl.load(order + order0 + (row - row0))
+        return tl.load(order + row).to(tl.int32)
 
 
 @triton.jit
@@ -187,21 +188,39 @@ def forward_path(
 ):  # fmt: skip
     """One path of `scan_forward` through the tokens `first` .. `first + count - 1`, on top of the paths before it."""
     n = tl.arange(0, N)[:, None]
-    row0, order0 = b * length, b * order_stride
+    # From the image's first row on, 32 bits count the rows, which takes fewer instructions.
+    first_row = b * length
+    u += first_row * channels
+    delta += first_row * channels
+    B += first_row * state_stride
+    C += first_row * state_stride
+    y += first_row * channels
+    if steps is not None:
+        steps += first_row
+    if gap is not None:
+        gap += first_row * channels
+    if order is not None:
+        order += b * order_stride
+    if z is not None:
+        z += first_row * z_stride
+    if total is not None:
+        total += first_row * channels
+    if add is not None:
+        add += first_row * channels
     a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     if ends is not None:
         h = entering_state(h, ends, decays, a, n, e, channels, REVERSE, N)
-    row = row_of(0, first, count, row0, REVERSE)
-    token = token_row(row, row0, order, order0)
+    row = row_of(0, first, count, REVERSE)
+    token = token_of(row, order)
     upcoming = load_step(u, delta, B, C, steps, gap, z, total, add, token, row, e, n,
                          channels, state_stride, z_stride, STATES, N)  # fmt: skip
     for i in range(count):
         u_t, raw, B_t, C_t, steps_t, gap_t, z_t, out, more = upcoming
         row_t, token_t = row, token
-        row = row_of(tl.minimum(i + 1, count - 1), first, count, row0, REVERSE)
-        token = token_row(row, row0, order, order0)
+        row = row_of(tl.minimum(i + 1, count - 1), first, count, REVERSE)
+        token = token_of(row, order)
         upcoming = load_step(u, delta, B, C, steps, gap, z, total, add, token, row, e, n,
                              channels, state_stride, z_stride, STATES, N)  # fmt: skip
         u_t = u_t.to(tl.float32)
@@ -215,10 +234,10 @@ def forward_path(
         if SCORE == "delta":
             part = token_score(delta_t, live, SCORE, EVEN)
             if SCORE_SUM:
-                part += tl.load(score + (row_t - row0))
-            tl.store(score + (row_t - row0), part)
+                part += tl.load(score + row_t)
+            tl.store(score + row_t, part)
         elif SCORE is not None:
-            tl.store(score + (token_t - row0), token_score(gated, live, SCORE, EVEN))
+            tl.store(score + token_t, token_score(gated, live, SCORE, EVEN))
         store_row(y + token_t * channels, e, gated + more if GATED else out, live, EVEN)
 
 
@@ -264,14 +283,23 @@ def chunk_path(
 ):  # fmt: skip
     """One path of `scan_chunks`."""
     n = tl.arange(0, N)[:, None]
-    row0, order0 = b * length, b * order_stride
+    first_row = b * length
+    u += first_row * channels
+    delta += first_row * channels
+    B += first_row * state_stride
+    if steps is not None:
+        steps += first_row
+    if gap is not None:
+        gap += first_row * channels
+    if order is not None:
+        order += b * order_stride
     a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
     bias, gap_delta = optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     decays = tl.zeros([BLOCK], tl.float32)
     for i in range(count):
-        row = row_of(i, first, count, row0, REVERSE)
-        token = token_row(row, row0, order, order0)
+        row = row_of(i, first, count, REVERSE)
+        token = token_of(row, order)
         u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
                                                    channels, state_stride, STATES, N)  # fmt: skip
         delta_t, decay = step_sizes(raw, bias, steps_t, gap_delta, gap_t, SOFTPLUS)
@@ -359,7 +387,25 @@ def backward_path(
 ):  # fmt: skip
     """One path of `scan_backward`."""
     n = tl.arange(0, N)[:, None]
-    row0, order0 = b * length, b * order_stride
+    first_row = b * length
+    u += first_row * channels
+    delta += first_row * channels
+    B += first_row * state_stride
+    C += first_row * state_stride
+    dy += first_row * channels
+    du += first_row * channels
+    ddelta += first_row * channels
+    if steps is not None:
+        steps += first_row
+    if gap is not None:
+        gap += first_row * channels
+    if order is not None:
+        order += b * order_stride
+    if gap is not None:
+        dgap += first_row * channels
+    if z is not None:
+        z += first_row * z_stride
+        dz += first_row * channels
     chunks = tl.cdiv(length, CHUNK)
     a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
@@ -369,8 +415,8 @@ def backward_path(
     for i in range(length):
         if i % CHUNK == 0:
             tl.store(entering + i // CHUNK * N * channels + state_block, h, mask=live[None, :])
-        row = row_of(i, 0, length, row0, REVERSE)
-        token = token_row(row, row0, order, order0)
+        row = row_of(i, 0, length, REVERSE)
+        token = token_of(row, order)
         u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
                                                    channels, state_stride, STATES, N)  # fmt: skip
         delta_t, decay = step_sizes(raw, bias, steps_t, gap_delta, gap_t, SOFTPLUS)
@@ -387,8 +433,8 @@ def backward_path(
         states = (h,)
         for j in tl.static_range(CHUNK):
             # Beyond the last token it is taken again, for states that nobody looks at.
-            row = row_of(tl.minimum(c * CHUNK + j, length - 1), 0, length, row0, REVERSE)
-            token = token_row(row, row0, order, order0)
+            row = row_of(tl.minimum(c * CHUNK + j, length - 1), 0, length, REVERSE)
+            token = token_of(row, order)
             u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
                                                        channels, state_stride, STATES, N)  # fmt: skip
             delta_t, decay = step_sizes(raw, bias, steps_t, gap_delta, gap_t, SOFTPLUS)
@@ -397,8 +443,8 @@ def backward_path(
         for j in tl.static_range(CHUNK):
             i = c * CHUNK + (CHUNK - 1 - j)
             if i < length:
-                row = row_of(i, 0, length, row0, REVERSE)
-                token = token_row(row, row0, order, order0)
+                row = row_of(i, 0, length, REVERSE)
+                token = token_of(row, order)
                 dh, dA_sum, dD_sum, dbias_sum = backward_step(
                     u, delta, B, C, steps, gap, z, dy, du, ddelta, dB, dC, dgap, dz, a, skip, bias, gap_delta,
                     states[CHUNK - 1 - j], states[CHUNK - j], dh, dA_sum, dD_sum, dbias_sum,
@@ -429,7 +475,7 @@ def scan_backward(
     """
     program = tl.program_id(0)
     b, e, live = place(program, channels, EVEN, BLOCK)
-    parts = (program.to(tl.int64) * length - b * length) * STATES  # rows count from the first image
+    parts = program.to(tl.int64) * length * STATES
     entering += b * tl.cdiv(length, CHUNK) * N * channels
     for p in tl.static_range(PATHS):
         backward_path(
