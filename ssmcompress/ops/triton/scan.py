@@ -34,7 +34,7 @@ def forward(
     """(y (batch, length, d_inner), scores (batch, length), without elements where none are asked for)."""
     batch, length, channels = u[0].shape
     chunk, block, warps = forward_shape(u[0], A[0])
-    blocks, chunks = triton.cdiv(channels, block), triton.cdiv(length, chunk)
+    blocks, chunks = triton.cdiv(channels, block), triton.cdiv(length, max(chunk, 1))
     y = u[0].new_empty(batch, length, channels)
     parts = u[0].new_empty((batch, blocks, length) if score else (0,), dtype=torch.float32)
     if y.numel():

@@ -158,7 +158,7 @@ def entering_state(h, ends, decays, a, n, e, channels, REVERSE: tl.constexpr, N:
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     before = chunks - 1 - chunk if REVERSE else chunk
     for i in range(before):
-        slot = (chunks - 1 - i if REVERSE else i).to(tl.int64)
+        slot = chunks - 1 - i if REVERSE else i
         decay = tl.load(decays + slot * channels + e)
         end = tl.load(ends + slot * N * channels + n * channels + e[None, :])
         h = tl.exp2(decay[None, :] * a) * h + end

@@ -1,0 +1,63 @@
+"""Arguments of the ops, their backends, and how results are compared; shared by the tests of ops."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+_on_a_gpu = pytest.param(
+    "triton",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+)
+# Triton's kernels run on a GPU; or all alone in a process of their own, in the interpreter.
+COMPUTING = ["triton"] if INTERPRETED else ["reference", "cpu", _on_a_gpu]
+# The interpreter takes half a second for a pass through ten tokens.
+LENGTHS = (1, 2, 11) if INTERPRETED else (1, 2, 63, 197, 1000)
+STATES = (1, 8, 16, 64)
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def scan_case(batch=2, length=63, d_inner=37, d_state=16, gap=False, dtype=torch.float64, seed=0) -> dict[str, Tensor]:
+    """Arguments of selective_scan by name, softplus on."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    sequence, states = (batch, length, d_inner), (batch, length, d_state)
+    A = -torch.rand(d_inner, d_state, generator=g, dtype=torch.float64).to(dtype) - 0.1
+    case = {"u": normal(*sequence), "delta": normal(*sequence), "A": A, "B": normal(*states), "C": normal(*states),
+            "D": normal(d_inner), "z": normal(*sequence), "delta_bias": normal(d_inner)}  # fmt: skip
+    return {**case, "gap": normal(*sequence).abs()} if gap else case
+
+
+def conv_case(batch=2, length=63, channels=37, width=4, pruned=False, seed=0):
+    """(x, weight, bias), positions; float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (batch, length, channels), (channels, width), (channels,)
+    tensors = tuple(torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
+    kept = [torch.randperm(3 * length, generator=g)[:length].sort().values for _ in range(batch)]
+    return tensors, torch.stack(kept) if pruned else None
+
+
+def leaves(tensors, dtype, backend="reference") -> list[Tensor]:
+    """Copies that take gradients, where the backend computes."""
+    return [t.to(device_of(backend), dtype, copy=True).requires_grad_() for t in tensors]
+
+
+def named(case: dict[str, Tensor], dtype, backend="reference") -> dict[str, Tensor]:
+    return dict(zip(case, leaves(case.values(), dtype, backend), strict=True))
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float, what="") -> None:
+    """Largest difference as a share of the largest expected value."""
+    scale = expected.abs().max().clamp(min=1e-12).cpu()
+    error = ((found.double().cpu() - expected.double().cpu()).abs().max() / scale).item()
+    assert error <= tolerance, f"{what} {error:.1e}"
