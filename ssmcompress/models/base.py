@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class TokenModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
-        """Tokens of images (batch, channels, height, width)."""
+        """Tokens of images (batch, channels, height, width), with the model's alignment."""
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
@@ -148,7 +148,7 @@ class TokenModel(nn.Module, abc.ABC):
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Logits (batch, classes), and what each stage decided."""
-        tokens = replace(self.embed(images), alignment=self.alignment)
+        tokens = self.embed(images)
         decisions = []
         for layer, block in enumerate(self.blocks, 1):
             pruner = self.pruners[str(layer)] if str(layer) in self.pruners else None

@@ -185,7 +185,8 @@ class VisionMamba(TokenModel):
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2).float()
         before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
         tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
-        return Tokens(tokens + self.pos_embed, length=self.length, protected=self.protected)
+        features = tokens + self.pos_embed
+        return Tokens(features, length=self.length, protected=self.protected, alignment=self.alignment)
 
     def readout(self, tokens: Tokens) -> Tensor:
         index = tokens.protected_index()[:, None, None].expand(-1, 1, tokens.features.shape[2])

@@ -38,7 +38,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
     """The module that runs an op on these: `backend`, else the forced one, else the best there is for them."""
-    return import_module(_module_name(backend or _forced.get() or _best(activations)))
+    name = backend or _forced.get() or _best(activations)
+    _load(name)
+    return _loaded[name]
+
+
+_loaded: dict[str, ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> bool:
+    """Put the module of a backend into `_loaded`, where torch.compile can follow to it: an import, it cannot."""
+    if name not in _loaded:
+        _loaded[name] = import_module(_module_name(name))
+    return True
 
 
 def _best(activations: tuple[Tensor | None, ...]) -> str:

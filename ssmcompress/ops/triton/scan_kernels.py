@@ -81,11 +81,16 @@ def load_matrix(pointer, n, e, state_step, channel_step, STATES: tl.constexpr, N
 
 
 @triton.jit
-def place(program, channels, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """(image, channels, which of them there are) of a program; for one that there is not, the last one's number."""
+def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """(image, channels, which of them there are) of a program; for one that there is not, the last one's number.
+
+    APART: neighbours belong to different threads, which then hold all states of their channels and exchange nothing.
+    Else a thread may load a few neighbours at once, and share their states with others.
+    """
     blocks = tl.cdiv(channels, BLOCK)
-    # Not to be seen as contiguous: a thread that loaded neighbours would have to exchange them with others.
-    e = tl.max_contiguous(program % blocks * BLOCK + tl.arange(0, BLOCK), 1)
+    e = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if APART:
+        e = tl.max_contiguous(e, 1)
     live = e < channels
     if not EVEN:
         e = tl.minimum(e, channels - 1)
@@ -140,16 +145,13 @@ def load_input(
 
 @triton.jit
 def load_step(
-    u, delta, B, C, steps, gap, z, total, more, here, there, e, n, channels, state_stride, z_stride,
+    u, delta, B, C, steps, gap, z, here, there, e, n, channels, state_stride, z_stride,
     STATES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """All that a step reads: u, delta, B, C, pruned steps, gap, z, the sum so far, and what comes on top of it."""
+    """`load_input`, C and z of a step, in this order: u, delta, B, C, pruned steps, gap, z."""
     u, delta, B, steps, gap = load_input(u, delta, B, steps, gap, here, there, e, n, channels, state_stride, STATES, N)
     C = load_states(C + there * state_stride, n, STATES, N)
-    z = optional_row(z, here * z_stride, e)
-    total = optional_row(total, here * channels, e)
-    more = optional_row(more, here * channels, e)
-    return u, delta, B, C, steps, gap, z, total, more
+    return u, delta, B, C, steps, gap, optional_row(z, here * z_stride, e)
 
 
 @triton.jit
@@ -214,14 +216,17 @@ def forward_path(
         h = entering_state(h, ends, decays, a, n, e, channels, REVERSE, N)
     row = row_of(0, first, count, REVERSE)
     token = token_of(row, order)
-    upcoming = load_step(u, delta, B, C, steps, gap, z, total, add, token, row, e, n,
+    upcoming = load_step(u, delta, B, C, steps, gap, z, token, row, e, n,
                          channels, state_stride, z_stride, STATES, N)  # fmt: skip
     for i in range(count):
-        u_t, raw, B_t, C_t, steps_t, gap_t, z_t, out, more = upcoming
+        u_t, raw, B_t, C_t, steps_t, gap_t, z_t = upcoming
         row_t, token_t = row, token
+        # Needed last, so early enough.
+        out = optional_row(total, token * channels, e)
+        more = optional_row(add, token * channels, e)
         row = row_of(tl.minimum(i + 1, count - 1), first, count, REVERSE)
         token = token_of(row, order)
-        upcoming = load_step(u, delta, B, C, steps, gap, z, total, add, token, row, e, n,
+        upcoming = load_step(u, delta, B, C, steps, gap, z, token, row, e, n,
                              channels, state_stride, z_stride, STATES, N)  # fmt: skip
         u_t = u_t.to(tl.float32)
         delta_t, decay = step_sizes(raw, bias, steps_t, gap_delta, gap_t, SOFTPLUS)
@@ -254,7 +259,7 @@ def scan_forward(
     (images, blocks, length) gets each block's part of the sum over channels of the first SCORED paths, gated.
     """
     program, c = tl.program_id(0), tl.program_id(1)
-    b, e, live = place(program, channels, EVEN, BLOCK)
+    b, e, live = place(program, channels, True, EVEN, BLOCK)
     first = c * chunk
     count = tl.minimum(chunk, length - first)
     score = scores + program.to(tl.int64) * length
@@ -321,7 +326,7 @@ def scan_chunks(
     `ends` (images, paths, chunks, N, channels), `decays` (images, paths, chunks, channels); grid as `scan_forward`.
     """
     c = tl.program_id(1)
-    b, e, live = place(tl.program_id(0), channels, EVEN, BLOCK)
+    b, e, live = place(tl.program_id(0), channels, True, EVEN, BLOCK)
     first = c * chunk
     count = tl.minimum(chunk, length - first)
     for p in tl.static_range(PATHS):
@@ -474,7 +479,7 @@ def scan_backward(
     blocks, length, STATES).
     """
     program = tl.program_id(0)
-    b, e, live = place(program, channels, EVEN, BLOCK)
+    b, e, live = place(program, channels, False, EVEN, BLOCK)
     parts = program.to(tl.int64) * length * STATES
     entering += b * tl.cdiv(length, CHUNK) * N * channels
     for p in tl.static_range(PATHS):
