@@ -23,9 +23,27 @@ BUSY = 4
 FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
 # Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each size.
 BLOCKS = (64, 32, 128)
-_tuned_forward = triton.autotune(
-    [triton.Config({"BLOCK": block}, num_warps=1) for block in BLOCKS], key=["channels", "STATES"]
-)(scan_forward)
+
+
+def _shape(block: int, warps: int, backward: bool = False) -> dict[str, int]:
+    """Channels, warps and registers of a program.
+
+    The limit on registers keeps the assembler from spilling some in order to fit more programs: with two channels of
+    16 states a thread 168 are enough and let 12 warps onto a multiprocessor; four channels, or what the backward pass
+    must remember, take all there are.
+    """
+    shape = {"BLOCK": block, "num_warps": warps}
+    if torch.version.hip:  # AMD's compiler takes no limit
+        return shape
+    return shape | {"maxnreg": 168 if warps == 1 and block <= 64 and not backward else 255}
+
+
+def _config(block: int) -> triton.Config:
+    shape = _shape(block, 1)
+    return triton.Config({"BLOCK": shape.pop("BLOCK")}, **shape)
+
+
+_tuned_forward = triton.autotune([_config(block) for block in BLOCKS], key=["channels", "STATES"])(scan_forward)
 
 
 def forward(
@@ -41,7 +59,7 @@ def forward(
         arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
         arguments |= {"add": None if add is None else add.contiguous(), "y": y, "scores": parts, "chunk": chunk}
         arguments |= {"ends": None, "decays": None, "SCORE": score, "SCORED": scored, "EVEN": channels % block == 0}
-        grid, shape = (batch * blocks, chunks), {"BLOCK": block, "num_warps": warps}
+        grid, shape = (batch * blocks, chunks), _shape(block, warps)
         if chunks > 1:
             slots = batch, len(u), chunks
             arguments["ends"] = y.new_empty(*slots, arguments["N"], channels, dtype=torch.float32)
@@ -80,8 +98,8 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
         arguments |= {name: _each(tensors, len(u)) for name, tensors in (outputs | {"dgaps": dgap}).items()}
         entering = dy.new_empty(batch, triton.cdiv(length, HELD), arguments["N"], channels, dtype=torch.float32)
         arguments |= {"dy": dy.contiguous(), "dz": dz[0] if dz else None, "entering": entering, "CHUNK": HELD}
-        shape = {"BLOCK": block, "EVEN": channels % block == 0, "num_warps": warps}
-        launch(scan_backward, (batch * blocks,), dy, arguments, **shape)
+        shape = _shape(block, warps, backward=True)
+        launch(scan_backward, (batch * blocks,), dy, arguments, **shape, EVEN=channels % block == 0)
     dA, dD, dbias = ([t.sum(0) for t in tensors] for tensors in (dA, dD, dbias))
     dB, dC = ([t.sum(1) for t in tensors] for tensors in (dB, dC))
     pairs = (du, u), (ddelta, delta), (dA, A), (dB, B), (dC, C), (dD, D), (dbias, bias), (dgap, gap), (dz, zs)
@@ -103,19 +121,19 @@ def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
 def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
     """What the kernels take, by the names they have for it."""
     z = None if z is None else even_rows(z)
-    A, BC = _same_strides(A), _same_strides([even_rows(t) for t in (*B, *C)])
+    BC = _same_strides([even_rows(t) for t in (*B, *C)])
     dense = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
     tensors = {name: [t.contiguous() for t in ts] for name, ts in (dense | {"orders": order}).items()}
-    tensors |= {"As": A, "Bs": BC[: len(B)], "Cs": BC[len(B) :]}
+    tensors |= {"Bs": BC[: len(B)], "Cs": BC[len(B) :]}
     return {name: _each(ts, len(u)) for name, ts in tensors.items()} | {
+        "A": torch.stack([a.t() for a in A]),
         "z": z,
         "length": u[0].shape[1],
         "channels": u[0].shape[2],
         "state_stride": BC[0].stride(1),
         "z_stride": 0 if z is None else z.stride(1),
         "order_stride": u[0].shape[1] if order and order[0].shape[0] > 1 else 0,
-        "a_channel_step": A[0].stride(0),
-        "a_state_step": A[0].stride(1),
+        "a_stride": u[0].shape[2],
         "PATHS": len(u),
         "REVERSE": tuple(reverse),
         "SOFTPLUS": softplus,

@@ -71,9 +71,13 @@ def store_states(pointer, value, STATES: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(pointer, n, e, state_step, channel_step, STATES: tl.constexpr, N: tl.constexpr):
-    """A block (N, channels) of A times log2(e): zeros, so no decay, beyond the states that there are."""
-    where = pointer + n * state_step + e[None, :] * channel_step
+def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: tl.constexpr):
+    """A block (N, channels) of a path's A times log2(e): zeros, so no decay, beyond the states that there are.
+
+    `stride` is `channels`, but never specialised: not to be known as a multiple of anything is what keeps Triton from
+    reading a few neighbours at once, and so from splitting the states of a channel among threads.
+    """
+    where = A + path * STATES * channels + n * stride + columns[None, :]
     if N == STATES:
         return tl.load(where).to(tl.float32) * LOG2_E
     else:
@@ -82,19 +86,21 @@ def load_matrix(pointer, n, e, state_step, channel_step, STATES: tl.constexpr, N
 
 @triton.jit
 def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """(image, channels, which of them there are) of a program; for one that there is not, the last one's number.
+    """(image, channels, the same, which of them there are) of a program; where there is none, the last one's number.
 
     APART: neighbours belong to different threads, which then hold all states of their channels and exchange nothing.
     Else a thread may load a few neighbours at once, and share their states with others.
     """
     blocks = tl.cdiv(channels, BLOCK)
+    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
     e = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    if APART:
-        e = tl.max_contiguous(e, 1)
     live = e < channels
     if not EVEN:
         e = tl.minimum(e, channels - 1)
-    return (program // blocks).to(tl.int64), e, live
+        columns = e
+    if APART:
+        e = tl.max_contiguous(e, 1)
+    return (program // blocks).to(tl.int64), e, columns, live
 
 
 @triton.jit
@@ -184,7 +190,7 @@ def token_score(y, live, SCORE: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def forward_path(
     u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, total, add, y, score, ends, decays,
-    b, e, live, first, count, length, channels, state_stride, z_stride, order_stride, a_channel_step, a_state_step,
+    path, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, SCORE: tl.constexpr, SCORE_SUM: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -246,10 +252,10 @@ def forward_path(
         store_row(y + token_t * channels, e, gated + more if GATED else out, live, EVEN)
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_channel_step", "a_state_step"])
+@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_stride"])
 def scan_forward(
-    us, deltas, As, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, add, y, scores, ends, decays,
-    length, chunk, channels, state_stride, z_stride, order_stride, a_channel_step, a_state_step,
+    us, deltas, A, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, add, y, scores, ends, decays,
+    length, chunk, channels, state_stride, z_stride, order_stride, a_stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,20 +265,19 @@ def scan_forward(
     (images, blocks, length) gets each block's part of the sum over channels of the first SCORED paths, gated.
     """
     program, c = tl.program_id(0), tl.program_id(1)
-    b, e, live = place(program, channels, True, EVEN, BLOCK)
+    b, e, columns, live = place(program, channels, True, EVEN, BLOCK)
     first = c * chunk
     count = tl.minimum(chunk, length - first)
     score = scores + program.to(tl.int64) * length
     for p in tl.static_range(PATHS):
         # The sum of the paths stays ungated until all are in; a score alone looks at it gated before.
         forward_path(
-            us[p], deltas[p], As[p], Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
+            us[p], deltas[p], A, Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
             z if p == PATHS - 1 or (SCORE is not None and p == SCORED - 1) else None,
             y if p > 0 else None, add if p == PATHS - 1 else None, y, score,
             None if ends is None else ends + (b * PATHS + p) * tl.num_programs(1) * N * channels,
             None if decays is None else decays + (b * PATHS + p) * tl.num_programs(1) * channels,
-            b, e, live, first, count, length, channels, state_stride, z_stride, order_stride, a_channel_step,
-            a_state_step, REVERSE[p], SOFTPLUS, p == PATHS - 1,
+            p, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, p == PATHS - 1,
             SCORE if SCORE == "delta" or p == SCORED - 1 else None, p > 0, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
         if p < PATHS - 1:
@@ -282,7 +287,7 @@ def scan_forward(
 @triton.jit
 def chunk_path(
     u, delta, A, B, bias, steps, gap_delta, gap, order, end, whole,
-    b, e, live, first, count, length, channels, state_stride, order_stride, a_channel_step, a_state_step,
+    path, b, e, columns, live, first, count, length, channels, state_stride, order_stride, a_stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -314,10 +319,10 @@ def chunk_path(
     tl.store(end + n * channels + e[None, :], h, mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_channel_step", "a_state_step"])
+@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_stride"])
 def scan_chunks(
-    us, deltas, As, Bs, biases, steps, gap_deltas, gaps, orders, ends, decays,
-    length, chunk, channels, state_stride, order_stride, a_channel_step, a_state_step,
+    us, deltas, A, Bs, biases, steps, gap_deltas, gaps, orders, ends, decays,
+    length, chunk, channels, state_stride, order_stride, a_stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -326,15 +331,15 @@ def scan_chunks(
     `ends` (images, paths, chunks, N, channels), `decays` (images, paths, chunks, channels); grid as `scan_forward`.
     """
     c = tl.program_id(1)
-    b, e, live = place(tl.program_id(0), channels, True, EVEN, BLOCK)
+    b, e, columns, live = place(tl.program_id(0), channels, True, EVEN, BLOCK)
     first = c * chunk
     count = tl.minimum(chunk, length - first)
     for p in tl.static_range(PATHS):
         slot = (b * PATHS + p) * tl.num_programs(1) + c
         chunk_path(
-            us[p], deltas[p], As[p], Bs[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
-            ends + slot * N * channels, decays + slot * channels, b, e, live, first, count, length, channels,
-            state_stride, order_stride, a_channel_step, a_state_step, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
+            us[p], deltas[p], A, Bs[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
+            ends + slot * N * channels, decays + slot * channels, p, b, e, columns, live, first, count, length, channels,
+            state_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
 
 
@@ -386,7 +391,7 @@ def backward_step(
 def backward_path(
     u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, dy,
     du, ddelta, dA, dB, dC, dD, dbias, dgap, dz, entering,
-    b, e, live, length, channels, state_stride, z_stride, order_stride, a_channel_step, a_state_step,
+    path, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, a_stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, DZ_SUM: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -463,11 +468,11 @@ def backward_path(
         store_row(dbias + b * channels, e, dbias_sum, live, EVEN)
 
 
-@triton.jit(do_not_specialize=["length", "order_stride", "a_channel_step", "a_state_step"])
+@triton.jit(do_not_specialize=["length", "order_stride", "a_stride"])
 def scan_backward(
-    us, deltas, As, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, dy,
+    us, deltas, A, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, dy,
     dus, ddeltas, dAs, dBs, dCs, dDs, dbiases, dgaps, dz, entering,
-    length, channels, state_stride, z_stride, order_stride, a_channel_step, a_state_step,
+    length, channels, state_stride, z_stride, order_stride, a_stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -479,14 +484,14 @@ def scan_backward(
     blocks, length, STATES).
     """
     program = tl.program_id(0)
-    b, e, live = place(program, channels, False, EVEN, BLOCK)
+    b, e, columns, live = place(program, channels, False, EVEN, BLOCK)
     parts = program.to(tl.int64) * length * STATES
     entering += b * tl.cdiv(length, CHUNK) * N * channels
     for p in tl.static_range(PATHS):
         backward_path(
-            us[p], deltas[p], As[p], Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p], z,
+            us[p], deltas[p], A, Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p], z,
             dy, dus[p], ddeltas[p], dAs[p], dBs[p] + parts, dCs[p] + parts, dDs[p], dbiases[p], dgaps[p], dz, entering,
-            b, e, live, length, channels, state_stride, z_stride, order_stride, a_channel_step, a_state_step,
+            p, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, a_stride,
             REVERSE[p], SOFTPLUS, p > 0, CHUNK, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()

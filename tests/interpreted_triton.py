@@ -1,0 +1,134 @@
+"""What is Triton's own, run in its interpreter by `test_triton.py`: operators, and how often memory is read."""
+
+import pytest
+import torch
+from op_cases import conv_case, leaves, named, scan_case
+from triton.runtime import interpreter
+
+from ssmcompress.ops import ScanPath, causal_conv1d, scan_paths, selective_scan
+from ssmcompress.ops.triton import INTERPRETED
+
+assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
+OPS = torch.ops.ssmcompress
+
+
+def both_ways(dtype=torch.float32, gap=True, **sizes):
+    cases = [named(scan_case(**sizes, gap=gap, seed=seed), dtype) for seed in range(2)]
+    z = cases[0].pop("z")
+    del cases[1]["z"]
+    return [ScanPath(**case, reverse=number == 0) for number, case in enumerate(cases)], z
+
+
+def test_operators_pass_the_checks_of_torch():
+    paths, z = both_ways(batch=1, length=3, d_inner=5, d_state=3)
+    u, delta, A, B, C, D, bias, gap, reverse, _ = (list(field) for field in zip(*paths, strict=True))
+    arguments = (u, delta, A, B, C, D, bias, [], [], gap, [], z, None, True, reverse, None, 2)
+    torch.library.opcheck(OPS.scan_paths.default, arguments)
+    torch.library.opcheck(OPS.scan_paths.default, (*arguments[:15], "clip", 1), test_utils="test_faketensor")
+    (x, weight, bias), positions = conv_case(batch=1, length=3, channels=5, pruned=True)
+    tensors = leaves((x, weight, bias), torch.float32)
+    torch.library.opcheck(OPS.triton_causal_conv1d.default, (*tensors, positions, True, False))
+
+
+def test_graphs_of_torch_hold_the_operators():
+    case = scan_case(batch=1, length=4, d_inner=5, d_state=3, dtype=torch.float32)
+
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C, D, z, bias):
+            y = selective_scan(u, delta, A, B, C, D, z, bias, True, backend="triton")
+            return causal_conv1d(y, torch.ones(5, 4), backend="triton")
+
+    expected = Scan()(*case.values())
+    program = torch.export.export(Scan(), tuple(case.values()))
+    assert {"ssmcompress::scan_paths", "ssmcompress::triton_causal_conv1d"} <= {
+        node.target.name().removesuffix(".default") for node in program.graph.nodes if hasattr(node.target, "name")
+    }
+    compiled = torch.compile(Scan(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*case.values()), expected)
+
+
+def test_a_second_derivative_is_refused():
+    case = named(scan_case(length=3, d_inner=5, d_state=2), torch.float32)
+    y = selective_scan(**case, delta_softplus=True, backend="triton")
+    (first,) = torch.autograd.grad(y.sum(), case["u"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_what_only_some_paths_have_is_refused():
+    paths, z = both_ways(length=3, d_inner=5, d_state=2)
+    with pytest.raises(ValueError, match="for all paths or for none"):
+        scan_paths([paths[0], paths[1]._replace(D=None)], z, backend="triton")
+    with pytest.raises(ValueError, match=r"expected float32, bfloat16 or float16, found torch.float64"):
+        selective_scan(**scan_case(length=3), backend="triton")
+
+
+class Traffic:
+    """Numbers that kernels read from and write to a tensor."""
+
+    def __init__(self, monkeypatch):
+        self.read, self.written = [], []
+        builder = interpreter.interpreter_builder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def counting_load(pointers, mask, *others):
+            self.read.append(pointers.data[mask.data])
+            return load(pointers, mask, *others)
+
+        def counting_store(pointers, value, mask, *others):
+            self.written.append(pointers.data[mask.data])
+            return store(pointers, value, mask, *others)
+
+        monkeypatch.setattr(builder, "create_masked_load", counting_load)
+        monkeypatch.setattr(builder, "create_masked_store", counting_store)
+
+    def of(self, tensor: torch.Tensor) -> tuple[float, float]:
+        """(reads, writes) of a tensor as multiples of its size."""
+        first = tensor.data_ptr()
+        end = first + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+        counts = (sum(((a >= first) & (a < end)).sum() for a in part) for part in (self.read, self.written))
+        reads, writes = (int(count) / tensor.numel() for count in counts)
+        return reads, writes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scan_reads_its_inputs_once_and_writes_its_result_once(dtype, monkeypatch):
+    """B and C once for each block of channels. A program reads its last token a second time: nothing is left to
+    load ahead."""
+    batch, length, channels, states, block = 2, 10, 192, 16, 64
+    case = scan_case(batch=batch, length=length, d_inner=channels, d_state=states)
+    case = {k: v.to(dtype) if v.ndim == 3 else v.float() for k, v in case.items()}
+    traffic = Traffic(monkeypatch)
+    y = selective_scan(**case, delta_softplus=True, backend="triton")
+    once = (length + 1) / length
+    for name in ("u", "delta", "z"):
+        assert traffic.of(case[name]) == (once, 0), name
+    for name in ("B", "C"):
+        assert traffic.of(case[name]) == pytest.approx((once * channels / block, 0)), name
+    for name in ("A", "D", "delta_bias"):
+        assert traffic.of(case[name]) == (batch, 0), name  # by every image
+    assert traffic.of(y) == (0, 1)
+
+
+def test_two_paths_read_z_once_and_their_sum_once(monkeypatch):
+    """The score adds a reading of z, on the way that it is made on, and none of y."""
+    length = 10
+    paths, z = both_ways(torch.float32, length=length, d_inner=64, d_state=16, gap=False)
+    once = (length + 1) / length
+    for score, of_z in ((None, once), ("clip", 2 * once)):
+        traffic = Traffic(monkeypatch)
+        y, _ = scan_paths(paths, z, True, score, 1, backend="triton")
+        for path in paths:
+            assert traffic.of(path.u) == traffic.of(path.delta) == (once, 0)
+        assert traffic.of(z) == (of_z, 0)
+        assert traffic.of(y) == (once, 2)
+
+
+def test_a_convolution_reads_a_token_once_for_each_tap(monkeypatch):
+    (x, weight, bias), positions = conv_case(length=16, channels=64, pruned=True)
+    x, weight, bias = x.float(), weight.float(), bias.float()
+    traffic = Traffic(monkeypatch)
+    y = causal_conv1d(x, weight, bias, positions, backend="triton")
+    reads, _ = traffic.of(x)
+    assert 1 < reads < 4  # four where nothing is pruned
+    assert traffic.of(y) == (0, 1)

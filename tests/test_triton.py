@@ -1,0 +1,141 @@
+"""Triton's kernels without a GPU: right in the interpreter, and small enough for the GPUs that they compile for.
+
+TRITON_INTERPRET must be set before triton is imported and spoils compiling, so each runs in processes of its own.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssmcompress.ops import dispatch, selective_scan
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton for this platform")
+
+HERE = Path(__file__).parent
+CAPABILITIES = (80, 90, 100)
+
+
+class Processes:
+    """Python processes that run beside each other until somebody wants their output."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.running = folder, {}
+
+    def start(self, name: str, *arguments: str, **environment: str) -> None:
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("TRITON_")},
+            "TRITON_CACHE_DIR": str(self.folder / name),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        output = (self.folder / f"{name}.txt").open("w+")
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=HERE.parent, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        self.running[name] = process, output
+
+    def output(self, name: str) -> tuple[int, str]:
+        """(exit code, all that was printed)."""
+        process, output = self.running[name]
+        code = process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    made = Processes(tmp_path_factory.mktemp("triton"))
+    tests = ("tests/test_backends.py", "tests/interpreted_triton.py")
+    made.start("interpreter", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
+    for capability in CAPABILITIES:
+        made.start(f"sm_{capability}", "tests/compile_triton.py", str(capability))
+    yield made
+    for process, output in made.running.values():
+        process.kill()
+        output.close()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_fit_the_registers(capability, processes):
+    """`pytest -rP` shows each kernel's registers and shared memory."""
+    code, printed = processes.output(f"sm_{capability}")
+    assert code == 0, printed
+    rows = [json.loads(line) for line in printed.splitlines()]
+    print("", *(" ".join(f"{k} {v}" for k, v in row.items()) for row in rows), sep="\n")
+    names = {"scan_forward", "scan_chunks", "scan_backward", "conv_forward", "conv_backward"}
+    assert {(row["kernel"], row["sm"]) for row in rows} == {(name, capability) for name in names}
+    assert {row["d_state"] for row in rows if "d_state" in row} == {16, 64}
+    assert [row for row in rows if row["spills"] or row["stack"]] == []
+    assert all(0 < row["registers"] <= 255 and row["shared"] <= 48 * 1024 for row in rows)
+
+
+def test_kernels_in_the_interpreter(processes):
+    code, printed = processes.output("interpreter")
+    assert code == 0, printed
+
+
+@pytest.fixture
+def afresh():
+    """No backend tried yet, before and after."""
+    dispatch._try.cache_clear()
+    yield
+    dispatch._try.cache_clear()
+
+
+def fake_scan(device="cuda", dtype=torch.bfloat16):
+    with FakeTensorMode():
+        u, states = torch.empty(2, 9, 5, device=device, dtype=dtype), torch.empty(2, 9, 3, device=device, dtype=dtype)
+        return selective_scan(u, u, torch.empty(5, 3, device=device), states, states)
+
+
+def test_cuda_tensors_go_to_triton_by_themselves(afresh, monkeypatch):
+    from ssmcompress.ops import triton
+
+    monkeypatch.setattr(triton, "check_driver", lambda: None)
+    called = []
+    monkeypatch.setattr(triton, "_scan", lambda *arguments: called.append(arguments) or triton._fake_scan(*arguments))
+    y = fake_scan()
+    assert len(called) == 1
+    assert (y.shape, y.dtype, y.device.type) == ((2, 9, 5), torch.bfloat16, "cuda")
+    fake_scan("cpu", torch.float32)
+    assert len(called) == 1
+
+
+def test_without_a_driver_the_ops_run_in_torch_and_say_so_once(afresh, monkeypatch, caplog):
+    from ssmcompress.ops import triton
+
+    def no_driver():
+        raise RuntimeError("no C compiler here")
+
+    monkeypatch.setattr(triton, "check_driver", no_driver)
+    with caplog.at_level(logging.WARNING, logger="ssmcompress"):
+        for _ in range(2):
+            assert fake_scan().shape == (2, 9, 5)
+    expected = "triton cannot be used (no C compiler here): the ops run in plain torch, many times slower"
+    assert [record.message for record in caplog.records] == [expected]
+
+
+def test_without_triton_the_ops_run_in_torch_and_say_so(tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('no Triton for this platform')")
+    script = "from test_triton import fake_scan; print(tuple(fake_scan().shape), tuple(fake_scan().shape))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, HERE, HERE.parent)))}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.stdout == "(2, 9, 5) (2, 9, 5)\n", result.stderr
+    lines = [line for line in result.stderr.splitlines() if "cannot be used" in line]
+    assert lines == [
+        "triton cannot be used (no Triton for this platform): the ops run in plain torch, many times slower"
+    ]
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter():
+    u = torch.ones(1, 3, 2)
+    with pytest.raises(ValueError, match="expected CUDA tensors, found cpu; .* TRITON_INTERPRET=1"):
+        selective_scan(u, u, -torch.ones(2, 1), u[..., :1], u[..., :1], backend="triton")
