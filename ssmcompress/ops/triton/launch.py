@@ -27,6 +27,13 @@ def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: A
 
 
 @cache
+def capability() -> int:
+    """What kernels are compiled for: 90 for NVIDIA's sm_90; 0 in the interpreter and for other makes."""
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return target.arch if target is not None and target.backend == "cuda" else 0
+
+
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for a CPU, where the interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -215,7 +215,7 @@ def forward_path(
         total += first_row * channels
     if add is not None:
         add += first_row * channels
-    a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     if ends is not None:
@@ -277,8 +277,9 @@ def scan_forward(
             y if p > 0 else None, add if p == PATHS - 1 else None, y, score,
             None if ends is None else ends + (b * PATHS + p) * tl.num_programs(1) * N * channels,
             None if decays is None else decays + (b * PATHS + p) * tl.num_programs(1) * channels,
-            p, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, p == PATHS - 1,
-            SCORE if SCORE == "delta" or p == SCORED - 1 else None, p > 0, STATES, N, EVEN, BLOCK,
+            p, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride,
+            REVERSE[p], SOFTPLUS, p == PATHS - 1, SCORE if SCORE == "delta" or p == SCORED - 1 else None, p > 0,
+            STATES, N, EVEN, BLOCK,
         )  # fmt: skip
         if p < PATHS - 1:
             tl.debug_barrier()  # the next path reads what this one wrote, in other threads where layouts differ
@@ -303,7 +304,7 @@ def chunk_path(
         gap += first_row * channels
     if order is not None:
         order += b * order_stride
-    a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
     bias, gap_delta = optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     decays = tl.zeros([BLOCK], tl.float32)
@@ -338,8 +339,8 @@ def scan_chunks(
         slot = (b * PATHS + p) * tl.num_programs(1) + c
         chunk_path(
             us[p], deltas[p], A, Bs[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
-            ends + slot * N * channels, decays + slot * channels, p, b, e, columns, live, first, count, length, channels,
-            state_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
+            ends + slot * N * channels, decays + slot * channels, p, b, e, columns, live, first, count, length,
+            channels, state_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
 
 
@@ -417,7 +418,7 @@ def backward_path(
         z += first_row * z_stride
         dz += first_row * channels
     chunks = tl.cdiv(length, CHUNK)
-    a = load_matrix(A, n, e, a_state_step, a_channel_step, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
     state_block = n * channels + e[None, :]
 
