@@ -38,14 +38,14 @@ def _shape(block: int, warps: int, backward: bool = False) -> dict[str, int]:
     """Channels and warps of a program, and a limit on its registers.
 
     Without a limit, the assembler for sm_80 or sm_100 spills a few registers in order to fit more programs. With two
-    channels of 16 states a thread 168 are enough and let 12 warps onto a multiprocessor; four channels, or what the
+    channels of 16 states a thread 200 are enough and let 10 warps onto a multiprocessor; four channels, or what the
     backward pass must remember, take all there are. For sm_90 nothing spills, and a limit makes the inner loop 5 to
     10 % longer. AMD's compiler takes none.
     """
     shape = {"BLOCK": block, "num_warps": warps}
     if capability() in (0, 90):
         return shape
-    return shape | {"maxnreg": 168 if warps == 1 and block <= 64 and not backward else 255}
+    return shape | {"maxnreg": 200 if warps == 1 and block <= 64 and not backward else 255}
 
 
 def forward(
@@ -135,7 +135,7 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
         "state_stride": BC[0].stride(1),
         "z_stride": 0 if z is None else z.stride(1),
         "order_stride": u[0].shape[1] if order and order[0].shape[0] > 1 else 0,
-        "a_stride": u[0].shape[2],
+        "stride": u[0].shape[2],
         "PATHS": len(u),
         "REVERSE": tuple(reverse),
         "SOFTPLUS": softplus,

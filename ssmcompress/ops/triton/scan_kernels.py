@@ -161,14 +161,14 @@ def load_step(
 
 
 @triton.jit
-def entering_state(h, ends, decays, a, n, e, channels, REVERSE: tl.constexpr, N: tl.constexpr):
+def entering_state(h, ends, decays, a, n, columns, channels, stride, REVERSE: tl.constexpr, N: tl.constexpr):
     """The state that a chunk of tokens starts from: what all chunks before it on the path end with, decayed."""
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     before = chunks - 1 - chunk if REVERSE else chunk
     for i in range(before):
         slot = chunks - 1 - i if REVERSE else i
-        decay = tl.load(decays + slot * channels + e)
-        end = tl.load(ends + slot * N * channels + n * channels + e[None, :])
+        decay = tl.load(decays + slot * channels + columns)
+        end = tl.load(ends + slot * N * channels + n * stride + columns[None, :])
         h = tl.exp2(decay[None, :] * a) * h + end
     return h
 
@@ -190,7 +190,7 @@ def token_score(y, live, SCORE: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def forward_path(
     u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, total, add, y, score, ends, decays,
-    path, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride,
+    path, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, SCORE: tl.constexpr, SCORE_SUM: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -215,11 +215,11 @@ def forward_path(
         total += first_row * channels
     if add is not None:
         add += first_row * channels
-    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, stride, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     if ends is not None:
-        h = entering_state(h, ends, decays, a, n, e, channels, REVERSE, N)
+        h = entering_state(h, ends, decays, a, n, columns, channels, stride, REVERSE, N)
     row = row_of(0, first, count, REVERSE)
     token = token_of(row, order)
     upcoming = load_step(u, delta, B, C, steps, gap, z, token, row, e, n,
@@ -252,10 +252,10 @@ def forward_path(
         store_row(y + token_t * channels, e, gated + more if GATED else out, live, EVEN)
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_stride"])
+@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "stride"])
 def scan_forward(
     us, deltas, A, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, add, y, scores, ends, decays,
-    length, chunk, channels, state_stride, z_stride, order_stride, a_stride,
+    length, chunk, channels, state_stride, z_stride, order_stride, stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, SCORE: tl.constexpr, SCORED: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -277,7 +277,7 @@ def scan_forward(
             y if p > 0 else None, add if p == PATHS - 1 else None, y, score,
             None if ends is None else ends + (b * PATHS + p) * tl.num_programs(1) * N * channels,
             None if decays is None else decays + (b * PATHS + p) * tl.num_programs(1) * channels,
-            p, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, a_stride,
+            p, b, e, columns, live, first, count, length, channels, state_stride, z_stride, order_stride, stride,
             REVERSE[p], SOFTPLUS, p == PATHS - 1, SCORE if SCORE == "delta" or p == SCORED - 1 else None, p > 0,
             STATES, N, EVEN, BLOCK,
         )  # fmt: skip
@@ -288,7 +288,7 @@ def scan_forward(
 @triton.jit
 def chunk_path(
     u, delta, A, B, bias, steps, gap_delta, gap, order, end, whole,
-    path, b, e, columns, live, first, count, length, channels, state_stride, order_stride, a_stride,
+    path, b, e, columns, live, first, count, length, channels, state_stride, order_stride, stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -304,7 +304,7 @@ def chunk_path(
         gap += first_row * channels
     if order is not None:
         order += b * order_stride
-    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, stride, STATES, N)
     bias, gap_delta = optional_load(bias, e), optional_load(gap_delta, e)
     h = tl.zeros([N, BLOCK], tl.float32)
     decays = tl.zeros([BLOCK], tl.float32)
@@ -317,13 +317,13 @@ def chunk_path(
         h = tl.exp2(decay[None, :] * a) * h + (delta_t * u_t.to(tl.float32))[None, :] * B_t
         decays += decay
     store_row(whole, e, decays, live, EVEN)
-    tl.store(end + n * channels + e[None, :], h, mask=live[None, :])
+    tl.store(end + n * stride + columns[None, :], h, mask=live[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "a_stride"])
+@triton.jit(do_not_specialize=["length", "chunk", "order_stride", "stride"])
 def scan_chunks(
     us, deltas, A, Bs, biases, steps, gap_deltas, gaps, orders, ends, decays,
-    length, chunk, channels, state_stride, order_stride, a_stride,
+    length, chunk, channels, state_stride, order_stride, stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -340,7 +340,7 @@ def scan_chunks(
         chunk_path(
             us[p], deltas[p], A, Bs[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
             ends + slot * N * channels, decays + slot * channels, p, b, e, columns, live, first, count, length,
-            channels, state_stride, order_stride, a_stride, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
+            channels, state_stride, order_stride, stride, REVERSE[p], SOFTPLUS, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
 
 
@@ -392,7 +392,7 @@ def backward_step(
 def backward_path(
     u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, dy,
     du, ddelta, dA, dB, dC, dD, dbias, dgap, dz, entering,
-    path, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, a_stride,
+    path, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, stride,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, DZ_SUM: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -418,7 +418,7 @@ def backward_path(
         z += first_row * z_stride
         dz += first_row * channels
     chunks = tl.cdiv(length, CHUNK)
-    a = load_matrix(A, path, n, columns, channels, a_stride, STATES, N)
+    a = load_matrix(A, path, n, columns, channels, stride, STATES, N)
     skip, bias, gap_delta = optional_load(D, e), optional_load(bias, e), optional_load(gap_delta, e)
     state_block = n * channels + e[None, :]
 
@@ -469,11 +469,11 @@ def backward_path(
         store_row(dbias + b * channels, e, dbias_sum, live, EVEN)
 
 
-@triton.jit(do_not_specialize=["length", "order_stride", "a_stride"])
+@triton.jit(do_not_specialize=["length", "order_stride", "stride"])
 def scan_backward(
     us, deltas, A, Bs, Cs, Ds, biases, steps, gap_deltas, gaps, orders, z, dy,
     dus, ddeltas, dAs, dBs, dCs, dDs, dbiases, dgaps, dz, entering,
-    length, channels, state_stride, z_stride, order_stride, a_stride,
+    length, channels, state_stride, z_stride, order_stride, stride,
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -492,7 +492,7 @@ def scan_backward(
         backward_path(
             us[p], deltas[p], A, Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p], z,
             dy, dus[p], ddeltas[p], dAs[p], dBs[p] + parts, dCs[p] + parts, dDs[p], dbiases[p], dgaps[p], dz, entering,
-            p, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, a_stride,
+            p, b, e, columns, live, length, channels, state_stride, z_stride, order_stride, stride,
             REVERSE[p], SOFTPLUS, p > 0, CHUNK, STATES, N, EVEN, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()
