@@ -29,22 +29,30 @@ REFERENCE = "with the reference scan"
 
 @torch.inference_mode()
 def timings(
-    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, what: str = "timing"
-) -> dict[str, list[float]]:
+    calls: Mapping[Any, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    what: str = "timing",
+    at_once: int = 1,
+) -> dict[Any, list[float]]:
     """Milliseconds of `repeats` runs of each call, after one that is not timed.
 
     The runs are interleaved, so that whatever else the machine does falls on all of them.
+
+    Args:
+        at_once: calls that make a run, so many in a row that a GPU need not wait for the next; the time is one call's.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for repeat in track(range(repeats + 1), what, repeats + 1):
         for name, call in calls.items():
             _synchronise(device)
             start = perf_counter()
-            call()
+            for _ in range(at_once):
+                call()
             _synchronise(device)
             elapsed = perf_counter() - start
             if repeat:
-                times[name].append(1e3 * elapsed)
+                times[name].append(1e3 * elapsed / at_once)
     return times
 
 

@@ -32,6 +32,7 @@ from .options import (
     Dense,
     Device,
     Dtype,
+    DtypeOrNone,
     Force,
     GapSource,
     ImageSize,
@@ -95,6 +96,8 @@ def _device(name: str):
         torch.zeros(1, device=device).item()  # a meta device has no values
     except Exception as error:
         raise InputError(f"--device {name}: not available here") from error
+    # float32 is to mean float32: torch lets convolutions, so the patch embedding, round to 10 bits unless told.
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -454,13 +457,15 @@ def benchmark(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each; the runs are interleaved.")] = 7,
     reference: Annotated[bool, typer.Option("--reference", help="Time each with the reference scan, too.")] = False,
     ops: Annotated[bool, typer.Option("--ops", help="Time the scan and the convolution alone, by backend.")] = False,
-    shape: Annotated[str, typer.Option(help="Of --ops: batch,length,d_inner,d_state.")] = "8,197,768,16",
+    shape: Annotated[
+        str | None, typer.Option(help="Of --ops: batch,length,d_inner,d_state. Default: Vim-small's, 224 px.")
+    ] = None,
     image_size: ImageSize = None,
     stride: Stride = None,
     weights: Weights = "model",
     unsafe_load: Unsafe = False,
     device: Device = "cpu",
-    dtype: Dtype = Precision.float32,
+    dtype: DtypeOrNone = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -477,9 +482,10 @@ def benchmark(
         raise InputError("nothing to time: give models, or --ops")
     if min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes}: expected numbers above 0")
-    if len(extents) != 4 or min(extents) < 1:
+    if extents and (len(extents) != 4 or min(extents) < 1):
         raise InputError(f"--shape {shape}: expected batch,length,d_inner,d_state, all above 0")
-    where, precision = _device(device), getattr(torch, dtype.value)
+    where, chosen = _device(device), None if dtype is None else getattr(torch, dtype.value)
+    precision = chosen or torch.float32
     if threads is not None:
         torch.set_num_threads(threads)
     result: dict[str, Any] = {"settings": benchmarks.settings(where, precision, repeats)}
@@ -497,7 +503,7 @@ def benchmark(
         if loaded:
             result["models"] = benchmarks.benchmark(loaded, sizes, repeats, precision, reference)
         if ops:
-            result["ops"] = benchmark_ops(extents, repeats, precision, where)
+            result["ops"] = benchmark_ops(extents, repeats, chosen, where)
     show_benchmark(result, as_json)
 
 

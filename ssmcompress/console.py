@@ -168,17 +168,37 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         if with_reference:
             print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
-        rows = []
-        for o in ops:
-            cells = [o["by"], f"{o['ms']:.2f}", f"{o['ms_low']:.2f}-{o['ms_high']:.2f}"]
-            cells.append(f"{o['ns_per_element']:.3f}" if o["ns_per_element"] is not None else "")
-            rows.append((o["op"], [*cells, f"{o['times_faster']:.1f}x" if o["times_faster"] is not None else ""]))
-        show_table(["", "by", "ms", "quartiles", "ns/element", "x reference"], rows)
+        _show_ops(ops)
     s = result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
     print(
         f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
     )
+
+
+def _show_ops(ops: list[dict[str, Any]]) -> None:
+    """A table for each shape and dtype."""
+    limits = next((o for o in ops if o["op"] == "limits"), None)
+    for case in dict.fromkeys((tuple(o["shape"]), o["dtype"]) for o in ops if o is not limits):
+        rows = []
+        for o in ops:
+            if o is limits or (tuple(o["shape"]), o["dtype"]) != case:
+                continue
+            cells = [o["by"], f"{o['ms']:.3f}", f"{o['ms_low']:.3f}-{o['ms_high']:.3f}"]
+            cells.append(f"{o['ns_per_element']:.4f}" if o["ns_per_element"] is not None else "")
+            cells.append(f"{o['times_faster']:.1f}x" if o["times_faster"] is not None else "")
+            if limits:
+                known = "gb_per_s" in o
+                cells += [f"{o[k]:.0f}" if known else "" for k in ("gb_per_s", "gexp_per_s")]
+                cells.append(f"{o['times_limit']:.2f}" if known else "")
+            rows.append((o["op"], cells))
+        header = [f"{'x'.join(map(str, case[0]))}, {case[1]}", "by", "ms", "quartiles", "ns/element", "x reference"]
+        show_table([*header, *(["GB/s", "Gexp/s", "x limit"] if limits else [])], rows)
+    if limits:
+        print(f"  limit: the slower of {limits['gb_per_s']:.0f} GB/s and {limits['gexp_per_s']:.0f} Gexp/s, which this")
+        print(
+            "  device reached in a copy and in registers. Read, written and taken: each input, result and element once."
+        )
 
 
 def say_about_data(report: dict[str, Any], quiet: bool) -> None:

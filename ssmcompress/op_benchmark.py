@@ -2,69 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .benchmark import spread, timings
-from .ops import causal_conv1d, selective_scan
+from .ops import ScanPath, causal_conv1d, scan_paths, selective_scan
+from .ops.dispatch import best_backend
+from .pruning.alignment import gap_steps
 
-# batch, length, d_inner, d_state: a layer of Vim-small at 224 pixels, batch 8.
-SHAPE = (8, 197, 768, 16)
+Shape = tuple[int, int, int, int]
+
+# batch, length, d_inner, d_state: a layer of Vim-small at 224 pixels; on a GPU a batch that fills it, and one image.
+SHAPES: dict[str, list[Shape]] = {"cpu": [(8, 197, 768, 16)], "cuda": [(128, 197, 768, 16), (1, 197, 768, 16)]}
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+
+
+class Work(NamedTuple):
+    """A call to be timed, how many elements it has, and the least that it must move and compute."""
+
+    run: Callable[[], Any] | None
+    elements: int | None = None
+    bytes: int | None = None
+    exps: int = 0
 
 
 def benchmark_ops(
-    shape: tuple[int, int, int, int] = SHAPE,
+    shape: Shape | None = None,
     repeats: int = 7,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """Time the scan (bias, softplus, D and gate in it) and the convolution, forward and backward.
 
     Args:
-        shape: (batch, length, d_inner, d_state).
-        dtype: of the activations.
+        shape: (batch, length, d_inner, d_state); None: those of `SHAPES`.
+        dtype: of the activations; None: those of `DTYPES`.
 
     Returns:
-        For each a JSON value: `op`, `by`, milliseconds (`ms`, `ms_low`, `ms_high`), `ns_per_element`, an element being
-        one state of one channel at one token in scans, else one channel, and `times_faster` than the reference.
+        For each a JSON value: `op`, `by`, `shape`, `dtype`, milliseconds (`ms`, `ms_low`, `ms_high`),
+        `ns_per_element`, an element being one state of one channel at one token in scans, else one channel, and
+        `times_faster` than the reference. On a GPU besides `gb_per_s` and `gexp_per_s`, counting every input read
+        once, every result written once and one exponential an element, and `times_limit`: how many times longer than
+        the slower of the two would take at the rates that the device reached in `limits`.
     """
     device = torch.device(device)
-    scan, conv = _inputs(shape, dtype, device)
-    backends = ["reference", "cpu"] if device.type == "cpu" else ["reference"]
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for backend in backends:
-        calls["scan", backend] = lambda b=backend: selective_scan(**scan, delta_softplus=True, backend=b)
-        calls["conv", backend] = lambda b=backend: causal_conv1d(**conv, backend=b)
-    for backend in backends:
-        calls["scan backward", backend] = _backward(selective_scan, scan, backend, {"delta_softplus": True})
-        calls["conv backward", backend] = _backward(causal_conv1d, conv, backend, {})
-    if device.type == "cpu" and (pscan := _mambapy()) is not None:
-        calls["scan", "mambapy pscan"] = lambda: _scan_by(pscan, **scan)
-    calls["one layer", "matrix products"] = _layer_products(shape, dtype, device)
-    times = timings(calls, device, repeats, "timing ops")
-    batch, length, d_inner, d_state = shape
+    limits = _limits(device)
     rows = []
-    for (op, by), values in sorted(times.items(), key=lambda item: _ORDER.index(item[0][0])):
-        row = {"op": op, "by": by, **spread(values)}
-        elements = batch * length * d_inner * (d_state if op.startswith("scan") else 1)
-        row["ns_per_element"] = 1e6 * row["ms"] / elements if op != "one layer" else None
-        slow = times.get((op, "reference"))
-        row["times_faster"] = spread(slow)["ms"] / row["ms"] if slow else None
-        rows.append(row)
-    return rows
+    for extents in [shape] if shape else SHAPES.get(device.type, SHAPES["cpu"]):
+        for kind in [dtype] if dtype else DTYPES.get(device.type, DTYPES["cpu"]):
+            works = dict(_works(extents, kind, device))
+            calls = {name: work.run for name, work in works.items()}
+            times = timings(calls, device, repeats, "timing ops", at_once=1 if device.type == "cpu" else 5)
+            order = list(dict.fromkeys(op for op, _ in times))
+            for (op, by), values in sorted(times.items(), key=lambda item: order.index(item[0][0])):
+                row = {"op": op, "by": by, "shape": list(extents), "dtype": str(kind).removeprefix("torch.")}
+                row |= spread(values)
+                slow = times.get((op, "reference"))
+                work = works[op, by]
+                row["ns_per_element"] = 1e6 * row["ms"] / work.elements if work.elements else None
+                row["times_faster"] = spread(slow)["ms"] / row["ms"] if slow else None
+                if limits and work.bytes:
+                    row["gb_per_s"], row["gexp_per_s"] = 1e-6 * work.bytes / row["ms"], 1e-6 * work.exps / row["ms"]
+                    least = max(work.bytes / limits["gb_per_s"], work.exps / limits["gexp_per_s"])
+                    row["times_limit"] = row["ms"] / (1e-6 * least)
+                rows.append(row)
+    return [*rows, {"op": "limits", "by": "device", **limits}] if limits else rows
 
 
-_ORDER = ("scan", "scan backward", "conv", "conv backward", "one layer")
+def _limits(device: torch.device) -> dict[str, float] | None:
+    """Billions of bytes and of exponentials a second that a GPU reaches."""
+    if device.type != "cuda" or best_backend(torch.empty(0, device=device)) != "triton":
+        return None
+    from .ops.triton import limits
+
+    return {"gb_per_s": 1e-9 * limits.copy_rate(device), "gexp_per_s": 1e-9 * limits.exp_rate(device)}
 
 
-def _inputs(shape, dtype, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _works(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[tuple[str, str], Work]]:
+    """((op, by), work) of all that is timed."""
+    scan, conv = _inputs(shape, dtype, device)
     batch, length, d_inner, d_state = shape
-    generator = torch.Generator().manual_seed(0)
+    exps = batch * length * d_inner * d_state
+    rows, states = batch * length * d_inner * dtype.itemsize, batch * length * d_state * dtype.itemsize
+    forth, back = (Work(None, exps, n * rows + m * states, exps) for n, m in ((4, 2), (7, 4)))
+    tap, tap_back = (Work(None, exps // d_state, n * rows) for n in (2, 3))
+    backends = list(dict.fromkeys(["reference", best_backend(scan["u"])]))
+    for by in backends:
+        flags = {"delta_softplus": True, "backend": by}
+        yield ("scan", by), forth._replace(run=partial(selective_scan, **scan, **flags))
+        yield ("scan backward", by), back._replace(run=_backward(selective_scan, scan, **flags))
+        yield ("conv", by), tap._replace(run=partial(causal_conv1d, **conv, backend=by))
+        yield ("conv backward", by), tap_back._replace(run=_backward(causal_conv1d, conv, backend=by))
+    if device.type == "cuda":
+        both, both_back = (Work(None, 2 * exps, n * rows + m * states, 2 * exps) for n, m in ((6, 4), (11, 8)))
+        second, _ = _inputs(shape, dtype, device, seed=1)
+        twice = {**scan, **{f"{name}_b": tensor for name, tensor in second.items() if name != "z"}}
+        positions, gap = _kept(shape, device)
+        for by in backends:
+            yield ("both ways", by), both._replace(run=partial(_both_ways, **twice, backend=by))
+            yield ("both ways aligned", by), both._replace(run=partial(_both_ways, **twice, gap=gap, backend=by))
+            yield ("both ways backward", by), both_back._replace(run=_backward(_both_ways, twice, backend=by))
+            yield (
+                ("conv aligned", by),
+                tap._replace(run=partial(causal_conv1d, **conv, positions=positions, backend=by)),
+            )
+        if (theirs := _imported("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")) is not None:
+            yield ("scan", "mamba-ssm"), forth._replace(run=_by_mamba_ssm(theirs, scan))
+            yield ("both ways", "mamba-ssm"), both._replace(run=_by_mamba_ssm(theirs, scan, second))
+    elif (pscan := _imported("mambapy.pscan", "pscan")) is not None:
+        yield ("scan", "mambapy pscan"), forth._replace(run=partial(_scan_by, pscan, **scan))
+    yield ("one layer", "matrix products"), Work(_layer_products(shape, dtype, device))
+
+
+def _inputs(shape: Shape, dtype, device, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    batch, length, d_inner, d_state = shape
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(device)
@@ -76,11 +134,29 @@ def _inputs(shape, dtype, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return scan, {"x": u, "weight": normal(d_inner, 4), "bias": bias}
 
 
-def _backward(op, inputs: dict[str, Tensor], backend: str, flags: dict[str, bool]) -> Callable[[], Any]:
+def _kept(shape: Shape, device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Positions of tokens of which a third was dropped, and the gap that a pruned model gives to its scans."""
+    batch, length, d_inner, _ = shape
+    kept = torch.rand(batch, length + length // 2, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :length]
+    positions = kept.sort(1).values
+    return positions.to(device), (gap_steps(positions).float().to(device), torch.rand(d_inner, device=device))
+
+
+def _both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: Tensor) -> Tensor:
+    """The two scans of a Vim layer; inputs of the second are named `u_b` and so on."""
+    names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+    paths = [
+        ScanPath(**{name: inputs[name + suffix] for name in names}, gap=gap, reverse=suffix == "")
+        for suffix in ("", "_b")
+    ]
+    return scan_paths(paths, z, delta_softplus=True, backend=backend)[0]
+
+
+def _backward(op, inputs: dict[str, Tensor], **flags: Any) -> Callable[[], Any]:
     """The backward pass alone, of a forward that ran before."""
     with torch.inference_mode(False), torch.enable_grad():
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-        y = op(**leaves, **flags, backend=backend)
+        y = op(**leaves, **flags)
         upper = torch.ones_like(y)
 
     def run() -> None:
@@ -90,11 +166,31 @@ def _backward(op, inputs: dict[str, Tensor], backend: str, flags: dict[str, bool
     return run
 
 
-def _mambapy() -> Callable[[Tensor, Tensor], Tensor] | None:
+def _imported(module: str, name: str) -> Callable[..., Tensor] | None:
     try:
-        return import_module("mambapy.pscan").pscan
+        return getattr(import_module(module), name)
     except ImportError:
         return None
+
+
+def _by_mamba_ssm(scan_fn, first: dict[str, Tensor], second: dict[str, Tensor] | None = None) -> Callable[[], Tensor]:
+    """mamba-ssm's CUDA scan, channels first as it wants them; the way back between flips, as in the published Vim."""
+    forth, back = (
+        None if inputs is None else {k: v.transpose(1, 2).contiguous() if v.ndim == 3 else v for k, v in inputs.items()}
+        for inputs in (first, second)
+    )
+
+    def one_way(inputs: dict[str, Tensor]) -> Tensor:
+        return scan_fn(**inputs, delta_softplus=True)
+
+    def run() -> Tensor:
+        y = one_way(forth)
+        if back is None:
+            return y
+        flipped = {**back, "u": back["u"].flip(-1), "z": forth["z"].flip(-1)}
+        return y + one_way(flipped).flip(-1)
+
+    return run
 
 
 def _scan_by(pscan, u, delta, A, B, C, D, z, delta_bias) -> Tensor:

@@ -89,6 +89,9 @@ Data = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Precision, typer.Option(help="Precision of matrix products when measuring.")]
+DtypeOrNone = Annotated[
+    Precision | None, typer.Option(help="Precision. Default: float32; for --ops on a GPU bfloat16 and float32.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; changes no result.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: none besides this one.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU. Default: all cores.")]

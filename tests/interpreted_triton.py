@@ -5,8 +5,10 @@ import torch
 from op_cases import conv_case, leaves, named, scan_case
 from triton.runtime import interpreter
 
+from ssmcompress.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
 from ssmcompress.ops import ScanPath, causal_conv1d, scan_paths, selective_scan
-from ssmcompress.ops.triton import INTERPRETED
+from ssmcompress.ops.triton import INTERPRETED, limits
+from ssmcompress.ops.triton.launch import launch
 
 assert INTERPRETED, "set TRITON_INTERPRET=1 before Python starts"
 OPS = torch.ops.ssmcompress
@@ -121,7 +123,7 @@ def test_two_paths_read_z_once_and_their_sum_once(monkeypatch):
         for path in paths:
             assert traffic.of(path.u) == traffic.of(path.delta) == (once, 0)
         assert traffic.of(z) == (of_z, 0)
-        assert traffic.of(y) == (once, 2)
+        assert traffic.of(y) == (1, 2)
 
 
 def test_a_convolution_reads_a_token_once_for_each_tap(monkeypatch):
@@ -132,3 +134,30 @@ def test_a_convolution_reads_a_token_once_for_each_tap(monkeypatch):
     reads, _ = traffic.of(x)
     assert 1 < reads < 4  # four where nothing is pruned
     assert traffic.of(y) == (0, 1)
+
+
+def test_the_work_that_is_timed_on_a_gpu():
+    """What `benchmark --ops --device cuda` calls, where no GPU is needed for it."""
+    shape = (2, 6, 33, 4)
+    (first, _), (second, _) = (_inputs(shape, torch.float32, "cpu", seed) for seed in (0, 1))
+    twice = {**first, **{f"{name}_b": tensor for name, tensor in second.items() if name != "z"}}
+    y = _both_ways(**twice, backend="triton")
+    torch.testing.assert_close(y, _both_ways(**twice, backend="reference"), atol=1e-4, rtol=1e-4)
+
+    def like_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
+        return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend="reference").transpose(1, 2)
+
+    alone = _by_mamba_ssm(like_mamba_ssm, first)().transpose(1, 2)
+    expected = selective_scan(**first, delta_softplus=True, backend="reference")
+    torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
+    assert _by_mamba_ssm(like_mamba_ssm, first, second)().shape == (2, 33, 6)
+    positions, (steps, _) = _kept(shape, "cpu")
+    assert (positions.diff() > 0).all()
+    assert torch.equal(steps[:, 1:].long(), positions.diff() - 1)
+    out = torch.empty(2 * limits._BLOCK)
+    launch(limits._exponentials, (2,), out, {"out": out, "rounds": 3}, BLOCK=limits._BLOCK)
+    x = torch.arange(limits._BLOCK) / limits._BLOCK
+    for _ in range(3):
+        x = torch.exp2(x - 1)
+    torch.testing.assert_close(out, x.repeat(2))

@@ -371,6 +371,24 @@ def test_a_model_computes_the_same_on_every_backend(vim, images, backend):
         assert_near(vim(images), expected, 1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_vim_small_gives_the_same_logits_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as the commands do
+    model = make_vim(depth=24, d_model=384, classes=1000, image=(224, 224), patch=16, d_state=16).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".weight") and parameter.ndim > 1:
+                parameter.mul_(0.1)  # so that 24 layers do not blow rounding up
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    for vim in (model, ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=0.2))):
+        with torch.no_grad():
+            expected = vim.cpu()(images)
+            found = vim.cuda()(images.cuda()).cpu()
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
 @each_backend
 @pytest.mark.parametrize("metric", [*SCORES, "random"])
 def test_a_pruned_model_keeps_the_same_tokens_on_every_backend(vim, images, backend, metric):

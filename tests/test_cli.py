@@ -511,3 +511,12 @@ def test_prune_on_a_gpu(checkpoint, class_folders):
     here = call_json("prune", checkpoint, *options, "-o", "cpu")
     assert there["stages"] == here["stages"]
     assert there["dense"]["top1"] == here["dense"]["top1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_bundled_images_on_a_gpu():
+    pytest.importorskip("datasets", reason="a machine with a GPU may lack it")
+    there = call_json("evaluate", BUNDLED, "--device", "cuda")
+    here = call_json("evaluate", BUNDLED)
+    assert (there["top1"], there["top5"], there["images"]) == (here["top1"], here["top5"], here["images"])

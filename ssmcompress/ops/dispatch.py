@@ -38,7 +38,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
     """The module that runs an op on these: `backend`, else the forced one, else the best there is for them."""
-    name = backend or _forced.get() or _best(activations)
+    name = backend or _forced.get() or best_backend(*activations)
     _load(name)
     return _loaded[name]
 
@@ -54,7 +54,8 @@ def _load(name: str) -> bool:
     return True
 
 
-def _best(activations: tuple[Tensor | None, ...]) -> str:
+def best_backend(*activations: Tensor | None) -> str:
+    """The fastest backend that works here for tensors of these devices and dtypes."""
     given = [t for t in activations if t is not None]
     devices = {t.device.type for t in given}
     # float64 is for the reference: there is nothing faster that is as exact.
