@@ -21,7 +21,7 @@ from ssmcompress.ops import SCORES, ScanPath, causal_conv1d, rms_norm, scan_path
 
 each_backend = pytest.mark.parametrize("backend", COMPUTING)
 both_ways = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
-LENGTH = 11 if INTERPRETED else 63
+LENGTH = 7 if INTERPRETED else 63
 
 
 @pytest.fixture
