@@ -55,13 +55,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"], "spills": len(re.findall(r"\b(?:STL|LDL)\b", code))}
 
 
-def compile_instead(case: dict):
-    """What takes the place of a launch."""
+def compile_instead(case: dict, known: set):
+    """What takes the place of a launch; a kernel that is known already is not printed again."""
 
     def launch(kernel, grid, like, arguments, **constants) -> None:
         taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
         compiled = kernel.warmup(**taken, **constants, grid=(1,))
         for one in compiled if isinstance(compiled, list) else [compiled]:
+            if one.hash in known:
+                continue
+            known.add(one.hash)
             row = {"kernel": one.metadata.name, "sm": one.metadata.target.arch, **case}
             row |= resources(one.asm["cubin"]) | {"shared": one.metadata.shared, "warps": one.metadata.num_warps}
             print(json.dumps(row), flush=True)
@@ -69,31 +72,32 @@ def compile_instead(case: dict):
     return launch
 
 
-def scan_case(paths: int, d_state: int, dtype: torch.dtype, gap: str | None, channels=768, ordered=False) -> dict:
-    batch, length, rank = 2, 197, 24
-    sequence, each = (batch, length, channels), range(paths)
+def scan_case(d_state: int, dtype: torch.dtype, length: int) -> dict:
+    """Two paths of a pruned layer of Vim-small's width."""
+    batch, channels, rank = 2, 768, 24
+    sequence = batch, length, channels
     x_dbl = torch.zeros(batch, length, rank + 2 * d_state, dtype=dtype)
     return {
-        "u": [torch.zeros(sequence, dtype=dtype) for _ in each],
-        "delta": [torch.zeros(sequence, dtype=dtype) for _ in each],
-        "A": [torch.zeros(channels, d_state) for _ in each],
-        "B": [x_dbl[..., rank : rank + d_state] for _ in each],
-        "C": [x_dbl[..., rank + d_state :] for _ in each],
-        "D": [torch.zeros(channels) for _ in each],
-        "bias": [torch.zeros(channels) for _ in each],
-        "steps": [torch.zeros(batch, length) for _ in each] if gap == "steps" else [],
-        "gap_delta": [torch.zeros(channels) for _ in each] if gap == "steps" else [],
-        "gap": [torch.zeros(sequence) for _ in each] if gap == "whole" else [],
-        "order": [torch.zeros(1, length, dtype=torch.int64) for _ in each] if ordered else [],
+        "u": [torch.zeros(sequence, dtype=dtype) for _ in range(2)],
+        "delta": [torch.zeros(sequence, dtype=dtype) for _ in range(2)],
+        "A": [torch.zeros(channels, d_state) for _ in range(2)],
+        "B": [x_dbl[..., rank : rank + d_state] for _ in range(2)],
+        "C": [x_dbl[..., rank + d_state :] for _ in range(2)],
+        "D": [torch.zeros(channels) for _ in range(2)],
+        "bias": [torch.zeros(channels) for _ in range(2)],
+        "steps": [torch.zeros(batch, length) for _ in range(2)],
+        "gap_delta": [torch.zeros(channels) for _ in range(2)],
+        "gap": [],
+        "order": [],
         "z": torch.zeros(batch, length, 2 * channels, dtype=dtype).chunk(2, dim=-1)[1],
         "softplus": True,
-        "reverse": [path == 0 and paths == 2 for path in each],
+        "reverse": [True, False],
     }
 
 
-def compile_scans(named: dict, **case) -> None:
-    scan.launch = compile_instead(named)
-    inputs = scan_case(**case)
+def compile_scans(case: dict, known: set, d_state: int, dtype: torch.dtype, length: int) -> None:
+    scan.launch = compile_instead({**case, "length": length}, known)
+    inputs = scan_case(d_state, dtype, length)
     forward = {"add": None, "score": None, "scored": 1}
     scan.processors = lambda device: 1
     scan.forward(**inputs, **forward)
@@ -103,21 +107,22 @@ def compile_scans(named: dict, **case) -> None:
     scan.forward(**inputs, **forward)
 
 
-def compile_convs(named: dict, dtype: torch.dtype, channels: int = 768) -> None:
-    conv.launch = compile_instead(named)
-    x = torch.zeros(2, 197, 2 * channels, dtype=dtype).chunk(2, dim=-1)[0]
-    weight, bias, positions = torch.zeros(channels, 4), torch.zeros(channels), torch.zeros(2, 197, dtype=torch.int64)
+def compile_convs(case: dict, known: set, dtype: torch.dtype, length: int, channels: int = 768) -> None:
+    conv.launch = compile_instead({**case, "length": length}, known)
+    x = torch.zeros(2, length, 2 * channels, dtype=dtype).chunk(2, dim=-1)[0]
+    weight, bias = torch.zeros(channels, 4), torch.zeros(channels)
+    positions = torch.zeros(2, length, dtype=torch.int64)
     conv.forward(x, weight, bias, positions, True, False)
     conv.backward(torch.zeros_like(x), x, weight, bias, positions, True, True)
 
 
 def main(capability: str, name: str = "bfloat16") -> None:
     driver.set_active(NoDevice(int(capability)))
-    dtype = getattr(torch, name)
-    for d_state in (16, 64):
-        case = {"d_state": d_state, "dtype": name}
-        compile_scans(case, paths=2, d_state=d_state, dtype=dtype, gap="steps")
-    compile_convs({"dtype": name}, dtype)
+    dtype, known = getattr(torch, name), set()
+    for length in (197, 138, 64):  # the last two add nothing
+        for d_state in (16, 64):
+            compile_scans({"d_state": d_state, "dtype": name}, known, d_state, dtype, length)
+        compile_convs({"dtype": name}, known, dtype, length)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tu
     _check(z, add, *(t for path in paths for t in (path.u, path.delta)))
     u, delta, A, B, C, D, bias, gap, reverse, order = zip(*paths, strict=True)
     steps, gap_delta, gap = zip(*map(_gap_parts, gap), strict=True)
-    order = [None if o is None else o.reshape(-1, o.shape[-1]) for o in order]
+    if any(o is not None and o.ndim > 1 for o in order):  # one for each image then, on every path
+        order = [None if o is None else o.expand(u[0].shape[:2]) for o in order]
     optional = (_all_or_none(tensors) for tensors in (D, bias, steps, gap_delta, gap, order))
     return _scan(u, delta, A, B, C, *optional, z, add, softplus, reverse, score, scored)
 
@@ -81,7 +82,8 @@ def _check(*tensors: Tensor | None) -> None:
 
 
 # A list holds a tensor for each path, or none for what there is not: gaps come whole, or as steps (batch, length) and
-# gap_delta (d_inner,), which have no gradient; an order is (1 or batch, length).
+# gap_delta (d_inner,), which have no gradient; an order is (length,) on all
+# paths, or (batch, length) on all.
 _INPUTS = """Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] bias,
     Tensor[] steps, Tensor[] gap_delta, Tensor[] gap, Tensor[] order, Tensor? z"""
 _DEVICES = ["cuda", "cpu"] if INTERPRETED else ["cuda"]
@@ -102,7 +104,7 @@ def _save_scan(ctx, inputs, output) -> None:
     ctx.counts = [len(tensors) for tensors in lists]
     ctx.save_for_backward(*(t for tensors in lists for t in tensors), *([] if z is None else [z]))
     ctx.flags, ctx.add_dtype = (softplus, reverse), None if add is None else add.dtype
-    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(output[1])  # scores are for ranking
 
 
 def _scan_gradients(ctx, dy, dscores):

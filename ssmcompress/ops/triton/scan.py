@@ -24,6 +24,7 @@ BUSY = 4
 FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
 # Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each size.
 BLOCKS = (64, 32, 128)
+SMALLEST_BLOCK = 32
 
 
 @cache
@@ -68,7 +69,7 @@ def forward(
             arguments["decays"] = y.new_empty(*slots, channels, dtype=torch.float32)
             launch(scan_chunks, grid, y, arguments, **shape)
         # The parts of scores stay the same from run to run: what was fastest has no say in them.
-        if chunks > 1 or score or warps > 1 or channels % max(BLOCKS) or INTERPRETED:
+        if block != BLOCKS[0] or score or channels % max(BLOCKS) or INTERPRETED:
             launch(scan_forward, grid, y, arguments, **shape)
         else:
             launch(_tuned_forward(), lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),), y, arguments)
@@ -109,15 +110,15 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 
 
 def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
-    """(tokens, channels, warps) of a program: all tokens, unless too few programs would keep the device busy."""
+    """(tokens, channels, warps) of a program: all tokens and many channels, where that keeps the device busy."""
     batch, length, channels = u.shape
-    N = triton.next_power_of_2(A.shape[1])
-    warps = max(1, N // 16)
-    needed = triton.cdiv(BUSY * processors(u.device), max(1, batch * triton.cdiv(channels, 32) * warps))
-    chunks = min(needed, length // SHORTEST_CHUNK)
-    if chunks >= FEWEST_CHUNKS:
-        return triton.cdiv(length, chunks), 32, warps
-    return length, BLOCKS[0] if warps == 1 else 32, warps
+    warps = max(1, triton.next_power_of_2(A.shape[1]) // 16)
+    wanted = BUSY * processors(u.device)
+    if warps == 1 and batch * triton.cdiv(channels, BLOCKS[0]) >= wanted:
+        return length, BLOCKS[0], warps
+    programs = max(1, batch * triton.cdiv(channels, SMALLEST_BLOCK))
+    chunks = min(triton.cdiv(wanted, programs * warps), length // SHORTEST_CHUNK)
+    return triton.cdiv(length, chunks) if chunks >= FEWEST_CHUNKS else length, SMALLEST_BLOCK, warps
 
 
 def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
         "channels": u[0].shape[2],
         "state_stride": BC[0].stride(1),
         "z_stride": 0 if z is None else z.stride(1),
-        "order_stride": u[0].shape[1] if order and order[0].shape[0] > 1 else 0,
+        "order_stride": u[0].shape[1] if order and order[0].ndim > 1 else 0,
         "stride": u[0].shape[2],
         "PATHS": len(u),
         "REVERSE": tuple(reverse),
