@@ -504,6 +504,9 @@ def benchmark(
             result["models"] = benchmarks.benchmark(loaded, sizes, repeats, precision, reference)
         if ops:
             result["ops"] = benchmark_ops(extents, repeats, chosen, where)
+            if not loaded:
+                kinds = dict.fromkeys(row["dtype"] for row in result["ops"] if "dtype" in row)
+                result["settings"]["dtype"] = " and ".join(kinds)
     show_benchmark(result, as_json)
 
 

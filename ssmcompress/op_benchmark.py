@@ -53,26 +53,34 @@ def benchmark_ops(
     """
     device = torch.device(device)
     limits = _limits(device)
-    rows = []
-    for extents in [shape] if shape else SHAPES.get(device.type, SHAPES["cpu"]):
-        for kind in [dtype] if dtype else DTYPES.get(device.type, DTYPES["cpu"]):
-            works = dict(_works(extents, kind, device))
-            calls = {name: work.run for name, work in works.items()}
-            times = timings(calls, device, repeats, "timing ops", at_once=1 if device.type == "cpu" else 5)
-            order = list(dict.fromkeys(op for op, _ in times))
-            for (op, by), values in sorted(times.items(), key=lambda item: order.index(item[0][0])):
-                row = {"op": op, "by": by, "shape": list(extents), "dtype": str(kind).removeprefix("torch.")}
-                row |= spread(values)
-                slow = times.get((op, "reference"))
-                work = works[op, by]
-                row["ns_per_element"] = 1e6 * row["ms"] / work.elements if work.elements else None
-                row["times_faster"] = spread(slow)["ms"] / row["ms"] if slow else None
-                if limits and work.bytes:
-                    row["gb_per_s"], row["gexp_per_s"] = 1e-6 * work.bytes / row["ms"], 1e-6 * work.exps / row["ms"]
-                    least = max(work.bytes / limits["gb_per_s"], work.exps / limits["gexp_per_s"])
-                    row["times_limit"] = row["ms"] / (1e-6 * least)
-                rows.append(row)
+    cases = [
+        (extents, kind)
+        for extents in ([shape] if shape else SHAPES.get(device.type, SHAPES["cpu"]))
+        for kind in ([dtype] if dtype else DTYPES.get(device.type, DTYPES["cpu"]))
+    ]
+    rows = [row for case in cases for row in _rows(*case, device, repeats, limits)]
     return [*rows, {"op": "limits", "by": "device", **limits}] if limits else rows
+
+
+def _rows(
+    shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, limits: dict[str, float] | None
+) -> list[dict[str, Any]]:
+    works = dict(_works(shape, dtype, device))
+    calls = {name: work.run for name, work in works.items()}
+    times = timings(calls, device, repeats, "timing ops", at_once=1 if device.type == "cpu" else 5)
+    order = list(dict.fromkeys(op for op, _ in times))
+    rows = []
+    for (op, by), values in sorted(times.items(), key=lambda item: order.index(item[0][0])):
+        row = {"op": op, "by": by, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), **spread(values)}
+        slow, work = times.get((op, "reference")), works[op, by]
+        row["ns_per_element"] = 1e6 * row["ms"] / work.elements if work.elements else None
+        row["times_faster"] = spread(slow)["ms"] / row["ms"] if slow else None
+        if limits and work.bytes:
+            row["gb_per_s"], row["gexp_per_s"] = 1e-6 * work.bytes / row["ms"], 1e-6 * work.exps / row["ms"]
+            least = max(work.bytes / limits["gb_per_s"], work.exps / limits["gexp_per_s"])
+            row["times_limit"] = row["ms"] / (1e-6 * least)
+        rows.append(row)
+    return rows
 
 
 def _limits(device: torch.device) -> dict[str, float] | None:
@@ -169,7 +177,7 @@ def _backward(op, inputs: dict[str, Tensor], **flags: Any) -> Callable[[], Any]:
 def _imported(module: str, name: str) -> Callable[..., Tensor] | None:
     try:
         return getattr(import_module(module), name)
-    except ImportError:
+    except Exception:  # one that is installed but does not fit this torch or this GPU is no peer either
         return None
 
 

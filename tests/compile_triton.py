@@ -107,6 +107,20 @@ def compile_scans(case: dict, known: set, d_state: int, dtype: torch.dtype, leng
     scan.forward(**inputs, **forward)
 
 
+def compile_bare_scan(known: set, dtype: torch.dtype) -> None:
+    """One path, an order for each image, a gap of its own dtype, an odd width, and nothing that may be missing."""
+    scan.launch = compile_instead({"case": "bare", "length": 197}, known)
+    sequence = torch.zeros(2, 197, 37, dtype=dtype)
+    order = torch.zeros(2, 197, dtype=torch.int64)
+    states = torch.zeros(2, 197, 5)
+    inputs = {"u": [sequence], "delta": [sequence], "A": [torch.zeros(37, 5)], "B": [states], "C": [states]}
+    inputs |= {"D": [], "bias": [], "steps": [], "gap_delta": [], "gap": [sequence.double()], "order": [order]}
+    inputs |= {"z": None, "softplus": False, "reverse": [False]}
+    scan.processors = lambda device: 1
+    scan.forward(**inputs, add=sequence, score="l2", scored=1)
+    scan.backward(sequence, **inputs)
+
+
 def compile_convs(case: dict, known: set, dtype: torch.dtype, length: int, channels: int = 768) -> None:
     conv.launch = compile_instead({**case, "length": length}, known)
     x = torch.zeros(2, length, 2 * channels, dtype=dtype).chunk(2, dim=-1)[0]
@@ -118,7 +132,9 @@ def compile_convs(case: dict, known: set, dtype: torch.dtype, length: int, chann
 
 def main(capability: str, name: str = "bfloat16") -> None:
     driver.set_active(NoDevice(int(capability)))
+    scan.capability = lambda device: int(capability)
     dtype, known = getattr(torch, name), set()
+    compile_bare_scan(known, dtype)
     for length in (197, 138, 64):  # the last two add nothing
         for d_state in (16, 64):
             compile_scans({"d_state": d_state, "dtype": name}, known, d_state, dtype, length)

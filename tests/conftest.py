@@ -23,6 +23,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+@pytest.fixture(autouse=True)
+def convolutions_in_float32(monkeypatch):
+    """As the commands have it on a GPU, where torch rounds them to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def make_vim(
     depth=4, d_model=16, classes=10, channels=3, image=(16, 16), patch=4, stride=None, d_state=4, seed=0
 ) -> VisionMamba:

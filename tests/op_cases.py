@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _on_a_gpu = pytest.param(
     "triton",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],

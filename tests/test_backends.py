@@ -1,5 +1,7 @@
 """Every backend of the ops against the float64 reference: on the CPU, on a GPU, and in Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_vim
@@ -185,19 +187,23 @@ def test_nan_in_gives_nan_out(where, backend):
 
 
 @each_backend
-def test_strided_inputs_are_read_where_they_are(backend):
-    case = {k: v.to(device_of(backend)) for k, v in scan_case(length=LENGTH, dtype=torch.float32).items()}
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_strided_inputs_are_read_where_they_are(backend, length):
+    case = {k: v.to(device_of(backend)) for k, v in scan_case(length=length, dtype=torch.float32).items()}
     expected = selective_scan(**case, delta_softplus=True, backend=backend)
     spread = {k: torch.stack([v, torch.full_like(v, 7)], -1)[..., 0] for k, v in case.items()}  # every other number
     halves = {k: torch.cat([v, torch.full_like(v, 7)], -1).chunk(2, -1)[0] for k, v in case.items()}
     swapped = {k: v.transpose(0, -1).contiguous().transpose(0, -1) for k, v in case.items()}
-    for views in (spread, halves, swapped):
+    first = {k: v.transpose(1, 2).contiguous().transpose(1, 2) if v.ndim == 3 else v for k, v in case.items()}
+    for views in (spread, halves, swapped, first):
         assert_near(selective_scan(**views, delta_softplus=True, backend=backend), expected, 1e-6)
-    tensors, positions = conv_case(length=LENGTH, pruned=True)
+    tensors, positions = conv_case(length=length, pruned=True)
     x, weight, bias = (t.detach() for t in leaves(tensors, torch.float32, backend))
     positions = positions.to(x.device)
     expected = causal_conv1d(x, weight, bias, positions, backend=backend)
     x2, weight2 = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, weight))
+    x3 = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_near(causal_conv1d(x3, weight2, bias, positions, backend=backend), expected, 1e-6)
     positions2 = positions.T.contiguous().T
     assert_near(causal_conv1d(x2, weight2, bias, positions2, backend=backend), expected, 1e-6)
 
@@ -320,6 +326,36 @@ def test_paths_together_are_the_sum_of_each(kind, backend):
 
 
 @each_backend
+def test_a_sum_of_paths_may_leave_the_range_of_float16_before_its_gate(backend):
+    case = named(scan_case(length=3, d_inner=5, d_state=2), torch.float16, backend)
+    z = torch.full_like(case.pop("z"), -8).detach()
+    case = {k: v.detach() for k, v in case.items()} | {"u": torch.ones_like(case["u"]).detach()}
+    path = ScanPath(**case | {"D": torch.full_like(case["D"], 6e4).detach()})
+    y, _ = scan_paths([path, path], z, True, backend=backend)
+    assert_near(y, torch.full(y.shape, 2 * 6e4 * -8 / (1 + math.exp(8))), 1e-2)
+
+
+@each_backend
+@pytest.mark.parametrize("score", SCORES)
+def test_a_token_that_is_not_a_number_scores_none(score, backend):
+    case = {k: v.detach() for k, v in named(scan_case(length=4, d_inner=5, d_state=2), torch.float32, backend).items()}
+    z = case.pop("z")
+    case["delta"][0, 2, 3] = torch.nan
+    _, scores = scan_paths([ScanPath(**case)], z, True, score, backend=backend)
+    assert scores.isnan()[0].tolist() == [False, False, True, score != "delta"]
+    assert not scores[1].isnan().any()
+
+
+@each_backend
+def test_a_wide_gap_beside_narrow_inputs(backend):
+    case = scan_case(length=5, d_inner=7, d_state=3, gap=True)
+    own = {k: v.detach() for k, v in named(case, torch.float32, backend).items()}
+    wide = own | {"gap": own["gap"].double()}
+    found = selective_scan(**wide, delta_softplus=True, backend=backend)
+    assert_near(found, selective_scan(**case, delta_softplus=True), 1e-5)
+
+
+@each_backend
 @pytest.mark.parametrize("kind", ["both ways", "snakes"])
 def test_few_tokens_in_chunks_side_by_side(kind, backend, monkeypatch):
     """How a large device works on a single image."""
@@ -339,6 +375,10 @@ def test_few_tokens_in_chunks_side_by_side(kind, backend, monkeypatch):
     assert_near(alone, expected, 1e-5)
 
 
+def _is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 def test_paths_that_do_not_fit_are_refused():
     paths, z = paths_case("snakes", torch.float32)
     with pytest.raises(ValueError, match="at least one path"):
@@ -349,6 +389,15 @@ def test_paths_that_do_not_fit_are_refused():
         scan_paths([paths[0]._replace(order=torch.arange(5))], z)
     with pytest.raises(ValueError, match="and reverse"):
         scan_paths([paths[0]._replace(reverse=True)], z)
+    with pytest.raises(ValueError, match="D is given for all paths or for none"):
+        scan_paths([paths[0], paths[1]._replace(D=None)], z)
+    for scored in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"from 1 to the 4 paths there are, found {scored}"):
+            scan_paths(iter(paths), z, score="clip", scored=scored)
+    short = ScanPath(**{k: v[:, :3] if v.ndim == 3 else v for k, v in paths[0]._asdict().items() if _is_tensor(v)})
+    long = ScanPath(**{k: v for k, v in paths[0]._asdict().items() if _is_tensor(v) and k != "order"})
+    with pytest.raises(ValueError, match="expected all paths as the first"):
+        scan_paths([long, short._replace(order=None)])
 
 
 @each_backend
@@ -375,8 +424,26 @@ def test_a_model_computes_the_same_on_every_backend(vim, images, backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_vim_small_gives_the_same_logits_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as the commands do
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("score", [None, "clip"])
+def test_a_batch_that_fills_a_gpu(score, dtype):
+    """The form that is tuned, and paths one after the other over many tokens."""
+    first, second = ({k: v.cuda() for k, v in scan_case(64, 197, 768, seed=i, dtype=dtype).items()} for i in (0, 1))
+    z = first.pop("z")
+    del second["z"]
+    paths = [ScanPath(**first, reverse=True), ScanPath(**second)]
+    with use_backend("reference"):
+        wide = [ScanPath(*(t.float() if isinstance(t, torch.Tensor) else t for t in path)) for path in paths]
+        expected, expected_scores = scan_paths(wide, z.float(), True, score, 1)
+    found, scores = scan_paths(paths, z, True, score, 1, backend="triton")
+    assert_near(found, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+    if score:
+        assert_near(scores, expected_scores, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_vim_small_gives_the_same_logits_on_a_gpu():
     model = make_vim(depth=24, d_model=384, classes=1000, image=(224, 224), patch=16, d_state=16).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

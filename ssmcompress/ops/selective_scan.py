@@ -104,7 +104,8 @@ def scan_paths(
     in one kernel, u and z are neither flipped nor gathered, and scores cost no further pass over y.
 
     Args:
-        paths: taken one at a time where a backend works that way, so that a generator need not hold them all.
+        paths: alike in shape and in what they have; taken one at a time where a backend works that way, so that a
+            generator need not hold them all.
         z: (batch, length, d_inner) or None. delta_softplus: as in `selective_scan`.
         score: a name in `SCORES`, or None.
         scored: how many paths, the first ones, the scored y is the sum of; None: all.
@@ -119,7 +120,7 @@ def scan_paths(
     """
     if score is not None and score not in SCORES:
         raise ValueError(f"scan_paths: unknown score {score!r}; there are {', '.join(SCORES)}")
-    checked = _checked(paths, z)
+    checked = _checked(paths, z, scored)
     first = next(checked, None)
     if first is None:
         raise ValueError("scan_paths: expected at least one path")
@@ -168,8 +169,11 @@ def _taken(tensor: Tensor | None, order: Tensor) -> Tensor | None:
     return tensor if tensor is None else tensor.gather(1, order[..., None].expand(-1, -1, tensor.shape[2]))
 
 
-def _checked(paths: Iterable[ScanPath], z: Tensor | None) -> Iterator[ScanPath]:
+def _checked(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:
+    """The paths as they come, each fitting together and like the first; at the end, `scored` of them."""
+    first, count = None, 0
     for path in paths:
+        count += 1
         u, delta, A, B, C, D, bias, gap, reverse, order = path
         _check_shapes(u, delta, A, B, C, D, z, bias, gap, None)
         if order is not None and (reverse or order.shape not in ((u.shape[1],), u.shape[:2])):
@@ -177,7 +181,18 @@ def _checked(paths: Iterable[ScanPath], z: Tensor | None) -> Iterator[ScanPath]:
                 f"scan_paths: expected an order ({u.shape[1]},) or {tuple(u.shape[:2])}, and no reverse beside it, "
                 f"found {tuple(order.shape)}{' and reverse' if reverse else ''}"
             )
+        first = first or path
+        if (u.shape, A.shape) != (first.u.shape, first.A.shape):
+            raise ValueError(
+                f"scan_paths: expected all paths as the first, u {tuple(first.u.shape)} and A {tuple(first.A.shape)}, "
+                f"found {tuple(u.shape)} and {tuple(A.shape)}"
+            )
+        for name in ("D", "delta_bias", "gap", "order"):
+            if (getattr(path, name) is None) != (getattr(first, name) is None):
+                raise ValueError(f"scan_paths: {name} is given for all paths or for none")
         yield path
+    if scored is not None and not 1 <= scored <= count:
+        raise ValueError(f"scan_paths: expected scored from 1 to the {count} paths there are, found {scored}")
 
 
 def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:

@@ -46,10 +46,12 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
 def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tuple[Tensor, Tensor]:
     _check(z, add, *(t for path in paths for t in (path.u, path.delta)))
     u, delta, A, B, C, D, bias, gap, reverse, order = zip(*paths, strict=True)
+    if any(isinstance(g, Tensor) for g in gap):  # then all of them whole
+        gap = [g[0][..., None] * g[1] if isinstance(g, tuple) else g for g in gap]
     steps, gap_delta, gap = zip(*map(_gap_parts, gap), strict=True)
     if any(o is not None and o.ndim > 1 for o in order):  # one for each image then, on every path
         order = [None if o is None else o.expand(u[0].shape[:2]) for o in order]
-    optional = (_all_or_none(tensors) for tensors in (D, bias, steps, gap_delta, gap, order))
+    optional = (_present(tensors) for tensors in (D, bias, steps, gap_delta, gap, order))
     return _scan(u, delta, A, B, C, *optional, z, add, softplus, reverse, score, scored)
 
 
@@ -62,9 +64,7 @@ def _gap_parts(gap) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return gap[0].float(), gap[1], None
 
 
-def _all_or_none(tensors) -> list[Tensor]:
-    if len({t is None for t in tensors}) > 1:
-        raise ValueError("scan_paths: D, delta_bias, gap and order are given for all paths or for none")
+def _present(tensors) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import even_rows, launch
-from .scan_kernels import sigmoid
+from .scan_steps import sigmoid
 
 # Tokens and channels of a program.
 _TOKENS, _CHANNELS = 16, 64
@@ -147,7 +147,7 @@ def backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
         outputs = {"dy": dy, "slope": slope, "dweight": dweight, "dbias": dbias}
         _launch(conv_backward, _blocks(x, tokens=False), x, weight, bias, positions, silu, reverse, **outputs)
         _launch(conv_forward, _blocks(x, tokens=True), slope, weight, None, positions, False, not reverse, y=dx)
-    return [dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype) if bias is not None else dbias]
+    return [dx, dweight.sum(0).to(weight.dtype), x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)]
 
 
 def _blocks(x: Tensor, tokens: bool) -> tuple[int, int]:
@@ -156,7 +156,7 @@ def _blocks(x: Tensor, tokens: bool) -> tuple[int, int]:
 
 
 def _launch(kernel, grid, x, weight, bias, positions, silu, reverse, **outputs) -> None:
-    x = even_rows(x)
+    x, x_stride = even_rows(x)
     arguments = {
         "x": x,
         "weight": weight.contiguous(),
@@ -164,7 +164,7 @@ def _launch(kernel, grid, x, weight, bias, positions, silu, reverse, **outputs) 
         "positions": None if positions is None else positions.contiguous(),
         "length": x.shape[1],
         "channels": x.shape[2],
-        "x_stride": x.stride(1),
+        "x_stride": x_stride,
         "SILU": silu,
         "REVERSE": reverse,
         "WIDTH": weight.shape[1],

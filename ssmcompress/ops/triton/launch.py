@@ -13,10 +13,16 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+# The first NVIDIA generation that computes in bfloat16.
+OLDEST = 80
+
+
 def check_driver() -> None:
-    """Raise what a first launch would, where the driver or the C compiler that Triton calls is missing."""
+    """Raise what a first launch would, where the GPU is too old, or the driver or a C compiler is missing."""
     if not INTERPRETED:
-        triton.runtime.driver.active.get_current_target()
+        target = triton.runtime.driver.active.get_current_target()
+        if target.backend == "cuda" and target.arch < OLDEST:
+            raise RuntimeError(f"compute capability {target.arch / 10}: expected {OLDEST / 10} or newer")
 
 
 def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: Any) -> None:
@@ -27,10 +33,12 @@ def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: A
 
 
 @cache
-def capability() -> int:
-    """What kernels are compiled for: 90 for NVIDIA's sm_90; 0 in the interpreter and for other makes."""
-    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
-    return target.arch if target is not None and target.backend == "cuda" else 0
+def capability(device: torch.device) -> int:
+    """90 for NVIDIA's sm_90; 0 for CPUs and other makes."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache
@@ -39,8 +47,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def even_rows(tensor: Tensor) -> Tensor:
-    """`tensor` (batch, length, channels) as rows evenly spaced in memory: copied where it is not."""
-    batch, length, _ = tensor.shape
-    even = tensor.stride(2) == 1 and (batch == 1 or tensor.stride(0) == length * tensor.stride(1))
-    return tensor if even else tensor.contiguous()
+def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """`tensor` (batch, length, channels) as rows evenly spaced in memory, copied where it is not; and how far apart."""
+    batch, length, channels = tensor.shape
+    stride = tensor.stride(1) if length > 1 else tensor.stride(0)  # what an axis of one has as its stride says nothing
+    even = (channels == 1 or tensor.stride(2) == 1) and (batch == 1 or tensor.stride(0) == length * stride)
+    return (tensor, stride) if even and stride >= channels else (_dense(tensor), channels)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

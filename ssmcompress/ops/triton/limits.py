@@ -16,14 +16,14 @@ def copy_rate(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy from device memory to device memory."""
     source = torch.ones(1 << 28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / _seconds(device, lambda: target.copy_(source))
 
 
 def exp_rate(device: torch.device) -> float:
     """Exponentials (float32, base 2) a second, of numbers that are in registers."""
     out = torch.empty(processors(device) * 16 * _BLOCK, dtype=torch.float32, device=device)
     grid, arguments = (out.numel() // _BLOCK,), {"out": out, "rounds": _ROUNDS}
-    return out.numel() * _ROUNDS / _seconds(lambda: launch(_exponentials, grid, out, arguments, BLOCK=_BLOCK))
+    return out.numel() * _ROUNDS / _seconds(device, lambda: launch(_exponentials, grid, out, arguments, BLOCK=_BLOCK))
 
 
 @triton.jit
@@ -35,5 +35,6 @@ def _exponentials(out, rounds, BLOCK: tl.constexpr):
     tl.store(where, x)
 
 
-def _seconds(call) -> float:
-    return 1e-3 * triton.testing.do_bench(call, return_mode="median")
+def _seconds(device: torch.device, call) -> float:
+    with torch.cuda.device(device):
+        return 1e-3 * triton.testing.do_bench(call, return_mode="median")

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from .launch import INTERPRETED, capability, even_rows, launch, processors
-from .scan_kernels import scan_backward, scan_chunks, scan_forward
+from .scan_backward import scan_backward
+from .scan_kernels import scan_chunks, scan_forward
 
 # Tokens whose states the backward pass holds in registers at a time.
 HELD = 4
@@ -22,20 +23,21 @@ HELD = 4
 BUSY = 4
 # A chunk is scanned twice, and what enters it is put together from all chunks before it.
 FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
-# Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each size.
+# Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each number of
+# channels, states and paths.
 BLOCKS = (64, 32, 128)
 SMALLEST_BLOCK = 32
 
 
 @cache
-def _tuned_forward():
+def _tuned_forward(capability: int):
     # Four channels a thread do not fit the registers that sm_80 leaves: two instructions spill, in float32.
-    shapes = [_shape(block, 1) for block in BLOCKS if block < 128 or capability() >= 90]
+    shapes = [_shape(block, 1, capability) for block in BLOCKS if block < 128 or capability >= 90]
     configs = [triton.Config({"BLOCK": shape.pop("BLOCK")}, **shape) for shape in shapes]
-    return triton.autotune(configs, key=["channels", "STATES"])(scan_forward)
+    return triton.autotune(configs, key=["channels", "STATES", "PATHS"])(scan_forward)
 
 
-def _shape(block: int, warps: int, backward: bool = False) -> dict[str, int]:
+def _shape(block: int, warps: int, capability: int, backward: bool = False) -> dict[str, int]:
     """Channels and warps of a program, and a limit on its registers.
 
     Without a limit, the assembler for sm_80 or sm_100 spills a few registers in order to fit more programs. With two
@@ -44,7 +46,7 @@ def _shape(block: int, warps: int, backward: bool = False) -> dict[str, int]:
     10 % longer. AMD's compiler takes none.
     """
     shape = {"BLOCK": block, "num_warps": warps}
-    if capability() in (0, 90):
+    if capability in (0, 90):
         return shape
     return shape | {"maxnreg": 200 if warps == 1 and block <= 64 and not backward else 255}
 
@@ -60,9 +62,12 @@ def forward(
     parts = u[0].new_empty((batch, blocks, length) if score else (0,), dtype=torch.float32)
     if y.numel():
         arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
-        arguments |= {"add": None if add is None else add.contiguous(), "y": y, "scores": parts, "chunk": chunk}
+        # Before the gate a sum may leave the range of float16.
+        sums = y.new_empty(y.shape, dtype=torch.float32) if len(u) > 1 and y.dtype == torch.float16 else y
+        add = None if add is None else add.contiguous()
+        arguments |= {"add": add, "y": y, "sums": sums, "scores": parts, "chunk": chunk}
         arguments |= {"ends": None, "decays": None, "SCORE": score, "SCORED": scored, "EVEN": channels % block == 0}
-        grid, shape = (batch * blocks, chunks), _shape(block, warps)
+        grid, shape = (batch * blocks, chunks), _shape(block, warps, capability(y.device))
         if chunks > 1:
             slots = batch, len(u), chunks
             arguments["ends"] = y.new_empty(*slots, arguments["N"], channels, dtype=torch.float32)
@@ -72,7 +77,12 @@ def forward(
         if block != BLOCKS[0] or score or channels % max(BLOCKS) or INTERPRETED:
             launch(scan_forward, grid, y, arguments, **shape)
         else:
-            launch(_tuned_forward(), lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),), y, arguments)
+            launch(
+                _tuned_forward(capability(y.device)),
+                lambda meta: (batch * triton.cdiv(channels, meta["BLOCK"]),),
+                y,
+                arguments,
+            )
     scores = parts.sum(1) / channels if score else parts
     return y, scores.sqrt() if score == "l2" else scores / len(u) if score == "delta" else scores
 
@@ -81,8 +91,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
     """Gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty where there is no such input."""
     batch, length, channels = u[0].shape
     # More channels and states to a thread and its registers do not hold what it must remember.
-    states = A[0].shape[1]
-    warps = max(1, triton.next_power_of_2(states) // 16)
+    states, warps = A[0].shape[1], _warps(A[0])
     block = 32 if warps == 1 else 16
     blocks, zs = triton.cdiv(channels, block), [] if z is None else [z]
 
@@ -101,7 +110,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
         arguments |= {name: _each(tensors, len(u)) for name, tensors in (outputs | {"dgaps": dgap}).items()}
         entering = dy.new_empty(batch, triton.cdiv(length, HELD), arguments["N"], channels, dtype=torch.float32)
         arguments |= {"dy": dy.contiguous(), "dz": dz[0] if dz else None, "entering": entering, "CHUNK": HELD}
-        shape = _shape(block, warps, backward=True)
+        shape = _shape(block, warps, capability(dy.device), backward=True)
         launch(scan_backward, (batch * blocks,), dy, arguments, **shape, EVEN=channels % block == 0)
     dA, dD, dbias = ([t.sum(0) for t in tensors] for tensors in (dA, dD, dbias))
     dB, dC = ([t.sum(1) for t in tensors] for tensors in (dB, dC))
@@ -112,7 +121,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
     """(tokens, channels, warps) of a program: all tokens and many channels, where that keeps the device busy."""
     batch, length, channels = u.shape
-    warps = max(1, triton.next_power_of_2(A.shape[1]) // 16)
+    warps = _warps(A)
     wanted = BUSY * processors(u.device)
     if warps == 1 and batch * triton.cdiv(channels, BLOCKS[0]) >= wanted:
         return length, BLOCKS[0], warps
@@ -121,10 +130,17 @@ def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(length, chunks) if chunks >= FEWEST_CHUNKS else length, SMALLEST_BLOCK, warps
 
 
+def _warps(A: Tensor) -> int:
+    """Warps of a program: one up to 16 states a channel, then as many as leave a thread 16 of them, 32 at most."""
+    return min(32, max(1, triton.next_power_of_2(A.shape[1]) // 16))
+
+
 def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
     """What the kernels take, by the names they have for it."""
-    z = None if z is None else even_rows(z)
-    BC = _same_strides([even_rows(t) for t in (*B, *C)])
+    z, z_stride = (None, 0) if z is None else even_rows(z)
+    BC, state_stride = _same_strides([even_rows(t) for t in (*B, *C)])
+    if max(z_stride, state_stride, u[0].shape[2]) * u[0].shape[1] >= 2**31:
+        raise ValueError(f"selective_scan: {u[0].shape[1]} tokens are more than 32 bits can count the numbers of")
     dense = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
     tensors = {name: [t.contiguous() for t in ts] for name, ts in (dense | {"orders": order}).items()}
     tensors |= {"Bs": BC[: len(B)], "Cs": BC[len(B) :]}
@@ -133,8 +149,8 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
         "z": z,
         "length": u[0].shape[1],
         "channels": u[0].shape[2],
-        "state_stride": BC[0].stride(1),
-        "z_stride": 0 if z is None else z.stride(1),
+        "state_stride": state_stride,
+        "z_stride": z_stride,
         "order_stride": u[0].shape[1] if order and order[0].ndim > 1 else 0,
         "stride": u[0].shape[2],
         "PATHS": len(u),
@@ -145,8 +161,13 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
     }
 
 
-def _same_strides(tensors: list[Tensor]) -> list[Tensor]:
-    return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
+def _same_strides(tensors: list[tuple[Tensor, int]]) -> tuple[list[Tensor], int]:
+    """The tensors with the distance that all their rows have: copied if they differ in it."""
+    distances = {stride for _, stride in tensors}
+    if len(distances) == 1:
+        return [tensor for tensor, _ in tensors], distances.pop()
+    dense = [tensor.clone(memory_format=torch.contiguous_format) for tensor, _ in tensors]
+    return dense, dense[0].shape[2]
 
 
 def _each(tensors: list[Tensor], paths: int) -> tuple[Tensor | None, ...]:

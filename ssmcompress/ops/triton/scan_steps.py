@@ -1,0 +1,147 @@
+"""Pieces of the scan's Triton kernels: what a program is given, what a step reads, and its step sizes.
+
+A program takes a block of channels of one image through its tokens one by one. A block is (states, channels), in
+float32 in registers, so that for up to 16 states a thread holds all of them and their sum needs no other thread.
+Activations are rows of `channels` numbers, B and C rows `state_stride` apart. None stands for what a call does not
+have. Rows of an image are counted in 32 bits, which takes fewer instructions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# 2 artanh(s) / s - 2 as a polynomial in s^2 on [0, 1/9], 8e-9 of the whole at most.
+S1 = tl.constexpr(0.6666654348373413)
+S2 = tl.constexpr(0.4001464545726776)
+S3 = tl.constexpr(0.2810843586921692)
+S4 = tl.constexpr(0.2751307785511017)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + 2 artanh(t / (2 + t)), t = e^-|x|: keeps its digits where e^x is small."""
+    t = tl.exp2(tl.abs(x) * -LOG2_E)
+    s = t / (2.0 + t)
+    q = s * s
+    return tl.maximum(x, 0.0) + s * (2.0 + q * (S1 + q * (S2 + q * (S3 + q * S4))))
+
+
+@triton.jit
+def optional_load(pointer, offset):
+    if pointer is None:
+        return 0.0
+    else:
+        return tl.load(pointer + offset).to(tl.float32)
+
+
+@triton.jit
+def optional_row(pointer, offset, e):
+    if pointer is None:
+        return 0.0
+    else:
+        return tl.load(pointer + offset + e)
+
+
+@triton.jit
+def load_states(pointer, n, STATES: tl.constexpr, N: tl.constexpr):
+    """A row of B or C, (N, 1): zeros beyond the states that there are."""
+    if N == STATES:
+        return tl.load(pointer + n).to(tl.float32)
+    else:
+        return tl.load(pointer + n, mask=n < STATES, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_states(pointer, value, STATES: tl.constexpr, N: tl.constexpr):
+    """A row (N,) of the gradient of B or C."""
+    n = tl.arange(0, N)
+    if N == STATES:
+        tl.store(pointer + n, value)
+    else:
+        tl.store(pointer + n, value, mask=n < STATES)
+
+
+@triton.jit
+def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: tl.constexpr):
+    """A block (N, channels) of a path's A times log2(e): zeros, so no decay, beyond the states that there are.
+
+    `stride` is `channels`, but never specialised: not to be known as a multiple of anything is what keeps Triton from
+    reading a few neighbours at once, and so from splitting the states of a channel among threads.
+    """
+    where = A + path * STATES * channels + n * stride + columns[None, :]
+    if N == STATES:
+        return tl.load(where).to(tl.float32) * LOG2_E
+    else:
+        return tl.load(where, mask=n < STATES, other=0.0).to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """(image, channels, the same, which of them there are) of a program; where there is none, the last one's number.
+
+    APART: neighbours belong to different threads, which then hold all states of their channels and exchange nothing.
+    Else a thread may load a few neighbours at once, and share their states with others.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    e = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    live = e < channels
+    if not EVEN:
+        e = tl.minimum(e, channels - 1)
+        columns = e
+    if APART:
+        e = tl.max_contiguous(e, 1)
+    return (program // blocks).to(tl.int64), e, columns, live
+
+
+@triton.jit
+def store_row(pointer, e, value, live, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(pointer + e, value.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer + e, value.to(pointer.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def row_of(step, first, count, REVERSE: tl.constexpr):
+    """The row that step `step` of a path is at, of the tokens `first` .. `first + count - 1`."""
+    return first + (count - 1 - step if REVERSE else step)
+
+
+@triton.jit
+def token_of(row, order):
+    """The token whose u, z and y a step at `row` has: that of the same number, or the one an order says."""
+    if order is None:
+        return row
+    else:
+        return tl.load(order + row).to(tl.int32)
+
+
+@triton.jit
+def step_sizes(raw, bias, steps, gap_delta, gap, SOFTPLUS: tl.constexpr):
+    """(delta, delta + gap) (channels,) of a token: the size of its input and that of its decay."""
+    delta = raw.to(tl.float32) + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    return delta, delta + (steps * gap_delta + gap)
+
+
+@triton.jit
+def load_input(
+    u, delta, B, steps, gap, here, there, e, n, channels, state_stride, STATES: tl.constexpr, N: tl.constexpr
+):
+    """What a step takes into the state: u of row `here`, delta, B, pruned steps and gap of row `there`."""
+    return (
+        tl.load(u + here * channels + e),
+        tl.load(delta + there * channels + e),
+        load_states(B + there * state_stride, n, STATES, N),
+        optional_load(steps, there),
+        optional_load(gap, there * channels + e),
+    )
