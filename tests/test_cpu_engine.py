@@ -63,6 +63,15 @@ def test_graphs_of_torch_hold_the_ops():
     torch.testing.assert_close(compiled(*case.values()), expected)
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["", "pruned"])
+def test_a_whole_model_is_one_graph_of_torch(vim, images, pruned):
+    if pruned:
+        vim = ssmcompress.prune(vim, ssmcompress.make_plan(vim, ratio=0.4))
+    with torch.no_grad():
+        compiled = torch.compile(vim, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), vim(images))
+
+
 def test_compiled_ops_pass_the_checks_of_torch():
     case = {k: v.requires_grad_() for k, v in scan_case(length=9, d_inner=5, d_state=3, dtype=torch.float32).items()}
     u, delta, A, B, C, D, z, bias = case.values()

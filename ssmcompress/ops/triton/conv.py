@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import even_rows, launch
+from .launch import even_rows, launch, sums
 from .scan_steps import sigmoid
 
 # Tokens and channels of a program.
@@ -15,8 +15,8 @@ _TOKENS, _CHANNELS = 16, 64
 
 
 @triton.jit
-def token_positions(positions, row0, t, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
-    """(positions at t, at the token before, ... WIDTH of them): on the path, and far away where there is no token."""
+def token_distances(positions, row0, t, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
+    """How far the tokens 0 .. WIDTH - 1 places before `t` are from it on the path, each (tokens,), at most WIDTH."""
     found = ()
     for back in tl.static_range(WIDTH):
         s = t + back if REVERSE else t - back
@@ -72,7 +72,7 @@ def conv_forward(
     e = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
     live = e < channels
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    distances = token_positions(positions, row0, t, length, REVERSE, WIDTH)
+    distances = token_distances(positions, row0, t, length, REVERSE, WIDTH)
     total = before_activation(x, weight, bias, distances, row0, t, length, e, live, x_stride, REVERSE, WIDTH)
     if SILU:
         total *= sigmoid(total)
@@ -102,7 +102,7 @@ def conv_backward(
         tap_sums = tap_sums + (nothing,)
     for first in range(0, length, TOKENS):
         t = first + tl.arange(0, TOKENS)
-        distances = token_positions(positions, row0, t, length, REVERSE, WIDTH)
+        distances = token_distances(positions, row0, t, length, REVERSE, WIDTH)
         mask = (t < length)[:, None] & live[None, :]
         here = (row0 + t)[:, None] * channels + e[None, :]
         g = tl.load(dy + here, mask=mask, other=0.0).to(tl.float32)
@@ -112,13 +112,13 @@ def conv_backward(
             g *= share * (1.0 + before * (1.0 - share))
             tl.store(slope + here, g, mask=mask)
         bias_sum += g
-        sums = ()
+        added = ()
         for distance in tl.static_range(WIDTH):
             source, kept = source_at(t, distances, distance, length, REVERSE, WIDTH)
             where = x + (row0 + source)[:, None] * x_stride + e[None, :]
             token = tl.load(where, mask=kept[:, None] & live[None, :], other=0.0).to(tl.float32)
-            sums = sums + (tap_sums[distance] + g * token,)
-        tap_sums = sums
+            added = added + (tap_sums[distance] + g * token,)
+        tap_sums = added
     for distance in tl.static_range(WIDTH):
         where = dweight + (b * channels + e) * WIDTH + (WIDTH - 1 - distance)
         tl.store(where, tl.sum(tap_sums[distance], 0), mask=live)
@@ -137,9 +137,7 @@ def forward(x, weight, bias, positions, silu, reverse) -> Tensor:
 def backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
     """Gradients of x, weight and bias, the last without elements where there is none."""
     batch, _, channels = x.shape
-    make = torch.empty if x.numel() else torch.zeros
-    dweight = make((batch, *weight.shape), dtype=torch.float32, device=x.device)
-    dbias = make((batch, channels) if bias is not None else (0,), dtype=torch.float32, device=x.device)
+    dweight, dbias = sums(x, batch, *weight.shape), sums(x, batch, channels)
     dx = x.new_empty(x.shape)
     if x.numel():
         dy = dy.contiguous()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 # Whether the kernels of this process run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-
 # The first NVIDIA generation that computes in bfloat16.
 OLDEST = 80
 
@@ -52,8 +50,14 @@ def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
     batch, length, channels = tensor.shape
     stride = tensor.stride(1) if length > 1 else tensor.stride(0)  # what an axis of one has as its stride says nothing
     even = (channels == 1 or tensor.stride(2) == 1) and (batch == 1 or tensor.stride(0) == length * stride)
-    return (tensor, stride) if even and stride >= channels else (_dense(tensor), channels)
+    return (tensor, stride) if even and stride >= channels else (dense(tensor), channels)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """A copy with rows right after each other; `contiguous` leaves a single row as far from the next as it says."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def sums(of: Tensor, *shape: int) -> Tensor:
+    """A float32 tensor for what a kernel that goes over `of` adds up; zeros if there is nothing to go over."""
+    return (torch.empty if of.numel() else torch.zeros)(shape, dtype=torch.float32, device=of.device)

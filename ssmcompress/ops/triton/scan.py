@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import INTERPRETED, capability, even_rows, launch, processors
+from .launch import INTERPRETED, capability, dense, even_rows, launch, processors, sums
 from .scan_backward import scan_backward
 from .scan_kernels import scan_chunks, scan_forward
 
@@ -63,9 +63,9 @@ def forward(
     if y.numel():
         arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
         # Before the gate a sum may leave the range of float16.
-        sums = y.new_empty(y.shape, dtype=torch.float32) if len(u) > 1 and y.dtype == torch.float16 else y
+        wide = sums(y, *y.shape) if len(u) > 1 and y.dtype == torch.float16 else y
         add = None if add is None else add.contiguous()
-        arguments |= {"add": add, "y": y, "sums": sums, "scores": parts, "chunk": chunk}
+        arguments |= {"add": add, "y": y, "sums": wide, "scores": parts, "chunk": chunk}
         arguments |= {"ends": None, "decays": None, "SCORE": score, "SCORED": scored, "EVEN": channels % block == 0}
         grid, shape = (batch * blocks, chunks), _shape(block, warps, capability(y.device))
         if chunks > 1:
@@ -96,8 +96,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
     blocks, zs = triton.cdiv(channels, block), [] if z is None else [z]
 
     def new(tensors: list[Tensor], *shape: int) -> list[Tensor]:
-        make = torch.empty if dy.numel() else torch.zeros
-        return [make(shape, dtype=torch.float32, device=dy.device) for _ in tensors]
+        return [sums(dy, *shape) for _ in tensors]
 
     du, ddelta = ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (u, delta))
     dgap, dz = new(gap, batch, length, channels), new(zs, batch, length, channels)
@@ -141,8 +140,8 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
     BC, state_stride = _same_strides([even_rows(t) for t in (*B, *C)])
     if max(z_stride, state_stride, u[0].shape[2]) * u[0].shape[1] >= 2**31:
         raise ValueError(f"selective_scan: {u[0].shape[1]} tokens are more than 32 bits can count the numbers of")
-    dense = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
-    tensors = {name: [t.contiguous() for t in ts] for name, ts in (dense | {"orders": order}).items()}
+    plain = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
+    tensors = {name: [t.contiguous() for t in ts] for name, ts in (plain | {"orders": order}).items()}
     tensors |= {"Bs": BC[: len(B)], "Cs": BC[len(B) :]}
     return {name: _each(ts, len(u)) for name, ts in tensors.items()} | {
         "A": torch.stack([a.t() for a in A]),
@@ -166,8 +165,7 @@ def _same_strides(tensors: list[tuple[Tensor, int]]) -> tuple[list[Tensor], int]
     distances = {stride for _, stride in tensors}
     if len(distances) == 1:
         return [tensor for tensor, _ in tensors], distances.pop()
-    dense = [tensor.clone(memory_format=torch.contiguous_format) for tensor, _ in tensors]
-    return dense, dense[0].shape[2]
+    return [dense(tensor) for tensor, _ in tensors], tensors[0][0].shape[2]
 
 
 def _each(tensors: list[Tensor], paths: int) -> tuple[Tensor | None, ...]:

@@ -71,7 +71,6 @@ def forward_path(
 ):  # fmt: skip
     """One path of `scan_forward` through the tokens `first` .. `first + count - 1`, on top of the paths before it."""
     n = tl.arange(0, N)[:, None]
-    # From the image's first row on, 32 bits count the rows, which takes fewer instructions.
     first_row = b * length
     u += first_row * channels
     delta += first_row * channels

@@ -3,7 +3,8 @@
 A program takes a block of channels of one image through its tokens one by one. A block is (states, channels), in
 float32 in registers, so that for up to 16 states a thread holds all of them and their sum needs no other thread.
 Activations are rows of `channels` numbers, B and C rows `state_stride` apart. None stands for what a call does not
-have. Rows of an image are counted in 32 bits, which takes fewer instructions.
+have. Rows of an image are counted in 32 bits, which takes fewer instructions; each path moves its pointers to the image
+itself, for with Triton 3.6 no function can return None.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: 
 
 @triton.jit
 def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """(image, channels, the same, which of them there are) of a program; where there is none, the last one's number.
+    """(image, e, columns, live) of a program: its channels are `e`, the last one again where there are no more.
 
-    APART: neighbours belong to different threads, which then hold all states of their channels and exchange nothing.
-    Else a thread may load a few neighbours at once, and share their states with others.
+    `live` says which of them there are. `columns` are the same numbers, known to Triton as neighbours. APART: `e` is
+    not, so that neighbours belong to different threads, which then hold all states of their channels and exchange
+    nothing; else a thread may load a few neighbours at once, and share their states with others.
     """
     blocks = tl.cdiv(channels, BLOCK)
     columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
