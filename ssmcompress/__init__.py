@@ -5,6 +5,7 @@
     model = ssmcompress.load("vim_tiny.pth")                       # images (B, C, H, W) -> logits
     plan = ssmcompress.calibrate(model, images, ratio=0.3)         # images: a tensor, or batches
     pruned = ssmcompress.prune(model, plan)                        # a new model; the first is untouched
+    pruned = ssmcompress.reconstruct(pruned, model, images)        # later layers refitted, without training
     ssmcompress.evaluate(pruned, batches, dense=model)
     ssmcompress.save(pruned, "vim_tiny-r0.30")
     ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .export import export_onnx, verify_onnx
     from .pruning.calibrate import calibrate, make_plan
     from .pruning.pruner import prune
+    from .pruning.reconstruct import reconstruct
     from .pruning.schedule import Plan, Stage
 
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "make_plan": "pruning.calibrate",
     "ops": "ops",
     "prune": "pruning.pruner",
+    "reconstruct": "pruning.reconstruct",
     "save": "checkpoint",
     "verify_onnx": "export",
 }
@@ -56,6 +59,7 @@ __all__ = [
     "make_plan",
     "ops",
     "prune",
+    "reconstruct",
     "save",
     "verify_onnx",
 ]

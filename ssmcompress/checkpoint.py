@@ -18,6 +18,7 @@ from .files import new_folder, sha256
 from .models import MODELS, MadeBy, TokenModel, build
 from .preprocess import Preprocessing
 from .pruning.pruner import install
+from .pruning.reconstruct import Reconstruction
 from .pruning.schedule import Plan
 from .safe_pickle import read_pickle
 from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
@@ -162,6 +163,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
         _fill_gaps(model, gaps)
         model.plan = plan
+        if pruning.get("reconstruction") is not None:
+            model.reconstruction = Reconstruction.from_dict(pruning["reconstruction"])
     data = config.get("data") if isinstance(config.get("data"), str) else None
     if data is not None and path.is_dir() and os.path.exists(path / data):
         data = str((path / data).absolute())
@@ -222,6 +225,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         pruning = {
             **model.plan.to_dict(tensors=False),
             "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
+            "reconstruction": asdict(model.reconstruction) if model.reconstruction else None,
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},
             "command": model.made_by.command,
             "versions": model.made_by.versions or versions(),

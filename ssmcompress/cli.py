@@ -190,6 +190,13 @@ def prune(
         GapSource | None,
         typer.Option(help="Step size of pruned tokens. Default: calibrated where data is given, else bias."),
     ] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Refit later layers to the dense model, without training. Default: where data is given.",
+        ),
+    ] = None,
     plan: Annotated[
         str | None, typer.Option(help="JSON file with a plan: --dry-run --json output, or a model's config.json.")
     ] = None,
@@ -197,7 +204,9 @@ def prune(
     eval_data: Annotated[
         str | None, typer.Option(help="Images to measure on. Default: those of --data not calibrated on.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images to calibrate on, at most half of --data.")] = 1024,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images to calibrate and reconstruct on, at most half of --data.")
+    ] = 1024,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the images drawn and of importance random.")] = 0,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     force: Force = False,
@@ -219,7 +228,7 @@ def prune(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune tokens of a dense model: calibrate, prune, measure, and write a folder with the report."""
+    """Prune tokens of a dense model: calibrate, prune, reconstruct, measure, write a folder."""
     ratios = ratios_removed(ratio) if ratio is not None else None
     share = flops_share(flops) if flops is not None else None
     layers = numbers(stages, "--stages", int)
@@ -255,7 +264,8 @@ def prune(
     folder = Path(output or Path("compressed", folder_name(checkpoint, {
         "plan": Path(plan).stem if plan else None, "f": share, "r": ratios, "s": layers,
         "": importance.value if importance not in (None, Importance.clip) else None,
-        "no-align": "" if align is False else None, "gap-": gap.value if gap else None, "seed": seed or None,
+        "no-align": "" if align is False else None,
+        "no-reconstruct": "" if reconstruct is False else None, "gap-": gap.value if gap else None, "seed": seed or None,
         "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
     })))  # fmt: skip
     import torch
@@ -265,6 +275,7 @@ def prune(
         eval_data=eval_data,
         samples=samples,
         gap=gap.value if gap else None,
+        reconstruct=reconstruct,
         seed=seed,
         batch_size=batch_size,
         workers=workers,

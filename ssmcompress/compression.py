@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from .pictures import kept_tokens
 from .pruning.alignment import Alignment
 from .pruning.calibrate import calibrate, make_plan
 from .pruning.pruner import prune
+from .pruning.reconstruct import reconstruct
 from .pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
 
 SAMPLES = 1024
@@ -38,6 +40,8 @@ class Setup:
         data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.open_images`.
         samples: how many images to calibrate on at most.
         gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
+        reconstruct: whether to refit the later layers on the calibration images; None: where the data is the user's
+            and there are two images at least.
         seed: of the images drawn.
         batch_size: images at a time; changes no result. workers: processes that decode them.
         dtype: float32, or bfloat16 for measuring under autocast.
@@ -48,6 +52,7 @@ class Setup:
     eval_data: str | None = None
     samples: int = SAMPLES
     gap: str | None = None
+    reconstruct: bool | None = None
     seed: int = 0
     batch_size: int = 64
     workers: int = 0
@@ -114,7 +119,7 @@ def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
 def compress(
     model: TokenModel, plan: Plan, output: str | Path, setup: Setup = Setup(), *, command: str = "", force: bool = False
 ) -> dict[str, Any]:
-    """Calibrate, prune, measure and write a folder; returns the report that is in it.
+    """Calibrate, prune, reconstruct, measure and write a folder; returns the report that is in it.
 
     Args:
         model: dense, from `load`.
@@ -139,6 +144,15 @@ def compress(
     if plan.alignment != UNALIGNED:
         models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
     models["pruned"] = pruned = prune(model, plan)
+    refit = setup.reconstruct
+    if refit is None:
+        refit = not calibration.source.stand_in and plan.calibration.images > 1
+    seconds = 0.0
+    if refit:
+        models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
+        begun = time.perf_counter()
+        models["pruned"] = pruned = reconstruct(pruned, model, calibration, name=calibration.source.name)
+        seconds = time.perf_counter() - begun
     results = measure(models, measured, dtype=setup.dtype)
     sample = next(iter(measured)).images.to(next(model.parameters()).device)
     times = {}
@@ -152,6 +166,7 @@ def compress(
         "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
         "stages": stage_rows(pruned),
         "alignment": {**asdict(plan.alignment), "gap": plan.gap if plan.alignment.scan else None},
+        "reconstruction": _reconstruction_block(pruned, seconds),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "latency": latency_settings(sample.device) if times else None,
         "command": command,
@@ -212,6 +227,10 @@ def _calibration_block(plan: Plan, calibration: Batches) -> dict[str, Any]:
         "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
         "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
     }
+
+
+def _reconstruction_block(model: TokenModel, seconds: float) -> dict[str, Any] | None:
+    return {**asdict(model.reconstruction), "seconds": round(seconds, 2)} if model.reconstruction else None
 
 
 def _model_block(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:

@@ -132,6 +132,9 @@ def show_report(report: dict[str, Any], as_json: bool) -> None:
     show_table(["", *reports.columns(report)], reports.rows(report))
     for note in reports.notes(report):
         print(f"  {note}")
+    maps, fits = reports.fits(report)
+    if fits:
+        show_table(["missed by a refitted map, before -> after", *maps], fits)
 
 
 def show_preview(value: dict[str, Any], as_json: bool) -> None:

@@ -71,6 +71,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def kl_divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL(dense || this) in nats, summed over the images, of logits (images, classes); float64."""
+    ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+
 class _Tally:
     """Counts over batches; sums in float64, so that the batch size changes nothing that is printed."""
 
@@ -93,8 +99,7 @@ class _Tally:
         if dense is not None:
             self.compared = True
             self.same += int((logits.argmax(1) == dense.argmax(1)).sum())
-            ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
-            self.kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+            self.kl += float(kl_divergence(dense, logits))
 
     def result(self) -> Evaluation:
         if not self.images:

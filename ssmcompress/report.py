@@ -33,7 +33,7 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        rows(report), notes(report)
+        rows(report), notes(report), fits(report)
         json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
@@ -75,8 +75,21 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def columns(report: Report) -> list[str]:
-    """The models that a report compares; `naive` is the same pruning without alignment."""
-    return [name for name in ("dense", "naive", "pruned") if report.get(name)]
+    """The models that a report compares: `naive` is the pruned one without alignment, `aligned` with old weights."""
+    return [name for name in ("dense", "naive", "aligned", "pruned") if report.get(name)]
+
+
+def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What reconstruction left, a table: (the maps it refits in a layer, (layer, a cell for each of them) for each).
+
+    A cell holds the share that a map misses of what it should give, on held-out images, before and after.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for fit in (report.get("reconstruction") or {}).get("fits", ()):
+        layer, _, name = fit["weight"].rpartition(".")
+        layers.setdefault(layer or name, {})[name] = f"{fit['before']:.1%} -> {fit['after']:.1%}"
+    names = list(dict.fromkeys(name for cells in layers.values() for name in cells))
+    return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]
 
 
 def notes(report: Report) -> list[str]:
@@ -104,6 +117,14 @@ def notes(report: Report) -> list[str]:
     if calibration.get("images"):
         use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
         lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
+    if refit := report.get("reconstruction"):
+        new = sum(fit["ridge"] is not None for fit in refit["fits"])
+        lines.append(
+            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
+            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
+            f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
+            + ("" if refit["kept"] else ", no closer: the old weights were kept")
+        )
     if timing := report.get("latency"):
         lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
     return lines
@@ -132,7 +153,7 @@ def _render(template: str, report: Report, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(
-        report=report, columns=columns(report), rows=rows(report), notes=notes(report), **values
+        report=report, columns=columns(report), rows=rows(report), notes=notes(report), fits=fits(report), **values
     )
 
 

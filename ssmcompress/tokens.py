@@ -10,6 +10,11 @@ from torch import Tensor
 from .pruning.alignment import Alignment, gap_steps
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Of values (batch, tokens, channels) those of the tokens at `index` (batch, taken)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Kept tokens of a batch of images, always in their original order.
@@ -51,7 +56,7 @@ class Tokens:
 
     def keep(self, index: Tensor) -> Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
-        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[2]))
+        features = take(self.features, index)
         positions = self.explicit_positions().gather(1, index)
         return replace(self, features=features, positions=positions, steps=None, scores=None)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from ..pruning.alignment import Alignment
 from ..pruning.schedule import Plan, token_counts
 from ..tokens import Tokens
+
+if TYPE_CHECKING:
+    from ..pruning.reconstruct import Reconstruction
 
 StateDict = Mapping[str, Tensor]
 
@@ -33,7 +36,16 @@ class MadeBy:
 
 
 class Block(nn.Module, abc.ABC):
-    """One layer: Tokens in, Tokens out; aligns by itself to tokens that carry positions."""
+    """One layer: Tokens in, Tokens out; aligns by itself to tokens that carry positions.
+
+    Attributes:
+        refitted: its linear layers that reconstruction refits, by name, in groups in the order in which they run
+            (those of a group do not feed each other). The last group is the projection into the residual stream:
+            features out = features in + residual_scale * projection.
+    """
+
+    refitted: ClassVar[tuple[tuple[str, ...], ...]]
+    residual_scale: ClassVar[float] = 1.0
 
     @abc.abstractmethod
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
@@ -61,7 +73,7 @@ class TokenModel(nn.Module, abc.ABC):
             names stay as they are.
         plan: what `prune` carried out, None for a dense model.
         preprocessing, source: how images are prepared and which file this is; set by `load`.
-        made_by: how it was pruned.
+        made_by: how it was pruned. reconstruction: how its weights were refitted, None if they were not.
     """
 
     architecture: ClassVar[str]
@@ -77,6 +89,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.preprocessing: Any = None
         self.source: Any = None
         self.made_by = MadeBy()
+        self.reconstruction: Reconstruction | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -97,6 +110,11 @@ class TokenModel(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def blocks(self) -> nn.ModuleList: ...
+
+    @property
+    @abc.abstractmethod
+    def classifier(self) -> nn.Linear:
+        """The layer that the logits come out of."""
 
     @property
     @abc.abstractmethod
@@ -150,11 +168,17 @@ class TokenModel(nn.Module, abc.ABC):
         """Logits (batch, classes), and what each stage decided."""
         tokens = self.embed(images)
         decisions = []
-        for layer, block in enumerate(self.blocks, 1):
-            pruner = self.pruners[str(layer)] if str(layer) in self.pruners else None
-            tokens = block(tokens, metric=pruner.asks_for if pruner else None)
-            if pruner is not None:
-                kept = pruner(tokens)
-                decisions.append(Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions))
-                tokens = kept
+        for layer in range(1, len(self.blocks) + 1):
+            tokens, decision = self.step(layer, tokens)
+            decisions += [decision] if decision else []
         return self.readout(tokens), decisions
+
+    def step(self, layer: int, tokens: Tokens) -> tuple[Tokens, Decision | None]:
+        """The tokens after a layer (from 1) and the stage behind it, if there is one, and what that decided."""
+        block, name = self.blocks[layer - 1], str(layer)
+        if name not in self.pruners:
+            return block(tokens), None
+        pruner = self.pruners[name]
+        tokens = block(tokens, metric=pruner.asks_for)
+        kept = pruner(tokens)
+        return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

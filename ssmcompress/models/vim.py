@@ -116,6 +116,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class VimBlock(Block):
+    refitted = (("mixer.x_proj", "mixer.x_proj_b"), ("mixer.out_proj",))
+    residual_scale = 0.5  # the mean of the two paths
+
     def __init__(self, c: VimConfig):
         super().__init__()
         self.norm = RMSNorm(c.d_model, eps=1e-5)
@@ -123,7 +126,7 @@ class VimBlock(Block):
 
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
         both, scores = self.mixer(self.norm(tokens.features), tokens, metric)
-        return tokens.updated(torch.add(tokens.features, both, alpha=0.5), scores)  # the mean of the two paths
+        return tokens.updated(torch.add(tokens.features, both, alpha=self.residual_scale), scores)
 
     def deltas(self, tokens: Tokens) -> Tensor:
         x, _ = self.mixer.in_proj(self.norm(tokens.features)).chunk(2, dim=-1)
@@ -161,6 +164,10 @@ class VisionMamba(TokenModel):
     @property
     def blocks(self) -> nn.ModuleList:
         return self.layers
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.head
 
     @property
     def length(self) -> int:

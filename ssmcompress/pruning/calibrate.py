@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import AnyBatches
+from ..batches import AnyBatches, block_size, in_blocks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -99,7 +99,7 @@ def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
     """Per layer (scan paths, d_inner): the mean of delta over the images and tokens of the dense model."""
     totals: list[Tensor | int] = [0] * len(model.blocks)
     tokens_seen = 0
-    for batch, _ in track(batches, "calibrating", len(batches)):
+    for batch in in_blocks(track(batches, "calibrating", len(batches)), block_size(model)):
         tokens_seen += len(batch) * model.length
         for layer, delta in enumerate(_dense_deltas(model, batch)):
             totals[layer] = totals[layer] + delta
@@ -131,7 +131,7 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches) -
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
     seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
     images = 0
-    for batch, _ in track(batches, "scoring tokens", len(batches)):
+    for batch in in_blocks(track(batches, "scoring tokens", len(batches)), block_size(model)):
         images += len(batch)
         logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
         if not logits.isfinite().all():

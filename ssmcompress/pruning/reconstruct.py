@@ -1,0 +1,375 @@
+"""Reconstruction without training: later layers refitted in closed form to what the dense model computes.
+
+Pruning changes what every later layer receives. Dense and pruned model are run side by side over unlabelled images,
+layer by layer with all earlier corrections in place; in each layer some linear maps (`Block.refitted`) and at last
+the classifier are replaced by the ridge regression (`ssmcompress.pruning.least_squares`) of
+
+- for the projection into the residual stream: the dense model's features after the layer, minus the pruned ones before;
+- for the maps before it: what the same map gives in the dense model;
+- for the classifier: the dense logits,
+
+at the kept tokens. Only weights that exist change, so the model costs what it cost. A row weighs what an error there
+would do to the decision: the squared gradient of the dense model's margin between its two best classes by that
+token's features. That finds by itself which tokens are read out, in any architecture.
+
+A fifth of the images is held out: it chooses each ridge, a weight is replaced only where that helps on it, and a
+model that does not come closer to the dense one on it is left as it was.
+
+The residual streams of both models wait in temporary files between layers, so memory does not grow with the images;
+running the models anew for each layer instead would take depth / 2 times as long (12 times for 24 layers).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
+from ..errors import NOT_FINITE, InputError, SsmCompressError
+from ..evaluation import kl_divergence
+from ..models.base import TokenModel
+from ..progress import track
+from ..tokens import Tokens, take
+from .least_squares import Refit, Rows, refit
+
+# One image in so many is held out.
+HELD_OUT = 5
+# Of the mean weight of a layer's rows; rows that are not read out still decide which tokens are kept later. Between
+# 1e-4 and 0.5 it made no difference (0.2 points).
+LEAST_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of one weight: see `ssmcompress.pruning.least_squares.Refit`."""
+
+    weight: str
+    ridge: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How a model was reconstructed.
+
+    Attributes:
+        name, images: the data, and how many different images of it were used. held_out: how many of them only chose.
+        kl_before, kl_after: mean KL(dense || pruned) on those held out in nats an image, with old and new weights.
+        kept: whether the model has the new weights: it keeps the old ones if they were closer.
+        fits: in the order in which they were made.
+    """
+
+    name: str
+    images: int
+    held_out: int
+    kl_before: float
+    kl_after: float
+    kept: bool
+    fits: tuple[Fit, ...]
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Reconstruction:
+        """What `dataclasses.asdict` made of one; an InputError for anything else."""
+        try:
+            fits = tuple(
+                Fit(str(f["weight"]), *(None if f[k] is None else float(f[k]) for k in ("ridge", "before", "after")))
+                for f in value["fits"]
+            )
+            counts = (int(value[k]) for k in ("images", "held_out"))
+            return cls(str(value["name"]), *counts, *(float(value[k]) for k in _KL), bool(value["kept"]), fits)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(f"not a record of a reconstruction: {type(error).__name__} {error}") from error
+
+
+_KL = ("kl_before", "kl_after")
+
+
+@torch.no_grad()
+def reconstruct(pruned: TokenModel, dense: TokenModel, images: Any, *, name: str = "images") -> TokenModel:
+    """A copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are left as they are.
+
+    The result does not depend on how the images are batched. In a `torch.distributed` group every process takes
+    images of its own; their sums are added, and all end with the same weights.
+
+    Args:
+        pruned: a pruned model. dense: the model it was made from.
+        images: a tensor (count, C, H, W) of prepared images, or batches of them (tensors, (images, labels) pairs, or
+            `ssmcompress.batches.Batches`), passed over once. Labels are not used. The same image counts once.
+        name: what the images are called in reports.
+
+    Returns:
+        The model, with `reconstruction` telling what was done. Where nothing was pruned, nothing is done.
+
+    Raises:
+        InputError: fewer than two different images, values that are not finite, or models that do not belong together.
+        SsmCompressError: no room for temporary files.
+    """
+    if pruned.plan is None or dense.plan is not None:
+        raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
+    if pruned.config != dense.config:
+        raise InputError("the pruned and the dense model differ in architecture or image size")
+    model = copy.deepcopy(pruned)
+    counts = model.token_counts()
+    incomplete = [layer for layer in range(1, len(model.blocks) + 1) if counts[layer - 1] < model.length]
+    if not incomplete:
+        return model
+    with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
+        run = _SideBySide(dense, model, Path(folder))
+        before = run.start(AnyBatches(images), incomplete[0])
+        work = run.blocks * (sum(len(model.blocks[layer - 1].refitted) + 1 for layer in incomplete) + 1)
+        for _ in track(run.refit(incomplete), "reconstructing", work):
+            pass
+    after = run.kl
+    kept = after < before
+    if not kept:
+        model = copy.deepcopy(pruned)
+    model.reconstruction = Reconstruction(name, run.images, run.held_out, before, after, kept, tuple(run.fits))
+    return model
+
+
+class _SideBySide:
+    """A dense and a pruned model at the same layer, on the same images.
+
+    A block of images is known by its number; `folder` holds, for each, the `weights` of all rows (layers + 1, images,
+    tokens), the `dense` features and the `pruned` (features, positions) before the layer they have come to, and the
+    dense `targets` of the layer's inner maps at the kept tokens.
+    """
+
+    def __init__(self, dense: TokenModel, pruned: TokenModel, folder: Path):
+        self.models = {"dense": dense, "pruned": pruned}
+        self.dense, self.pruned, self.folder = dense, pruned, folder
+        self.device = next(pruned.parameters()).device
+        self.size = block_size(dense)
+        self.blocks = self.images = self.held_out = 0
+        self.kl = 0.0
+        self.fits: list[Fit] = []
+
+    # ------------------------------------------------------------------------------------------- files of blocks
+
+    def put(self, kind: str, block: int, value: Any) -> None:
+        try:
+            torch.save(value, self.folder / f"{kind}{block}")
+        except (OSError, RuntimeError) as error:
+            raise SsmCompressError(
+                f"cannot keep features in {self.folder}: {error}; use fewer --samples, or set TMPDIR to a folder with "
+                f"more room"
+            ) from error
+
+    def get(self, kind: str, block: int) -> Any:
+        return torch.load(self.folder / f"{kind}{block}", map_location=self.device, weights_only=True)
+
+    def tokens(self, block: int) -> Tokens:
+        """The pruned model's tokens before the layer."""
+        features, positions = self.get("pruned", block)
+        return replace(self.template, features=features, positions=positions)
+
+    def held(self, block: int, count: int) -> Tensor:
+        """(count,) whether each image of a block is held out; the second is the first, so that two images will do."""
+        index = block * self.size + torch.arange(count, device=self.device)
+        return index % HELD_OUT == 1
+
+    # ------------------------------------------------------------------------------------------------- the passes
+
+    def start(self, batches: AnyBatches, layer: int) -> float:
+        """Take in the images and bring both models to `layer`, the first to be refitted; mean KL of those held out."""
+        device = self.device
+        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64, device=device)
+        kl = torch.zeros((), dtype=torch.float64, device=device)
+        for images in in_blocks(_distinct(track(batches, "looking at images", len(batches))), self.size):
+            images = images.to(device)
+            weights = margin_gradients(self.dense, images)
+            self.totals += weights.sum((1, 2), dtype=self.totals.dtype)
+            held = self.held(self.blocks, len(images))
+            if held.any():
+                kl += kl_divergence(self.dense(images[held]), self.pruned(images[held]))
+            tokens = self.dense.embed(images)
+            self.template = self.pruned.embed(images[:1])
+            for passed in range(1, layer - 1):
+                tokens = self.dense.blocks[passed - 1](tokens)
+            kept = self.pruned.step(layer - 1, replace(tokens, alignment=self.template.alignment))[0]
+            dense = self.dense.blocks[layer - 2](tokens)
+            self.put("weights", self.blocks, weights)
+            self.put("dense", self.blocks, dense.features)
+            self.put("pruned", self.blocks, (kept.features, kept.explicit_positions()))
+            self.blocks += 1
+            self.images += len(images)
+            self.held_out += int(held.sum())
+        counts = torch.tensor([self.images, self.held_out], device=device)
+        _add_processes(self.totals, kl, counts)
+        self.images, self.held_out = counts.tolist()
+        if not self.held_out:
+            raise InputError(
+                f"{self.images} different images: reconstruction needs at least 2, one to fit and one to check on"
+            )
+        return float(kl) / self.held_out
+
+    def refit(self, layers: Iterable[int]) -> Iterator[None]:
+        """Refit these layers and the classifier, one after the other; yields after every pass over a block."""
+        for layer in layers:
+            for number, names in enumerate(self.pruned.blocks[layer - 1].refitted):
+                yield from self.refit_maps(layer, names, first=number == 0)
+            for k in range(self.blocks):
+                kept, _ = self.pruned.step(layer, self.tokens(k))
+                self.put("pruned", k, (kept.features, kept.positions))
+                yield
+        yield from self.refit_classifier()
+
+    def refit_maps(self, layer: int, names: Sequence[str], first: bool) -> Iterator[None]:
+        """Refit maps of a layer that do not feed each other; the first time, the dense model passes the layer."""
+        dense, pruned = self.dense.blocks[layer - 1], self.pruned.blocks[layer - 1]
+        *inner, (projection,) = pruned.refitted
+        inner = [name for group in inner for name in group]
+        sums = {name: _Sums(pruned.get_submodule(name), self.device) for name in names}
+        for k in range(self.blocks):
+            tokens = self.tokens(k)
+            if first:
+                full = replace(self.template, features=self.get("dense", k))
+                with _recorded(dense, inner) as seen:
+                    self.put("dense", k, dense(full).features)
+                self.put("targets", k, {name: take(out, tokens.positions) for name, (_, out) in seen.items()})
+            with _recorded(pruned, names) as seen:
+                pruned(tokens)
+            is_projection = names == (projection,)
+            if is_projection:
+                wanted = take(self.get("dense", k), tokens.positions) - tokens.features
+                targets = {projection: wanted / pruned.residual_scale}
+            else:
+                targets = self.get("targets", k)
+            weights = self.weights(k, layer if is_projection else layer - 1).gather(1, tokens.positions)
+            held = self.held(k, len(weights))
+            for name, rows in sums.items():
+                rows.add(seen[name][0], targets[name], weights, held)
+            yield
+        for rows in sums.values():
+            self.replace(rows)
+
+    def refit_classifier(self) -> Iterator[None]:
+        """Refit the classifier to the dense logits; then see how far the images held out are from the dense model."""
+        classifier = self.pruned.classifier
+        sums, seen_by = _Sums(classifier, self.device), []
+        for k in range(self.blocks):
+            logits = self.dense.readout(replace(self.template, features=self.get("dense", k)))
+            name = _name_of(self.pruned, classifier)
+            with _recorded(self.pruned, [name]) as seen:
+                self.pruned.readout(self.tokens(k))
+            inputs, held = seen[name][0], self.held(k, len(logits))
+            sums.add(inputs, logits, torch.ones(len(logits), device=self.device), held)
+            seen_by.append((inputs[held], logits[held]))
+            yield
+        self.replace(sums)
+        kl = sum(kl_divergence(logits, classifier(inputs)) for inputs, logits in seen_by)
+        _add_processes(kl)
+        self.kl = float(kl) / self.held_out
+
+    def weights(self, block: int, layer: int) -> Tensor:
+        """(images, tokens) what an error of a row after `layer` weighs, relative to the layer's mean."""
+        mean = self.totals[layer] / (self.images * self.dense.length)
+        weights = self.get("weights", block)[layer]
+        return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
+
+    def replace(self, sums: _Sums) -> None:
+        """Give a linear layer the weight that its sums determine."""
+        found = sums.refit()
+        name = _name_of(self.pruned, sums.linear)
+        self.fits.append(Fit(name, found.ridge, found.before, found.after))
+
+
+class _Sums:
+    """Rows of a linear layer, those to fit and those held out; a bias is one more input, which is always 1."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device):
+        self.linear = linear
+        inputs = linear.in_features + (linear.bias is not None)
+        self.fitted, self.held_out = (Rows.none(inputs, linear.out_features, device) for _ in range(2))
+
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor, held: Tensor) -> None:
+        """Rows of a block: inputs (images, ..., n), targets (images, ..., m), weights (images, ...), held (images,)."""
+        if self.linear.bias is not None:
+            inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+        for rows, chosen in ((self.fitted, ~held), (self.held_out, held)):
+            rows.add(inputs[chosen].flatten(0, -2), targets[chosen].flatten(0, -2), weights[chosen].flatten())
+
+    def refit(self) -> Refit:
+        """The refit over all processes, put into the layer unless that keeps its weight."""
+        for rows in (self.fitted, self.held_out):
+            _add_processes(rows.gram, rows.cross, rows.power)
+        weight, bias = self.linear.weight, self.linear.bias
+        found = refit(self.fitted, self.held_out, weight if bias is None else torch.cat([weight, bias[:, None]], dim=1))
+        if found.ridge is not None:
+            weight.copy_(found.weight[:, : weight.shape[1]])
+            if bias is not None:
+                bias.copy_(found.weight[:, -1])
+        return found
+
+
+def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
+    """What an error would do to a model's decision: (layers + 1, images, tokens) float32.
+
+    Entry 0 is the squared length of the gradient of the margin, the best logit minus the second, by each token's
+    features before the first layer, entry i by those after layer i. One layer's activations are held at a time.
+    """
+    with torch.enable_grad():
+        tokens = model.embed(images)
+        states = [tokens.features.detach().requires_grad_()]
+        for block in model.blocks:
+            after = checkpoint(
+                lambda x, block=block: block(tokens.updated(x)).features, states[-1], use_reentrant=False
+            )
+            states.append(after)
+        logits = model.readout(tokens.updated(states[-1]))
+        if not logits.isfinite().all():
+            raise InputError(NOT_FINITE)
+        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        margin = 2 * best[:, 0] - best.sum(1)
+        gradients = torch.autograd.grad(margin.sum(), states)
+    return torch.stack([gradient.square().sum(-1) for gradient in gradients])
+
+
+@contextmanager
+def _recorded(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """While in the `with` block: by name, what linear layers of `module` last received and gave."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str):
+        return lambda layer, received, given: seen.update({name: (received[0], given)})
+
+    hooks = [module.get_submodule(name).register_forward_hook(record(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _distinct(batches: Iterable[Labelled]) -> Iterator[Labelled]:
+    """The batches without the images that were there before: the same image would stand on both sides of a check."""
+    known: set[bytes] = set()
+    for images, _ in batches:
+        fresh = []
+        for row, image in enumerate(images):
+            mark = digest(image)
+            if mark not in known:
+                known.add(mark)
+                fresh.append(row)
+        yield Labelled(images[fresh], None)
+
+
+def _add_processes(*values: Tensor) -> None:
+    """Add each of the values up over the processes of a `torch.distributed` group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for value in values:
+            torch.distributed.all_reduce(value)
