@@ -16,6 +16,7 @@ from ._version import __version__
 from .errors import InputError
 from .files import new_folder, sha256
 from .models import MODELS, MadeBy, TokenModel, build
+from .models.base import low_rank
 from .preprocess import Preprocessing
 from .pruning.pruner import install
 from .pruning.reconstruct import Reconstruction
@@ -145,7 +146,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     if architecture.get("type") not in known:
         raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(known)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
-    weights = clean({k: v for k, v in state.items() if k not in gaps})
+    corrections = {k: v for k, v in state.items() if k.startswith("corrections.")}
+    weights = clean({k: v for k, v in state.items() if k not in gaps and k not in corrections})
     try:
         trained = tuple(int(side) for side in architecture["image_size"])
         stride = stride or int(architecture["stride"])
@@ -162,6 +164,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
         _fill_gaps(model, gaps)
+        _fill_corrections(model, corrections)
         model.plan = plan
         if pruning.get("reconstruction") is not None:
             model.reconstruction = Reconstruction.from_dict(pruning["reconstruction"])
@@ -215,6 +218,28 @@ def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:
         if not gaps[key].isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
         buffer.copy_(gaps[key])
+
+
+def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
+    width = model.classifier.in_features
+    first = min(int(layer) for layer in model.pruners)
+    left = dict(corrections)
+    for layer in range(first + 1, len(model.blocks) + 1):
+        prefix = f"corrections.{layer}."
+        pair = [left.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
+        if pair == [None, None]:
+            continue
+        rank = None if pair[0] is None or pair[0].ndim != 2 else len(pair[0])
+        shapes = [None if value is None else tuple(value.shape) for value in pair]
+        if shapes != [(rank, width), (width, rank)]:
+            raise InputError(f"{prefix}*: expected matrices (rank, {width}) and ({width}, rank), found {shapes}")
+        if not all(value.is_floating_point() and value.isfinite().all() for value in pair):
+            raise InputError(f"{prefix}* holds values that are not finite numbers; the file is damaged")
+        model.corrections[str(layer)] = low_rank(width, rank)
+        for linear, value in zip(model.corrections[str(layer)], pair, strict=True):
+            linear.weight.data.copy_(value)
+    if left:
+        raise InputError(f"corrections do not fit the stages in {CONFIG_FILE}: {', '.join(sorted(left)[:3])}")
 
 
 def describe(model: TokenModel) -> dict[str, Any]:

@@ -264,8 +264,8 @@ def prune(
     folder = Path(output or Path("compressed", folder_name(checkpoint, {
         "plan": Path(plan).stem if plan else None, "f": share, "r": ratios, "s": layers,
         "": importance.value if importance not in (None, Importance.clip) else None,
-        "no-align": "" if align is False else None,
-        "no-reconstruct": "" if reconstruct is False else None, "gap-": gap.value if gap else None, "seed": seed or None,
+        "no-align": "" if align is False else None, "no-reconstruct": "" if reconstruct is False else None,
+        "gap-": gap.value if gap else None, "seed": seed or None,
         "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
     })))  # fmt: skip
     import torch

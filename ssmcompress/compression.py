@@ -19,7 +19,7 @@ from .data import find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
-from .flops import flops, reachable, remaining_share
+from .flops import corrections_share, flops, reachable, remaining_share
 from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
@@ -74,7 +74,8 @@ def plan_for_budget(model: TokenModel, budget: float, stages: Sequence[int] | No
             f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
             f"leaves between {least:.1%} and 100%"
         )
-    ratio = ratio_for_budget(budget, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
+    reserve = corrections_share(model, stages)
+    ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
     return make_plan(model, stages=stages, ratio=ratio, **options)
 
 
@@ -230,7 +231,11 @@ def _calibration_block(plan: Plan, calibration: Batches) -> dict[str, Any]:
 
 
 def _reconstruction_block(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    return {**asdict(model.reconstruction), "seconds": round(seconds, 2)} if model.reconstruction else None
+    """Also the seconds it took, and the rank of each layer's correction."""
+    if model.reconstruction is None:
+        return None
+    ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
+    return {**asdict(model.reconstruction), "seconds": round(seconds, 2), "correction_ranks": ranks}
 
 
 def _model_block(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:

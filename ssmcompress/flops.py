@@ -25,8 +25,14 @@ def flops(model: TokenModel) -> dict[str, float]:
 
 
 def by_part(model: TokenModel, convention: str = "full") -> dict[str, float]:
-    """GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head."""
-    return {part: count / 1e9 for part, count in model.flops_by_part(model.token_counts(), convention).items()}
+    """GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head.
+
+    A reconstructed model has corrections, too.
+    """
+    parts = model.flops_by_part(model.token_counts(), convention)
+    if model.corrections:
+        parts = {**parts, "corrections": sum(weight.numel() for weight in model.corrections.parameters())}
+    return {part: count / 1e9 for part, count in parts.items()}
 
 
 def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
@@ -37,6 +43,12 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
         return sum(model.flops_by_part(counts, "full").values())
 
     return count(stages) / count(())
+
+
+def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
+    """The most that the corrections of reconstruction can cost after layers `stages`, as a share of the dense FLOPs."""
+    layers = len(model.blocks) - min(stages)
+    return layers * model.classifier.in_features**2 / (flops(model)["full"] * 1e9)
 
 
 def reachable(model: TokenModel, stages: Sequence[int]) -> float:

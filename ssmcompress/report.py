@@ -118,7 +118,7 @@ def notes(report: Report) -> list[str]:
         use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
         lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
     if refit := report.get("reconstruction"):
-        new = sum(fit["ridge"] is not None for fit in refit["fits"])
+        new = sum(bool(fit["ridges"]) for fit in refit["fits"])
         lines.append(
             f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
             f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "

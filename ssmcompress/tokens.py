@@ -15,6 +15,10 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
 
 
+def _unit(features: Tensor) -> Tensor:
+    return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Kept tokens of a batch of images, always in their original order.
@@ -26,6 +30,8 @@ class Tokens:
         positions: (batch, kept) int64, strictly increasing; None while nothing is pruned.
         scores: (batch, kept) importance, where the last block was asked for it; else None.
         alignment: which ops of the blocks make up for pruned positions.
+        pruned_sum: (batch, d_model) sum of the pruned tokens' features, each scaled to a mean square of 1; where a
+            model's corrections ask for it, else None.
         steps: pruned positions just before each token, on the way forward and on the way back, each (batch, kept)
             float32; made from `positions`, once for all blocks up to the next stage.
     """
@@ -36,6 +42,7 @@ class Tokens:
     positions: Tensor | None = None
     scores: Tensor | None = None
     alignment: Alignment = Alignment()
+    pruned_sum: Tensor | None = None
     steps: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +66,15 @@ class Tokens:
         features = take(self.features, index)
         positions = self.explicit_positions().gather(1, index)
         return replace(self, features=features, positions=positions, steps=None, scores=None)
+
+    def remembering(self, before: Tokens) -> Tokens:
+        """These tokens with `pruned_sum`, where `before` are those that they were kept of."""
+        lost = _unit(before.features).sum(1) - _unit(self.features).sum(1)
+        return replace(self, pruned_sum=lost if before.pruned_sum is None else before.pruned_sum + lost)
+
+    def pruned_mean(self) -> Tensor:
+        """(batch, d_model) mean of the pruned tokens' features as `pruned_sum` has them; zero while there are none."""
+        return self.pruned_sum / max(1, self.length - self.features.shape[1])
 
     def protected_index(self) -> Tensor:
         """(batch,) index of the protected token among the kept ones, which are ordered by position."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..pruning.alignment import Alignment
@@ -25,6 +26,12 @@ class Decision(NamedTuple):
     candidates: Tensor
     scores: Tensor
     kept: Tensor
+
+
+def low_rank(width: int, rank: int, device: torch.device | str | None = None) -> nn.Sequential:
+    """A linear map (width) -> (width) of a rank, without bias."""
+    options = {"bias": False, "device": device}
+    return nn.Sequential(nn.Linear(width, rank, **options), nn.Linear(rank, width, **options))
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class TokenModel(nn.Module, abc.ABC):
         config: the architecture, a frozen dataclass.
         pruners: TokenPruner by layer ("5": after the fifth), beside the blocks so that published parameter
             names stay as they are.
+        corrections: linear maps of low rank by layer, beside the blocks too: what the mean of the tokens pruned so
+            far adds to all kept ones after that layer. Reconstruction puts them there.
         plan: what `prune` carried out, None for a dense model.
         preprocessing, source: how images are prepared and which file this is; set by `load`.
         made_by: how it was pruned. reconstruction: how its weights were refitted, None if they were not.
@@ -84,6 +93,7 @@ class TokenModel(nn.Module, abc.ABC):
         super().__init__()
         self.config = config
         self.pruners = nn.ModuleDict()
+        self.corrections = nn.ModuleDict()
         self.alignment = Alignment()
         self.plan: Plan | None = None
         self.preprocessing: Any = None
@@ -175,10 +185,15 @@ class TokenModel(nn.Module, abc.ABC):
 
     def step(self, layer: int, tokens: Tokens) -> tuple[Tokens, Decision | None]:
         """The tokens after a layer (from 1) and the stage behind it, if there is one, and what that decided."""
-        block, name = self.blocks[layer - 1], str(layer)
-        if name not in self.pruners:
-            return block(tokens), None
-        pruner = self.pruners[name]
-        tokens = block(tokens, metric=pruner.asks_for)
+        name = str(layer)
+        pruner = self.pruners[name] if name in self.pruners else None
+        tokens = self.blocks[layer - 1](tokens, metric=pruner.asks_for if pruner else None)
+        if name in self.corrections:
+            correction = self.corrections[name](tokens.pruned_mean())
+            tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
+        if pruner is None:
+            return tokens, None
         kept = pruner(tokens)
+        if any(int(later) > layer for later in self.corrections):
+            kept = kept.remembering(tokens)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

@@ -7,6 +7,7 @@ processes add up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))
 # A layer whose outputs miss their targets by less than this share of the targets' power, the rounding of float32 over
 # some layers, has nothing to gain. Found on models that prune nothing: up to 1e-12.
 NEGLIGIBLE = 1e-10
+# A ridge that holds a weight where it is.
+HELD = 1e12
 
 
 @dataclass
@@ -61,24 +64,35 @@ class Refit:
 
     Attributes:
         weight: (outputs, inputs), float64; the old one where no new one is better.
-        ridge: share of the inputs' mean power that the new weight was held to the old one with; None: kept.
+        ridges: per group of inputs, the share of their mean power that the new weight was held to the old one with,
+            None for a group that is better left alone; empty if all of the old weight is kept.
         before, after: error of the old weight and of this one on the held-out rows, as shares of the targets' power.
     """
 
     weight: Tensor
-    ridge: float | None
+    ridges: tuple[float | None, ...]
     before: float
     after: float
 
 
-def ridge_regression(rows: Rows, weight: Tensor, penalty: float) -> Tensor:
-    """The W that minimises sum w |W x - t|^2 + penalty * |W - weight|^2; weight and result are (outputs, inputs)."""
-    system = rows.gram + penalty * torch.eye(len(rows.gram), dtype=rows.gram.dtype, device=rows.gram.device)
-    return weight + torch.linalg.solve(system, rows.cross - rows.gram @ weight.T).T
+def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
+    """The W that minimises sum w |W x - t|^2 + sum penalty * (W - weight)^2.
+
+    Args:
+        weight: (outputs, inputs). penalty: (inputs,), of each column.
+
+    Returns:
+        (outputs, inputs).
+    """
+    return weight + torch.linalg.solve(rows.gram + penalty.diag(), rows.cross - rows.gram @ weight.T).T
 
 
-def refit(fitted: Rows, held_out: Rows, weight: Tensor) -> Refit:
-    """The ridge regression of the fitted rows with the ridge that does best on the held-out ones, if it beats `weight`.
+def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | None = None) -> Refit:
+    """The ridge regression of the fitted rows with the ridges that do best on the held-out ones, if it beats `weight`.
+
+    Args:
+        weight: (outputs, inputs). groups: how many inputs, from the first to the last, have a ridge in common; they
+            are chosen one after the other, a group whose turn has not come being held to its old weight. None: all.
 
     Raises:
         InputError: rows that are not finite.
@@ -89,11 +103,19 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor) -> Refit:
     old = weight.to(fitted.gram)
     power = float(held_out.power)
     error = held_out.error(old)
-    unit = float(fitted.gram.diagonal().mean())
-    kept = Refit(old, None, error / power if power else 0.0, error / power if power else 0.0)
-    if unit == 0 or error <= NEGLIGIBLE * power:  # no inputs, or nothing to gain
+    kept = best = Refit(old, (), error / power if power else 0.0, error / power if power else 0.0)
+    if not power or error <= NEGLIGIBLE * power:  # nothing to gain
         return kept
-    candidates = [(ridge, ridge_regression(fitted, old, ridge * unit)) for ridge in RIDGES]
-    ridge, best = min(candidates, key=lambda candidate: held_out.error(candidate[1]))
-    after = held_out.error(best)
-    return Refit(best, ridge, error / power, after / power) if after < error else kept
+    groups = groups or [weight.shape[1]]
+    units = [part.mean().expand(len(part)) for part in fitted.gram.diagonal().split(list(groups))]
+    units = [torch.where(unit > 0, unit, 1) for unit in units]  # inputs that are always zero
+    for group in range(len(groups)):
+        chosen = best.ridges or (None,) * len(groups)
+        for ridge in RIDGES:
+            ridges = (*chosen[:group], ridge, *chosen[group + 1 :])
+            penalty = [(HELD if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
+            found = ridge_regression(fitted, old, torch.cat(penalty))
+            after = held_out.error(found) / power
+            if after < best.after:
+                best = Refit(found, ridges, kept.before, after)
+    return best
