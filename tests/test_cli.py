@@ -87,7 +87,8 @@ def test_prune_on_labelled_images_reports_everything(checkpoint, class_folders):
     for name in ("dense", "naive", "pruned"):
         assert 0 <= found[name]["top1"] <= found[name]["top5"] <= 100
     assert found["pruned"]["flops"]["full"] < found["dense"]["flops"]["full"]
-    assert found["pruned"]["params"] == found["dense"]["params"]
+    ranks = found["reconstruction"]["correction_ranks"].values()
+    assert found["pruned"]["params"] == found["dense"]["params"] + sum(2 * 16 * rank for rank in ranks)
     assert min(found["pruned"]["latency_ms"], found["dense"]["latency_ms"]) > 0
     assert 0 <= found["agreement"]["top1"] <= 100 <= 100 + found["agreement"]["kl"]
     assert found["command"].startswith(f"ssmcompress prune {checkpoint} --ratio 0.5")
@@ -117,13 +118,13 @@ def test_evaluation_images_of_their_own_and_their_overlap(checkpoint, class_fold
 
 
 def test_no_align_is_the_naive_row(checkpoint, class_folders):
-    options = ("--data", class_folders, "--ratio", 0.6, "--no-latency")
+    options = ("--data", class_folders, "--ratio", 0.6, "--no-latency", "--no-reconstruct")
     aligned = call_json("prune", checkpoint, *options)
     naive = call_json("prune", checkpoint, *options, "--no-align")
     assert "naive" not in naive
     assert naive["pruned"] == aligned["naive"]
     assert naive["alignment"] == {"conv": False, "scan": False, "gap": None}
-    assert os.path.isdir("compressed/model-r0.60-no-align")
+    assert os.path.isdir("compressed/model-r0.60-no-align-no-reconstruct")
 
 
 def test_batch_size_changes_no_figure(checkpoint, class_folders):

@@ -1,0 +1,496 @@
+"""Reconstruction: the regression, the run side by side, what is kept of it in files, graphs and reports."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, make_vim, write_image
+from safetensors.torch import load_file, save_file
+from test_cli import call, call_json, refused
+from test_export import run as run_onnx
+
+import ssmcompress
+from ssmcompress.batches import Batches, block_size
+from ssmcompress.data import open_images
+from ssmcompress.errors import InputError
+from ssmcompress.flops import by_part, flops
+from ssmcompress.pruning.least_squares import Rows, refit, ridge_regression
+from ssmcompress.pruning.reconstruct import LEAST_WEIGHT, margin_gradients
+from ssmcompress.tokens import take
+
+# ------------------------------------------------------------------------------------------------ the regression
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rows_of(x, t, w):
+    rows = Rows.none(x.shape[1], t.shape[1])
+    for part in torch.arange(len(x)).split(7):
+        rows.add(x[part], t[part], w[part])
+    return rows
+
+
+@pytest.mark.parametrize("penalty", [0.0, 3.0])
+def test_ridge_regression_is_the_least_squares_optimum(penalty):
+    x, t, w, old = draw(50, 6), draw(50, 4, seed=1), draw(50, seed=2).square(), draw(4, 6, seed=3)
+    found = ridge_regression(rows_of(x, t, w), old, torch.full((6,), penalty, dtype=torch.float64))
+    # The penalty as rows of its own: sqrt(penalty) * W = sqrt(penalty) * old.
+    inputs = torch.cat([x * w.sqrt()[:, None], penalty**0.5 * torch.eye(6, dtype=torch.float64)])
+    targets = torch.cat([t * w.sqrt()[:, None], penalty**0.5 * old.T])
+    expected = torch.linalg.lstsq(inputs, targets).solution.T
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
+
+
+def test_the_error_of_a_weight_comes_from_the_sums():
+    x, t, w, weight = draw(50, 6), draw(50, 4, seed=1), draw(50, seed=2).square(), draw(4, 6, seed=3)
+    expected = (w[:, None] * (x @ weight.T - t).square()).sum()
+    assert rows_of(x, t, w).error(weight) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_a_refit_that_the_held_out_rows_do_not_confirm_is_not_made():
+    x, old = draw(40, 6), draw(4, 6, seed=3)
+    fitted = rows_of(x, draw(40, 4, seed=1), torch.ones(40))  # what was to be learnt is noise
+    held_out = rows_of(draw(40, 6, seed=4), draw(40, 6, seed=4) @ old.T, torch.ones(40))
+    found = refit(fitted, held_out, old)
+    assert torch.equal(found.weight, old)
+    assert (found.ridges, found.before, found.after) == ((), pytest.approx(0, abs=1e-12), found.before)
+
+
+def test_each_group_of_inputs_has_its_own_ridge_and_one_of_noise_is_left_alone():
+    x, true = draw(4000, 6), draw(4, 6, seed=1)
+    t = x @ true.T + 0.1 * draw(4000, 4, seed=2)
+    noise, other = draw(4000, 30, seed=3), draw(4000, 30, seed=4)
+    # On the rows to fit the further inputs foretell the noise, on those held out they do not.
+    told = torch.cat([x, (t - x @ true.T) @ draw(4, 30, seed=5) + 1e-3 * noise], dim=1)
+    ones = torch.ones(4000)
+    found = refit(rows_of(told, t, ones), rows_of(torch.cat([x, other], dim=1), t, ones), torch.zeros(4, 36), [6, 30])
+    assert found.ridges[0] is not None
+    assert found.ridges[1] is None
+    torch.testing.assert_close(found.weight[:, :6], true, atol=0.05, rtol=0)
+    assert found.weight[:, 6:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("case", ["one row", "dead inputs", "all inputs dead", "no weight", "no target", "equal rows"])
+def test_sums_that_determine_little_give_finite_weights(case):
+    x, t, w, old = draw(30, 6), draw(30, 4, seed=1), torch.ones(30, dtype=torch.float64), draw(4, 6, seed=3)
+    if case == "one row":
+        x, t, w = x[:1], t[:1], w[:1]
+    if case == "dead inputs":
+        x[:, ::2] = 0
+    if case == "all inputs dead":
+        x[:] = 0
+    if case == "no weight":
+        w[:] = 0
+    if case == "no target":
+        t[:] = 0
+    if case == "equal rows":
+        x[:] = x[0]
+    rows = rows_of(x, t, w)
+    found = refit(rows, rows, old)
+    assert found.weight.isfinite().all()
+    assert found.after <= found.before
+    if case == "dead inputs":
+        assert torch.equal(found.weight[:, ::2], old[:, ::2])
+
+
+def test_rows_that_are_not_finite_are_refused():
+    x = draw(30, 6)
+    x[3, 2] = torch.nan
+    rows = rows_of(x, draw(30, 4), torch.ones(30))
+    with pytest.raises(InputError, match="not finite"):
+        refit(rows, rows, torch.zeros(4, 6))
+
+
+# --------------------------------------------------------------------------------------------------- the models
+
+
+@pytest.fixture(scope="module")
+def many():
+    return torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return make_vim()
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, many):
+    return ssmcompress.prune(dense, ssmcompress.calibrate(dense, many, ratio=0.4, stages=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(dense, pruned, many):
+    return ssmcompress.reconstruct(pruned, dense, many, name="noise")
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_the_dense_model_is_followed_more_closely_on_images_not_used(dense, pruned, rebuilt):
+    unseen = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    before, after = (ssmcompress.evaluate(m, unseen, dense=dense).kl for m in (pruned, rebuilt))
+    assert after < 0.95 * before  # random weights have little that a linear map could win back
+    record = rebuilt.reconstruction
+    assert (record.name, record.images, record.held_out, record.kept) == ("noise", 300, 60, True)
+    assert record.kl_after < 0.95 * record.kl_before
+
+
+def test_no_weight_is_worse_than_the_old_one_on_the_images_held_out(rebuilt):
+    fits = rebuilt.reconstruction.fits
+    assert [fit.weight for fit in fits] == [
+        f"layers.{i}.mixer.{name}" for i in (1, 2, 3) for name in ("x_proj", "x_proj_b", "out_proj")
+    ] + ["head"]
+    assert all(fit.after <= fit.before for fit in fits)
+    assert sum(fit.after < fit.before for fit in fits) >= 5
+
+
+def test_arguments_layers_before_the_first_stage_and_parameter_names_stay(dense, pruned, rebuilt, many):
+    kept = copy.deepcopy(pruned), copy.deepcopy(dense)
+    ssmcompress.reconstruct(pruned, dense, many[:8])
+    assert same_weights(pruned, kept[0])
+    assert same_weights(dense, kept[1])
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    before, after = pruned.state_dict(), rebuilt.state_dict()
+    assert before.keys() == {k for k in after if not k.startswith("corrections.")}
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed <= {f"{fit.weight}.{kind}" for fit in rebuilt.reconstruction.fits for kind in ("weight", "bias")}
+
+
+def test_the_result_is_the_same_to_the_last_bit_for_any_batches(dense, pruned, rebuilt, many):
+    for batches in (many.split(7), [(part, torch.zeros(len(part))) for part in many.split(64)], iter(many.split(33))):
+        assert same_weights(ssmcompress.reconstruct(pruned, dense, batches), rebuilt)
+
+
+def test_where_nothing_is_pruned_nothing_changes(dense, many):
+    plan = ssmcompress.make_plan(dense, ratio=0.0)
+    pruned = ssmcompress.prune(dense, plan)
+    found = ssmcompress.reconstruct(pruned, dense, many)
+    assert same_weights(found, pruned)
+    assert found.reconstruction is None
+    # The same with tokens missing in the counts only: all maps are right as they are.
+    pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.5, stages=(1,)))
+    pruned.pruners["1"].ratio = 0.0
+    found = ssmcompress.reconstruct(pruned, dense, many)
+    assert same_weights(found, pruned)
+    assert not any(fit.ridges for fit in found.reconstruction.fits)
+
+
+def test_rows_weigh_what_an_error_does_to_the_margin(dense, many):
+    found = margin_gradients(dense, many[:3])
+    assert found.shape == (5, 3, 17)
+    best = dense(many[:3]).topk(2).indices
+    tokens = dense.embed(many[:3])
+    for layer in range(5):
+        features = tokens.features.detach().requires_grad_()
+        later = tokens.updated(features)
+        for block in dense.blocks[layer:]:
+            later = block(later)
+        logits = dense.readout(later)
+        (logits.gather(1, best[:, :1]) - logits.gather(1, best[:, 1:])).sum().backward()
+        torch.testing.assert_close(found[layer], features.grad.square().sum(-1), rtol=1e-3, atol=1e-9)
+        if layer < 4:
+            tokens = dense.blocks[layer](tokens)
+    others = torch.arange(17) != dense.protected  # at the end, only the class token is read
+    assert found[4][:, others].abs().max() == 0
+
+
+def test_a_projection_is_the_weighted_regression_of_the_dense_features(many):
+    """Computed from the definition for a model of two layers, with the ridge that was chosen."""
+    dense = make_vim(depth=2)
+    pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.4, stages=(1,)))
+    with torch.no_grad():
+        found = ssmcompress.reconstruct(pruned, dense, many)
+        inputs, targets, weights = [], [], []
+        all_weights = margin_gradients(dense, many)[2]
+        for k, images in enumerate(many.split(32)):
+            full = dense.blocks[0](dense.embed(images))
+            kept, _ = pruned.step(1, pruned.embed(images))
+            mean = kept.remembering(full).pruned_mean()
+            seen = []
+            hook = found.blocks[1].mixer.out_proj.register_forward_hook(lambda _, x, y, to=seen: to.append(x[0]))
+            found.blocks[1](kept)
+            hook.remove()
+            count = kept.features.shape[1]
+            inputs.append(torch.cat([seen[0], mean[:, None].expand(-1, count, -1)], dim=-1))
+            targets.append(2 * (take(dense.blocks[1](full).features, kept.positions) - kept.features))
+            weight = all_weights[32 * k : 32 * k + 32] / all_weights.mean() + LEAST_WEIGHT
+            weights.append(weight.gather(1, kept.positions))
+        fitted = torch.arange(len(many)) % 5 != 1
+        x, t, w = (torch.cat(values)[fitted].double() for values in (inputs, targets, weights))
+        x, t, w = x.flatten(0, 1), t.flatten(0, 1), w.flatten()
+        fit = next(fit for fit in found.reconstruction.fits if fit.weight.endswith("out_proj"))
+        units = torch.cat([part.mean().expand(len(part)) for part in (w[:, None] * x.square()).sum(0).split([32, 16])])
+        ridges = torch.tensor([1e12 if r is None else r for r in fit.ridges]).repeat_interleave(torch.tensor([32, 16]))
+        old = torch.cat([dense.blocks[1].mixer.out_proj.weight, torch.zeros(16, 16)], dim=1).double()
+        penalty = (units * ridges).sqrt()
+        expected = torch.linalg.lstsq(
+            torch.cat([x * w.sqrt()[:, None], penalty.diag()]),
+            torch.cat([t * w.sqrt()[:, None], penalty[:, None] * old.T]),
+        ).solution.T
+        torch.testing.assert_close(
+            found.blocks[1].mixer.out_proj.weight.double(), expected[:, :32], atol=1e-5, rtol=1e-4
+        )
+        correction = found.corrections["2"][1].weight @ found.corrections["2"][0].weight
+        lost = (x[:, 32:] @ (correction.double() - expected[:, 32:] / 2).T).square() * w[:, None]
+        whole = (x[:, 32:] @ expected[:, 32:].T / 2).square() * w[:, None]
+        assert lost.sum() <= (1 - 0.98) * whole.sum()
+
+
+def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
+    """What the model computes, step by step: of all pruned so far the mean, each scaled to a mean square of 1."""
+    layer = max(map(int, rebuilt.corrections))
+    with torch.no_grad():
+        tokens, lost = rebuilt.embed(many[:4]), []
+        for i in range(1, layer + 1):
+            before = tokens
+            expected = rebuilt.blocks[i - 1](tokens).features
+            if str(i) in rebuilt.corrections:
+                scaled = [f / f.square().mean(-1, keepdim=True).sqrt() for f in lost]
+                mean = torch.stack([torch.cat([f[b] for f in scaled]).mean(0) for b in range(4)])
+                expected = expected + rebuilt.corrections[str(i)](mean)[:, None]
+            tokens, decision = rebuilt.step(i, before)
+            if decision is None:
+                torch.testing.assert_close(tokens.features, expected, rtol=1e-4, atol=1e-4)
+                continue
+            gone = [
+                [j for j, p in enumerate(decision.candidates[b].tolist()) if p not in decision.kept[b].tolist()]
+                for b in range(4)
+            ]
+            torch.testing.assert_close(tokens.features, take(expected, torch.tensor(
+                [[j for j in range(expected.shape[1]) if j not in gone[b]] for b in range(4)])), rtol=1e-4, atol=1e-4)  # fmt: skip
+            lost.append(take(expected, torch.tensor(gone)))
+
+
+def test_a_reconstructed_model_can_be_reconstructed_again(dense, rebuilt, many):
+    again = ssmcompress.reconstruct(rebuilt, dense, many)
+    assert again.reconstruction.kl_before == pytest.approx(rebuilt.reconstruction.kl_after, rel=0.05)
+    assert again.reconstruction.kl_after <= again.reconstruction.kl_before or not again.reconstruction.kept
+
+
+def test_no_files_are_left_and_none_are_kept_when_it_fails(dense, pruned, many, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ssmcompress.reconstruct(pruned, dense, many[:8])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError):
+        ssmcompress.reconstruct(pruned, dense, torch.cat([many[:40], torch.full((1, 3, 16, 16), torch.nan)]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_add_their_sums(dense, pruned, tmp_path):
+    """Each has half of the images; 40 of 80, so that every fifth is the same one."""
+    images = torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    whole = ssmcompress.reconstruct(pruned, dense, images)
+    torch.save((dense, pruned, images), tmp_path / "given.pt")
+    script = (
+        "import sys, torch, torch.distributed as dist, ssmcompress\n"
+        "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)\n"
+        "dense, pruned, images = torch.load(f'{folder}/given.pt', weights_only=False)\n"
+        "found = ssmcompress.reconstruct(pruned, dense, images[40 * rank : 40 * rank + 40])\n"
+        "torch.save((found.state_dict(), found.reconstruction), f'{folder}/found{rank}.pt')\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    (first, record), (second, _) = (torch.load(tmp_path / f"found{r}.pt", weights_only=False) for r in (0, 1))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert (record.images, record.held_out) == (80, 16)
+    for ours, theirs in zip(record.fits, whole.reconstruction.fits, strict=True):
+        assert (ours.weight, ours.ridges) == (theirs.weight, theirs.ridges)
+        assert (ours.before, ours.after) == pytest.approx((theirs.before, theirs.after), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- what a user may bring
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_few_images_give_a_sound_model(dense, pruned, many, count):
+    found = ssmcompress.reconstruct(pruned, dense, many[:count])
+    assert (found.reconstruction.images, found.reconstruction.held_out) == (count, 1)
+    assert all(value.isfinite().all() for value in found.state_dict().values())
+    assert found.reconstruction.kl_after < found.reconstruction.kl_before or same_weights(found, pruned)
+
+
+def test_the_same_image_again_counts_once(dense, pruned, many):
+    twice = ssmcompress.reconstruct(pruned, dense, many[:6].repeat(3, 1, 1, 1))
+    assert same_weights(twice, ssmcompress.reconstruct(pruned, dense, many[:6]))
+    for images in (many[:1], many[:1].repeat(9, 1, 1, 1), torch.zeros(5, 3, 16, 16)):
+        with pytest.raises(InputError, match="1 different images: reconstruction needs at least 2"):
+            ssmcompress.reconstruct(pruned, dense, images)
+
+
+def test_constant_images_give_a_sound_model(dense, pruned):
+    grey = torch.linspace(-1, 1, 12)[:, None, None, None].expand(-1, 3, 16, 16)
+    found = ssmcompress.reconstruct(pruned, dense, grey)
+    assert found(grey).isfinite().all()
+    assert found.reconstruction.kl_after < found.reconstruction.kl_before or same_weights(found, pruned)
+
+
+def test_features_that_are_not_finite_are_refused(dense, pruned, many):
+    images = many.clone()
+    images[50, 0, 3, 3] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        ssmcompress.reconstruct(pruned, dense, images)
+
+
+def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
+    with pytest.raises(InputError, match="in this order"):
+        ssmcompress.reconstruct(dense, pruned, many)
+    with pytest.raises(InputError, match="differ in architecture"):
+        ssmcompress.reconstruct(pruned, make_vim(depth=5), many)
+
+
+def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, monkeypatch):
+    from ssmcompress.pruning import reconstruct as module
+
+    def worse(fitted, held_out, weight, groups):
+        return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)
+
+    monkeypatch.setattr(module, "refit", worse)
+    found = ssmcompress.reconstruct(pruned, dense, many[:10])
+    assert not found.reconstruction.kept
+    assert same_weights(found, pruned)
+
+
+def test_the_block_of_images_depends_on_the_model_alone(dense):
+    assert block_size(dense) == 32
+    assert 1 <= block_size(make_vim(depth=2, d_model=768, image=(512, 512), patch=16)) < 8
+
+
+# ------------------------------------------------------------------------------------- files, graphs and reports
+
+
+def test_a_folder_keeps_it(rebuilt, many, tmp_path):
+    loaded = ssmcompress.load(ssmcompress.save(rebuilt, tmp_path / "m"))
+    assert same_weights(loaded, rebuilt)
+    assert loaded.reconstruction == rebuilt.reconstruction
+    with torch.no_grad():
+        assert torch.equal(loaded(many[:5]), rebuilt(many[:5]))
+    again = ssmcompress.load(ssmcompress.save(loaded, tmp_path / "n"))
+    assert (again.reconstruction, flops(again)) == (rebuilt.reconstruction, flops(rebuilt))
+
+
+def test_corrections_are_counted(pruned, rebuilt):
+    added = sum(2 * 16 * correction[0].out_features for correction in rebuilt.corrections.values())
+    assert 0 < added <= 3 * 16 * 16
+    assert by_part(rebuilt)["corrections"] == added / 1e9
+    assert flops(rebuilt)["full"] == pytest.approx(flops(pruned)["full"] + added / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("corrections.2.0.weight"), "expected matrices"),
+        (lambda s: s.update({"corrections.2.0.weight": torch.zeros(3, 5)}), "expected matrices"),
+        (lambda s: s.update({"corrections.2.0.weight": torch.zeros(7)}), "expected matrices"),
+        (lambda s: s.update({"corrections.1.0.weight": torch.zeros(3, 16)}), "do not fit the stages"),
+        (lambda s: s.update({"corrections.9.0.weight": torch.zeros(3, 16)}), "do not fit the stages"),
+        (lambda s: s["corrections.2.0.weight"].fill_(torch.inf), "not finite"),
+    ],
+)
+def test_damaged_corrections(rebuilt, tmp_path, change, message):
+    file = ssmcompress.save(rebuilt, tmp_path / "m") / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file({k: v.clone() for k, v in state.items()}, file)
+    with pytest.raises(InputError, match=message):
+        ssmcompress.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [3, {}, {"fits": 3}, {"fits": [{"weight": "x", "ridges": "a"}]}])
+def test_a_damaged_record(rebuilt, tmp_path, value):
+    file = ssmcompress.save(rebuilt, tmp_path / "m") / "config.json"
+    config = json.loads(file.read_text())
+    config["pruning"]["reconstruction"] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="not a record of a reconstruction"):
+        ssmcompress.load(tmp_path / "m")
+
+
+def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
+    assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            np.testing.assert_allclose(run_onnx(tmp_path / "m.onnx", images=x), rebuilt(x).numpy(), atol=1e-4)
+
+
+def test_a_trained_model_comes_closer_with_few_images():
+    dense = ssmcompress.load(BUNDLED)
+    images = open_images(BUNDLED / "images.parquet", 10)
+    fitted, unseen = (Batches(images, dense, range(start, start + 96)) for start in (0, 96))
+    pruned = ssmcompress.prune(dense, ssmcompress.calibrate(dense, fitted, ratio=0.3))
+    rebuilt = ssmcompress.reconstruct(pruned, dense, fitted)
+    before, after = (ssmcompress.evaluate(model, unseen, dense=dense) for model in (pruned, rebuilt))
+    assert after.kl < 0.6 * before.kl
+    assert after.top1 > before.top1 + 5
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+class TestPrune:
+    def test_data_is_reconstructed_on_by_default(self, checkpoint, class_folders):
+        options = ("--data", class_folders, "--samples", 8, "--no-latency", "--ratio", 0.4)
+        found = call_json("prune", checkpoint, *options)
+        block = found["reconstruction"]
+        assert (block["name"], block["images"], block["held_out"]) == (str(class_folders), 8, 2)
+        assert block["seconds"] > 0
+        assert [f["weight"] for f in block["fits"]][-1] == "head"
+        assert all(f["after"] <= f["before"] for f in block["fits"])
+        for name in ("dense", "naive", "aligned", "pruned"):
+            assert found[name]["top1"] is not None
+        assert found["pruned"]["flops"]["full"] >= found["aligned"]["flops"]["full"]
+        without = call_json("prune", checkpoint, *options, "--no-reconstruct")
+        assert without["reconstruction"] is None
+        assert "aligned" not in without
+        assert without["pruned"] == found["aligned"]
+        assert without["naive"] == found["naive"]
+        assert os.path.isdir("compressed/model-r0.40-no-reconstruct")
+        call("report", "compressed/model-r0.40", "--html", "r.html")
+        text = call("report", "compressed/model-r0.40").stdout
+        assert "weights refitted on 8 images" in text
+        assert "aligned" in text
+        for file in ("r.html", "compressed/model-r0.40/README.md"):
+            assert "layers.3.mixer" in Path(file).read_text()
+
+    def test_without_images_of_ones_own_only_on_request(self, checkpoint):
+        assert call_json("prune", checkpoint, "--no-latency")["reconstruction"] is None
+        found = call_json("prune", checkpoint, "--no-latency", "--reconstruct", "--samples", 6, "-o", "m")
+        assert found["reconstruction"]["images"] == 6
+
+    def test_a_single_image_calibrates_but_does_not_reconstruct(self, checkpoint, tmp_path):
+        for i in range(2):
+            write_image(tmp_path / "two" / f"{i}.png", i)
+        options = ("--data", tmp_path / "two", "--no-latency")
+        assert call_json("prune", checkpoint, *options)["reconstruction"] is None
+        assert "at least 2" in refused("prune", checkpoint, *options, "--reconstruct", "-o", "m")
+
+    def test_no_alignment_is_reconstructed_too(self, checkpoint, class_folders):
+        found = call_json("prune", checkpoint, "--data", class_folders, "--no-align", "--no-latency")
+        assert "aligned" not in found
+        assert found["naive"]["flops"]["full"] <= found["pruned"]["flops"]["full"]
+        assert found["reconstruction"]["images"] == 10
+
+    def test_the_files_are_the_same_for_any_batch_size(self, checkpoint, class_folders):
+        for size in (1, 7, 64):
+            call("prune", checkpoint, "--data", class_folders, "--no-latency", "--batch-size", size, "-o", f"m{size}")
+        states = [load_file(f"m{size}/model.safetensors") for size in (1, 7, 64)]
+        for state in states[1:]:
+            assert state.keys() == states[0].keys()
+            assert all(torch.equal(state[k], states[0][k]) for k in state)
