@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .models import TokenModel
 
 
-# Bytes that the ops of a layer may hand to each other for a block: 32 images of a Vim-tiny at 224 px, 10 of a Vim-base.
-BLOCK_BYTES = 1 << 27
+# Bytes that the ops of a layer may hand to each other for a block: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
+BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)

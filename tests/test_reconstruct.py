@@ -113,9 +113,15 @@ def test_rows_that_are_not_finite_are_refused():
 # --------------------------------------------------------------------------------------------------- the models
 
 
+def noise(count, seed):
+    """Images that have something in common among their patches: each has a colour of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 1, 1, generator=generator) + torch.randn(count, 3, 16, 16, generator=generator) / 2
+
+
 @pytest.fixture(scope="module")
 def many():
-    return torch.randn(300, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    return noise(300, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +145,12 @@ def same_weights(one, other):
 
 
 def test_the_dense_model_is_followed_more_closely_on_images_not_used(dense, pruned, rebuilt):
-    unseen = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    unseen = noise(64, seed=3)
     before, after = (ssmcompress.evaluate(m, unseen, dense=dense).kl for m in (pruned, rebuilt))
-    assert after < 0.95 * before  # random weights have little that a linear map could win back
+    assert after < 0.8 * before  # random weights have little that a linear map could win back
     record = rebuilt.reconstruction
     assert (record.name, record.images, record.held_out, record.kept) == ("noise", 300, 60, True)
-    assert record.kl_after < 0.95 * record.kl_before
+    assert record.kl_after < 0.8 * record.kl_before
 
 
 def test_no_weight_is_worse_than_the_old_one_on_the_images_held_out(rebuilt):
@@ -264,12 +270,12 @@ def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
             if decision is None:
                 torch.testing.assert_close(tokens.features, expected, rtol=1e-4, atol=1e-4)
                 continue
-            gone = [
-                [j for j, p in enumerate(decision.candidates[b].tolist()) if p not in decision.kept[b].tolist()]
-                for b in range(4)
+            kept = [set(row) for row in decision.kept.tolist()]
+            index = [
+                [j for j, p in enumerate(row) if p in kept[b]] for b, row in enumerate(decision.candidates.tolist())
             ]
-            torch.testing.assert_close(tokens.features, take(expected, torch.tensor(
-                [[j for j in range(expected.shape[1]) if j not in gone[b]] for b in range(4)])), rtol=1e-4, atol=1e-4)  # fmt: skip
+            gone = [[j for j in range(expected.shape[1]) if j not in row] for row in index]
+            torch.testing.assert_close(tokens.features, take(expected, torch.tensor(index)), rtol=1e-4, atol=1e-4)
             lost.append(take(expected, torch.tensor(gone)))
 
 
@@ -290,7 +296,7 @@ def test_no_files_are_left_and_none_are_kept_when_it_fails(dense, pruned, many, 
 
 def test_two_processes_add_their_sums(dense, pruned, tmp_path):
     """Each has half of the images; 40 of 80, so that every fifth is the same one."""
-    images = torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    images = noise(80, seed=4)
     whole = ssmcompress.reconstruct(pruned, dense, images)
     torch.save((dense, pruned, images), tmp_path / "given.pt")
     script = (

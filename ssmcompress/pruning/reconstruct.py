@@ -42,15 +42,13 @@ from ..evaluation import kl_divergence
 from ..models.base import TokenModel, low_rank
 from ..progress import track
 from ..tokens import Tokens, take
-from .least_squares import Refit, Rows, refit
+from .least_squares import Refit, Rows, reduce_rank, refit
 
 # One image in so many is held out.
 HELD_OUT = 5
 # Of the mean weight of a layer's rows; rows that are not read out still decide which tokens are kept later. Between
 # 1e-4 and 0.5 it made no difference (0.2 points).
 LEAST_WEIGHT = 1e-3
-# Of what a correction adds, the share that its rank must keep.
-ENERGY = 0.99
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,11 @@ def reconstruct(pruned: TokenModel, dense: TokenModel, images: Any, *, name: str
     incomplete = [layer for layer in range(1, len(model.blocks) + 1) if counts[layer - 1] < model.length]
     if not incomplete:
         return model
-    for layer in incomplete:
-        model.corrections[str(layer)] = _full_rank(model, layer)
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
-        run = _SideBySide(dense, model, Path(folder))
-        before = run.start(AnyBatches(images), incomplete[0])
+        run = _SideBySide(dense, model, incomplete, Path(folder))
+        before = run.start(AnyBatches(images))
         work = run.blocks * (sum(len(model.blocks[layer - 1].refitted) + 1 for layer in incomplete) + 2)
-        for _ in track(run.refit(incomplete), "reconstructing", work):
+        for _ in track(run.refit(), "reconstructing", work):
             pass
     after = run.kl
     kept = after < before
@@ -157,8 +153,13 @@ class _SideBySide:
     dense `targets` of the layer's inner maps at the kept tokens.
     """
 
-    def __init__(self, dense: TokenModel, pruned: TokenModel, folder: Path):
-        self.dense, self.pruned, self.folder = dense, pruned, folder
+    def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path):
+        self.dense, self.pruned, self.layers, self.folder = dense, pruned, layers, folder
+        self.given = dict(pruned.corrections.items())
+        for (
+            layer
+        ) in layers:  # of any rank while they are fitted; with them in place the tokens remember what was pruned
+            pruned.corrections[str(layer)] = _full_rank(pruned, self.given.get(str(layer)))
         self.device = next(pruned.parameters()).device
         self.size = block_size(dense)
         self.blocks = self.images = self.held_out = 0
@@ -195,8 +196,8 @@ class _SideBySide:
 
     # ------------------------------------------------------------------------------------------------- the passes
 
-    def start(self, batches: AnyBatches, layer: int) -> float:
-        """Take in the images and bring both models to `layer`, the first to be refitted; mean KL of those held out."""
+    def start(self, batches: AnyBatches) -> float:
+        """Take in the images and bring both models to the first layer to be refitted; mean KL of those held out."""
         device = self.device
         self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64, device=device)
         kl = torch.zeros((), dtype=torch.float64, device=device)
@@ -209,7 +210,7 @@ class _SideBySide:
                 kl += kl_divergence(self.dense(images[held]), self.pruned(images[held]))
             full, kept = self.dense.embed(images), self.pruned.embed(images)
             self.template = replace(kept, features=kept.features[:1])
-            for passed in range(1, layer):
+            for passed in range(1, self.layers[0]):
                 full, _ = self.dense.step(passed, full)
                 kept, _ = self.pruned.step(passed, kept)
             self.put("weights", self.blocks, weights)
@@ -228,9 +229,9 @@ class _SideBySide:
             )
         return float(kl) / self.held_out
 
-    def refit(self, layers: Iterable[int]) -> Iterator[None]:
-        """Refit these layers and the classifier, one after the other; yields after every pass over a block."""
-        for layer in layers:
+    def refit(self) -> Iterator[None]:
+        """Refit the layers and the classifier, one after the other; yields after every pass over a block."""
+        for layer in self.layers:
             for number, names in enumerate(self.pruned.blocks[layer - 1].refitted):
                 yield from self.refit_maps(layer, names, first=number == 0)
             for k in range(self.blocks):
@@ -272,8 +273,8 @@ class _SideBySide:
             self.replace(rows)
         if correction is not None:
             del self.pruned.corrections[str(layer)]
-            if (found := sums[projection].low_rank_correction()) is not None:
-                self.pruned.corrections[str(layer)] = found
+            if (thin := sums[projection].thin or self.given.get(str(layer))) is not None:
+                self.pruned.corrections[str(layer)] = thin
 
     def refit_classifier(self) -> Iterator[None]:
         """Refit the classifier to the dense logits; then see how far the images held out are from the dense model."""
@@ -320,6 +321,7 @@ class _Sums:
         self, linear: nn.Linear, device: torch.device, correction: nn.Linear | None = None, scale: float = 1.0
     ):
         self.linear, self.correction, self.scale = linear, correction, scale
+        self.thin: nn.Sequential | None = None
         self.groups = [linear.in_features + (linear.bias is not None)]
         if correction is not None:
             self.groups.append(correction.in_features)
@@ -342,50 +344,34 @@ class _Sums:
             rows.add(inputs[chosen].flatten(0, -2), targets[chosen].flatten(0, -2), weights[chosen].flatten())
 
     def refit(self) -> Refit:
-        """The refit over all processes, put into the layer unless that keeps its weight."""
+        """The refit over all processes, put into the layer; a new correction is in `thin`, as two thin matrices."""
         for rows in (self.fitted, self.held_out):
             _add_processes(rows.gram, rows.cross, rows.power)
         weight, bias = self.linear.weight, self.linear.bias
         old = [weight] + ([] if bias is None else [bias[:, None]])
         old += [] if self.correction is None else [self.correction.weight / self.scale]
         found = refit(self.fitted, self.held_out, torch.cat(old, dim=1), self.groups)
+        if len(found.ridges) == 2 and found.ridges[1] is not None:
+            reduced, outwards, inwards = reduce_rank(found, self.fitted, self.held_out, self.groups[1])
+            if reduced.after >= found.before:  # a rank that is too low for any gain
+                return replace(found, ridges=(), after=found.before)
+            self.thin = low_rank(self.groups[1], len(inwards), weight.device)
+            self.thin[0].weight.copy_(inwards * self.scale)
+            self.thin[1].weight.copy_(outwards)
+            found = reduced
         if found.ridges:
             new = found.weight.split([part.shape[1] for part in old], dim=1)
             weight.copy_(new[0])
             if bias is not None:
                 bias.copy_(new[1][:, 0])
-            if self.correction is not None:
-                self.correction.weight.copy_(new[-1] * self.scale)
         return found
 
-    def low_rank_correction(self) -> nn.Sequential | None:
-        """The correction as two thin matrices, which keep `ENERGY` of what it adds; None if it adds nothing.
 
-        They never cost more than one whole matrix.
-        """
-        width = self.correction.in_features
-        gram = self.fitted.gram[-width:, -width:]
-        weight = self.correction.weight.to(gram)
-        power, directions = torch.linalg.eigh(weight @ gram @ weight.T)  # rising
-        share = power.clamp(min=0).flip(0).cumsum(0)
-        if not share[-1] > 0:
-            return None
-        rank = min(int((share < ENERGY * share[-1]).sum()) + 1, max(1, width // 2))
-        directions = directions[:, -rank:]
-        correction = low_rank(width, rank, self.correction.weight.device)
-        correction[0].weight.copy_(directions.T @ weight)
-        correction[1].weight.copy_(directions)
-        return correction
-
-
-def _full_rank(model: TokenModel, layer: int) -> nn.Linear:
-    """The correction of a layer as one matrix; zero where it has none."""
-    width = model.classifier.in_features
-    linear = nn.Linear(width, width, bias=False, device=model.classifier.weight.device)
-    nn.init.zeros_(linear.weight)
-    if str(layer) in model.corrections:
-        inwards, outwards = model.corrections[str(layer)]
-        linear.weight.copy_(outwards.weight @ inwards.weight)
+def _full_rank(model: TokenModel, thin: nn.Sequential | None) -> nn.Linear:
+    """A correction as one matrix; without one, zero."""
+    width, device = model.classifier.in_features, model.classifier.weight.device
+    linear = nn.Linear(width, width, bias=False, device=device)
+    linear.weight.copy_(torch.zeros(()) if thin is None else thin[1].weight @ thin[0].weight)
     return linear
 
 
