@@ -146,6 +146,8 @@ def in_blocks(batches: Iterable[Labelled], size: int) -> Iterator[Tensor]:
     """
     waiting: list[Tensor] = []
     for images, _ in batches:
+        if waiting and waiting[0].shape != images.shape[1:]:
+            raise InputError(f"images {tuple(waiting[0].shape)} and {tuple(images.shape[1:])}: expected one size")
         waiting.extend(images)
         while len(waiting) >= size:
             yield torch.stack(waiting[:size])

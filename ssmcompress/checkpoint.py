@@ -158,6 +158,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     model = build(weights, image_size or trained, stride, trained_size=trained)
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
     pruning = config.get("pruning")
+    if pruning is None and corrections:
+        raise InputError(f"corrections ({next(iter(corrections))}, ...) in a model that prunes nothing")
     if pruning is not None:
         plan = Plan.from_dict(pruning)
         plan = replace(plan, gap=plan.gap or "bias", calibration=None)
@@ -215,7 +217,7 @@ def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:
     if wrong:
         raise InputError(f"gap deltas do not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
     for key, buffer in buffers.items():
-        if not gaps[key].isfinite().all():
+        if not gaps[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
         buffer.copy_(gaps[key])
 
@@ -231,9 +233,9 @@ def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> N
             continue
         rank = None if pair[0] is None or pair[0].ndim != 2 else len(pair[0])
         shapes = [None if value is None else tuple(value.shape) for value in pair]
-        if shapes != [(rank, width), (width, rank)]:
+        if not rank or shapes != [(rank, width), (width, rank)]:
             raise InputError(f"{prefix}*: expected matrices (rank, {width}) and ({width}, rank), found {shapes}")
-        if not all(value.is_floating_point() and value.isfinite().all() for value in pair):
+        if not all(value.is_floating_point() and value.float().isfinite().all() for value in pair):
             raise InputError(f"{prefix}* holds values that are not finite numbers; the file is damaged")
         model.corrections[str(layer)] = low_rank(width, rank)
         for linear, value in zip(model.corrections[str(layer)], pair, strict=True):

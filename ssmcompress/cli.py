@@ -239,7 +239,7 @@ def prune(
     if plan is not None and (extra := [name for name, value in own if value is not None]):
         raise InputError(f"--plan and {', '.join(extra)}: a plan has that in it")
     from .compression import Setup, compress, folder_name, plan_for_budget, preview
-    from .flops import reachable
+    from .flops import corrections_share, reachable
     from .pruning.calibrate import make_plan
     from .pruning.schedule import Plan, default_stages
 
@@ -253,8 +253,13 @@ def prune(
     elif share is not None:
         where = layers or default_stages(len(model.blocks))
         make_plan(model, **options)  # speaks up about stages before the range is counted with them
-        say(f"reachable with stages {','.join(map(str, where))}: {reachable(model, where):.1%} to 100%", quiet)
-        chosen = plan_for_budget(model, share, **options)
+        given = data is not None or (model.source is not None and model.source.data is not None)
+        corrected = given if reconstruct is None else reconstruct
+        reserve = corrections_share(model, where) if corrected else 0.0
+        say(
+            f"reachable with stages {','.join(map(str, where))}: {reachable(model, where) + reserve:.1%} to 100%", quiet
+        )
+        chosen = plan_for_budget(model, share, reserve=reserve, **options)
     else:
         ratios = ratios or (0.3,)
         chosen = make_plan(model, ratio=ratios[0] if len(ratios) == 1 else ratios, **options)
@@ -265,6 +270,7 @@ def prune(
         "plan": Path(plan).stem if plan else None, "f": share, "r": ratios, "s": layers,
         "": importance.value if importance not in (None, Importance.clip) else None,
         "no-align": "" if align is False else None, "no-reconstruct": "" if reconstruct is False else None,
+        "reconstruct": "" if reconstruct and data is None else None,
         "gap-": gap.value if gap else None, "seed": seed or None,
         "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
     })))  # fmt: skip

@@ -19,7 +19,7 @@ from .data import find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
-from .flops import corrections_share, flops, reachable, remaining_share
+from .flops import flops, reachable, remaining_share
 from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
@@ -40,8 +40,8 @@ class Setup:
         data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.open_images`.
         samples: how many images to calibrate on at most.
         gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
-        reconstruct: whether to refit the later layers on the calibration images; None: where the data is the user's
-            and there are two images at least.
+        reconstruct: whether to refit the later layers on the calibration images; None: where these are the user's,
+            and two different ones at least.
         seed: of the images drawn.
         batch_size: images at a time; changes no result. workers: processes that decode them.
         dtype: float32, or bfloat16 for measuring under autocast.
@@ -60,21 +60,25 @@ class Setup:
     measure_latency: bool = True
 
 
-def plan_for_budget(model: TokenModel, budget: float, stages: Sequence[int] | None, **options: Any) -> Plan:
+def plan_for_budget(
+    model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
+) -> Plan:
     """The plan that prunes every stage alike and least, so that `budget` of the FLOPs (`full`) is left.
+
+    Args:
+        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction, see `corrections_share`.
 
     Raises:
         BudgetError: these stages cannot reach it.
     """
     stages = tuple(stages or default_stages(len(model.blocks)))
     make_plan(model, stages=stages, **options)  # speaks up about stages before they are counted with
-    least = reachable(model, stages)
+    least = reachable(model, stages) + reserve
     if not least <= budget < 1:
         raise BudgetError(
             f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
             f"leaves between {least:.1%} and 100%"
         )
-    reserve = corrections_share(model, stages)
     ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
     return make_plan(model, stages=stages, ratio=ratio, **options)
 
@@ -145,15 +149,15 @@ def compress(
     if plan.alignment != UNALIGNED:
         models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
     models["pruned"] = pruned = prune(model, plan)
-    refit = setup.reconstruct
-    if refit is None:
-        refit = not calibration.source.stand_in and plan.calibration.images > 1
-    seconds = 0.0
-    if refit:
+    wanted = setup.reconstruct
+    if wanted is None:  # images that are all the same can be calibrated on, but show nothing to reconstruct by
+        wanted = not calibration.source.stand_in and len(calibration.digests) > 1
+    begun = time.perf_counter()
+    rebuilt = reconstruct(pruned, model, calibration, name=calibration.source.name) if wanted else pruned
+    seconds = time.perf_counter() - begun
+    if rebuilt.reconstruction is not None:
         models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
-        begun = time.perf_counter()
-        models["pruned"] = pruned = reconstruct(pruned, model, calibration, name=calibration.source.name)
-        seconds = time.perf_counter() - begun
+        models["pruned"] = pruned = rebuilt
     results = measure(models, measured, dtype=setup.dtype)
     sample = next(iter(measured)).images.to(next(model.parameters()).device)
     times = {}

@@ -119,10 +119,13 @@ def build_onnx(model: TokenModel) -> onnx.ModelProto:
 
 
 def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the paths of the machine it was made on: an ONNX file is made to be given away."""
+    """A configuration without the paths of the machine it was made on: an ONNX file is made to be given away.
+
+    So without the record of the reconstruction, too, which names the data.
+    """
     pruning = config["pruning"]
     if pruning is not None:
-        pruning = {k: v for k, v in pruning.items() if k not in ("source", "command")}
+        pruning = {k: v for k, v in pruning.items() if k not in ("source", "command", "reconstruction")}
         pruning["source"] = {"sha256": config["pruning"]["source"]["sha256"]}
     return {**config, "data": None, "pruning": pruning}
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import ssmcompress
 from ssmcompress.batches import Batches, block_size
 from ssmcompress.data import open_images
 from ssmcompress.errors import InputError
-from ssmcompress.flops import by_part, flops
+from ssmcompress.flops import by_part, corrections_share, flops
 from ssmcompress.pruning.least_squares import Rows, refit, ridge_regression
 from ssmcompress.pruning.reconstruct import LEAST_WEIGHT, margin_gradients
 from ssmcompress.tokens import take
@@ -305,7 +306,7 @@ def test_two_processes_add_their_sums(dense, pruned, tmp_path):
         "torch.set_num_threads(1)\n"
         "dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)\n"
         "dense, pruned, images = torch.load(f'{folder}/given.pt', weights_only=False)\n"
-        "found = ssmcompress.reconstruct(pruned, dense, images[40 * rank : 40 * rank + 40])\n"
+        "found = ssmcompress.reconstruct(pruned, dense, images[40 * rank : 40 * rank + 40], distributed=True)\n"
         "torch.save((found.state_dict(), found.reconstruction), f'{folder}/found{rank}.pt')\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in (0, 1)]
@@ -354,6 +355,8 @@ def test_features_that_are_not_finite_are_refused(dense, pruned, many):
 def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
     with pytest.raises(InputError, match="in this order"):
         ssmcompress.reconstruct(dense, pruned, many)
+    with pytest.raises(InputError, match="expected one size"):
+        ssmcompress.reconstruct(pruned, dense, [many[:3], many[:3, :, :8]])
     with pytest.raises(InputError, match="differ in architecture"):
         ssmcompress.reconstruct(pruned, make_vim(depth=5), many)
 
@@ -390,7 +393,7 @@ def test_a_folder_keeps_it(rebuilt, many, tmp_path):
 
 def test_corrections_are_counted(pruned, rebuilt):
     added = sum(2 * 16 * correction[0].out_features for correction in rebuilt.corrections.values())
-    assert 0 < added <= 3 * 16 * 16
+    assert 0 < added <= corrections_share(pruned, (1, 2)) * flops(make_vim())["full"] * 1e9
     assert by_part(rebuilt)["corrections"] == added / 1e9
     assert flops(rebuilt)["full"] == pytest.approx(flops(pruned)["full"] + added / 1e9)
 
@@ -404,6 +407,11 @@ def test_corrections_are_counted(pruned, rebuilt):
         (lambda s: s.update({"corrections.1.0.weight": torch.zeros(3, 16)}), "do not fit the stages"),
         (lambda s: s.update({"corrections.9.0.weight": torch.zeros(3, 16)}), "do not fit the stages"),
         (lambda s: s["corrections.2.0.weight"].fill_(torch.inf), "not finite"),
+        (lambda s: s.update({"corrections.2.0.weight": s["corrections.2.0.weight"].double() * 1e300}), "not finite"),
+        (
+            lambda s: s.update({f"corrections.2.{i}.weight": torch.zeros(*((0, 16), (16, 0))[i]) for i in (0, 1)}),
+            "matri",
+        ),
     ],
 )
 def test_damaged_corrections(rebuilt, tmp_path, change, message):
@@ -426,7 +434,10 @@ def test_a_damaged_record(rebuilt, tmp_path, value):
 
 
 def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
+    rebuilt = copy.deepcopy(rebuilt)
+    rebuilt.reconstruction = replace(rebuilt.reconstruction, name="/home/somebody/images")
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
+    assert b"somebody" not in (tmp_path / "m.onnx").read_bytes()
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
@@ -486,6 +497,15 @@ class TestPrune:
         options = ("--data", tmp_path / "two", "--no-latency")
         assert call_json("prune", checkpoint, *options)["reconstruction"] is None
         assert "at least 2" in refused("prune", checkpoint, *options, "--reconstruct", "-o", "m")
+        for i in range(6):
+            write_image(tmp_path / "same" / f"{i}.png", 1)
+        assert call_json("prune", checkpoint, "--data", tmp_path / "same", "-o", "n")["reconstruction"] is None
+
+    def test_a_budget_holds_with_the_corrections(self, checkpoint, class_folders):
+        for share in (0.5, 0.7, 0.9):
+            options = ("--data", class_folders, "--flops", share, "--no-latency", "-o", f"m{share}")
+            found = call_json("prune", checkpoint, *options)
+            assert share - 0.06 < found["pruned"]["flops"]["full"] / found["dense"]["flops"]["full"] <= share
 
     def test_no_alignment_is_reconstructed_too(self, checkpoint, class_folders):
         found = call_json("prune", checkpoint, "--data", class_folders, "--no-align", "--no-latency")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ..pruning.alignment import Alignment
 from ..pruning.schedule import Plan, token_counts
@@ -30,8 +31,8 @@ class Decision(NamedTuple):
 
 def low_rank(width: int, rank: int, device: torch.device | str | None = None) -> nn.Sequential:
     """A linear map (width) -> (width) of a rank, without bias."""
-    options = {"bias": False, "device": device}
-    return nn.Sequential(nn.Linear(width, rank, **options), nn.Linear(rank, width, **options))
+    sides = ((width, rank), (rank, width))
+    return nn.Sequential(*(skip_init(nn.Linear, *side, bias=False, device=device or "cpu") for side in sides))
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ class VisionMamba(TokenModel):
             m = block.mixer
             layers = (m.in_proj, m.x_proj_b, m.dt_proj_b, m.x_proj, m.dt_proj, m.out_proj)
             products += [(count, layer.weight) for layer in layers]
+        products += [(1, weight) for weight in self.corrections.parameters()]
         return [*products, (1, self.head.weight)]
 
     def activation_bytes(self, size: int = 4) -> int:

@@ -40,15 +40,13 @@ class Rows:
 
     @classmethod
     def none(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Rows:
-        # Apple's GPUs have no float64.
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return cls(
-            *(torch.zeros(shape, dtype=dtype, device=device) for shape in ((inputs, inputs), (inputs, outputs), ()))
-        )
+        """No rows yet; on `device`, or on the CPU where that has no float64, as Apple's GPUs."""
+        options = {"dtype": torch.float64, "device": "cpu" if torch.device(device).type == "mps" else device}
+        return cls(*(torch.zeros(shape, **options) for shape in ((inputs, inputs), (inputs, outputs), ())))
 
     def add(self, x: Tensor, t: Tensor, w: Tensor) -> None:
         """Take in rows x (rows, inputs), t (rows, outputs) of weights w (rows,)."""
-        x, t, w = (value.to(self.gram.dtype) for value in (x, t, w))
+        x, t, w = (value.to(self.gram.device).double() for value in (x, t, w))
         weighted = x * w[:, None]
         self.gram += weighted.T @ x
         self.cross += weighted.T @ t

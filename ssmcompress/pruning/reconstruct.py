@@ -25,6 +25,7 @@ running the models anew for each layer instead would take depth / 2 times as lon
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
@@ -103,17 +105,22 @@ _KL = ("kl_before", "kl_after")
 
 
 @torch.no_grad()
-def reconstruct(pruned: TokenModel, dense: TokenModel, images: Any, *, name: str = "images") -> TokenModel:
+def reconstruct(
+    pruned: TokenModel, dense: TokenModel, images: Any, *, name: str = "images", distributed: bool = False
+) -> TokenModel:
     """A copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are left as they are.
 
-    The result does not depend on how the images are batched. In a `torch.distributed` group every process takes
-    images of its own; their sums are added, and all end with the same weights.
+    The result does not depend on how the images are batched.
 
     Args:
         pruned: a pruned model. dense: the model it was made from.
         images: a tensor (count, C, H, W) of prepared images, or batches of them (tensors, (images, labels) pairs, or
-            `ssmcompress.batches.Batches`), passed over once. Labels are not used. The same image counts once.
+            `ssmcompress.batches.Batches`), passed over once; a generator is read into memory first. Labels are not
+            used. The same image counts once.
         name: what the images are called in reports.
+        distributed: every process of the default `torch.distributed` group makes this call, with the same models and
+            images of its own; their sums are added, and all end with the same weights. If one fails, the others wait
+            for it as long as the group lets them.
 
     Returns:
         The model, with `reconstruction` telling what was done. Where nothing was pruned, nothing is done.
@@ -126,18 +133,22 @@ def reconstruct(pruned: TokenModel, dense: TokenModel, images: Any, *, name: str
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
     if pruned.config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    if next(pruned.parameters()).device != next(dense.parameters()).device:
+        raise InputError("the pruned and the dense model are on different devices")
     model = copy.deepcopy(pruned)
     counts = model.token_counts()
     incomplete = [layer for layer in range(1, len(model.blocks) + 1) if counts[layer - 1] < model.length]
     if not incomplete:
         return model
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
-        run = _SideBySide(dense, model, incomplete, Path(folder))
+        run = _SideBySide(dense, model, incomplete, Path(folder), distributed)
         before = run.start(AnyBatches(images))
         work = run.blocks * (sum(len(model.blocks[layer - 1].refitted) + 1 for layer in incomplete) + 2)
         for _ in track(run.refit(), "reconstructing", work):
             pass
     after = run.kl
+    if not math.isfinite(before) or not math.isfinite(after):
+        raise InputError(NOT_FINITE)
     kept = after < before
     if not kept:
         model = copy.deepcopy(pruned)
@@ -153,14 +164,14 @@ class _SideBySide:
     dense `targets` of the layer's inner maps at the kept tokens.
     """
 
-    def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path):
+    def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path, distributed: bool):
         self.dense, self.pruned, self.layers, self.folder = dense, pruned, layers, folder
         self.given = dict(pruned.corrections.items())
-        for (
-            layer
-        ) in layers:  # of any rank while they are fitted; with them in place the tokens remember what was pruned
+        # Of any rank while they are fitted; with them in place, the tokens remember what was pruned.
+        for layer in layers:
             pruned.corrections[str(layer)] = _full_rank(pruned, self.given.get(str(layer)))
         self.device = next(pruned.parameters()).device
+        self.distributed = distributed
         self.size = block_size(dense)
         self.blocks = self.images = self.held_out = 0
         self.kl = 0.0
@@ -198,16 +209,15 @@ class _SideBySide:
 
     def start(self, batches: AnyBatches) -> float:
         """Take in the images and bring both models to the first layer to be refitted; mean KL of those held out."""
-        device = self.device
-        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64, device=device)
-        kl = torch.zeros((), dtype=torch.float64, device=device)
+        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64)
+        kl = torch.zeros((), dtype=torch.float64)
         for images in in_blocks(_distinct(track(batches, "looking at images", len(batches))), self.size):
-            images = images.to(device)
-            weights = margin_gradients(self.dense, images)
-            self.totals += weights.sum((1, 2), dtype=self.totals.dtype)
+            images = images.to(self.device)
+            weights = margin_gradients(self.dense, images).cpu()
+            self.totals += weights.sum((1, 2), dtype=torch.float64)
             held = self.held(self.blocks, len(images))
             if held.any():
-                kl += kl_divergence(self.dense(images[held]), self.pruned(images[held]))
+                kl += kl_divergence(self.dense(images[held]).cpu(), self.pruned(images[held]).cpu())
             full, kept = self.dense.embed(images), self.pruned.embed(images)
             self.template = replace(kept, features=kept.features[:1])
             for passed in range(1, self.layers[0]):
@@ -219,8 +229,8 @@ class _SideBySide:
             self.blocks += 1
             self.images += len(images)
             self.held_out += int(held.sum())
-        counts = torch.tensor([self.images, self.held_out], device=device)
-        _add_processes(self.totals, kl, counts)
+        counts = torch.tensor([self.images, self.held_out])
+        self.add_processes(self.totals, kl, counts)
         self.images, self.held_out = counts.tolist()
         if not self.held_out:
             raise InputError(
@@ -288,27 +298,37 @@ class _SideBySide:
             sums.add(seen[name][0], logits, torch.ones(len(logits), device=self.device), self.held(k, len(logits)))
             yield
         self.replace(sums)
-        kl = torch.zeros((), dtype=torch.float64, device=self.device)
+        kl = torch.zeros((), dtype=torch.float64)
         for k in range(self.blocks):
             logits = self.dense_logits(k)
             held = self.held(k, len(logits))
-            kl += kl_divergence(logits[held], self.pruned.readout(self.tokens(k))[held])
+            kl += kl_divergence(logits[held].cpu(), self.pruned.readout(self.tokens(k))[held].cpu())
             yield
-        _add_processes(kl)
+        self.add_processes(kl)
         self.kl = float(kl) / self.held_out
 
     def dense_logits(self, block: int) -> Tensor:
         """(images, classes), once the dense model has passed all layers."""
         return self.dense.readout(replace(self.template, features=self.get("dense", block)))
 
+    def add_processes(self, *values: Tensor) -> None:
+        """Add each of the values up over the processes, where there are several."""
+        if self.distributed:
+            for value in values:
+                total = value.to(self.device)  # where the group's backend takes it
+                torch.distributed.all_reduce(total)
+                value.copy_(total)
+
     def weights(self, block: int, layer: int) -> Tensor:
         """(images, tokens) what an error of a row after `layer` weighs, relative to the layer's mean."""
-        mean = self.totals[layer] / (self.images * self.dense.length)
+        mean = float(self.totals[layer]) / (self.images * self.dense.length)
         weights = self.get("weights", block)[layer]
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
     def replace(self, sums: _Sums) -> None:
         """Give a linear layer the weight that its sums determine."""
+        for rows in (sums.fitted, sums.held_out):
+            self.add_processes(rows.gram, rows.cross, rows.power)
         found = sums.refit()
         name = _name_of(self.pruned, sums.linear)
         self.fits.append(Fit(name, found.ridges, found.before, found.after))
@@ -344,13 +364,11 @@ class _Sums:
             rows.add(inputs[chosen].flatten(0, -2), targets[chosen].flatten(0, -2), weights[chosen].flatten())
 
     def refit(self) -> Refit:
-        """The refit over all processes, put into the layer; a new correction is in `thin`, as two thin matrices."""
-        for rows in (self.fitted, self.held_out):
-            _add_processes(rows.gram, rows.cross, rows.power)
+        """The refit, put into the layer; a new correction is in `thin`, as two thin matrices."""
         weight, bias = self.linear.weight, self.linear.bias
         old = [weight] + ([] if bias is None else [bias[:, None]])
         old += [] if self.correction is None else [self.correction.weight / self.scale]
-        found = refit(self.fitted, self.held_out, torch.cat(old, dim=1), self.groups)
+        found = refit(self.fitted, self.held_out, torch.cat(old, dim=1).to(self.fitted.gram.device), self.groups)
         if len(found.ridges) == 2 and found.ridges[1] is not None:
             reduced, outwards, inwards = reduce_rank(found, self.fitted, self.held_out, self.groups[1])
             if reduced.after >= found.before:  # a rank that is too low for any gain
@@ -370,7 +388,7 @@ class _Sums:
 def _full_rank(model: TokenModel, thin: nn.Sequential | None) -> nn.Linear:
     """A correction as one matrix; without one, zero."""
     width, device = model.classifier.in_features, model.classifier.weight.device
-    linear = nn.Linear(width, width, bias=False, device=device)
+    linear = skip_init(nn.Linear, width, width, bias=False, device=device)
     linear.weight.copy_(torch.zeros(()) if thin is None else thin[1].weight @ thin[0].weight)
     return linear
 
@@ -429,10 +447,3 @@ def _distinct(batches: Iterable[Labelled]) -> Iterator[Labelled]:
                 known.add(mark)
                 fresh.append(row)
         yield Labelled(images[fresh], None)
-
-
-def _add_processes(*values: Tensor) -> None:
-    """Add each of the values up over the processes of a `torch.distributed` group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for value in values:
-            torch.distributed.all_reduce(value)
