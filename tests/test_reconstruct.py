@@ -23,7 +23,8 @@ from ssmcompress.data import open_images
 from ssmcompress.errors import InputError
 from ssmcompress.flops import by_part, corrections_share, flops
 from ssmcompress.pruning.least_squares import Rows, refit, ridge_regression
-from ssmcompress.pruning.reconstruct import LEAST_WEIGHT, margin_gradients
+from ssmcompress.pruning.margin import margin_gradients
+from ssmcompress.pruning.side_by_side import LEAST_WEIGHT
 from ssmcompress.tokens import take
 
 # ------------------------------------------------------------------------------------------------ the regression
@@ -362,7 +363,7 @@ def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
 
 
 def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, monkeypatch):
-    from ssmcompress.pruning import reconstruct as module
+    from ssmcompress.pruning import side_by_side as module
 
     def worse(fitted, held_out, weight, groups):
         return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)

@@ -1,0 +1,33 @@
+"""What an error in a token would do to a model's decision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import NOT_FINITE, InputError
+from ..models.base import TokenModel
+
+
+def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
+    """What an error would do to a model's decision: (layers + 1, images, tokens) float32.
+
+    Entry 0 is the squared length of the gradient of the margin, the best logit minus the second, by each token's
+    features before the first layer, entry i by those after layer i. One layer's activations are held at a time.
+    """
+    with torch.enable_grad():
+        tokens = model.embed(images)
+        states = [tokens.features.detach().requires_grad_()]
+        for block in model.blocks:
+            after = checkpoint(
+                lambda x, block=block: block(tokens.updated(x)).features, states[-1], use_reentrant=False
+            )
+            states.append(after)
+        logits = model.readout(tokens.updated(states[-1]))
+        if not logits.isfinite().all():
+            raise InputError(NOT_FINITE)
+        best = logits.topk(min(2, logits.shape[1]), dim=1).values
+        margin = 2 * best[:, 0] - best.sum(1)
+        gradients = torch.autograd.grad(margin.sum(), states)
+    return torch.stack([gradient.square().sum(-1) for gradient in gradients])
