@@ -238,8 +238,8 @@ def prune(
     own = [("--stages", stages), ("--importance", importance), ("--align or --no-align", align)]
     if plan is not None and (extra := [name for name, value in own if value is not None]):
         raise InputError(f"--plan and {', '.join(extra)}: a plan has that in it")
-    from .compression import Setup, compress, folder_name, plan_for_budget, preview
-    from .flops import corrections_share, reachable
+    from .compression import Setup, compress, corrections_reserve, folder_name, plan_for_budget, preview
+    from .flops import reachable
     from .pruning.calibrate import make_plan
     from .pruning.schedule import Plan, default_stages
 
@@ -253,9 +253,7 @@ def prune(
     elif share is not None:
         where = layers or default_stages(len(model.blocks))
         make_plan(model, **options)  # speaks up about stages before the range is counted with them
-        given = data is not None or (model.source is not None and model.source.data is not None)
-        corrected = given if reconstruct is None else reconstruct
-        reserve = corrections_share(model, where) if corrected else 0.0
+        reserve = corrections_reserve(model, where, data, reconstruct)
         say(
             f"reachable with stages {','.join(map(str, where))}: {reachable(model, where) + reserve:.1%} to 100%", quiet
         )

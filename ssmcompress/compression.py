@@ -19,7 +19,7 @@ from .data import find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
-from .flops import flops, reachable, remaining_share
+from .flops import corrections_share, flops, reachable, remaining_share
 from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
@@ -60,13 +60,24 @@ class Setup:
     measure_latency: bool = True
 
 
+def corrections_reserve(model: TokenModel, stages: Sequence[int], data: str | None, wanted: bool | None) -> float:
+    """The share of the dense FLOPs that a budget must leave to corrections, 0 where nothing will be reconstructed.
+
+    Args:
+        data, wanted: as `Setup.data` and `Setup.reconstruct`.
+    """
+    if wanted is None:
+        wanted = data is not None or (model.source is not None and model.source.data is not None)
+    return corrections_share(model, stages) if wanted else 0.0
+
+
 def plan_for_budget(
     model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
 ) -> Plan:
     """The plan that prunes every stage alike and least, so that `budget` of the FLOPs (`full`) is left.
 
     Args:
-        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction, see `corrections_share`.
+        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction, see `corrections_reserve`.
 
     Raises:
         BudgetError: these stages cannot reach it.

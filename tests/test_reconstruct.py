@@ -363,7 +363,7 @@ def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
 
 
 def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, monkeypatch):
-    from ssmcompress.pruning import side_by_side as module
+    from ssmcompress.pruning import linear_sums as module
 
     def worse(fitted, held_out, weight, groups):
         return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)

@@ -121,8 +121,7 @@ def reconstruct(
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
         run = SideBySide(dense, model, incomplete, Path(folder), distributed)
         before = run.start(AnyBatches(images))
-        work = run.blocks * (sum(len(model.blocks[layer - 1].refitted) + 1 for layer in incomplete) + 2)
-        for _ in track(run.refit(), "reconstructing", work):
+        for _ in track(run.refit(), "reconstructing", run.blocks * run.passes()):
             pass
     after = run.kl
     if not math.isfinite(before) or not math.isfinite(after):

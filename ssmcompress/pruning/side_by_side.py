@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
-from ..models.base import TokenModel, low_rank
+from ..models.base import TokenModel
 from ..progress import track
 from ..tokens import Tokens, take
-from .least_squares import Refit, Rows, reduce_rank, refit
+from .linear_sums import LinearSums, full_rank
 from .margin import margin_gradients
 
 # One image in so many is held out.
@@ -45,8 +44,8 @@ class SideBySide:
     """A dense and a pruned model at the same layer, on the same images.
 
     A block of images is known by its number; `folder` holds, for each, the `weights` of all rows (layers + 1, images,
-    tokens), the `dense` features and the `pruned` (features, positions) before the layer they have come to, and the
-    dense `targets` of the layer's inner maps at the kept tokens.
+    tokens), the `dense` features and the `pruned` (features, positions, pruned sum) before the layer they have come
+    to, and the dense `targets` of the layer's inner maps at the kept tokens.
     """
 
     def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path, distributed: bool):
@@ -54,7 +53,7 @@ class SideBySide:
         self.given = dict(pruned.corrections.items())
         # Of any rank while they are fitted; with them in place, the tokens remember what was pruned.
         for layer in layers:
-            pruned.corrections[str(layer)] = _full_rank(pruned, self.given.get(str(layer)))
+            pruned.corrections[str(layer)] = full_rank(pruned, self.given.get(str(layer)))
         self.device = next(pruned.parameters()).device
         self.distributed = distributed
         self.size = block_size(dense)
@@ -127,62 +126,78 @@ class SideBySide:
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a block."""
         for layer in self.layers:
-            for number, names in enumerate(self.pruned.blocks[layer - 1].refitted):
-                yield from self.refit_maps(layer, names, first=number == 0)
-            for k in range(self.blocks):
-                kept, _ = self.pruned.step(layer, self.tokens(k))
-                self.keep(k, kept)
-                yield
+            *inner, (projection,) = self.pruned.blocks[layer - 1].refitted
+            yield from self.pass_dense(layer, [name for group in inner for name in group])
+            for names in inner:
+                yield from self.refit_inner(layer, names)
+            yield from self.refit_projection(layer, projection)
+            yield from self.pass_pruned(layer)
         yield from self.refit_classifier()
 
-    def refit_maps(self, layer: int, names: Sequence[str], first: bool) -> Iterator[None]:
-        """Refit maps of a layer that do not feed each other; the first time, the dense model passes the layer."""
-        dense, pruned = self.dense.blocks[layer - 1], self.pruned.blocks[layer - 1]
-        *inner, (projection,) = pruned.refitted
-        inner = [name for group in inner for name in group]
-        is_projection = names == (projection,)
-        correction = self.pruned.corrections[str(layer)] if is_projection else None
-        sums = {
-            name: _Sums(pruned.get_submodule(name), self.device, correction, pruned.residual_scale) for name in names
-        }
+    def passes(self) -> int:
+        """How often `refit` goes over the blocks."""
+        return sum(len(self.pruned.blocks[layer - 1].refitted) + 2 for layer in self.layers) + 2
+
+    def pass_dense(self, layer: int, inner: Sequence[str]) -> Iterator[None]:
+        """Bring the dense model behind a layer, and note what its inner maps give at the kept tokens."""
+        dense = self.dense.blocks[layer - 1]
         for k in range(self.blocks):
-            tokens = self.tokens(k)
-            if first:
-                full = replace(self.template, features=self.get("dense", k))
-                with _recorded(dense, inner) as seen:
-                    self.put("dense", k, dense(full).features)
-                self.put("targets", k, {name: take(out, tokens.positions) for name, (_, out) in seen.items()})
-            with _recorded(pruned, names) as seen:
-                pruned(tokens)
-            if is_projection:
-                wanted = take(self.get("dense", k), tokens.positions) - tokens.features
-                targets = {projection: wanted / pruned.residual_scale}
-            else:
-                targets = self.get("targets", k)
-            weights = self.weights(k, layer if is_projection else layer - 1).gather(1, tokens.positions)
-            held = self.held(k, len(weights))
+            with _recorded(dense, inner) as seen:
+                self.put("dense", k, dense(replace(self.template, features=self.get("dense", k))).features)
+            positions = self.tokens(k).positions
+            self.put("targets", k, {name: take(out, positions) for name, (_, out) in seen.items()})
+            yield
+
+    def pass_pruned(self, layer: int) -> Iterator[None]:
+        """Bring the pruned model behind a layer and its stage."""
+        for k in range(self.blocks):
+            self.keep(k, self.pruned.step(layer, self.tokens(k))[0])
+            yield
+
+    def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
+        """Refit maps of a layer that do not feed each other to what they give in the dense model."""
+        block = self.pruned.blocks[layer - 1]
+        sums = {name: LinearSums(block.get_submodule(name), self.device) for name in names}
+        for k in range(self.blocks):
+            tokens, targets = self.tokens(k), self.get("targets", k)
+            with _recorded(block, names) as seen:
+                block(tokens)
+            weights = self.weights(k, layer - 1).gather(1, tokens.positions)
             for name, rows in sums.items():
-                rows.add(seen[name][0], targets[name], weights, held, tokens.pruned_mean() if is_projection else None)
+                rows.add(seen[name][0], targets[name], weights, self.held(k, len(weights)))
             yield
         for rows in sums.values():
-            self.replace(rows)
-        if correction is not None:
-            del self.pruned.corrections[str(layer)]
-            if (thin := sums[projection].thin or self.given.get(str(layer))) is not None:
-                self.pruned.corrections[str(layer)] = thin
+            self.solve(rows)
+
+    def refit_projection(self, layer: int, name: str) -> Iterator[None]:
+        """Refit a layer's projection, and its correction, to the dense features after it."""
+        block, corrections = self.pruned.blocks[layer - 1], self.pruned.corrections
+        sums = LinearSums(block.get_submodule(name), self.device, corrections[str(layer)], block.residual_scale)
+        for k in range(self.blocks):
+            tokens = self.tokens(k)
+            with _recorded(block, [name]) as seen:
+                block(tokens)
+            wanted = (take(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
+            weights = self.weights(k, layer).gather(1, tokens.positions)
+            sums.add(seen[name][0], wanted, weights, self.held(k, len(weights)), tokens.pruned_mean())
+            yield
+        self.solve(sums)
+        del corrections[str(layer)]
+        if (thin := sums.thin or self.given.get(str(layer))) is not None:
+            corrections[str(layer)] = thin
 
     def refit_classifier(self) -> Iterator[None]:
         """Refit the classifier to the dense logits; then see how far the images held out are from the dense model."""
         classifier = self.pruned.classifier
         name = _name_of(self.pruned, classifier)
-        sums = _Sums(classifier, self.device)
+        sums = LinearSums(classifier, self.device)
         for k in range(self.blocks):
             logits = self.dense_logits(k)
             with _recorded(self.pruned, [name]) as seen:
                 self.pruned.readout(self.tokens(k))
             sums.add(seen[name][0], logits, torch.ones(len(logits), device=self.device), self.held(k, len(logits)))
             yield
-        self.replace(sums)
+        self.solve(sums)
         kl = torch.zeros((), dtype=torch.float64)
         for k in range(self.blocks):
             logits = self.dense_logits(k)
@@ -210,72 +225,13 @@ class SideBySide:
         weights = self.get("weights", block)[layer]
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
-    def replace(self, sums: _Sums) -> None:
-        """Give a linear layer the weight that its sums determine."""
+    def solve(self, sums: LinearSums) -> None:
+        """Give a linear layer the weight that its sums over all processes determine."""
         for rows in (sums.fitted, sums.held_out):
             self.add_processes(rows.gram, rows.cross, rows.power)
         found = sums.refit()
         name = _name_of(self.pruned, sums.linear)
         self.fits.append(Fit(name, found.ridges, found.before, found.after))
-
-
-class _Sums:
-    """Rows of a linear layer, those to fit and those held out; a bias is one more input, which is always 1."""
-
-    def __init__(
-        self, linear: nn.Linear, device: torch.device, correction: nn.Linear | None = None, scale: float = 1.0
-    ):
-        self.linear, self.correction, self.scale = linear, correction, scale
-        self.thin: nn.Sequential | None = None
-        self.groups = [linear.in_features + (linear.bias is not None)]
-        if correction is not None:
-            self.groups.append(correction.in_features)
-        self.fitted, self.held_out = (Rows.none(sum(self.groups), linear.out_features, device) for _ in range(2))
-
-    def add(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor, held: Tensor, pruned_mean: Tensor | None = None
-    ) -> None:
-        """Rows of a block.
-
-        Args:
-            inputs: (images, ..., n). targets: (images, ..., m). weights: (images, ...). held: (images,).
-            pruned_mean: (images, d_model), what the correction receives, if there is one.
-        """
-        if self.linear.bias is not None:
-            inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
-        if pruned_mean is not None:
-            inputs = torch.cat([inputs, pruned_mean[:, None].expand(-1, inputs.shape[1], -1)], dim=-1)
-        for rows, chosen in ((self.fitted, ~held), (self.held_out, held)):
-            rows.add(inputs[chosen].flatten(0, -2), targets[chosen].flatten(0, -2), weights[chosen].flatten())
-
-    def refit(self) -> Refit:
-        """The refit, put into the layer; a new correction is in `thin`, as two thin matrices."""
-        weight, bias = self.linear.weight, self.linear.bias
-        old = [weight] + ([] if bias is None else [bias[:, None]])
-        old += [] if self.correction is None else [self.correction.weight / self.scale]
-        found = refit(self.fitted, self.held_out, torch.cat(old, dim=1).to(self.fitted.gram.device), self.groups)
-        if len(found.ridges) == 2 and found.ridges[1] is not None:
-            reduced, outwards, inwards = reduce_rank(found, self.fitted, self.held_out, self.groups[1])
-            if reduced.after >= found.before:  # a rank that is too low for any gain
-                return replace(found, ridges=(), after=found.before)
-            self.thin = low_rank(self.groups[1], len(inwards), weight.device)
-            self.thin[0].weight.copy_(inwards * self.scale)
-            self.thin[1].weight.copy_(outwards)
-            found = reduced
-        if found.ridges:
-            new = found.weight.split([part.shape[1] for part in old], dim=1)
-            weight.copy_(new[0])
-            if bias is not None:
-                bias.copy_(new[1][:, 0])
-        return found
-
-
-def _full_rank(model: TokenModel, thin: nn.Sequential | None) -> nn.Linear:
-    """A correction as one matrix; without one, zero."""
-    width, device = model.classifier.in_features, model.classifier.weight.device
-    linear = skip_init(nn.Linear, width, width, bias=False, device=device)
-    linear.weight.copy_(torch.zeros(()) if thin is None else thin[1].weight @ thin[0].weight)
-    return linear
 
 
 @contextmanager
