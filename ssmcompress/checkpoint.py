@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .errors import InputError
 from .files import new_folder, sha256
-from .models import MODELS, MadeBy, TokenModel, build
+from .models import MODELS, MadeBy, TokenModel, build, recognise
 from .models.base import low_rank
 from .preprocess import Preprocessing
 from .pruning.pruner import install
@@ -77,9 +77,8 @@ def load(
         image_size = (image_size, image_size)
     if isinstance(path, nn.Module):
         path = getattr(path, "module", path)  # as wrapped for data parallelism
-        proj = getattr(getattr(path, "patch_embed", None), "proj", None)
-        stride = stride or (proj.stride[0] if isinstance(proj, nn.Conv2d) else None)
-        model = build(clean(path.state_dict()), image_size, stride)
+        state = clean(path.state_dict())
+        model = build(state, image_size, stride or recognise(state).stride_of(path))
     elif isinstance(path, Mapping):
         model = build(clean(path), image_size, stride)
     else:

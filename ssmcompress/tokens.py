@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .pruning.alignment import Alignment, gap_steps
+from .pruning.alignment import Alignment, KeptPath, ScanOrder
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class Tokens:
         alignment: which ops of the blocks make up for pruned positions.
         pruned_sum: (batch, d_model) sum of the pruned tokens' features, each scaled to a mean square of 1; where a
             model's corrections ask for it, else None.
-        steps: pruned positions just before each token, on the way forward and on the way back, each (batch, kept)
-            float32; made from `positions`, once for all blocks up to the next stage.
+        orders: the scan paths of the model, over all positions.
+        paths: the same over the kept tokens; made from `positions`, once for all blocks up to the next stage.
     """
 
     features: Tensor
@@ -43,12 +43,12 @@ class Tokens:
     scores: Tensor | None = None
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
-    steps: tuple[Tensor, Tensor] | None = None
+    orders: tuple[ScanOrder, ...] = ()
+    paths: tuple[KeptPath, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.positions is not None and self.steps is None:
-            ways = (gap_steps(self.positions, reverse).float() for reverse in (False, True))
-            object.__setattr__(self, "steps", tuple(ways))
+        if self.paths is None:
+            object.__setattr__(self, "paths", tuple(order.over(self.positions) for order in self.orders))
 
     def updated(self, features: Tensor, scores: Tensor | None = None) -> Tokens:
         """The same tokens with new features (and scores)."""
@@ -65,7 +65,7 @@ class Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
         features = take(self.features, index)
         positions = self.explicit_positions().gather(1, index)
-        return replace(self, features=features, positions=positions, steps=None, scores=None)
+        return replace(self, features=features, positions=positions, paths=None, scores=None)
 
     def remembering(self, before: Tokens) -> Tokens:
         """These tokens with `pruned_sum`, where `before` are those that they were kept of."""

@@ -8,7 +8,7 @@ from conftest import GOLDEN, make_vim
 
 import ssmcompress
 from ssmcompress.errors import InputError
-from ssmcompress.models.vim import resize_pos_embed
+from ssmcompress.models.vim import FORTH_AND_BACK, resize_pos_embed
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.tokens import Tokens
 
@@ -90,7 +90,7 @@ def spread_tokens(model, mask, seed=0):
     """(features of all positions, Tokens of the kept ones)."""
     everything = torch.randn(2, len(mask), model.config.d_model, generator=torch.Generator().manual_seed(seed))
     positions = mask.nonzero()[:, 0].expand(2, -1)
-    return everything, Tokens(everything[:, mask], length=len(mask), protected=8, positions=positions)
+    return everything, Tokens(everything[:, mask], len(mask), 8, positions, orders=FORTH_AND_BACK)
 
 
 def test_an_aligned_block_equals_a_dense_one_with_zeros_at_pruned_positions(vim):

@@ -11,7 +11,17 @@ from .vim import VisionMamba
 
 MODELS: tuple[type[TokenModel], ...] = (VisionMamba,)
 
-__all__ = ["MODELS", "Block", "MadeBy", "StateDict", "TokenModel", "build"]
+__all__ = ["MODELS", "Block", "MadeBy", "StateDict", "TokenModel", "build", "recognise"]
+
+
+def recognise(state: StateDict) -> type[TokenModel]:
+    """The architecture that these parameter names belong to; InputError for none that is known."""
+    for model_class in MODELS:
+        if model_class.recognises(state):
+            return model_class
+    found = ", ".join(sorted(state)[:4]) or "none"
+    known = "; ".join(f"{m.architecture} has {', '.join(m.telling_keys)}" for m in MODELS)
+    raise InputError(f"no known vision state-space model: found {len(state)} tensors ({found}, ...); {known}")
 
 
 def build(
@@ -32,19 +42,15 @@ def build(
         InputError: an unknown architecture, parameters missing, left over, contradicting each other or not
             finite.
     """
-    for model_class in MODELS:
-        if model_class.recognises(state):
-            config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
-            with torch.device("meta"):
-                model = model_class(config)
-            _check(model, fitted)
-            # Cloned: the caller's own tensors, of a live module, must not change with the model.
-            dtypes = {k: v.dtype for k, v in model.state_dict().items()}
-            model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
-            return model.requires_grad_(True).eval()
-    found = ", ".join(sorted(state)[:4]) or "none"
-    known = "; ".join(f"{m.architecture} has {', '.join(m.telling_keys)}" for m in MODELS)
-    raise InputError(f"no known vision state-space model: found {len(state)} tensors ({found}, ...); {known}")
+    model_class = recognise(state)
+    config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
+    with torch.device("meta"):
+        model = model_class(config)
+    _check(model, fitted)
+    # Cloned: the caller's own tensors, of a live module, must not change with the model.
+    dtypes = {k: v.dtype for k, v in model.state_dict().items()}
+    model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
+    return model.requires_grad_(True).eval()
 
 
 def _check(model: TokenModel, state: dict[str, Tensor]) -> None:

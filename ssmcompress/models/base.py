@@ -118,6 +118,11 @@ class TokenModel(nn.Module, abc.ABC):
     ) -> tuple[Any, dict[str, Tensor]]:
         """(config, state dict fitted to its image size), from names and shapes alone; InputError if it fails."""
 
+    @classmethod
+    def stride_of(cls, module: nn.Module) -> int | None:
+        """Pixels between the patches of a live module that is this model in someone's own code, where it shows them."""
+        return None
+
     @property
     @abc.abstractmethod
     def blocks(self) -> nn.ModuleList: ...

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops import ScanPath, causal_conv1d, rms_norm, scan_paths
 from ..ops.selective_scan import step_size
+from ..pruning.alignment import ScanOrder
 from ..tokens import Tokens
 from .base import Block, StateDict, TokenModel
+from .reading import Shapes, grids, resize_grid
 
-# Pixels; a slip of the keyboard must not ask for a position table of terabytes.
-LARGEST_SIDE = 8192
+FORTH_AND_BACK = (ScanOrder(), ScanOrder(reverse=True))
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,12 @@ class VimMixer(nn.Module):
         """What the scan of a path takes, from x (batch, kept, d_inner)."""
         conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
-        u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=path == 1)
+        reverse, gaps = tokens.paths[path].reverse, tokens.paths[path].gaps
+        u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=reverse)
         dt, B, C = x_proj(u).split(self.split, dim=-1)
-        aligned = tokens.alignment.scan and tokens.steps is not None
-        gap = (tokens.steps[path], self.gap_delta[path]) if aligned else None
+        gap = None if gaps is None or not tokens.alignment.scan else (gaps, self.gap_delta[path])
         delta, A = F.linear(dt, dt_proj.weight), -torch.exp(A_log.float())
-        return ScanPath(u, delta, A, B, C, D, dt_proj.bias, gap, reverse=path == 1)
+        return ScanPath(u, delta, A, B, C, D, dt_proj.bias, gap, reverse)
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
         """(paths, batch, kept, d_inner) delta after bias and softplus, from x (batch, kept, d_inner)."""
@@ -193,7 +194,7 @@ class VisionMamba(TokenModel):
         before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
         tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
         features = tokens + self.pos_embed
-        return Tokens(features, length=self.length, protected=self.protected, alignment=self.alignment)
+        return Tokens(features, self.length, self.protected, alignment=self.alignment, orders=FORTH_AND_BACK)
 
     def readout(self, tokens: Tokens) -> Tensor:
         index = tokens.protected_index()[:, None, None].expand(-1, 1, tokens.features.shape[2])
@@ -232,6 +233,11 @@ class VisionMamba(TokenModel):
         return self.length * (3 * c.d_model * 4 + (2 * c.d_inner + 2 * path + c.d_model) * size)
 
     @classmethod
+    def stride_of(cls, module: nn.Module) -> int | None:
+        proj = getattr(getattr(module, "patch_embed", None), "proj", None)
+        return proj.stride[0] if isinstance(proj, nn.Conv2d) else None
+
+    @classmethod
     def recognises(cls, state: StateDict) -> bool:
         return "patch_embed.proj.weight" in state and any(k.startswith("layers.0.mixer.") for k in state)
 
@@ -243,28 +249,20 @@ class VisionMamba(TokenModel):
         stride: int | None,
         trained_size: tuple[int, int] | None,
     ) -> tuple[VimConfig, dict[str, Tensor]]:
-        def shape(key: str, ndim: int) -> tuple[int, ...]:
-            if key not in state:
-                raise InputError(f"looks like a Vim, but {key!r} is missing")
-            if state[key].ndim != ndim or 0 in state[key].shape:
-                raise InputError(f"{key} is {tuple(state[key].shape)}: expected {ndim} dimensions, none empty")
-            return tuple(state[key].shape)
-
-        depth = 1 + max(int(k.split(".")[1]) for k in state if _is_layer(k))
-        if depth > len(state):
-            raise InputError(f"layer numbers go up to {depth - 1}, but there are only {len(state)} tensors")
+        shape = Shapes(state, "Vim")
+        depth = shape.count("layers.")
         d_model, in_chans, *patch_size = shape("patch_embed.proj.weight", 4)
         d_inner, d_state = shape("layers.0.mixer.A_log", 2)
-        if patch_size[0] != patch_size[1]:
+        patch = patch_size[0]
+        if patch != patch_size[1]:
             raise InputError(f"patches of {tuple(patch_size)} pixels: expected square ones")
-        stride = stride or patch_size[0]
-        trained = _trained_grid(shape("pos_embed", 3)[1] - 1, patch_size[0], stride, image_size, trained_size)
-        if image_size is None:
-            image_size = tuple((g - 1) * stride + p for g, p in zip(trained, patch_size, strict=True))
-        if any(size < p for size, p in zip(image_size, patch_size, strict=True)):
-            raise InputError(f"image size {image_size} is smaller than the patches, {tuple(patch_size)}")
-        if max(image_size) > LARGEST_SIDE or stride > LARGEST_SIDE:
-            raise InputError(f"image size {image_size}, stride {stride}: expected at most {LARGEST_SIDE} pixels")
+        stride = stride or patch
+
+        def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+            return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
+
+        entries = shape("pos_embed", 3)[1] - 1
+        trained, image_size = grids(entries, patch, stride, grid_of, image_size, trained_size)
         config = VimConfig(
             d_model=d_model,
             depth=depth,
@@ -284,52 +282,12 @@ class VisionMamba(TokenModel):
         return config, fitted
 
 
-def _is_layer(key: str) -> bool:
-    head, _, rest = key.partition(".")
-    number = rest.partition(".")[0]
-    return head == "layers" and number.isdecimal() and len(number) < 9
-
-
-def _trained_grid(
-    patches: int,
-    patch_size: int,
-    stride: int,
-    image_size: tuple[int, int] | None,
-    trained_size: tuple[int, int] | None,
-) -> tuple[int, int]:
-    """The grid that a position table of `patches` entries was made for: known, else square, else as told."""
-
-    def grid(size: tuple[int, int]) -> tuple[int, int]:
-        return (size[0] - patch_size) // stride + 1, (size[1] - patch_size) // stride + 1
-
-    side = math.isqrt(patches)
-    if trained_size is not None:
-        found = grid(trained_size)
-    elif side * side == patches:
-        found = (side, side)
-    else:
-        found = grid(image_size) if image_size is not None else (0, 0)
-    if min(found) > 0 and found[0] * found[1] == patches:
-        return found
-    raise InputError(
-        f"pos_embed has {patches + 1} entries, so {patches} patches, which is "
-        f"{'not the grid of its image size' if trained_size else 'no square grid'}: "
-        f"give the image size it was trained at (and the patch stride, if it is not {patch_size})"
-    )
-
-
 def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Position embedding (1, 1 + patches, d_model) for another patch grid.
 
-    The class token's entry, in the middle at patches // 2, is kept as it is; the rest is interpolated on the
-    grid (bicubic, as DeiT and Vim do for fine-tuning at another resolution).
+    The class token's entry, in the middle at patches // 2, is kept as it is; the rest is interpolated.
     """
-    if old == new:
-        return table
     middle = (table.shape[1] - 1) // 2
-    patches = torch.cat([table[:, :middle], table[:, middle + 1 :]], dim=1)
-    image = patches.transpose(1, 2).unflatten(2, old).float()
-    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
-    patches = image.flatten(2).transpose(1, 2).to(table.dtype)
+    patches = resize_grid(torch.cat([table[:, :middle], table[:, middle + 1 :]], dim=1), old, new)
     middle_new = patches.shape[1] // 2
     return torch.cat([patches[:, :middle_new], table[:, middle : middle + 1], patches[:, middle_new:]], dim=1)

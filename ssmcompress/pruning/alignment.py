@@ -23,6 +23,50 @@ class Alignment:
     scan: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class ScanOrder:
+    """The order in which a scan path visits all positions.
+
+    Attributes:
+        visits: (length,) int64, the position visited at each step; None: from the first position to the last, or with
+            `reverse` from the last to the first.
+        labels: (length,) int64, what kind of step each one is, for paths that tell their steps apart; else None.
+    """
+
+    visits: Tensor | None = None
+    reverse: bool = False
+    labels: Tensor | None = None
+
+    def over(self, positions: Tensor | None) -> KeptPath:
+        """This path over the tokens at `positions` (batch, kept), strictly increasing; None: over all of them."""
+        if positions is None:
+            return KeptPath(self.visits, self.reverse, self.labels, None)
+        if self.visits is None:
+            return KeptPath(None, self.reverse, None, gap_steps(positions, self.reverse).float())
+        step_at = self.visits.argsort()
+        steps, order = step_at[positions].sort(1)
+        labels = None if self.labels is None else self.labels[steps]
+        return KeptPath(order, False, labels, gap_steps(steps).float())
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPath:
+    """A scan path over the tokens that are left.
+
+    Attributes:
+        order: (kept,) or (batch, kept) int64, which of the kept tokens each step visits; None: one after the other,
+            with `reverse` from the last to the first.
+        labels: (kept,) or (batch, kept), those that the steps have on the original path.
+        gaps: (batch, kept) float32, pruned positions just before each step; None while nothing is pruned. They are in
+            the order of the steps where there is an `order`, else in token order.
+    """
+
+    order: Tensor | None
+    reverse: bool
+    labels: Tensor | None
+    gaps: Tensor | None
+
+
 def gap_steps(positions: Tensor, reverse: bool = False) -> Tensor:
     """Number of pruned positions just before each kept token on a path.
 

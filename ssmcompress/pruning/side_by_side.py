@@ -78,7 +78,7 @@ class SideBySide:
     def tokens(self, block: int) -> Tokens:
         """The pruned model's tokens before the layer."""
         features, positions, pruned_sum = self.get("pruned", block)
-        return replace(self.template, features=features, positions=positions, pruned_sum=pruned_sum)
+        return replace(self.template, features=features, positions=positions, paths=None, pruned_sum=pruned_sum)
 
     def keep(self, block: int, tokens: Tokens) -> None:
         """The pruned model's tokens before the next layer."""
