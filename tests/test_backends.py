@@ -117,6 +117,29 @@ def test_gap_as_a_product_and_a_result_to_add_to(backend, train):
 
 
 @each_backend
+@pytest.mark.parametrize("gap", [False, True], ids=["", "gap"])
+@pytest.mark.parametrize("each", [False, True], ids=["one order", "of each image"])
+@pytest.mark.parametrize(("length", "d_state"), [(7, 16)] if INTERPRETED else [(1, 4), (63, 16), (300, 64)])
+def test_scan_in_an_order_and_its_gradients(length, d_state, each, gap, backend):
+    """Against the plain scan over the gathered tokens; 300 tokens of 64 states are several chunks of the backward."""
+    case = scan_case(length=length, d_state=d_state, gap=gap)
+    exact, own = named(case, torch.float64), named(case, torch.float32, backend)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.stack([torch.randperm(length, generator=generator) for _ in range(2)])
+    index = (order if each else order[:1].expand(2, -1))[..., None].expand_as(case["u"])
+    gathered = {k: t.gather(1, index) if k in ("u", "z") else t for k, t in exact.items()}
+    y = torch.zeros_like(index, dtype=torch.float64).scatter(1, index, selective_scan(**gathered, delta_softplus=True))
+    order = (order if each else order[0]).to(device_of(backend))
+    found = selective_scan(**own, delta_softplus=True, order=order, backend=backend)
+    assert_near(found, y, 1e-5)
+    upper = upper_gradient(y)
+    backward(y, upper)
+    backward(found, upper)
+    for name in case:
+        assert_near(own[name].grad, exact[name].grad, 1e-4, name)
+
+
+@each_backend
 @both_ways
 @pytest.mark.parametrize("length", [LENGTH] if INTERPRETED else [63, 600])
 def test_gradients_of_all_else_beside_a_gap_as_a_product(length, reverse, backend):

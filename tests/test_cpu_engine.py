@@ -76,8 +76,9 @@ def test_compiled_ops_pass_the_checks_of_torch():
     case = {k: v.requires_grad_() for k, v in scan_case(length=9, d_inner=5, d_state=3, dtype=torch.float32).items()}
     u, delta, A, B, C, D, z, bias = case.values()
     gap = torch.rand_like(u).requires_grad_()
-    arguments = (u, delta, A, B, C, D, z, bias, None, None, gap, u.detach(), True, True)
-    torch.library.opcheck(torch.ops.ssmcompress.selective_scan.default, arguments)
+    for order, reverse in ((None, True), (torch.arange(9).flip(0), False)):
+        arguments = (u, delta, A, B, C, D, z, bias, None, None, gap, u.detach(), order, True, reverse)
+        torch.library.opcheck(torch.ops.ssmcompress.selective_scan.default, arguments)
     (x, weight, bias), positions = conv_case(length=9, channels=5, pruned=True)
     tensors = leaves((x, weight, bias), torch.float32)
     torch.library.opcheck(torch.ops.ssmcompress.causal_conv1d.default, (*tensors, positions, True, False))

@@ -16,7 +16,7 @@ from .reference import top_tokens
 __all__ = ["causal_conv1d", "rms_norm", "selective_scan", "top_tokens"]
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
     steps = gap_delta = None
     if isinstance(gap, tuple):
@@ -27,7 +27,8 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
     dtype = _common(u, delta, z, add)
     y = _scan(
         _as(dtype, u), _as(dtype, delta), _float(A), _float(B), _float(C), _float(D), _as(dtype, z),
-        _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), delta_softplus, reverse,
+        _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), _as(torch.int64, order), delta_softplus,
+        reverse,
     )  # fmt: skip
     return _as(u.dtype, y)
 
@@ -71,33 +72,35 @@ def _kernel(name: str) -> Callable[..., Any]:
 # length) and gap_delta (d_inner,), which have no gradient.
 _INPUTS = """Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? steps,
     Tensor? gap_delta, Tensor? gap"""
+# What a forward and a backward end with.
+_WAY = "Tensor? order, bool softplus, bool reverse"
 
 
 def _save_scan(ctx, inputs, output) -> None:
-    *tensors, add, softplus, reverse = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, add, order, softplus, reverse = inputs
+    ctx.save_for_backward(*tensors, order)
     ctx.adds, ctx.flags = add is not None, (softplus, reverse)
 
 
 def _scan_gradients(ctx, dy):
     tensors = ctx.saved_tensors
     du, ddelta, dA, dB, dC, dD, dz, dbias, dgap = _scan_backward(dy, *tensors, *ctx.flags)
-    _, _, _, _, _, D, z, bias, _, _, gap = tensors
+    _, _, _, _, _, D, z, bias, _, _, gap, _ = tensors
     optional = (None if t is None else d for t, d in ((D, dD), (z, dz), (bias, dbias)))
     dgap = None if gap is None else dgap
-    return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dy if ctx.adds else None, None, None
+    return du, ddelta, dA, dB, dC, *optional, None, None, dgap, dy if ctx.adds else None, None, None, None
 
 
 _scan_backward = operator(
-    f"selective_scan_backward(Tensor dy, {_INPUTS}, bool softplus, bool reverse) -> Tensor[]",
+    f"selective_scan_backward(Tensor dy, {_INPUTS}, {_WAY}) -> Tensor[]",
     _kernel("scan_backward"),
     ["cpu"],
-    lambda dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, *flags: [
+    lambda dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, *others: [
         empty_like(t, u) for t in (u, delta, A, B, C, D, z, bias, gap)
     ],
 )
 _scan = operator(
-    f"selective_scan({_INPUTS}, Tensor? add, bool softplus, bool reverse) -> Tensor",
+    f"selective_scan({_INPUTS}, Tensor? add, {_WAY}) -> Tensor",
     _kernel("scan_forward"),
     ["cpu"],
     lambda u, *others: empty_like(u, u),

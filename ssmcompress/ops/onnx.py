@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import rms_norm, wide
+from .reference import rms_norm, skip_and_gate, visited, wide
 
 __all__ = ["causal_conv1d", "function_text", "rms_norm", "selective_scan", "top_tokens"]
 
@@ -20,8 +20,13 @@ DOMAIN = "ssmcompress"
 OPSET = 20
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
+    if order is not None:
+        steps = selective_scan(
+            visited(u, order), delta, A, B, C, None, None, delta_bias, delta_softplus, gap, False, None, None
+        )
+        return skip_and_gate(visited(steps, order.argsort(-1)), u, D, z, add)
     if isinstance(gap, tuple):
         gap = gap[0].to(torch.float32)[..., None] * gap[1]
     optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}

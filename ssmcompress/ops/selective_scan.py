@@ -36,6 +36,7 @@ def selective_scan(
     gap: Gap = None,
     reverse: bool = False,
     add: Tensor | None = None,
+    order: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Selective scan over a sequence, aligned to the positions that pruning removed.
@@ -56,6 +57,9 @@ def selective_scan(
             (steps (batch, length), delta (d_inner,)) whose product it is, or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
         add: (batch, length, d_inner) that the result is added to, of another path say, in the same pass over memory.
+        order: (length,) or (batch, length) integers, the token that each step visits, instead of `reverse`. u, z, add
+            and the result are in token order; delta, B, C and a gap are in the order of the steps, as PlainMamba
+            (arXiv 2403.17695) has them.
         backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
@@ -64,19 +68,14 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse)
     with full_precision(u.device):
         scan = select(backend, u, delta, z, add).selective_scan
-        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add)
+        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order)
 
 
 class ScanPath(NamedTuple):
-    """One path of `scan_paths`; the fields are those arguments of `selective_scan`, and
-
-    order: (length,) or (batch, length) integers, the token that each step of the path visits. u, and the result, are
-        in token order; delta, B, C and a gap are in the order of the steps, as PlainMamba (arXiv 2403.17695) has them.
-        None: the steps are the tokens from the first to the last, or with `reverse` from the last to the first.
-    """
+    """One path of `scan_paths`; the fields are those arguments of `selective_scan`."""
 
     u: Tensor
     delta: Tensor
@@ -137,17 +136,9 @@ def one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored
     """`scan_paths` by a backend's scan of one path, each on top of the ones before it."""
     y, scores, deltas = None, None, []
     for count, path in enumerate(paths, 1):  # making a path is the caller's code, under the caller's autocast
-        u, gate, below = path.u, z, y
-        if path.order is not None:
-            order = path.order.expand(u.shape[:2])
-            u, gate, below = _taken(u, order), _taken(z, order), _taken(y, order)
+        u, delta, A, B, C, D, bias, gap, reverse, order = path
         with full_precision(u.device):
-            y = scan(
-                u, path.delta, path.A, path.B, path.C, path.D, gate, path.delta_bias, delta_softplus, path.gap,
-                path.reverse, below,
-            )  # fmt: skip
-        if path.order is not None:
-            y = _taken(y, order.argsort(1))
+            y = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, y, order)
         if score == "delta":
             deltas.append(SCORES[score](step_size(path, delta_softplus)))
         elif score is not None and count == scored:
@@ -165,22 +156,13 @@ def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
     return F.softplus(delta) if delta_softplus else delta
 
 
-def _taken(tensor: Tensor | None, order: Tensor) -> Tensor | None:
-    return tensor if tensor is None else tensor.gather(1, order[..., None].expand(-1, -1, tensor.shape[2]))
-
-
 def _checked(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:
     """The paths as they come, each fitting together and like the first; at the end, `scored` of them."""
     first, count = None, 0
     for path in paths:
         count += 1
         u, delta, A, B, C, D, bias, gap, reverse, order = path
-        _check_shapes(u, delta, A, B, C, D, z, bias, gap, None)
-        if order is not None and (reverse or order.shape not in ((u.shape[1],), u.shape[:2])):
-            raise ValueError(
-                f"scan_paths: expected an order ({u.shape[1]},) or {tuple(u.shape[:2])}, and no reverse beside it, "
-                f"found {tuple(order.shape)}{' and reverse' if reverse else ''}"
-            )
+        _check_shapes(u, delta, A, B, C, D, z, bias, gap, None, order, reverse)
         first = first or path
         if (u.shape, A.shape) != (first.u.shape, first.A.shape):
             raise ValueError(
@@ -195,7 +177,7 @@ def _checked(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) ->
         raise ValueError(f"scan_paths: expected scored from 1 to the {count} paths there are, found {scored}")
 
 
-def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:
+def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse) -> None:
     if u.ndim != 3 or A.ndim != 2 or A.shape[0] != u.shape[2]:
         raise ValueError(
             f"selective_scan: expected u (batch, length, d_inner) and A (d_inner, d_state), "
@@ -219,3 +201,8 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"selective_scan: expected {name} {shape}, found {tuple(tensor.shape)}")
+    if order is not None and (reverse or tuple(order.shape) not in ((length,), (batch, length))):
+        raise ValueError(
+            f"selective_scan: expected an order ({length},) or {(batch, length)}, and no reverse beside it, found "
+            f"{tuple(order.shape)}{' and reverse' if reverse else ''}"
+        )

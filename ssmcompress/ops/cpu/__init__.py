@@ -15,11 +15,11 @@ from .threads import run
 _SMALL = 1 << 15
 
 
-def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, softplus, reverse) -> Tensor:
+def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, softplus, reverse) -> Tensor:
     """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
     y = _new(u, u.shape, u.dtype)
     if y.numel():
-        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y]
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y]
         flags = (softplus, reverse, _channels(u.shape[0], u.shape[2]))
         _launch("scan_forward", flags, arrays, u.dtype, u.numel() * A.shape[1])
     return y
@@ -34,7 +34,7 @@ def _channels(batch: int, d_inner: int) -> int:
     return max(64, most // 64 * 64)
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, softplus, reverse) -> list[Tensor]:
+def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, softplus, reverse) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, D, z, bias, gap; arguments as in `ssmcompress.ops.compiled`."""
     batch, _, d_inner = u.shape
     blocks = -(-d_inner // int(BLOCK))
@@ -47,7 +47,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, soft
     dD = _new(u, (batch, d_inner) if D is not None else (0,))
     dbias = _new(u, (batch, d_inner) if bias is not None else (0,))
     if u.numel():
-        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy]
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, dy]
         arrays += [du, ddelta, dA, dB.flatten(0, 1), dC.flatten(0, 1), dD, dz, dbias, dgap]
         _launch("scan_backward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
     return [du, ddelta, _sum(dA), _sum(dB), _sum(dC), _sum(dD), dz, _sum(dbias), dgap]

@@ -36,7 +36,7 @@ def _scan_forward(a, stamp):
             t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, a),
             array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
             array_at(t, 7, a), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32),
-            array_at(t, 11, float32), array_at(t, 12, a), array_at(t, 13, a),
+            array_at(t, 11, float32), array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a),
         )  # fmt: skip
 
     return entry
@@ -50,9 +50,9 @@ def _scan_backward(a, stamp):
             t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
             array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, a),
             array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
-            array_at(t, 12, a), array_at(t, 13, a), array_at(t, 14, a), array_at(t, 15, float32),
-            array_at(t, 16, float32), array_at(t, 17, float32), array_at(t, 18, float32), array_at(t, 19, a),
-            array_at(t, 20, float32), array_at(t, 21, float32),
+            array_at(t, 12, int64), array_at(t, 13, a), array_at(t, 14, a), array_at(t, 15, a),
+            array_at(t, 16, float32), array_at(t, 17, float32), array_at(t, 18, float32), array_at(t, 19, float32),
+            array_at(t, 20, a), array_at(t, 21, float32), array_at(t, 22, float32),
         )  # fmt: skip
 
     return entry

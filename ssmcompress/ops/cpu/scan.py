@@ -1,9 +1,10 @@
 """The selective scan of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
-All arrays have three axes and are in token order; `reverse` walks them from the last token to the first. u, delta, z,
-add, y and their gradients (batch, length, d_inner) are float32, or bfloat16 held as uint16. The rest is float32: A (1,
-d_inner, d_state), B and C (batch, length, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps
-(1, batch, length) with gap_delta (1, 1, d_inner). What is not there has no elements.
+All arrays have three axes and are in token order; `reverse` walks them from the last token to the first, and an `order`
+(1, batch or 1, length) int64 u, z, add, y and their gradients alone. These and delta (batch, length, d_inner) are
+float32, or bfloat16 held as uint16. The rest is float32: A (1, d_inner, d_state), B and C (batch, length, d_state), D
+and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch, length) with gap_delta (1, 1, d_inner). What
+is not there has no elements.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ KEPT = uint64(1 << 13)
 
 
 @kernel
-def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, y):
+def scan_forward(
+    table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y
+):
     """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`."""
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + channels - ONE) // channels
@@ -58,14 +61,15 @@ def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, 
         for k in range(length):
             t = length - ONE - k if reverse else k
             ahead = t - AHEAD if reverse else t + AHEAD
+            token, coming = _token(order, b, t, length), _token(order, b, ahead, length)
             # Three passes over the vectors of a block: in one, each scan would wait for its own softplus.
             for v in range(vectors):
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
                 prefetch(delta, (b, ahead, e))
-                prefetch(u, (b, ahead, e))
+                prefetch(u, (b, coming, e))
                 step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
-                u_t = load(u, (b, t, e), count)
+                u_t = load(u, (b, token, e), count)
                 store(x, (v, ZERO), WIDTH, step * u_t)
                 store(decay, (v, ZERO), WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
                 store(out, (v, ZERO), WIDTH, load(D, (ZERO, ZERO, e), count) * u_t if D.size else splat(0.0))
@@ -83,21 +87,21 @@ def scan_forward(table, with_softplus, reverse, channels, u, delta, A, B, C, D, 
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
                 y_t = load(out, (v, ZERO), WIDTH)
-                prefetch(y, (b, ahead, e))
+                prefetch(y, (b, coming, e))
                 if z.size:
-                    prefetch(z, (b, ahead, e))
-                    z_t = load(z, (b, t, e), count)
+                    prefetch(z, (b, coming, e))
+                    z_t = load(z, (b, token, e), count)
                     y_t = y_t * (z_t * sigmoid(z_t))
                 if add.size:
-                    prefetch(add, (b, ahead, e))
-                    y_t = y_t + load(add, (b, t, e), count)
-                store(y, (b, t, e), count, y_t)
+                    prefetch(add, (b, coming, e))
+                    y_t = y_t + load(add, (b, token, e), count)
+                store(y, (b, token, e), count, y_t)
         block = next_item(table)
 
 
 @kernel
 def scan_backward(
-    table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, dy,
+    table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, dy,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dgap,
 ):  # fmt: skip
     """Gradients of all inputs from that of y, dy (batch, length, d_inner), of every block not taken yet.
@@ -134,11 +138,12 @@ def scan_backward(
             starts[later : later + most * d_state] = starts[now:later]
             for k in range(part * chunk, (part + ONE) * chunk):
                 t = length - ONE - k if reverse else k
+                token = _token(order, b, t, length)
                 for v in range(vectors):
                     e = start + v * WIDTH
                     count = min(WIDTH, end - e)
                     step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
-                    x_t = step * load(u, (b, t, e), count)
+                    x_t = step * load(u, (b, token, e), count)
                     decay_t = step + _gap(steps, gap_delta, gap, b, t, e, count)
                     for n in range(d_state):
                         row = (later + v * d_state + n, ZERO)
@@ -153,19 +158,20 @@ def scan_backward(
             for k in range(taken):
                 t = length - ONE - first - k if reverse else first + k
                 ahead = t - AHEAD if reverse else t + AHEAD
+                token, coming = _token(order, b, t, length), _token(order, b, ahead, length)
                 for v in range(vectors):
                     e, row = start + v * WIDTH, (v * chunk + k, ZERO)
                     count = min(WIDTH, end - e)
                     prefetch(delta, (b, ahead, e))
-                    prefetch(u, (b, ahead, e))
-                    prefetch(dy, (b, ahead, e))
+                    prefetch(u, (b, coming, e))
+                    prefetch(dy, (b, coming, e))
                     step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
-                    store(x, row, WIDTH, step * load(u, (b, t, e), count))
+                    store(x, row, WIDTH, step * load(u, (b, token, e), count))
                     store(decay, row, WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
-                    g = load(dy, (b, t, e), count)
+                    g = load(dy, (b, token, e), count)
                     if z.size:
-                        prefetch(z, (b, ahead, e))
-                        z_t = load(z, (b, t, e), count)
+                        prefetch(z, (b, coming, e))
+                        z_t = load(z, (b, token, e), count)
                         g = g * (z_t * sigmoid(z_t))
                     store(gated, row, WIDTH, g)
             for v in range(vectors):
@@ -206,13 +212,14 @@ def scan_backward(
             for k in range(taken):
                 t = length - ONE - first - k if reverse else first + k
                 ahead = t - AHEAD if reverse else t + AHEAD
+                token, coming = _token(order, b, t, length), _token(order, b, ahead, length)
                 for v in range(vectors):
                     e, row = start + v * WIDTH, (v * chunk + k, ZERO)
                     count = min(WIDTH, end - e)
-                    prefetch(du, (b, ahead, e))
+                    prefetch(du, (b, coming, e))
                     prefetch(ddelta, (b, ahead, e))
                     step, raw = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
-                    u_t, y_t = load(u, (b, t, e), count), load(y, row, WIDTH)
+                    u_t, y_t = load(u, (b, token, e), count), load(y, row, WIDTH)
                     dx_t, ddecay_t = load(x, row, WIDTH), load(decay, row, WIDTH)
                     du_t = dx_t * step
                     if D.size:
@@ -221,18 +228,18 @@ def scan_backward(
                         du_t = du_t + skip * g
                         store(dskip, (v, ZERO), WIDTH, load(dskip, (v, ZERO), WIDTH) + g * u_t)
                     if z.size:
-                        prefetch(dz, (b, ahead, e))
-                        z_t = load(z, (b, t, e), count)
+                        prefetch(dz, (b, coming, e))
+                        z_t = load(z, (b, token, e), count)
                         share = sigmoid(z_t)
                         slope = share * (1.0 + z_t * (1.0 - share))
-                        store(dz, (b, t, e), count, load(dy, (b, t, e), count) * y_t * slope)
+                        store(dz, (b, token, e), count, load(dy, (b, token, e), count) * y_t * slope)
                     if gap.size:
                         store(dgap, (b, t, e), count, ddecay_t)
                     dstep = dx_t * u_t + ddecay_t
                     if with_softplus:
                         dstep = dstep * sigmoid(raw)
                     store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + dstep)
-                    store(du, (b, t, e), count, du_t)
+                    store(du, (b, token, e), count, du_t)
                     store(ddelta, (b, t, e), count, dstep)
         for e in range(start, end):
             v, lane = (e - start) // WIDTH, (e - start) % WIDTH
@@ -251,6 +258,15 @@ def scan_backward(
 
 
 LN_2 = np.float32(np.log(2))
+
+
+@helper
+def _token(order, b, step, length):
+    """The token that a step of a sequence visits; the last one where an order points outside."""
+    last = length - ONE
+    if order.size:
+        return min(uint64(order[ZERO, b if uint64(order.shape[1]) > ONE else ZERO, min(step, last)]), last)
+    return step
 
 
 @helper

@@ -21,9 +21,9 @@ __all__ = ["causal_conv1d", "check_driver", "rms_norm", "scan_paths", "selective
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add) -> Tensor:
+def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    path = ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse)
+    path = ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse, order)
     return _scan_together([path], z, add, delta_softplus, None, 1)[0]
 
 
