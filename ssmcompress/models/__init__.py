@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from .base import Block, MadeBy, StateDict, TokenModel
+from .plain_mamba import PlainMamba
 from .vim import VisionMamba
 
-MODELS: tuple[type[TokenModel], ...] = (VisionMamba,)
+MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba)
 
 __all__ = ["MODELS", "Block", "MadeBy", "StateDict", "TokenModel", "build", "recognise"]
 

@@ -1,11 +1,12 @@
 """The ops that every model here is built from. All tensors are channels-last, in token order.
 
-`selective_scan`, `scan_paths`, `causal_conv1d`, `rms_norm` and `top_tokens` choose a backend by themselves; `backend=`
-names one for a call and `use_backend` for a block of code.
+`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm` and `top_tokens` choose a backend by
+themselves; `backend=` names one for a call and `use_backend` for a block of code.
 """
 
 from .causal_conv import causal_conv1d
 from .dispatch import BACKENDS, use_backend
+from .grid_conv import grid_conv2d
 from .rms_norm import rms_norm
 from .selective_scan import SCORES, ScanPath, scan_paths, selective_scan
 from .top_tokens import top_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "SCORES",
     "ScanPath",
     "causal_conv1d",
+    "grid_conv2d",
     "rms_norm",
     "scan_paths",
     "selective_scan",

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import rms_norm, skip_and_gate, visited, wide
+from .reference import grid_conv2d, rms_norm, skip_and_gate, visited, wide
 
-__all__ = ["causal_conv1d", "function_text", "rms_norm", "selective_scan", "top_tokens"]
+__all__ = ["causal_conv1d", "function_text", "grid_conv2d", "rms_norm", "selective_scan", "top_tokens"]
 
 DOMAIN = "ssmcompress"
 OPSET = 20

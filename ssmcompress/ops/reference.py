@@ -86,6 +86,24 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
+def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
+    """See `ssmcompress.ops.grid_conv2d`. On the whole grid, whatever is missing."""
+    dtype = wide(x.dtype)
+    places = grid[0] * grid[1]
+    everything = x.to(dtype)
+    if positions is not None:
+        index = positions[..., None].expand_as(x)
+        everything = everything.new_zeros(x.shape[0], places, x.shape[2]).scatter(1, index, everything)
+    elif x.shape[1] < places:
+        everything = F.pad(everything, (0, 0, 0, places - x.shape[1]))
+    image = everything.transpose(1, 2).unflatten(2, grid)
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    bias = None if bias is None else bias.to(dtype)
+    y = F.conv2d(image, weight.to(dtype), bias, padding=padding, groups=x.shape[2]).flatten(2).transpose(1, 2)
+    y = y[:, : x.shape[1]] if positions is None else y.gather(1, index)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssmcompress.ops.rms_norm`."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..operators import conv_operator, empty_like, operator
-from ..reference import rms_norm, top_tokens
+from ..reference import grid_conv2d, rms_norm, top_tokens
 from ..selective_scan import ScanPath, one_by_one
 from . import conv, scan
 from .launch import INTERPRETED, check_driver
 
-__all__ = ["causal_conv1d", "check_driver", "rms_norm", "scan_paths", "selective_scan", "top_tokens"]
+__all__ = ["causal_conv1d", "check_driver", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "top_tokens"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

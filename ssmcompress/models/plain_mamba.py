@@ -1,0 +1,353 @@
+"""PlainMamba (ChenhongyiYang): four continuous scans over a grid of patches, a 2-D convolution, mean pooling.
+
+arXiv 2403.17695; module and parameter names are those of the published checkpoints (mmcv's, `backbone.` and `head.`).
+Three quirks of the published code are part of what its weights were trained with, and so of this model; each is
+named where it happens: the order of delta, B and C, the bias of delta, and D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..ops import ScanPath, grid_conv2d, scan_paths
+from ..ops.selective_scan import step_size
+from ..pruning.alignment import ScanOrder
+from ..tokens import Tokens
+from .base import Block, StateDict, TokenModel
+from .reading import Shapes, grids, resize_grid
+
+# Kinds of steps of a path, rows of direction_Bs.
+START, RIGHT, LEFT, UP, DOWN = range(5)
+STEM_STRIDE = 2
+
+
+@dataclass(frozen=True)
+class PlainMambaConfig:
+    """Sizes of a PlainMamba, all of them visible in its weights except `image_size`.
+
+    Attributes:
+        stem_width, stem_depth: channels of the stem, and how many 3x3 convolutions follow its first one.
+        patch_size: side of a patch in pixels, and the distance to the next, `stride`.
+        window: side of the convolution on the grid.
+        dw_layers: layers, from 0, that end in a 3x3 convolution; `dw_window`: its side.
+    """
+
+    d_model: int
+    depth: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    window: int
+    dw_layers: tuple[int, ...]
+    dw_window: int
+    stem_width: int
+    stem_depth: int
+    stem_window: int
+    in_chans: int
+    num_classes: int
+    patch_size: int
+    stride: int
+    image_size: tuple[int, int]
+
+    @property
+    def stem_grid(self) -> tuple[int, int]:
+        """Places of the stem in (rows, columns): one for every second pixel."""
+        height, width = self.image_size
+        return -(-height // STEM_STRIDE), -(-width // STEM_STRIDE)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (rows, columns)."""
+        rows, columns = (side // (self.patch_size // STEM_STRIDE) for side in self.stem_grid)
+        return rows, columns
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def snakes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The four continuous paths over a grid (rows, columns).
+
+    The first goes right from the first place and snakes down, the third goes down and snakes right; the second and
+    fourth are these from their end to their start.
+
+    Returns:
+        visits (4, rows * columns) int64, the position (row * columns + column) at each step, and labels of the same
+        shape, the kind of move that leads there: START, RIGHT, LEFT, UP or DOWN.
+    """
+    # On the CPU by name, where the module around is built without content.
+    places = torch.arange(rows * columns, device="cpu").view(rows, columns)
+    right, down = places.clone(), places.t().clone()
+    right[1::2], down[1::2] = right[1::2].flip(1), down[1::2].flip(1)
+    visits = torch.stack([path for start in (right, down) for path in (start.flatten(), start.flatten().flip(0))])
+    row, column = visits // columns, visits % columns
+    labels = torch.full_like(visits, START)
+    for move, axis, step in ((RIGHT, column, 1), (LEFT, column, -1), (UP, row, -1), (DOWN, row, 1)):
+        labels[:, 1:][axis.diff(dim=1) == step] = move
+    return visits, labels
+
+
+class PatchEmbed(nn.Module):
+    """Images (batch, channels, height, width) -> patches (batch, d_model, rows, columns)."""
+
+    def __init__(self, c: PlainMambaConfig):
+        super().__init__()
+        width, side = c.stem_width, c.patch_size // STEM_STRIDE
+        first = nn.Conv2d(c.in_chans, width, c.stem_window, STEM_STRIDE, c.stem_window // 2, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU())
+        self.convs = nn.Sequential()
+        for _ in range(c.stem_depth):
+            conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            self.convs.extend([conv, nn.BatchNorm2d(width), nn.ReLU()])
+        self.projection = nn.Conv2d(width, c.d_model, side, stride=side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.convs(self.stem(images)))
+
+
+class PlainMambaMixer(nn.Module):
+    """The four scans of a layer, along snakes over the grid, summed and gated."""
+
+    def __init__(self, c: PlainMambaConfig):
+        super().__init__()
+        self.grid = c.grid
+        self.split = [c.dt_rank, c.d_state, c.d_state]
+        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner)
+        self.conv2d = nn.Conv2d(c.d_inner, c.d_inner, c.window, padding=c.window // 2, groups=c.d_inner)
+        self.x_proj = nn.Linear(c.d_inner, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(c.dt_rank, c.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1).clone())
+        self.D = nn.Parameter(torch.ones(c.d_inner))
+        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))
+        self.out_proj = nn.Linear(c.d_inner, c.d_model)
+        self.register_buffer("gap_delta", None)  # (1, d_inner) once something before is pruned
+
+    def delta_bias(self) -> Tensor:
+        """(d_inner,). Quirk: the published code adds the bias in dt_proj and once more in the scan."""
+        return 2 * self.dt_proj.bias
+
+    def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
+        """What the scan of each path takes, from x (batch, kept, d_inner)."""
+        u = convolved(x, self.conv2d, tokens, self.grid, "silu")
+        dt, B, C = self.x_proj(u).split(self.split, dim=-1)
+        delta, bias, A = F.linear(dt, self.dt_proj.weight), self.delta_bias(), -torch.exp(self.A_log.float())
+        for path in tokens.paths:
+            gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
+            # Quirk: only u follows the path, while delta, B and C stay in raster order. That is what `order` means.
+            labelled = B + F.embedding(path.labels, self.direction_Bs).to(B.dtype)
+            # Quirk: D u comes once with each path, so four times.
+            yield ScanPath(u, delta, A, labelled, C, self.D, bias, gap, order=path.order)
+
+    def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
+        """(projected sum of all paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
+        x, z = self.in_proj(features).chunk(2, dim=-1)
+        y, scores = scan_paths(self.paths(x, tokens), z, delta_softplus=True, score=metric)
+        return self.out_proj(y), scores
+
+
+def convolved(
+    x: Tensor, conv: nn.Conv2d, tokens: Tokens, grid: tuple[int, int], activation: str | None = None
+) -> Tensor:
+    """A convolution on the grid, (batch, kept, channels); without alignment, the kept tokens fill it from its start."""
+    positions = tokens.positions if tokens.alignment.conv else None
+    return grid_conv2d(x, conv.weight, conv.bias, grid=grid, positions=positions, activation=activation)
+
+
+class PlainMambaBlock(Block):
+    def __init__(self, c: PlainMambaConfig, layer: int):
+        super().__init__()
+        self.grid = c.grid
+        self.norm = nn.LayerNorm(c.d_model, eps=1e-5)
+        self.mamba = PlainMambaMixer(c)
+        self.dw = None
+        if layer in c.dw_layers:
+            side = c.dw_window
+            conv = nn.Conv2d(c.d_model, c.d_model, side, padding=side // 2, groups=c.d_model, bias=False)
+            self.dw = nn.Sequential(conv, nn.BatchNorm2d(c.d_model), nn.GELU())
+
+    @property
+    def refitted(self) -> tuple[tuple[str, ...], ...]:
+        # Behind `dw` the residual stream is no sum that a projection goes into.
+        return () if self.dw is not None else (("mamba.x_proj",), ("mamba.out_proj",))
+
+    def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
+        mixed, scores = self.mamba(self.norm(tokens.features), tokens, metric)
+        features = tokens.features + mixed
+        if self.dw is not None:
+            conv, norm, activation = self.dw
+            y = convolved(features, conv, tokens, self.grid)
+            features = activation(norm(y.transpose(1, 2)[..., None])[..., 0].transpose(1, 2))
+        return tokens.updated(features, scores)
+
+    def deltas(self, tokens: Tokens) -> Tensor:
+        x, _ = self.mamba.in_proj(self.norm(tokens.features)).chunk(2, dim=-1)
+        return step_size(next(self.mamba.paths(x, tokens)), delta_softplus=True)[None]
+
+    def bias_delta(self) -> Tensor:
+        return F.softplus(self.mamba.delta_bias().float())[None]
+
+    def set_gap_delta(self, delta: Tensor) -> None:
+        self.mamba.gap_delta = delta
+
+
+class Backbone(nn.Module):
+    def __init__(self, c: PlainMambaConfig):
+        super().__init__()
+        self.patch_embed = PatchEmbed(c)
+        self.pos_embed = nn.Parameter(torch.zeros(1, c.patches, c.d_model))
+        self.layers = nn.ModuleList(PlainMambaBlock(c, layer) for layer in range(c.depth))
+        self.ln1 = nn.LayerNorm(c.d_model, eps=1e-6)
+
+
+class Head(nn.Module):
+    def __init__(self, c: PlainMambaConfig):
+        super().__init__()
+        self.fc = nn.Linear(c.d_model, c.num_classes)
+
+
+class PlainMamba(TokenModel):
+    """PlainMamba of any size. `forward`: images (B, C, H, W) -> logits (B, classes)."""
+
+    architecture = "plain_mamba"
+    telling_keys = ("backbone.patch_embed.projection.weight", "backbone.layers.0.mamba.direction_Bs", "head.fc.weight")
+
+    def __init__(self, config: PlainMambaConfig):
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.head = Head(config)
+        visits, labels = snakes(*config.grid)
+        self.register_buffer("visits", visits, persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.backbone.layers
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.head.fc
+
+    @property
+    def length(self) -> int:
+        return self.config.patches
+
+    @property
+    def protected(self) -> None:
+        return None
+
+    @property
+    def patch_positions(self) -> Tensor:
+        return torch.arange(self.length).view(self.config.grid)
+
+    def embed(self, images: Tensor) -> Tokens:
+        c = self.config
+        if images.ndim != 4 or tuple(images.shape[1:]) != (c.in_chans, *c.image_size):
+            raise InputError(
+                f"images {tuple(images.shape)}: expected (batch, {c.in_chans}, {c.image_size[0]}, "
+                f"{c.image_size[1]}); load the model with another image_size for other images"
+            )
+        patches = self.backbone.patch_embed(images).flatten(2).transpose(1, 2).float()
+        orders = tuple(ScanOrder(v, labels=kinds) for v, kinds in zip(self.visits, self.labels, strict=True))
+        return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        return self.head.fc(self.backbone.ln1(tokens.features).mean(1))
+
+    def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
+        """All four directions in both conventions; `full` counts the gate, the papers' (`paper`) does not.
+
+        A convolution on the grid costs all taps of its window for each kept token, and no more: see `grid_conv2d`.
+        """
+        c = self.config
+        E, N, R = c.d_inner, c.d_state, c.dt_rank
+        tokens = sum(counts[:-1])
+        stem_weights = c.in_chans * c.stem_window**2 * c.stem_width + c.stem_depth * 9 * c.stem_width**2
+        projection = c.patches * c.stem_width * (c.patch_size // STEM_STRIDE) ** 2 * c.d_model
+        return {
+            "embedding": math.prod(c.stem_grid) * stem_weights + projection,
+            "in_proj": tokens * c.d_model * 2 * E,
+            "conv": tokens * E * c.window**2 + sum(counts[i] for i in c.dw_layers) * c.d_model * c.dw_window**2,
+            "x_proj": tokens * E * (R + 2 * N),
+            "dt_proj": tokens * R * E,
+            "scan": tokens * (4 * (9 * E * N + E) + (E if convention == "full" else 0)),
+            "out_proj": tokens * E * c.d_model,
+            "head": c.num_classes * c.d_model,
+        }
+
+    def matrix_products(self) -> list[tuple[int, Tensor]]:
+        *counts, _ = self.token_counts()
+        embed = self.backbone.patch_embed
+        stem = [layer for layer in (*embed.stem, *embed.convs) if isinstance(layer, nn.Conv2d)]
+        products = [(math.prod(self.config.stem_grid), conv.weight.flatten(1)) for conv in stem]
+        products += [(self.length, embed.projection.weight.flatten(1))]
+        for count, block in zip(counts, self.blocks, strict=True):
+            m = block.mamba
+            products += [(count, layer.weight) for layer in (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)]
+        products += [(1, weight) for weight in self.corrections.parameters()]
+        return [*products, (1, self.head.fc.weight)]
+
+    def activation_bytes(self, size: int = 4) -> int:
+        c = self.config
+        # Residual stream in and out, norm; x and z of in_proj, conv, x_proj, dt_proj, scans, out_proj.
+        inner = 2 * c.d_inner + c.d_inner + c.dt_rank + 2 * c.d_state + 4 * c.d_state + c.d_inner + c.d_inner
+        return self.length * (3 * c.d_model * 4 + (inner + c.d_model) * size)
+
+    @classmethod
+    def recognises(cls, state: StateDict) -> bool:
+        return any(key.endswith("layers.0.mamba.direction_Bs") for key in state)
+
+    @classmethod
+    def infer_config(
+        cls,
+        state: StateDict,
+        image_size: tuple[int, int] | None,
+        stride: int | None,
+        trained_size: tuple[int, int] | None,
+    ) -> tuple[PlainMambaConfig, dict[str, Tensor]]:
+        # mmcv's running averages, underscores for dots, lie beside the weights.
+        fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
+        shape = Shapes(fitted, "PlainMamba")
+        depth = shape.count("backbone.layers.")
+        d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
+        stem_width, in_chans, stem_window, _ = shape("backbone.patch_embed.stem.0.weight", 4)
+        d_model, _, side, _ = shape("backbone.patch_embed.projection.weight", 4)
+        patch = STEM_STRIDE * side
+        if stride not in (None, patch):
+            raise InputError(f"stride {stride}: a PlainMamba's patches, {patch} pixels here, lie side by side")
+        dw_layers = tuple(i for i in range(depth) if f"backbone.layers.{i}.dw.0.weight" in fitted)
+        sizes = {
+            "d_model": d_model,
+            "depth": depth,
+            "d_inner": d_inner,
+            "d_state": d_state,
+            "dt_rank": shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1],
+            "window": shape("backbone.layers.0.mamba.conv2d.weight", 4)[3],
+            "dw_layers": dw_layers,
+            "dw_window": shape(f"backbone.layers.{dw_layers[0]}.dw.0.weight", 4)[3] if dw_layers else 0,
+            "stem_width": stem_width,
+            "stem_depth": -(-shape.count("backbone.patch_embed.convs.") // 3),  # convolution, norm, activation
+            "stem_window": stem_window,
+            "in_chans": in_chans,
+            "num_classes": shape("head.fc.weight", 2)[0],
+            "patch_size": patch,
+            "stride": patch,
+        }
+
+        def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+            return PlainMambaConfig(**sizes, image_size=size).grid
+
+        entries = shape("backbone.pos_embed", 3)[1]
+        trained, image_size = grids(entries, patch, patch, grid_of, image_size, trained_size)
+        config = PlainMambaConfig(**sizes, image_size=tuple(image_size))
+        table = fitted["backbone.pos_embed"]
+        if table.shape[2] == d_model:  # a contradiction is reported with the other shapes
+            fitted["backbone.pos_embed"] = resize_grid(table, trained, config.grid)
+        return config, fitted
