@@ -157,7 +157,7 @@ def main() -> None:
     if args.checkpoint.exists():
         saved = torch.load(args.checkpoint, weights_only=True)
         fixed = ("architecture", "d_model", "depth", "d_state", "batch_size", "seed")
-        if any(saved["settings"][k] != settings[k] for k in fixed):
+        if any(saved["settings"].get(k) != settings[k] for k in fixed):
             raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
         model.load_state_dict(saved[weights])
         optimizer.load_state_dict(saved["optimizer"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .operators import conv_operator, empty_like, operator
-from .reference import grid_conv2d, top_tokens
+from .reference import top_tokens
 
 __all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "top_tokens"]
 
@@ -40,11 +40,28 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     return _as(x.dtype, y)
 
 
+def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
+    """See `ssmcompress.ops.grid_conv2d`. On a full grid, and where gradients are wanted, torch's own.
+
+    For (8, 196 places, 768), 7x7, on one thread: all 196 tokens take 2.4 ms here and 4.7 in the kernel, 138 take 6.5
+    and 2.7, 60 take 4.5 and 0.5.
+    """
+    if positions is None or _wants_gradient(x, weight, bias):
+        return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
+    positions = _as(torch.int64, positions)
+    y = _grid_conv(_as(_common(x), x), _float(weight), _float(bias), positions, *grid, activation == "silu")
+    return _as(x.dtype, y)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssmcompress.ops.rms_norm`. One pass for torch's six, but no gradient: for that it is torch's."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if _wants_gradient(x, weight):
         return reference.rms_norm(x, weight, eps)
     return _as(x.dtype, _norm(_as(_common(x), x), _float(weight), eps))
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _common(*activations: Tensor | None) -> torch.dtype:
@@ -108,6 +125,12 @@ _scan = operator(
     _save_scan,
 )
 _conv = conv_operator("causal_conv1d", _kernel("conv_forward"), _kernel("conv_backward"), ["cpu"])
+_grid_conv = operator(
+    "grid_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? positions, int rows, int columns, bool silu) -> Tensor",
+    _kernel("grid_conv_forward"),
+    ["cpu"],
+    lambda x, *others: empty_like(x, x),
+)
 _norm = operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     _kernel("norm_forward"),

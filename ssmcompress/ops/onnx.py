@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import grid_conv2d, rms_norm, skip_and_gate, visited, wide
+from .orders import inverse, visited
+from .reference import grid_conv2d, rms_norm, skip_and_gate, wide
 
 __all__ = ["causal_conv1d", "function_text", "grid_conv2d", "rms_norm", "selective_scan", "top_tokens"]
 
@@ -26,7 +27,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
         steps = selective_scan(
             visited(u, order), delta, A, B, C, None, None, delta_bias, delta_softplus, gap, False, None, None
         )
-        return skip_and_gate(visited(steps, order.argsort(-1)), u, D, z, add)
+        return skip_and_gate(visited(steps, inverse(order)), u, D, z, add)
     if isinstance(gap, tuple):
         gap = gap[0].to(torch.float32)[..., None] * gap[1]
     optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .orders import inverse, visited
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and states are kept in: float32, or float64 for float64 input."""
@@ -38,27 +40,22 @@ def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None, add:
     return y if add is None else y + add.to(y.dtype)
 
 
-def visited(tokens: Tensor, order: Tensor | None) -> Tensor:
-    """(batch, length, channels) in the order of steps, from token order; see `ssmcompress.ops.selective_scan`."""
-    if order is None:
-        return tokens
-    return tokens[:, order] if order.ndim == 1 else tokens.gather(1, order[..., None].expand_as(tokens))
-
-
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
     dtype = wide(u.dtype)
     delta, decay = discretise(delta, delta_bias, delta_softplus, gap, dtype)
     steps = range(u.shape[1] - 1, -1, -1) if reverse else range(u.shape[1])
-    inputs, A, B, C = delta * visited(u, order).to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)[..., None]
+    entering = u if order is None else visited(u, order)
+    inputs, A, B, C = delta * entering.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)[..., None]
     state = inputs.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     outputs: list[Tensor] = [state] * u.shape[1]
     for t in steps:
-        entering = inputs[:, t, :, None] * B[:, t, None, :]
-        state = torch.addcmul(entering, torch.exp(decay[:, t, :, None] * A), state)
+        present = inputs[:, t, :, None] * B[:, t, None, :]
+        state = torch.addcmul(present, torch.exp(decay[:, t, :, None] * A), state)
         outputs[t] = torch.matmul(state, C[:, t])[..., 0]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(inputs)
-    y = visited(y, None if order is None else order.argsort(-1))
+    if order is not None:
+        y = visited(y, inverse(order))
     return skip_and_gate(y, u, D, z, add).to(u.dtype)
 
 

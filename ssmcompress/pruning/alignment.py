@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.orders import inverse
+
 GAP_SOURCES = ("calibrated", "bias")
 
 
@@ -43,8 +45,7 @@ class ScanOrder:
             return KeptPath(self.visits, self.reverse, self.labels, None)
         if self.visits is None:
             return KeptPath(None, self.reverse, None, gap_steps(positions, self.reverse).float())
-        step_at = self.visits.argsort()
-        steps, order = step_at[positions].sort(1)
+        steps, order = inverse(self.visits)[positions].sort(1)
         labels = None if self.labels is None else self.labels[steps]
         return KeptPath(order, False, labels, gap_steps(steps).float())
 

@@ -73,6 +73,16 @@ def conv_backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]
     return [dx, _sum(dweight), _sum(dbias)]
 
 
+def grid_conv_forward(x, weight, bias, positions, rows, columns, silu) -> Tensor:
+    """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
+    y = _new(x, x.shape, x.dtype)
+    if y.numel():
+        flags = (silu, rows, columns, *weight.shape[2:])
+        arrays = [x, weight.flatten(1), bias, positions, y]
+        _launch("grid_conv_forward", flags, arrays, x.dtype, y.numel() * weight[0].numel())
+    return y
+
+
 def norm_forward(x, weight, eps) -> Tensor:
     """y (..., channels); arguments as in `ssmcompress.ops.compiled`."""
     y = _new(x, x.shape, x.dtype)

@@ -1,7 +1,7 @@
 """The kernels as C functions of one pointer, compiled when first asked for and kept on disk.
 
 Every thread of a team calls the same function with the same table, seven int64 a row: first the counter of items
-taken, two flags and a size, then for each array its address, shape and strides in bytes.
+taken, flags and sizes, then for each array its address, shape and strides in bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from numba import carray, cfunc, float32, int64, types, uint16, uint64, void
 
 from .conv import conv_backward, conv_forward
+from .grid_conv import grid_conv_forward
 from .memory import keep_freed_memory
 from .norm import norm_forward
 from .scan import scan_backward, scan_forward
@@ -83,6 +84,18 @@ def _conv_backward(a, stamp):
     return entry
 
 
+def _grid_conv_forward(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        grid_conv_forward(
+            t[0], t[0, 1] != 0, t[0, 2], t[0, 3], t[0, 4], t[0, 5], array_at(t, 1, a), array_at(t, 2, float32),
+            array_at(t, 3, float32), array_at(t, 4, int64), array_at(t, 5, a),
+        )  # fmt: skip
+
+    return entry
+
+
 def _norm_forward(a, stamp):
     def entry(pointer):
         _ = stamp
@@ -97,6 +110,7 @@ _KERNELS: dict[str, Callable] = {
     "scan_backward": _scan_backward,
     "conv_forward": _conv_forward,
     "conv_backward": _conv_backward,
+    "grid_conv_forward": _grid_conv_forward,
     "norm_forward": _norm_forward,
 }
 _addresses: dict[tuple[str, bool], int] = {}

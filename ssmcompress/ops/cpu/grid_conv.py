@@ -1,0 +1,109 @@
+"""The convolution on a grid of `ssmcompress.ops`, forward alone, at the tokens that are there.
+
+Arrays have three axes, as in `scan`: x and y (batch, length, channels) are float32, or bfloat16 held as uint16; weight
+(1, channels, height * width) and bias (1, 1, channels) float32; positions (1, batch, length) int64. What is not there
+has no elements.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int64, uint64
+
+from .vector import LANES, helper, kernel, load, next_item, scratch, sigmoid, splat, store
+
+ZERO = uint64(0)
+ONE = uint64(1)
+WIDTH = uint64(LANES)
+# Vectors of channels that are summed up side by side: a single sum would wait for each of its additions.
+ABREAST = uint64(4)
+# Tokens that one thread takes at a time.
+ROWS = uint64(16)
+
+
+@kernel
+def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight, bias, positions, y):
+    """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
+    length, channels = uint64(x.shape[1]), uint64(x.shape[2])
+    stretches = (length + ROWS - ONE) // ROWS
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    blocks = channels // (ABREAST * WIDTH) * (ABREAST * WIDTH)
+    taps = _taps(weight)
+    token_at = np.empty(rows * columns, np.int64)
+    sources, places = np.empty(height * width, np.uint64), np.empty(height * width, np.uint64)
+    stretch = next_item(table)
+    while stretch < uint64(x.shape[0]) * stretches:
+        b, start = stretch // stretches, stretch % stretches * ROWS
+        token_at[:] = -1
+        for t in range(length):
+            position = _position(positions, b, t)
+            if 0 <= position < rows * columns:
+                token_at[position] = int64(t)
+        for t in range(start, min(start + ROWS, length)):
+            position = _position(positions, b, t)
+            count = _neighbours(token_at, position, rows, columns, height, width, sources, places)
+            for e in range(ZERO, blocks, ABREAST * WIDTH):
+                v = e // WIDTH
+                y0, y1, y2, y3 = (
+                    _offset(bias, e, WIDTH),
+                    _offset(bias, e + WIDTH, WIDTH),
+                    _offset(bias, e + uint64(2) * WIDTH, WIDTH),
+                    _offset(bias, e + uint64(3) * WIDTH, WIDTH),
+                )
+                for k in range(count):
+                    s, row = sources[k], places[k] * vectors + v
+                    y0 = y0 + load(taps, (row, ZERO), WIDTH) * load(x, (b, s, e), WIDTH)
+                    y1 = y1 + load(taps, (row + ONE, ZERO), WIDTH) * load(x, (b, s, e + WIDTH), WIDTH)
+                    y2 = y2 + load(taps, (row + uint64(2), ZERO), WIDTH) * load(x, (b, s, e + uint64(2) * WIDTH), WIDTH)
+                    y3 = y3 + load(taps, (row + uint64(3), ZERO), WIDTH) * load(x, (b, s, e + uint64(3) * WIDTH), WIDTH)
+                store(y, (b, t, e), WIDTH, y0 * sigmoid(y0) if with_silu else y0)
+                store(y, (b, t, e + WIDTH), WIDTH, y1 * sigmoid(y1) if with_silu else y1)
+                store(y, (b, t, e + uint64(2) * WIDTH), WIDTH, y2 * sigmoid(y2) if with_silu else y2)
+                store(y, (b, t, e + uint64(3) * WIDTH), WIDTH, y3 * sigmoid(y3) if with_silu else y3)
+            for e in range(blocks, channels, WIDTH):
+                lanes = min(WIDTH, channels - e)
+                y_t = _offset(bias, e, lanes)
+                for k in range(count):
+                    row = (places[k] * vectors + e // WIDTH, ZERO)
+                    y_t = y_t + load(taps, row, WIDTH) * load(x, (b, sources[k], e), lanes)
+                store(y, (b, t, e), lanes, y_t * sigmoid(y_t) if with_silu else y_t)
+        stretch = next_item(table)
+
+
+@helper
+def _position(positions, b, t):
+    """The place of a token on the grid."""
+    return positions[ZERO, b, t] if positions.size else int64(t)
+
+
+@helper
+def _neighbours(token_at, position, rows, columns, height, width, sources, places):
+    """How many tokens there are in the window around a place; which ones, and where in the window each stands."""
+    count = ZERO
+    for i in range(height):
+        row = position // columns + i - height // 2
+        for j in range(width):
+            column = position % columns + j - width // 2
+            if 0 <= row < rows and 0 <= column < columns and token_at[row * columns + column] >= 0:
+                sources[count] = uint64(token_at[row * columns + column])
+                places[count] = uint64(i * width + j)
+                count += ONE
+    return count
+
+
+@helper
+def _offset(bias, e, lanes):
+    return load(bias, (ZERO, ZERO, e), lanes) if bias.size else splat(0.0)
+
+
+@kernel
+def _taps(weight):
+    """(height * width * vectors, 16): the taps of each place in the window, their channels in a row."""
+    channels, window = uint64(weight.shape[1]), uint64(weight.shape[2])
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    taps = scratch(window * vectors)
+    taps[:] = np.float32(0)
+    for e in range(channels):
+        for place in range(window):
+            taps[place * vectors + e // WIDTH, e % WIDTH] = weight[ZERO, e, place]
+    return taps

@@ -1,0 +1,22 @@
+"""Orders of steps: permutations of tokens, one for all images (length,) or one each (batch, length), int64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The step at which each token is visited, from the token that each step visits.
+
+    By scattering, for a sort would stay in an ONNX graph even of an order that is constant.
+    """
+    steps = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
+    return torch.zeros_like(order).scatter(-1, order, steps.expand_as(order))
+
+
+def visited(tokens: Tensor, order: Tensor) -> Tensor:
+    """(batch, length, channels) in the order of steps, from token order."""
+    if order.ndim == 1:
+        return tokens.index_select(1, order)
+    return tokens.gather(1, order[..., None].expand_as(tokens))
