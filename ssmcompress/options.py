@@ -18,6 +18,7 @@ class Importance(str, Enum):
     mean = "mean"
     random = "random"
     delta = "delta"
+    clip_paths = "clip-paths"
 
 
 class GapSource(str, Enum):

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ssmcompress.ops.triton import conv, scan
+from ssmcompress.ops.triton import conv, grid_conv, scan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -130,6 +130,14 @@ def compile_convs(case: dict, known: set, dtype: torch.dtype, length: int, chann
     conv.backward(torch.zeros_like(x), x, weight, bias, positions, True, True)
 
 
+def compile_grid_convs(case: dict, known: set, dtype: torch.dtype, length: int, channels: int = 768) -> None:
+    grid_conv.launch = compile_instead({**case, "length": length}, known)
+    x = torch.zeros(2, length, 2 * channels, dtype=dtype).chunk(2, dim=-1)[0]
+    positions = torch.arange(length).expand(2, -1)
+    for window in (7, 3):
+        grid_conv.forward(x, torch.zeros(channels, 1, window, window), torch.zeros(channels), positions, 15, 15, True)
+
+
 def main(capability: str, name: str = "bfloat16") -> None:
     driver.set_active(NoDevice(int(capability)))
     scan.capability = lambda device: int(capability)
@@ -139,6 +147,7 @@ def main(capability: str, name: str = "bfloat16") -> None:
         for d_state in (16, 64):
             compile_scans({"d_state": d_state, "dtype": name}, known, d_state, dtype, length)
         compile_convs({"dtype": name}, known, dtype, length)
+        compile_grid_convs({"dtype": name}, known, dtype, length)
 
 
 if __name__ == "__main__":

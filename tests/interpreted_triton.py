@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import conv_case, leaves, named, scan_case
+from op_cases import conv_case, grid_case, leaves, named, scan_case
 from triton.runtime import interpreter
 
 from ssmcompress.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
@@ -30,6 +30,9 @@ def test_operators_pass_the_checks_of_torch():
     (x, weight, bias), positions = conv_case(batch=1, length=3, channels=5, pruned=True)
     tensors = leaves((x, weight, bias), torch.float32)
     torch.library.opcheck(OPS.triton_causal_conv1d.default, (*tensors, positions, True, False))
+    tensors, positions = grid_case((2, 3), 4, channels=5, window=(3, 3))
+    plain = [t.float() for t in tensors]
+    torch.library.opcheck(OPS.triton_grid_conv2d.default, (*plain, positions, 2, 3, True))
 
 
 def test_graphs_of_torch_hold_the_operators():

@@ -47,6 +47,15 @@ def conv_case(batch=2, length=63, channels=37, width=4, pruned=False, seed=0):
     return tensors, torch.stack(kept) if pruned else None
 
 
+def grid_case(grid=(5, 7), kept=20, channels=37, window=(7, 7), batch=2, seed=0):
+    """(x, weight, bias), positions of the kept tokens on the grid; float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (batch, kept, channels), (channels, 1, *window), (channels,)
+    tensors = tuple(torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
+    places = grid[0] * grid[1]
+    return tensors, torch.stack([torch.randperm(places, generator=g)[:kept].sort().values for _ in range(batch)])
+
+
 def leaves(tensors, dtype, backend="reference") -> list[Tensor]:
     """Copies that take gradients, where the backend computes."""
     return [t.to(device_of(backend), dtype, copy=True).requires_grad_() for t in tensors]

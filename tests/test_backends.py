@@ -13,13 +13,23 @@ from op_cases import (
     assert_near,
     conv_case,
     device_of,
+    grid_case,
     leaves,
     named,
     scan_case,
 )
 
 import ssmcompress
-from ssmcompress.ops import SCORES, ScanPath, causal_conv1d, rms_norm, scan_paths, selective_scan, use_backend
+from ssmcompress.ops import (
+    SCORES,
+    ScanPath,
+    causal_conv1d,
+    grid_conv2d,
+    rms_norm,
+    scan_paths,
+    selective_scan,
+    use_backend,
+)
 
 each_backend = pytest.mark.parametrize("backend", COMPUTING)
 both_ways = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
@@ -79,6 +89,90 @@ def test_conv_and_its_gradients(length, width, reverse, pruned, backend):
     backward(found, upper)
     for tensor, reference in zip(own, exact, strict=True):
         assert_near(tensor.grad, reference.grad, 1e-4)
+
+
+GRIDS = [((1, 1), 1), ((1, 9), 4), ((9, 1), 9), ((4, 4), 1), ((5, 7), 20), ((7, 4), 27)]
+if not INTERPRETED:
+    GRIDS.append(((14, 14), 60))
+
+
+@each_backend
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (7, 7), (3, 5)], ids=str)
+@pytest.mark.parametrize(("grid", "kept"), GRIDS, ids=str)
+def test_grid_conv_is_the_dense_one_with_zeros_at_pruned_positions(grid, kept, window, backend):
+    tensors, positions = grid_case(grid, kept, window=window)
+    x, weight, bias = tensors
+    places = grid[0] * grid[1]
+    index = positions[..., None].expand_as(x)
+    everything = torch.zeros(2, places, 37, dtype=x.dtype).scatter(1, index, x).transpose(1, 2).unflatten(2, grid)
+    padding = window[0] // 2, window[1] // 2
+    y = torch.nn.functional.conv2d(everything, weight, bias, padding=padding, groups=37)
+    expected = torch.nn.functional.silu(y).flatten(2).transpose(1, 2).gather(1, index)
+    own = [t.detach() for t in leaves(tensors, torch.float32, backend)]
+    there = positions.to(device_of(backend))
+    assert_near(grid_conv2d(*own, grid=grid, positions=there, backend=backend), expected, 1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("pruned", [False, True], ids=["", "pruned"])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_grid_conv_and_its_gradients(activation, pruned, backend):
+    tensors, positions = grid_case((3, 4), 9 if pruned else 12)
+    exact, own = leaves(tensors, torch.float64), leaves(tensors, torch.float32, backend)
+    y = grid_conv2d(*exact, grid=(3, 4), positions=positions if pruned else None, activation=activation)
+    there = positions.to(device_of(backend)) if pruned else None
+    found = grid_conv2d(*own, grid=(3, 4), positions=there, activation=activation, backend=backend)
+    assert_near(found, y, 1e-5)
+    upper = upper_gradient(y)
+    backward(y, upper)
+    backward(found, upper)
+    for tensor, reference in zip(own, exact, strict=True):
+        assert_near(tensor.grad, reference.grad, 1e-4)
+
+
+@each_backend
+@pytest.mark.parametrize("channels", [1, 16, 64, 100, 200])
+def test_grid_conv_of_any_width_without_a_bias(channels, backend):
+    (x, weight, _), positions = grid_case((4, 4), 7, channels=channels)
+    x, weight = (t.detach() for t in leaves((x, weight), torch.float32, backend))
+    there = positions.to(device_of(backend))
+    expected = grid_conv2d(x.double().cpu(), weight.double().cpu(), grid=(4, 4), positions=positions)
+    assert_near(grid_conv2d(x, weight, grid=(4, 4), positions=there, backend=backend), expected, 1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str)
+def test_grid_conv_of_half_precision_and_rows_with_space_between(dtype, tolerance, backend):
+    tensors, positions = grid_case((4, 4), 7)
+    x, weight, bias = (t.detach() for t in leaves(tensors, torch.float32, backend))
+    x = torch.cat([x, x], dim=-1).to(dtype)[..., :37]
+    expected = grid_conv2d(
+        x.double().cpu(), *(t.double().cpu() for t in (weight, bias)), grid=(4, 4), positions=positions
+    )
+    found = grid_conv2d(x, weight, bias, grid=(4, 4), positions=positions.to(x.device), backend=backend)
+    assert found.dtype == dtype
+    assert_near(found, expected, tolerance)
+
+
+def test_tokens_without_positions_fill_the_grid_row_by_row():
+    (x, weight, bias), _ = grid_case((4, 3), 8)
+    positions = torch.arange(8)
+    expected = grid_conv2d(x, weight, bias, grid=(4, 3), positions=positions)
+    torch.testing.assert_close(grid_conv2d(x, weight, bias, grid=(4, 3)), expected)
+
+
+def test_grid_conv_says_what_does_not_fit():
+    (x, weight, bias), positions = grid_case((4, 4), 7)
+    for arguments, options, message in (
+        ((x[0], weight), {}, r"expected x \(batch, length, channels\)"),
+        ((x, weight[:, :, :6]), {}, "odd sides"),
+        ((x, weight, bias[:3]), {}, r"expected bias \(37,\)"),
+        ((x, weight), {"grid": (2, 3)}, "do not fit on a grid"),
+        ((x, weight), {"positions": positions[:1]}, r"expected positions \(2, 7\)"),
+        ((x, weight), {"activation": "gelu"}, "'silu' or None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grid_conv2d(*arguments, **{"grid": (4, 4), **options})
 
 
 @each_backend
@@ -334,6 +428,8 @@ def test_paths_together_are_the_sum_of_each(kind, backend):
         assert_near(found, y, 1e-5)
         assert_near(scores, SCORES[metric](sum(shares[: scored or len(shares)])), 1e-5, metric)
         assert not scores.requires_grad
+    _, scores = scan_paths(paths, z, True, "clip-paths", 1, backend=backend)
+    assert_near(scores, sum(share.relu().mean(-1) for share in shares) / len(shares), 1e-5)
     deltas = [torch.nn.functional.softplus(p.delta + p.delta_bias).mean(-1) for p in exact]
     found, scores = scan_paths(paths, z, True, "delta", backend=backend)
     assert_near(scores, sum(deltas) / len(deltas), 1e-5)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import conv_case, leaves, scan_case
+from op_cases import conv_case, grid_case, leaves, scan_case
 
 import ssmcompress
-from ssmcompress.ops import causal_conv1d, rms_norm, selective_scan, use_backend
+from ssmcompress.ops import causal_conv1d, grid_conv2d, rms_norm, selective_scan, use_backend
 from ssmcompress.ops.cpu import entries
 
 
@@ -82,6 +82,9 @@ def test_compiled_ops_pass_the_checks_of_torch():
     (x, weight, bias), positions = conv_case(length=9, channels=5, pruned=True)
     tensors = leaves((x, weight, bias), torch.float32)
     torch.library.opcheck(torch.ops.ssmcompress.causal_conv1d.default, (*tensors, positions, True, False))
+    tensors, positions = grid_case((3, 4), 5, channels=5)
+    plain = [t.float() for t in tensors]
+    torch.library.opcheck(torch.ops.ssmcompress.grid_conv2d.default, (*plain, positions, 3, 4, True))
 
 
 def everything():
@@ -93,7 +96,21 @@ def everything():
     (x, weight, bias), positions = conv_case(batch=3, length=100, channels=150, pruned=True)
     others = leaves((x, weight, bias), torch.float32)
     causal_conv1d(*others, positions, backend="cpu").square().sum().backward()
-    return b"".join(t.numpy().tobytes() for t in (y.detach(), *(t.grad for t in (*tensors, *others))))
+    grid, positions = grid_case((9, 9), 50, channels=150)
+    on_grid = grid_conv2d(*(t.float() for t in grid), grid=(9, 9), positions=positions, backend="cpu")
+    results = y.detach(), on_grid, *(t.grad for t in (*tensors, *others))
+    return b"".join(t.numpy().tobytes() for t in results)
+
+
+def test_positions_and_orders_that_point_outside_touch_no_other_memory():
+    """Wrong numbers are the caller's; a crash would not be."""
+    (x, weight, bias), _ = grid_case((3, 4), 5, channels=5)
+    wild = torch.tensor([[-(2**40), 3, 12, 2**40, 2**62]] * 2)
+    y = torch.ops.ssmcompress.grid_conv2d(x.float(), weight.float(), bias.float(), wild, 3, 4, True)
+    alone = grid_conv2d(x[:, 1:2].float(), weight.float(), bias.float(), grid=(3, 4), positions=torch.tensor([3]))
+    torch.testing.assert_close(y[:, 1:2], alone)
+    case = {k: v.requires_grad_() for k, v in scan_case(length=5, dtype=torch.float32).items()}
+    selective_scan(**case, order=wild, backend="cpu").sum().backward()
 
 
 def test_results_repeat_to_the_bit_with_any_number_of_threads():

@@ -70,7 +70,7 @@ def test_kernels_fit_the_registers(capability, processes):
     assert code == 0, printed
     rows = [json.loads(line) for line in printed.splitlines()]
     print("", *(" ".join(f"{k} {v}" for k, v in row.items()) for row in rows), sep="\n")
-    names = {"scan_forward", "scan_chunks", "scan_backward", "conv_forward", "conv_backward"}
+    names = {"scan_forward", "scan_chunks", "scan_backward", "conv_forward", "conv_backward", "grid_conv_forward"}
     assert {(row["kernel"], row["sm"]) for row in rows} == {(name, capability) for name in names}
     assert {row["d_state"] for row in rows if "d_state" in row} == {16, 64}
     assert {row["length"] for row in rows} == {197}, "another length compiled again"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .operators import conv_operator, empty_like, operator
+from .operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
 from .reference import top_tokens
 
 __all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "top_tokens"]
@@ -46,7 +46,7 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
     For (8, 196 places, 768), 7x7, on one thread: all 196 tokens take 2.4 ms here and 4.7 in the kernel, 138 take 6.5
     and 2.7, 60 take 4.5 and 0.5.
     """
-    if positions is None or _wants_gradient(x, weight, bias):
+    if positions is None or wants_gradient(x, weight, bias):
         return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
     positions = _as(torch.int64, positions)
     y = _grid_conv(_as(_common(x), x), _float(weight), _float(bias), positions, *grid, activation == "silu")
@@ -55,13 +55,9 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssmcompress.ops.rms_norm`. One pass for torch's six, but no gradient: for that it is torch's."""
-    if _wants_gradient(x, weight):
+    if wants_gradient(x, weight):
         return reference.rms_norm(x, weight, eps)
     return _as(x.dtype, _norm(_as(_common(x), x), _float(weight), eps))
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _common(*activations: Tensor | None) -> torch.dtype:
@@ -125,12 +121,7 @@ _scan = operator(
     _save_scan,
 )
 _conv = conv_operator("causal_conv1d", _kernel("conv_forward"), _kernel("conv_backward"), ["cpu"])
-_grid_conv = operator(
-    "grid_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? positions, int rows, int columns, bool silu) -> Tensor",
-    _kernel("grid_conv_forward"),
-    ["cpu"],
-    lambda x, *others: empty_like(x, x),
-)
+_grid_conv = grid_conv_operator("grid_conv2d", _kernel("grid_conv_forward"), ["cpu"])
 _norm = operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     _kernel("norm_forward"),

@@ -65,6 +65,20 @@ def conv_operator(
     return operator(f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x), upper, save)
 
 
+def grid_conv_operator(name: str, forward: Callable[..., Tensor], devices: Iterable[str]) -> Callable[..., Tensor]:
+    """The convolution on a grid under a name of its own, without gradient.
+
+    x (batch, length, channels), weight (channels, 1, height, width), bias (channels,), positions (batch, length) int64.
+    """
+    inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, int rows, int columns, bool silu"
+    return operator(f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x))
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would go through an op on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def empty_like(like: Tensor | None, of: Tensor) -> Tensor:
     """A dense tensor of the shape and dtype of `like`; without elements if there is none."""
     return of.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)

@@ -13,13 +13,15 @@ from .dispatch import full_precision, select
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
-# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths.
+# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths. "clip-paths" takes the
+# result of each path by itself, then the mean over the paths: what is positive on one cannot cancel on another.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "clip": lambda y: y.relu().mean(-1),
     "l1": lambda y: y.abs().mean(-1),
     "l2": lambda y: y.square().mean(-1).sqrt(),
     "mean": lambda y: y.mean(-1),
     "delta": lambda delta: delta.mean(-1),
+    "clip-paths": lambda y: y.relu().mean(-1),
 }
 
 
@@ -107,12 +109,13 @@ def scan_paths(
             generator need not hold them all.
         z: (batch, length, d_inner) or None. delta_softplus: as in `selective_scan`.
         score: a name in `SCORES`, or None.
-        scored: how many paths, the first ones, the scored y is the sum of; None: all.
+        scored: how many paths, the first ones, the scored y is the sum of; None: all. The scores "delta" and
+            "clip-paths" are of all paths in any case.
         backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
         y (batch, length, d_inner) in the dtype of `u`, and scores (batch, length) float32, without gradient, or None.
-        The score "delta" belongs to steps, not to the tokens of an `order`, and is the mean over all paths.
+        The score "delta" belongs to steps, not to the tokens of an `order`.
 
     Raises:
         ValueError: shapes that do not fit together, no paths, an unknown score or backend.
@@ -124,7 +127,7 @@ def scan_paths(
     if first is None:
         raise ValueError("scan_paths: expected at least one path")
     module = select(backend, first.u, first.delta, z)
-    together = getattr(module, "scan_paths", None)
+    together = getattr(module, "scan_paths", None) if score != "clip-paths" else None
     if together is None:
         return one_by_one(module.selective_scan, chain([first], checked), z, delta_softplus, score, scored)
     paths = [first, *checked]
@@ -134,17 +137,24 @@ def scan_paths(
 
 def one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
     """`scan_paths` by a backend's scan of one path, each on top of the ones before it."""
-    y, scores, deltas = None, None, []
+    y, scores, parts = None, None, []
     for count, path in enumerate(paths, 1):  # making a path is the caller's code, under the caller's autocast
         u, delta, A, B, C, D, bias, gap, reverse, order = path
+        below = None if score == "clip-paths" else y
         with full_precision(u.device):
-            y = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, y, order)
+            found = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, below, order)
         if score == "delta":
-            deltas.append(SCORES[score](step_size(path, delta_softplus)))
+            parts.append(SCORES[score](step_size(path, delta_softplus)))
+        elif score == "clip-paths":
+            parts.append(SCORES[score](found.detach().float()))
+            found = found if y is None else y + found
         elif score is not None and count == scored:
-            scores = SCORES[score](y.detach().float())
-    if score is not None and scores is None:
-        scores = sum(deltas) / len(deltas) if deltas else SCORES[score](y.detach().float())
+            scores = SCORES[score](found.detach().float())
+        y = found
+    if parts:
+        scores = sum(parts) / len(parts)
+    elif score is not None and scores is None:
+        scores = SCORES[score](y.detach().float())
     return y, scores
 
 

@@ -2,7 +2,8 @@
 
 `clip` is the score of ToP-ViM (arXiv 2409.18962, section 4): the mean over channels of the positive part of the
 block's output before its projection. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` the
-signal of MTR (arXiv 2507.14042). All but `random` come from the scan itself: see `ssmcompress.ops.SCORES`.
+signal of MTR (arXiv 2507.14042); `clip-paths` is `clip` of each scan path by itself, averaged. All but `random` come
+from the scan itself: see `ssmcompress.ops.SCORES`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from ..operators import conv_operator, empty_like, operator
-from ..reference import grid_conv2d, rms_norm, top_tokens
+from .. import reference
+from ..operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
+from ..reference import rms_norm, top_tokens
 from ..selective_scan import ScanPath, one_by_one
-from . import conv, scan
+from . import conv, grid_conv, scan
 from .launch import INTERPRETED, check_driver
 
 __all__ = ["causal_conv1d", "check_driver", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "top_tokens"]
@@ -41,6 +42,14 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     """See `ssmcompress.ops.causal_conv1d`."""
     _check(x, weight)
     return _conv(x, weight, bias, positions, activation == "silu", reverse)
+
+
+def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
+    """See `ssmcompress.ops.grid_conv2d`. On a full grid, and where gradients are wanted, torch's own."""
+    if positions is None or wants_gradient(x, weight, bias):
+        return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
+    _check(x, weight)
+    return _grid_conv(x, weight, bias, positions, *grid, activation == "silu")
 
 
 def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tuple[Tensor, Tensor]:
@@ -139,3 +148,4 @@ _scan = operator(
     _save_scan,
 )
 _conv = conv_operator("triton_causal_conv1d", conv.forward, conv.backward, _DEVICES)
+_grid_conv = grid_conv_operator("triton_grid_conv2d", grid_conv.forward, _DEVICES)
