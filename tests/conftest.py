@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 import ssmcompress
+from ssmcompress.models import TokenModel
+from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,6 +56,36 @@ def make_vim(
     return ssmcompress.load(model, image_size=image)
 
 
+def make_plain_mamba(
+    depth=4, d_model=16, classes=10, channels=3, image=(64, 64), d_state=4, window=5, dw_layers=(), stem_depth=1, seed=0
+) -> PlainMamba:
+    """A PlainMamba with random weights, and a stem of 8 channels where the published ones have 64."""
+    config = PlainMambaConfig(
+        d_model=d_model,
+        depth=depth,
+        d_inner=2 * d_model,
+        d_state=d_state,
+        dt_rank=-(-d_model // 16),
+        window=window,
+        dw_layers=dw_layers,
+        dw_window=3 if dw_layers else 0,
+        stem_width=8,
+        stem_depth=stem_depth,
+        stem_window=7,
+        in_chans=channels,
+        num_classes=classes,
+        patch_size=16,
+        stride=16,
+        image_size=image,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = PlainMamba(config)
+    for name, value in model.state_dict().items():
+        if not name.endswith(("norm.weight", "ln1.weight", "_log", "D", "running_var", "batches_tracked")):
+            value.normal_(0, 0.3, generator=generator)
+    return ssmcompress.load(model, image_size=image)
+
+
 @pytest.fixture
 def vim() -> VisionMamba:
     return make_vim()
@@ -62,6 +94,22 @@ def vim() -> VisionMamba:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def plain_mamba() -> PlainMamba:
+    return make_plain_mamba()
+
+
+@pytest.fixture(params=["vim", "plain_mamba"])
+def model(request) -> TokenModel:
+    """One of each architecture; `images_of` has what it takes."""
+    return request.getfixturevalue(request.param)
+
+
+def images_of(model: TokenModel, count=5, seed=1) -> torch.Tensor:
+    shape = count, model.config.in_chans, *model.config.image_size
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -47,13 +47,19 @@ class Block(nn.Module, abc.ABC):
     """One layer: Tokens in, Tokens out; aligns by itself to tokens that carry positions.
 
     Attributes:
-        refitted: its linear layers that reconstruction refits, by name, in groups in the order in which they run
-            (those of a group do not feed each other). The last group is the projection into the residual stream:
-            features out = features in + residual_scale * projection.
+        residual_scale: what the projection into the residual stream is multiplied by there.
     """
 
-    refitted: ClassVar[tuple[tuple[str, ...], ...]]
     residual_scale: ClassVar[float] = 1.0
+
+    @property
+    @abc.abstractmethod
+    def refitted(self) -> tuple[tuple[str, ...], ...]:
+        """Its linear layers that reconstruction refits, by name, in groups in the order in which they run.
+
+        Those of a group do not feed each other. The last group is the projection into the residual stream:
+        features out = features in + residual_scale * projection. Empty where a layer has no such projection.
+        """
 
     @abc.abstractmethod
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:

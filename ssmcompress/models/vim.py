@@ -117,8 +117,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class VimBlock(Block):
-    refitted = (("mixer.x_proj", "mixer.x_proj_b"), ("mixer.out_proj",))
     residual_scale = 0.5  # the mean of the two paths
+    refitted = (("mixer.x_proj", "mixer.x_proj_b"), ("mixer.out_proj",))
 
     def __init__(self, c: VimConfig):
         super().__init__()

@@ -53,7 +53,8 @@ class SideBySide:
         self.given = dict(pruned.corrections.items())
         # Of any rank while they are fitted; with them in place, the tokens remember what was pruned.
         for layer in layers:
-            pruned.corrections[str(layer)] = full_rank(pruned, self.given.get(str(layer)))
+            if pruned.blocks[layer - 1].refitted:
+                pruned.corrections[str(layer)] = full_rank(pruned, self.given.get(str(layer)))
         self.device = next(pruned.parameters()).device
         self.distributed = distributed
         self.size = block_size(dense)
@@ -126,11 +127,12 @@ class SideBySide:
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a block."""
         for layer in self.layers:
-            *inner, (projection,) = self.pruned.blocks[layer - 1].refitted
+            *inner, projections = self.pruned.blocks[layer - 1].refitted or ((),)
             yield from self.pass_dense(layer, [name for group in inner for name in group])
             for names in inner:
                 yield from self.refit_inner(layer, names)
-            yield from self.refit_projection(layer, projection)
+            for projection in projections:
+                yield from self.refit_projection(layer, projection)
             yield from self.pass_pruned(layer)
         yield from self.refit_classifier()
 
