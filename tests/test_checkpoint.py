@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_vim
+from conftest import images_of, make_vim
 from safetensors.torch import save_file
 
 import ssmcompress
@@ -71,9 +71,10 @@ def test_the_published_name_of_a_finer_model_tells_its_stride(tmp_path):
     assert ssmcompress.load(tmp_path / "v.pth").config.image_size == (20, 20)
 
 
-def test_a_pruned_folder_reloads_in_a_new_process_with_identical_logits(vim, images, tmp_path):
-    plan = ssmcompress.calibrate(vim, images, stages=(1, 3), ratio=0.4, importance="random", seed=3)
-    pruned = ssmcompress.prune(vim, plan)
+def test_a_pruned_folder_reloads_in_a_new_process_with_identical_logits(model, tmp_path):
+    images = images_of(model)
+    plan = ssmcompress.calibrate(model, images, stages=(1, 3), ratio=0.4, importance="random", seed=3)
+    pruned = ssmcompress.prune(model, plan)
     ssmcompress.save(pruned, tmp_path / "folder")
     torch.save(images, tmp_path / "images.pt")
     code = (
@@ -87,19 +88,20 @@ def test_a_pruned_folder_reloads_in_a_new_process_with_identical_logits(vim, ima
         assert torch.equal(torch.load(paths[2]), pruned(images))
 
 
-def test_saving_and_loading_keeps_everything(vim, images, tmp_path):
-    vim.preprocessing = vim.preprocessing.changed(mean=(0.1, 0.2, 0.3), interpolation="bilinear")
+def test_saving_and_loading_keeps_everything(model, tmp_path):
+    images = images_of(model)
+    model.preprocessing = model.preprocessing.changed(mean=(0.1, 0.2, 0.3), interpolation="bilinear")
     for name, plan in (
-        ("calibrated", ssmcompress.calibrate(vim, images)),
-        ("naive", ssmcompress.make_plan(vim, alignment=False)),
+        ("calibrated", ssmcompress.calibrate(model, images)),
+        ("naive", ssmcompress.make_plan(model, alignment=False)),
         ("dense", None),
     ):
-        model = ssmcompress.prune(vim, plan) if plan else vim
-        folder = ssmcompress.save(model, tmp_path / name)
+        made = ssmcompress.prune(model, plan) if plan else model
+        folder = ssmcompress.save(made, tmp_path / name)
         for path in (folder, folder / "model.safetensors"):  # the file alone describes itself
             again = ssmcompress.load(path)
-            assert same(again, model, images)
-            assert (again.plan, again.config, again.preprocessing) == (model.plan, vim.config, vim.preprocessing)
+            assert same(again, made, images)
+            assert (again.plan, again.config, again.preprocessing) == (made.plan, model.config, model.preprocessing)
 
 
 def test_a_pruned_model_reloads_for_another_image_size(vim, images, tmp_path):

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import GOLDEN, make_vim
+from conftest import GOLDEN, images_of, make_plain_mamba, make_vim
 from onnx import parser
 
 import ssmcompress
@@ -74,9 +74,11 @@ def test_the_conv_function_is_the_op(reverse, aligned, length):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
 @pytest.mark.parametrize("case", ["dense", "pruned", "naive", "delta", "random"])
-def test_onnx_and_torch_agree_for_any_batch(case, images, tmp_path):
-    model = make_vim(depth=3)
+def test_onnx_and_torch_agree_for_any_batch(case, make, tmp_path):
+    model = make(depth=3)
+    images = images_of(model)
     if case != "dense":
         metric = case if case in ("delta", "random") else "clip"
         plan = ssmcompress.calibrate(model, images, ratio=0.4, importance=metric, alignment=case != "naive")
@@ -85,14 +87,15 @@ def test_onnx_and_torch_agree_for_any_batch(case, images, tmp_path):
     assert result.passed
     assert (result.top1_agreement, result.mismatches) == (100, [])
     for batch in (1, 3, 8):
-        x = torch.randn(batch, 3, 16, 16)
+        x = images_of(model, batch, seed=batch)
         with torch.no_grad():
             np.testing.assert_allclose(run(tmp_path / "m.onnx", images=x), model(x).numpy(), atol=1e-4)
 
 
-def test_golden_logits_through_onnx(tmp_path):
-    golden = np.load(GOLDEN / "vim_stride.npz")
-    ssmcompress.export_onnx(ssmcompress.load(GOLDEN / "vim_stride.pth", stride=4), tmp_path / "m.onnx")
+@pytest.mark.parametrize(("name", "stride"), [("vim_stride", 4), ("plain_mamba_l1", None), ("plain_mamba_l3", None)])
+def test_golden_logits_through_onnx(name, stride, tmp_path):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    ssmcompress.export_onnx(ssmcompress.load(GOLDEN / f"{name}.pth", stride=stride), tmp_path / "m.onnx")
     found = run(tmp_path / "m.onnx", images=torch.from_numpy(golden["images"]))
     np.testing.assert_allclose(found, golden["logits"], atol=1e-4)
 

@@ -303,6 +303,32 @@ def test_a_grid_that_is_not_square_must_be_told():
     assert ssmcompress.load(state, image_size=(32, 64)).config.grid == (2, 4)
 
 
+# -------------------------------------------------------------------------------------------------- reconstruction
+
+
+def coloured(count, seed):
+    """Images whose patches have something in common: each image has a colour of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 1, 1, generator=generator) + torch.randn(count, 3, 64, 64, generator=generator) / 2
+
+
+def test_reconstruction_follows_the_dense_model_more_closely_and_any_batches_give_the_same(plain_mamba, tmp_path):
+    images = coloured(120, seed=2)
+    pruned = ssmcompress.prune(plain_mamba, ssmcompress.calibrate(plain_mamba, images, ratio=0.5, stages=(1, 2)))
+    rebuilt = ssmcompress.reconstruct(pruned, plain_mamba, images)
+    unseen = coloured(64, seed=3)
+    before, after = (ssmcompress.evaluate(m, unseen, dense=plain_mamba).kl for m in (pruned, rebuilt))
+    assert after < 0.8 * before
+    assert [fit.weight for fit in rebuilt.reconstruction.fits] == [
+        f"backbone.layers.{i}.mamba.{name}" for i in (1, 2, 3) for name in ("x_proj", "out_proj")
+    ] + ["head.fc"]
+    again = ssmcompress.reconstruct(pruned, plain_mamba, images.split(7))
+    loaded = ssmcompress.load(ssmcompress.save(rebuilt, tmp_path / "m"))
+    for other in (again, loaded):
+        assert all(torch.equal(other.state_dict()[k], v) for k, v in rebuilt.state_dict().items())
+    assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
+
+
 def test_reconstruction_passes_layers_that_end_in_a_convolution():
     model = make_plain_mamba(dw_layers=(0, 2))
     images = images_of(model, 40)

@@ -171,7 +171,7 @@ class TokenModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def activation_bytes(self, size: int = 4) -> int:
-        """Bytes that the ops of the first layer take from and hand to each other, for one image.
+        """Bytes that the ops of the first layer, or of the stem if that is more, hand to each other, for one image.
 
         Args:
             size: bytes of a number beside the residual stream and its norm, which are float32: 2 under autocast.

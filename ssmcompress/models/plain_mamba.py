@@ -298,7 +298,8 @@ class PlainMamba(TokenModel):
         c = self.config
         # Residual stream in and out, norm; x and z of in_proj, conv, x_proj, dt_proj, scans, out_proj.
         inner = 2 * c.d_inner + c.d_inner + c.dt_rank + 2 * c.d_state + 4 * c.d_state + c.d_inner + c.d_inner
-        return self.length * (3 * c.d_model * 4 + (inner + c.d_model) * size)
+        layer = self.length * (3 * c.d_model * 4 + (inner + c.d_model) * size)
+        return max(layer, 2 * math.prod(c.stem_grid) * c.stem_width * size)  # in and out of a convolution of the stem
 
     @classmethod
     def recognises(cls, state: StateDict) -> bool:

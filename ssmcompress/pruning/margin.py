@@ -16,8 +16,9 @@ def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
     Entry 0 is the squared length of the gradient of the margin, the best logit minus the second, by each token's
     features before the first layer, entry i by those after layer i. One layer's activations are held at a time.
     """
-    with torch.enable_grad():
+    with torch.no_grad():  # what comes before the first layer needs no graph
         tokens = model.embed(images)
+    with torch.enable_grad():
         states = [tokens.features.detach().requires_grad_()]
         for block in model.blocks:
             after = checkpoint(
