@@ -181,7 +181,7 @@ def compress(
         **{name: _model_block(models[name], results[name], times.get(name)) for name in models},
         "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
         "stages": stage_rows(pruned),
-        "alignment": {**asdict(plan.alignment), "gap": plan.gap if plan.alignment.scan else None},
+        "alignment": _alignment_block(pruned),
         "reconstruction": _reconstruction_block(pruned, seconds),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "latency": latency_settings(sample.device) if times else None,
@@ -243,6 +243,13 @@ def _calibration_block(plan: Plan, calibration: Batches) -> dict[str, Any]:
         "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
         "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
     }
+
+
+def _alignment_block(model: TokenModel) -> dict[str, Any]:
+    """What is aligned; of a mean that is read out too, where there is one."""
+    alignment = model.plan.alignment
+    block = {"conv": alignment.conv, "scan": alignment.scan, "gap": model.plan.gap if alignment.scan else None}
+    return block | ({"pool": alignment.pool} if model.pools else {})
 
 
 def _reconstruction_block(model: TokenModel, seconds: float) -> dict[str, Any] | None:

@@ -101,7 +101,8 @@ def notes(report: Report) -> list[str]:
     lines = [
         f"kept: {stages} (importance {metrics})",
         f"alignment: {' and '.join(aligned) or 'none'}"
-        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else ""),
+        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
+        + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
     ]
     if data["labelled"]:
         lines.append(f"accuracy measured on {data['images']} images of {data['name']}")

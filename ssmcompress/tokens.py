@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +16,6 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
 
 
-def _unit(features: Tensor) -> Tensor:
-    return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Kept tokens of a batch of images, always in their original order.
@@ -30,8 +27,8 @@ class Tokens:
         positions: (batch, kept) int64, strictly increasing; None while nothing is pruned.
         scores: (batch, kept) importance, where the last block was asked for it; else None.
         alignment: which ops of the blocks make up for pruned positions.
-        pruned_sum: (batch, d_model) sum of the pruned tokens' features, each scaled to a mean square of 1; where a
-            model's corrections ask for it, else None.
+        pruned_sum: (batch, d_model) sum over the pruned tokens of what a model remembers of each; where it needs that,
+            else None.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; made from `positions`, once for all blocks up to the next stage.
     """
@@ -67,13 +64,17 @@ class Tokens:
         positions = self.explicit_positions().gather(1, index)
         return replace(self, features=features, positions=positions, paths=None, scores=None)
 
-    def remembering(self, before: Tokens) -> Tokens:
-        """These tokens with `pruned_sum`, where `before` are those that they were kept of."""
-        lost = _unit(before.features).sum(1) - _unit(self.features).sum(1)
+    def remembering(self, before: Tokens, memory: Callable[[Tensor], Tensor]) -> Tokens:
+        """These tokens with `pruned_sum`, where `before` are those that they were kept of.
+
+        Args:
+            memory: features (batch, tokens, d_model) -> what is remembered of each.
+        """
+        lost = memory(before.features).sum(1) - memory(self.features).sum(1)
         return replace(self, pruned_sum=lost if before.pruned_sum is None else before.pruned_sum + lost)
 
     def pruned_mean(self) -> Tensor:
-        """(batch, d_model) mean of the pruned tokens' features as `pruned_sum` has them; zero while there are none."""
+        """(batch, d_model) mean of what is remembered of the pruned tokens; zero while there are none."""
         return self.pruned_sum / max(1, self.length - self.features.shape[1])
 
     def protected_index(self) -> Tensor:

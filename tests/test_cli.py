@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, GOLDEN, make_vim, write_image
+from conftest import BUNDLED, GOLDEN, make_plain_mamba, make_vim, write_image
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -53,8 +53,9 @@ def refused(*arguments, code=2):
     return result.stderr
 
 
-def test_the_three_lines_in_an_empty_folder():
-    torch.save({"model": make_vim().state_dict()}, "model.pt")
+@pytest.mark.parametrize(("key", "make", "tokens"), [("model", make_vim, 17), ("state_dict", make_plain_mamba, 16)])
+def test_the_three_lines_in_an_empty_folder(key, make, tokens):
+    torch.save({key: make().state_dict()}, "model.pt")
     first = process("prune", "model.pt", "--ratio", "0.3")
     assert first.returncode == 0, first.stderr
     assert "accuracy was not measured" in first.stdout + first.stderr
@@ -63,13 +64,35 @@ def test_the_three_lines_in_an_empty_folder():
     ]  # fmt: skip
     second = process("report")
     assert second.returncode == 0
-    assert "of 17 tokens after layer 1" in second.stdout
+    assert f"of {tokens} tokens after layer 1" in second.stdout
     third = process("export", "--onnx")
     assert third.returncode == 0, third.stderr
     assert "100.0% in the same class" in third.stdout
     assert os.path.isfile("compressed/model-r0.30/model.onnx")
     for result in (first, second, third):
         assert "\x1b" not in result.stdout + result.stderr  # nothing animated, nothing coloured
+
+
+def test_every_command_takes_a_plain_mamba(class_folders):
+    torch.save({"meta": {"epoch": 3}, "state_dict": make_plain_mamba(depth=3).state_dict()}, "model.pth")
+    assert call_json("inspect", "model.pth")["architecture"]["type"] == "plain_mamba"
+    options = "--ratio", "0.5", "--stages", "1", "--importance", "clip-paths", "--data", class_folders
+    found = call_json("prune", "model.pth", *options)
+    assert found["stages"] == [{"after": 1, "kept": 8, "of": 16, "importance": "clip-paths"}]
+    assert {k: v for k, v in found["alignment"].items() if k != "pool"} == {
+        "conv": True, "scan": True, "gap": "calibrated",
+    }  # fmt: skip
+    assert isinstance(found["alignment"]["pool"], bool)
+    assert found["reconstruction"]["images"] == 10
+    folder = "compressed/model-r0.50-s1-clip-paths"
+    assert call_json("evaluate", folder, "--data", class_folders)["agreement"]["top1"] is not None
+    assert call_json("report") == found
+    assert call_json("export", "--onnx")["max_difference"] <= 1e-4
+    assert call_json("verify", folder, f"{folder}/model.onnx")["top1_agreement"] == 100
+    call_json("export", "-o", "one.safetensors")
+    assert call_json("inspect", "one.safetensors")["pruned"]
+    rows = call_json("benchmark", folder, "--batch-sizes", "1", "--repeats", "1")["models"]
+    assert [row["times_faster"] > 0 for row in rows] == [True, True]
 
 
 def test_prune_on_labelled_images_reports_everything(checkpoint, class_folders):

@@ -222,6 +222,20 @@ def test_without_alignment_kept_tokens_are_put_next_to_each_other(plain_mamba):
     torch.testing.assert_close(found, block(moved).features)
 
 
+@pytest.mark.parametrize("pool", [False, True])
+def test_the_mean_is_of_kept_tokens_or_of_all_as_they_were_last_seen(plain_mamba, pool):
+    plan = ssmcompress.make_plan(plain_mamba, stages=(1, 2), ratio=0.5, alignment=Alignment(pool=pool))
+    pruned, images = ssmcompress.prune(plain_mamba, plan), images_of(plain_mamba)
+    with torch.no_grad():
+        tokens, last = pruned.embed(images), torch.zeros(5, 16, 16)
+        for layer in range(1, 5):
+            before = pruned.blocks[layer - 1](tokens)
+            last.scatter_(1, before.explicit_positions()[..., None].expand(-1, -1, 16), before.features)
+            tokens, _ = pruned.step(layer, tokens)
+        seen = F.layer_norm(last if pool else tokens.features, (16,), *pruned.backbone.ln1.parameters(), 1e-6)
+        torch.testing.assert_close(pruned(images), pruned.head.fc(seen.mean(1)), atol=1e-5, rtol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------- files
 
 
@@ -327,6 +341,28 @@ def test_reconstruction_follows_the_dense_model_more_closely_and_any_batches_giv
     for other in (again, loaded):
         assert all(torch.equal(other.state_dict()[k], v) for k, v in rebuilt.state_dict().items())
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_reconstruction_reads_out_the_mean_that_serves_better(plain_mamba, better, monkeypatch, tmp_path):
+    """The classifier's inputs are spoilt where the other mean is read out."""
+    readout = PlainMamba.readout
+
+    def spoilt(model, tokens):
+        if model.plan is not None and tokens.alignment.pool != better:
+            tokens = tokens.updated(torch.zeros_like(tokens.features))
+        return readout(model, tokens)
+
+    monkeypatch.setattr(PlainMamba, "readout", spoilt)
+    images = coloured(60, seed=2)
+    pruned = ssmcompress.prune(plain_mamba, ssmcompress.make_plan(plain_mamba, ratio=0.5, stages=(1,)))
+    rebuilt = ssmcompress.reconstruct(pruned, plain_mamba, images)
+    assert rebuilt.reconstruction.kept
+    assert rebuilt.alignment.pool == rebuilt.plan.alignment.pool == better
+    loaded = ssmcompress.load(ssmcompress.save(rebuilt, tmp_path / "m"))
+    assert loaded.alignment == rebuilt.alignment
+    with torch.no_grad():
+        assert torch.equal(loaded(images), rebuilt(images))
 
 
 def test_reconstruction_passes_layers_that_end_in_a_convolution():

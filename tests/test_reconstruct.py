@@ -230,7 +230,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
         for k, images in enumerate(many.split(32)):
             full = dense.blocks[0](dense.embed(images))
             kept, _ = pruned.step(1, pruned.embed(images))
-            mean = kept.remembering(full).pruned_mean()
+            mean = kept.remembering(full, dense.memory).pruned_mean()
             seen = []
             new = found.blocks[1].get_submodule(name)
             hook = new.register_forward_hook(lambda _, x, y, to=seen: to.append(x[0]))

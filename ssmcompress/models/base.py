@@ -95,6 +95,8 @@ class TokenModel(nn.Module, abc.ABC):
     architecture: ClassVar[str]
     # A few parameter names that tell the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
+    # Whether a mean over tokens is read out, which `Alignment.pool` is about.
+    pools: ClassVar[bool] = False
 
     def __init__(self, config: Any):
         super().__init__()
@@ -161,6 +163,10 @@ class TokenModel(nn.Module, abc.ABC):
     def readout(self, tokens: Tokens) -> Tensor:
         """Logits (batch, classes)."""
 
+    def memory(self, features: Tensor) -> Tensor:
+        """(batch, tokens, d_model) what is remembered of pruned tokens: their features at a mean square of 1."""
+        return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
+
     @abc.abstractmethod
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
         """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.flops`."""
@@ -206,6 +212,6 @@ class TokenModel(nn.Module, abc.ABC):
         if pruner is None:
             return tokens, None
         kept = pruner(tokens)
-        if any(int(later) > layer for later in self.corrections):
-            kept = kept.remembering(tokens)
+        if tokens.alignment.pool or any(int(later) > layer for later in self.corrections):
+            kept = kept.remembering(tokens, self.memory)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

@@ -218,6 +218,7 @@ class PlainMamba(TokenModel):
 
     architecture = "plain_mamba"
     telling_keys = ("backbone.patch_embed.projection.weight", "backbone.layers.0.mamba.direction_Bs", "head.fc.weight")
+    pools = True
 
     def __init__(self, config: PlainMambaConfig):
         super().__init__(config)
@@ -259,7 +260,14 @@ class PlainMamba(TokenModel):
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        return self.head.fc(self.backbone.ln1(tokens.features).mean(1))
+        """The classifier of the mean over the kept tokens; with alignment `pool`, over all as they were last seen."""
+        features = self.backbone.ln1(tokens.features)
+        if tokens.alignment.pool and tokens.pruned_sum is not None:
+            return self.head.fc((features.sum(1) + tokens.pruned_sum) / tokens.length)
+        return self.head.fc(features.mean(1))
+
+    def memory(self, features: Tensor) -> Tensor:
+        return self.backbone.ln1(features)
 
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
         """All four directions in both conventions; `full` counts the gate, the papers' (`paper`) does not.

@@ -19,10 +19,16 @@ GAP_SOURCES = ("calibrated", "bias")
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which ops are aligned to pruned positions; both off is plain gather-pruning."""
+    """What is aligned to pruned positions; all off is plain gather-pruning.
+
+    Attributes:
+        conv, scan: these ops of the blocks. pool: the mean that a model may read out keeps pruned tokens as they were
+            last seen, instead of leaving them out.
+    """
 
     conv: bool = True
     scan: bool = True
+    pool: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ The work behind `ssmcompress.pruning.reconstruct`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ class SideBySide:
             held = self.held(self.blocks, len(images))
             if held.any():
                 kl += kl_divergence(self.dense(images[held]).cpu(), self.pruned(images[held]).cpu())
-            full, kept = self.dense.embed(images), self.pruned.embed(images)
+            full, kept = self.dense.embed(images), _pooling(self.pruned.embed(images), self.pruned.pools)
             self.template = replace(kept, features=kept.features[:1])
             for passed in range(1, self.layers[0]):
                 full, _ = self.dense.step(passed, full)
@@ -169,7 +170,7 @@ class SideBySide:
                 rows.add(seen[name][0], targets[name], weights, self.held(k, len(weights)))
             yield
         for rows in sums.values():
-            self.solve(rows)
+            self.fits.append(self.solve(rows))
 
     def refit_projection(self, layer: int, name: str) -> Iterator[None]:
         """Refit a layer's projection, and its correction, to the dense features after it."""
@@ -183,28 +184,42 @@ class SideBySide:
             weights = self.weights(k, layer).gather(1, tokens.positions)
             sums.add(seen[name][0], wanted, weights, self.held(k, len(weights)), tokens.pruned_mean())
             yield
-        self.solve(sums)
+        self.fits.append(self.solve(sums))
         del corrections[str(layer)]
         if (thin := sums.thin or self.given.get(str(layer))) is not None:
             corrections[str(layer)] = thin
 
     def refit_classifier(self) -> Iterator[None]:
-        """Refit the classifier to the dense logits; then see how far the images held out are from the dense model."""
-        classifier = self.pruned.classifier
+        """Refit the classifier to the dense logits; then see how far the images held out are from the dense model.
+
+        Where a mean over tokens is read out, with or without the pruned ones, as serves better on the images held out.
+        """
+        classifier, alignment = self.pruned.classifier, self.pruned.alignment
         name = _name_of(self.pruned, classifier)
-        sums = LinearSums(classifier, self.device)
+        choices = (False, True) if self.pruned.pools else (alignment.pool,)
+        sums = {pool: LinearSums(classifier, self.device) for pool in choices}
         for k in range(self.blocks):
-            logits = self.dense_logits(k)
-            with _recorded(self.pruned, [name]) as seen:
-                self.pruned.readout(self.tokens(k))
-            sums.add(seen[name][0], logits, torch.ones(len(logits), device=self.device), self.held(k, len(logits)))
+            logits, tokens = self.dense_logits(k), self.tokens(k)
+            ones, held = torch.ones(len(logits), device=self.device), self.held(k, len(logits))
+            for pool, rows in sums.items():
+                with _recorded(self.pruned, [name]) as seen:
+                    self.pruned.readout(_pooling(tokens, pool))
+                rows.add(seen[name][0], logits, ones, held)
             yield
-        self.solve(sums)
+        old, found = copy.deepcopy(classifier.state_dict()), []
+        for pool, rows in sums.items():
+            classifier.load_state_dict(old)
+            found.append((self.solve(rows), pool, copy.deepcopy(classifier.state_dict())))
+        fit, pool, weights = min(found, key=lambda choice: choice[0].after)
+        classifier.load_state_dict(weights)
+        self.fits.append(fit)
+        self.pruned.alignment = replace(alignment, pool=pool)
+        self.pruned.plan = replace(self.pruned.plan, alignment=self.pruned.alignment)
         kl = torch.zeros((), dtype=torch.float64)
         for k in range(self.blocks):
             logits = self.dense_logits(k)
             held = self.held(k, len(logits))
-            kl += kl_divergence(logits[held].cpu(), self.pruned.readout(self.tokens(k))[held].cpu())
+            kl += kl_divergence(logits[held].cpu(), self.pruned.readout(_pooling(self.tokens(k), pool))[held].cpu())
             yield
         self.add_processes(kl)
         self.kl = float(kl) / self.held_out
@@ -227,13 +242,12 @@ class SideBySide:
         weights = self.get("weights", block)[layer]
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
-    def solve(self, sums: LinearSums) -> None:
+    def solve(self, sums: LinearSums) -> Fit:
         """Give a linear layer the weight that its sums over all processes determine."""
         for rows in (sums.fitted, sums.held_out):
             self.add_processes(rows.gram, rows.cross, rows.power)
         found = sums.refit()
-        name = _name_of(self.pruned, sums.linear)
-        self.fits.append(Fit(name, found.ridges, found.before, found.after))
+        return Fit(_name_of(self.pruned, sums.linear), found.ridges, found.before, found.after)
 
 
 @contextmanager
@@ -250,6 +264,10 @@ def _recorded(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tup
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _pooling(tokens: Tokens, pool: bool) -> Tokens:
+    return replace(tokens, alignment=replace(tokens.alignment, pool=pool))
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
