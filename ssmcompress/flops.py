@@ -5,8 +5,11 @@ state, one per token and channel for D and one for the gate; norms, activations 
 That is the convention of the papers, in two variants:
 
 - `full`: everything that is executed, so both directions of a Vim. What reports show unless told otherwise.
-- `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base). Only
-  for comparing with them.
+- `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base), all four of a
+  PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3). Only for comparing with them.
+
+A convolution on a grid counts all taps of its window at each kept token, which is what the compiled backends run; in an
+ONNX file, and where gradients are wanted, it goes over the whole grid.
 """
 
 from __future__ import annotations

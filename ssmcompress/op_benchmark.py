@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .benchmark import spread, timings
-from .ops import ScanPath, causal_conv1d, scan_paths, selective_scan
+from .models.plain_mamba import snakes
+from .ops import ScanPath, causal_conv1d, grid_conv2d, scan_paths, selective_scan
 from .ops.dispatch import best_backend
 from .pruning.alignment import gap_steps
 
@@ -38,7 +39,9 @@ def benchmark_ops(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Time the scan (bias, softplus, D and gate in it) and the convolution, forward and backward.
+    """Time the scan (bias, softplus, D and gate in it) and the convolution, forward and backward, and PlainMamba's.
+
+    Those are four scans along the snakes over a grid, and a 7x7 convolution on it, a third of the tokens missing.
 
     Args:
         shape: (batch, length, d_inner, d_state); None: those of `SHAPES`.
@@ -100,6 +103,11 @@ def _works(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[t
     rows, states = batch * length * d_inner * dtype.itemsize, batch * length * d_state * dtype.itemsize
     forth, back = (Work(None, exps, n * rows + m * states, exps) for n, m in ((4, 2), (7, 4)))
     tap, tap_back = (Work(None, exps // d_state, n * rows) for n in (2, 3))
+    # PlainMamba's: four paths that share all but their order; a window over a grid that has lost a third of its tokens.
+    grid = (length - 1) // 14 + 1, 14
+    order, on_grid = _snakes_of(length, grid, device), _pruned_grid(scan["u"], conv["bias"], grid)
+    snake = Work(None, 4 * exps, 4 * rows + 2 * states, 4 * exps)
+    window = Work(None, on_grid["x"].numel(), 2 * on_grid["x"].numel() * dtype.itemsize)
     backends = list(dict.fromkeys(["reference", best_backend(scan["u"])]))
     for by in backends:
         flags = {"delta_softplus": True, "backend": by}
@@ -107,6 +115,8 @@ def _works(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[t
         yield ("scan backward", by), back._replace(run=_backward(selective_scan, scan, **flags))
         yield ("conv", by), tap._replace(run=partial(causal_conv1d, **conv, backend=by))
         yield ("conv backward", by), tap_back._replace(run=_backward(causal_conv1d, conv, backend=by))
+        yield ("snakes", by), snake._replace(run=partial(_along_snakes, **scan, order=order, backend=by))
+        yield ("conv 7x7 pruned", by), window._replace(run=partial(grid_conv2d, **on_grid, backend=by))
     if device.type == "cuda":
         both, both_back = (Work(None, 2 * exps, n * rows + m * states, 2 * exps) for n, m in ((6, 4), (11, 8)))
         second, _ = _inputs(shape, dtype, device, seed=1)
@@ -148,6 +158,26 @@ def _kept(shape: Shape, device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     kept = torch.rand(batch, length + length // 2, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :length]
     positions = kept.sort(1).values
     return positions.to(device), (gap_steps(positions).float().to(device), torch.rand(d_inner, device=device))
+
+
+def _snakes_of(length: int, grid: tuple[int, int], device) -> Tensor:
+    """(4, length) the paths over a grid without the places that there are no tokens for."""
+    visits, _ = snakes(*grid)
+    return visits[visits < length].view(4, length).to(device)
+
+
+def _pruned_grid(u: Tensor, bias: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of a convolution on a grid that a third of the tokens is missing from."""
+    batch, length, channels = u.shape
+    left = max(1, length * 2 // 3)
+    positions, _ = _kept((batch, left, channels, 1), u.device)
+    weight = torch.randn(channels, 1, 7, 7, generator=torch.Generator().manual_seed(3)).to(bias)
+    return {"x": u[:, :left], "weight": weight, "bias": bias, "grid": grid, "positions": positions}
+
+
+def _along_snakes(z: Tensor, order: Tensor, backend: str | None = None, **inputs: Tensor) -> Tensor:
+    """The four scans of a PlainMamba layer."""
+    return scan_paths([ScanPath(**inputs, order=o) for o in order], z, delta_softplus=True, backend=backend)[0]
 
 
 def _both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: Tensor) -> Tensor:

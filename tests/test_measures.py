@@ -192,7 +192,8 @@ def test_benchmark_times_each_model_beside_its_products(model):
 def test_ops_are_timed_by_every_backend():
     rows = benchmark_ops((1, 5, 7, 2), repeats=2)
     found = {(row["op"], row["by"]) for row in rows}
-    expected = {(op, by) for op in ("scan", "scan backward", "conv", "conv backward") for by in ("reference", "cpu")}
+    ops = "scan", "scan backward", "conv", "conv backward", "snakes", "conv 7x7 pruned"
+    expected = {(op, by) for op in ops for by in ("reference", "cpu")}
     assert found >= expected | {("one layer", "matrix products")}
     assert all(row["ns_per_element"] > 0 for row in rows if row["op"] != "one layer")
 
