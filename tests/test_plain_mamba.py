@@ -171,7 +171,8 @@ def test_an_aligned_block_equals_a_dense_one_with_nothing_coming_in_where_pruned
     gap_delta = torch.rand(1, E, generator=torch.Generator().manual_seed(3))
     block.set_gap_delta(gap_delta)
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1], dtype=torch.bool)
-    features = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(4))
+    # So small that the eps of a norm shows.
+    features = 0.01 * torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(4))
     full = model.embed(images_of(model, 2))
     tokens = Tokens(features, 15, None, mask.nonzero().T.expand(2, -1), orders=full.orders)
 
@@ -220,6 +221,13 @@ def test_without_alignment_kept_tokens_are_put_next_to_each_other(plain_mamba):
     moved = Tokens(features, 16, None, torch.arange(6).expand(2, -1), orders=orders, paths=paths)
     block.set_gap_delta(torch.zeros_like(block.bias_delta()))
     torch.testing.assert_close(found, block(moved).features)
+
+
+def test_the_last_norm_has_an_eps_of_its_own(plain_mamba):
+    tokens = plain_mamba.embed(images_of(plain_mamba))
+    tokens = tokens.updated(0.001 * tokens.features)
+    mean = F.layer_norm(tokens.features, (16,), *plain_mamba.backbone.ln1.parameters(), 1e-6).mean(1)
+    torch.testing.assert_close(plain_mamba.readout(tokens), plain_mamba.head.fc(mean))
 
 
 @pytest.mark.parametrize("pool", [False, True])
