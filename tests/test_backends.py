@@ -428,7 +428,8 @@ def test_paths_together_are_the_sum_of_each(kind, backend):
         assert_near(found, y, 1e-5)
         assert_near(scores, SCORES[metric](sum(shares[: scored or len(shares)])), 1e-5, metric)
         assert not scores.requires_grad
-    _, scores = scan_paths(paths, z, True, "clip-paths", 1, backend=backend)
+    found, scores = scan_paths(paths, z, True, "clip-paths", 1, backend=backend)
+    assert_near(found, y, 1e-5)
     assert_near(scores, sum(share.relu().mean(-1) for share in shares) / len(shares), 1e-5)
     deltas = [torch.nn.functional.softplus(p.delta + p.delta_bias).mean(-1) for p in exact]
     found, scores = scan_paths(paths, z, True, "delta", backend=backend)
