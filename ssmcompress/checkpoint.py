@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,15 @@ def load(
     Raises:
         InputError: a file that is missing, damaged, unsafe or of something else.
     """
-    if isinstance(image_size, int):
-        image_size = (image_size, image_size)
+    if image_size is not None:
+        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+        if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+            raise InputError(f"image_size {image_size}: expected a whole number of pixels, or (height, width)")
+        image_size = sides
     if isinstance(path, nn.Module):
         path = getattr(path, "module", path)  # as wrapped for data parallelism
-        state = clean(path.state_dict())
-        model = build(state, image_size, stride or recognise(state).stride_of(path))
+        state, known = clean(path.state_dict()), path.config.image_size if isinstance(path, TokenModel) else None
+        model = build(state, image_size or known, stride or recognise(state).stride_of(path), trained_size=known)
     elif isinstance(path, Mapping):
         model = build(clean(path), image_size, stride)
     else:
@@ -155,6 +159,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
     model = build(weights, image_size or trained, stride, trained_size=trained)
+    if model.architecture != architecture["type"]:
+        raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
     pruning = config.get("pruning")
     if pruning is None and corrections:

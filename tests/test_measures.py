@@ -152,6 +152,11 @@ def test_matrix_products_that_are_timed_alone_are_those_of_the_model(architectur
     assert sum(rows * weight.numel() for rows, weight in model.matrix_products()) == pytest.approx(expected)
 
 
+def test_the_stem_counts_in_what_images_take_at_a_time():
+    model = make_plain_mamba(depth=1, d_model=8)
+    assert model.activation_bytes() == 2 * 32 * 32 * 8 * 4
+
+
 def test_spread_is_within_what_was_measured():
     assert spread([1.0, 10.0]) == {"ms": 5.5, "ms_low": 3.25, "ms_high": 7.75}
     assert spread([2.0]) == {"ms": 2.0, "ms_low": 2.0, "ms_high": 2.0}

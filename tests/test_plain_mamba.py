@@ -200,6 +200,19 @@ def test_an_aligned_block_equals_a_dense_one_with_nothing_coming_in_where_pruned
     torch.testing.assert_close(block(tokens).features, expected, atol=1e-5, rtol=0)
 
 
+def test_the_bias_of_delta_counts_twice_where_nothing_comes_in_and_on_average(plain_mamba):
+    images = images_of(plain_mamba)
+    tokens, block = plain_mamba.embed(images), plain_mamba.blocks[0]
+    m = block.mamba
+    torch.testing.assert_close(block.bias_delta(), F.softplus(2 * m.dt_proj.bias)[None])
+    x, _ = m.in_proj(block.norm(tokens.features)).chunk(2, -1)
+    u = F.silu(m.conv2d(x.transpose(1, 2).unflatten(2, (4, 4)))).flatten(2).transpose(1, 2)
+    delta = F.softplus(m.dt_proj(m.x_proj(u)[..., :1]) + m.dt_proj.bias)
+    torch.testing.assert_close(block.deltas(tokens), delta[None])
+    plan = ssmcompress.calibrate(plain_mamba, images)
+    torch.testing.assert_close(plan.calibration.gap_deltas[0], delta.mean((0, 1))[None], rtol=1e-5, atol=1e-6)
+
+
 def test_scores_are_of_the_gated_sum_of_all_paths(plain_mamba):
     tokens, block = plain_mamba.embed(images_of(plain_mamba)), plain_mamba.blocks[0]
     m, seen = block.mamba, []
@@ -208,7 +221,9 @@ def test_scores_are_of_the_gated_sum_of_all_paths(plain_mamba):
     torch.testing.assert_close(scores, seen[0].relu().mean(-1))
 
 
-def test_without_alignment_kept_tokens_are_put_next_to_each_other(plain_mamba):
+@pytest.mark.parametrize("dw_layers", [(), (1,)], ids=str)
+def test_without_alignment_kept_tokens_are_put_next_to_each_other(dw_layers):
+    plain_mamba = make_plain_mamba(dw_layers=dw_layers)
     features = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(4))
     orders = plain_mamba.embed(images_of(plain_mamba, 2)).orders
     positions = torch.tensor([[0, 3, 7, 8, 9, 15]] * 2)
@@ -228,6 +243,33 @@ def test_the_last_norm_has_an_eps_of_its_own(plain_mamba):
     tokens = tokens.updated(0.001 * tokens.features)
     mean = F.layer_norm(tokens.features, (16,), *plain_mamba.backbone.ln1.parameters(), 1e-6).mean(1)
     torch.testing.assert_close(plain_mamba.readout(tokens), plain_mamba.head.fc(mean))
+
+
+def test_pruned_tokens_cost_the_cpu_kernel_and_nothing_else(plain_mamba, monkeypatch):
+    """The convolution of a pruned grid does not go over all of it."""
+    from ssmcompress.ops import compiled, reference
+
+    pruned = ssmcompress.prune(plain_mamba, ssmcompress.make_plan(plain_mamba, ratio=0.5, stages=(2,)))
+    seen = []
+    monkeypatch.setattr(compiled, "_grid_conv", lambda x, *others: seen.append(x.shape[1]) or torch.zeros_like(x))
+    on_grid = reference.grid_conv2d
+    monkeypatch.setattr(reference, "grid_conv2d", lambda x, *others: seen.append(x.shape[1]) or on_grid(x, *others))
+    for alignment in (Alignment(), Alignment(conv=False)):
+        pruned.alignment = alignment
+        with torch.no_grad():
+            pruned(images_of(pruned, 1))
+    assert seen == 2 * [16, 16, 8, 8]
+
+
+def test_autocast_computes_in_bfloat16_what_float32_does(plain_mamba):
+    images = images_of(plain_mamba)
+    pruned = ssmcompress.prune(plain_mamba, ssmcompress.make_plan(plain_mamba, importance="random"))
+    with torch.no_grad():
+        expected = pruned(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, found = pruned.embed(images), pruned(images)
+    assert (tokens.features.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -295,6 +337,9 @@ def test_the_position_embedding_of_another_grid_is_interpolated(plain_mamba):
     torch.testing.assert_close(found, expected)
 
 
+MAMBA, STEM = "backbone.layers.0.mamba", "backbone.patch_embed.stem.0.weight"
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -308,6 +353,12 @@ def test_the_position_embedding_of_another_grid_is_interpolated(plain_mamba):
         (lambda s: s["backbone.pos_embed"].fill_(torch.nan), {}, "not finite"),
         (lambda s: None, {"stride": 8}, "stride 8: a PlainMamba's patches, 16 pixels here, lie side by side"),
         (lambda s: None, {"image_size": (64, 10)}, "smaller than the patches"),
+        (lambda s: None, {"image_size": (64, 64, 3)}, "expected a whole number of pixels"),
+        (lambda s: None, {"image_size": 64.5}, "expected a whole number of pixels"),
+        (lambda s: s.update({f"{MAMBA}.conv2d.weight": torch.zeros(32, 1, 4, 4)}), {}, "expected a square one of odd"),
+        (lambda s: s.update({f"{MAMBA}.conv2d.weight": torch.zeros(32, 1, 3, 5)}), {}, "expected a square one of odd"),
+        (lambda s: s.update({"backbone.layers.0.dw.0.weight": torch.zeros(16, 1, 2, 2)}), {}, "expected a square one"),
+        (lambda s: s.update({STEM: torch.zeros(8, 3, 6, 6)}), {}, "expected a square one of odd"),
         (lambda s: None, {"image_size": (10**6, 10**6)}, "at most 8192"),
     ],
 )
@@ -322,7 +373,35 @@ def test_a_grid_that_is_not_square_must_be_told():
     state = make_plain_mamba(image=(32, 64)).state_dict()
     with pytest.raises(InputError, match="no square grid"):
         ssmcompress.load({**state, "backbone.pos_embed": torch.zeros(1, 8, 16)})
-    assert ssmcompress.load(state, image_size=(32, 64)).config.grid == (2, 4)
+    model = ssmcompress.load(state, image_size=(32, 64))
+    assert model.config.grid == (2, 4)
+    assert ssmcompress.load(model).config == model.config
+
+
+def test_names_that_are_not_mmcvs_are_told_the_ones_that_are(plain_mamba):
+    state = {key.removeprefix("backbone."): value for key, value in plain_mamba.state_dict().items()}
+    with pytest.raises(InputError, match="plain_mamba has backbone.patch_embed.projection.weight"):
+        ssmcompress.load(state)
+
+
+def test_a_folder_that_says_another_architecture_than_its_weights_is_refused(plain_mamba, tmp_path):
+    file = ssmcompress.save(plain_mamba, tmp_path / "m") / "config.json"
+    file.write_text(file.read_text().replace('"plain_mamba"', '"vim"'))
+    with pytest.raises(InputError, match="says vim, but the weights are a plain_mamba's"):
+        ssmcompress.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9999], ids=["8 left", "2 left"])
+def test_any_batch_goes_through_a_graph_made_with_one_of_another_size(plain_mamba, ratio, tmp_path):
+    """The counts of kept tokens, 2 and 8, are those of the examples' batches, too."""
+    pruned = ssmcompress.prune(plain_mamba, ssmcompress.make_plan(plain_mamba, stages=(1,), ratio=ratio))
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with torch.no_grad():
+        program = torch.export.export(pruned, (images_of(pruned, pruned.token_counts()[-1]),), dynamic_shapes=dynamic)
+        for batch in (1, 3, 8):
+            images = images_of(pruned, batch)
+            torch.testing.assert_close(program.module()(images), pruned(images), atol=1e-5, rtol=1e-5)
+    assert ssmcompress.export_onnx(pruned, tmp_path / "m.onnx").passed
 
 
 # -------------------------------------------------------------------------------------------------- reconstruction
@@ -349,6 +428,15 @@ def test_reconstruction_follows_the_dense_model_more_closely_and_any_batches_giv
     for other in (again, loaded):
         assert all(torch.equal(other.state_dict()[k], v) for k, v in rebuilt.state_dict().items())
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
+
+
+def test_a_plan_that_aligns_nothing_stays_so_and_pool_needs_a_mean(plain_mamba, vim):
+    plan = ssmcompress.make_plan(plain_mamba, ratio=0.5, stages=(1,), alignment=False)
+    images = coloured(30, seed=2)
+    rebuilt = ssmcompress.reconstruct(ssmcompress.prune(plain_mamba, plan), plain_mamba, images)
+    assert rebuilt.alignment == Alignment(conv=False, scan=False, pool=False)
+    with pytest.raises(InputError, match="reads out no mean"):
+        ssmcompress.prune(vim, ssmcompress.make_plan(vim, alignment=Alignment(pool=True)))
 
 
 @pytest.mark.parametrize("better", [False, True])

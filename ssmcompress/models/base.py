@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..errors import InputError
 from ..pruning.alignment import Alignment
 from ..pruning.schedule import Plan, token_counts
 from ..tokens import Tokens
@@ -67,15 +68,15 @@ class Block(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def deltas(self, tokens: Tokens) -> Tensor:
-        """(scan paths, batch, kept, d_inner) delta after softplus that this layer would use."""
+        """(deltas, batch, kept, d_inner) delta after softplus that this layer would use: one for each dt_proj."""
 
     @abc.abstractmethod
     def bias_delta(self) -> Tensor:
-        """(scan paths, d_inner) delta of a position that brings no input, softplus(dt_bias)."""
+        """(deltas, d_inner) delta of a position that brings no input, softplus of the bias."""
 
     @abc.abstractmethod
     def set_gap_delta(self, delta: Tensor) -> None:
-        """Set the delta (scan paths, d_inner) that pruned positions decay the state by."""
+        """Set the delta (deltas, d_inner) that pruned positions decay the state by."""
 
 
 class TokenModel(nn.Module, abc.ABC):
@@ -162,6 +163,15 @@ class TokenModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
         """Logits (batch, classes)."""
+
+    def check(self, images: Tensor) -> None:
+        """An InputError for images of another shape than the model takes."""
+        expected = self.config.in_chans, *self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise InputError(
+                f"images {tuple(images.shape)}: expected (batch, {', '.join(map(str, expected))}); load the model with "
+                f"another image_size for other images"
+            )
 
     def memory(self, features: Tensor) -> Tensor:
         """(batch, tokens, d_model) what is remembered of pruned tokens: their features at a mean square of 1."""

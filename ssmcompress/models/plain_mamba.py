@@ -249,12 +249,7 @@ class PlainMamba(TokenModel):
         return torch.arange(self.length).view(self.config.grid)
 
     def embed(self, images: Tensor) -> Tokens:
-        c = self.config
-        if images.ndim != 4 or tuple(images.shape[1:]) != (c.in_chans, *c.image_size):
-            raise InputError(
-                f"images {tuple(images.shape)}: expected (batch, {c.in_chans}, {c.image_size[0]}, "
-                f"{c.image_size[1]}); load the model with another image_size for other images"
-            )
+        self.check(images)
         patches = self.backbone.patch_embed(images).flatten(2).transpose(1, 2).float()
         orders = tuple(ScanOrder(v, labels=kinds) for v, kinds in zip(self.visits, self.labels, strict=True))
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
@@ -311,7 +306,7 @@ class PlainMamba(TokenModel):
 
     @classmethod
     def recognises(cls, state: StateDict) -> bool:
-        return any(key.endswith("layers.0.mamba.direction_Bs") for key in state)
+        return "backbone.layers.0.mamba.direction_Bs" in state
 
     @classmethod
     def infer_config(
@@ -326,7 +321,8 @@ class PlainMamba(TokenModel):
         shape = Shapes(fitted, "PlainMamba")
         depth = shape.count("backbone.layers.")
         d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
-        stem_width, in_chans, stem_window, _ = shape("backbone.patch_embed.stem.0.weight", 4)
+        stem = "backbone.patch_embed.stem.0.weight"
+        stem_width, in_chans, _, _ = shape(stem, 4)
         d_model, _, side, _ = shape("backbone.patch_embed.projection.weight", 4)
         patch = STEM_STRIDE * side
         if stride not in (None, patch):
@@ -338,12 +334,12 @@ class PlainMamba(TokenModel):
             "d_inner": d_inner,
             "d_state": d_state,
             "dt_rank": shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1],
-            "window": shape("backbone.layers.0.mamba.conv2d.weight", 4)[3],
+            "window": shape.odd("backbone.layers.0.mamba.conv2d.weight"),
             "dw_layers": dw_layers,
-            "dw_window": shape(f"backbone.layers.{dw_layers[0]}.dw.0.weight", 4)[3] if dw_layers else 0,
+            "dw_window": shape.odd(f"backbone.layers.{dw_layers[0]}.dw.0.weight") if dw_layers else 0,
             "stem_width": stem_width,
             "stem_depth": -(-shape.count("backbone.patch_embed.convs.") // 3),  # convolution, norm, activation
-            "stem_window": stem_window,
+            "stem_window": shape.odd(stem),
             "in_chans": in_chans,
             "num_classes": shape("head.fc.weight", 2)[0],
             "patch_size": patch,

@@ -31,6 +31,13 @@ class Shapes:
             raise InputError(f"{key} is {shape}: expected {ndim} dimensions, none empty")
         return shape
 
+    def odd(self, key: str) -> int:
+        """The side of a convolution's window, which must be an odd number: its middle is where the result goes."""
+        *_, height, width = self(key, 4)
+        if height != width or width % 2 == 0:
+            raise InputError(f"{key} has a window of {(height, width)}: expected a square one of odd sides")
+        return width
+
     def count(self, prefix: str) -> int:
         """How many layers there are, by the numbers that follow `prefix` in the names."""
         rests = (key.removeprefix(prefix).partition(".")[0] for key in self.state if key.startswith(prefix))
@@ -42,7 +49,13 @@ class Shapes:
 
 
 def grids(
-    entries: int, patch: int, stride: int, grid_of: Callable[[Size], Size], image_size: Size | None, known: Size | None
+    entries: int,
+    patch: int,
+    stride: int,
+    grid_of: Callable[[Size], Size],
+    image_size: Size | None,
+    known: Size | None,
+    advice: str = "",
 ) -> tuple[Size, Size]:
     """(the grid that a position embedding was made for, the image size (height, width) that the model will be run at).
 
@@ -50,6 +63,7 @@ def grids(
         entries: patches that the embedding has a place for. patch, stride: their size and distance, in pixels.
         grid_of: (height, width) of images -> (rows, columns) of patches.
         image_size: what the caller asks for, or None. known: the size trained at, where that is known.
+        advice: what else a caller may have to tell.
     """
     side = math.isqrt(entries)
     if known is not None:
@@ -62,7 +76,7 @@ def grids(
         raise InputError(
             f"pos_embed has a place for {entries} patches, which is "
             f"{'not the grid of its image size' if known else 'no square grid'}: "
-            f"give the image size it was trained at (and the patch stride, if it is not {patch})"
+            f"give the image size it was trained at{advice}"
         )
     if image_size is None:
         image_size = tuple((count - 1) * stride + patch for count in trained)

@@ -185,11 +185,7 @@ class VisionMamba(TokenModel):
 
     def embed(self, images: Tensor) -> Tokens:
         c = self.config
-        if images.ndim != 4 or tuple(images.shape[1:]) != (c.in_chans, *c.image_size):
-            raise InputError(
-                f"images {tuple(images.shape)}: expected (batch, {c.in_chans}, {c.image_size[0]}, "
-                f"{c.image_size[1]}); load the model with another image_size for other images"
-            )
+        self.check(images)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2).float()
         before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
         tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
@@ -262,7 +258,8 @@ class VisionMamba(TokenModel):
             return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1
 
         entries = shape("pos_embed", 3)[1] - 1
-        trained, image_size = grids(entries, patch, stride, grid_of, image_size, trained_size)
+        advice = f" (and the patch stride, if it is not {patch})"
+        trained, image_size = grids(entries, patch, stride, grid_of, image_size, trained_size, advice)
         config = VimConfig(
             d_model=d_model,
             depth=depth,

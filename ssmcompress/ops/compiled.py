@@ -48,7 +48,6 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
     """
     if positions is None or wants_gradient(x, weight, bias):
         return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
-    positions = _as(torch.int64, positions)
     y = _grid_conv(_as(_common(x), x), _float(weight), _float(bias), positions, *grid, activation == "silu")
     return _as(x.dtype, y)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .dispatch import full_precision, select
@@ -46,14 +47,18 @@ def grid_conv2d(
         raise ValueError(f"grid_conv2d: expected a window of odd sides, found {tuple(weight.shape[2:])}")
     if bias is not None and tuple(bias.shape) != (x.shape[2],):
         raise ValueError(f"grid_conv2d: expected bias ({x.shape[2]},), found {tuple(bias.shape)}")
-    if x.shape[1] > grid[0] * grid[1]:
-        raise ValueError(f"grid_conv2d: {x.shape[1]} tokens do not fit on a grid of {tuple(grid)}")
+    if len(grid) != 2 or x.shape[1] > grid[0] * grid[1]:
+        raise ValueError(f"grid_conv2d: {x.shape[1]} tokens do not fit on a grid (rows, columns) of {tuple(grid)}")
+    if positions is None and x.shape[1] < grid[0] * grid[1]:
+        positions = torch.arange(x.shape[1], device=x.device)
     if positions is not None:
         if positions.ndim == 1:
             positions = positions.expand(x.shape[0], -1)
         if positions.shape != x.shape[:2]:
             raise ValueError(f"grid_conv2d: expected positions {tuple(x.shape[:2])}, found {tuple(positions.shape)}")
+        positions = positions.long()
     if activation not in ("silu", None):
         raise ValueError(f"grid_conv2d: activation is 'silu' or None, found {activation!r}")
     with full_precision(x.device):
+        # From here on, no positions means a full grid.
         return select(backend, x).grid_conv2d(x, weight, bias, tuple(grid), positions, activation)

@@ -91,13 +91,11 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
     if positions is not None:
         index = positions[..., None].expand_as(x)
         everything = everything.new_zeros(x.shape[0], places, x.shape[2]).scatter(1, index, everything)
-    elif x.shape[1] < places:
-        everything = F.pad(everything, (0, 0, 0, places - x.shape[1]))
     image = everything.transpose(1, 2).unflatten(2, grid)
     padding = weight.shape[2] // 2, weight.shape[3] // 2
     bias = None if bias is None else bias.to(dtype)
     y = F.conv2d(image, weight.to(dtype), bias, padding=padding, groups=x.shape[2]).flatten(2).transpose(1, 2)
-    y = y[:, : x.shape[1]] if positions is None else y.gather(1, index)
+    y = y if positions is None else y.gather(1, index)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 

@@ -62,7 +62,7 @@ def calibrate(
     """A plan that knows what the model does on real images.
 
     The delta of a removed token is not known in later layers; its stand-in is the mean delta of the layer,
-    path and channel over all tokens of the calibration images. The passes are re-run over `images`, so memory
+    dt_proj and channel over all tokens of the calibration images. The passes are re-run over `images`, so memory
     does not grow with their number.
 
     Args:
@@ -91,12 +91,12 @@ def calibrate(
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
-    """Per layer (scan paths, d_inner): softplus(dt_bias), the delta of a position that brings no input."""
+    """Per layer (deltas, d_inner): softplus(dt_bias), the delta of a position that brings no input."""
     return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
 
 
 def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
-    """Per layer (scan paths, d_inner): the mean of delta over the images and tokens of the dense model."""
+    """Per layer (deltas, d_inner): the mean of delta over the images and tokens of the dense model."""
     totals: list[Tensor | int] = [0] * len(model.blocks)
     tokens_seen = 0
     for batch in in_blocks(track(batches, "calibrating", len(batches)), block_size(model)):
@@ -113,7 +113,7 @@ def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _dense_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
-    """Per layer (scan paths, d_inner), delta summed over images and tokens, in float64."""
+    """Per layer (deltas, d_inner), delta summed over images and tokens, in float64."""
     device = next(model.parameters()).device
     exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     tokens = model.embed(images.to(device))

@@ -70,6 +70,8 @@ def prune(model: TokenModel, plan: Plan) -> TokenModel:
 def install(model: TokenModel, plan: Plan) -> TokenModel:
     """Put the pruners and gap deltas of `plan` into `model` itself, and return it."""
     plan.validate(len(model.blocks))
+    if plan.alignment.pool and not model.pools:
+        raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
     if plan.gap is None:
         plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")
     if plan.gap == "calibrated" and plan.calibration is None:

@@ -58,7 +58,7 @@ class Calibration:
 
     Attributes:
         name, images: the data and how many of its images were used.
-        gap_deltas: per layer (scan paths, d_inner), the mean of delta over images and tokens.
+        gap_deltas: per layer (deltas, d_inner), the mean of delta over images and tokens.
         kept: per stage (positions,), the share of images that kept each position.
         scores: per stage (positions,), the mean importance over the images that had the position (0: none).
     """
@@ -117,7 +117,7 @@ class Plan:
         """A JSON value that `from_dict` reads; `tensors` False leaves out the calibrated ones."""
         value: dict[str, Any] = {
             "stages": [asdict(stage) for stage in self.stages],
-            "alignment": asdict(self.alignment),
+            "alignment": {k: v for k, v in asdict(self.alignment).items() if v or k != "pool"},
             "gap": self.gap,
             "seed": self.seed,
         }

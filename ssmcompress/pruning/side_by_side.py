@@ -192,11 +192,13 @@ class SideBySide:
     def refit_classifier(self) -> Iterator[None]:
         """Refit the classifier to the dense logits; then see how far the images held out are from the dense model.
 
-        Where a mean over tokens is read out, with or without the pruned ones, as serves better on the images held out.
+        Where a mean over tokens is read out, with or without the pruned ones, as serves better on the images held out;
+        a plan that aligns nothing stays so.
         """
         classifier, alignment = self.pruned.classifier, self.pruned.alignment
         name = _name_of(self.pruned, classifier)
-        choices = (False, True) if self.pruned.pools else (alignment.pool,)
+        choose = self.pruned.pools and (alignment.conv or alignment.scan)
+        choices = (False, True) if choose else (alignment.pool,)
         sums = {pool: LinearSums(classifier, self.device) for pool in choices}
         for k in range(self.blocks):
             logits, tokens = self.dense_logits(k), self.tokens(k)

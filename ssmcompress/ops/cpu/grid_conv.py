@@ -1,8 +1,8 @@
 """The convolution on a grid of `ssmcompress.ops`, forward alone, at the tokens that are there.
 
 Arrays have three axes, as in `scan`: x and y (batch, length, channels) are float32, or bfloat16 held as uint16; weight
-(1, channels, height * width) and bias (1, 1, channels) float32; positions (1, batch, length) int64. What is not there
-has no elements.
+(1, channels, height * width) and bias (1, 1, channels), without elements if there is none, float32; positions (1,
+batch, length) int64.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight,
         b, start = stretch // stretches, stretch % stretches * ROWS
         token_at[:] = -1
         for t in range(length):
-            position = _position(positions, b, t)
+            position = positions[ZERO, b, t]
             if 0 <= position < rows * columns:
                 token_at[position] = int64(t)
         for t in range(start, min(start + ROWS, length)):
-            position = _position(positions, b, t)
-            count = _neighbours(token_at, position, rows, columns, height, width, sources, places)
+            count = _neighbours(token_at, positions[ZERO, b, t], rows, columns, height, width, sources, places)
             for e in range(ZERO, blocks, ABREAST * WIDTH):
                 v = e // WIDTH
                 y0, y1, y2, y3 = (
@@ -68,12 +67,6 @@ def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight,
                     y_t = y_t + load(taps, row, WIDTH) * load(x, (b, sources[k], e), lanes)
                 store(y, (b, t, e), lanes, y_t * sigmoid(y_t) if with_silu else y_t)
         stretch = next_item(table)
-
-
-@helper
-def _position(positions, b, t):
-    """The place of a token on the grid."""
-    return positions[ZERO, b, t] if positions.size else int64(t)
 
 
 @helper
