@@ -167,7 +167,10 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
             rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
         show_table([*header, "peak MB", "one layer's MB"], rows)
         print("  faster: than the first model. products: the model's matrix products alone, and how many of them the")
-        print("  forward takes. peak: most memory of tensors at once, beside what one layer's ops hand to each other.")
+        print(
+            "  forward takes. peak: most memory of tensors at once, beside what the ops of one layer, or of a stem that"
+        )
+        print("  takes more, hand to each other.")
         if with_reference:
             print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
