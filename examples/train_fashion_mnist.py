@@ -65,7 +65,7 @@ def make_vim(d_model: int, depth: int, d_state: int) -> VisionMamba:
 
 
 def make_plain_mamba(d_model: int, depth: int, d_state: int) -> PlainMamba:
-    """A stem of 12 channels where the published models have 64, for it would be three quarters of all FLOPs."""
+    """A stem of 12 channels where the published models have 64, which would be five sixths of all FLOPs."""
     config = PlainMambaConfig(
         d_model=d_model, depth=depth, d_inner=2 * d_model, d_state=d_state, dt_rank=-(-d_model // 16), window=7,
         dw_layers=(), dw_window=0, stem_width=12, stem_depth=1, stem_window=7, in_chans=1, num_classes=10,

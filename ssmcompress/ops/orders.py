@@ -1,4 +1,4 @@
-"""Orders of steps: permutations of tokens, one for all images (length,) or one each (batch, length), int64."""
+"""Orders of steps: permutations of tokens, integers, one for all images (length,) or one each (batch, length)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def inverse(order: Tensor) -> Tensor:
 
     By scattering, for a sort would stay in an ONNX graph even of an order that is constant.
     """
-    steps = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
+    order = order.long()  # torch takes no other integers for indices
+    steps = torch.arange(order.shape[-1], device=order.device)
     return torch.zeros_like(order).scatter(-1, order, steps.expand_as(order))
 
 
@@ -19,4 +20,4 @@ def visited(tokens: Tensor, order: Tensor) -> Tensor:
     """(batch, length, channels) in the order of steps, from token order."""
     if order.ndim == 1:
         return tokens.index_select(1, order)
-    return tokens.gather(1, order[..., None].expand_as(tokens))
+    return tokens.gather(1, order.long()[..., None].expand_as(tokens))
