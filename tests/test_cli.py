@@ -427,7 +427,9 @@ def test_benchmark_of_a_pruned_folder_runs_beside_its_dense_model(checkpoint):
 
 def test_benchmark_of_ops():
     found = call_json("benchmark", "--ops", "--shape", "1,4,5,2", "--repeats", 1)
-    assert {o["op"] for o in found["ops"]} == {"scan", "scan backward", "conv", "conv backward", "one layer"}
+    assert {o["op"] for o in found["ops"]} == {
+        "scan", "scan backward", "snakes", "conv", "conv backward", "conv 7x7 pruned", "one layer",
+    }  # fmt: skip
     assert "ns/element" in call("benchmark", "--ops", "--shape", "1,4,5,2", "--repeats", 1).stdout
     assert "nothing to time" in refused("benchmark")
     assert "batch,length,d_inner,d_state" in refused("benchmark", "--ops", "--shape", "1,2,3")
