@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .benchmark import spread, timings
-from .models.plain_mamba import snakes
+from .models.snakes import snakes
 from .ops import ScanPath, causal_conv1d, grid_conv2d, scan_paths, selective_scan
 from .ops.dispatch import best_backend
 from .pruning.alignment import gap_steps

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.flops import flops
-from ssmcompress.models.plain_mamba import DOWN, LEFT, RIGHT, START, UP, PlainMamba, PlainMambaConfig, snakes
+from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
+from ssmcompress.models.snakes import DOWN, LEFT, RIGHT, START, UP, snakes
 from ssmcompress.ops import selective_scan
 from ssmcompress.pruning.alignment import Alignment, ScanOrder
 from ssmcompress.tokens import Tokens

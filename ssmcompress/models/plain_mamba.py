@@ -22,9 +22,8 @@ from ..pruning.alignment import ScanOrder
 from ..tokens import Tokens
 from .base import Block, StateDict, TokenModel
 from .reading import Shapes, grids, resize_grid
+from .snakes import snakes
 
-# Kinds of steps of a path, rows of direction_Bs.
-START, RIGHT, LEFT, UP, DOWN = range(5)
 STEM_STRIDE = 2
 
 
@@ -73,28 +72,6 @@ class PlainMambaConfig:
         return self.grid[0] * self.grid[1]
 
 
-def snakes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The four continuous paths over a grid (rows, columns).
-
-    The first goes right from the first place and snakes down, the third goes down and snakes right; the second and
-    fourth are these from their end to their start.
-
-    Returns:
-        visits (4, rows * columns) int64, the position (row * columns + column) at each step, and labels of the same
-        shape, the kind of move that leads there: START, RIGHT, LEFT, UP or DOWN.
-    """
-    # On the CPU by name, where the module around is built without content.
-    places = torch.arange(rows * columns, device="cpu").view(rows, columns)
-    right, down = places.clone(), places.t().clone()
-    right[1::2], down[1::2] = right[1::2].flip(1), down[1::2].flip(1)
-    visits = torch.stack([path for start in (right, down) for path in (start.flatten(), start.flatten().flip(0))])
-    row, column = visits // columns, visits % columns
-    labels = torch.full_like(visits, START)
-    for move, axis, step in ((RIGHT, column, 1), (LEFT, column, -1), (UP, row, -1), (DOWN, row, 1)):
-        labels[:, 1:][axis.diff(dim=1) == step] = move
-    return visits, labels
-
-
 class PatchEmbed(nn.Module):
     """Images (batch, channels, height, width) -> patches (batch, d_model, rows, columns)."""
 
@@ -126,7 +103,7 @@ class PlainMambaMixer(nn.Module):
         self.dt_proj = nn.Linear(c.dt_rank, c.d_inner)
         self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1).clone())
         self.D = nn.Parameter(torch.ones(c.d_inner))
-        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))
+        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))  # a row for each kind of step, see `snakes`
         self.out_proj = nn.Linear(c.d_inner, c.d_model)
         self.register_buffer("gap_delta", None)  # (1, d_inner) once something before is pruned
 
@@ -164,7 +141,6 @@ def convolved(
 class PlainMambaBlock(Block):
     def __init__(self, c: PlainMambaConfig, layer: int):
         super().__init__()
-        self.grid = c.grid
         self.norm = nn.LayerNorm(c.d_model, eps=1e-5)
         self.mamba = PlainMambaMixer(c)
         self.dw = None
@@ -183,7 +159,7 @@ class PlainMambaBlock(Block):
         features = tokens.features + mixed
         if self.dw is not None:
             conv, norm, activation = self.dw
-            y = convolved(features, conv, tokens, self.grid)
+            y = convolved(features, conv, tokens, self.mamba.grid)
             features = activation(norm(y.transpose(1, 2)[..., None])[..., 0].transpose(1, 2))
         return tokens.updated(features, scores)
 

@@ -190,10 +190,10 @@ class SideBySide:
             corrections[str(layer)] = thin
 
     def refit_classifier(self) -> Iterator[None]:
-        """Refit the classifier to the dense logits; then see how far the images held out are from the dense model.
+        """Refit the classifier to the dense logits.
 
-        Where a mean over tokens is read out, with or without the pruned ones, as comes closer on the images held out; a
-        plan that aligns nothing stays so.
+        Where a mean over tokens is read out, with and without the pruned ones, of which the closer one is taken; a plan
+        that aligns nothing stays so.
         """
         classifier, alignment = self.pruned.classifier, self.pruned.alignment
         name = _name_of(self.pruned, classifier)
@@ -212,6 +212,11 @@ class SideBySide:
         for pool, rows in sums.items():
             classifier.load_state_dict(old)
             found.append((self.solve(rows), pool, copy.deepcopy(classifier.state_dict())))
+        yield from self.take_closest(found)
+
+    def take_closest(self, found: Sequence[tuple[Fit, bool, dict[str, Tensor]]]) -> Iterator[None]:
+        """Of classifiers (fit, `Alignment.pool`, weights) the closest to the dense model on the images held out."""
+        classifier = self.pruned.classifier
         kl = torch.zeros(len(found), dtype=torch.float64)
         for k in range(self.blocks):
             logits, tokens = self.dense_logits(k), self.tokens(k)
@@ -226,7 +231,7 @@ class SideBySide:
         fit, pool, weights = found[best]
         classifier.load_state_dict(weights)
         self.fits.append(fit)
-        self.pruned.alignment = replace(alignment, pool=pool)
+        self.pruned.alignment = replace(self.pruned.alignment, pool=pool)
         self.pruned.plan = replace(self.pruned.plan, alignment=self.pruned.alignment)
         self.kl = float(kl[best]) / self.held_out
 

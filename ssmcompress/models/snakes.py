@@ -1,0 +1,31 @@
+"""The continuous scan paths of PlainMamba (arXiv 2403.17695) over a grid of patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Kinds of steps, by the move that leads there.
+START, RIGHT, LEFT, UP, DOWN = range(5)
+
+
+def snakes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The four continuous paths over a grid (rows, columns).
+
+    The first goes right from the first place and snakes down, the third goes down and snakes right; the second and
+    fourth are these from their end to their start.
+
+    Returns:
+        visits (4, rows * columns) int64, the position (row * columns + column) at each step, and labels of the same
+        shape, the kind of move that leads there: START, RIGHT, LEFT, UP or DOWN.
+    """
+    # On the CPU by name, where the module around is built without content.
+    places = torch.arange(rows * columns, device="cpu").view(rows, columns)
+    right, down = places.clone(), places.t().clone()
+    right[1::2], down[1::2] = right[1::2].flip(1), down[1::2].flip(1)
+    visits = torch.stack([path for start in (right, down) for path in (start.flatten(), start.flatten().flip(0))])
+    row, column = visits // columns, visits % columns
+    labels = torch.full_like(visits, START)
+    for move, axis, step in ((RIGHT, column, 1), (LEFT, column, -1), (UP, row, -1), (DOWN, row, 1)):
+        labels[:, 1:][axis.diff(dim=1) == step] = move
+    return visits, labels
