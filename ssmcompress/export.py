@@ -23,7 +23,10 @@ from .errors import InputError, VerificationError
 from .files import check_target, write_file
 from .models.base import Decision, TokenModel
 from .ops import use_backend
-from .ops.onnx import DOMAIN, OPSET, function_text
+from .ops.onnx import DOMAIN
+from .ops.onnx_functions import function_text
+
+OPSET = 20
 from .progress import track
 
 if TYPE_CHECKING:
@@ -112,7 +115,7 @@ def build_onnx(model: TokenModel) -> onnx.ModelProto:
     graph = program.model_proto
     _strip(graph)
     names = {node.op_type for node in graph.graph.node if node.domain == DOMAIN}
-    graph.functions.extend(onnx.parser.parse_function(function_text(name)) for name in sorted(names))
+    graph.functions.extend(onnx.parser.parse_function(function_text(name, OPSET)) for name in sorted(names))
     onnx.helper.set_model_props(graph, {"ssmcompress": json.dumps(_public(describe(model)))})
     onnx.checker.check_model(graph, full_check=True)
     return graph

@@ -8,12 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .ops import taken
 from .pruning.alignment import Alignment, KeptPath, ScanOrder
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Of values (batch, tokens, channels) those of the tokens at `index` (batch, taken)."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Tokens:
 
     def keep(self, index: Tensor) -> Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
-        features = take(self.features, index)
+        features = taken(self.features, index)
         positions = self.explicit_positions().gather(1, index)
         return replace(self, features=features, positions=positions, paths=None, scores=None)
 

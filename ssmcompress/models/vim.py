@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import ScanPath, causal_conv1d, rms_norm, scan_paths
+from ..ops import ScanPath, causal_conv1d, rms_norm, scan_paths, taken
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..tokens import Tokens
@@ -193,8 +193,7 @@ class VisionMamba(TokenModel):
         return Tokens(features, self.length, self.protected, alignment=self.alignment, orders=FORTH_AND_BACK)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        index = tokens.protected_index()[:, None, None].expand(-1, 1, tokens.features.shape[2])
-        return self.head(self.norm_f(tokens.features.gather(1, index)[:, 0]))
+        return self.head(self.norm_f(taken(tokens.features, tokens.protected_index()[:, None])[:, 0]))
 
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
         """The papers' count (`paper`) has one direction only; `full` has both (the gate is in the scan's part)."""

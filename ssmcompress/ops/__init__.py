@@ -1,6 +1,6 @@
 """The ops that every model here is built from. All tensors are channels-last, in token order.
 
-`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm` and `top_tokens` choose a backend by
+`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm`, `taken` and `top_tokens` choose a backend by
 themselves; `backend=` names one for a call and `use_backend` for a block of code.
 """
 
@@ -9,6 +9,7 @@ from .dispatch import BACKENDS, use_backend
 from .grid_conv import grid_conv2d
 from .rms_norm import rms_norm
 from .selective_scan import SCORES, ScanPath, scan_paths, selective_scan
+from .taken import taken
 from .top_tokens import top_tokens
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "rms_norm",
     "scan_paths",
     "selective_scan",
+    "taken",
     "top_tokens",
     "use_backend",
 ]

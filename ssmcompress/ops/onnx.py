@@ -1,52 +1,76 @@
 """Backend of the exporter: each op becomes one node that calls a function defined in the ONNX file itself.
 
-Nothing here computes. An op's node is named for its
-kind and the parts it has ("SelectiveScan_D_z_bias_softplus_reverse"), takes just their tensors, and
-`function_text` writes the function of any such name in standard ONNX operators. So the graph shows one node
-where the model has one op, and a runtime that knows only the standard can run it.
+Nothing here computes. An op's node is named for its kind and the parts it has ("SelectiveScan_bf_D_bias_softplus"),
+takes just their tensors, and `onnx_functions.function_text` writes the function of any such name in ONNX operators.
+So the graph shows one node where the model has one op, and how a scan is computed can be chosen when the graph is
+made already.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .orders import inverse, visited
-from .reference import grid_conv2d, rms_norm, skip_and_gate, wide
+from .reference import rms_norm, wide
+from .selective_scan import SCORES, ScanPath, step_size
 
-__all__ = ["causal_conv1d", "function_text", "grid_conv2d", "rms_norm", "selective_scan", "top_tokens"]
+__all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "taken", "top_tokens"]
 
 DOMAIN = "ssmcompress"
-OPSET = 20
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    if order is not None:
-        steps = selective_scan(
-            visited(u, order), delta, A, B, C, None, None, delta_bias, delta_softplus, gap, False, None, None
-        )
-        return skip_and_gate(visited(steps, inverse(order)), u, D, z, add)
-    if isinstance(gap, tuple):
-        gap = gap[0].to(torch.float32)[..., None] * gap[1]
-    optional = {"D": D, "z": z, "bias": delta_bias, "gap": gap, "add": add}
-    parts = [name for name, tensor in optional.items() if tensor is not None]
-    parts += [name for name, wanted in (("softplus", delta_softplus), ("reverse", reverse)) if wanted]
-    tensors = (u, delta, A, B, C, *(tensor for tensor in optional.values() if tensor is not None))
-    return _call("SelectiveScan", parts, tuple(t.to(wide(t.dtype)) for t in tensors), u)
+    (y,) = _scans([ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse, order)], delta_softplus)
+    y = y if z is None else y * F.silu(z.to(y.dtype))
+    y = y if add is None else y + add.to(y.dtype)
+    return y.to(u.dtype)
+
+
+def scan_paths(paths, z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
+    """See `ssmcompress.ops.scan_paths`. All paths are in one node, which gives the result of each."""
+    ys = _scans(paths, delta_softplus)
+    gate = None if z is None else F.silu(z.to(ys[0].dtype))
+
+    def gated(some: list[Tensor]) -> Tensor:
+        total = some[0]
+        for y in some[1:]:
+            total = total + y
+        return total if gate is None else total * gate
+
+    result = gated(ys)
+    if score is None:
+        return result, None
+    if score == "delta":
+        return result, sum(SCORES[score](step_size(path, delta_softplus)) for path in paths) / len(paths)
+    return result, SCORES[score](result if scored in (None, len(ys)) else gated(ys[:scored]))
 
 
 def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     """See `ssmcompress.ops.causal_conv1d`."""
-    taps = F.pad(weight.flip(1).t(), (0, 0, 0, 1))  # as in the reference: row d for distance d, then zeros
-    reach = min(weight.shape[1], x.shape[1])
     optional = {"bias": bias, "positions": positions}
-    parts = [f"width{weight.shape[1]}", f"reach{reach}"]
+    parts = [str(size) for size in (weight.shape[1], x.shape[2], x.shape[1])]
     parts += [name for name, tensor in optional.items() if tensor is not None]
     parts += [name for name, wanted in (("silu", activation == "silu"), ("reverse", reverse)) if wanted]
-    tensors = (x, taps, *(tensor for tensor in optional.values() if tensor is not None))
-    return _call("CausalConv", parts, tensors, x)
+    tensors = (x, weight, *(tensor for tensor in optional.values() if tensor is not None))
+    (y,) = _call("CausalConv", parts, tensors, [x])
+    return y
+
+
+def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
+    """See `ssmcompress.ops.grid_conv2d`. On the whole grid, whatever is missing; as gathers, not as a scatter."""
+    if positions is None:
+        return reference.grid_conv2d(x, weight, bias, grid, None, activation)
+    kept = x.shape[1]
+    places = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # where nothing is, the row of zeros
+    places = places.scatter(1, positions, torch.arange(kept).expand_as(positions))
+    everything = taken(F.pad(x, (0, 0, 0, 1)), places)
+    return taken(reference.grid_conv2d(everything, weight, bias, grid, None, activation), positions)
 
 
 def top_tokens(scores: Tensor, count: int) -> Tensor:
@@ -55,95 +79,34 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
     return best.topk(count, dim=1, largest=False).values
 
 
-def _call(kind: str, parts: list[str], tensors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+def taken(tokens: Tensor, index: Tensor) -> Tensor:
+    """See `ssmcompress.ops.taken`. GatherND copies whole rows; torch's gather would become one index a number."""
+    shape = (*index.shape, tokens.shape[2])
+    inputs, attributes = (tokens, index.long()[..., None]), {"batch_dims": 1}
+    return torch.onnx.ops.symbolic("GatherND", inputs, attributes, dtype=tokens.dtype, shape=shape, version=13)
+
+
+def _scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
+    """(batch, length, d_inner) of each path, in token order, ungated."""
+    first, orders = paths[0], [path.order for path in paths]
+    paths = [path if path.order is None else path._replace(u=visited(path.u, path.order)) for path in paths]
+    optional = [name for name in ("D", "delta_bias") if getattr(first, name) is not None]
+    parts = ["".join("b" if path.reverse else "f" for path in paths), str(first.u.shape[2])]
+    parts += [name.removeprefix("delta_") for name in optional]
+    parts += [] if first.gap is None else ["missing" if isinstance(first.gap, tuple) else "gap"]
+    parts += ["softplus"] if delta_softplus else []
+    tensors = []
+    for path in paths:
+        gap = path.gap if isinstance(path.gap, tuple) else () if path.gap is None else (path.gap,)
+        given = (path.u, path.delta, path.A, path.B, path.C, *(getattr(path, name) for name in optional), *gap)
+        tensors += [t.to(wide(t.dtype)) for t in given]
+    ys = _call("SelectiveScan", parts, tensors, [path.u for path in paths])
+    return [y if order is None else visited(y, inverse(order)) for y, order in zip(ys, orders, strict=True)]
+
+
+def _call(kind: str, parts: list[str], tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
     if not torch.onnx.is_in_onnx_export():
         raise RuntimeError("backend 'onnx' writes graphs and computes nothing; it is for torch.onnx.export alone")
+    dtypes, shapes = [t.dtype for t in like], [t.shape for t in like]
     name = "_".join([kind, *parts])
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{name}", tensors, dtype=like.dtype, shape=like.shape, version=1)
-
-
-def function_text(name: str) -> str:
-    """The ONNX function of a node that this backend made, in ONNX's textual syntax."""
-    kind, *parts = name.split("_")
-    inputs, lines = (_scan if kind == "SelectiveScan" else _conv)(parts)
-    body = "\n".join(f"    {line}" for line in lines)
-    return f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n{name} ({", ".join(inputs)}) => (out) {{\n{body}\n}}'
-
-
-def _scan(parts: list[str]) -> tuple[list[str], list[str]]:
-    """The recurrence runs step by step in ONNX Scan; what does not depend on the state stays outside of it."""
-    inputs = ["u", "delta", "A", "B", "C", *(p for p in ("D", "z", "bias", "gap", "add") if p in parts)]
-    way = int("reverse" in parts)
-    lines = ["raw = Add (delta, bias)" if "bias" in parts else "raw = Identity (delta)"]
-    lines += ["step = Softplus (raw)" if "softplus" in parts else "step = Identity (raw)"]
-    lines += ["decay = Add (step, gap)" if "gap" in parts else "decay = Identity (step)"]
-    lines += [
-        "entering = Mul (step, u)",
-        "batch = Shape <start = 0, end = 1> (u)",
-        "channels = Shape (A)",
-        "state_shape = Concat <axis = 0> (batch, channels)",
-        "start = ConstantOfShape (state_shape)",
-        "end, scanned = Scan <num_scan_inputs = 4, scan_input_axes = [1, 1, 1, 1], scan_output_axes = [1],",
-        f"    scan_input_directions = [{way}, {way}, {way}, {way}], scan_output_directions = [{way}],",
-        "    body = one_step (float[batch, E, N] state, float[batch, E] decay_t, float[batch, E] entering_t,",
-        "                     float[batch, N] B_t, float[batch, N] C_t)",
-        "        => (float[batch, E, N] next_state, float[batch, E] y_t) {",
-        "        middle = Constant <value_ints = [1]> ()",
-        "        last = Constant <value_ints = [2]> ()",
-        "        decay_e = Unsqueeze (decay_t, last)",
-        "        exponent = Mul (decay_e, A)",
-        "        factor = Exp (exponent)",
-        "        past = Mul (factor, state)",
-        "        entering_e = Unsqueeze (entering_t, last)",
-        "        B_e = Unsqueeze (B_t, middle)",
-        "        present = Mul (entering_e, B_e)",
-        "        next_state = Add (past, present)",
-        "        C_e = Unsqueeze (C_t, last)",
-        "        y_e = MatMul (next_state, C_e)",
-        "        y_t = Squeeze (y_e, last)",
-        "    }> (start, decay, entering, B, C)",
-    ]
-    lines += ["through = Mul (D, u)", "y = Add (scanned, through)"] if "D" in parts else ["y = Identity (scanned)"]
-    lines += ["opening = Sigmoid (z)", "gate = Mul (z, opening)"] if "z" in parts else []
-    lines += ["gated = Mul (y, gate)"] if "z" in parts else ["gated = Identity (y)"]
-    lines += ["out = Add (gated, add)"] if "add" in parts else ["out = Identity (gated)"]
-    return inputs, lines
-
-
-def _conv(parts: list[str]) -> tuple[list[str], list[str]]:
-    """Shifted copies of x times the tap for the distance they stand at, summed."""
-    inputs = ["x", "taps", *(p for p in ("bias", "positions") if p in parts)]
-    width, reach = int(parts[0].removeprefix("width")), int(parts[1].removeprefix("reach"))
-    lines = ["axis = Constant <value_ints = [1]> ()", "zero = Constant <value_ints = [0]> ()"]
-    lines += ["end = Constant <value_ints = [9223372036854775807]> ()", f"limit = Constant <value_int = {width}> ()"]
-    lines += ["tap0 = Gather (taps, zero)", "sum0 = Mul (x, tap0)"]
-    for back in range(1, reach):
-        lines += [f"back{back} = Constant <value_ints = [{back}]> ()", f"minus{back} = Neg (back{back})"]
-        if "positions" in parts:
-            lines += [
-                f"later{back} = Slice (positions, back{back}, end, axis)",
-                f"earlier{back} = Slice (positions, zero, minus{back}, axis)",
-                f"apart{back} = Sub (later{back}, earlier{back})",
-                f"distance{back} = Min (apart{back}, limit)",
-            ]
-        else:
-            lines += [f"distance{back} = Identity (back{back})"]
-        if "reverse" in parts:
-            taken, sizes = f"back{back}, end", f"0, 0, 0, 0, {back}, 0"
-        else:
-            taken, sizes = f"zero, minus{back}", f"0, {back}, 0, 0, 0, 0"
-        lines += [
-            f"tap{back} = Gather (taps, distance{back})",
-            f"source{back} = Slice (x, {taken}, axis)",
-            f"product{back} = Mul (tap{back}, source{back})",
-            f"padding{back} = Constant <value = int64[6] {{{sizes}}}> ()",  # value_ints fails in onnx < 1.21
-            f"term{back} = Pad (product{back}, padding{back})",
-            f"sum{back} = Add (sum{back - 1}, term{back})",
-        ]
-    total = f"sum{reach - 1}"
-    lines += [f"y = Add ({total}, bias)" if "bias" in parts else f"y = Identity ({total})"]
-    if "silu" in parts:
-        lines += ["opening = Sigmoid (y)", "out = Mul (y, opening)"]
-    else:
-        lines += ["out = Identity (y)"]
-    return inputs, lines
+    return torch.onnx.ops.symbolic_multi_out(f"{DOMAIN}::{name}", tensors, dtypes=dtypes, shapes=shapes, version=1)

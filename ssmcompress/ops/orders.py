@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .taken import taken
+
 
 def inverse(order: Tensor) -> Tensor:
     """The step at which each token is visited, from the token that each step visits.
@@ -20,4 +22,4 @@ def visited(tokens: Tensor, order: Tensor) -> Tensor:
     """(batch, length, channels) in the order of steps, from token order."""
     if order.ndim == 1:
         return tokens.index_select(1, order)
-    return tokens.gather(1, order.long()[..., None].expand_as(tokens))
+    return taken(tokens, order)

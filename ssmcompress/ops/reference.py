@@ -104,6 +104,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+def taken(tokens: Tensor, index: Tensor) -> Tensor:
+    """See `ssmcompress.ops.taken`."""
+    return tokens.gather(1, index.long()[..., None].expand(-1, -1, tokens.shape[2]))
+
+
 def top_tokens(scores: Tensor, count: int) -> Tensor:
     """See `ssmcompress.ops.top_tokens`. topk promises nothing about equal values; a stable sort does."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]

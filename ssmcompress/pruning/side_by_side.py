@@ -20,7 +20,8 @@ from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
 from ..models.base import TokenModel
 from ..progress import track
-from ..tokens import Tokens, take
+from ..ops import taken
+from ..tokens import Tokens
 from .linear_sums import LinearSums, full_rank
 from .margin import margin_gradients
 
@@ -148,7 +149,7 @@ class SideBySide:
             with _recorded(dense, inner) as seen:
                 self.put("dense", k, dense(replace(self.template, features=self.get("dense", k))).features)
             positions = self.tokens(k).positions
-            self.put("targets", k, {name: take(out, positions) for name, (_, out) in seen.items()})
+            self.put("targets", k, {name: taken(out, positions) for name, (_, out) in seen.items()})
             yield
 
     def pass_pruned(self, layer: int) -> Iterator[None]:
@@ -180,7 +181,7 @@ class SideBySide:
             tokens = self.tokens(k)
             with _recorded(block, [name]) as seen:
                 block(tokens)
-            wanted = (take(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
+            wanted = (taken(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
             weights = self.weights(k, layer).gather(1, tokens.positions)
             sums.add(seen[name][0], wanted, weights, self.held(k, len(weights)), tokens.pruned_mean())
             yield
