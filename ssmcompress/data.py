@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Images:
         describe: index -> how to name that picture to a person.
         labels: a class index for each, or None.
         stand_in: whether they were taken for lack of the user's own.
+        classes: the names of the classes, in their order, where they are known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Images:
     describe: Callable[[int], str]
     labels: tuple[int, ...] | None = None
     stand_in: bool = False
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -98,7 +100,8 @@ def _from_folder(path: Path, num_classes: int) -> Images:
             raise InputError(f"{path} holds both images and class folders; name one of the two")
         index = _class_index(list(by_class), num_classes, str(path))
         files = [(file, index[name]) for name, files in by_class.items() for file in files]
-        return _from_files(path, [file for file, _ in files], tuple(label for _, label in files))
+        images = _from_files(path, [file for file, _ in files], tuple(label for _, label in files))
+        return replace(images, classes=tuple(sorted(index, key=index.get)) if len(index) == num_classes else None)
     if plain:
         return _from_files(path, plain, None)
     nested = [f.name for f in folders if any(p.is_dir() for p in f.iterdir())]
@@ -192,11 +195,13 @@ def _from_table(table: Any, name: str, num_classes: int) -> Images:
     found = [k for k in LABEL_COLUMNS if k in table.column_names]
     labels = _checked_labels(table[found[0]], name, num_classes) if found else None
     names = getattr(table.features[found[0]], "names", None) if labels is not None else None
-    if names is not None and len(names) != num_classes:
+    classes = tuple(names) if names is not None and len(names) == num_classes else None
+    if names is not None and classes is None:
         index = _class_index(names, num_classes, name)
         labels = tuple(index[names[label]] for label in labels)
     root = Path(name) if Path(name).is_dir() else Path(name).parent
-    return Images(name, len(table), lambda i: _decode(table[i][column], root), lambda i: f"{name}, row {i}", labels)
+    read, describe = (lambda i: _decode(table[i][column], root)), (lambda i: f"{name}, row {i}")
+    return Images(name, len(table), read, describe, labels, classes=classes)
 
 
 def _checked_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[int, ...] | None:
@@ -264,6 +269,16 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
         return originals[i % 2].resize(size, Image.Resampling.BICUBIC, box=boxes[i])
 
     return Images("sample photographs", count, read, lambda i: f"crop {i} of the sample photographs", stand_in=True)
+
+
+def class_names(images: Images, num_classes: int) -> tuple[str, ...] | None:
+    """Names of a head's classes: those of the data, ImageNet-1k's for 1,000 of them, else unknown."""
+    if num_classes != 1000:
+        return images.classes
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(info.index_to_description(index) for index in range(num_classes))
 
 
 def find_images(model: TokenModel, data: str | Path | None) -> Images:

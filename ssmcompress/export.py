@@ -1,68 +1,56 @@
-"""A model as an ONNX file, and the proof that the file computes what the model computes."""
+"""A model as an ONNX file that was run and compared before it is there."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
-import logging
-import sys
-import warnings
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from .batches import Batches
-from .checkpoint import describe
-from .data import find_images
-from .errors import InputError, VerificationError
-from .files import check_target, write_file
-from .models.base import Decision, TokenModel
-from .ops import use_backend
-from .ops.onnx import DOMAIN
-from .ops.onnx_functions import function_text
-
-OPSET = 20
+from .benchmark import device_name
+from .data import class_names, find_images
+from .errors import InputError
+from .files import check_target, replace_files
+from .models.base import TokenModel
+from .onnx_graph import KEPT_PREFIX, assemble, trace, values_named
+from .onnx_runtime import BATCHES, block, fastest, forms_for, milliseconds, newest_opset, provider_named
+from .ops.onnx_functions import FORMS
 from .progress import track
+from .verification import ATOL, Verification, verify_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-ATOL = 1e-4
-VERIFY_IMAGES = 33  # four batches of 8 and one of 1
-KEPT_PREFIX = "kept_after_"
+EXTERNAL_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GB, all but what is around the weights
+LATENCY_REPEATS = 4  # in a row, twice
+DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
-class Verification:
-    """How an ONNX file compares with the model it was made from.
+class Exported(Verification):
+    """What was written, beside how it compares with its model.
 
     Attributes:
-        images: how many were run through both. data: where they came from.
-        max_difference: the largest difference of a logit, over the images whose kept tokens are the same.
-        top1_agreement: percent of all images given the same class.
-        ties: images that kept other tokens because two scores were equal but for rounding, named.
-        mismatches: images that kept other tokens for no such reason, named.
-        atol: what max_difference was allowed to be.
+        opset, dtype, bytes: of the file, with the weights beside it if it has any.
+        scan: the form of its scans. scan_ms: milliseconds of each form that was timed, by batch size, the one taken
+            first.
+        refused: why the other forms were not.
+        provider: of onnxruntime, that it was timed and verified on.
+        latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`}, medians of
+            runs in blocks that take turns; None: not measured. latency_settings: how.
     """
 
-    images: int
-    data: str
-    max_difference: float
-    top1_agreement: float
-    ties: list[str]
-    mismatches: list[str]
-    atol: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the file may be trusted: a NaN fails, too."""
-        same = self.max_difference <= self.atol and self.top1_agreement == 100
-        return same and not self.mismatches and len(self.ties) < self.images
+    opset: int = 0
+    dtype: str = "float32"
+    bytes: int = 0
+    scan: str = "scan"
+    scan_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    provider: str = "cpu"
+    latency: list[dict[str, Any]] | None = None
+    latency_settings: dict[str, Any] | None = None
 
 
 def export_onnx(
@@ -71,191 +59,126 @@ def export_onnx(
     *,
     data: str | Path | None = None,
     atol: float = ATOL,
+    opset: int | None = None,
+    scan: str = "auto",
+    dtype: str = "float32",
+    provider: str = "cpu",
+    debug_outputs: bool = False,
+    latency: bool = False,
+    dense: TokenModel | None = None,
     force: bool = False,
-) -> Verification:
+) -> Exported:
     """Write `model`, pruned or dense, as an ONNX file with a dynamic batch, after checking it in onnxruntime.
 
-    The scans become ONNX `Scan`, kept counts are static, input `images` is prepared as `model.preprocessing`
-    says, output `logits`. Preprocessing and pruning are recorded in the file's metadata.
+    Kept counts are static, input `images` is prepared as `model.preprocessing` says, output `logits`. Preprocessing,
+    class names, pruning and versions are in the file's metadata, as JSON under "ssmcompress". Weights beyond 2 GB go
+    into a file beside it, `<file>.data`.
 
     Args:
         data: images to verify on, as `open_images` takes them; None: those the model names, else photographs.
         atol: allowed difference of a logit.
+        opset: None: the newest that the installed onnxruntime runs.
+        scan: how scans are computed, one of `FORMS`, or "auto": the fastest here, at batch 1 and 8.
+        dtype: of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in either.
+        provider: onnxruntime's, to choose the scan for and to verify on: "cpu", "cuda", ...
+        debug_outputs: the positions that each stage keeps as outputs, too.
+        latency: also time onnxruntime beside torch, and beside `dense` in both where that is given.
 
     Raises:
         VerificationError: the graph computes something else; no file is written.
-        InputError: the file exists, or cannot be written.
+        InputError: the file exists, or cannot be written; what was asked for cannot be had here.
     """
-    check_target(Path(file), force)
-    graph = build_onnx(model)
-    result = verify_onnx(model, graph, data=data, atol=atol)
-    write_file(Path(file), graph.SerializeToString(), force)
-    return result
+    import onnxruntime
+
+    file = Path(file)
+    if scan not in (*FORMS, "auto"):
+        raise InputError(f"scan {scan!r}: expected auto, {', '.join(FORMS)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+    check_target(file, force)
+    opset = opset or newest_opset()
+    if opset > newest_opset():
+        raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
+    where = provider_named(provider)
+    forms, refused = forms_for(scan, opset)
+    images = find_images(model, data)
+    traced = trace(model, opset, class_names(images, model.config.num_classes))
+    times: dict[str, dict[str, float]] = {}
+    if len(forms) > 1:
+        candidates = {form: assemble(traced, form) for form in forms}
+        times = fastest(candidates, _image_shape(model), where)
+        refused |= {form: f"{provider} does not run it" for form in forms if form not in times}
+        del candidates
+    form = next(iter(times), forms[0])
+    graph = assemble(traced, form, dtype == "float16", values_named(traced, KEPT_PREFIX) if debug_outputs else ())
+    with replace_files(file, force) as folder:
+        written = _write(graph, folder / file.name)
+        checked = verify_onnx(model, folder / file.name, data=data, atol=atol, provider=provider)
+        rows = _latency(model, graph, dense, form, where) if latency else None
+    settings = {
+        "repeats": 2 * LATENCY_REPEATS,
+        "torch_threads": torch.get_num_threads(),
+        "torch_device": device_name(next(model.parameters()).device),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    return Exported(
+        **vars(checked),
+        opset=opset,
+        dtype=dtype,
+        bytes=written,
+        scan=form,
+        scan_ms=times,
+        refused=refused,
+        provider=provider,
+        latency=rows,
+        latency_settings=settings if latency else None,
+    )
 
 
-def build_onnx(model: TokenModel) -> onnx.ModelProto:
+def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") -> onnx.ModelProto:
     """The graph of `model`, checked by onnx but not run."""
     import onnx
 
-    model = copy.deepcopy(model).cpu().eval()
-    config = model.config
-    example = torch.zeros(2, config.in_chans, *config.image_size)
-    kept = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
-    with use_backend("onnx"), _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _WithKept(model),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits", *kept],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-    graph = program.model_proto
-    _strip(graph)
-    names = {node.op_type for node in graph.graph.node if node.domain == DOMAIN}
-    graph.functions.extend(onnx.parser.parse_function(function_text(name, OPSET)) for name in sorted(names))
-    onnx.helper.set_model_props(graph, {"ssmcompress": json.dumps(_public(describe(model)))})
+    graph = assemble(trace(model, opset or newest_opset()), scan)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the paths of the machine it was made on: an ONNX file is made to be given away.
-
-    So without the record of the reconstruction, too, which names the data.
-    """
-    pruning = config["pruning"]
-    if pruning is not None:
-        pruning = {k: v for k, v in pruning.items() if k not in ("source", "command", "reconstruction")}
-        pruning["source"] = {"sha256": config["pruning"]["source"]["sha256"]}
-    return {**config, "data": None, "pruning": pruning}
+def _image_shape(model: TokenModel) -> tuple[int, int, int]:
+    return model.config.in_chans, *model.config.image_size
 
 
-class _WithKept(nn.Module):
-    def __init__(self, model: TokenModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        logits, decisions = self.model.trace(images)
-        return logits, *(decision.kept for decision in decisions)
-
-
-def _strip(graph: onnx.ModelProto) -> None:
-    """Leave `logits` as the only output, the kept positions as named values, and no traces of this machine."""
-    del graph.graph.output[1:]
-    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output,
-                 *graph.graph.value_info, *graph.graph.initializer):  # fmt: skip
-        del part.metadata_props[:]
-        part.doc_string = ""
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporter prints to stdout, which belongs to this program's own output."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def verify_onnx(
-    model: TokenModel,
-    graph: onnx.ModelProto | str | Path,
-    *,
-    data: str | Path | None = None,
-    atol: float = ATOL,
-) -> Verification:
-    """Run an ONNX file in onnxruntime and the model in torch on the same real images, in batches of 8 and of 1.
-
-    Raises:
-        VerificationError: they differ by more than `atol`, in a class, or in the tokens kept.
-        InputError: not an ONNX file, or one of another model.
-    """
-    run, outputs = _session(model, graph)
-    images = find_images(model, data)
-    chosen = np.unique(np.linspace(0, len(images) - 1, VERIFY_IMAGES).round().astype(int)).tolist()
-    batches = Batches(images, model, chosen, batch_size=8)
-    worst, same, count = 0.0, 0, 0
-    ties, mismatches = [], []
-    for batch in track(batches, "verifying", len(batches)):
-        with torch.no_grad():
-            expected, decisions = model.trace(batch.images.to(next(model.parameters()).device))
-        expected = expected.float().cpu().numpy()
-        found, *kept = run(batch.images.numpy())
-        if found.shape != expected.shape:
-            raise InputError(f"the ONNX file gives logits {found.shape}, the model {expected.shape}")
-        for row, index in enumerate(batch.index):
-            count += 1
-            same += int(found[row].argmax() == expected[row].argmax())
-            verdict = _compare_kept(decisions, kept, row) if outputs else "same"
-            if verdict == "same":
-                difference = float(np.abs(found[row] - expected[row]).max())
-                worst = float(np.maximum(worst, difference))  # a NaN stays
-            else:
-                (ties if verdict == "tie" else mismatches).append(images.describe(index))
-    result = Verification(count, images.name, worst, 100 * same / count, ties, mismatches, atol)
-    if not result.passed:
-        other = f", {len(mismatches)} keep other tokens ({', '.join(mismatches[:3])})" if mismatches else ""
-        raise VerificationError(
-            f"the ONNX graph does not compute what the model does: largest difference {worst:.3g} (allowed {atol:g}), "
-            f"{result.top1_agreement:.1f}% of {count} images in the same class{other}",
-            result,
-        )
-    return result
-
-
-def _session(model: TokenModel, graph: Any) -> tuple[Any, list[str]]:
-    """(images -> [logits, kept positions per stage...], names of the latter, none if the file is not ours)."""
+def _write(graph: onnx.ModelProto, file: Path) -> int:
+    """Write a graph, with large weights in a file beside it, and check it; the bytes of both."""
     import onnx
-    import onnxruntime
 
-    if not isinstance(graph, onnx.ModelProto):
-        try:
-            graph = onnx.load(graph)
-        except OSError as error:
-            raise InputError(f"cannot read {graph}: {error.strerror or error}") from error
-        except Exception as error:  # protobuf's own
-            raise InputError(f"{graph}: not an ONNX file") from error
-    graph = copy.deepcopy(graph)
-    values = {name for node in graph.graph.node for name in node.output}
-    kept = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
-    kept = kept if values.issuperset(kept) else []
-    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in kept)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        entry = session.get_inputs()[0].name
-        outputs = [session.get_outputs()[0].name, *kept]
-    except Exception as error:  # onnxruntime's errors share no base class
-        raise InputError(f"onnxruntime cannot load the graph: {str(error).splitlines()[0][:200]}") from error
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        try:
-            return session.run(outputs, {entry: images})
-        except Exception as error:
-            raise InputError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0][:200]}") from error
-
-    return run, kept
+    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    beside = file.with_name(f"{file.name}.data")
+    if size > EXTERNAL_BYTES:
+        onnx.save_model(graph, file, save_as_external_data=True, location=beside.name, size_threshold=1024)
+    else:
+        onnx.save_model(graph, file)
+    onnx.checker.check_model(str(file), full_check=True)
+    return sum(part.stat().st_size for part in (file, beside) if part.exists())
 
 
-def _compare_kept(decisions: list[Decision], kept: list[np.ndarray], row: int) -> str:
-    """ "same", "tie" or "mismatch" of one image; what follows the first stage that differs is its consequence."""
-    for decision, found in zip(decisions, kept, strict=True):
-        ours, theirs = set(decision.kept[row].tolist()), set(found[row].tolist())
-        if ours != theirs:
-            scores = dict(zip(decision.candidates[row].tolist(), decision.scores[row].tolist(), strict=True))
-            if not theirs <= set(scores) or len(ours) != len(theirs):
-                return "mismatch"
-            apart = max(scores[p] for p in ours - theirs) - min(scores[p] for p in theirs - ours)
-            scale = max(abs(score) for score in scores.values())
-            return "tie" if apart <= 1e-4 * scale else "mismatch"
-    return "same"
+def _latency(model, graph, dense: TokenModel | None, form: str, provider: str) -> list[dict[str, Any]]:
+    """Rows of `Exported.latency`: blocks of runs, which take turns."""
+    models = {"dense" if model.plan is None else "pruned": (model, graph)}
+    if dense is not None and model.plan is not None:
+        opset = next(entry.version for entry in graph.opset_import if not entry.domain)
+        models = {"dense": (dense, assemble(trace(dense, opset), form)), **models}
+    contents = {name: graph.SerializeToString() for name, (_, graph) in models.items()}
+    times: dict[tuple[int, str, str], list[float]] = {}
+    for batch, name in track([(b, n) for _ in range(2) for b in BATCHES for n in models], "timing", 4 * len(models)):
+        each, shape = models[name][0], (batch, *_image_shape(model))
+        there = torch.zeros(shape, device=next(each.parameters()).device)
+        with torch.inference_mode():
+            found = milliseconds(lambda: each(there).cpu(), LATENCY_REPEATS)  # noqa: B023
+        times.setdefault((batch, name, "torch"), []).extend(found)
+        found = block(contents[name], provider, shape, LATENCY_REPEATS)
+        times.setdefault((batch, name, "onnxruntime"), []).extend(found)
+    return [
+        {"model": name, "by": by, "batch": batch, "ms": statistics.median(values)}
+        for (batch, name, by), values in times.items()
+    ]

@@ -50,11 +50,24 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 def write_file(path: Path, content: bytes, force: bool = False) -> None:
     """Write `content` to `path`, whole or not at all."""
+    with replace_files(path, force) as folder:
+        (folder / path.name).write_bytes(content)
+
+
+@contextmanager
+def replace_files(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder; what is in it at the end goes beside `path`, unless the block ends with an error.
+
+    A file that is named as `path` goes last: where it is there, so is what it needs.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file to write")
     with _workplace(path, force) as workplace:
-        (workplace / "new").write_bytes(content)
-        _move(workplace / "new", path, workplace, force)
+        folder = workplace / "new"
+        folder.mkdir()
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            _move(file, path.with_name(file.name), workplace, force)
 
 
 def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:

@@ -142,7 +142,9 @@ def _attention(ways: str, channels: int, standard: bool) -> list[str]:
     for k in range(len(ways)):
         lines += [turned(f"{name}{k}", f"{name}{k}_s") for name in ("decay", "entering", "B", "C")]
         for name in ("B", "C"):
-            lines += [f"{name}{k}_p = Tile ({name}{k}_s, heads)" if standard else f"{name}{k}_p = Identity ({name}{k}_s)"]
+            lines += [
+                f"{name}{k}_p = Tile ({name}{k}_s, heads)" if standard else f"{name}{k}_p = Identity ({name}{k}_s)"
+            ]
         lines += [
             f"wide{k} = Unsqueeze (decay{k}_s, last)",
             f"exponent{k} = Mul (wide{k}, A{k})",

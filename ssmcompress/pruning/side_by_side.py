@@ -19,8 +19,8 @@ from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
 from ..models.base import TokenModel
-from ..progress import track
 from ..ops import taken
+from ..progress import track
 from ..tokens import Tokens
 from .linear_sums import LinearSums, full_rank
 from .margin import margin_gradients
