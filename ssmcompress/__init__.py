@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .compression import compress
     from .evaluation import evaluate
-    from .export import export_onnx, verify_onnx
+    from .export import export_onnx
     from .pruning.calibrate import calibrate, make_plan
     from .pruning.pruner import prune
     from .pruning.reconstruct import reconstruct
     from .pruning.schedule import Plan, Stage
+    from .verification import verify_onnx
 
 _HOME = {
     "Plan": "pruning.schedule",
@@ -44,7 +45,7 @@ _HOME = {
     "prune": "pruning.pruner",
     "reconstruct": "pruning.reconstruct",
     "save": "checkpoint",
-    "verify_onnx": "export",
+    "verify_onnx": "verification",
 }
 
 __all__ = [

@@ -17,11 +17,13 @@ from .console import (
     say,
     say_about_data,
     show_benchmark,
+    show_export,
     show_preview,
     show_report,
     show_table,
     show_verification,
     shown_when_it_fails,
+    verification_json,
 )
 from .errors import InputError
 from .options import (
@@ -43,8 +45,11 @@ from .options import (
     Mean,
     Model,
     Precision,
+    Provider,
     Quiet,
+    ScanForm,
     Std,
+    Stored,
     Stride,
     Threads,
     Unsafe,
@@ -393,6 +398,27 @@ def export(
         bool, typer.Option("--onnx", help="Write an ONNX file; without it, one .safetensors file.")
     ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset. Default: the newest that the installed onnxruntime runs.")
+    ] = None,
+    scan: Annotated[
+        ScanForm,
+        typer.Option(
+            help="How ONNX computes the scans: step by step (scan), onnxruntime's LinearAttention, or opset 27's "
+            "(standard). auto: the fastest here."
+        ),
+    ] = ScanForm.auto,
+    dtype: Annotated[
+        Stored, typer.Option(help="Type of the matrices in the ONNX file; it computes in float32 in any case.")
+    ] = Stored.float32,
+    debug_outputs: Annotated[
+        bool, typer.Option("--debug-outputs", help="The tokens that each stage keeps as outputs, too.")
+    ] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Time onnxruntime beside torch, dense beside pruned.")
+    ] = True,
+    provider: Provider = "cpu",
+    dense: Dense = None,
     data: Data = None,
     atol: Atol = 1e-4,
     image_size: ImageSize = None,
@@ -427,11 +453,34 @@ def export(
             print_json({"file": str(file)})
         say(f"wrote {file}", quiet)
         return
+    from .checkpoint import find_dense
     from .export import export_onnx
 
+    reference = None
+    if dense is not None or (latency and loaded.plan is not None):
+        try:
+            reference = find_dense(loaded, dense)
+        except InputError as error:
+            if dense is not None:
+                raise
+            say(f"the dense model was not timed: {error}; give --dense", quiet)
     with progress_bars(quiet), shown_when_it_fails(file, as_json):
-        result = export_onnx(loaded, file, data=data, atol=atol, force=force)
-    show_verification(result, file, as_json)
+        result = export_onnx(
+            loaded,
+            file,
+            data=data,
+            atol=atol,
+            opset=opset,
+            scan=scan.value,
+            dtype=dtype.value,
+            provider=provider,
+            debug_outputs=debug_outputs,
+            latency=latency,
+            dense=reference,
+            force=force,
+        )
+    reports.record_export(path, file, result)
+    show_export(result, file, as_json)
     say(f"wrote {file}", quiet)
 
 
@@ -441,6 +490,7 @@ def verify(
     file: Annotated[str, typer.Argument(metavar="FILE.onnx", help="ONNX file made from it.")],
     data: Data = None,
     atol: Atol = 1e-4,
+    provider: Provider = "cpu",
     image_size: ImageSize = None,
     stride: Stride = None,
     weights: Weights = "model",
@@ -454,11 +504,11 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check that an ONNX file computes what a model computes, in onnxruntime, on real images."""
-    from .export import verify_onnx
+    from .verification import verify_onnx
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
     with progress_bars(quiet), shown_when_it_fails(Path(file), as_json):
-        result = verify_onnx(loaded, Path(file), data=data, atol=atol)
+        result = verify_onnx(loaded, Path(file), data=data, atol=atol, provider=provider)
     show_verification(result, Path(file), as_json)
 
 
@@ -533,6 +583,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
+    from . import report as reports
     from .checkpoint import load
     from .compression import compress
     from .export import export_onnx
@@ -547,14 +598,14 @@ def demo(
         plan = make_plan(model, stages=(2,), ratio=0.6)
         report = compress(model, plan, folder, command=command_line(), force=force)
         say("exporting to ONNX and checking it in onnxruntime", quiet)
-        result = export_onnx(load(folder), folder / "model.onnx")
+        file = folder / "model.onnx"
+        result = export_onnx(load(folder), file)
+    reports.record_export(str(folder), file, result)
     if as_json:
-        from dataclasses import asdict
-
-        print_json({**report, "onnx": {"file": str(folder / "model.onnx"), **asdict(result), "passed": True}})
+        print_json({**report, "onnx": verification_json(result, file)})
     else:
         show_report(report, False)
-        show_verification(result, folder / "model.onnx", False)
+        show_export(result, file, False)
     say(f"wrote {folder}; look at kept_tokens.png there, or run `ssmcompress report --html report.html`", quiet)
 
 

@@ -227,20 +227,55 @@ def shown_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
         raise
 
 
+def verification_json(result: Any, file: Path) -> dict[str, Any]:
+    """A `Verification` or `Exported` as a JSON value."""
+    from dataclasses import asdict
+
+    worst = result.max_difference if math.isfinite(result.max_difference) else None
+    return {"file": str(file), **asdict(result), "max_difference": worst, "passed": result.passed}
+
+
 def show_verification(result: Any, file: Path, as_json: bool) -> None:
     """How an ONNX file compares with its model, on stdout."""
     if as_json:
-        from dataclasses import asdict
-
-        worst = result.max_difference if math.isfinite(result.max_difference) else None
-        print_json({"file": str(file), **asdict(result), "max_difference": worst, "passed": result.passed})
+        print_json(verification_json(result, file))
         return
     print(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
         f"{result.top1_agreement:.1f}% in the same class, {result.images} images of {result.data}"
     )
+    if result.stages:
+        same = ", ".join(
+            f"{s['kept']} after layer {s['after']} ({s['same']} of {result.images})" for s in result.stages
+        )
+        print(f"  the same tokens kept, by stage (images): {same}")
+    if result.rounding:
+        print(
+            f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, "
+            f"{result.rounding['top1_agreement']:.1f}% keep their class"
+        )
     if result.ties:
         print(
             f"  {len(result.ties)} images kept other tokens, their scores being equal but for rounding: "
             f"{', '.join(result.ties)}"
         )
+
+
+def show_export(result: Any, file: Path, as_json: bool) -> None:
+    """What was written, and how it compares with its model, on stdout."""
+    show_verification(result, file, as_json)
+    if as_json:
+        return
+    print(f"  {result.bytes / 1e6:.1f} MB, opset {result.opset}, {result.dtype} weights, scan as {result.scan}")
+    for form, times in result.scan_ms.items():
+        print(f"  {form}: {', '.join(f'{ms:.1f} ms at batch {batch}' for batch, ms in times.items())}")
+    for form, why in result.refused.items():
+        print(f"  not {form}: {why}")
+    if result.latency:
+        batches = list(dict.fromkeys(row["batch"] for row in result.latency))
+        found = {(row["model"], row["by"], row["batch"]): row["ms"] for row in result.latency}
+        lines = [
+            (f"{model}, {by}", [f"{found[model, by, batch]:.1f} ms" for batch in batches])
+            for model, by in dict.fromkeys((row["model"], row["by"]) for row in result.latency)
+        ]
+        show_table(["latency", *(f"batch {batch}" for batch in batches)], lines)

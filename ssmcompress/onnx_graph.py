@@ -1,4 +1,4 @@
-"""From a model to an ONNX graph: traced once, then given the functions of one form of the scan, and its weights' type."""
+"""From a model to an ONNX graph: traced once, then given the functions of one form of the scan."""
 
 from __future__ import annotations
 

@@ -64,14 +64,17 @@ def session(content: bytes | str, provider: str = "CPUExecutionProvider", **sett
     """A session of an ONNX file, by content or path.
 
     Args:
-        settings: onnxruntime's session configuration, with _ for the dots.
+        settings: onnxruntime's session configuration, with __ for the dots.
 
     Raises:
         InputError: onnxruntime cannot load it, or the provider does not work on this machine.
     """
     import onnxruntime
+    import torch
 
+    onnxruntime.set_default_logger_severity(4)  # what fails is said below, in one line
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
     for key, value in settings.items():
         options.add_session_config_entry(key.replace("__", "."), value)
@@ -142,14 +145,15 @@ def fastest(
         shape: of one image.
     """
     times: dict[str, dict[str, float]] = {}
+    failed = None
     for name, graph in track(list(graphs.items()), "timing the scan", len(graphs)):
         try:
             content = graph.SerializeToString()
             times[name] = {str(b): statistics.median(block(content, provider, (b, *shape), 3)) for b in BATCHES}
-        except InputError:
-            continue
+        except InputError as error:
+            failed = error
     if not times:
-        raise InputError(f"{provider} runs none of the scan's forms ({', '.join(graphs)})")
+        raise failed
     return dict(sorted(times.items(), key=lambda entry: math.prod(entry[1].values())))
 
 

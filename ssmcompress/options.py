@@ -31,6 +31,18 @@ class Precision(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Stored(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+class ScanForm(str, Enum):
+    auto = "auto"
+    scan = "scan"
+    linear_attention = "linear-attention"
+    standard = "standard"
+
+
 def numbers(text: str | None, option: str, kind: type = float) -> tuple | None:
     """The numbers in "5,10,15"; None for None."""
     if text is None:
@@ -99,5 +111,6 @@ Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Provider = Annotated[str, typer.Option(help="onnxruntime's execution provider: cpu, cuda, ...")]
 Atol = Annotated[float, typer.Option(min=0, help="Largest difference of a logit that is let pass.")]
 Dense = Annotated[str | None, typer.Option(help="Dense model to compare with. Default: the one it was made from.")]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CONFIG_FILE
 from .errors import InputError
+from .files import write_file
 from .weights import read_metadata
+
+if TYPE_CHECKING:
+    from .export import Exported
 
 REPORT_FILE = "report.json"
 PICTURE_FILE = "kept_tokens.png"
@@ -38,6 +43,19 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
     return path, report
+
+
+def record_export(model: str | Path, file: Path, result: Exported) -> None:
+    """Note an ONNX file under `onnx` in the report of the folder it was made from; where there is none, do nothing."""
+    folder = Path(model)
+    try:
+        report = read(folder)[1] if folder.is_dir() else None
+    except InputError:  # a model without a report is a model all the same
+        return
+    if report is not None:
+        report["onnx"] = {"file": file.name, **asdict(result), "passed": result.passed}
+        content = json.dumps(report, indent=2).encode() + b"\n"
+        write_file(folder / REPORT_FILE, content, force=True)
 
 
 def _no_constant(name: str) -> None:
@@ -126,6 +144,18 @@ def notes(report: Report) -> list[str]:
             f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
             + ("" if refit["kept"] else ", no closer: the old weights were kept")
         )
+    if onnx := report.get("onnx"):
+        lines.append(
+            f"ONNX ({onnx['file']}): opset {onnx['opset']}, {onnx['dtype']} weights, scan as {onnx['scan']}; largest "
+            f"difference {onnx['max_difference']:.2g} on {onnx['images']} images, {onnx['top1_agreement']:.1f}% in the "
+            "same class"
+        )
+        times = {(row["model"], row["by"], row["batch"]): row["ms"] for row in onnx.get("latency") or ()}
+        if times:
+            listed = [
+                f"{name} {ms:.1f}" for (name, by, batch), ms in times.items() if (by, batch) == ("onnxruntime", 1)
+            ]
+            lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms")
     if timing := report.get("latency"):
         lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
     return lines
