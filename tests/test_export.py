@@ -193,7 +193,12 @@ def changed(graph, name, change):
 
 
 def test_a_wrong_graph_is_found_out_and_located(pruned, graph):
-    places = {"patch_embed.proj.weight": 1, "layers.0.mixer.out_proj.weight": 1, "layers.1.mixer.x_proj.weight": 2, "head.bias": 0}
+    places = {
+        "patch_embed.proj.weight": 1,
+        "layers.0.mixer.out_proj.weight": 1,
+        "layers.1.mixer.x_proj.weight": 2,
+        "head.bias": 0,
+    }
     for name, layer in places.items():
         with pytest.raises(VerificationError, match=f"does not compute what the model does.*{name}") as caught:
             verify_onnx(pruned, changed(graph, name, lambda values: values * 1.5 + 0.1))
