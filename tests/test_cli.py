@@ -10,6 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import BUNDLED, GOLDEN, make_plain_mamba, make_vim, write_image
@@ -87,8 +89,22 @@ def test_every_command_takes_a_plain_mamba(class_folders):
     folder = "compressed/model-r0.50-s1-clip-paths"
     assert call_json("evaluate", folder, "--data", class_folders)["agreement"]["top1"] is not None
     assert call_json("report") == found
-    assert call_json("export", "--onnx")["max_difference"] <= 1e-4
+    exported = call_json("export", "--onnx")
+    assert exported["max_difference"] <= 1e-4
+    assert {(row["model"], row["by"]) for row in exported["latency"]} == {
+        (model, by) for model in ("dense", "pruned") for by in ("torch", "onnxruntime")
+    }
+    noted = call_json("report")["onnx"]
+    assert (noted["file"], noted["latency"]) == ("model.onnx", exported["latency"])
+    assert "ONNX (model.onnx)" in call("report").stdout
     assert call_json("verify", folder, f"{folder}/model.onnx")["top1_agreement"] == 100
+    graph = onnx.load(f"{folder}/model.onnx")
+    weight = next(t for t in graph.graph.initializer if t.name == "head.fc.weight")
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.001)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, "wrong.onnx")
+    assert "other values in head.fc.weight" in refused("verify", folder, "wrong.onnx", code=4)
+    assert call_json("verify", folder, "wrong.onnx", code=4)["weights"] == ["head.fc.weight"]
     call_json("export", "-o", "one.safetensors")
     assert call_json("inspect", "one.safetensors")["pruned"]
     rows = call_json("benchmark", folder, "--batch-sizes", "1", "--repeats", "1")["models"]
