@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +90,7 @@ def export_onnx(
         VerificationError: the graph computes something else; no file is written.
         InputError: the file exists, or cannot be written; what was asked for cannot be had here.
     """
+    import onnx
     import onnxruntime
 
     file = Path(file)
@@ -105,16 +108,18 @@ def export_onnx(
     traced = trace(model, opset, class_names(images, model.config.num_classes))
     times: dict[str, dict[str, float]] = {}
     if len(forms) > 1:
-        candidates = {form: assemble(traced, form) for form in forms}
-        times = fastest(candidates, _image_shape(model), where)
+        with TemporaryDirectory() as place:
+            files = {form: _save(assemble(traced, form), Path(place) / f"{form}.onnx") for form in forms}
+            times = fastest(files, _image_shape(model), where)
         refused |= {form: f"{provider} does not run it" for form in forms if form not in times}
-        del candidates
     form = next(iter(times), forms[0])
     graph = assemble(traced, form, dtype == "float16", values_named(traced, KEPT_PREFIX) if debug_outputs else ())
     with replace_files(file, force) as folder:
-        written = _write(graph, folder / file.name)
+        _save(graph, folder / file.name)
+        onnx.checker.check_model(str(folder / file.name), full_check=True)
+        written = sum(part.stat().st_size for part in folder.iterdir())
         checked = verify_onnx(model, folder / file.name, data=data, atol=atol, provider=provider)
-        rows = _latency(model, graph, dense, form, where) if latency else None
+        rows = _latency(model, folder / file.name, dense, form, opset, where) if latency else None
     settings = {
         "repeats": 2 * LATENCY_REPEATS,
         "torch_threads": torch.get_num_threads(),
@@ -148,35 +153,37 @@ def _image_shape(model: TokenModel) -> tuple[int, int, int]:
     return model.config.in_chans, *model.config.image_size
 
 
-def _write(graph: onnx.ModelProto, file: Path) -> int:
-    """Write a graph, with large weights in a file beside it, and check it; the bytes of both."""
+def _save(graph: onnx.ModelProto, file: Path) -> Path:
+    """Write a graph, with large weights in a file beside it; they are not in the graph any more then."""
     import onnx
 
-    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
-    beside = file.with_name(f"{file.name}.data")
-    if size > EXTERNAL_BYTES:
-        onnx.save_model(graph, file, save_as_external_data=True, location=beside.name, size_threshold=1024)
+    if sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > EXTERNAL_BYTES:
+        onnx.save_model(graph, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
     else:
         onnx.save_model(graph, file)
-    onnx.checker.check_model(str(file), full_check=True)
-    return sum(part.stat().st_size for part in (file, beside) if part.exists())
+    return file
 
 
-def _latency(model, graph, dense: TokenModel | None, form: str, provider: str) -> list[dict[str, Any]]:
-    """Rows of `Exported.latency`: blocks of runs, which take turns."""
-    models = {"dense" if model.plan is None else "pruned": (model, graph)}
-    if dense is not None and model.plan is not None:
-        opset = next(entry.version for entry in graph.opset_import if not entry.domain)
-        models = {"dense": (dense, assemble(trace(dense, opset), form)), **models}
-    contents = {name: graph.SerializeToString() for name, (_, graph) in models.items()}
+def _latency(model, file: Path, dense: TokenModel | None, form: str, opset: int, provider: str) -> list[dict[str, Any]]:
+    """Rows of `Exported.latency`."""
+    models = {"dense" if model.plan is None else "pruned": (model, file)}
+    if dense is None or model.plan is None:
+        return _timed(models, provider)
+    with TemporaryDirectory() as place:
+        beside = _save(assemble(trace(dense, opset), form), Path(place) / "dense.onnx")
+        return _timed({"dense": (dense, beside), **models}, provider)
+
+
+def _timed(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -> list[dict[str, Any]]:
+    """Both runtimes on models and their ONNX files, in blocks of runs that take turns."""
     times: dict[tuple[int, str, str], list[float]] = {}
     for batch, name in track([(b, n) for _ in range(2) for b in BATCHES for n in models], "timing", 4 * len(models)):
-        each, shape = models[name][0], (batch, *_image_shape(model))
+        (each, file), shape = models[name], (batch, *_image_shape(models[name][0]))
         there = torch.zeros(shape, device=next(each.parameters()).device)
         with torch.inference_mode():
             found = milliseconds(lambda: each(there).cpu(), LATENCY_REPEATS)  # noqa: B023
         times.setdefault((batch, name, "torch"), []).extend(found)
-        found = block(contents[name], provider, shape, LATENCY_REPEATS)
+        found = block(file, provider, shape, LATENCY_REPEATS)
         times.setdefault((batch, name, "onnxruntime"), []).extend(found)
     return [
         {"model": name, "by": by, "batch": batch, "ms": statistics.median(values)}

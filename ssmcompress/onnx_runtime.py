@@ -6,17 +6,15 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .errors import InputError
 from .ops.onnx_functions import FORMS, STANDARD_OPSET
 from .progress import track
-
-if TYPE_CHECKING:
-    import onnx
 
 BATCHES = (1, 8)
 
@@ -60,11 +58,11 @@ def provider_named(name: str) -> str:
     return known[name.lower()]
 
 
-def session(content: bytes | str, provider: str = "CPUExecutionProvider", **settings: str) -> Any:
+def session(content: bytes | Path, provider: str = "CPUExecutionProvider", weights: str = "") -> Any:
     """A session of an ONNX file, by content or path.
 
     Args:
-        settings: onnxruntime's session configuration, with __ for the dots.
+        weights: folder of what a file given by content keeps beside it.
 
     Raises:
         InputError: onnxruntime cannot load it, or the provider does not work on this machine.
@@ -76,11 +74,13 @@ def session(content: bytes | str, provider: str = "CPUExecutionProvider", **sett
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    for key, value in settings.items():
-        options.add_session_config_entry(key.replace("__", "."), value)
+    if weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
     providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
     try:
-        made = onnxruntime.InferenceSession(content, options, providers=providers)
+        made = onnxruntime.InferenceSession(
+            content if isinstance(content, bytes) else str(content), options, providers=providers
+        )
     except Exception as error:  # onnxruntime's errors share no base class
         raise InputError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
     if made.get_providers()[0] != provider:
@@ -134,22 +134,19 @@ def _has_contributed_attention() -> bool:
     return any((s.name, s.domain) == ("LinearAttention", "com.microsoft") for s in schemas)
 
 
-def fastest(
-    graphs: Mapping[str, onnx.ModelProto], shape: tuple[int, ...], provider: str
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of each graph by batch size, the one with the least product of them first.
+def fastest(files: Mapping[str, Path], shape: tuple[int, ...], provider: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of each ONNX file by batch size, the one with the least product of them first.
 
-    Graphs that the provider does not run are left out.
+    Files that the provider does not run are left out.
 
     Args:
         shape: of one image.
     """
     times: dict[str, dict[str, float]] = {}
     failed = None
-    for name, graph in track(list(graphs.items()), "timing the scan", len(graphs)):
+    for name, file in track(list(files.items()), "timing the scan", len(files)):
         try:
-            content = graph.SerializeToString()
-            times[name] = {str(b): statistics.median(block(content, provider, (b, *shape), 3)) for b in BATCHES}
+            times[name] = {str(b): statistics.median(block(file, provider, (b, *shape), 3)) for b in BATCHES}
         except InputError as error:
             failed = error
     if not times:
@@ -157,12 +154,12 @@ def fastest(
     return dict(sorted(times.items(), key=lambda entry: math.prod(entry[1].values())))
 
 
-def block(content: bytes, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
+def block(file: Path, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
     """Milliseconds of runs in a row, in a session of their own, after one that is not timed.
 
     Its threads end with it: those of a session that waits go on spinning, and double the time of what runs beside it.
     """
-    made = session(content, provider)
+    made = session(file, provider)
     images = np.zeros(shape, np.float32)
     return milliseconds(lambda: run(made, None, images), repeats)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -91,7 +91,7 @@ def verify_onnx(
     images = find_images(model, data)
     file = _File(graph, model, provider_named(provider))
     device = next(model.parameters()).device
-    reference, weights = as_stored(model, file.graph)
+    reference, weights = as_stored(model, file.weights())
     reference = reference.to(device)
     comparison = _Comparison(model, file.kept)
     batches = _batches(images, model)
@@ -118,11 +118,11 @@ class _File:
     def __init__(self, source: onnx.ModelProto | str | Path, model: TokenModel, provider: str):
         import onnx
 
-        self.folder, self.provider = None, provider
+        self.folder, self.provider = "", provider
         if isinstance(source, onnx.ModelProto):
             self.graph = source
         else:
-            self.graph, self.folder = read_graph(source), Path(source).absolute().parent
+            self.graph, self.folder = read_graph(source), str(Path(source).absolute().parent)
         stages = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
         there = {*values_named(self.graph, KEPT_PREFIX)}
         self.kept = stages if there.issuperset(stages) else []
@@ -137,14 +137,17 @@ class _File:
         graph.CopyFrom(self.graph)
         del graph.graph.output[1:]
         add_outputs(graph, names)
-        settings = {}
-        if self.folder is not None:
-            settings["session__model_external_initializers_file_folder_path"] = str(self.folder)
-        try:
-            content = graph.SerializeToString()
-        except Exception as error:  # protobuf's limit of 2 GB
-            raise InputError("a graph of more than 2 GB can be verified as a file only") from error
-        return session(content, self.provider, **settings)
+        return session(graph.SerializeToString(), self.provider, weights=self.folder)
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Each weight of the file, one at a time."""
+        import onnx
+
+        for tensor in self.graph.graph.initializer:
+            try:
+                yield tensor.name, onnx.numpy_helper.to_array(tensor, base_dir=self.folder)
+            except Exception as error:  # missing, too short, outside of the folder, or of no known type
+                raise InputError(f"cannot read the weight {tensor.name} of the ONNX file ({error})") from error
 
 
 def read_graph(file: str | Path) -> onnx.ModelProto:
@@ -159,36 +162,25 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
         raise InputError(f"{file}: not an ONNX file") from error
     if not graph.graph.node:
         raise InputError(f"{file}: not an ONNX file")
-    for tensor in graph.graph.initializer:
-        if onnx.external_data_helper.uses_external_data(tensor):
-            try:
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(Path(file).absolute().parent))
-                del tensor.external_data[:]
-                tensor.data_location = onnx.TensorProto.DEFAULT
-            except Exception as error:  # missing, too short, or outside of the folder
-                raise InputError(f"{file}: cannot read the weights it keeps beside it ({error})") from error
     return graph
 
 
-def as_stored(model: TokenModel, graph: onnx.ModelProto) -> tuple[TokenModel, list[str] | None]:
+def as_stored(model: TokenModel, weights: Iterable[tuple[str, np.ndarray]]) -> tuple[TokenModel, list[str] | None]:
     """(the model with the weights that the file rounds rounded, names of weights that differ all the same).
 
     The model itself where the file rounds none; None for names where the file has no weight of the model's names.
     """
-    import onnx
-
     state = {name: tensor.detach().cpu().float() for name, tensor in model.state_dict().items()}
     rounded, other, known = {}, [], 0
-    for tensor in graph.graph.initializer:
-        if tensor.name not in state:
+    for name, theirs in weights:
+        if name not in state:
             continue
         known += 1
-        ours, theirs = state[tensor.name], onnx.numpy_helper.to_array(tensor)
+        ours = state[name]
         if theirs.dtype == np.float16:
-            ours = rounded[tensor.name] = ours.half().float()
-        theirs = torch.from_numpy(theirs.astype(np.float32))
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            other.append(tensor.name)
+            ours = rounded[name] = ours.half().float()
+        if tuple(ours.shape) != theirs.shape or not np.array_equal(ours.numpy(), theirs):
+            other.append(name)
     if rounded:
         model = copy.deepcopy(model)
         model.load_state_dict({**model.state_dict(), **rounded})

@@ -302,7 +302,7 @@ def test_large_weights_go_beside_the_file_or_nothing_goes_anywhere(pruned, tmp_p
     with pytest.raises(InputError, match="exists"):
         ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", scan="scan")
     (tmp_path / "m.onnx.data").unlink()
-    with pytest.raises(InputError, match="cannot read the weights it keeps beside it"):
+    with pytest.raises(InputError, match="cannot load the graph|cannot read the weight"):
         verify_onnx(pruned, tmp_path / "m.onnx")
     with pytest.raises(VerificationError):
         ssmcompress.export_onnx(pruned, tmp_path / "sub" / "m.onnx", scan="scan", atol=0.0)

@@ -23,10 +23,10 @@ from ssmcompress.batches import Batches, block_size
 from ssmcompress.data import open_images
 from ssmcompress.errors import InputError
 from ssmcompress.flops import by_part, corrections_share, flops
+from ssmcompress.ops import taken
 from ssmcompress.pruning.least_squares import Rows, refit, ridge_regression
 from ssmcompress.pruning.margin import margin_gradients
 from ssmcompress.pruning.side_by_side import LEAST_WEIGHT
-from ssmcompress.tokens import take
 
 # ------------------------------------------------------------------------------------------------ the regression
 
@@ -239,7 +239,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
             count = kept.features.shape[1]
             ones = torch.ones(*seen[0].shape[:2], 0 if old.bias is None else 1)
             inputs.append(torch.cat([seen[0], ones, mean[:, None].expand(-1, count, -1)], dim=-1))
-            targets.append((take(block(full).features, kept.positions) - kept.features) / scale)
+            targets.append((taken(block(full).features, kept.positions) - kept.features) / scale)
             weight = all_weights[32 * k : 32 * k + 32] / all_weights.mean() + LEAST_WEIGHT
             weights.append(weight.gather(1, kept.positions))
         fitted = torch.arange(len(many)) % 5 != 1
@@ -290,8 +290,8 @@ def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
                 [j for j, p in enumerate(row) if p in kept[b]] for b, row in enumerate(decision.candidates.tolist())
             ]
             gone = [[j for j in range(expected.shape[1]) if j not in row] for row in index]
-            torch.testing.assert_close(tokens.features, take(expected, torch.tensor(index)), rtol=1e-4, atol=1e-4)
-            lost.append(take(expected, torch.tensor(gone)))
+            torch.testing.assert_close(tokens.features, taken(expected, torch.tensor(index)), rtol=1e-4, atol=1e-4)
+            lost.append(taken(expected, torch.tensor(gone)))
 
 
 def test_a_reconstructed_model_can_be_reconstructed_again(dense, rebuilt, many):
