@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import BUNDLED, make_plain_mamba, make_vim, write_image
 from safetensors.torch import load_file, save_file
 from test_cli import call, call_json, refused
-from test_export import run as run_onnx
+from test_export import run_file
 
 import ssmcompress
 from ssmcompress.batches import Batches, block_size
@@ -455,7 +455,7 @@ def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
     for batch in (1, 3):
         x = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
-            np.testing.assert_allclose(run_onnx(tmp_path / "m.onnx", images=x), rebuilt(x).numpy(), atol=1e-4)
+            np.testing.assert_allclose(run_file(tmp_path / "m.onnx", x), rebuilt(x).numpy(), atol=1e-4)
 
 
 def test_a_trained_model_comes_closer_with_few_images():
