@@ -273,7 +273,7 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
 
 def class_names(images: Images, num_classes: int) -> tuple[str, ...] | None:
     """Names of a head's classes: those of the data, ImageNet-1k's for 1,000 of them, else unknown."""
-    if num_classes != 1000:
+    if num_classes != 1000 or (images.classes and not all(name[1:].isdecimal() for name in images.classes)):
         return images.classes
     from timm.data import ImageNetInfo
 

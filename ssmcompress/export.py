@@ -94,12 +94,14 @@ def export_onnx(
     import onnxruntime
 
     file = Path(file)
+    if not 0 <= atol < float("inf"):
+        raise InputError(f"atol {atol}: expected a number from 0")
     if scan not in (*FORMS, "auto"):
         raise InputError(f"scan {scan!r}: expected auto, {', '.join(FORMS)}")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
     check_target(file, force)
-    opset = opset or newest_opset()
+    opset = newest_opset() if opset is None else opset
     if opset > newest_opset():
         raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
     where = provider_named(provider)
@@ -158,9 +160,16 @@ def _save(graph: onnx.ModelProto, file: Path) -> Path:
     import onnx
 
     if sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > EXTERNAL_BYTES:
-        onnx.save_model(graph, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
+        onnx.save_model(
+            graph,
+            file,
+            save_as_external_data=True,
+            location=f"{file.name}.data",
+            size_threshold=1024,
+            format="protobuf",
+        )
     else:
-        onnx.save_model(graph, file)
+        onnx.save_model(graph, file, format="protobuf")
     return file
 
 

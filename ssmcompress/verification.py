@@ -88,6 +88,8 @@ def verify_onnx(
         VerificationError: they differ by more than `atol`, in a class, in the tokens kept, or in a weight.
         InputError: not an ONNX file, or one of another kind of model.
     """
+    if not 0 <= atol < float("inf"):
+        raise InputError(f"atol {atol}: expected a number from 0")
     images = find_images(model, data)
     file = _File(graph, model, provider_named(provider))
     device = next(model.parameters()).device
@@ -155,7 +157,7 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
     import onnx
 
     try:
-        graph = onnx.load(file, load_external_data=False)
+        graph = onnx.load(file, load_external_data=False, format="protobuf")
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's own
@@ -181,6 +183,9 @@ def as_stored(model: TokenModel, weights: Iterable[tuple[str, np.ndarray]]) -> t
             ours = rounded[name] = ours.half().float()
         if tuple(ours.shape) != theirs.shape or not np.array_equal(ours.numpy(), theirs):
             other.append(name)
+    for name in state.keys() - rounded.keys():  # the exporter keeps one of equal tensors
+        if any(torch.equal(state[name], state[twin]) for twin in [*rounded] if state[twin].shape == state[name].shape):
+            rounded[name] = state[name].half().float()
     if rounded:
         model = copy.deepcopy(model)
         model.load_state_dict({**model.state_dict(), **rounded})
