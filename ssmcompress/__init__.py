@@ -6,6 +6,7 @@
     plan = ssmcompress.calibrate(model, images, ratio=0.3)         # images: a tensor, or batches
     pruned = ssmcompress.prune(model, plan)                        # a new model; the first is untouched
     pruned = ssmcompress.reconstruct(pruned, model, images)        # later layers refitted, without training
+    pruned = ssmcompress.finetune(pruned, batches, dense=model).model
     ssmcompress.evaluate(pruned, batches, dense=model)
     ssmcompress.save(pruned, "vim_tiny-r0.30")
     ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
@@ -26,19 +27,25 @@ if TYPE_CHECKING:
     from .compression import compress
     from .evaluation import evaluate
     from .export import export_onnx
+    from .finetuning import finetune_folder
     from .pruning.calibrate import calibrate, make_plan
     from .pruning.pruner import prune
     from .pruning.reconstruct import reconstruct
     from .pruning.schedule import Plan, Stage
+    from .training.loop import finetune
+    from .training.recipe import Recipe
     from .verification import verify_onnx
 
 _HOME = {
     "Plan": "pruning.schedule",
+    "Recipe": "training.recipe",
     "Stage": "pruning.schedule",
     "calibrate": "pruning.calibrate",
     "compress": "compression",
     "evaluate": "evaluation",
     "export_onnx": "export",
+    "finetune": "training.loop",
+    "finetune_folder": "finetuning",
     "load": "checkpoint",
     "make_plan": "pruning.calibrate",
     "ops": "ops",
@@ -50,12 +57,15 @@ _HOME = {
 
 __all__ = [
     "Plan",
+    "Recipe",
     "Stage",
     "__version__",
     "calibrate",
     "compress",
     "evaluate",
     "export_onnx",
+    "finetune",
+    "finetune_folder",
     "load",
     "make_plan",
     "ops",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import processes
 from .data import Images
 from .errors import InputError
 
@@ -54,6 +55,12 @@ class Batches:
     def unreadable_names(self) -> list[str]:
         """What could not be read, as a person would name it."""
         return [self.source.describe(i) for i in sorted(self.unreadable)]
+
+    def put_together(self) -> None:
+        """After an iteration in several processes, each over images of its own: know of all what each has found."""
+        found = processes.gathered((self.unreadable, self.digests))
+        self.unreadable = set().union(*(unreadable for unreadable, _ in found))
+        self.digests = set().union(*(digests for _, digests in found))
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)

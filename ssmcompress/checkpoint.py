@@ -23,6 +23,7 @@ from .pruning.pruner import install
 from .pruning.reconstruct import Reconstruction
 from .pruning.schedule import Plan
 from .safe_pickle import read_pickle
+from .training.record import Finetuning
 from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 
 FORMAT_VERSION = 1
@@ -63,7 +64,8 @@ def load(
             embedding is interpolated. None: what it was trained at.
         stride: step between patches, in pixels, where they overlap. None: what the file says, else the patch
             size.
-        weights: which entry of a training checkpoint, "model" or "model_ema".
+        weights: which entry of a training checkpoint, "model" or "model_ema"; of the state of our own fine-tuning also
+            "best".
         device: where to put it. None: the CPU.
         unsafe_load: unpickle what torch refuses as unsafe. It can run any code; only for files you trust.
 
@@ -110,6 +112,8 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
         else:
             content = read_pickle(file, unsafe_load)
             state = find_state_dict(content, weights)
+            if isinstance(texts := content.get("ssmcompress") if isinstance(content, Mapping) else None, str):
+                return _restore(_parse_config(texts), clean(state), image_size, stride, path, file)
             stride = stride or told_stride(content)
         model = build(clean(state), image_size, stride)
     except InputError as error:
@@ -175,6 +179,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         model.plan = plan
         if pruning.get("reconstruction") is not None:
             model.reconstruction = Reconstruction.from_dict(pruning["reconstruction"])
+        if pruning.get("finetuning") is not None:
+            model.finetuning = Finetuning.from_dict(pruning["finetuning"])
     data = config.get("data") if isinstance(config.get("data"), str) else None
     if data is not None and path.is_dir() and os.path.exists(path / data):
         data = str((path / data).absolute())
@@ -258,6 +264,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
             **model.plan.to_dict(tensors=False),
             "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
             "reconstruction": asdict(model.reconstruction) if model.reconstruction else None,
+            "finetuning": asdict(model.finetuning) if model.finetuning else None,
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},
             "command": model.made_by.command,
             "versions": model.made_by.versions or versions(),

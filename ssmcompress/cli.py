@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import processes
 from ._version import __version__
 from .console import (
     Commands,
@@ -47,10 +48,15 @@ from .options import (
     Precision,
     Provider,
     Quiet,
+    Ramp,
+    RecipeChanges,
+    RecipeName,
     ScanForm,
+    Seed,
     Std,
     Stored,
     Stride,
+    TensorBoard,
     Threads,
     Unsafe,
     Weights,
@@ -59,6 +65,7 @@ from .options import (
     image_sides,
     numbers,
     ratios_removed,
+    recipe_of,
 )
 
 # Heavy imports (torch takes two seconds) stay inside the commands, so that --help answers at once.
@@ -97,7 +104,7 @@ def _device(name: str):
     import torch
 
     try:
-        device = torch.device(name)
+        device = torch.device(processes.start(name))
         torch.zeros(1, device=device).item()  # a meta device has no values
     except Exception as error:
         raise InputError(f"--device {name}: not available here") from error
@@ -212,7 +219,14 @@ def prune(
     samples: Annotated[
         int, typer.Option(min=1, help="Images to calibrate and reconstruct on, at most half of --data.")
     ] = 1024,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the images drawn and of importance random.")] = 0,
+    finetune_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Fine-tune for so many passes over --data, the dense model as teacher.")
+    ] = None,
+    recipe: RecipeName = "default",
+    recipe_changes: RecipeChanges = None,
+    ramp: Ramp = None,
+    tensorboard: TensorBoard = None,
+    seed: Seed = 0,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     force: Force = False,
     image_size: ImageSize = None,
@@ -243,6 +257,12 @@ def prune(
     own = [("--stages", stages), ("--importance", importance), ("--align or --no-align", align)]
     if plan is not None and (extra := [name for name, value in own if value is not None]):
         raise InputError(f"--plan and {', '.join(extra)}: a plan has that in it")
+    training = [("--recipe", recipe != "default"), ("--set", recipe_changes), ("--ramp", ramp is not None)]
+    if finetune_epochs is None and (unused := [name for name, given in training if given]):
+        raise InputError(f"{', '.join(unused)}: how to fine-tune, but --finetune-epochs is not given")
+    if finetune_epochs is not None and data is None:
+        raise InputError("--finetune-epochs needs images to learn from: give --data")
+    chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
     from .compression import Setup, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .flops import reachable
     from .pruning.calibrate import make_plan
@@ -276,6 +296,7 @@ def prune(
         "reconstruct": "" if reconstruct and data is None else None,
         "gap-": gap.value if gap else None, "seed": seed or None,
         "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
+        "ft": finetune_epochs,
     })))  # fmt: skip
     import torch
 
@@ -290,12 +311,109 @@ def prune(
         workers=workers,
         dtype=getattr(torch, dtype.value),
         measure_latency=latency,
+        recipe=chosen_recipe,
+        tensorboard=tensorboard,
     )
     with progress_bars(quiet):
         report = compress(model, chosen, folder, setup, command=command_line(), force=force)
+    if not processes.first():
+        return
     show_report(report, as_json)
     say_about_data(report, quiet)
     say(f"wrote {folder}", quiet)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Pruned model, a folder that prune wrote.")],
+    data: Data = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images. Default: the recipe's, 3.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; MODEL itself with --force or --resume.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; a finished one is done at once.")
+    ] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="Teacher. Default: the dense model that MODEL was made from.")
+    ] = None,
+    teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="Learn from the dense model, too.")] = True,
+    recipe: RecipeName = "default",
+    recipe_changes: RecipeChanges = None,
+    ramp: Ramp = None,
+    tensorboard: TensorBoard = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Images to measure on. Default: a tenth of --data, which is not learnt from.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    image_size: ImageSize = None,
+    stride: Stride = None,
+    weights: Weights = "model",
+    unsafe_load: Unsafe = False,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    device: Device = "cpu",
+    dtype: Dtype = Precision.float32,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    threads: Threads = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time both models at batch 1.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a pruned model further, with the dense one as teacher, labels, or both."""
+    if data is None:
+        raise InputError("fine-tuning needs images to learn from: give --data")
+    if output is None:
+        raise InputError("where to write the fine-tuned model: give -o FOLDER")
+    if resume and force:
+        raise InputError("--resume goes on and --force starts afresh: expected one of them")
+    chosen = recipe_of(recipe, recipe_changes, epochs, ramp)
+    import torch
+
+    from .checkpoint import find_dense
+    from .compression import Setup
+    from .finetuning import finetune_folder
+
+    loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
+    reference = None
+    try:
+        reference = find_dense(loaded, dense)
+    except InputError as error:
+        if dense is not None:
+            raise
+        say(f"learning from labels alone, agreement will not be measured: {error}; give --dense", quiet)
+    setup = Setup(
+        data=data,
+        eval_data=eval_data,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=getattr(torch, dtype.value),
+        measure_latency=latency,
+        recipe=chosen,
+        teacher=teacher,
+        tensorboard=tensorboard,
+    )
+    with progress_bars(quiet):
+        report = finetune_folder(
+            loaded,
+            output,
+            setup,
+            dense=reference,
+            inside=Path(model),
+            resume=resume,
+            force=force,
+            command=command_line(),
+        )
+    if not processes.first():
+        return
+    show_report(report, as_json)
+    say_about_data(report, quiet)
+    say(f"wrote {output}", quiet)
 
 
 @app.command()
@@ -337,9 +455,11 @@ def evaluate(
                 raise
             say(f"agreement was not measured: {error}; give --dense", quiet)
     images = find_images(loaded, data)
-    batches = Batches(images, loaded, range(len(images)), batch_size, workers)
+    batches = Batches(images, loaded, processes.share(range(len(images))), batch_size, workers)
+    several = processes.count() > 1
     with progress_bars(quiet):
-        found = evaluate_model(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value))
+        found = evaluate_model(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value), distributed=several)
+    batches.put_together()
     unreadable = batches.unreadable_names()
     result: dict[str, Any] = {
         "top1": found.top1,

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from . import processes
 from . import report as reports
 from .batches import Batches, draw
 from .benchmark import latency, latency_settings
-from .checkpoint import Source, save, versions
+from .checkpoint import Source, load, save, versions
 from .data import find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
-from .flops import corrections_share, flops, reachable, remaining_share
+from .flops import corrections_share, dense_flops, flops, reachable, remaining_share
 from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
@@ -27,6 +28,7 @@ from .pruning.calibrate import calibrate, make_plan
 from .pruning.pruner import prune
 from .pruning.reconstruct import reconstruct
 from .pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
+from .training.recipe import Recipe
 
 SAMPLES = 1024
 UNALIGNED = Alignment(conv=False, scan=False)
@@ -46,6 +48,8 @@ class Setup:
         batch_size: images at a time; changes no result. workers: processes that decode them.
         dtype: float32, or bfloat16 for measuring under autocast.
         measure_latency: time both models at batch 1.
+        recipe: to fine-tune by after pruning, on the images that are not measured on; None: no fine-tuning.
+        teacher: whether fine-tuning learns from the dense model. tensorboard: folder for its logs, or None.
     """
 
     data: str | None = None
@@ -58,6 +62,9 @@ class Setup:
     workers: int = 0
     dtype: torch.dtype = torch.float32
     measure_latency: bool = True
+    recipe: Recipe | None = None
+    teacher: bool = True
+    tensorboard: str | None = None
 
 
 def corrections_reserve(model: TokenModel, stages: Sequence[int], data: str | None, wanted: bool | None) -> float:
@@ -137,6 +144,9 @@ def compress(
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; returns the report that is in it.
 
+    With a recipe, the model in that folder is then fine-tuned and replaced (`ssmcompress.finetuning`). In several
+    processes (`ssmcompress.processes`) each works on its share of the images, and the first one writes.
+
     Args:
         model: dense, from `load`.
         plan: from `make_plan`, `plan_for_budget` or a file.
@@ -152,10 +162,13 @@ def compress(
     inputs = [setup.data, setup.eval_data]
     if model.source is not None:
         inputs += [model.source.path, model.source.data]
-    check_target(output, force, inputs)
+    if processes.first():
+        check_target(output, force, inputs)
+    several = processes.count() > 1
     calibration, measured = _batches(model, setup)
     gap = setup.gap or plan.gap or ("bias" if calibration.source.stand_in else "calibrated")
-    plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name)
+    plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name, distributed=several)
+    calibration.put_together()
     models = {"dense": model}
     if plan.alignment != UNALIGNED:
         models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
@@ -164,39 +177,88 @@ def compress(
     if wanted is None:  # images that are all the same can be calibrated on, but show nothing to reconstruct by
         wanted = not calibration.source.stand_in and len(calibration.digests) > 1
     begun = time.perf_counter()
-    rebuilt = reconstruct(pruned, model, calibration, name=calibration.source.name) if wanted else pruned
+    rebuilt = pruned
+    if wanted:
+        rebuilt = reconstruct(pruned, model, calibration, name=calibration.source.name, distributed=several)
     seconds = time.perf_counter() - begun
     if rebuilt.reconstruction is not None:
         models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
         models["pruned"] = pruned = rebuilt
-    results = measure(models, measured, dtype=setup.dtype)
-    sample = next(iter(measured)).images.to(next(model.parameters()).device)
+    results = measure(models, measured, dtype=setup.dtype, distributed=several)
+    measured.put_together()
+    overlap = len(measured.digests & calibration.digests)
+    pruned.made_by = MadeBy(command, versions())
+    reconstruction = _reconstruction_block(pruned, seconds)
+    about = {"calibration": _calibration_block(plan, calibration), "reconstruction": reconstruction}
+    report = write_measured(models, results, measured, overlap, about, output, setup, command=command, force=force)
+    if setup.recipe is None:
+        return report
+    from .finetuning import finetune_folder
+
+    processes.wait()  # until the first has written
+    return finetune_folder(
+        load(output, device=next(model.parameters()).device), output, setup, dense=model, inside=output, command=command
+    )
+
+
+def write_measured(
+    models: Mapping[str, TokenModel | None],
+    results: Mapping[str, Evaluation],
+    measured: Batches,
+    overlap: int,
+    about: Mapping[str, Any],
+    output: Path,
+    setup: Setup,
+    *,
+    command: str,
+    force: bool,
+    extra: Mapping[str, bytes] | None = None,
+    earlier: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the folder of `models["pruned"]` with its report, in the first process; returns the report, {} in others.
+
+    Args:
+        models, results: by name, as reports have them in their columns; "dense" may be None, if it is gone.
+        overlap: how many of the measured images something was learnt from.
+        about: further blocks of the report. extra: further files, name -> content.
+        earlier: the report of a model that this one was made from: what it measured on the same images is taken over.
+    """
+    if not processes.first():
+        return {}
+    pruned = models["pruned"]
+    sample = next(iter(measured)).images.to(next(pruned.parameters()).device)
     times = {}
     if setup.measure_latency:
+        timed = {name: models[name] for name in ("dense", "pruned") if models.get(name) is not None}
         with autocast(sample.device, setup.dtype):
-            times = latency({name: models[name] for name in ("dense", "pruned")}, sample[:1])
+            times = latency(timed, sample[:1])
+    blocks = {
+        name: _model_block(model, results[name], times.get(name)) if model is not None else _gone(pruned)
+        for name, model in models.items()
+    }
+    data = _data_block(measured, results["pruned"], overlap)
+    if earlier and {**earlier["data"], "overlap": overlap} == data:
+        blocks = {name: earlier[name] for name in reports.columns(earlier) if name != "pruned"} | blocks
     report = {
-        "data": _data_block(measured, results["dense"], calibration),
-        "calibration": _calibration_block(plan, calibration),
-        **{name: _model_block(models[name], results[name], times.get(name)) for name in models},
+        "data": data,
+        **blocks,
         "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
         "stages": stage_rows(pruned),
         "alignment": _alignment_block(pruned),
-        "reconstruction": _reconstruction_block(pruned, seconds),
+        **about,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "latency": latency_settings(sample.device) if times else None,
         "command": command,
         "versions": versions(),
     }
-    pruned.made_by = MadeBy(command, versions())
     if not measured.source.stand_in:
         pruned.source = replace(pruned.source or Source("", ""), data=_lasting_name(measured.source.name))
-    extra = {
+    files = {
         reports.REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         reports.PICTURE_FILE: kept_tokens(pruned, sample),
         "README.md": reports.to_card(report, output.name, picture=True).encode(errors="replace"),
     }
-    save(pruned, output, extra=extra, force=force)
+    save(pruned, output, extra={**files, **(extra or {})}, force=force)
     return report
 
 
@@ -208,7 +270,11 @@ def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
     if setup.eval_data is None:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
-        chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
+        if setup.recipe is None:
+            chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
+        else:
+            learnt, rest = apart(len(images), setup.seed)
+            chosen = [learnt[i] for i in draw(len(learnt), setup.samples, setup.seed)[0]]
         if not any(images.readable(i) for i in chosen):  # of a few images, those drawn may be the damaged ones
             spare = [i for i in rest if images.readable(i)][:1]
             chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
@@ -218,17 +284,28 @@ def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
         others = open_images(setup.eval_data, model.config.num_classes)
         rest = range(len(others))
     return (
-        Batches(images, model, chosen, setup.batch_size, setup.workers),
-        Batches(others, model, rest, setup.batch_size, setup.workers),
+        Batches(images, model, processes.share(chosen), setup.batch_size, setup.workers),
+        Batches(others, model, processes.share(rest), setup.batch_size, setup.workers),
     )
 
 
-def _data_block(measured: Batches, result: Evaluation, calibration: Batches) -> dict[str, Any]:
+def apart(images: int, seed: int) -> tuple[list[int], list[int]]:
+    """(indices to learn from, a tenth and at most 5,000 to measure on) of so many images, the same in every command."""
+    measured, learnt = draw(images, min(5000, max(1, images // 10)), seed)
+    return learnt, measured
+
+
+def _gone(pruned: TokenModel) -> dict[str, Any]:
+    """The block of a dense model that is not there any more."""
+    return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
+
+
+def _data_block(measured: Batches, result: Evaluation, overlap: int) -> dict[str, Any]:
     return {
         "name": measured.source.name,
         "images": result.images,
         "labelled": result.labelled,
-        "overlap": len(measured.digests & calibration.digests),
+        "overlap": overlap,
         "unreadable": measured.unreadable_names(),
     }
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from . import processes
 from .errors import SsmCompressError, VerificationError
+from .progress import FrontEnd, shown_by
 
 INTERRUPTED = 130
+OTHERS_WAIT = 3.0  # seconds
 
 _arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
 
@@ -28,6 +33,13 @@ class Commands(typer.core.TyperGroup):
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         _arguments.set(tuple(arguments))
+        try:
+            with _only_the_first_prints():
+                return self._main(arguments, prog_name, standalone_mode, **extra)
+        finally:
+            processes.leave()
+
+    def _main(self, arguments, prog_name, standalone_mode, **extra):
         try:
             code = super().main(arguments, prog_name or "ssmcompress", standalone_mode=False, **extra)
             if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
@@ -53,7 +65,23 @@ class Commands(typer.core.TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+@contextmanager
+def _only_the_first_prints() -> Iterator[None]:
+    """Of the processes of a launcher; what the others have to say in case of need goes to stderr all the same."""
+    if not processes.launched_index():
+        yield
+        return
+    logging.getLogger("ssmcompress").setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def _complain(message: str, code: int) -> int:
+    if number := processes.launched_index():
+        # The launcher ends all processes as soon as one has failed. So what every one of them found is told once, by
+        # the first, and what this one alone found is told here.
+        time.sleep(OTHERS_WAIT)
+        message = f"process {number}: {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -69,7 +97,7 @@ def command_line() -> str:
 
 def say(message: str, quiet: bool) -> None:
     """A message for a person, on stderr."""
-    if not quiet:
+    if not quiet and not processes.launched_index():
         print(message, file=sys.stderr)
 
 
@@ -81,9 +109,7 @@ def print_json(value: Any) -> None:
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[None]:
     """Bars with the time left, on stderr, where that is a terminal; if `quiet`, no messages of the library either."""
-    from .progress import tracked_by
-
-    if quiet:
+    if quiet or processes.launched_index():
         logger = logging.getLogger("ssmcompress")
         before = logger.level
         logger.setLevel(logging.ERROR)
@@ -93,17 +119,49 @@ def progress_bars(quiet: bool) -> Iterator[None]:
             logger.setLevel(before)
         return
     if not sys.stderr.isatty():
-        yield
+        with shown_by(_Lines()):
+            yield
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        tracked_by(lambda items, what, total: progress.track(items, total=total, description=what)),
-    ):
+    told = TextColumn("{task.fields[told]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), told)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, shown_by(_Bars(progress)):
         yield
+
+
+class _Lines(FrontEnd):
+    """Nothing animated: lines on stderr."""
+
+    def line(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Bars(FrontEnd):
+    """rich's bars, one for each thing that runs, with what is told of the innermost beside it."""
+
+    def __init__(self, progress: Any):
+        self.progress = progress
+        self.running: list[Any] = []
+
+    def track(self, items: Iterable, what: str, total: int, done: int = 0) -> Iterable:
+        task = self.progress.add_task(what, total=total, completed=done, told="")
+        self.running.append(task)
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(task)
+        finally:
+            self.running.remove(task)
+            self.progress.remove_task(task)
+
+    def status(self, text: str) -> None:
+        if self.running:
+            self.progress.update(self.running[-1], told=text)
+
+    def line(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
 
 
 def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:

@@ -26,6 +26,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".ti
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "cls")
 PHOTOGRAPH_CROPS = 64
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Bytes of a parquet file that is read whole; larger ones are mapped from an arrow file beside.
+IN_MEMORY = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class Images:
 def open_images(name: str | Path, num_classes: int) -> Images:
     """The images behind `name`, for a head of `num_classes` classes.
 
+    However large it is, little of it is kept in memory: names of files, places in shards, tables mapped from the disk.
+
     Args:
-        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, or a
-            `datasets` hub name with its split (`owner/name:split`).
+        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a tar shard in
+            webdataset's manner or a folder of them, or a `datasets` hub name with its split (`owner/name:split`).
 
     Raises:
         InputError: nothing there, no images in it, or classes that are not the head's.
@@ -78,8 +83,12 @@ def open_images(name: str | Path, num_classes: int) -> Images:
             return _from_hub(repo, split, num_classes)
         raise InputError(f"no data at {name}: expected a folder, a parquet or arrow file, or a hub name with :split")
     try:
+        if not path.is_dir() and path.name.endswith(SHARD_SUFFIXES):
+            return _from_shards([path], str(name), num_classes)
         if not path.is_dir():
             return _from_table(_read_tables([path]), str(name), num_classes)
+        if shards := sorted(p for p in path.iterdir() if p.name.endswith(SHARD_SUFFIXES) and p.is_file()):
+            return _from_shards(shards, str(name), num_classes)
         tables = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow") and p.is_file())
         if tables:
             return _from_table(_read_tables(tables), str(name), num_classes)
@@ -99,8 +108,8 @@ def _from_folder(path: Path, num_classes: int) -> Images:
         if plain:
             raise InputError(f"{path} holds both images and class folders; name one of the two")
         index = _class_index(list(by_class), num_classes, str(path))
-        files = [(file, index[name]) for name, files in by_class.items() for file in files]
-        images = _from_files(path, [file for file, _ in files], tuple(label for _, label in files))
+        files = [f"{name}/{file}" for name, files in by_class.items() for file in files]
+        images = _from_files(path, files, tuple(index[name] for name, files in by_class.items() for _ in files))
         return replace(images, classes=tuple(sorted(index, key=index.get)) if len(index) == num_classes else None)
     if plain:
         return _from_files(path, plain, None)
@@ -109,16 +118,23 @@ def _from_folder(path: Path, num_classes: int) -> Images:
     raise InputError(f"no images in {path}{hint}")
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if _is_image(p))
+def _image_files(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def _from_files(path: Path, files: Sequence[Path], labels: tuple[int, ...] | None) -> Images:
-    return Images(str(path), len(files), lambda i: _decode(files[i]), lambda i: str(files[i]), labels)
+def _from_files(path: Path, files: Sequence[str], labels: tuple[int, ...] | None) -> Images:
+    # Bytes in one piece: a million names take 40 MB, not 400, and worker processes share them.
+    names = np.array([os.fsencode(file) for file in files])
+
+    def file(i: int) -> Path:
+        return path / os.fsdecode(bytes(names[i]))
+
+    return Images(str(path), len(files), lambda i: _decode(file(i)), lambda i: str(file(i)), labels)
 
 
 def _class_index(names: list[str], num_classes: int, where: str) -> dict[str, int]:
@@ -151,10 +167,12 @@ def _read_tables(files: list[Path]) -> Any:
         try:
             if file.suffix == ".arrow":
                 parts.append(Dataset.from_file(str(file)))
+            elif file.suffix == ".parquet" and file.stat().st_size > IN_MEMORY:
+                parts.append(Dataset.from_parquet(str(file)))  # by way of an arrow file in the cache of `datasets`
             elif file.suffix == ".parquet":
                 parts.append(Dataset(parquet.read_table(file)))
             else:
-                raise InputError(f"{file}: expected a folder of images, or a .parquet or .arrow file")
+                raise InputError(f"{file}: expected a folder of images, or a .parquet, .arrow or .tar file")
         except InputError:
             raise
         except Exception as error:  # pyarrow and datasets raise whatever a damaged file makes them
@@ -245,6 +263,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image)
         return Image.fromarray(_bytes(pixels // 257 if image.mode != "I" or pixels.max() > 255 else pixels))
     return image
+
+
+# --------------------------------------------------------------------------------------------------- shards
+
+
+def _from_shards(files: list[Path], name: str, num_classes: int) -> Images:
+    from .shards import read_index
+
+    index = read_index(files)
+    if not len(index):
+        raise InputError(f"{name} holds no images: expected members like 000017.jpg, and 000017.cls with the class")
+    labels = None
+    if index.labels is not None:
+        labels = _checked_labels(index.labels.tolist(), name, num_classes)
+    return Images(name, len(index), lambda i: _decode(index.read(i)), index.describe, labels)
 
 
 # --------------------------------------------------------------------------------- what needs no file at all

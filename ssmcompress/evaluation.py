@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import processes
 from .batches import AnyBatches
 from .errors import NOT_FINITE, InputError
 from .progress import track
@@ -25,6 +26,7 @@ class Evaluation:
         top1, top5: percent right, None without labels (top5 also for five classes or fewer).
         agreement: percent of images given the dense model's class, None without a dense model.
         kl: mean KL(dense || this), nats an image, None without a dense model.
+        loss: mean cross entropy of the labels, nats an image, None without labels.
     """
 
     images: int
@@ -33,10 +35,16 @@ class Evaluation:
     top5: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    loss: float | None = None
 
 
 def evaluate(
-    model: nn.Module, data: Any, *, dense: nn.Module | None = None, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    data: Any,
+    *,
+    dense: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    distributed: bool = False,
 ) -> Evaluation:
     """Measure a model on images.
 
@@ -45,13 +53,17 @@ def evaluate(
         data: batches: `ssmcompress.batches.Batches`, (images, labels) pairs, or image tensors; or one tensor.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16 for autocast.
+        distributed: every process of the default `torch.distributed` group makes this call, with images of its own; all
+            get the figures of all images.
     """
     models = {"dense": dense, "model": model} if dense is not None else {"model": model}
-    return measure(models, data, dtype=dtype)["model"]
+    return measure(models, data, dtype=dtype, distributed=distributed)["model"]
 
 
 @torch.no_grad()
-def measure(models: Mapping[str, nn.Module], data: Any, *, dtype: torch.dtype = torch.float32) -> dict[str, Evaluation]:
+def measure(
+    models: Mapping[str, nn.Module], data: Any, *, dtype: torch.dtype = torch.float32, distributed: bool = False
+) -> dict[str, Evaluation]:
     """Measure several models on the same images in one pass; a model named "dense" is what others agree with."""
     tallies = {name: _Tally() for name in models}
     batches = AnyBatches(data)
@@ -63,6 +75,10 @@ def measure(models: Mapping[str, nn.Module], data: Any, *, dtype: torch.dtype = 
                 logits[name] = model(images.to(device)).float().cpu()
         for name, tally in tallies.items():
             tally.add(logits[name], labels, logits["dense"] if name != "dense" and "dense" in logits else None)
+    if distributed:
+        device = next(next(iter(models.values())).parameters()).device
+        for tally in tallies.values():
+            processes.add_up(tally.sums, device=device)
     return {name: tally.result() for name, tally in tallies.items()}
 
 
@@ -78,41 +94,42 @@ def kl_divergence(dense: Tensor, logits: Tensor) -> Tensor:
 
 
 class _Tally:
-    """Counts over batches; sums in float64, so that the batch size changes nothing that is printed."""
+    """Sums over batches in float64, so that neither the batch size nor the processes change what is printed."""
 
     def __init__(self):
-        self.images = self.right1 = self.right5 = self.same = 0
-        self.labelled = self.compared = False
-        self.classes = 0
-        self.kl = 0.0
+        self.sums = torch.zeros(8, dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
         if not logits.isfinite().all():
             raise InputError(NOT_FINITE)
-        self.images += len(logits)
-        self.classes = logits.shape[1]
+        images, classes = logits.shape
+        right1 = right5 = loss = same = kl = 0.0
         if labels is not None:
-            self.labelled = True
-            best = logits.topk(min(5, self.classes), dim=1).indices == labels[:, None]
-            self.right1 += int(best[:, 0].sum())
-            self.right5 += int(best.sum())
+            best = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+            right1, right5 = int(best[:, 0].sum()), int(best.sum())
+            loss = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         if dense is not None:
-            self.compared = True
-            self.same += int((logits.argmax(1) == dense.argmax(1)).sum())
-            self.kl += float(kl_divergence(dense, logits))
+            same = int((logits.argmax(1) == dense.argmax(1)).sum())
+            kl = float(kl_divergence(dense, logits))
+        labelled, compared = images * (labels is not None), images * (dense is not None)
+        right5 = right5 if classes > 5 else -images  # which no count is
+        values = [images, labelled, right1, right5, loss, compared, same, kl]
+        self.sums += torch.tensor(values, dtype=torch.float64)
 
     def result(self) -> Evaluation:
-        if not self.images:
+        images, labelled, right1, right5, loss, compared, same, kl = self.sums.tolist()
+        if not images:
             raise InputError("no images to measure on")
 
-        def percent(count: int, wanted: bool) -> float | None:
-            return round(100 * count / self.images, 4) if wanted else None
+        def percent(count: float, wanted: bool) -> float | None:
+            return round(100 * count / images, 4) if wanted else None
 
         return Evaluation(
-            images=self.images,
-            labelled=self.labelled,
-            top1=percent(self.right1, self.labelled),
-            top5=percent(self.right5, self.labelled and self.classes > 5),
-            agreement=percent(self.same, self.compared),
-            kl=round(self.kl / self.images, 6) if self.compared else None,
+            images=int(images),
+            labelled=bool(labelled),
+            top1=percent(right1, bool(labelled)),
+            top5=percent(right5, bool(labelled) and right5 >= 0),
+            agreement=percent(same, bool(compared)),
+            kl=round(kl / images, 6) if compared else None,
+            loss=round(loss / images, 6) if labelled else None,
         )

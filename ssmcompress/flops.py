@@ -27,6 +27,12 @@ def flops(model: TokenModel) -> dict[str, float]:
     return {convention: sum(by_part(model, convention).values()) for convention in CONVENTIONS}
 
 
+def dense_flops(model: TokenModel) -> dict[str, float]:
+    """GFLOPs of one image by convention if nothing were pruned."""
+    counts = [model.length] * (len(model.blocks) + 1)
+    return {c: sum(model.flops_by_part(counts, c).values()) / 1e9 for c in CONVENTIONS}
+
+
 def by_part(model: TokenModel, convention: str = "full") -> dict[str, float]:
     """GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head.
 

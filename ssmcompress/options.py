@@ -114,3 +114,25 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 Provider = Annotated[str, typer.Option(help="onnxruntime's execution provider: cpu, cuda, ...")]
 Atol = Annotated[float, typer.Option(min=0, help="Largest difference of a logit that is let pass.")]
 Dense = Annotated[str | None, typer.Option(help="Dense model to compare with. Default: the one it was made from.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the images drawn, and of whatever else is.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(help="How to fine-tune: default, top-vim (the paper's), or a JSON file with what differs from one."),
+]
+RecipeChanges = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a value of the recipe (lr=2e-3, mixup=0.8); repeatable."),
+]
+Ramp = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of the fine-tuning over which pruning rises from nothing to its target."),
+]
+TensorBoard = Annotated[str | None, typer.Option(help="Folder to log the fine-tuning to, for TensorBoard.")]
+
+
+def recipe_of(name: str, changes: list[str] | None, epochs: int | None, ramp: float | None):
+    """The recipe that the options ask for."""
+    from .training.recipe import Recipe
+
+    given = [f"{key}={value}" for key, value in (("epochs", epochs), ("ramp", ramp)) if value is not None]
+    return Recipe.named(name).changed([*(changes or []), *given])

@@ -1,4 +1,4 @@
-"""Pictures of the tokens a pruned model keeps."""
+"""Pictures of the tokens a pruned model keeps, and of how it was fine-tuned."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .models.base import TokenModel
+from .training.record import Finetuning
 
 SIDE = 168  # pixels an image takes in the picture
 GAP = 6
@@ -41,6 +42,32 @@ def kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
             sheet.paste(shown, (column * (size[0] + GAP), row * (size[1] + GAP)))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def history_chart(finetuning: Finetuning) -> bytes:
+    """A PNG: the loss of every epoch, and what was measured after it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    epochs = [entry["epoch"] for entry in finetuning.history]
+    held = [entry["held_out"] or {} for entry in finetuning.history]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [entry["loss"] for entry in finetuning.history], "o-", label="training")
+    left.set(xlabel="epoch", ylabel="loss of augmented images")
+    right.plot(epochs, [entry["top1"] for entry in finetuning.history], "o-", label="top-1, augmented images")
+    for key, name in (("top1", "top-1, held out"), ("agreement", "same class as dense, held out")):
+        if any(found.get(key) is not None for found in held):
+            right.plot(epochs, [found.get(key) for found in held], "o-", label=name)
+    right.axvline(finetuning.epoch, linestyle=":", color="grey", label="chosen")
+    right.set(xlabel="epoch", ylabel="%")
+    right.legend(fontsize="small")
+    for axes in (left, right):
+        axes.set_xticks(epochs if len(epochs) < 12 else epochs[:: len(epochs) // 10])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

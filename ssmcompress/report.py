@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "report.json"
 PICTURE_FILE = "kept_tokens.png"
+HISTORY_FILE = "finetuning.png"
+COLUMNS = ("dense", "naive", "aligned", "reconstructed", "before", "pruned")
 Report = Mapping[str, Any]
 
 
@@ -93,8 +95,12 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def columns(report: Report) -> list[str]:
-    """The models that a report compares: `naive` is the pruned one without alignment, `aligned` with old weights."""
-    return [name for name in ("dense", "naive", "aligned", "pruned") if report.get(name)]
+    """The models that a report compares, the last of them the one that it is about.
+
+    `naive` is the pruned one without alignment, `aligned` with old weights, `reconstructed` with refitted ones before
+    it was fine-tuned, `before` one that had been fine-tuned already.
+    """
+    return [name for name in COLUMNS if report.get(name)]
 
 
 def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -133,6 +139,8 @@ def notes(report: Report) -> list[str]:
         lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
     if data.get("overlap"):
         lines.append(f"{data['overlap']} of the measured images were also calibrated on")
+    elif data.get("overlap", 0) is None:
+        lines.append("some of the measured images may have been calibrated on before the model was fine-tuned")
     if calibration.get("images"):
         use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
         lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
@@ -144,6 +152,8 @@ def notes(report: Report) -> list[str]:
             f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
             + ("" if refit["kept"] else ", no closer: the old weights were kept")
         )
+    if tuned := report.get("finetuning"):
+        lines.append(_finetuning_note(tuned))
     if onnx := report.get("onnx"):
         lines.append(
             f"ONNX ({onnx['file']}): opset {onnx['opset']}, {onnx['dtype']} weights, scan as {onnx['scan']}; largest "
@@ -159,6 +169,18 @@ def notes(report: Report) -> list[str]:
     if timing := report.get("latency"):
         lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
     return lines
+
+
+def _finetuning_note(tuned: Mapping[str, Any]) -> str:
+    taught = [name for name in ("labels", "teacher") if tuned[name]]
+    chosen = f", of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    chosen += ", averaged" if tuned["averaged"] else ""
+    chosen += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
+    return (
+        f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
+        f"{' and '.join(taught)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
+        f"{tuned['seconds']:.0f} s; weights{chosen}"
+    )
 
 
 def to_html(report: Report, title: str, picture: bytes | None) -> str:

@@ -18,6 +18,7 @@ from ..tokens import Tokens
 
 if TYPE_CHECKING:
     from ..pruning.reconstruct import Reconstruction
+    from ..training.record import Finetuning
 
 StateDict = Mapping[str, Tensor]
 
@@ -91,6 +92,7 @@ class TokenModel(nn.Module, abc.ABC):
         plan: what `prune` carried out, None for a dense model.
         preprocessing, source: how images are prepared and which file this is; set by `load`.
         made_by: how it was pruned. reconstruction: how its weights were refitted, None if they were not.
+        finetuning: how they were trained after that, likewise.
     """
 
     architecture: ClassVar[str]
@@ -110,6 +112,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.source: Any = None
         self.made_by = MadeBy()
         self.reconstruction: Reconstruction | None = None
+        self.finetuning: Finetuning | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -204,12 +207,17 @@ class TokenModel(nn.Module, abc.ABC):
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Logits (batch, classes), and what each stage decided."""
+        tokens, decisions = self.encode(images)
+        return self.readout(tokens), decisions
+
+    def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
+        """The tokens after the last layer, which are read out, and what each stage decided."""
         tokens = self.embed(images)
         decisions = []
         for layer in range(1, len(self.blocks) + 1):
             tokens, decision = self.step(layer, tokens)
             decisions += [decision] if decision else []
-        return self.readout(tokens), decisions
+        return tokens, decisions
 
     def step(self, layer: int, tokens: Tokens) -> tuple[Tokens, Decision | None]:
         """The tokens after a layer (from 1) and the stage behind it, if there is one, and what that decided."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..batches import AnyBatches, block_size, in_blocks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
@@ -57,6 +58,7 @@ def calibrate(
     *,
     gap: str | None = None,
     name: str = "images",
+    distributed: bool = False,
     **options,
 ) -> Plan:
     """A plan that knows what the model does on real images.
@@ -85,9 +87,9 @@ def calibrate(
     batches = AnyBatches(images)
     # Without scan alignment nothing reads the deltas: no pass over the images for their sake.
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
-    deltas = mean_deltas(model, batches) if gap == "calibrated" else bias_deltas(model)
+    deltas = mean_deltas(model, batches, distributed) if gap == "calibrated" else bias_deltas(model)
     plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas))
-    return replace(plan, calibration=_with_stage_statistics(model, plan, batches))
+    return replace(plan, calibration=_with_stage_statistics(model, plan, batches, distributed))
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
@@ -95,42 +97,49 @@ def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
     return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
 
 
-def mean_deltas(model: TokenModel, batches: AnyBatches) -> tuple[Tensor, ...]:
+def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = False) -> tuple[Tensor, ...]:
     """Per layer (deltas, d_inner): the mean of delta over the images and tokens of the dense model."""
-    totals: list[Tensor | int] = [0] * len(model.blocks)
-    tokens_seen = 0
+    device = next(model.parameters()).device
+    totals = [torch.zeros_like(delta, dtype=_exact(device)) for delta in (block.bias_delta() for block in model.blocks)]
+    tokens_seen = torch.zeros((), dtype=_exact(device))
     for batch in in_blocks(track(batches, "calibrating", len(batches)), block_size(model)):
         tokens_seen += len(batch) * model.length
         for layer, delta in enumerate(_dense_deltas(model, batch)):
-            totals[layer] = totals[layer] + delta
+            totals[layer] += delta
+    if distributed:
+        processes.add_up(tokens_seen, *totals, device=device)
     if not tokens_seen:
         raise InputError("no images to calibrate on")
-    means = tuple((total / tokens_seen).float().cpu() for total in totals)
+    means = tuple((total / tokens_seen.item()).float().cpu() for total in totals)
     if not all(mean.isfinite().all() for mean in means):
         raise InputError(NOT_FINITE)
     return means
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """Of sums on a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
 def _dense_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
     """Per layer (deltas, d_inner), delta summed over images and tokens, in float64."""
     device = next(model.parameters()).device
-    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     tokens = model.embed(images.to(device))
     sums = []
     for block in model.blocks:
-        sums.append(block.deltas(tokens).sum((1, 2), dtype=exact))
+        sums.append(block.deltas(tokens).sum((1, 2), dtype=_exact(device)))
         tokens = block(tokens)
     return sums
 
 
 @torch.no_grad()
-def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches) -> Calibration:
+def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
     """Which positions each stage keeps and how they scored, from the pruned model on the same images."""
     pruned = prune(model, plan)
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
     seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
-    images = 0
+    images = torch.zeros((), dtype=torch.float64)
     for batch in in_blocks(track(batches, "scoring tokens", len(batches)), block_size(model)):
         images += len(batch)
         logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
@@ -141,11 +150,13 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches) -
             seen[stage] += candidates.bincount(minlength=model.length)
             scores[stage] += candidates.bincount(values, minlength=model.length)
             kept[stage] += survivors.flatten().cpu().bincount(minlength=model.length)
+    if distributed:
+        processes.add_up(images, kept, seen, scores, device=next(model.parameters()).device)
     if not images:
         raise InputError("no images to calibrate on")
     return replace(
         plan.calibration,
-        images=images,
+        images=int(images),
         kept=tuple((kept / images).float()),
         scores=tuple((scores / seen.clamp(min=1)).float()),
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
@@ -243,10 +244,7 @@ class SideBySide:
     def add_processes(self, *values: Tensor) -> None:
         """Add each of the values up over the processes, where there are several."""
         if self.distributed:
-            for value in values:
-                total = value.to(self.device)  # where the group's backend takes it
-                torch.distributed.all_reduce(total)
-                value.copy_(total)
+            processes.add_up(*values, device=self.device)
 
     def weights(self, block: int, layer: int) -> Tensor:
         """(images, tokens) what an error of a row after `layer` weighs, relative to the layer's mean."""

@@ -1,0 +1,179 @@
+"""Training examples: augmented by timm, and the same whatever reads them, in however many processes.
+
+What is drawn for an image depends on the seed, the epoch and the image alone, and which images make a step on the seed
+and the epoch. So a run goes on after an interruption as if there had been none, and several processes take the same
+step as one.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batches import Batches
+from ..errors import InputError
+from ..preprocess import Preprocessing
+from .recipe import Recipe
+
+
+class Part(NamedTuple):
+    """A part of a step: images (n, channels, height, width); targets (n, classes), what the labels say, or None."""
+
+    images: Tensor
+    targets: Tensor | None
+
+
+class Examples:
+    """Augmented images of `training`, by step.
+
+    Args:
+        training: what to train on, its own batch size aside; unreadable images are left out.
+        processes, process: how many share a step, and which of them this is.
+    """
+
+    def __init__(self, training: Batches, recipe: Recipe, seed: int, processes: int = 1, process: int = 0):
+        self.training, self.recipe, self.seed = training, recipe, seed
+        self.processes, self.process = processes, process
+        config = training.model.config
+        self.classes = config.num_classes
+        self.transform = training_transform(training.model.preprocessing, config.image_size, recipe)
+        images = len(training.index)
+        # A step of all the images there are, where a batch would be more.
+        self.batch_size = min(recipe.batch_size, images - images % 2)
+        parts = processes * recipe.accumulate
+        if self.batch_size < 2 * parts:
+            split = f"in {parts} parts ({processes} processes, {recipe.accumulate} after each other)"
+            raise InputError(
+                f"{images} images to train on, {recipe.batch_size} a step {split}: expected 2 at least in each part"
+            )
+        self.steps = images // self.batch_size
+
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[list[Part]]:
+        """The steps of an epoch (from 0), from the `first` on: this process's parts of each."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training.index))
+        rows = []
+        for step in range(first, self.steps):
+            step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            for part in range(self.recipe.accumulate):
+                number = part * self.processes + self.process
+                chosen = mirrored(step_rows, number, self.processes * self.recipe.accumulate)
+                rows.append([(epoch, int(row)) for row in chosen])
+        parts = iter(self._loader(rows))
+        try:
+            for step in range(first, self.steps):
+                yield [self._mixed(next(parts), epoch, step) for _ in range(self.recipe.accumulate)]
+        finally:
+            # Workers end now, not when the garbage is collected.
+            if (shut_down := getattr(parts, "_shutdown_workers", None)) is not None:
+                shut_down()
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None, int]:
+        """(index in the source, image or None, label or -1) of an (epoch, row)."""
+        epoch, row = key
+        source, i = self.training.source, self.training.index[row]
+        label = -1 if source.labels is None else source.labels[i]
+        with seeded(self.seed, epoch, i):
+            try:
+                return i, self.transform(source.read(i)), label
+            except (OSError, ValueError):
+                return i, None, label
+
+    def _loader(self, rows: Sequence[list[tuple[int, int]]]) -> Any:
+        # Readers are closures, which only forked workers can take over; forking is not safe elsewhere.
+        fork = "fork" if self.training.workers and sys.platform == "linux" else None
+        return torch.utils.data.DataLoader(
+            self,
+            batch_sampler=rows,
+            num_workers=self.training.workers if fork else 0,
+            collate_fn=list,
+            multiprocessing_context=fork,
+            worker_init_fn=_deaf,
+            generator=torch.Generator(),  # or it would draw from everyone's
+        )
+
+    def _mixed(self, items: list[tuple[int, Tensor | None, int]], epoch: int, step: int) -> Part:
+        self.training.unreadable.update(i for i, image, _ in items if image is None)
+        items = [item for item in items if item[1] is not None]
+        if not items:
+            raise InputError(f"every image of a part of a step is unreadable in {self.training.source.name}")
+        images, labels = torch.stack([item[1] for item in items]), torch.tensor([item[2] for item in items])
+        labelled = self.training.source.labels is not None
+        smoothing, recipe = self.recipe.smoothing, self.recipe
+        if recipe.mixes and len(images) % 2 == 0:  # odd where an image was unreadable
+            from timm.data import Mixup
+
+            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=self.classes)
+            with seeded(self.seed, epoch, step, 1):
+                images, targets = mix(images, labels.clamp(min=0))
+        else:
+            targets = torch.nn.functional.one_hot(labels.clamp(min=0), self.classes).float()
+            targets = targets * (1 - smoothing) + smoothing / self.classes
+        return Part(images, targets if labelled else None)
+
+
+def mirrored(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
+    """One of `parts` parts of a step's rows: pairs from both ends, so that row i stays with its mirror image.
+
+    timm mixes a batch with its own reverse; so every part is mixed as it would be in the whole.
+    """
+    rows = np.asarray(rows)
+    half = len(rows) // 2
+    inner = np.arange(part * half // parts, (part + 1) * half // parts)
+    return np.concatenate([rows[inner], rows[::-1][inner[::-1]]])
+
+
+def training_transform(
+    preprocessing: Preprocessing, image_size: tuple[int, int], recipe: Recipe
+) -> Callable[[Any], Tensor]:
+    """A function from a PIL image, in any mode, to an augmented (channels, height, width) float32."""
+    from timm.data import create_transform
+
+    channels = len(preprocessing.mean)
+    augment, colours, finish = create_transform(
+        input_size=(3, *image_size),
+        is_training=True,
+        scale=(recipe.crop, 1.0),
+        hflip=recipe.flip,
+        color_jitter=0.0,
+        auto_augment=recipe.randaugment or None,
+        # nearest and lanczos are not among those that timm's crops and RandAugment take.
+        interpolation=preprocessing.interpolation if preprocessing.interpolation == "bilinear" else "bicubic",
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        re_prob=recipe.erasing,
+        re_mode="pixel",
+        separate=True,
+    )
+    mode = "L" if channels == 1 else "RGB"
+    # RandAugment fills with a colour of three channels, so it gets them.
+    return lambda image: finish(colours(augment(image.convert("RGB"))).convert(mode))
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Python's, numpy's and torch's generators set by `numbers` inside the block, and as they were after it."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.random.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def _deaf(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one saves first, and ends its workers after that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

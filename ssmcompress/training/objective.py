@@ -1,0 +1,57 @@
+"""What fine-tuning makes small: distance from the teacher, from the labels, or from both."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .recipe import Recipe
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """(images,) KL(teacher || model) in nats at a temperature, times its square (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        logits, teacher: (images, classes).
+    """
+    ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
+    """(images,) mean over tokens of 1 - cosine, of features (images, tokens, d_model) and the teacher's there."""
+    return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=2).mean(1)
+
+
+def objective(
+    recipe: Recipe,
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None = None,
+    features: Tensor | None = None,
+    teacher_features: Tensor | None = None,
+) -> Tensor:
+    """(images,) what each image adds.
+
+    Args:
+        logits, teacher: (images, classes); no teacher: the labels have all the weight.
+        targets: (images, classes) what the labels say, or None: the teacher has all the weight.
+        features, teacher_features: (images, kept, d_model) of the last layer, at the same positions.
+    """
+    weight = teacher_weight(recipe, teacher is not None, targets is not None)
+    total = torch.zeros(len(logits), device=logits.device)
+    if weight > 0:
+        total = total + weight * distillation(logits, teacher, recipe.temperature)
+    if weight < 1:
+        total = total - (1 - weight) * (targets * F.log_softmax(logits.float(), dim=1)).sum(1)
+    if features is not None:
+        total = total + recipe.features * feature_distance(features, teacher_features)
+    return total
+
+
+def teacher_weight(recipe: Recipe, has_teacher: bool, has_labels: bool) -> float:
+    """What the teacher's part is, by what there is."""
+    if not has_teacher:
+        return 0.0
+    return recipe.teacher if has_labels else 1.0

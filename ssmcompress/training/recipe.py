@@ -1,0 +1,159 @@
+"""Recipes: everything that decides how a model is fine-tuned, apart from the model and the images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune; the defaults are a short recipe with the dense model as teacher.
+
+    Attributes:
+        epochs: passes over the training images. batch_size: images a step, over all processes; even.
+        accumulate: parts in which each process computes its share of a step, one after the other.
+        lr: highest learning rate for 512 images a step, in proportion for others (DeiT's rule). It rises from
+            `warmup_lr` over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are taken
+            as they are.
+        weight_decay: AdamW's, of matrices alone. beta2: of AdamW. clip_grad: largest norm of the gradient, 0: any.
+        norms: train the norm layers, too; False leaves them untouched in every layer.
+        teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the rest. Without
+            labels the teacher has all of it, without a teacher the labels.
+        temperature: logits of both are divided by it in the KL, which is multiplied by its square.
+        features: weight, beside those, of 1 - cosine of the kept tokens' last features and the teacher's.
+        smoothing: of the labels. mixup, cutmix: their alphas, 0: off. randaugment: timm's text for it, "": off.
+        erasing: probability of random erasing. crop: least share of an image's area that a random crop takes.
+        flip: probability of mirroring.
+        ema: decay of the average of the weights, 0: none; chosen over the weights where it does better.
+        ramp: share of the steps over which the pruning ratios rise from 0 to their targets.
+        dtype: of the autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it.
+    """
+
+    epochs: int = 3
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 4e-3
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    clip_grad: float = 1.0
+    norms: bool = False
+    teacher: float = 0.5
+    temperature: float = 1.0
+    features: float = 0.0
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: str = ""
+    erasing: float = 0.0
+    crop: float = 0.7
+    flip: float = 0.5
+    ema: float = 0.0
+    ramp: float = 0.0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        def expect(name: str, fine: bool, what: str) -> None:
+            if not fine:
+                raise InputError(f"recipe: {name} {getattr(self, name)!r}: expected {what}")
+
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                expect(field.name, number and value >= 0, "a number, 0 or above")
+            elif field.type == "int":
+                expect(field.name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "1 or more")
+            else:
+                expect(
+                    field.name, type(value).__name__ == field.type, {"bool": "true or false"}.get(field.type, "text")
+                )
+        expect("batch_size", self.batch_size % 2 == 0, "an even number: images are mixed in pairs")
+        for name in ("warmup", "teacher", "smoothing", "erasing", "flip", "ramp"):
+            expect(name, getattr(self, name) <= 1, "0 to 1")
+        for name in ("smoothing", "ema", "beta2"):
+            expect(name, getattr(self, name) < 1, "0 to below 1")
+        expect("crop", 0 < self.crop <= 1, "above 0 to 1")
+        expect("temperature", self.temperature > 0, "above 0")
+        expect("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        if self.randaugment:
+            from timm.data.auto_augment import rand_augment_transform
+
+            try:
+                rand_augment_transform(self.randaugment, {})
+            except Exception as error:  # asserts and whatever else its parser raises
+                expect("randaugment", False, f"timm's text, as rand-m9-mstd0.5-inc1 ({error})")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def scaled_lr(self, images: int) -> float:
+        """The highest learning rate at so many images a step."""
+        return self.lr * images / 512
+
+    def changed(self, assignments: Sequence[str]) -> Recipe:
+        """With texts like "mixup=0.8" applied; InputError for a name or a value that is none."""
+        kinds = {field.name: field.type for field in fields(self)}
+        changes: dict[str, Any] = {}
+        for text in assignments:
+            name, equals, value = text.partition("=")
+            if not equals or name not in kinds:
+                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(kinds)}")
+            try:
+                changes[name] = value if kinds[name] == "str" else json.loads(value)
+            except ValueError as error:
+                raise InputError(f"{text}: expected a value of type {kinds[name]}") from error
+        return replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
+        """A recipe from JSON: what it does not name is as in `recipe`, a name of `RECIPES`, else the default's."""
+        try:
+            changes = dict(value)
+        except (TypeError, ValueError) as error:
+            raise InputError("not a recipe: expected a JSON object") from error
+        base = changes.pop("recipe", "default")
+        if not isinstance(base, str) or base not in RECIPES:
+            raise InputError(f"unknown recipe {base!r}: expected one of {', '.join(RECIPES)}")
+        unknown = sorted(map(str, set(changes) - {field.name for field in fields(cls)}))
+        if unknown:
+            raise InputError(f"a recipe has no {', '.join(unknown[:3])}: expected {', '.join(asdict(RECIPES[base]))}")
+        return replace(RECIPES[base], **changes)
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """One of `RECIPES`, or the one in a JSON file."""
+        if name in RECIPES:
+            return RECIPES[name]
+        try:
+            return cls.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        except OSError as error:
+            raise InputError(f"recipe {name}: expected one of {', '.join(RECIPES)}, or a JSON file") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{name}: not JSON ({error})") from error
+
+
+RECIPES = {
+    "default": Recipe(),
+    # ToP-ViM's (arXiv 2409.18962): DeiT's augmentations, no teacher; five of DeiT's epochs warm up.
+    "top-vim": Recipe(
+        epochs=30, batch_size=512, lr=5e-6, warmup_lr=1e-5, min_lr=1e-5, warmup=5 / 30, weight_decay=1e-8, beta2=0.999,
+        clip_grad=0.0, norms=True, teacher=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25, crop=0.08,
+        randaugment="rand-m9-mstd0.5-inc1", dtype="float32",
+    ),
+}  # fmt: skip

@@ -1,0 +1,61 @@
+"""What `test_training` runs in two processes: each step of the work, its figures from the first process as JSON.
+
+    torchrun --nproc-per-node 2 tests/distributed_work.py FOLDER
+
+FOLDER has dense.pt (a checkpoint) and images; without torchrun the same figures come from one process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import ssmcompress
+from ssmcompress import processes
+from ssmcompress.batches import Batches
+from ssmcompress.data import open_images
+from ssmcompress.evaluation import evaluate
+from ssmcompress.training.loop import finetune
+from ssmcompress.training.recipe import Recipe
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    processes.start("cpu")
+    several = processes.count() > 1
+    dense = ssmcompress.load(folder / "dense.pt")
+    images = open_images(folder / "images", dense.config.num_classes)
+    share = Batches(images, dense, processes.share(range(len(images))), batch_size=7)
+    plan = ssmcompress.calibrate(dense, share, ratio=0.3, distributed=several)
+    pruned = ssmcompress.prune(dense, plan)
+    found = evaluate(pruned, share, dense=dense, distributed=several)
+    share.put_together()
+    everything = Batches(images, dense, range(len(images)))
+    result = {
+        "processes": processes.count(),
+        "evaluation": vars(found),
+        "digests": len(share.digests),
+        "calibration": {
+            name: [value.tolist() for value in getattr(plan.calibration, name)]
+            for name in ("gap_deltas", "kept", "scores")
+        },
+        "images": plan.calibration.images,
+    }
+    # Weights as they were, whatever the calibration's last digit is; one step of 14 images, mixed with each other.
+    pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.3))
+    for name, changes in {
+        "step": {},
+        "mixed": {"mixup": 0.8, "cutmix": 1.0, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.5},
+        "accumulated": {"accumulate": 2, "mixup": 0.8},
+    }.items():
+        recipe = Recipe(epochs=1, batch_size=14, warmup=0.0, features=0.5, lr=0.1, **changes)
+        tuned = finetune(pruned, everything, dense=dense, recipe=recipe).last
+        result[name] = {k: v.flatten().tolist() for k, v in tuned.named_parameters()}
+    if processes.first():
+        print(json.dumps(result))
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
