@@ -196,9 +196,8 @@ def compress(
     from .finetuning import finetune_folder
 
     processes.wait()  # until the first has written
-    return finetune_folder(
-        load(output, device=next(model.parameters()).device), output, setup, dense=model, inside=output, command=command
-    )
+    written = load(output, device=next(model.parameters()).device)
+    return finetune_folder(written, output, setup, dense=model, inside=output, force=True, command=command)
 
 
 def write_measured(

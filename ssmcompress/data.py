@@ -81,7 +81,9 @@ def open_images(name: str | Path, num_classes: int) -> Images:
         repo, colon, split = str(name).partition(":")
         if colon and repo and split:
             return _from_hub(repo, split, num_classes)
-        raise InputError(f"no data at {name}: expected a folder, a parquet or arrow file, or a hub name with :split")
+        raise InputError(
+            f"no data at {name}: expected a folder, a parquet, arrow or tar file, or a hub name with :split"
+        )
     try:
         if not path.is_dir() and path.name.endswith(SHARD_SUFFIXES):
             return _from_shards([path], str(name), num_classes)

@@ -54,7 +54,8 @@ def finetune_folder(
         setup: with `data` to learn from, `eval_data` to measure on (else a tenth of `data` is kept for that) and the
             `recipe`.
         dense: the teacher (unless `setup` wants none), and what the report compares with; None: the labels alone.
-        inside: the folder that `model` was read from; it may be `output`, which is then replaced.
+        inside: the folder that `model` was read from; it may be `output`, which is then replaced, with `force` or
+            `resume`.
         resume: go on from the state, if there is one; a finished run is done at once.
         force: replace `output` if ssmcompress wrote it, and start afresh whatever state there is.
         command: recorded as how it was made.
@@ -74,24 +75,26 @@ def finetune_folder(
             remove_state(state)
         line(f"{output} is finished")
         return report
-    replaces = inside is not None and output.exists() and output.resolve() == inside.resolve()
-    may_replace = force or replaces
+    goes_on_inside = resume and inside is not None and output.exists() and output.resolve() == inside.resolve()
+    may_replace = force or goes_on_inside
     if processes.first():
-        _check(output, state, [setup.data, setup.eval_data], resume, force, replaces)
+        check_target(output, may_replace, [setup.data, setup.eval_data])
+        if state.exists() and not resume:
+            if not force:
+                raise InputError(
+                    f"{state} holds the state of an interrupted run: --resume goes on, --force starts afresh"
+                )
+            remove_state(state)
     training, held_out, measured = split(model, setup)
     warn_about_classes(training)
-    with _logger(setup.tensorboard) as log:
-        best, last = finetune(
-            model,
-            training,
-            dense=dense if setup.teacher else None,
-            recipe=recipe,
-            held_out=held_out,
-            seed=setup.seed,
-            state=state,
-            resume=resume,
-            log=log,
-        )
+    teacher = dense if setup.teacher else None
+    options = {"dense": teacher, "recipe": recipe, "held_out": held_out, "seed": setup.seed}
+    try:
+        with _logger(setup.tensorboard) as log:
+            best, last = finetune(model, training, state=state, resume=resume, log=log, **options)
+    except KeyboardInterrupt:
+        line(f"the state is in {state}: `ssmcompress finetune {inside or 'MODEL'} ... -o {output} --resume` goes on")
+        raise
     models = {"dense": dense, before(model): model, "pruned": best}
     there = {name: one for name, one in models.items() if one is not None}
     results = measure(there, measured, dtype=setup.dtype, distributed=processes.count() > 1)
@@ -196,15 +199,6 @@ def finished(output: Path, setup: Setup, recipe: Recipe) -> dict[str, Any] | Non
         told = ", ".join(f"{name} {found.get(name)!r} for {wanted[name]!r}" for name in differences[:3])
         raise InputError(f"{output} holds another fine-tuned model, with {told}; choose another output or --force")
     return reports.read(output)[1]
-
-
-def _check(output: Path, state: Path, inputs: list[str | None], resume: bool, force: bool, replaces: bool) -> None:
-    """Find out before the long work whether the folder can be written, and what becomes of an earlier state."""
-    check_target(output, force or replaces, inputs)
-    if state.exists() and not resume:
-        if not force:
-            raise InputError(f"{state} holds the state of an interrupted run: --resume goes on, --force starts afresh")
-        remove_state(state)
 
 
 def _earlier_report(folder: Path | None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ Std = Annotated[str | None, typer.Option(help="Normalisation deviation, likewise
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized side that the centre crop keeps.")]
 Interpolation = Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest or lanczos.")]
 Data = Annotated[
-    str | None, typer.Option(help="Folder of (class folders of) images, parquet or arrow file, or hub name:split.")
+    str | None, typer.Option(help="Folder of (class folders of) images, parquet, arrow or tar file, or hub name:split.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[Precision, typer.Option(help="Precision of matrix products when measuring.")]

@@ -1,7 +1,14 @@
 """Images from every place users keep them in, and what is wrong with some."""
 
+import gzip
+import io
 import json
+import tarfile
+import tracemalloc
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import BUNDLED, make_vim, write_image
@@ -233,3 +240,106 @@ def test_a_hub_name_with_a_split_is_loaded_by_datasets(tmp_path, monkeypatch):
     assert images.read(1).size == (8, 8)
     with pytest.raises(InputError, match="neither here nor on the hub"):
         open_images(f"{tmp_path / 'repo'}:test", 10)
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+
+
+def write_shard(path, members):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_shards_are_read_in_place(tmp_path):
+    """Labels before and after their image, in .cls and .json, in nested folders, over several files."""
+    write_shard(
+        tmp_path / "s" / "000.tar", [("a/0.png", png(0)), ("a/0.cls", b"3"), ("b/0.cls", b"1\n"), ("b/0.PNG", png(1))]
+    )
+    write_shard(
+        tmp_path / "s" / "001.tar",
+        [("7.json", b'{"label": 2, "text": "x"}'), ("7.png", png(2)), ("notes.txt", b"no image"), ("8.cls", b"1")],
+    )
+    images = open_images(tmp_path / "s", num_classes=4)
+    assert images.labels == (3, 1, 2)
+    for i in range(3):
+        assert np.array_equal(np.asarray(images.read(i)), np.asarray(Image.open(io.BytesIO(png(i)))))
+    assert "001.tar" in images.describe(2)
+    one = open_images(tmp_path / "s" / "001.tar", num_classes=4)
+    assert (len(one), one.labels) == (1, (2,))
+
+
+def test_shards_without_labels(tmp_path):
+    file = write_shard(tmp_path / "s" / "0.tar", [("0.png", png(0)), ("1.png", png(1))])
+    assert open_images(file, num_classes=4).labels is None
+    write_shard(tmp_path / "s" / "1.tar", [("0.png", png(0)), ("0.cls", b"1")])
+    with pytest.raises(InputError, match="row 0: label -1"):
+        open_images(tmp_path / "s", num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(b"", "expected members"), (b"x" * 600, "uncompressed tar"), (gzip.compress(b"x" * 600), "unpack it")],
+)
+def test_files_that_are_no_shards(tmp_path, content, what):
+    file = tmp_path / "a.tar"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="a.tar") as error:
+        open_images(file, num_classes=4)
+    assert what in str(error.value) or "not a whole" in str(error.value)
+
+
+def test_a_shard_cut_off_anywhere_is_refused(tmp_path):
+    file = write_shard(
+        tmp_path / "s" / "0.tar", [("0.png", png(0)), ("0.cls", b"1"), ("1.png", png(1)), ("1.cls", b"1")]
+    )
+    content = file.read_bytes()
+    with tarfile.open(file) as tar:
+        last = tar.getmember("1.cls").offset_data + 1
+    for length in (300, 700, last - 1025, last - 513, last - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(InputError, match="0.tar"):
+            open_images(file, num_classes=4)
+
+
+@pytest.mark.parametrize("label", [b"cat", b"1.5", b"true", b"[1]", b"", b"99999999999", b"-7", b"4"])
+def test_labels_in_shards_that_are_none(tmp_path, label):
+    file = write_shard(tmp_path / "s" / "0.tar", [("0.png", png(0)), ("0.cls", label)])
+    with pytest.raises(InputError, match="label"):
+        open_images(file, num_classes=4)
+
+
+def test_large_parquet_files_are_mapped_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("ssmcompress.data.IN_MEMORY", 10)
+    table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(5)], "label": list(range(5))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    images = open_images(tmp_path / "a.parquet", num_classes=5)
+    assert images.labels == (0, 1, 2, 3, 4)
+    assert np.array_equal(np.asarray(images.read(3)), np.asarray(Image.open(io.BytesIO(png(3)))))
+
+
+def test_a_tree_of_many_files_takes_little_memory(tmp_path):
+    """Names of 20,000 files in one piece: less than a megabyte, and nothing that a fork would copy."""
+    for label in range(10):
+        (tmp_path / f"class{label}").mkdir()
+        for i in range(2000):
+            (tmp_path / f"class{label}" / f"{i:04}.png").touch()
+    tracemalloc.start()
+    images = open_images(tmp_path, num_classes=10)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(images) == 20_000
+    assert held < 1 << 20
+    assert images.describe(19_999) == str(tmp_path / "class9" / "1999.png")
