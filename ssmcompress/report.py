@@ -173,7 +173,8 @@ def notes(report: Report) -> list[str]:
 
 def _finetuning_note(tuned: Mapping[str, Any]) -> str:
     taught = [name for name in ("labels", "teacher") if tuned[name]]
-    chosen = f", of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    chosen = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    chosen = chosen if tuned["epoch"] else " as before, for those of no epoch did better"
     chosen += ", averaged" if tuned["averaged"] else ""
     chosen += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
     return (

@@ -112,6 +112,8 @@ def finetune(
     run = _Run(pruned, training, dense, recipe, held_out, seed, state)
     if resume and state is not None and state.exists():
         run.restore()
+    else:
+        run.begin()
     try:
         with _stop_requests() as stopped:
             run.train(stopped, log)
@@ -272,9 +274,27 @@ class _Run:
 
     def end_epoch(self, figures: dict[str, float]) -> None:
         """Measure on the images held out, and keep the weights if they do best there."""
-        self._ramp(None)
         epoch = self.step // self.examples.steps
         candidates = {"weights": self.model} | ({"average": self.average.module} if self.average is not None else {})
+        name, held = self._consider(candidates, epoch)
+        entry = {"epoch": epoch, "step": self.step, **figures, "held_out": held, "averaged": name == "average"}
+        self.history.append(entry | {"seconds": round(self.seconds, 2)})
+        told = [self.sums.text()]
+        if held:
+            told += [f"held out: top-1 {held['top1']:.2f} %"] if held["labelled"] else []
+            told += [f"same class as dense {held['agreement']:.2f} %"] if held["agreement"] is not None else []
+        told.append(f"{self.seconds / self.step * (self.steps - self.step) / 60:.0f} min left")
+        line(f"epoch {epoch} of {self.recipe.epochs}: {', '.join(told)}")
+        self.sums = _Sums()
+
+    def begin(self) -> None:
+        """What the run begins with is a candidate too: whatever becomes of it, the model is no worse for it."""
+        if self.held_out is not None:
+            self._consider({"weights": self.model}, 0)
+
+    def _consider(self, candidates: dict[str, TokenModel], epoch: int) -> tuple[str, dict[str, Any] | None]:
+        """(name, what was measured) of the best candidate, whose weights are kept if none was better before."""
+        self._ramp(None)
         measured: dict[str, dict[str, Any]] = {}
         if self.held_out is not None:
             models = candidates | ({"dense": self.dense} if self.dense is not None else {})
@@ -285,16 +305,7 @@ class _Run:
         if scores[name] < self.score or self.best is None or self.held_out is None:
             self.score, self.best_epoch, self.best_averaged = scores[name], epoch, name == "average"
             self.best = {k: v.detach().cpu().clone() for k, v in candidates[name].state_dict().items()}
-        held = measured.get(name)
-        entry = {"epoch": epoch, "step": self.step, **figures, "held_out": held, "averaged": name == "average"}
-        self.history.append(entry | {"seconds": round(self.seconds, 2)})
-        told = [self.sums.text()]
-        if held:
-            told += [f"held out: top-1 {held['top1']:.2f} %"] if held["labelled"] else []
-            told += [f"same class as dense {held['agreement']:.2f} %"] if held["agreement"] is not None else []
-        told.append(f"{self.seconds / self.step * (self.steps - self.step) / 60:.0f} min left")
-        line(f"epoch {epoch} of {self.recipe.epochs}: {', '.join(told)}")
-        self.sums = _Sums()
+        return name, measured.get(name)
 
     def _score(self, found: dict[str, Any] | None) -> float:
         """What the recipe makes small, on images held out as they are; the epoch with the least is the best."""
@@ -364,7 +375,7 @@ class _Run:
         kept += ", loadable as a model" if kept else ""
         raise SsmCompressError(
             f"the loss is not finite at step {self.step + 1} of {self.steps}{kept}; try a lower lr (now "
-            f"{self.recipe.lr:g} for 512 images) or clip_grad, and start afresh"
+            f"{self.recipe.lr:g} for {self.recipe.lr_images} images) or clip_grad, and start afresh"
         )
 
     def _any(self, value: bool) -> bool:

@@ -21,9 +21,8 @@ class Recipe:
     Attributes:
         epochs: passes over the training images. batch_size: images a step, over all processes; even.
         accumulate: parts in which each process computes its share of a step, one after the other.
-        lr: highest learning rate for 512 images a step, in proportion for others (DeiT's rule). It rises from
-            `warmup_lr` over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are taken
-            as they are.
+        lr: highest learning rate for `lr_images` images a step, in proportion for others. It rises from `warmup_lr`
+            over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are taken as they are.
         weight_decay: AdamW's, of matrices alone. beta2: of AdamW. clip_grad: largest norm of the gradient, 0: any.
         norms: train the norm layers, too; False leaves them untouched in every layer.
         teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the rest. Without
@@ -39,9 +38,10 @@ class Recipe:
     """
 
     epochs: int = 3
-    batch_size: int = 128
+    batch_size: int = 32
     accumulate: int = 1
-    lr: float = 4e-3
+    lr: float = 2e-3
+    lr_images: int = 32
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     warmup: float = 0.05
@@ -57,9 +57,9 @@ class Recipe:
     cutmix: float = 0.0
     randaugment: str = ""
     erasing: float = 0.0
-    crop: float = 0.7
+    crop: float = 1.0
     flip: float = 0.5
-    ema: float = 0.0
+    ema: float = 0.999
     ramp: float = 0.0
     dtype: str = "auto"
 
@@ -102,7 +102,7 @@ class Recipe:
 
     def scaled_lr(self, images: int) -> float:
         """The highest learning rate at so many images a step."""
-        return self.lr * images / 512
+        return self.lr * images / self.lr_images
 
     def changed(self, assignments: Sequence[str]) -> Recipe:
         """With texts like "mixup=0.8" applied; InputError for a name or a value that is none."""
@@ -152,8 +152,8 @@ RECIPES = {
     "default": Recipe(),
     # ToP-ViM's (arXiv 2409.18962): DeiT's augmentations, no teacher; five of DeiT's epochs warm up.
     "top-vim": Recipe(
-        epochs=30, batch_size=512, lr=5e-6, warmup_lr=1e-5, min_lr=1e-5, warmup=5 / 30, weight_decay=1e-8, beta2=0.999,
-        clip_grad=0.0, norms=True, teacher=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.25, crop=0.08,
-        randaugment="rand-m9-mstd0.5-inc1", dtype="float32",
+        epochs=30, batch_size=512, lr=5e-6, lr_images=512, warmup_lr=1e-5, min_lr=1e-5, warmup=5 / 30,
+        weight_decay=1e-8, beta2=0.999, clip_grad=0.0, norms=True, teacher=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0,
+        erasing=0.25, crop=0.08, randaugment="rand-m9-mstd0.5-inc1", ema=0.0, dtype="float32",
     ),
 }  # fmt: skip

@@ -18,7 +18,8 @@ class Finetuning:
         name, images: the data, and how many of its images a pass takes. held_out: how many chose among the epochs.
         labels, teacher: whether they were used. recipe: a `Recipe` as a JSON value, with the batch size as it was.
         seed: of the order of the images and of their augmentation. steps: optimiser steps in all.
-        epoch: whose weights the model has. averaged: whether these are the average of the weights.
+        epoch: whose weights the model has, 0: those that it began with, for none did better on the images held out.
+        averaged: whether these are the average of the weights.
         seconds: of all processes side by side. processes: how many there were at the end.
         history: a JSON value for each epoch.
     """
