@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         "mixed": {"mixup": 0.8, "cutmix": 1.0, "randaugment": "rand-m9-mstd0.5-inc1", "erasing": 0.5},
         "accumulated": {"accumulate": 2, "mixup": 0.8},
     }.items():
-        recipe = Recipe(epochs=1, batch_size=14, warmup=0.0, features=0.5, lr=0.1, **changes)
+        recipe = Recipe(epochs=1, batch_size=14, warmup=0.0, features=0.5, lr=3e-3, **changes)
         tuned = finetune(pruned, everything, dense=dense, recipe=recipe).last
         result[name] = {k: v.flatten().tolist() for k, v in tuned.named_parameters()}
     if processes.first():

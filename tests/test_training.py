@@ -32,7 +32,7 @@ from ssmcompress.training.record import Finetuning
 from ssmcompress.training.state import read_state
 
 TESTS = Path(__file__).parent
-SMALL = Recipe(epochs=2, batch_size=10, lr=0.05)
+SMALL = Recipe(epochs=2, batch_size=10, lr=1e-3, lr_images=10, ema=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +259,17 @@ def test_the_model_comes_closer_to_its_teacher_without_labels(model, tmp_path):
     assert evaluate(tuned, data, dense=model).kl == pytest.approx(best["held_out"]["kl"], abs=1e-6)
 
 
+def test_a_model_is_no_worse_for_it(vim, pictures):
+    """With steps far too large every epoch does worse than the model before, whose weights are kept."""
+    data = batches(vim, pictures)
+    pruned = pruned_of(vim)
+    recipe = replace(SMALL, lr=3.0, teacher=1.0, clip_grad=0.0, warmup=0.0)
+    tuned = finetune(pruned, data, dense=vim, recipe=recipe, held_out=data)
+    assert tuned.model.finetuning.epoch == 0
+    assert same(weights(tuned.model), weights(pruned))
+    assert not same(weights(tuned.last), weights(pruned))
+
+
 def test_labels_alone_teach(vim, pictures):
     data = batches(vim, pictures)
     recipe = replace(SMALL, epochs=16, batch_size=20, crop=1.0)
@@ -271,7 +282,7 @@ def test_labels_alone_teach(vim, pictures):
 def test_norms_are_trained_only_if_the_recipe_says_so(model, tmp_path, norms):
     for i in range(4):
         write_image(tmp_path / f"{i}.png", i, size=model.config.image_size)
-    recipe = Recipe(epochs=1, batch_size=4, lr=1.0, warmup=0.0, norms=norms)
+    recipe = replace(SMALL, epochs=1, batch_size=4, lr=1e-2, warmup=0.0, norms=norms)
     pruned = pruned_of(model)
     tuned = finetune(pruned, batches(model, tmp_path), dense=model, recipe=recipe).last
     old, new = weights(pruned), weights(tuned)
@@ -410,7 +421,7 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(vim, pictures, tmp_p
     state, data = tmp_path / "state.pt", batches(vim, pictures)
     options = {"dense": vim, "state": state, "resume": True}
     finetune(pruned_of(vim), data, recipe=SMALL, **options)
-    for change in ({"recipe": replace(SMALL, lr=0.06)}, {"recipe": SMALL, "seed": 1}):
+    for change in ({"recipe": replace(SMALL, lr=2e-3)}, {"recipe": SMALL, "seed": 1}):
         with pytest.raises(InputError, match="of another run, with .*(lr|seed)"):
             finetune(pruned_of(vim), data, **change, **options)
     with pytest.raises(InputError, match="of another run, with .*model"):
