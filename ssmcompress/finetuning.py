@@ -93,7 +93,10 @@ def finetune_folder(
         with _logger(setup.tensorboard) as log:
             best, last = finetune(model, training, state=state, resume=resume, log=log, **options)
     except KeyboardInterrupt:
-        line(f"the state is in {state}: `ssmcompress finetune {inside or 'MODEL'} ... -o {output} --resume` goes on")
+        if state.exists():
+            line(
+                f"the state is in {state}: `ssmcompress finetune {inside or 'MODEL'} ... -o {output} --resume` goes on"
+            )
         raise
     models = {"dense": dense, before(model): model, "pruned": best}
     there = {name: one for name, one in models.items() if one is not None}

@@ -86,7 +86,7 @@ def finetune(
         held_out: batches that choose the best epoch, as `evaluate` takes them, a process's share of them in each; None:
             the last epoch is taken.
         seed: of the order of the images and of their augmentation.
-        state: file to keep the state of the run in, removed when it is done; None: none is kept.
+        state: file to keep the state of the run in; None: none is kept. Once the result is safe, it can go.
         resume: go on from that file, if it is there; the state of a run with another model, recipe, seed or data set is
             refused.
         log: called with figures by name and the step, in the first process.
