@@ -126,7 +126,8 @@ def _save_scan(ctx, inputs, output) -> None:
 
 
 def _scan_gradients(ctx, dy, dscores):
-    lists = _split(ctx.saved_tensors, [*ctx.counts, len(ctx.saved_tensors) - sum(ctx.counts)])
+    saved = ctx.saved_tensors  # once: checkpointing lets nobody read them twice
+    lists = _split(saved, [*ctx.counts, len(saved) - sum(ctx.counts)])
     *tensors, z = lists
     z = z[0] if z else None
     counts = [len(part) for part in _with_gradient(*tensors, z)]
