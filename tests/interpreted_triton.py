@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_cases import conv_case, grid_case, leaves, named, scan_case
+from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
 from ssmcompress.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
@@ -161,3 +162,18 @@ def test_the_work_that_is_timed_on_a_gpu():
     for _ in range(3):
         x = torch.exp2(x - 1)
     torch.testing.assert_close(out, x.repeat(2))
+
+
+def test_gradients_under_checkpointing():
+    """It hands out what a backward saved once, and refuses a second reading."""
+    case = scan_case(batch=1, length=5, d_inner=32, d_state=4)
+    case = {name: tensor.float() for name, tensor in case.items()}
+
+    def gradient(run):
+        u = case["u"].clone().requires_grad_()
+        y = run(lambda u: selective_scan(**{**case, "u": u}, delta_softplus=True, backend="triton"), u)
+        return torch.autograd.grad(y.square().sum(), u)[0]
+
+    plain = gradient(lambda scan, u: scan(u))
+    kept = gradient(lambda scan, u: checkpoint(scan, u, use_reentrant=False))
+    assert torch.equal(kept, plain)
