@@ -342,8 +342,15 @@ def test_what_cannot_be_learnt_from(vim, tmp_path, pictures):
         finetune(pruned_of(vim), data, dense=make_vim(depth=3), recipe=SMALL)
     with pytest.raises(InputError, match="3 images to train on"):
         finetune(pruned_of(vim), data, dense=vim, recipe=replace(SMALL, accumulate=2))
-    with pytest.raises(InputError, match="features"):
-        finetune(pruned_of(vim), batches(vim, pictures), recipe=replace(SMALL, features=1.0))
+
+
+def test_features_are_compared_with_a_teachers_alone(vim, pictures):
+    """Without one, their weight changes nothing."""
+    data = batches(vim, pictures)
+    with_them, without = (
+        finetune(pruned_of(vim), data, recipe=replace(SMALL, features=features)).last for features in (1.0, 0.0)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_them.parameters(), without.parameters(), strict=True))
 
 
 def test_fewer_images_than_a_batch_are_one_step(vim, tmp_path):

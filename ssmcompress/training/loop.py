@@ -107,8 +107,6 @@ def finetune(
         raise InputError(
             f"{training.source.name} has no labels, and there is no dense model to learn from: give either"
         )
-    if recipe.features and dense is None:
-        raise InputError("recipe: features needs the dense model as teacher")
     run = _Run(pruned, training, dense, recipe, held_out, seed, state)
     if resume and state is not None and state.exists():
         run.restore()
@@ -255,7 +253,7 @@ class _Run:
                     tokens, _ = self.dense.encode(images)
                     teacher, teacher_features = self.dense.readout(tokens), tokens.features
             logits, features, positions = self.student(images)
-        if self.recipe.features:
+        if teacher is not None and self.recipe.features:
             teacher_features = taken(teacher_features, positions)
         else:
             features = teacher_features = None

@@ -28,7 +28,8 @@ class Recipe:
         teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the rest. Without
             labels the teacher has all of it, without a teacher the labels.
         temperature: logits of both are divided by it in the KL, which is multiplied by its square.
-        features: weight, beside those, of 1 - cosine of the kept tokens' last features and the teacher's.
+        features: weight, beside those, of 1 - cosine of the kept tokens' last features and the teacher's; without a
+            teacher there is none. On the bundled model 1 brought 0.13 points over 0, 10 cost 0.43.
         smoothing: of the labels. mixup, cutmix: their alphas, 0: off. randaugment: timm's text for it, "": off.
         erasing: probability of random erasing. crop: least share of an image's area that a random crop takes.
         flip: probability of mirroring.
@@ -51,7 +52,7 @@ class Recipe:
     norms: bool = False
     teacher: float = 0.5
     temperature: float = 1.0
-    features: float = 0.0
+    features: float = 1.0
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -153,7 +154,7 @@ RECIPES = {
     # ToP-ViM's (arXiv 2409.18962): DeiT's augmentations, no teacher; five of DeiT's epochs warm up.
     "top-vim": Recipe(
         epochs=30, batch_size=512, lr=5e-6, lr_images=512, warmup_lr=1e-5, min_lr=1e-5, warmup=5 / 30,
-        weight_decay=1e-8, beta2=0.999, clip_grad=0.0, norms=True, teacher=0.0, smoothing=0.1, mixup=0.8, cutmix=1.0,
-        erasing=0.25, crop=0.08, randaugment="rand-m9-mstd0.5-inc1", ema=0.0, dtype="float32",
+        weight_decay=1e-8, beta2=0.999, clip_grad=0.0, norms=True, teacher=0.0, features=0.0, smoothing=0.1,
+        mixup=0.8, cutmix=1.0, erasing=0.25, crop=0.08, randaugment="rand-m9-mstd0.5-inc1", ema=0.0, dtype="float32",
     ),
 }  # fmt: skip
