@@ -154,7 +154,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(known)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
     corrections = {k: v for k, v in state.items() if k.startswith("corrections.")}
-    weights = clean({k: v for k, v in state.items() if k not in gaps and k not in corrections})
+    probes = {k: v for k, v in state.items() if k.startswith("pruners.")}
+    weights = clean({k: v for k, v in state.items() if not (k in gaps or k in corrections or k in probes)})
     try:
         trained = tuple(int(side) for side in architecture["image_size"])
         stride = stride or int(architecture["stride"])
@@ -175,6 +176,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
         _fill_gaps(model, gaps)
+        _fill_probes(model, probes)
         _fill_corrections(model, corrections)
         model.plan = plan
         if pruning.get("reconstruction") is not None:
@@ -231,6 +233,17 @@ def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:
         if not gaps[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
         buffer.copy_(gaps[key])
+
+
+def _fill_probes(model: TokenModel, probes: Mapping[str, Tensor]) -> None:
+    buffers = {f"pruners.{k}": v for k, v in model.pruners.named_buffers() if k.endswith(".probe")}
+    wrong = sorted(set(buffers) ^ set(probes)) or [k for k in probes if probes[k].shape != buffers[k].shape]
+    if wrong:
+        raise InputError(f"what ranks the tokens does not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
+    for key, buffer in buffers.items():
+        if not probes[key].to(buffer.dtype).isfinite().all():
+            raise InputError(f"{key} holds values that are not finite; the file is damaged")
+        buffer.copy_(probes[key])
 
 
 def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:

@@ -61,11 +61,11 @@ from .options import (
     Unsafe,
     Weights,
     Workers,
-    flops_share,
     image_sides,
     numbers,
     ratios_removed,
     recipe_of,
+    share_kept,
 )
 
 # Heavy imports (torch takes two seconds) stay inside the commands, so that --help answers at once.
@@ -189,8 +189,21 @@ def prune(
         typer.Option(help="Share of tokens REMOVED at each stage, or one a stage: 0.3 or 0.2,0.3,0.4. Default 0.3."),
     ] = None,
     flops: Annotated[
-        str | None, typer.Option(help="Share of the FLOPs to KEEP, 60%; instead of --ratio, alike at each stage.")
+        str | None, typer.Option(help="Share of the FLOPs to KEEP, 60%; searches for the plan that loses least.")
     ] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Share of the latency to KEEP at batch 1, 60%, timed here; searches likewise.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search/--no-search", help="Without: --flops prunes all stages alike by one metric.")
+    ] = True,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="sensitivity.json of an earlier search, or its folder: not measured again.")
+    ] = None,
+    search_images: Annotated[int, typer.Option(min=1, help="Images to search on, at most half of --samples.")] = 512,
+    by_labels: Annotated[
+        bool, typer.Option("--by-labels", help="Search by labels, not by the dense model's own outputs.")
+    ] = False,
     stages: Annotated[
         str | None, typer.Option(help="Layers (from 1) after which to prune. Default: 5,10,15 scaled to the depth.")
     ] = None,
@@ -242,29 +255,37 @@ def prune(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     threads: Threads = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time both models at batch 1.")] = True,
+    timing: Annotated[bool, typer.Option(" /--no-latency", help="Do not time the models at batch 1.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune tokens of a dense model: calibrate, prune, reconstruct, measure, write a folder."""
     ratios = ratios_removed(ratio) if ratio is not None else None
-    share = flops_share(flops) if flops is not None else None
+    share = share_kept(flops, "--flops") if flops is not None else None
+    time_share = share_kept(latency, "--latency") if latency is not None else None
     layers = numbers(stages, "--stages", int)
-    given = [name for name, value in (("--ratio", ratio), ("--flops", flops), ("--plan", plan)) if value is not None]
+    ways = (("--ratio", ratio), ("--flops", flops), ("--latency", latency), ("--plan", plan))
+    given = [name for name, value in ways if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)}: expected one of them")
     own = [("--stages", stages), ("--importance", importance), ("--align or --no-align", align)]
     if plan is not None and (extra := [name for name, value in own if value is not None]):
         raise InputError(f"--plan and {', '.join(extra)}: a plan has that in it")
+    searching = search and (flops is not None or latency is not None)
+    if latency is not None and not search:
+        raise InputError("--latency is met by a search: leave out --no-search")
+    if not searching and (sensitivity is not None or by_labels):
+        raise InputError("--sensitivity and --by-labels belong to a search: give --flops or --latency")
     training = [("--recipe", recipe != "default"), ("--set", recipe_changes), ("--ramp", ramp is not None)]
     if finetune_epochs is None and (unused := [name for name, given in training if given]):
         raise InputError(f"{', '.join(unused)}: how to fine-tune, but --finetune-epochs is not given")
     if finetune_epochs is not None and data is None:
         raise InputError("--finetune-epochs needs images to learn from: give --data")
     chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
-    from .compression import Setup, compress, corrections_reserve, folder_name, plan_for_budget, preview
+    from .compression import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .flops import reachable
+    from .pruning.alignment import Alignment
     from .pruning.calibrate import make_plan
     from .pruning.schedule import Plan, default_stages
 
@@ -275,6 +296,8 @@ def prune(
     options["alignment"] = align is not False
     if plan is not None:
         chosen = Plan.read(plan).validate(len(model.blocks))
+    elif searching:
+        chosen = None
     elif share is not None:
         where = layers or default_stages(len(model.blocks))
         make_plan(model, **options)  # speaks up about stages before the range is counted with them
@@ -286,17 +309,18 @@ def prune(
     else:
         ratios = ratios or (0.3,)
         chosen = make_plan(model, ratio=ratios[0] if len(ratios) == 1 else ratios, **options)
-    if dry_run:
+    if dry_run and chosen is not None:
         show_preview(preview(model, chosen), as_json)
         return
     folder = Path(output or Path("compressed", folder_name(checkpoint, {
-        "plan": Path(plan).stem if plan else None, "f": share, "r": ratios, "s": layers,
+        "plan": Path(plan).stem if plan else None, "f": share, "t": time_share, "r": ratios, "s": layers,
         "": importance.value if importance not in (None, Importance.clip) else None,
         "no-align": "" if align is False else None, "no-reconstruct": "" if reconstruct is False else None,
         "reconstruct": "" if reconstruct and data is None else None,
         "gap-": gap.value if gap else None, "seed": seed or None,
         "weights-": weights if weights != "model" else None, "image": image_size, "stride": stride,
-        "ft": finetune_epochs,
+        "ft": finetune_epochs, "no-search": "" if share is not None and not search else None,
+        "by-labels": "" if by_labels else None,
     })))  # fmt: skip
     import torch
 
@@ -310,12 +334,37 @@ def prune(
         batch_size=batch_size,
         workers=workers,
         dtype=getattr(torch, dtype.value),
-        measure_latency=latency,
+        measure_latency=timing,
         recipe=chosen_recipe,
         tensorboard=tensorboard,
     )
+    found: dict[str, Any] = {}
     with progress_bars(quiet):
-        report = compress(model, chosen, folder, setup, command=command_line(), force=force)
+        if chosen is None:
+            from .planning import Request, search_plan
+            from .pruning.sensitivity import SENSITIVITY_FILE
+
+            request = Request(
+                flops=share,
+                latency=time_share,
+                stages=layers,
+                importance=importance.value if importance else None,
+                alignment=Alignment(align is not False, align is not False),
+                labels=by_labels,
+                sensitivity=sensitivity,
+                images=search_images,
+            )
+            if not dry_run:
+                check_output(model, folder, setup, force)
+            searched = search_plan(model, request, setup)
+            chosen = searched.plan
+            found = {"found": searched.record, "extra": {SENSITIVITY_FILE: searched.sensitivity.to_json().encode()}}
+        if not dry_run:
+            report = compress(model, chosen, folder, setup, command=command_line(), force=force, **found)
+    if dry_run:
+        if processes.first():
+            show_preview({**preview(model, chosen), "search": found["found"]}, as_json)
+        return
     if not processes.first():
         return
     show_report(report, as_json)

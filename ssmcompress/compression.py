@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from .models.base import MadeBy, TokenModel
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
 from .pruning.calibrate import calibrate, make_plan
-from .pruning.pruner import prune
+from .pruning.pruner import install, prune
 from .pruning.reconstruct import reconstruct
 from .pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
 from .training.recipe import Recipe
@@ -121,7 +122,7 @@ def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
 def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
     """What a plan would do to a model, without images: a JSON value that `--plan` takes, too."""
     dense = flops(model)
-    pruned = prune(model, Plan(plan.stages, plan.alignment, seed=plan.seed))
+    pruned = install(copy.deepcopy(model), Plan(plan.stages, plan.alignment, seed=plan.seed))
     return {
         "plan": plan.to_dict(),
         "stages": stage_rows(pruned),
@@ -140,7 +141,15 @@ def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
 
 
 def compress(
-    model: TokenModel, plan: Plan, output: str | Path, setup: Setup = Setup(), *, command: str = "", force: bool = False
+    model: TokenModel,
+    plan: Plan,
+    output: str | Path,
+    setup: Setup = Setup(),
+    *,
+    command: str = "",
+    force: bool = False,
+    found: Mapping[str, Any] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; returns the report that is in it.
 
@@ -153,17 +162,14 @@ def compress(
         output: the folder to write; nothing is left there if anything fails.
         command: recorded as how it was made.
         force: replace `output` if ssmcompress wrote it.
+        found: how the plan was searched for, for the report. extra: further files of the folder, name -> content.
 
     Raises:
         InputError: data, plan or output that cannot be used.
     """
     output = Path(output)
     plan.validate(len(model.blocks))
-    inputs = [setup.data, setup.eval_data]
-    if model.source is not None:
-        inputs += [model.source.path, model.source.data]
-    if processes.first():
-        check_target(output, force, inputs)
+    check_output(model, output, setup, force)
     several = processes.count() > 1
     calibration, measured = _batches(model, setup)
     gap = setup.gap or plan.gap or ("bias" if calibration.source.stand_in else "calibrated")
@@ -190,7 +196,10 @@ def compress(
     pruned.made_by = MadeBy(command, versions())
     reconstruction = _reconstruction_block(pruned, seconds)
     about = {"calibration": _calibration_block(plan, calibration), "reconstruction": reconstruction}
-    report = write_measured(models, results, measured, overlap, about, output, setup, command=command, force=force)
+    about |= {"search": dict(found)} if found else {}
+    report = write_measured(
+        models, results, measured, overlap, about, output, setup, command=command, force=force, extra=extra
+    )
     if setup.recipe is None:
         return report
     from .finetuning import finetune_folder
@@ -198,6 +207,15 @@ def compress(
     processes.wait()  # until the first has written
     written = load(output, device=next(model.parameters()).device)
     return finetune_folder(written, output, setup, dense=model, inside=output, force=True, command=command)
+
+
+def check_output(model: TokenModel, output: str | Path, setup: Setup, force: bool) -> None:
+    """An InputError where `output` cannot be written, before the long work."""
+    inputs = [setup.data, setup.eval_data]
+    if model.source is not None:
+        inputs += [model.source.path, model.source.data]
+    if processes.first():
+        check_target(Path(output), force, inputs)
 
 
 def write_measured(
@@ -259,6 +277,11 @@ def write_measured(
     }
     save(pruned, output, extra={**files, **(extra or {})}, force=force)
     return report
+
+
+def calibration_images(model: TokenModel, setup: Setup) -> Batches:
+    """The images that a compression calibrates on."""
+    return _batches(model, setup)[0]
 
 
 def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:

@@ -21,6 +21,7 @@ from .files import check_target
 from .models.base import MadeBy, TokenModel
 from .pictures import history_chart
 from .progress import line
+from .pruning.sensitivity import SENSITIVITY_FILE
 from .training.loop import finetune
 from .training.recipe import Recipe
 from .training.state import remove_state
@@ -106,11 +107,17 @@ def finetune_folder(
     for tuned in (best, last):
         tuned.made_by = MadeBy(command, versions())
     earlier = _earlier_report(inside)
-    about = {name: earlier.get(name) for name in ("calibration", "reconstruction")}
+    about = {
+        name: earlier.get(name)
+        for name in ("calibration", "reconstruction", "search")
+        if name != "search" or name in earlier
+    }
     about["calibration"] = about["calibration"] or {"name": None, "images": 0, "unreadable": []}
     about["finetuning"] = {**asdict(best.finetuning), "unreadable": training.unreadable_names()}
     overlap = _overlap(training, measured, setup, earlier)
     extra = {LAST_FILE: serialise(last), reports.HISTORY_FILE: history_chart(best.finetuning)}
+    if inside is not None and (measured_before := Path(inside) / SENSITIVITY_FILE).is_file():
+        extra[SENSITIVITY_FILE] = measured_before.read_bytes()
     report = write_measured(
         models,
         results,

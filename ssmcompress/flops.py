@@ -36,9 +36,11 @@ def dense_flops(model: TokenModel) -> dict[str, float]:
 def by_part(model: TokenModel, convention: str = "full") -> dict[str, float]:
     """GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head.
 
-    A reconstructed model has corrections, too.
+    A pruned model may have scoring and merging, a reconstructed one corrections, too.
     """
     parts = model.flops_by_part(model.token_counts(), convention)
+    if model.plan:
+        parts = {**parts, **_stage_parts(model, model.plan.stages)}
     if model.corrections:
         parts = {**parts, "corrections": sum(weight.numel() for weight in model.corrections.parameters())}
     return {part: count / 1e9 for part, count in parts.items()}
@@ -49,9 +51,23 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
     def count(stages: Sequence[Stage]) -> int:
         counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
-        return sum(model.flops_by_part(counts, "full").values())
+        return sum(model.flops_by_part(counts, "full").values()) + sum(_stage_parts(model, stages).values())
 
     return count(stages) / count(())
+
+
+def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
+    """FLOPs that choosing takes beside what a layer computes anyway: a probe's products, the cosines of a merge."""
+    counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
+    width, parts = model.classifier.in_features, {}
+    for stage in stages:
+        tokens, kept = counts[stage.after - 1], counts[stage.after]
+        if stage.importance == "saliency":
+            parts["scoring"] = parts.get("scoring", 0) + tokens * width
+        if stage.merge is not None:
+            pairs = (tokens // 2) ** 2 if stage.merge == "ordered" else tokens * min(tokens - kept, kept)
+            parts["merging"] = parts.get("merging", 0) + pairs * width
+    return parts
 
 
 def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:

@@ -19,6 +19,7 @@ class Importance(str, Enum):
     random = "random"
     delta = "delta"
     clip_paths = "clip-paths"
+    saliency = "saliency"
 
 
 class GapSource(str, Enum):
@@ -63,14 +64,14 @@ def image_sides(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def flops_share(text: str) -> float:
+def share_kept(text: str, option: str) -> float:
     """0.6 of "60%" or "0.6"; whether that can be reached is not for this function to say."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
-        raise InputError(f"--flops {text}: expected the share to keep, as 60% or 0.6") from error
+        raise InputError(f"{option} {text}: expected the share to keep, as 60% or 0.6") from error
     if not math.isfinite(value):
-        raise InputError(f"--flops {text}: expected the share to keep, as 60% or 0.6")
+        raise InputError(f"{option} {text}: expected the share to keep, as 60% or 0.6")
     return value
 
 

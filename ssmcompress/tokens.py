@@ -25,6 +25,7 @@ class Tokens:
         alignment: which ops of the blocks make up for pruned positions.
         pruned_sum: (batch, d_model) sum over the pruned tokens of what a model remembers of each; where it needs that,
             else None.
+        sizes: (batch, kept) how many tokens each one stands for, where tokens were merged by it; else None.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; made from `positions`, once for all blocks up to the next stage.
     """
@@ -36,6 +37,7 @@ class Tokens:
     scores: Tensor | None = None
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
+    sizes: Tensor | None = None
     orders: tuple[ScanOrder, ...] = ()
     paths: tuple[KeptPath, ...] | None = None
 
@@ -58,7 +60,8 @@ class Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
         features = taken(self.features, index)
         positions = self.explicit_positions().gather(1, index)
-        return replace(self, features=features, positions=positions, paths=None, scores=None)
+        sizes = None if self.sizes is None else self.sizes.gather(1, index)
+        return replace(self, features=features, positions=positions, paths=None, scores=None, sizes=sizes)
 
     def remembering(self, before: Tokens, memory: Callable[[Tensor], Tensor]) -> Tokens:
         """These tokens with `pruned_sum`, where `before` are those that they were kept of.

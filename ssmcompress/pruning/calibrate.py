@@ -16,6 +16,7 @@ from ..models.base import TokenModel
 from ..progress import track
 from .alignment import Alignment
 from .pruner import prune
+from .saliency import fit_probes
 from .schedule import Calibration, Plan, Stage, default_stages
 
 
@@ -88,7 +89,9 @@ def calibrate(
     # Without scan alignment nothing reads the deltas: no pass over the images for their sake.
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
     deltas = mean_deltas(model, batches, distributed) if gap == "calibrated" else bias_deltas(model)
-    plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas))
+    salient = [stage.after for stage in plan.stages if stage.importance == "saliency"]
+    probes = fit_probes(model, batches, salient, distributed=distributed) if salient else ()
+    plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas, probes=probes))
     return replace(plan, calibration=_with_stage_statistics(model, plan, batches, distributed))
 
 

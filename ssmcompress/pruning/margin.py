@@ -13,8 +13,16 @@ from ..models.base import TokenModel
 def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
     """What an error would do to a model's decision: (layers + 1, images, tokens) float32.
 
-    Entry 0 is the squared length of the gradient of the margin, the best logit minus the second, by each token's
-    features before the first layer, entry i by those after layer i. One layer's activations are held at a time.
+    The squared length of each gradient of `features_and_gradients`.
+    """
+    return torch.stack([gradient.square().sum(-1) for gradient in features_and_gradients(model, images)[1]])
+
+
+def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Every token's features, and the gradient of a model's margin by them, each (images, tokens, d_model).
+
+    The margin is the best logit minus the second. Entry 0 is of the features before the first layer, entry i of those
+    after layer i. One layer's activations are held at a time.
     """
     with torch.no_grad():  # what comes before the first layer needs no graph
         tokens = model.embed(images)
@@ -31,4 +39,4 @@ def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
         best = logits.topk(min(2, logits.shape[1]), dim=1).values
         margin = 2 * best[:, 0] - best.sum(1)
         gradients = torch.autograd.grad(margin.sum(), states)
-    return torch.stack([gradient.square().sum(-1) for gradient in gradients])
+    return [state.detach() for state in states], list(gradients)

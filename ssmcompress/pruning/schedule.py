@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from .alignment import GAP_SOURCES, Alignment
 from .importance import IMPORTANCES
+from .merging import MERGES
 
 # ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
@@ -43,13 +44,27 @@ def kept_count(length: int, ratio: float, protected: bool) -> int:
     return min(length, max(2, kept))
 
 
+def share_removed(length: int, kept: int, protected: bool) -> float:
+    """The ratio by which `kept_count` keeps `kept` of `length` tokens."""
+    free = length - protected
+    return max(0.0, 1 - (kept - protected) / free) if free else 0.0
+
+
 @dataclass(frozen=True)
 class Stage:
-    """Remove the share `ratio` of the tokens after layer `after` (1-based), the least important by a metric."""
+    """Remove the share `ratio` of the tokens after layer `after` (1-based), the least important by a metric.
+
+    Attributes:
+        merge: how removed tokens are merged into others (`ssmcompress.pruning.merging`); None: they are dropped.
+    """
 
     after: int
     ratio: float
     importance: str = "clip"
+    merge: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "merge" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ class Calibration:
         gap_deltas: per layer (deltas, d_inner), the mean of delta over images and tokens.
         kept: per stage (positions,), the share of images that kept each position.
         scores: per stage (positions,), the mean importance over the images that had the position (0: none).
+        probes: per layer (d_model + positions,), what predicts the importance `saliency` (empty: nothing asks for it).
     """
 
     name: str
@@ -68,6 +84,7 @@ class Calibration:
     gap_deltas: tuple[Tensor, ...]
     kept: tuple[Tensor, ...] = ()
     scores: tuple[Tensor, ...] = ()
+    probes: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,12 @@ class Plan:
                 )
             if stage.importance not in IMPORTANCES:
                 raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(IMPORTANCES)}")
+            if stage.merge not in (None, *MERGES):
+                raise InputError(f"unknown merge {stage.merge!r}: expected one of {', '.join(MERGES)}")
+            if (stage.importance == "similarity") != (stage.merge == "ordered"):
+                raise InputError(f"importance 'similarity' and merge 'ordered' go together, after layer {stage.after}")
+            if stage.merge == "ordered" and stage.ratio > 0.5:
+                raise InputError(f"ratio {stage.ratio:g} after layer {stage.after}: merging removes half at most")
         afters = [stage.after for stage in self.stages]
         if afters != sorted(set(afters)):
             raise InputError(f"stages {afters}: expected layers in rising order, each once")
@@ -116,7 +139,7 @@ class Plan:
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
         """A JSON value that `from_dict` reads; `tensors` False leaves out the calibrated ones."""
         value: dict[str, Any] = {
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [stage.to_dict() for stage in self.stages],
             "alignment": {k: v for k, v in asdict(self.alignment).items() if v or k != "pool"},
             "gap": self.gap,
             "seed": self.seed,
@@ -148,11 +171,11 @@ class Plan:
         try:
             calibration = value.get("calibration")
             if calibration is not None:
-                tensors = {k: tuple(torch.tensor(t) for t in calibration[k]) for k in _CALIBRATED}
+                tensors = {k: tuple(torch.tensor(t) for t in calibration.get(k, ())) for k in _CALIBRATED}
                 calibration = Calibration(str(calibration["name"]), int(calibration["images"]), **tensors)
             return cls(
                 stages=tuple(
-                    Stage(_whole(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")))
+                    Stage(_whole(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")), s.get("merge"))
                     for s in value["stages"]
                 ),
                 alignment=Alignment(**{k: bool(v) for k, v in value.get("alignment", {}).items()}),
@@ -164,7 +187,7 @@ class Plan:
             raise InputError(f"not a pruning plan: {type(error).__name__} {error}") from error
 
 
-_CALIBRATED = ("gap_deltas", "kept", "scores")
+_CALIBRATED = ("gap_deltas", "kept", "scores", "probes")
 
 
 def _whole(value: Any) -> int:

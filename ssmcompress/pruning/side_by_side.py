@@ -47,8 +47,8 @@ class SideBySide:
     """A dense and a pruned model at the same layer, on the same images.
 
     A block of images is known by its number; `folder` holds, for each, the `weights` of all rows (layers + 1, images,
-    tokens), the `dense` features and the `pruned` (features, positions, pruned sum) before the layer they have come
-    to, and the dense `targets` of the layer's inner maps at the kept tokens.
+    tokens), the `dense` features and the `pruned` (features, positions, pruned sum, sizes) before the layer they
+    have come to, and the dense `targets` of the layer's inner maps at the kept tokens.
     """
 
     def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path, distributed: bool):
@@ -81,12 +81,13 @@ class SideBySide:
 
     def tokens(self, block: int) -> Tokens:
         """The pruned model's tokens before the layer."""
-        features, positions, pruned_sum = self.get("pruned", block)
-        return replace(self.template, features=features, positions=positions, paths=None, pruned_sum=pruned_sum)
+        features, positions, pruned_sum, sizes = self.get("pruned", block)
+        known = {"features": features, "positions": positions, "pruned_sum": pruned_sum, "sizes": sizes}
+        return replace(self.template, **known, paths=None)
 
     def keep(self, block: int, tokens: Tokens) -> None:
         """The pruned model's tokens before the next layer."""
-        self.put("pruned", block, (tokens.features, tokens.positions, tokens.pruned_sum))
+        self.put("pruned", block, (tokens.features, tokens.positions, tokens.pruned_sum, tokens.sizes))
 
     def held(self, block: int, count: int) -> Tensor:
         """(count,) whether each image of a block is held out; the second is the first, so that two images will do."""

@@ -1,0 +1,276 @@
+"""A budget in, a plan out: measures sensitivities, searches, and runs the best few plans to choose one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import processes
+from .batches import AnyBatches, Batches, block_size, draw
+from .benchmark import latency
+from .compression import Setup, calibration_images, corrections_reserve
+from .errors import BudgetError, InputError
+from .flops import remaining_share
+from .models.base import TokenModel
+from .progress import line, track
+from .pruning.alignment import Alignment
+from .pruning.calibrate import bias_deltas, mean_deltas
+from .pruning.pruner import prune
+from .pruning.saliency import fit_probes
+from .pruning.schedule import Calibration, Plan, Stage, share_removed
+from .pruning.search import Candidate, lowest_share, propose
+from .pruning.sensitivity import METRICS, Sensitivity, candidates, losses, measure_sensitivity
+
+# Plans that are run before one is chosen, and images that sensitivities are measured on.
+RUN = 12
+SEARCH_IMAGES = 512
+# Tries to meet a latency, and where in the request it is to come out: timings of a busy machine differ by a few percent.
+ATTEMPTS = 8
+SLACK = (0.955, 0.99)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a search is asked for.
+
+    Attributes:
+        flops, latency: share of the dense model's to keep; exactly one of them.
+        stages, importance: the layers and the metric to choose from; None: all.
+        alignment: as in a plan. labels: judge by labels, not by the dense model's outputs.
+        sensitivity: file measured earlier, or None. images: to measure on at most.
+    """
+
+    flops: float | None = None
+    latency: float | None = None
+    stages: tuple[int, ...] | None = None
+    importance: str | None = None
+    alignment: Alignment = Alignment()
+    labels: bool = False
+    sensitivity: str | None = None
+    images: int = SEARCH_IMAGES
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan, the sensitivities it was found with, and a JSON value that tells how."""
+
+    plan: Plan
+    sensitivity: Sensitivity
+    record: dict[str, Any]
+
+
+def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
+    """The plan that is expected to lose least within a budget.
+
+    Sensitivities (`ssmcompress.pruning.sensitivity`) are measured on every second of the calibration images, while
+    gap deltas and probes come from the others; the best plans of the search are then run on the former, and so are
+    other metrics at the stages of the best one. All of it before reconstruction, which costs twenty times as much and
+    changes little about the order (README, "A budget").
+
+    Raises:
+        BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
+    """
+    begun = time.perf_counter()
+    sensitivity = None
+    if request.sensitivity is not None:
+        sensitivity = Sensitivity.read(request.sensitivity)
+        sensitivity.belongs_to(model)
+        if sensitivity.alignment != request.alignment:
+            raise InputError(f"{request.sensitivity} was measured with another alignment: leave it out to measure anew")
+        if request.labels != (sensitivity.objective == "labels"):
+            raise InputError(f"{request.sensitivity} was measured by {sensitivity.objective}: leave it out")
+    depth = len(model.blocks)
+    known = sensitivity.layers if sensitivity else candidates(depth)
+    layers = tuple(request.stages or known)
+    if not layers:
+        raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
+    Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
+    metrics = (request.importance,) if request.importance else METRICS
+    reserve = corrections_reserve(model, layers, setup.data, setup.reconstruct)
+    lowest = lowest_share(model, layers) + reserve
+    if request.flops is not None:
+        line(f"reachable: {lowest:.1%} to 100% of the FLOPs")
+        _within(request.flops, lowest, "FLOPs")
+    trial = _Trial(model, request, setup)
+    metrics = sensitivity.metrics if sensitivity and not request.importance else metrics
+    line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
+    plan = trial.fit(layers if "saliency" in metrics else ())
+    measuring = time.perf_counter()
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(
+            model,
+            trial.images,
+            trial.labels,
+            plan=plan,
+            layers=layers,
+            metrics=metrics,
+            name=trial.name,
+            distributed=trial.several,
+        )
+        line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
+    measured = time.perf_counter() - measuring
+    usable = sensitivity.only(request.stages, (request.importance,) if request.importance else None)
+    timed = None
+    if request.flops is not None:
+        budget = request.flops - reserve
+        tried = trial.run(propose(model, usable, budget, RUN), plan, usable.metrics, budget)
+    else:
+        budget = request.latency
+        tried, timed = _for_latency(model, usable, plan, request.latency, lowest, trial)
+    if not tried:
+        raise BudgetError(f"no plan with stages after {','.join(map(str, layers))} comes close to {budget:.1%}")
+    best = tried[0]
+    record = {
+        "asked": {"flops": request.flops, "latency": request.latency},
+        "reachable": {"flops": lowest, "latency": timed["lowest"] if timed else None},
+        "objective": usable.objective,
+        "data": sensitivity.data,
+        "loss": best["loss"],
+        "expected": best["expected"],
+        "flops": best["flops"],
+        "latency": timed["reached"] if timed else None,
+        "tried": tried,
+        "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begun, 2)},
+    }
+    stages = tuple(Stage(**stage) for stage in best["stages"])
+    return Found(Plan(stages, request.alignment, seed=setup.seed), sensitivity, record)
+
+
+def _within(share: float, lowest: float, what: str) -> None:
+    if not lowest <= share < 1:
+        raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves between {lowest:.1%} and 100%")
+
+
+class _Trial:
+    """The images of a search, and plans run on them."""
+
+    def __init__(self, model: TokenModel, request: Request, setup: Setup):
+        self.model, self.setup, self.request = model, setup, request
+        self.several = processes.count() > 1
+        if self.several and request.latency is not None:
+            raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
+        calibration = calibration_images(model, setup)
+        self.name = calibration.source.name
+        if request.labels and calibration.source.labels is None:
+            raise InputError(f"{self.name} has no labels to judge by")
+        count = len(calibration.index)
+        chosen = [calibration.index[i] for i in draw(count, min(count, 2 * request.images), setup.seed)[0]]
+        images, labels = _read(Batches(calibration.source, model, chosen, setup.batch_size, setup.workers))
+        measured = slice(0, None, 2)
+        self.images = images[measured][: request.images]
+        self.labels = labels[measured][: request.images] if request.labels else None
+        self.others = images[1::2] if len(images) > 1 else images
+        self.gap = setup.gap or ("bias" if calibration.source.stand_in else "calibrated")
+        if not request.alignment.scan:
+            self.gap = "bias"
+        self.dense: list[Tensor] = []
+
+    def fit(self, layers: Sequence[int]) -> Plan:
+        """A plan without stages, calibrated on the images that are not measured on."""
+        model = self.model
+        deltas = (
+            mean_deltas(model, AnyBatches(self.others), self.several)
+            if self.gap == "calibrated"
+            else bias_deltas(model)
+        )
+        probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
+        calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
+        return Plan((), self.request.alignment, self.gap, self.setup.seed, calibration)
+
+    @torch.no_grad()
+    def loss(self, plan: Plan) -> float:
+        """Mean loss of a plan that is run."""
+        pruned = prune(self.model, plan)
+        device, size = next(self.model.parameters()).device, block_size(self.model)
+        if not self.dense:
+            self.dense = [self.model(part.to(device)) for part in self.images.split(size)]
+        total = torch.zeros(2, dtype=torch.float64)
+        for block, part in enumerate(self.images.split(size)):
+            labels = None if self.labels is None else self.labels[block * size : block * size + len(part)].to(device)
+            total[0] += losses(self.dense[block], pruned(part.to(device)), labels)
+            total[1] += len(part)
+        if self.several:
+            processes.add_up(total, device=device)
+        return float(total[0] / total[1])
+
+    def run(
+        self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
+    ) -> list[dict[str, Any]]:
+        """The plans with their loss on the images, the best first: those proposed, then other metrics for the best."""
+        found: dict[tuple[Stage, ...], dict[str, Any]] = {}
+
+        def tried(stages: tuple[Stage, ...], expected: float | None) -> None:
+            if stages not in found and remaining_share(self.model, stages) <= budget:
+                found[stages] = {
+                    "stages": [stage.to_dict() for stage in stages],
+                    "loss": round(self.loss(replace(plan, stages=stages)), 6),
+                    "expected": None if expected is None else round(expected, 6),
+                    "flops": round(remaining_share(self.model, stages), 6),
+                }
+
+        def best() -> tuple[Stage, ...]:
+            return min(found, key=lambda stages: found[stages]["loss"])
+
+        for candidate in track(proposed, "running the best plans", len(proposed)):
+            tried(candidate.stages, candidate.expected)
+        if not found:
+            return []
+        for index in range(len(best())):
+            stages = best()
+            for metric in metrics:
+                changed = list(stages)
+                if index < len(changed):
+                    changed[index] = replace(changed[index], importance=metric)
+                    tried(tuple(changed), None)
+        return sorted(found.values(), key=lambda value: value["loss"])
+
+    def latency_share(self, plan: Plan, repeats: int = 31) -> float:
+        """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
+        models = {"dense": self.model, "pruned": prune(self.model, plan)}
+        image = self.images[:1].to(next(self.model.parameters()).device)
+        times = latency(models, image, repeats)
+        return times["pruned"] / times["dense"]
+
+
+def _read(batches: Batches) -> tuple[Tensor, Tensor | None]:
+    """All images, prepared, and their labels."""
+    read = list(batches)
+    labels = None if read[0].labels is None else torch.cat([batch.labels for batch in read])
+    return torch.cat([batch.images for batch in read]), labels
+
+
+# ------------------------------------------------------------------------------------------------------ latency
+
+
+def _for_latency(
+    model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: _Trial
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
+    fewest = share_removed(model.length, 2, model.protected is not None)
+    least = trial.latency_share(replace(plan, stages=(Stage(sensitivity.layers[0], fewest, sensitivity.metrics[0]),)))
+    line(f"reachable: {least:.1%} to 100% of the latency at batch 1")
+    _within(wanted, least, "latency")
+    low, high = lowest, 1.0
+    chosen: list[dict[str, Any]] = []
+    reached = 0.0
+    budget = lowest + (1 - lowest) * (wanted - least) / (1 - least)  # were latency a straight line in the FLOPs
+    for _ in track(range(ATTEMPTS), "searching for the latency", ATTEMPTS):
+        tried = trial.run(propose(model, sensitivity, budget, RUN // 4), plan, sensitivity.metrics, budget)
+        share = None
+        if tried:
+            stages = tuple(Stage(**stage) for stage in tried[0]["stages"])
+            share = trial.latency_share(replace(plan, stages=stages))
+        if share is not None and reached < share <= wanted:
+            chosen, reached = tried, share
+        if share is not None and SLACK[0] * wanted <= share <= SLACK[1] * wanted:
+            break
+        low, high = (low, budget) if share is not None and share > wanted else (budget, high)
+        budget = (low + high) / 2
+    if not chosen:
+        raise BudgetError(f"no plan was found that takes {wanted:.1%} of the latency; the machine may be busy")
+    return chosen, {"lowest": least, "reached": reached}

@@ -1,0 +1,203 @@
+"""From sensitivities and a budget to plans: an exact search of a model of their cost.
+
+The cost of a plan is taken to be the sum over its stages of what each adds to what is gone already: after layer l, from
+n tokens to m, loss_l(m) - loss_l(n), where loss_l is the sensitivity of that layer by its best metric, interpolated
+between the counts it was measured at (the square root of it, which is nearly a straight line in the count). FLOPs are a
+sum too, a layer's weight times its tokens. So dynamic programming over (layer, tokens, budget left) finds the best plan
+of that model for each number of stages and each first layer; the model itself is checked by running the best few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..flops import remaining_share
+from ..models.base import TokenModel
+from .schedule import Stage, share_removed, token_counts
+from .sensitivity import Sensitivity
+
+MOST_STAGES = 3
+# Steps that a budget is divided into; a plan of three stages loses four of them at most, which `spend` gives back.
+STEPS = 1000
+# Counts of tokens beside those that the sensitivity was measured at.
+COUNTS = 40
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan's stages, and the loss that the sensitivities let expect."""
+
+    stages: tuple[Stage, ...]
+    expected: float
+
+
+def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: int = 12) -> list[Candidate]:
+    """The plans of the least expected loss that leave at most `budget` of the dense FLOPs, best first.
+
+    One for each first layer, number of tokens kept there (of the three best) and number of later stages; `most` of
+    them. None where the budget is out of reach.
+    """
+    grid = _Grid(model, sensitivity, budget)
+    found: dict[tuple[Stage, ...], float] = {}
+    for later in range(MOST_STAGES):
+        for first in range(len(grid.layers)):
+            for path in grid.best(first, later):
+                stages = spend(model, grid.stages(path), budget)
+                if stages is not None:
+                    found[stages] = grid.expected(stages)
+    ranked = sorted(found.items(), key=lambda item: (item[1], [s.after for s in item[0]], [s.ratio for s in item[0]]))
+    return [Candidate(stages, loss) for stages, loss in ranked[:most]]
+
+
+def lowest_share(model: TokenModel, layers: Sequence[int]) -> float:
+    """The smallest share of the dense FLOPs that stages after these layers can leave."""
+    return remaining_share(model, [Stage(min(layers), share_removed(model.length, 2, model.protected is not None))])
+
+
+def spend(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
+    """These stages with as many tokens more as the budget has room for, in proportion; None where it has not enough."""
+    protected = model.protected is not None
+    counts = token_counts(len(model.blocks), model.length, stages, protected)
+    kept = [counts[stage.after] for stage in stages]
+
+    def scaled(factor: float) -> tuple[Stage, ...]:
+        made, before = [], model.length
+        for stage, count in zip(stages, kept, strict=True):
+            count = min(before, max(2, int(count * factor)))
+            if count < before:  # a stage that has nothing to do is none
+                made.append(Stage(stage.after, share_removed(before, count, protected), stage.importance))
+            before = count
+        return tuple(made)
+
+    low, high = 1.0, 1.5
+    if remaining_share(model, scaled(low)) > budget:
+        low, high = 0.5, 1.0
+        if remaining_share(model, scaled(low)) > budget:
+            return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if remaining_share(model, scaled(middle)) <= budget else (low, middle)
+    best = list(scaled(low))
+    # What is left is less than a token of every stage: of one stage at a time, the last ones first.
+    for index in reversed(range(len(best))):
+        while True:
+            counts = token_counts(len(model.blocks), model.length, best, protected)
+            kept = [counts[stage.after] for stage in best]
+            kept[index] += 1
+            before = [model.length, *kept[:-1]]
+            if any(k >= b for k, b in zip(kept, before, strict=True)):
+                break
+            tried = [
+                Stage(s.after, share_removed(b, k, protected), s.importance)
+                for s, b, k in zip(best, before, kept, strict=True)
+            ]
+            if remaining_share(model, tried) > budget:
+                break
+            best = tried
+    return tuple(best) or None
+
+
+class _Grid:
+    """The dynamic programme for one model, sensitivity and budget."""
+
+    def __init__(self, model: TokenModel, sensitivity: Sensitivity, budget: float):
+        self.model, self.sensitivity = model, sensitivity
+        self.layers = sensitivity.layers
+        length, depth = model.length, len(model.blocks)
+        extra = np.linspace(length - 1, 2, min(COUNTS, length - 2)).round().astype(int).tolist() if length > 2 else []
+        self.counts = sorted({*sensitivity.kept, *extra}, reverse=True)
+        self.loss = np.stack([self._at(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
+        self.least = self.loss.min(1)
+        # FLOPs are affine in the token count of each layer.
+        full = [length] * (depth + 1)
+        dense = sum(model.flops_by_part(full, "full").values())
+
+        def weight(layer: int) -> float:
+            fewer = full.copy()
+            fewer[layer] -= 1
+            return (dense - sum(model.flops_by_part(fewer, "full").values())) / dense
+
+        self.weights = np.array([weight(layer) for layer in range(depth)])
+        fixed = 1 - length * self.weights.sum()
+        self.unit = max(budget - fixed, 1e-9) / STEPS
+        self.tables: dict[tuple[int, int], np.ndarray] = {}
+
+    def _at(self, loss: np.ndarray) -> np.ndarray:
+        """Losses (metrics, measured counts) -> (metrics, counts); never falling as tokens go."""
+        known = np.array([self.model.length, *self.sensitivity.kept], dtype=float)
+        roots = np.sqrt(np.maximum(np.concatenate([np.zeros((len(loss), 1)), loss], 1), 0))
+        roots = np.maximum.accumulate(roots, 1)
+        return np.stack([np.interp(-np.array(self.counts, dtype=float), -known, row) ** 2 for row in roots])
+
+    def cost(self, start: int, stop: int, tokens: int) -> int:
+        """Steps of the budget that layers start + 1 to stop take, rounded up."""
+        return int(np.ceil(self.weights[start:stop].sum() * tokens / self.unit - 1e-9))
+
+    def table(self, place: int, later: int) -> np.ndarray:
+        """(counts, steps + 1) least further loss with so many tokens after a layer, steps left, later stages at most."""
+        if (place, later) in self.tables:
+            return self.tables[place, later]
+        found = np.full((len(self.counts), STEPS + 1), np.inf)
+        depth = len(self.model.blocks)
+        for row, tokens in enumerate(self.counts):
+            ready = self.cost(self.layers[place], depth, tokens)
+            if ready <= STEPS:
+                found[row, ready:] = 0
+            if not later:
+                continue
+            for after in range(place + 1, len(self.layers)):
+                spent = self.cost(self.layers[place], self.layers[after], tokens)
+                if spent > STEPS or row + 1 >= len(self.counts):
+                    continue
+                added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
+                tail = self.table(after, later - 1)[row + 1 :, : STEPS + 1 - spent]
+                best = (added[:, None] + tail).min(0)
+                found[row, spent:] = np.minimum(found[row, spent:], best)
+        self.tables[place, later] = found
+        return found
+
+    def best(self, first: int, later: int) -> list[list[tuple[int, int]]]:
+        """Paths [(place, count's row)] that begin at a layer: the three best choices of tokens kept there."""
+        spent = self.cost(0, self.layers[first], self.model.length)
+        if spent > STEPS:
+            return []
+        total = self.least[first] + self.table(first, later)[:, STEPS - spent]
+        rows = [int(row) for row in np.argsort(total, kind="stable")[:3] if np.isfinite(total[row])]
+        return [self._follow(first, row, STEPS - spent, later) for row in rows]
+
+    def _follow(self, place: int, row: int, left: int, later: int) -> list[tuple[int, int]]:
+        target = self.table(place, later)[row, left]
+        tokens = self.counts[row]
+        if target > 0 or self.cost(self.layers[place], len(self.model.blocks), tokens) > left:
+            for after in range(place + 1, len(self.layers)) if later else ():
+                rest = left - self.cost(self.layers[place], self.layers[after], tokens)
+                if rest < 0:
+                    continue
+                added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
+                totals = added + self.table(after, later - 1)[row + 1 :, rest]
+                if len(totals) and np.isfinite(target) and totals.min() <= target + 1e-12:
+                    return [(place, row), *self._follow(after, row + 1 + int(totals.argmin()), rest, later - 1)]
+        return [(place, row)]
+
+    def stages(self, path: Sequence[tuple[int, int]]) -> list[Stage]:
+        protected = self.model.protected is not None
+        made, before = [], self.model.length
+        for place, row in path:
+            metric = self.sensitivity.metrics[int(self.loss[place, :, row].argmin())]
+            made.append(Stage(self.layers[place], share_removed(before, self.counts[row], protected), metric))
+            before = self.counts[row]
+        return made
+
+    def expected(self, stages: Sequence[Stage]) -> float:
+        """The loss that the sensitivities let expect of stages whose counts may lie between those of the grid."""
+        counts = token_counts(len(self.model.blocks), self.model.length, stages, self.model.protected is not None)
+        known = -np.array([self.model.length, *self.counts], dtype=float)
+        total = 0.0
+        for stage in stages:
+            curve = np.concatenate([[0.0], self.least[self.layers.index(stage.after)]])
+            n, m = np.interp([-counts[stage.after - 1], -counts[stage.after]], known, curve)
+            total += max(0.0, m - n)
+        return float(total)
