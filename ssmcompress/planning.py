@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +21,17 @@ from .models.base import TokenModel
 from .progress import line, track
 from .pruning.alignment import Alignment
 from .pruning.calibrate import bias_deltas, mean_deltas
+from .pruning.judging import Collector, mean_losses, total_loss
 from .pruning.pruner import prune
 from .pruning.saliency import fit_probes
 from .pruning.schedule import Calibration, Plan, Stage, share_removed
 from .pruning.search import Candidate, lowest_share, propose
-from .pruning.sensitivity import METRICS, Sensitivity, candidates, losses, measure_sensitivity
+from .pruning.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.
 RUN = 12
 SEARCH_IMAGES = 512
-# Tries to meet a latency, and where in the request it is to come out: timings of a busy machine differ by a few percent.
+# Tries to meet a latency, and where in the request it is to come out: timings differ by a few percent.
 ATTEMPTS = 8
 SLACK = (0.955, 0.99)
 
@@ -69,8 +71,7 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
 
     Sensitivities (`ssmcompress.pruning.sensitivity`) are measured on every second of the calibration images, while
     gap deltas and probes come from the others; the best plans of the search are then run on the former, and so are
-    other metrics at the stages of the best one. All of it before reconstruction, which costs twenty times as much and
-    changes little about the order (README, "A budget").
+    other metrics at the stages of the best one. All of it before reconstruction, see `ssmcompress.pruning.judging`.
 
     Raises:
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
@@ -99,6 +100,11 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
     trial = _Trial(model, request, setup)
     metrics = sensitivity.metrics if sensitivity and not request.importance else metrics
     line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
+    if sensitivity and sensitivity.refit != trial.refit:
+        raise InputError(
+            f"{request.sensitivity} was measured for a model that is {'' if sensitivity.refit else 'not '}to be "
+            f"reconstructed: leave it out to measure anew"
+        )
     plan = trial.fit(layers if "saliency" in metrics else ())
     measuring = time.perf_counter()
     if sensitivity is None:
@@ -109,6 +115,7 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
             plan=plan,
             layers=layers,
             metrics=metrics,
+            refit=trial.refit,
             name=trial.name,
             distributed=trial.several,
         )
@@ -129,6 +136,7 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
         "asked": {"flops": request.flops, "latency": request.latency},
         "reachable": {"flops": lowest, "latency": timed["lowest"] if timed else None},
         "objective": usable.objective,
+        "refit": usable.refit,
         "data": sensitivity.data,
         "loss": best["loss"],
         "expected": best["expected"],
@@ -168,7 +176,10 @@ class _Trial:
         self.gap = setup.gap or ("bias" if calibration.source.stand_in else "calibrated")
         if not request.alignment.scan:
             self.gap = "bias"
-        self.dense: list[Tensor] = []
+        self.dense: Tensor | None = None
+        self.device, self.size = next(model.parameters()).device, block_size(model)
+        # As `compress` decides it.
+        self.refit = setup.reconstruct if setup.reconstruct is not None else not calibration.source.stand_in
 
     def fit(self, layers: Sequence[int]) -> Plan:
         """A plan without stages, calibrated on the images that are not measured on."""
@@ -185,18 +196,16 @@ class _Trial:
     @torch.no_grad()
     def loss(self, plan: Plan) -> float:
         """Mean loss of a plan that is run."""
+        if self.dense is None:
+            self.dense = torch.cat([self.model(part.to(self.device)).cpu() for part in self.images.split(self.size)])
         pruned = prune(self.model, plan)
-        device, size = next(self.model.parameters()).device, block_size(self.model)
-        if not self.dense:
-            self.dense = [self.model(part.to(device)) for part in self.images.split(size)]
-        total = torch.zeros(2, dtype=torch.float64)
-        for block, part in enumerate(self.images.split(size)):
-            labels = None if self.labels is None else self.labels[block * size : block * size + len(part)].to(device)
-            total[0] += losses(self.dense[block], pruned(part.to(device)), labels)
-            total[1] += len(part)
-        if self.several:
-            processes.add_up(total, device=device)
-        return float(total[0] / total[1])
+        with Collector(pruned) as received:
+            for part in self.images.split(self.size):
+                pruned(part.to(self.device))
+        add = functools.partial(processes.add_up, device=self.device) if self.several else None
+        features = received.take()
+        total = total_loss(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
+        return float(mean_losses([total], len(self.images), add)[0])
 
     def run(
         self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float

@@ -7,6 +7,7 @@ of images the dense model runs once and leaves each layer's tokens; from there o
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import processes
@@ -23,6 +23,7 @@ from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
 from .alignment import Alignment
+from .judging import Collector, mean_losses, total_loss
 from .pruner import TokenPruner, fitted_probe, install
 from .schedule import LEAST_KEPT, Plan, Stage, kept_count, share_removed
 
@@ -43,7 +44,7 @@ class Sensitivity:
     Attributes:
         model: {"sha256", "depth", "length"} of what it was measured on. data: {"name", "images"}.
         objective: "kl", mean KL(dense || pruned) in nats an image, or "labels", their cross entropy above the dense
-            model's.
+            model's. refit: whether the classifier was refitted for it.
         alignment, gap: as in a plan.
         layers: candidates for a stage, from 1. metrics: of importance. kept: counts of tokens, falling.
         loss: (layers, metrics, kept) float64.
@@ -52,6 +53,7 @@ class Sensitivity:
     model: dict[str, Any]
     data: dict[str, Any]
     objective: str
+    refit: bool
     alignment: Alignment
     gap: str
     layers: tuple[int, ...]
@@ -65,6 +67,7 @@ class Sensitivity:
             "model": self.model,
             "data": self.data,
             "objective": self.objective,
+            "refit": self.refit,
             "alignment": {"conv": self.alignment.conv, "scan": self.alignment.scan},
             "gap": self.gap,
             "layers": self.layers,
@@ -87,6 +90,7 @@ class Sensitivity:
                 model={k: value["model"][k] for k in ("sha256", "depth", "length")},
                 data={"name": str(value["data"]["name"]), "images": int(value["data"]["images"])},
                 objective=value["objective"],
+                refit=bool(value["refit"]),
                 alignment=Alignment(bool(value["alignment"]["conv"]), bool(value["alignment"]["scan"])),
                 gap=value["gap"],
                 layers=tuple(int(v) for v in value["layers"]),
@@ -123,16 +127,11 @@ class Sensitivity:
                 )
         rows = [i for i, layer in enumerate(self.layers) if not layers or layer in layers]
         columns = [i for i, metric in enumerate(self.metrics) if not metrics or metric in metrics]
-        return Sensitivity(
-            self.model,
-            self.data,
-            self.objective,
-            self.alignment,
-            self.gap,
-            tuple(self.layers[i] for i in rows),
-            tuple(self.metrics[i] for i in columns),
-            self.kept,
-            self.loss[rows][:, columns],
+        return replace(
+            self,
+            layers=tuple(self.layers[i] for i in rows),
+            metrics=tuple(self.metrics[i] for i in columns),
+            loss=self.loss[rows][:, columns],
         )
 
     def belongs_to(self, model: TokenModel) -> None:
@@ -158,14 +157,6 @@ def candidates(depth: int) -> tuple[int, ...]:
     return tuple(range(1, depth, step))
 
 
-def losses(dense: Tensor, logits: Tensor, labels: Tensor | None) -> float:
-    """Sum over the images of what `objective` asks for; `labels` None: KL(dense || this)."""
-    ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
-    if labels is None:
-        return float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-    return float(F.nll_loss(ours, labels, reduction="sum") - F.nll_loss(theirs, labels, reduction="sum"))
-
-
 @torch.no_grad()
 def measure_sensitivity(
     model: TokenModel,
@@ -175,6 +166,7 @@ def measure_sensitivity(
     plan: Plan,
     layers: Sequence[int],
     metrics: Sequence[str] = METRICS,
+    refit: bool = True,
     name: str = "images",
     distributed: bool = False,
 ) -> Sensitivity:
@@ -183,7 +175,8 @@ def measure_sensitivity(
     Args:
         model: dense. images: (count, C, H, W). labels: (count,) to judge by them; None: by the dense model's outputs.
         plan: its alignment, gap and seed, and a calibration with probes where "saliency" is among the metrics.
-        layers, metrics: what to measure. name: what the images are called.
+        layers, metrics: what to measure. refit: judge with the classifier refitted, as fits a model that is to be
+            reconstructed (`ssmcompress.pruning.judging`). name: what the images are called.
         distributed: every process of the default group makes this call, with images of its own.
 
     Raises:
@@ -195,43 +188,47 @@ def measure_sensitivity(
     # A stage that drops nothing, taken out again: it leaves every later layer the delta of what will be gone.
     work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0),)))
     work.pruners.clear()
-    loss = torch.zeros(len(layers), len(metrics), len(kept), dtype=torch.float64)
+    order = [(i, j, k) for i in range(len(layers)) for j in range(len(metrics)) for k in range(len(kept))]
+    cells: dict[tuple[int, int, int], list[Tensor]] = {cell: [] for cell in order}
+    logits: list[Tensor] = []
     size = block_size(model)
     starts = range(0, len(images), size)
     steps = [(start, row, column) for start in starts for row in range(len(layers)) for column in range(len(metrics))]
-    for start, row, column in track(steps, "measuring sensitivity", len(steps)):
-        if (row, column) == (0, 0):
-            part = slice(start, start + size)
-            truth = None if labels is None else labels[part].to(device)
-            states = [work.embed(images[part].to(device))]
-            for block in work.blocks:
-                states.append(block(states[-1]))
-            dense = work.readout(states[-1])
-            if not dense.isfinite().all():
-                raise InputError(NOT_FINITE)
-        layer, metric = layers[row], metrics[column]
-        probe = fitted_probe(plan, layer) if metric == "saliency" else None
-        for k, count in enumerate(kept):
-            ratio = share_removed(length, count, model.protected is not None)
-            pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)
-            if not k:
-                tokens = states[layer]
-                if pruner.asks_for is not None:
-                    tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.asks_for)
-            left = pruner(tokens)
-            for block in work.blocks[layer:]:
-                left = block(left)
-            loss[row, column, k] += losses(dense, work.readout(left), truth)
-    seen = torch.tensor(float(len(images)), dtype=torch.float64)
-    if distributed:
-        processes.add_up(loss, seen, device=device)
-    if not seen:
-        raise InputError("no images to measure the sensitivity on")
-    loss = loss / seen
+    with Collector(work) as received:
+        for start, row, column in track(steps, "measuring sensitivity", len(steps)):
+            if (row, column) == (0, 0):
+                part = slice(start, start + size)
+                states = [work.embed(images[part].to(device))]
+                for block in work.blocks:
+                    states.append(block(states[-1]))
+                logits.append(work.readout(states[-1]).cpu())
+                received.take()
+                if not logits[-1].isfinite().all():
+                    raise InputError(NOT_FINITE)
+            layer, metric = layers[row], metrics[column]
+            probe = fitted_probe(plan, layer) if metric == "saliency" else None
+            for k, count in enumerate(kept):
+                ratio = share_removed(length, count, model.protected is not None)
+                pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)
+                if not k:
+                    tokens = states[layer]
+                    if pruner.asks_for is not None:
+                        tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.asks_for)
+                left = pruner(tokens)
+                for block in work.blocks[layer:]:
+                    left = block(left)
+                work.readout(left)
+                cells[row, column, k].append(received.take())
+    add = functools.partial(processes.add_up, device=device) if distributed else None
+    dense = torch.cat(logits)
+    totals = [
+        total_loss(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()
+    ]
+    loss = mean_losses(totals, len(images), add).view(len(layers), len(metrics), len(kept))
     if not loss.isfinite().all():
         raise InputError(NOT_FINITE)
-    data = {"name": name, "images": int(seen)}
+    data = {"name": name, "images": len(images)}
     objective = "kl" if labels is None else "labels"
     return Sensitivity(
-        identity(model), data, objective, plan.alignment, plan.gap, tuple(layers), tuple(metrics), kept, loss
+        identity(model), data, objective, refit, plan.alignment, plan.gap, tuple(layers), tuple(metrics), kept, loss
     )
