@@ -745,6 +745,98 @@ def benchmark(
 
 
 @app.command()
+def compare(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Dense checkpoint (.pth, .pt, .safetensors).")],
+    ratios: Annotated[
+        str | None, typer.Option(help="Shares of tokens REMOVED at each stage, a level each. Default 0.1,0.2,0.3,0.5.")
+    ] = None,
+    flops: Annotated[str | None, typer.Option(help="Levels as shares of the FLOPs to KEEP: 75%,60%,50%.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Layers (from 1) after which to prune. Default: 5,10,15 scaled to the depth.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these, with semicolons between them: 'naive; clip, aligned; R-MeeTo'.")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Also the plans that a search finds.")] = False,
+    reconstruct: Annotated[bool, typer.Option("--reconstruct", help="Also with later layers refitted.")] = False,
+    data: Data = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Images to measure on. Default: those of --data not calibrated on.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images to calibrate on, at most half of --data.")] = 1024,
+    gap: Annotated[GapSource | None, typer.Option(help="Step size of pruned tokens, as for prune.")] = None,
+    seed: Seed = 0,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; one that is there goes on.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start afresh in a folder that has a comparison.")] = False,
+    image_size: ImageSize = None,
+    stride: Stride = None,
+    weights: Weights = "model",
+    unsafe_load: Unsafe = False,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    device: Device = "cpu",
+    dtype: Dtype = Precision.float32,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    threads: Threads = None,
+    timing: Annotated[bool, typer.Option(" /--no-latency", help="Do not time the models at batch 1.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Methods beside each other on a model and its images: a table, JSON, CSV and a Pareto plot."""
+    if ratios is not None and flops is not None:
+        raise InputError("--ratios and --flops: expected one of them")
+    shares = [share_kept(part, "--flops") for part in flops.split(",")] if flops is not None else None
+    removed = numbers(ratios or "0.1,0.2,0.3,0.5", "--ratios")
+    if wrong := [value for value in removed if not 0 <= value < 1]:
+        raise InputError(f"--ratios {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
+    import torch
+
+    from .comparing import Comparison, chosen_methods, level_for, levels, table
+    from .compression import Setup
+
+    names = [name.strip() for name in methods.split(";") if name.strip()] if methods is not None else None
+    rows = chosen_methods(names, search=search, reconstructed=reconstruct)
+    where = numbers(stages, "--stages", int)
+    model = _open(
+        checkpoint, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads
+    )
+    if model.plan is not None:
+        raise InputError(f"{checkpoint} is pruned already: compare takes the dense model it came from")
+    if processes.count() > 1:
+        raise InputError("compare runs in one process: start it without a launcher")
+    if shares is not None:
+        removed = [level_for(model, where, share) for share in shares]
+    setup = Setup(
+        data=data,
+        eval_data=eval_data,
+        samples=samples,
+        gap=gap.value if gap else None,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=getattr(torch, dtype.value),
+        measure_latency=timing,
+    )
+    folder = Path(output or Path("compared", Path(checkpoint).resolve().stem))
+    with progress_bars(quiet):
+        comparison = Comparison(model, folder, setup, where, command_line(), force)
+        result = comparison.run(levels(model, where, removed), rows)
+    if as_json:
+        print_json(result)
+    else:
+        show_table(*table(result["rows"]))
+        about = result["settings"]
+        print(f"  measured on {about['data']['images']} images of {about['data']['name']}")
+        print(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
+    say(f"wrote {folder}/compare.json, compare.csv, pareto.png and pareto.svg", quiet)
+
+
+@app.command()
 def demo(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     force: Force = False,

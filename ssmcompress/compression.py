@@ -171,7 +171,7 @@ def compress(
     plan.validate(len(model.blocks))
     check_output(model, output, setup, force)
     several = processes.count() > 1
-    calibration, measured = _batches(model, setup)
+    calibration, measured = calibration_and_measured(model, setup)
     gap = setup.gap or plan.gap or ("bias" if calibration.source.stand_in else "calibrated")
     plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name, distributed=several)
     calibration.put_together()
@@ -281,10 +281,10 @@ def write_measured(
 
 def calibration_images(model: TokenModel, setup: Setup) -> Batches:
     """The images that a compression calibrates on."""
-    return _batches(model, setup)[0]
+    return calibration_and_measured(model, setup)[0]
 
 
-def _batches(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
+def calibration_and_measured(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
     """Images to calibrate on and, as far as they are not told apart, other images to measure on."""
     if setup.samples < 1:
         raise InputError(f"samples {setup.samples}: expected at least 1")

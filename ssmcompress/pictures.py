@@ -1,8 +1,10 @@
-"""Pictures of the tokens a pruned model keeps, and of how it was fine-tuned."""
+"""Pictures of the tokens a pruned model keeps, of how it was fine-tuned, and of methods beside each other."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,6 +70,44 @@ def history_chart(finetuning: Finetuning) -> bytes:
         axes.set_xticks(epochs if len(epochs) < 12 else epochs[:: len(epochs) // 10])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def pareto_chart(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
+    """A PNG or SVG (`kind`): accuracy, or without labels agreement, over the FLOPs left, a line a method.
+
+    Args:
+        rows: those of a comparison, each with `method`, `flops_share`, `top1` and `agreement`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    key = "top1" if any(row["top1"] is not None for row in rows) else "agreement"
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row[key] is not None:
+            points.setdefault(row["method"], []).append((100 * row["flops_share"], row[key]))
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    best: list[tuple[float, float]] = []
+    for point in sorted((p for found in points.values() for p in found), key=lambda p: (p[0], -p[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    if best:
+        axes.plot(*zip(*best, strict=True), color="lightgrey", linewidth=6, zorder=0, label="best at its FLOPs")
+    for number, (method, found) in enumerate(points.items()):
+        style = {
+            "marker": "osD^vP*X"[number % 8],
+            "color": f"C{number % 10}",
+            "linestyle": "-" if number < 10 else "--",
+        }
+        axes.plot(*zip(*sorted(found), strict=True), **style, label=method, markersize=5, linewidth=1)
+    axes.set(xlabel="FLOPs left (full), %", ylabel="top-1, %" if key == "top1" else "same class as dense, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="x-small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 

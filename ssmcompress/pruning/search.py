@@ -137,7 +137,7 @@ class _Grid:
         return int(np.ceil(self.weights[start:stop].sum() * tokens / self.unit - 1e-9))
 
     def table(self, place: int, later: int) -> np.ndarray:
-        """(counts, steps + 1) least further loss by tokens after a layer and steps left, with `later` stages at most."""
+        """(counts, steps + 1) least further loss by tokens after a layer and steps left, `later` stages at most."""
         if (place, later) in self.tables:
             return self.tables[place, later]
         found = np.full((len(self.counts), STEPS + 1), np.inf)
