@@ -18,7 +18,7 @@ from ssmcompress.flops import flops
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.calibrate import mean_deltas
-from ssmcompress.pruning.importance import IMPORTANCES
+from ssmcompress.pruning.importance import RANKINGS
 from ssmcompress.pruning.pruner import TokenPruner
 from ssmcompress.pruning.schedule import Plan, Stage, default_stages, kept_count, token_counts
 from ssmcompress.tokens import Tokens
@@ -92,10 +92,10 @@ def test_a_second_stage_counts_positions_from_the_original_path():
     assert second.positions.tolist() == [[2, 5, 7]]
 
 
-@pytest.mark.parametrize("metric", IMPORTANCES)
+@pytest.mark.parametrize("metric", RANKINGS)
 def test_every_metric_prunes_each_image_alike_in_any_batch(model, metric):
     images = images_of(model)
-    plan = ssmcompress.make_plan(model, stages=(1, 2, 3), ratio=(0.2, 0.3, 0.4), importance=metric)
+    plan = ssmcompress.calibrate(model, images, stages=(1, 2, 3), ratio=(0.2, 0.3, 0.4), importance=metric)
     pruned = ssmcompress.prune(model, plan)
     with torch.no_grad():
         together, decisions = pruned.trace(images)

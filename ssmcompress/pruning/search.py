@@ -10,7 +10,7 @@ of that model for each number of stages and each first layer; the model itself i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,24 +80,30 @@ def spend(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[St
     for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if remaining_share(model, scaled(middle)) <= budget else (low, middle)
-    best = list(scaled(low))
+    best = scaled(low)
     # What is left is less than a token of every stage: of one stage at a time, the last ones first.
-    for index in reversed(range(len(best))):
-        while True:
-            counts = token_counts(len(model.blocks), model.length, best, protected)
-            kept = [counts[stage.after] for stage in best]
-            kept[index] += 1
-            before = [model.length, *kept[:-1]]
-            if any(k >= b for k, b in zip(kept, before, strict=True)):
-                break
-            tried = [
-                Stage(s.after, share_removed(b, k, protected), s.importance)
-                for s, b, k in zip(best, before, kept, strict=True)
-            ]
-            if remaining_share(model, tried) > budget:
-                break
-            best = tried
-    return tuple(best) or None
+    while (more := _one_more(model, best, budget)) is not None:
+        best = more
+    return best or None
+
+
+def _one_more(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
+    """The stages with one token more at the last place where the budget and the stage before allow it."""
+    protected = model.protected is not None
+    counts = token_counts(len(model.blocks), model.length, stages, protected)
+    for index in reversed(range(len(stages))):
+        kept = [counts[stage.after] for stage in stages]
+        kept[index] += 1
+        before = [model.length, *kept[:-1]]
+        if kept[index] >= before[index]:
+            continue
+        tried = tuple(
+            replace(stage, ratio=share_removed(many, few, protected))
+            for stage, many, few in zip(stages, before, kept, strict=True)
+        )
+        if remaining_share(model, tried) <= budget:
+            return tried
+    return None
 
 
 class _Grid:

@@ -153,7 +153,7 @@ def identity(model: TokenModel) -> dict[str, Any]:
 
 def candidates(depth: int) -> tuple[int, ...]:
     """Layers after which a model of `depth` layers may be pruned, 12 of them at most."""
-    step = -(-(depth - 1) // MOST_LAYERS)
+    step = max(1, -(-(depth - 1) // MOST_LAYERS))
     return tuple(range(1, depth, step))
 
 
