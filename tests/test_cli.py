@@ -200,7 +200,7 @@ def test_inspect(checkpoint):
 
 
 def test_a_budget(checkpoint):
-    result = call("prune", checkpoint, "--flops", "80%", "--json", "--no-latency")
+    result = call("prune", checkpoint, "--flops", "80%", "--no-search", "--json", "--no-latency")
     found = json.loads(result.stdout)
     assert "reachable with stages 1,2,3" in result.stderr
     assert found["pruned"]["flops"]["full"] <= 0.8 * found["dense"]["flops"]["full"]

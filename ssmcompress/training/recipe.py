@@ -29,7 +29,7 @@ class Recipe:
             labels the teacher has all of it, without a teacher the labels.
         temperature: logits of both are divided by it in the KL, which is multiplied by its square.
         features: weight, beside those, of 1 - cosine of the kept tokens' last features and the teacher's; without a
-            teacher there is none. On the bundled model 1 brought 0.13 points over 0, 10 cost 0.43.
+            teacher there is none. On the bundled model 0, 1 and 10 gave 89.58, 89.71 and 89.15 % top-1, one run each.
         smoothing: of the labels. mixup, cutmix: their alphas, 0: off. randaugment: timm's text for it, "": off.
         erasing: probability of random erasing. crop: least share of an image's area that a random crop takes.
         flip: probability of mirroring.
