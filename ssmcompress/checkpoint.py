@@ -175,8 +175,8 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         plan = replace(plan, gap=plan.gap or "bias", calibration=None)
         model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
         install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
-        _fill_gaps(model, gaps)
-        _fill_probes(model, probes)
+        _fill_buffers(model, "gap_delta", gaps, "gap deltas")
+        _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
         model.plan = plan
         if pruning.get("reconstruction") is not None:
@@ -224,26 +224,16 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
     return dense.to(next(model.parameters()).device)
 
 
-def _fill_gaps(model: TokenModel, gaps: Mapping[str, Tensor]) -> None:
-    buffers = {k: v for k, v in model.named_buffers() if k.rpartition(".")[2] == "gap_delta"}
-    wrong = sorted(set(buffers) ^ set(gaps)) or [k for k in gaps if gaps[k].shape != buffers[k].shape]
+def _fill_buffers(model: TokenModel, name: str, found: Mapping[str, Tensor], what: str) -> None:
+    """Copy the tensors of a file into the buffers called `name`, which must be just those."""
+    buffers = {k: v for k, v in model.named_buffers() if k.rpartition(".")[2] == name}
+    wrong = sorted(set(buffers) ^ set(found)) or [k for k in found if found[k].shape != buffers[k].shape]
     if wrong:
-        raise InputError(f"gap deltas do not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
+        raise InputError(f"{what} do not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
     for key, buffer in buffers.items():
-        if not gaps[key].to(buffer.dtype).isfinite().all():
+        if not found[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
-        buffer.copy_(gaps[key])
-
-
-def _fill_probes(model: TokenModel, probes: Mapping[str, Tensor]) -> None:
-    buffers = {f"pruners.{k}": v for k, v in model.pruners.named_buffers() if k.endswith(".probe")}
-    wrong = sorted(set(buffers) ^ set(probes)) or [k for k in probes if probes[k].shape != buffers[k].shape]
-    if wrong:
-        raise InputError(f"what ranks the tokens does not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
-    for key, buffer in buffers.items():
-        if not probes[key].to(buffer.dtype).isfinite().all():
-            raise InputError(f"{key} holds values that are not finite; the file is damaged")
-        buffer.copy_(probes[key])
+        buffer.copy_(found[key])
 
 
 def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:

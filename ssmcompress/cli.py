@@ -796,8 +796,9 @@ def compare(
         raise InputError(f"--ratios {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
     import torch
 
-    from .comparing import Comparison, chosen_methods, level_for, levels, table
+    from .comparing import Comparison, table
     from .compression import Setup
+    from .methods import chosen_methods, level_for, levels
 
     names = [name.strip() for name in methods.split(";") if name.strip()] if methods is not None else None
     rows = chosen_methods(names, search=search, reconstructed=reconstruct)

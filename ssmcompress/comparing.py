@@ -1,7 +1,7 @@
 """Methods beside each other on one model and its images: every row the same code with another setting.
 
-Each row is a plan (`Method.stages`) that is calibrated, pruned, reconstructed where asked for, and measured against the
-dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
+Each row is the plan of a method (`ssmcompress.methods`) that is calibrated, pruned, reconstructed where asked for, and
+measured against the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
 """
 
 from __future__ import annotations
@@ -11,148 +11,34 @@ import io
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batches import AnyBatches, Batches
+from .batches import Batches
 from .benchmark import latency, latency_settings
 from .checkpoint import versions
-from .compression import UNALIGNED, Setup, calibration_and_measured
+from .compression import Setup, calibration_and_measured, gap_source
 from .errors import InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import write_file
-from .flops import flops, remaining_share
+from .flops import flops
+from .methods import Level, Method, stages_of
 from .models.base import TokenModel
 from .pictures import pareto_chart
 from .planning import Request, search_plan
 from .progress import line, track
-from .pruning.alignment import Alignment
-from .pruning.calibrate import bias_deltas, mean_deltas
+from .pruning.calibrate import gap_deltas
 from .pruning.pruner import prune
 from .pruning.reconstruct import reconstruct
 from .pruning.saliency import fit_probes
-from .pruning.schedule import Calibration, Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from .pruning.schedule import Calibration, Plan, default_stages
 
 FORMAT_VERSION = 1
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
-ALIGNED = Alignment()
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to make the model cheaper.
-
-    Attributes:
-        importance: what tokens are ranked by. alignment: as in a plan. merge: as in a stage.
-        searched: the plan comes from a search for the level's FLOPs. reconstructed: later layers are refitted.
-    """
-
-    name: str
-    importance: str = "clip"
-    alignment: Alignment = ALIGNED
-    merge: str | None = None
-    searched: bool = False
-    reconstructed: bool = False
-
-
-def _methods() -> tuple[Method, ...]:
-    """All methods. `naive` is pruning as EViT (arXiv 2202.07800) does it, by the score of ToP-ViM."""
-    rows = [Method("naive", alignment=UNALIGNED)]
-    for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
-        name = "unclipped" if importance == "mean" else importance
-        rows += [Method(name, importance, UNALIGNED), Method(f"{name}, aligned", importance)]
-    rows += [
-        Method("clip, conv aligned", alignment=Alignment(True, False)),
-        Method("clip, scan aligned", alignment=Alignment(False, True)),
-        Method("clip, aligned"),
-        Method("R-MeeTo", "similarity", UNALIGNED, "ordered"),
-        Method("MTR", "delta", UNALIGNED, "grouped"),
-        Method("search", searched=True),
-    ]
-    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
-    rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
-    return tuple(rows)
-
-
-METHODS = _methods()
-NAMES = tuple(method.name for method in METHODS)
-
-
-def chosen_methods(names: Sequence[str] | None, *, search: bool, reconstructed: bool) -> tuple[Method, ...]:
-    """The methods of these names, in the order of `METHODS`; None: all, but what takes a search or reconstruction only
-    where that is wanted."""
-    if names is None:
-        return tuple(m for m in METHODS if (search or not m.searched) and (reconstructed or not m.reconstructed))
-    for name in names:
-        if name not in NAMES:
-            raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}")
-    return tuple(method for method in METHODS if method.name in names)
-
-
-@dataclass(frozen=True)
-class Level:
-    """How much is pruned: a ratio at each default stage, and the share of the dense FLOPs that leaves."""
-
-    ratio: float
-    flops: float
-
-
-def levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:
-    """The levels of ratios removed at each of the stages (None: the default ones)."""
-    stages = tuple(stages or default_stages(len(model.blocks)))
-    found = []
-    for ratio in ratios:
-        plan = tuple(Stage(after, ratio) for after in stages)
-        Plan(plan).validate(len(model.blocks))
-        found.append(Level(ratio, remaining_share(model, plan)))
-    return found
-
-
-def level_for(model: TokenModel, stages: Sequence[int] | None, budget: float) -> float:
-    """The mildest ratio at each stage that leaves `budget` of the FLOPs at most."""
-    from .compression import plan_for_budget
-
-    return plan_for_budget(model, budget, stages).stages[0].ratio
-
-
-def stages_of(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
-    """What a method that is not searched for does at a level.
-
-    R-MeeTo merges the same number of tokens before every second layer from the third on, as its code does, as few as
-    the level's FLOPs ask for; the others remove the level's ratio at each stage.
-
-    Raises:
-        InputError: the method cannot save as much.
-    """
-    depth = len(model.blocks)
-    if method.merge != "ordered":
-        after = tuple(stages or default_stages(depth))
-
-        def made_with(ratio: float) -> tuple[Stage, ...]:
-            return tuple(Stage(layer, ratio, method.importance, method.merge) for layer in after)
-
-        if level.ratio == 0 or remaining_share(model, made_with(level.ratio)) <= level.flops:
-            return made_with(level.ratio)
-        # What choosing and merging take is paid for with tokens, so that all rows of a level are below its FLOPs.
-        return made_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, made_with(ratio))))
-    if level.ratio == 0:
-        return (Stage(2 if depth > 2 else 1, 0.0, method.importance, method.merge),)
-    protected = model.protected is not None
-    for removed in range(1, model.length):
-        made, count = [], model.length
-        for layer in range(2, depth, 2):
-            free = count - protected
-            kept = count - min(removed, free // 2)
-            ratio = share_removed(count, kept, protected)
-            made.append(Stage(layer, ratio, method.importance, method.merge))
-            count = kept_count(count, ratio, protected)
-        if made and remaining_share(model, made) <= level.flops:
-            return tuple(made)
-    raise InputError(f"merging half of the tokens before every second layer does not get to {level.flops:.1%}")
 
 
 class Comparison:
@@ -169,7 +55,7 @@ class Comparison:
             "calibration": {"name": self.calibration.source.name, "images": len(self.calibration.index)},
             "data": {"name": self.measured.source.name, "images": len(self.measured.index)},
             "stages": list(stages or default_stages(len(model.blocks))),
-            "gap": setup.gap or ("bias" if self.calibration.source.stand_in else "calibrated"),
+            "gap": gap_source(setup, self.calibration.source),
             "seed": setup.seed,
             "dtype": str(setup.dtype).removeprefix("torch."),
             "preprocessing": json.loads(json.dumps(vars(model.preprocessing))),
@@ -177,6 +63,7 @@ class Comparison:
         self.command = command
         self.rows: list[dict[str, Any]] = self._earlier(force)
         self._dense: Tensor | None = None
+        self._image: Tensor | None = None
         self._deltas: tuple[Tensor, ...] | None = None
         self._probes: tuple[Tensor, ...] | None = None
 
@@ -224,15 +111,14 @@ class Comparison:
             model = self.built(method, level) if method else self.model
         except InputError as error:  # this method cannot do that; the others can
             return {**row, "images": None, "failed": str(error)}
-        result = self.evaluation(model)
-        times = self.times(model)
+        result, times, cost = self.evaluation(model), self.times(model), flops(model)
         return row | {
             "images": result.images,
             "top1": result.top1,
             "agreement": result.agreement if method else None,
             "kl": result.kl if method else None,
-            "flops": flops(model),
-            "flops_share": flops(model)["full"] / flops(self.model)["full"],
+            "flops": cost,
+            "flops_share": cost["full"] / flops(self.model)["full"],
             "latency_ms": times.get("row"),
             "latency_share": times["row"] / times["dense"] if times else None,
             "stages": [stage.to_dict() for stage in model.plan.stages] if model.plan else [],
@@ -269,9 +155,7 @@ class Comparison:
     def calibrated(self, plan: Plan) -> Calibration:
         """Mean deltas, once for all rows, and probes for those that ask for them."""
         if self._deltas is None:
-            bias = self.settings["gap"] == "bias"
-            batches = AnyBatches(self.calibration)
-            self._deltas = bias_deltas(self.model) if bias else mean_deltas(self.model, batches)
+            self._deltas = gap_deltas(self.model, self.calibration, self.settings["gap"])
         if self._probes is None and any(stage.importance == "saliency" for stage in plan.stages):
             self._probes = fit_probes(self.model, self.calibration, range(1, len(self.model.blocks)))
         name, images = self.settings["calibration"]["name"], self.settings["calibration"]["images"]
@@ -286,9 +170,10 @@ class Comparison:
         """Milliseconds of the dense model and of this one at batch 1, interleaved."""
         if not self.setup.measure_latency:
             return {}
-        image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
-        with autocast(image.device, self.setup.dtype):
-            return latency({"dense": self.model, "row": model}, image)
+        if self._image is None:
+            self._image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
+        with autocast(self._image.device, self.setup.dtype):
+            return latency({"dense": self.model, "row": model}, self._image)
 
     def value(self) -> dict[str, Any]:
         device = next(self.model.parameters()).device

@@ -17,7 +17,7 @@ from . import report as reports
 from .batches import Batches, draw
 from .benchmark import latency, latency_settings
 from .checkpoint import Source, load, save, versions
-from .data import find_images, open_images
+from .data import Images, find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
@@ -74,9 +74,23 @@ def corrections_reserve(model: TokenModel, stages: Sequence[int], data: str | No
     Args:
         data, wanted: as `Setup.data` and `Setup.reconstruct`.
     """
-    if wanted is None:
-        wanted = data is not None or (model.source is not None and model.source.data is not None)
-    return corrections_share(model, stages) if wanted else 0.0
+    return corrections_share(model, stages) if reconstruction_wanted(model, data, wanted) else 0.0
+
+
+def reconstruction_wanted(model: TokenModel, data: str | None, wanted: bool | None) -> bool:
+    """Whether a model is to be reconstructed: as told, else where there are images of the user's.
+
+    Args:
+        data, wanted: as `Setup.data` and `Setup.reconstruct`.
+    """
+    if wanted is not None:
+        return wanted
+    return data is not None or (model.source is not None and model.source.data is not None)
+
+
+def gap_source(setup: Setup, images: Images, planned: str | None = None) -> str:
+    """The gap source: as told, else as planned, else calibrated where the images are the user's."""
+    return setup.gap or planned or ("bias" if images.stand_in else "calibrated")
 
 
 def plan_for_budget(
@@ -172,7 +186,7 @@ def compress(
     check_output(model, output, setup, force)
     several = processes.count() > 1
     calibration, measured = calibration_and_measured(model, setup)
-    gap = setup.gap or plan.gap or ("bias" if calibration.source.stand_in else "calibrated")
+    gap = gap_source(setup, calibration.source, plan.gap)
     plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name, distributed=several)
     calibration.put_together()
     models = {"dense": model}
@@ -277,11 +291,6 @@ def write_measured(
     }
     save(pruned, output, extra={**files, **(extra or {})}, force=force)
     return report
-
-
-def calibration_images(model: TokenModel, setup: Setup) -> Batches:
-    """The images that a compression calibrates on."""
-    return calibration_and_measured(model, setup)[0]
 
 
 def calibration_and_measured(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:

@@ -107,11 +107,8 @@ def finetune_folder(
     for tuned in (best, last):
         tuned.made_by = MadeBy(command, versions())
     earlier = _earlier_report(inside)
-    about = {
-        name: earlier.get(name)
-        for name in ("calibration", "reconstruction", "search")
-        if name != "search" or name in earlier
-    }
+    about = {name: earlier.get(name) for name in ("calibration", "reconstruction")}
+    about |= {"search": earlier["search"]} if "search" in earlier else {}
     about["calibration"] = about["calibration"] or {"name": None, "images": 0, "unreadable": []}
     about["finetuning"] = {**asdict(best.finetuning), "unreadable": training.unreadable_names()}
     overlap = _overlap(training, measured, setup, earlier)

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from . import processes
-from .batches import AnyBatches, Batches, block_size, draw
+from .batches import Batches, block_size, draw
 from .benchmark import latency
-from .compression import Setup, calibration_images, corrections_reserve
+from .compression import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
 from .errors import BudgetError, InputError
-from .flops import remaining_share
+from .flops import reachable, remaining_share
 from .models.base import TokenModel
 from .progress import line, track
 from .pruning.alignment import Alignment
-from .pruning.calibrate import bias_deltas, mean_deltas
+from .pruning.calibrate import gap_deltas
 from .pruning.judging import Collector, mean_losses, total_loss
 from .pruning.pruner import prune
 from .pruning.saliency import fit_probes
-from .pruning.schedule import Calibration, Plan, Stage, share_removed
-from .pruning.search import Candidate, lowest_share, propose
+from .pruning.schedule import LEAST_KEPT, Calibration, Plan, Stage
+from .pruning.search import Candidate, propose
 from .pruning.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.
@@ -33,6 +33,7 @@ RUN = 12
 SEARCH_IMAGES = 512
 # Tries to meet a latency, and where in the request it is to come out: timings differ by a few percent.
 ATTEMPTS = 8
+REPEATS = 31
 SLACK = (0.955, 0.99)
 
 
@@ -77,34 +78,22 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
     """
     begun = time.perf_counter()
-    sensitivity = None
-    if request.sensitivity is not None:
-        sensitivity = Sensitivity.read(request.sensitivity)
-        sensitivity.belongs_to(model)
-        if sensitivity.alignment != request.alignment:
-            raise InputError(f"{request.sensitivity} was measured with another alignment: leave it out to measure anew")
-        if request.labels != (sensitivity.objective == "labels"):
-            raise InputError(f"{request.sensitivity} was measured by {sensitivity.objective}: leave it out")
+    refit = reconstruction_wanted(model, setup.data, setup.reconstruct)
+    sensitivity = _measured_earlier(model, request, refit) if request.sensitivity is not None else None
     depth = len(model.blocks)
     known = sensitivity.layers if sensitivity else candidates(depth)
     layers = tuple(request.stages or known)
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
-    metrics = (request.importance,) if request.importance else METRICS
+    metrics = (request.importance,) if request.importance else sensitivity.metrics if sensitivity else METRICS
     reserve = corrections_reserve(model, layers, setup.data, setup.reconstruct)
-    lowest = lowest_share(model, layers) + reserve
+    lowest = reachable(model, layers) + reserve
     if request.flops is not None:
         line(f"reachable: {lowest:.1%} to 100% of the FLOPs")
         _within(request.flops, lowest, "FLOPs")
-    trial = _Trial(model, request, setup)
-    metrics = sensitivity.metrics if sensitivity and not request.importance else metrics
+    trial = _Trial(model, request, setup, refit)
     line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
-    if sensitivity and sensitivity.refit != trial.refit:
-        raise InputError(
-            f"{request.sensitivity} was measured for a model that is {'' if sensitivity.refit else 'not '}to be "
-            f"reconstructed: leave it out to measure anew"
-        )
     plan = trial.fit(layers if "saliency" in metrics else ())
     measuring = time.perf_counter()
     if sensitivity is None:
@@ -115,7 +104,7 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
             plan=plan,
             layers=layers,
             metrics=metrics,
-            refit=trial.refit,
+            refit=refit,
             name=trial.name,
             distributed=trial.several,
         )
@@ -149,6 +138,21 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
     return Found(Plan(stages, request.alignment, seed=setup.seed), sensitivity, record)
 
 
+def _measured_earlier(model: TokenModel, request: Request, refit: bool) -> Sensitivity:
+    """The sensitivity of a file, if it was measured for what is asked for now."""
+    found = Sensitivity.read(request.sensitivity)
+    found.belongs_to(model)
+    objective = "labels" if request.labels else "kl"
+    for what, ours, theirs in (
+        ("alignment", request.alignment, found.alignment),
+        ("objective", objective, found.objective),
+        ("choice about reconstruction", refit, found.refit),
+    ):
+        if ours != theirs:
+            raise InputError(f"{request.sensitivity} was measured with another {what}: leave it out to measure anew")
+    return found
+
+
 def _within(share: float, lowest: float, what: str) -> None:
     if not lowest <= share < 1:
         raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves between {lowest:.1%} and 100%")
@@ -157,12 +161,12 @@ def _within(share: float, lowest: float, what: str) -> None:
 class _Trial:
     """The images of a search, and plans run on them."""
 
-    def __init__(self, model: TokenModel, request: Request, setup: Setup):
-        self.model, self.setup, self.request = model, setup, request
+    def __init__(self, model: TokenModel, request: Request, setup: Setup, refit: bool):
+        self.model, self.setup, self.request, self.refit = model, setup, request, refit
         self.several = processes.count() > 1
         if self.several and request.latency is not None:
             raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
-        calibration = calibration_images(model, setup)
+        calibration, _ = calibration_and_measured(model, setup)
         self.name = calibration.source.name
         if request.labels and calibration.source.labels is None:
             raise InputError(f"{self.name} has no labels to judge by")
@@ -173,22 +177,14 @@ class _Trial:
         self.images = images[measured][: request.images]
         self.labels = labels[measured][: request.images] if request.labels else None
         self.others = images[1::2] if len(images) > 1 else images
-        self.gap = setup.gap or ("bias" if calibration.source.stand_in else "calibrated")
-        if not request.alignment.scan:
-            self.gap = "bias"
+        self.gap = gap_source(setup, calibration.source) if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
         self.device, self.size = next(model.parameters()).device, block_size(model)
-        # As `compress` decides it.
-        self.refit = setup.reconstruct if setup.reconstruct is not None else not calibration.source.stand_in
 
     def fit(self, layers: Sequence[int]) -> Plan:
         """A plan without stages, calibrated on the images that are not measured on."""
         model = self.model
-        deltas = (
-            mean_deltas(model, AnyBatches(self.others), self.several)
-            if self.gap == "calibrated"
-            else bias_deltas(model)
-        )
+        deltas = gap_deltas(model, self.others, self.gap, self.several)
         probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
         calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
         return Plan((), self.request.alignment, self.gap, self.setup.seed, calibration)
@@ -238,11 +234,10 @@ class _Trial:
                     tried(tuple(changed), None)
         return sorted(found.values(), key=lambda value: value["loss"])
 
-    def latency_share(self, plan: Plan, repeats: int = 31) -> float:
+    def latency_share(self, plan: Plan) -> float:
         """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
         models = {"dense": self.model, "pruned": prune(self.model, plan)}
-        image = self.images[:1].to(next(self.model.parameters()).device)
-        times = latency(models, image, repeats)
+        times = latency(models, self.images[:1].to(self.device), REPEATS)
         return times["pruned"] / times["dense"]
 
 
@@ -260,8 +255,8 @@ def _for_latency(
     model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: _Trial
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
-    fewest = share_removed(model.length, 2, model.protected is not None)
-    least = trial.latency_share(replace(plan, stages=(Stage(sensitivity.layers[0], fewest, sensitivity.metrics[0]),)))
+    fewest = Stage(sensitivity.layers[0], LEAST_KEPT, sensitivity.metrics[0])
+    least = trial.latency_share(replace(plan, stages=(fewest,)))
     line(f"reachable: {least:.1%} to 100% of the latency at batch 1")
     _within(wanted, least, "latency")
     low, high = lowest, 1.0

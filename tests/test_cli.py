@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, JSON, exit codes, one-line errors, nothing left behind."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -710,8 +711,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
         if os.path.exists("cut.training.pt"):
             assert ssmcompress.load("cut.training.pt").plan is not None
         if os.path.exists(".cut.training.pt.part"):
-            with pytest.raises(ssmcompress.errors.InputError):
-                ssmcompress.load(".cut.training.pt.part")
+            # Cut off it is refused; killed between its last byte and its new name, it is whole.
+            with contextlib.suppress(ssmcompress.errors.InputError):
+                assert ssmcompress.load(".cut.training.pt.part").plan is not None
     assert kills
     subprocess.run(long_run("pruned", class_folders, "cut", "--resume"), check=True, capture_output=True)
     for file in ("model.safetensors", "last.safetensors"):

@@ -88,11 +88,16 @@ def calibrate(
     batches = AnyBatches(images)
     # Without scan alignment nothing reads the deltas: no pass over the images for their sake.
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
-    deltas = mean_deltas(model, batches, distributed) if gap == "calibrated" else bias_deltas(model)
+    deltas = gap_deltas(model, batches, gap, distributed)
     salient = [stage.after for stage in plan.stages if stage.importance == "saliency"]
     probes = fit_probes(model, batches, salient, distributed=distributed) if salient else ()
     plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas, probes=probes))
     return replace(plan, calibration=_with_stage_statistics(model, plan, batches, distributed))
+
+
+def gap_deltas(model: TokenModel, images: Any, gap: str, distributed: bool = False) -> tuple[Tensor, ...]:
+    """Per layer (deltas, d_inner), what stands in for the delta of pruned positions by the gap source `gap`."""
+    return mean_deltas(model, AnyBatches(images), distributed) if gap == "calibrated" else bias_deltas(model)
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:

@@ -52,11 +52,6 @@ def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: in
     return [Candidate(stages, loss) for stages, loss in ranked[:most]]
 
 
-def lowest_share(model: TokenModel, layers: Sequence[int]) -> float:
-    """The smallest share of the dense FLOPs that stages after these layers can leave."""
-    return remaining_share(model, [Stage(min(layers), share_removed(model.length, 2, model.protected is not None))])
-
-
 def spend(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
     """These stages with as many tokens more as the budget has room for, in proportion; None where it has not enough."""
     protected = model.protected is not None

@@ -29,11 +29,12 @@ from .schedule import LEAST_KEPT, Plan, Stage, kept_count, share_removed
 
 FORMAT_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
-# Metrics worth choosing from; `mean` and `clip-paths` never came first on the bundled models, `random` only by chance.
+# Metrics worth choosing from. `mean`, `clip-paths` and `random` came first at none of layers 1 to 3 of the bundled Vim
+# (60 % of the FLOPs, aligned, 1,024 images).
 METRICS = ("clip", "l1", "l2", "delta", "saliency")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, LEAST_KEPT)
 OBJECTIVES = ("kl", "labels")
-# Of deeper models every second layer is a candidate, of those above 24 every third: their neighbours cost alike.
+# Candidates at most; of deeper models every second layer is one, or every third.
 MOST_LAYERS = 12
 
 

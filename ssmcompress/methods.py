@@ -1,0 +1,126 @@
+"""The methods of a comparison, and what each of them does to reach a level of FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .compression import UNALIGNED, plan_for_budget
+from .errors import InputError
+from .flops import remaining_share
+from .models.base import TokenModel
+from .pruning.alignment import Alignment
+from .pruning.schedule import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+
+ALIGNED = Alignment()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make the model cheaper.
+
+    Attributes:
+        importance: what tokens are ranked by. alignment: as in a plan. merge: as in a stage.
+        searched: the plan comes from a search for the level's FLOPs. reconstructed: later layers are refitted.
+    """
+
+    name: str
+    importance: str = "clip"
+    alignment: Alignment = ALIGNED
+    merge: str | None = None
+    searched: bool = False
+    reconstructed: bool = False
+
+
+def _methods() -> tuple[Method, ...]:
+    """All methods. `naive` is pruning as EViT (arXiv 2202.07800) does it, by the score of ToP-ViM."""
+    rows = [Method("naive", alignment=UNALIGNED)]
+    for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
+        name = "unclipped" if importance == "mean" else importance
+        rows += [Method(name, importance, UNALIGNED), Method(f"{name}, aligned", importance)]
+    rows += [
+        Method("clip, conv aligned", alignment=Alignment(True, False)),
+        Method("clip, scan aligned", alignment=Alignment(False, True)),
+        Method("clip, aligned"),
+        Method("R-MeeTo", "similarity", UNALIGNED, "ordered"),
+        Method("MTR", "delta", UNALIGNED, "grouped"),
+        Method("search", searched=True),
+    ]
+    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
+    rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
+    return tuple(rows)
+
+
+METHODS = _methods()
+NAMES = tuple(method.name for method in METHODS)
+
+
+def chosen_methods(names: Sequence[str] | None, *, search: bool, reconstructed: bool) -> tuple[Method, ...]:
+    """The methods of these names, in the order of `METHODS`; None: all, but what takes a search or reconstruction only
+    where that is wanted."""
+    if names is None:
+        return tuple(m for m in METHODS if (search or not m.searched) and (reconstructed or not m.reconstructed))
+    for name in names:
+        if name not in NAMES:
+            raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}")
+    return tuple(method for method in METHODS if method.name in names)
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much is pruned: a ratio at each default stage, and the share of the dense FLOPs that leaves."""
+
+    ratio: float
+    flops: float
+
+
+def levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:
+    """The levels of ratios removed at each of the stages (None: the default ones)."""
+    stages = tuple(stages or default_stages(len(model.blocks)))
+    found = []
+    for ratio in ratios:
+        plan = tuple(Stage(after, ratio) for after in stages)
+        Plan(plan).validate(len(model.blocks))
+        found.append(Level(ratio, remaining_share(model, plan)))
+    return found
+
+
+def level_for(model: TokenModel, stages: Sequence[int] | None, budget: float) -> float:
+    """The mildest ratio at each stage that leaves `budget` of the FLOPs at most."""
+    return plan_for_budget(model, budget, stages).stages[0].ratio
+
+
+def stages_of(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
+    """What a method that is not searched for does at a level.
+
+    R-MeeTo merges the same number of tokens before every second layer from the third on, as its code does, as few as
+    the level's FLOPs ask for; the others remove the level's ratio at each stage.
+
+    Raises:
+        InputError: the method cannot save as much.
+    """
+    depth = len(model.blocks)
+    if method.merge != "ordered":
+        after = tuple(stages or default_stages(depth))
+
+        def made_with(ratio: float) -> tuple[Stage, ...]:
+            return tuple(Stage(layer, ratio, method.importance, method.merge) for layer in after)
+
+        if level.ratio == 0 or remaining_share(model, made_with(level.ratio)) <= level.flops:
+            return made_with(level.ratio)
+        # What choosing and merging take is paid for with tokens, so that all rows of a level are below its FLOPs.
+        return made_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, made_with(ratio))))
+    if level.ratio == 0:
+        return (Stage(2 if depth > 2 else 1, 0.0, method.importance, method.merge),)
+    protected = model.protected is not None
+    for removed in range(1, model.length):
+        made, count = [], model.length
+        for layer in range(2, depth, 2):
+            free = count - protected
+            kept = count - min(removed, free // 2)
+            ratio = share_removed(count, kept, protected)
+            made.append(Stage(layer, ratio, method.importance, method.merge))
+            count = kept_count(count, ratio, protected)
+        if made and remaining_share(model, made) <= level.flops:
+            return tuple(made)
+    raise InputError(f"merging half of the tokens before every second layer does not get to {level.flops:.1%}")
