@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,18 @@ from torch import Tensor, nn
 from ._version import __version__
 from .errors import InputError
 from .files import new_folder, sha256
-from .models import MODELS, MadeBy, TokenModel, build, recognise
+from .models import MODELS, TokenModel, build, recognise
 from .models.base import low_rank
+from .models.records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .preprocess import Preprocessing
 from .pruning.pruner import install
-from .pruning.reconstruct import Reconstruction
 from .pruning.schedule import Plan
 from .safe_pickle import read_pickle
-from .training.record import Finetuning
 from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file a model was read from, or, for a compressed model, the dense file it was made from.
-
-    Attributes:
-        path: absolute path. sha256: of the weights file's content. weights: the entry that was read.
-        data: what the folder names as its images (a path or a hub name), or None.
-    """
-
-    path: str
-    sha256: str
-    weights: str = "model"
-    data: str | None = None
 
 
 def load(
@@ -179,10 +163,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
         model.plan = plan
-        if pruning.get("reconstruction") is not None:
-            model.reconstruction = Reconstruction.from_dict(pruning["reconstruction"])
-        if pruning.get("finetuning") is not None:
-            model.finetuning = Finetuning.from_dict(pruning["finetuning"])
+        model.steps = steps_from_dict(pruning)
     data = config.get("data") if isinstance(config.get("data"), str) else None
     if data is not None and path.is_dir() and os.path.exists(path / data):
         data = str((path / data).absolute())
@@ -237,7 +218,7 @@ def _fill_buffers(model: TokenModel, name: str, found: Mapping[str, Tensor], wha
 
 
 def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
-    width = model.classifier.in_features
+    width = model.d_model
     first = min(int(layer) for layer in model.pruners)
     left = dict(corrections)
     for layer in range(first + 1, len(model.blocks) + 1):
@@ -266,8 +247,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         pruning = {
             **model.plan.to_dict(tensors=False),
             "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
-            "reconstruction": asdict(model.reconstruction) if model.reconstruction else None,
-            "finetuning": asdict(model.finetuning) if model.finetuning else None,
+            **steps_to_dict(model.steps),
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},
             "command": model.made_by.command,
             "versions": model.made_by.versions or versions(),

@@ -16,13 +16,14 @@ from . import processes
 from . import report as reports
 from .batches import Batches, draw
 from .benchmark import latency, latency_settings
-from .checkpoint import Source, load, save, versions
+from .checkpoint import load, save, versions
 from .data import Images, find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
 from .flops import corrections_share, dense_flops, flops, reachable, remaining_share
-from .models.base import MadeBy, TokenModel
+from .models.base import TokenModel
+from .models.records import MadeBy, Source
 from .pictures import kept_tokens
 from .pruning.alignment import Alignment
 from .pruning.calibrate import calibrate, make_plan
@@ -201,7 +202,7 @@ def compress(
     if wanted:
         rebuilt = reconstruct(pruned, model, calibration, name=calibration.source.name, distributed=several)
     seconds = time.perf_counter() - begun
-    if rebuilt.reconstruction is not None:
+    if rebuilt.find_record("reconstruction") is not None:
         models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
         models["pruned"] = pruned = rebuilt
     results = measure(models, measured, dtype=setup.dtype, distributed=several)
@@ -362,10 +363,11 @@ def _alignment_block(model: TokenModel) -> dict[str, Any]:
 
 def _reconstruction_block(model: TokenModel, seconds: float) -> dict[str, Any] | None:
     """Also the seconds it took, and the rank of each layer's correction."""
-    if model.reconstruction is None:
+    record = model.find_record("reconstruction")
+    if record is None:
         return None
     ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
-    return {**asdict(model.reconstruction), "seconds": round(seconds, 2), "correction_ranks": ranks}
+    return {**asdict(record), "seconds": round(seconds, 2), "correction_ranks": ranks}
 
 
 def _model_block(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:

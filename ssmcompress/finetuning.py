@@ -18,7 +18,8 @@ from .data import open_images
 from .errors import InputError
 from .evaluation import measure
 from .files import check_target
-from .models.base import MadeBy, TokenModel
+from .models.base import TokenModel
+from .models.records import MadeBy
 from .pictures import history_chart
 from .progress import line
 from .pruning.sensitivity import SENSITIVITY_FILE
@@ -110,9 +111,10 @@ def finetune_folder(
     about = {name: earlier.get(name) for name in ("calibration", "reconstruction")}
     about |= {"search": earlier["search"]} if "search" in earlier else {}
     about["calibration"] = about["calibration"] or {"name": None, "images": 0, "unreadable": []}
-    about["finetuning"] = {**asdict(best.finetuning), "unreadable": training.unreadable_names()}
+    record = best.find_record("finetuning")
+    about["finetuning"] = {**asdict(record), "unreadable": training.unreadable_names()}
     overlap = _overlap(training, measured, setup, earlier)
-    extra = {LAST_FILE: serialise(last), reports.HISTORY_FILE: history_chart(best.finetuning)}
+    extra = {LAST_FILE: serialise(last), reports.HISTORY_FILE: history_chart(record)}
     if inside is not None and (measured_before := Path(inside) / SENSITIVITY_FILE).is_file():
         extra[SENSITIVITY_FILE] = measured_before.read_bytes()
     report = write_measured(
@@ -149,9 +151,9 @@ def _overlap(training: Batches, measured: Batches, setup: Setup, earlier: Mappin
 
 def before(model: TokenModel) -> str:
     """What reports call a model that is fine-tuned next."""
-    if model.finetuning is not None:
+    if model.find_record("finetuning") is not None:
         return "before"
-    if model.reconstruction is not None and model.reconstruction.kept:
+    if (refit := model.find_record("reconstruction")) is not None and refit.kept:
         return "reconstructed"
     return "aligned" if model.plan.alignment.conv or model.plan.alignment.scan else "naive"
 

@@ -59,7 +59,7 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
     """FLOPs that choosing takes beside what a layer computes anyway: a probe's products, the cosines of a merge."""
     counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
-    width, parts = model.classifier.in_features, {}
+    width, parts = model.d_model, {}
     for stage in stages:
         tokens, kept = counts[stage.after - 1], counts[stage.after]
         if stage.importance == "saliency":
@@ -73,7 +73,7 @@ def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
 def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
     """The most that the corrections of reconstruction can cost after layers `stages`, as a share of the dense FLOPs."""
     layers = len(model.blocks) - min(stages)
-    return layers * model.classifier.in_features**2 / (flops(model)["full"] * 1e9)
+    return layers * model.d_model**2 / (flops(model)["full"] * 1e9)
 
 
 def reachable(model: TokenModel, stages: Sequence[int]) -> float:

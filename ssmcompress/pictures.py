@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .models.base import TokenModel
-from .training.record import Finetuning
+from .models.records import Finetuning
 
 SIDE = 168  # pixels an image takes in the picture
 GAP = 6

@@ -604,7 +604,7 @@ def test_finetune_reports_beside_what_it_began_with(pruned_folder, class_folders
     assert "fine-tuned" in Path("tuned/README.md").read_text()
     assert os.listdir("logs")
     loaded, last = ssmcompress.load("tuned"), ssmcompress.load("tuned/last.safetensors")
-    assert loaded.finetuning.steps == last.finetuning.steps == 6
+    assert loaded.find_record("finetuning").steps == last.find_record("finetuning").steps == 6
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters(), strict=True))  # none held out
     assert call_json("evaluate", "tuned", "--data", class_folders)["agreement"]["top1"] is not None
     assert "expected a dense" not in refused("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")

@@ -35,9 +35,7 @@ HOME = {
 }  # fmt: skip
 EXCEPTIONS = {
     ("ssmcompress.batches", "ssmcompress.models"),
-    ("ssmcompress.checkpoint", "ssmcompress.training.record"),
     ("ssmcompress.data", "ssmcompress.models"),
-    ("ssmcompress.models.base", "ssmcompress.training.record"),
     ("ssmcompress.pruning.calibrate", "ssmcompress.batches"),
     ("ssmcompress.pruning.calibrate", "ssmcompress.models.base"),
     ("ssmcompress.pruning.judging", "ssmcompress.models.base"),
@@ -46,6 +44,7 @@ EXCEPTIONS = {
     ("ssmcompress.pruning.pruner", "ssmcompress.models.base"),
     ("ssmcompress.pruning.reconstruct", "ssmcompress.batches"),
     ("ssmcompress.pruning.reconstruct", "ssmcompress.models.base"),
+    ("ssmcompress.pruning.reconstruct", "ssmcompress.models.records"),
     ("ssmcompress.pruning.saliency", "ssmcompress.batches"),
     ("ssmcompress.pruning.saliency", "ssmcompress.models.base"),
     ("ssmcompress.pruning.search", "ssmcompress.flops"),
@@ -55,6 +54,7 @@ EXCEPTIONS = {
     ("ssmcompress.pruning.side_by_side", "ssmcompress.batches"),
     ("ssmcompress.pruning.side_by_side", "ssmcompress.evaluation"),
     ("ssmcompress.pruning.side_by_side", "ssmcompress.models.base"),
+    ("ssmcompress.pruning.side_by_side", "ssmcompress.models.records"),
 }
 FLOOR_OF = {"training": 5} | {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -422,7 +422,7 @@ def test_reconstruction_follows_the_dense_model_more_closely_and_any_batches_giv
     unseen = coloured(64, seed=3)
     before, after = (ssmcompress.evaluate(m, unseen, dense=plain_mamba).kl for m in (pruned, rebuilt))
     assert after < 0.8 * before
-    assert [fit.weight for fit in rebuilt.reconstruction.fits] == [
+    assert [fit.weight for fit in rebuilt.find_record("reconstruction").fits] == [
         f"backbone.layers.{i}.mamba.{name}" for i in (1, 2, 3) for name in ("x_proj", "out_proj")
     ] + ["head.fc"]
     again = ssmcompress.reconstruct(pruned, plain_mamba, images.split(7))
@@ -456,7 +456,7 @@ def test_reconstruction_reads_out_the_mean_that_serves_better(plain_mamba, bette
     images = coloured(60, seed=2)
     pruned = ssmcompress.prune(plain_mamba, ssmcompress.make_plan(plain_mamba, ratio=0.5, stages=(1,)))
     rebuilt = ssmcompress.reconstruct(pruned, plain_mamba, images)
-    assert rebuilt.reconstruction.kept
+    assert rebuilt.find_record("reconstruction").kept
     assert rebuilt.alignment.pool == rebuilt.plan.alignment.pool == better
     loaded = ssmcompress.load(ssmcompress.save(rebuilt, tmp_path / "m"))
     assert loaded.alignment == rebuilt.alignment
@@ -469,8 +469,8 @@ def test_reconstruction_passes_layers_that_end_in_a_convolution():
     images = images_of(model, 40)
     pruned = ssmcompress.prune(model, ssmcompress.calibrate(model, images, stages=(1,), ratio=0.5))
     rebuilt = ssmcompress.reconstruct(pruned, model, images)
-    names = [fit.weight for fit in rebuilt.reconstruction.fits]
+    names = [fit.weight for fit in rebuilt.find_record("reconstruction").fits]
     assert [name for name in names if ".layers.2." in name] == []
     assert "backbone.layers.3.mamba.out_proj" in names
     assert "3" not in rebuilt.corrections
-    assert rebuilt.reconstruction.kl_after < rebuilt.reconstruction.kl_before
+    assert rebuilt.find_record("reconstruction").kl_after < rebuilt.find_record("reconstruction").kl_before

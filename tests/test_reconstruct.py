@@ -31,6 +31,10 @@ from ssmcompress.pruning.side_by_side import LEAST_WEIGHT
 # ------------------------------------------------------------------------------------------------ the regression
 
 
+def record_of(model):
+    return model.find_record("reconstruction")
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -151,13 +155,13 @@ def test_the_dense_model_is_followed_more_closely_on_images_not_used(dense, prun
     unseen = noise(64, seed=3)
     before, after = (ssmcompress.evaluate(m, unseen, dense=dense).kl for m in (pruned, rebuilt))
     assert after < 0.8 * before  # random weights have little that a linear map could win back
-    record = rebuilt.reconstruction
+    record = record_of(rebuilt)
     assert (record.name, record.images, record.held_out, record.kept) == ("noise", 300, 60, True)
     assert record.kl_after < 0.8 * record.kl_before
 
 
 def test_no_weight_is_worse_than_the_old_one_on_the_images_held_out(rebuilt):
-    fits = rebuilt.reconstruction.fits
+    fits = record_of(rebuilt).fits
     assert [fit.weight for fit in fits] == [
         f"layers.{i}.mixer.{name}" for i in (1, 2, 3) for name in ("x_proj", "x_proj_b", "out_proj")
     ] + ["head"]
@@ -174,7 +178,7 @@ def test_arguments_layers_before_the_first_stage_and_parameter_names_stay(dense,
     before, after = pruned.state_dict(), rebuilt.state_dict()
     assert before.keys() == {k for k in after if not k.startswith("corrections.")}
     changed = {k for k in before if not torch.equal(before[k], after[k])}
-    assert changed <= {f"{fit.weight}.{kind}" for fit in rebuilt.reconstruction.fits for kind in ("weight", "bias")}
+    assert changed <= {f"{fit.weight}.{kind}" for fit in record_of(rebuilt).fits for kind in ("weight", "bias")}
 
 
 def test_the_result_is_the_same_to_the_last_bit_for_any_batches(dense, pruned, rebuilt, many):
@@ -187,13 +191,13 @@ def test_where_nothing_is_pruned_nothing_changes(dense, many):
     pruned = ssmcompress.prune(dense, plan)
     found = ssmcompress.reconstruct(pruned, dense, many)
     assert same_weights(found, pruned)
-    assert found.reconstruction is None
+    assert record_of(found) is None
     # The same with tokens missing in the counts only: all maps are right as they are.
     pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.5, stages=(1,)))
     pruned.pruners["1"].ratio = 0.0
     found = ssmcompress.reconstruct(pruned, dense, many)
     assert same_weights(found, pruned)
-    assert not any(fit.ridges for fit in found.reconstruction.fits)
+    assert not any(fit.ridges for fit in record_of(found).fits)
 
 
 def test_rows_weigh_what_an_error_does_to_the_margin(dense, many):
@@ -245,7 +249,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
         fitted = torch.arange(len(many)) % 5 != 1
         x, t, w = (torch.cat(values)[fitted].double() for values in (inputs, targets, weights))
         x, t, w = x.flatten(0, 1), t.flatten(0, 1), w.flatten()
-        fit = next(fit for fit in found.reconstruction.fits if fit.weight.endswith(name))
+        fit = next(fit for fit in record_of(found).fits if fit.weight.endswith(name))
         groups = [x.shape[1] - 16, 16]
         units = torch.cat([part.mean().expand(len(part)) for part in (w[:, None] * x.square()).sum(0).split(groups)])
         ridges = torch.tensor([1e12 if r is None else r for r in fit.ridges]).repeat_interleave(torch.tensor(groups))
@@ -296,8 +300,8 @@ def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
 
 def test_a_reconstructed_model_can_be_reconstructed_again(dense, rebuilt, many):
     again = ssmcompress.reconstruct(rebuilt, dense, many)
-    assert again.reconstruction.kl_before == pytest.approx(rebuilt.reconstruction.kl_after, rel=0.05)
-    assert again.reconstruction.kl_after <= again.reconstruction.kl_before or not again.reconstruction.kept
+    assert record_of(again).kl_before == pytest.approx(record_of(rebuilt).kl_after, rel=0.05)
+    assert record_of(again).kl_after <= record_of(again).kl_before or not record_of(again).kept
 
 
 def test_no_files_are_left_and_none_are_kept_when_it_fails(dense, pruned, many, tmp_path, monkeypatch):
@@ -321,14 +325,14 @@ def test_two_processes_add_their_sums(dense, pruned, tmp_path):
         "dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)\n"
         "dense, pruned, images = torch.load(f'{folder}/given.pt', weights_only=False)\n"
         "found = ssmcompress.reconstruct(pruned, dense, images[40 * rank : 40 * rank + 40], distributed=True)\n"
-        "torch.save((found.state_dict(), found.reconstruction), f'{folder}/found{rank}.pt')\n"
+        "torch.save((found.state_dict(), found.find_record('reconstruction')), f'{folder}/found{rank}.pt')\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     (first, record), (second, _) = (torch.load(tmp_path / f"found{r}.pt", weights_only=False) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert (record.images, record.held_out) == (80, 16)
-    for ours, theirs in zip(record.fits, whole.reconstruction.fits, strict=True):
+    for ours, theirs in zip(record.fits, record_of(whole).fits, strict=True):
         assert (ours.weight, ours.ridges) == (theirs.weight, theirs.ridges)
         assert (ours.before, ours.after) == pytest.approx((theirs.before, theirs.after), rel=1e-4)
 
@@ -339,9 +343,9 @@ def test_two_processes_add_their_sums(dense, pruned, tmp_path):
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_a_few_images_give_a_sound_model(dense, pruned, many, count):
     found = ssmcompress.reconstruct(pruned, dense, many[:count])
-    assert (found.reconstruction.images, found.reconstruction.held_out) == (count, 1)
+    assert (record_of(found).images, record_of(found).held_out) == (count, 1)
     assert all(value.isfinite().all() for value in found.state_dict().values())
-    assert found.reconstruction.kl_after < found.reconstruction.kl_before or same_weights(found, pruned)
+    assert record_of(found).kl_after < record_of(found).kl_before or same_weights(found, pruned)
 
 
 def test_the_same_image_again_counts_once(dense, pruned, many):
@@ -356,7 +360,7 @@ def test_constant_images_give_a_sound_model(dense, pruned):
     grey = torch.linspace(-1, 1, 12)[:, None, None, None].expand(-1, 3, 16, 16)
     found = ssmcompress.reconstruct(pruned, dense, grey)
     assert found(grey).isfinite().all()
-    assert found.reconstruction.kl_after < found.reconstruction.kl_before or same_weights(found, pruned)
+    assert record_of(found).kl_after < record_of(found).kl_before or same_weights(found, pruned)
 
 
 def test_features_that_are_not_finite_are_refused(dense, pruned, many):
@@ -383,7 +387,7 @@ def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, mon
 
     monkeypatch.setattr(module, "refit", worse)
     found = ssmcompress.reconstruct(pruned, dense, many[:10])
-    assert not found.reconstruction.kept
+    assert not record_of(found).kept
     assert same_weights(found, pruned)
 
 
@@ -398,11 +402,11 @@ def test_the_block_of_images_depends_on_the_model_alone(dense):
 def test_a_folder_keeps_it(rebuilt, many, tmp_path):
     loaded = ssmcompress.load(ssmcompress.save(rebuilt, tmp_path / "m"))
     assert same_weights(loaded, rebuilt)
-    assert loaded.reconstruction == rebuilt.reconstruction
+    assert record_of(loaded) == record_of(rebuilt)
     with torch.no_grad():
         assert torch.equal(loaded(many[:5]), rebuilt(many[:5]))
     again = ssmcompress.load(ssmcompress.save(loaded, tmp_path / "n"))
-    assert (again.reconstruction, flops(again)) == (rebuilt.reconstruction, flops(rebuilt))
+    assert (record_of(again), flops(again)) == (record_of(rebuilt), flops(rebuilt))
 
 
 def test_corrections_are_counted(pruned, rebuilt):
@@ -449,7 +453,7 @@ def test_a_damaged_record(rebuilt, tmp_path, value):
 
 def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
     rebuilt = copy.deepcopy(rebuilt)
-    rebuilt.reconstruction = replace(rebuilt.reconstruction, name="/home/somebody/images")
+    rebuilt.add_record(replace(record_of(rebuilt), name="/home/somebody/images"))
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
     assert b"somebody" not in (tmp_path / "m.onnx").read_bytes()
     for batch in (1, 3):

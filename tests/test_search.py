@@ -66,7 +66,7 @@ def test_saliency_is_saved_with_the_model_and_counted(model, tmp_path):
     images = images_of(model, 6)
     plan = ssmcompress.calibrate(model, images, stages=(2,), ratio=0.5, importance="saliency")
     pruned = ssmcompress.prune(model, plan)
-    assert by_part(pruned)["scoring"] * 1e9 == model.length * model.classifier.in_features
+    assert by_part(pruned)["scoring"] * 1e9 == model.length * model.d_model
     ssmcompress.save(pruned, tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(ssmcompress.load(tmp_path / "saved")(images), pruned(images))
@@ -153,7 +153,7 @@ def test_merging_models_run_reload_and_are_reconstructed(make, importance, merge
         assert torch.equal(ssmcompress.load(tmp_path / "m")(images), pruned(images))
         torch.testing.assert_close(pruned(images[:2]), pruned(images)[:2], atol=1e-4, rtol=1e-4)
     rebuilt = ssmcompress.reconstruct(pruned, model, images)
-    assert rebuilt.reconstruction.images == 6
+    assert rebuilt.find_record("reconstruction").images == 6
 
 
 @pytest.mark.parametrize(

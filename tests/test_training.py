@@ -24,15 +24,19 @@ from ssmcompress.batches import Batches
 from ssmcompress.data import open_images
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation import evaluate
+from ssmcompress.models.records import Finetuning
 from ssmcompress.training.examples import Examples, mirrored, seeded
 from ssmcompress.training.loop import finetune
 from ssmcompress.training.objective import distillation, objective
 from ssmcompress.training.recipe import RECIPES, Recipe
-from ssmcompress.training.record import Finetuning
 from ssmcompress.training.state import read_state
 
 TESTS = Path(__file__).parent
 SMALL = Recipe(epochs=2, batch_size=10, lr=1e-3, lr_images=10, ema=0.0)
+
+
+def record_of(model):
+    return model.find_record("finetuning")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ def test_features_are_compared_at_the_kept_positions(pictures):
     found = {}
     for features in (0.0, 1.0):
         tuned = finetune(pruned, data, dense=dense, recipe=replace(recipe, features=features))
-        found[features] = tuned.model.finetuning.history[0]["loss"]
+        found[features] = record_of(tuned.model).history[0]["loss"]
     images = torch.cat([batch.images for batch in data])
     ours, theirs = pruned.encode(images)[0], dense.encode(images)[0].features
     at = theirs.gather(1, ours.positions[..., None].expand(-1, -1, 16))
@@ -251,7 +255,7 @@ def test_the_model_comes_closer_to_its_teacher_without_labels(model, tmp_path):
     assert same(before, weights(pruned))
     assert same(dense, weights(model))
     assert all(p.requires_grad == q.requires_grad for p, q in zip(tuned.parameters(), pruned.parameters(), strict=True))
-    record = tuned.finetuning
+    record = record_of(tuned)
     assert (record.labels, record.teacher, record.images, record.steps) == (False, True, 24, 12)
     assert [entry["epoch"] for entry in record.history] == [1, 2, 3, 4, 5, 6]
     best = min(record.history, key=lambda entry: entry["held_out"]["kl"])
@@ -265,7 +269,7 @@ def test_a_model_is_no_worse_for_it(vim, pictures):
     pruned = pruned_of(vim)
     recipe = replace(SMALL, lr=3.0, teacher=1.0, clip_grad=0.0, warmup=0.0)
     tuned = finetune(pruned, data, dense=vim, recipe=recipe, held_out=data)
-    assert tuned.model.finetuning.epoch == 0
+    assert record_of(tuned.model).epoch == 0
     assert same(weights(tuned.model), weights(pruned))
     assert not same(weights(tuned.last), weights(pruned))
 
@@ -275,7 +279,7 @@ def test_labels_alone_teach(vim, pictures):
     recipe = replace(SMALL, epochs=16, batch_size=20, crop=1.0)
     tuned = finetune(pruned_of(vim), data, recipe=recipe).model
     assert evaluate(tuned, data).loss < 0.7 * evaluate(pruned_of(vim), data).loss
-    assert not tuned.finetuning.teacher
+    assert not record_of(tuned).teacher
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -316,10 +320,10 @@ def test_a_ramp_begins_with_nothing_pruned(vim, pictures):
 def test_of_weights_and_their_average_the_better_one_is_taken(vim, pictures):
     data = batches(vim, pictures)
     tuned = finetune(pruned_of(vim), data, dense=vim, recipe=replace(SMALL, ema=0.9), held_out=data)
-    chosen = tuned.model.finetuning.history[tuned.model.finetuning.epoch - 1]
+    chosen = record_of(tuned.model).history[record_of(tuned.model).epoch - 1]
     found = evaluate(tuned.model, data, dense=vim)
     assert found.loss == pytest.approx(chosen["held_out"]["loss"], abs=1e-6)
-    assert chosen["averaged"] == tuned.model.finetuning.averaged
+    assert chosen["averaged"] == record_of(tuned.model).averaged
 
 
 def test_bfloat16_where_it_is_asked_for(vim, pictures):
@@ -356,7 +360,7 @@ def test_features_are_compared_with_a_teachers_alone(vim, pictures):
 def test_fewer_images_than_a_batch_are_one_step(vim, tmp_path):
     for i in range(5):
         write_image(tmp_path / f"{i}.png", i)
-    record = finetune(pruned_of(vim), batches(vim, tmp_path), dense=vim, recipe=SMALL).model.finetuning
+    record = record_of(finetune(pruned_of(vim), batches(vim, tmp_path), dense=vim, recipe=SMALL).model)
     assert (record.steps, record.recipe["batch_size"]) == (2, 4)
 
 
@@ -377,10 +381,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(vim, pictures, tmp_path):
 
 
 def test_a_record_goes_to_json_and_back(vim, pictures):
-    record = finetune(pruned_of(vim), batches(vim, pictures), dense=vim, recipe=SMALL).model.finetuning
+    record = record_of(finetune(pruned_of(vim), batches(vim, pictures), dense=vim, recipe=SMALL).model)
     again = Finetuning.from_dict(json.loads(json.dumps(asdict(record))))
     assert asdict(again) == asdict(record)
-    for damage in ({"history": 3}, {"recipe": {"speed": 1}}, {"images": "many"}, {"name": None, "seconds": "x"}):
+    for damage in (
+        {"history": 3},
+        {"recipe": {"lr": []}},
+        {"recipe": 3},
+        {"images": "many"},
+        {"name": None, "seconds": "x"},
+    ):
         with pytest.raises(InputError):
             Finetuning.from_dict(asdict(record) | damage)
 
@@ -419,7 +429,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(model, tmp_path, cut):
 
     def lasting(found):
         timed = ("seconds", "images_per_second")
-        return [{k: v for k, v in entry.items() if k not in timed} for entry in found.model.finetuning.history]
+        return [{k: v for k, v in entry.items() if k not in timed} for entry in record_of(found.model).history]
 
     assert lasting(whole) == lasting(resumed)
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Block, MadeBy, StateDict, TokenModel
+from .base import Block, StateDict, TokenModel
 from .plain_mamba import PlainMamba
 from .vim import VisionMamba
 
 MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba)
 
-__all__ = ["MODELS", "Block", "MadeBy", "StateDict", "TokenModel", "build", "recognise"]
+__all__ = ["MODELS", "Block", "StateDict", "TokenModel", "build", "recognise"]
 
 
 def recognise(state: StateDict) -> type[TokenModel]:

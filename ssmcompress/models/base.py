@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,7 @@ from ..errors import InputError
 from ..pruning.alignment import Alignment
 from ..pruning.schedule import Plan, token_counts
 from ..tokens import Tokens
-
-if TYPE_CHECKING:
-    from ..pruning.reconstruct import Reconstruction
-    from ..training.record import Finetuning
+from .records import MadeBy, Record, Source
 
 StateDict = Mapping[str, Tensor]
 
@@ -35,14 +31,6 @@ def low_rank(width: int, rank: int, device: torch.device | str | None = None) ->
     """A linear map (width) -> (width) of a rank, without bias."""
     sides = ((width, rank), (rank, width))
     return nn.Sequential(*(skip_init(nn.Linear, *side, bias=False, device=device or "cpu") for side in sides))
-
-
-@dataclass(frozen=True)
-class MadeBy:
-    """How a pruned model came about: the command line and the versions, where they are known."""
-
-    command: str | None = None
-    versions: dict[str, str] | None = None
 
 
 class Block(nn.Module, abc.ABC):
@@ -91,8 +79,8 @@ class TokenModel(nn.Module, abc.ABC):
             far adds to all kept ones after that layer. Reconstruction puts them there.
         plan: what `prune` carried out, None for a dense model.
         preprocessing, source: how images are prepared and which file this is; set by `load`.
-        made_by: how it was pruned. reconstruction: how its weights were refitted, None if they were not.
-        finetuning: how they were trained after that, likewise.
+        made_by: how it was pruned.
+        steps: a record of each later step that changed its weights, in order, one of a kind.
     """
 
     architecture: ClassVar[str]
@@ -109,10 +97,17 @@ class TokenModel(nn.Module, abc.ABC):
         self.alignment = Alignment()
         self.plan: Plan | None = None
         self.preprocessing: Any = None
-        self.source: Any = None
+        self.source: Source | None = None
         self.made_by = MadeBy()
-        self.reconstruction: Reconstruction | None = None
-        self.finetuning: Finetuning | None = None
+        self.steps: tuple[Record, ...] = ()
+
+    def add_record(self, record: Record) -> None:
+        """Append the record of a step; it replaces an earlier one of the same kind."""
+        self.steps = (*(step for step in self.steps if step.kind != record.kind), record)
+
+    def find_record(self, kind: str) -> Any:
+        """The record of that kind ("reconstruction", "finetuning", ...), or None."""
+        return next((step for step in self.steps if step.kind == kind), None)
 
     @classmethod
     @abc.abstractmethod
@@ -143,6 +138,11 @@ class TokenModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def classifier(self) -> nn.Linear:
         """The layer that the logits come out of."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.config.d_model
 
     @property
     @abc.abstractmethod

@@ -65,7 +65,7 @@ class LinearSums:
 
 def full_rank(model: TokenModel, thin: nn.Sequential | None) -> nn.Linear:
     """A correction as one matrix; without one, zero."""
-    width, device = model.classifier.in_features, model.classifier.weight.device
+    width, device = model.d_model, model.classifier.weight.device
     linear = skip_init(nn.Linear, width, width, bias=False, device=device)
     linear.weight.copy_(torch.zeros(()) if thin is None else thin[1].weight @ thin[0].weight)
     return linear

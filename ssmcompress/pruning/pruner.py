@@ -116,7 +116,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
         seed = plan.seed * 1000 + index  # a draw of its own for each stage
         probe = None
         if stage.importance == "saliency":
-            size = model.classifier.in_features + model.length
+            size = model.d_model + model.length
             probe = fitted_probe(plan, stage.after)
             probe = torch.zeros(size) if probe is None else probe.clone()
             if len(probe) != size:

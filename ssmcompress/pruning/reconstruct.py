@@ -30,8 +30,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,49 +39,9 @@ import torch
 from ..batches import AnyBatches
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
+from ..models.records import Reconstruction
 from ..progress import track
-from .side_by_side import Fit, SideBySide
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """How a model was reconstructed.
-
-    Attributes:
-        name, images: the data, and how many different images of it were used. held_out: how many of them only chose.
-        kl_before, kl_after: mean KL(dense || pruned) on those held out in nats an image, with old and new weights.
-        kept: whether the model has the new weights: it keeps the old ones if they were closer.
-        fits: in the order in which they were made.
-    """
-
-    name: str
-    images: int
-    held_out: int
-    kl_before: float
-    kl_after: float
-    kept: bool
-    fits: tuple[Fit, ...]
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Reconstruction:
-        """What `dataclasses.asdict` made of one; an InputError for anything else."""
-        try:
-            fits = tuple(
-                Fit(
-                    str(f["weight"]),
-                    tuple(None if ridge is None else float(ridge) for ridge in f["ridges"]),
-                    float(f["before"]),
-                    float(f["after"]),
-                )
-                for f in value["fits"]
-            )
-            counts = (int(value[k]) for k in ("images", "held_out"))
-            return cls(str(value["name"]), *counts, *(float(value[k]) for k in _KL), bool(value["kept"]), fits)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(f"not a record of a reconstruction: {type(error).__name__} {error}") from error
-
-
-_KL = ("kl_before", "kl_after")
+from .side_by_side import SideBySide
 
 
 @torch.no_grad()
@@ -105,7 +63,7 @@ def reconstruct(
             for it as long as the group lets them.
 
     Returns:
-        The model, with `reconstruction` telling what was done. Where nothing was pruned, nothing is done.
+        The model, with a record of kind "reconstruction" in its `steps`. Where nothing was pruned, nothing is done.
 
     Raises:
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
@@ -133,5 +91,5 @@ def reconstruct(
     kept = after < before
     if not kept:
         model = copy.deepcopy(pruned)
-    model.reconstruction = Reconstruction(name, run.images, run.held_out, before, after, kept, tuple(run.fits))
+    model.add_record(Reconstruction(name, run.images, run.held_out, before, after, kept, tuple(run.fits)))
     return model

@@ -49,7 +49,7 @@ def fit_probes(
         InputError: no images, or values that are not finite.
     """
     batches, device = AnyBatches(images), next(model.parameters()).device
-    length, width = model.length, model.classifier.in_features
+    length, width = model.length, model.d_model
     sums = {layer: _Sums(length, width) for layer in layers}
     count = torch.zeros((), dtype=torch.float64)
     for block in in_blocks(track(batches, "fitting saliency", len(batches)), block_size(model)):

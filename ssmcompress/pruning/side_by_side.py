@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
 from ..models.base import TokenModel
+from ..models.records import Fit
 from ..ops import taken
 from ..progress import track
 from ..tokens import Tokens
@@ -31,16 +32,6 @@ HELD_OUT = 5
 # Of the mean weight of a layer's rows; rows that are not read out still decide which tokens are kept later. Between
 # 1e-4 and 0.5 it made no difference (0.3 points).
 LEAST_WEIGHT = 1e-3
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What became of one weight: see `ssmcompress.pruning.least_squares.Refit`."""
-
-    weight: str
-    ridges: tuple[float | None, ...]
-    before: float
-    after: float
 
 
 class SideBySide:

@@ -28,12 +28,12 @@ from ..batches import Batches
 from ..errors import InputError, SsmCompressError
 from ..evaluation import autocast, measure
 from ..models.base import TokenModel
+from ..models.records import Finetuning
 from ..ops import taken
 from ..progress import line, status, track
 from .examples import Examples, Part
 from .objective import objective, teacher_weight
 from .recipe import Recipe
-from .record import Finetuning
 from .state import read_state, write_state
 
 # Parameters of two dimensions that are no matrices, and so do not decay.
@@ -92,7 +92,7 @@ def finetune(
         log: called with figures by name and the step, in the first process.
 
     Returns:
-        Both models with a `finetuning`.
+        Both models with a record of kind "finetuning" in their `steps`.
 
     Raises:
         InputError: nothing to learn from, too few images, or a state of another run.
@@ -390,7 +390,7 @@ class _Run:
         """The models, once all steps are done; the state is no longer needed."""
         self._ramp(None)
         self.model.requires_grad_(True)
-        self.model.finetuning = Finetuning(
+        record = Finetuning(
             name=self.training.source.name,
             images=len(self.training.index),
             held_out=(self.history[-1]["held_out"] or {}).get("images", 0),
@@ -405,6 +405,7 @@ class _Run:
             processes=processes.count(),
             history=tuple(self.history),
         )
+        self.model.add_record(record)
         best = copy.deepcopy(self.model)
         best.load_state_dict(self.best)
         return Finetuned(best, self.model)
