@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
+from .data.transforms import Preprocessing
 from .errors import InputError
 from .files import new_folder, sha256
 from .models import MODELS, TokenModel, build, recognise
 from .models.base import low_rank
 from .models.records import MadeBy, Source, steps_from_dict, steps_to_dict
-from .preprocess import Preprocessing
 from .pruning.pruner import install
 from .pruning.schedule import Plan
 from .safe_pickle import read_pickle

@@ -489,9 +489,9 @@ def evaluate(
     """Top-1 and top-5 on labelled images; agreement with the dense model where there is one."""
     import torch
 
-    from .batches import Batches
     from .checkpoint import find_dense
-    from .data import find_images
+    from .data.batches import Batches
+    from .data.images import find_images
     from .evaluation import evaluate as evaluate_model
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batches
 from .benchmark import latency, latency_settings
 from .checkpoint import versions
 from .compression import Setup, calibration_and_measured, gap_source
+from .data.batches import Batches
 from .errors import InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import write_file

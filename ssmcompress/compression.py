@@ -14,10 +14,10 @@ import torch
 
 from . import processes
 from . import report as reports
-from .batches import Batches, draw
 from .benchmark import latency, latency_settings
 from .checkpoint import load, save, versions
-from .data import Images, find_images, open_images
+from .data.batches import Batches, draw
+from .data.images import Images, find_images, open_images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
@@ -41,7 +41,7 @@ class Setup:
     """What a compression runs on, apart from the plan.
 
     Attributes:
-        data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.open_images`.
+        data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.images.open_images`.
         samples: how many images to calibrate on at most.
         gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
         reconstruct: whether to refit the later layers on the calibration images; None: where these are the user's,

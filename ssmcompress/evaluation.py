@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import processes
-from .batches import AnyBatches
+from .data.batches import AnyBatches
 from .errors import NOT_FINITE, InputError
 from .progress import track
 
@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         model: images (B, C, H, W) -> logits (B, classes).
-        data: batches: `ssmcompress.batches.Batches`, (images, labels) pairs, or image tensors; or one tensor.
+        data: batches: `ssmcompress.data.batches.Batches`, (images, labels) pairs, or image tensors; or one tensor.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16 for autocast.
         distributed: every process of the default `torch.distributed` group makes this call, with images of its own; all

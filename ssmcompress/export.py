@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .benchmark import device_name
-from .data import class_names, find_images
+from .data.images import class_names, find_images
 from .errors import InputError
 from .files import check_target, replace_files
 from .models.base import TokenModel

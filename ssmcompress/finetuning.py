@@ -11,10 +11,10 @@ from typing import Any
 
 from . import processes
 from . import report as reports
-from .batches import Batches, draw
 from .checkpoint import CONFIG_FILE, serialise, versions
 from .compression import Setup, apart, write_measured
-from .data import open_images
+from .data.batches import Batches, draw
+from .data.images import open_images
 from .errors import InputError
 from .evaluation import measure
 from .files import check_target

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import processes
-from .batches import Batches, block_size, draw
 from .benchmark import latency
 from .compression import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
+from .data.batches import Batches, block_size, draw
 from .errors import BudgetError, InputError
 from .flops import reachable, remaining_share
 from .models.base import TokenModel

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import Batch, Batches
-from .data import Images, find_images
+from .data.batches import Batch, Batches
+from .data.images import Images, find_images
 from .errors import InputError, VerificationError
 from .models.base import Decision, TokenModel
 from .onnx_graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, values_named

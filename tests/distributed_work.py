@@ -13,8 +13,8 @@ import torch
 
 import ssmcompress
 from ssmcompress import processes
-from ssmcompress.batches import Batches
-from ssmcompress.data import open_images
+from ssmcompress.data.batches import Batches
+from ssmcompress.data.images import open_images
 from ssmcompress.evaluation import evaluate
 from ssmcompress.training.loop import finetune
 from ssmcompress.training.recipe import Recipe

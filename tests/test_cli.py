@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli import app
-from ssmcompress.data import find_images
+from ssmcompress.data.images import find_images
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
 

@@ -17,8 +17,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import ssmcompress
-from ssmcompress.batches import Batches, draw
-from ssmcompress.data import find_images, open_images, photographs
+from ssmcompress.data.batches import Batches, draw
+from ssmcompress.data.images import find_images, open_images, photographs
 from ssmcompress.errors import InputError
 
 
@@ -322,7 +322,7 @@ def test_labels_in_shards_that_are_none(tmp_path, label):
 
 def test_large_parquet_files_are_mapped_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("ssmcompress.data.IN_MEMORY", 10)
+    monkeypatch.setattr("ssmcompress.data.images.IN_MEMORY", 10)
     table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(5)], "label": list(range(5))})
     pq.write_table(table, tmp_path / "a.parquet")
     images = open_images(tmp_path / "a.parquet", num_classes=5)

@@ -14,7 +14,7 @@ from conftest import make_vim
 from PIL import Image
 
 import ssmcompress
-from ssmcompress.preprocess import Preprocessing
+from ssmcompress.data.transforms import Preprocessing
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

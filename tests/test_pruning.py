@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssmcompress
-from ssmcompress.batches import AnyBatches
 from ssmcompress.compression import plan_for_budget
+from ssmcompress.data.batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import flops
 from ssmcompress.ops import causal_conv1d, selective_scan

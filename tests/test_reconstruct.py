@@ -19,8 +19,8 @@ from test_cli import call, call_json, refused
 from test_export import run_file
 
 import ssmcompress
-from ssmcompress.batches import Batches, block_size
-from ssmcompress.data import open_images
+from ssmcompress.data.batches import Batches, block_size
+from ssmcompress.data.images import open_images
 from ssmcompress.errors import InputError
 from ssmcompress.flops import by_part, corrections_share, flops
 from ssmcompress.ops import taken

@@ -20,8 +20,8 @@ from timm.data import Mixup
 
 import ssmcompress
 from ssmcompress import progress
-from ssmcompress.batches import Batches
-from ssmcompress.data import open_images
+from ssmcompress.data.batches import Batches
+from ssmcompress.data.images import open_images
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation import evaluate
 from ssmcompress.models.records import Finetuning

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..batches import AnyBatches, block_size, in_blocks
+from ..data.batches import AnyBatches, block_size, in_blocks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -71,7 +71,7 @@ def calibrate(
     Args:
         model: dense.
         images: a tensor (count, C, H, W) of prepared images, or something that can be iterated again and again
-            over such batches (tensors, (images, labels) pairs, or `ssmcompress.batches.Batches`).
+            over such batches (tensors, (images, labels) pairs, or `ssmcompress.data.batches.Batches`).
         plan: what to prune; None: `make_plan(model, **options)`.
         gap: what stands in for the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else
             calibrated.

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from ..batches import AnyBatches
+from ..data.batches import AnyBatches
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..models.records import Reconstruction
@@ -55,7 +55,7 @@ def reconstruct(
     Args:
         pruned: a pruned model. dense: the model it was made from.
         images: a tensor (count, C, H, W) of prepared images, or batches of them (tensors, (images, labels) pairs, or
-            `ssmcompress.batches.Batches`), passed over once; a generator is read into memory first. Labels are not
+            `ssmcompress.data.batches.Batches`), passed over once; a generator is read into memory first. Labels are not
             used. The same image counts once.
         name: what the images are called in reports.
         distributed: every process of the default `torch.distributed` group makes this call, with the same models and

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..batches import AnyBatches, block_size, in_blocks
+from ..data.batches import AnyBatches, block_size, in_blocks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track

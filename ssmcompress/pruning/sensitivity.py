@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..batches import block_size
+from ..data.batches import block_size
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track

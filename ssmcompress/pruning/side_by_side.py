@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..batches import AnyBatches, Labelled, block_size, digest, in_blocks
+from ..data.batches import AnyBatches, Labelled, block_size, digest, in_blocks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
 from ..models.base import TokenModel

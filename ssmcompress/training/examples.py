@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batches import Batches
+from ..data.batches import Batches
+from ..data.transforms import Preprocessing
 from ..errors import InputError
-from ..preprocess import Preprocessing
 from .recipe import Recipe
 
 

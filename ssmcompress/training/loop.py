@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..batches import Batches
+from ..data.batches import Batches
 from ..errors import InputError, SsmCompressError
 from ..evaluation import autocast, measure
 from ..models.base import TokenModel

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
-from .progress import track
+from ..errors import InputError
+from ..progress import track
 
 IMAGE_MEMBERS = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif"}
 # Larger texts are no labels.

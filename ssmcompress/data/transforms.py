@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -1,7 +1,7 @@
 """Images from wherever users keep them: folders, parquet / arrow files, `datasets` names, or sample photographs.
 
 `open_images` finds out what a name means and gives back an `Images`: a list of pictures with or without labels.
-`ssmcompress.batches` prepares them for a model.
+`ssmcompress.data.batches` prepares them for a model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .models import TokenModel
+    from ..models import TokenModel
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "png")

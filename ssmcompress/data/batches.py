@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import processes
-from .data import Images
-from .errors import InputError
+from .. import processes
+from ..errors import InputError
+from .images import Images
 
 if TYPE_CHECKING:
-    from .models import TokenModel
+    from ..models import TokenModel
 
 
 # Bytes that the ops of a layer may hand to each other for a block: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
