@@ -491,7 +491,6 @@ def evaluate(
 
     from .checkpoint import find_dense
     from .data.batches import Batches
-    from .data.images import find_images
     from .evaluation import evaluate as evaluate_model
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
@@ -503,12 +502,12 @@ def evaluate(
             if dense is not None:
                 raise
             say(f"agreement was not measured: {error}; give --dense", quiet)
-    images = find_images(loaded, data)
-    batches = Batches(images, loaded, processes.share(range(len(images))), batch_size, workers)
+    images = loaded.find_images(data)
+    batches = Batches(images, loaded.transform(), processes.share(range(len(images))), batch_size, workers)
     several = processes.count() > 1
     with progress_bars(quiet):
         found = evaluate_model(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value), distributed=several)
-    batches.put_together()
+    batches.sync()
     unreadable = batches.unreadable_names()
     result: dict[str, Any] = {
         "top1": found.top1,

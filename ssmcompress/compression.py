@@ -16,8 +16,9 @@ from . import processes
 from . import report as reports
 from .benchmark import latency, latency_settings
 from .checkpoint import load, save, versions
-from .data.batches import Batches, draw
-from .data.images import Images, find_images, open_images
+from .data.batches import Batches, sample_indices
+from .data.find import open_images
+from .data.images import Images
 from .errors import BudgetError, InputError
 from .evaluation import Evaluation, autocast, measure
 from .files import check_target
@@ -189,7 +190,7 @@ def compress(
     calibration, measured = calibration_and_measured(model, setup)
     gap = gap_source(setup, calibration.source, plan.gap)
     plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name, distributed=several)
-    calibration.put_together()
+    calibration.sync()
     models = {"dense": model}
     if plan.alignment != UNALIGNED:
         models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
@@ -206,7 +207,7 @@ def compress(
         models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
         models["pruned"] = pruned = rebuilt
     results = measure(models, measured, dtype=setup.dtype, distributed=several)
-    measured.put_together()
+    measured.sync()
     overlap = len(measured.digests & calibration.digests)
     pruned.made_by = MadeBy(command, versions())
     reconstruction = _reconstruction_block(pruned, seconds)
@@ -298,32 +299,32 @@ def calibration_and_measured(model: TokenModel, setup: Setup) -> tuple[Batches, 
     """Images to calibrate on and, as far as they are not told apart, other images to measure on."""
     if setup.samples < 1:
         raise InputError(f"samples {setup.samples}: expected at least 1")
-    images = find_images(model, setup.data)
+    images = model.find_images(setup.data)
     if setup.eval_data is None:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
         if setup.recipe is None:
-            chosen, rest = draw(len(images), min(setup.samples, len(images) // 2), setup.seed)
+            chosen, rest = sample_indices(len(images), min(setup.samples, len(images) // 2), setup.seed)
         else:
             learnt, rest = apart(len(images), setup.seed)
-            chosen = [learnt[i] for i in draw(len(learnt), setup.samples, setup.seed)[0]]
+            chosen = [learnt[i] for i in sample_indices(len(learnt), setup.samples, setup.seed)[0]]
         if not any(images.readable(i) for i in chosen):  # of a few images, those drawn may be the damaged ones
             spare = [i for i in rest if images.readable(i)][:1]
             chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
         others = images
     else:
-        chosen, _ = draw(len(images), setup.samples, setup.seed)
+        chosen, _ = sample_indices(len(images), setup.samples, setup.seed)
         others = open_images(setup.eval_data, model.config.num_classes)
         rest = range(len(others))
     return (
-        Batches(images, model, processes.share(chosen), setup.batch_size, setup.workers),
-        Batches(others, model, processes.share(rest), setup.batch_size, setup.workers),
+        Batches(images, model.transform(), processes.share(chosen), setup.batch_size, setup.workers),
+        Batches(others, model.transform(), processes.share(rest), setup.batch_size, setup.workers),
     )
 
 
 def apart(images: int, seed: int) -> tuple[list[int], list[int]]:
     """(indices to learn from, a tenth and at most 5,000 to measure on) of so many images, the same in every command."""
-    measured, learnt = draw(images, min(5000, max(1, images // 10)), seed)
+    measured, learnt = sample_indices(images, min(5000, max(1, images // 10)), seed)
     return learnt, measured
 
 

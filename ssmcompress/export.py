@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .benchmark import device_name
-from .data.images import class_names, find_images
+from .data.labels import class_names
 from .errors import InputError
 from .files import check_target, replace_files
 from .models.base import TokenModel
@@ -106,7 +106,7 @@ def export_onnx(
         raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
     where = provider_named(provider)
     forms, refused = forms_for(scan, opset)
-    images = find_images(model, data)
+    images = model.find_images(data)
     traced = trace(model, opset, class_names(images, model.config.num_classes))
     times: dict[str, dict[str, float]] = {}
     if len(forms) > 1:

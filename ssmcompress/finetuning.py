@@ -13,8 +13,8 @@ from . import processes
 from . import report as reports
 from .checkpoint import CONFIG_FILE, serialise, versions
 from .compression import Setup, apart, write_measured
-from .data.batches import Batches, draw
-from .data.images import open_images
+from .data.batches import Batches, sample_indices
+from .data.find import open_images
 from .errors import InputError
 from .evaluation import measure
 from .files import check_target
@@ -88,7 +88,7 @@ def finetune_folder(
                 )
             remove_state(state)
     training, held_out, measured = split(model, setup)
-    warn_about_classes(training)
+    warn_about_classes(training, model.config.num_classes)
     teacher = dense if setup.teacher else None
     options = {"dense": teacher, "recipe": recipe, "held_out": held_out, "seed": setup.seed}
     try:
@@ -104,7 +104,7 @@ def finetune_folder(
     there = {name: one for name, one in models.items() if one is not None}
     results = measure(there, measured, dtype=setup.dtype, distributed=processes.count() > 1)
     for images in (measured, training):
-        images.put_together()
+        images.sync()
     for tuned in (best, last):
         tuned.made_by = MadeBy(command, versions())
     earlier = _earlier_report(inside)
@@ -171,21 +171,21 @@ def split(model: TokenModel, setup: Setup) -> tuple[Batches, Batches | None, Bat
         others = open_images(setup.eval_data, model.config.num_classes)
         learnt, rest = list(range(len(images))), range(len(others))
     count = min(HELD_OUT_MOST, len(learnt) // HELD_OUT_SHARE)
-    held, chosen = draw(len(learnt), count if count >= HELD_OUT_LEAST else 0, setup.seed)
+    held, chosen = sample_indices(len(learnt), count if count >= HELD_OUT_LEAST else 0, setup.seed)
     options = setup.batch_size, setup.workers
     return (
-        Batches(images, model, [learnt[i] for i in chosen], *options),
-        Batches(images, model, processes.share([learnt[i] for i in held]), *options) if held else None,
-        Batches(others, model, processes.share(rest), *options),
+        Batches(images, model.transform(), [learnt[i] for i in chosen], *options),
+        Batches(images, model.transform(), processes.share([learnt[i] for i in held]), *options) if held else None,
+        Batches(others, model.transform(), processes.share(rest), *options),
     )
 
 
-def warn_about_classes(training: Batches) -> None:
+def warn_about_classes(training: Batches, num_classes: int) -> None:
     """Say which of the model's classes no image to learn from has."""
     labels = training.source.labels
     if labels is None:
         return
-    missing = sorted(set(range(training.model.config.num_classes)) - {labels[i] for i in training.index})
+    missing = sorted(set(range(num_classes)) - {labels[i] for i in training.index})
     if missing:
         names = training.source.classes
         shown = ", ".join(names[i] if names else str(i) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import processes
 from .benchmark import latency
 from .compression import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
-from .data.batches import Batches, block_size, draw
+from .data.batches import Batches, sample_indices
 from .errors import BudgetError, InputError
 from .flops import reachable, remaining_share
 from .models.base import TokenModel
@@ -171,15 +171,15 @@ class _Trial:
         if request.labels and calibration.source.labels is None:
             raise InputError(f"{self.name} has no labels to judge by")
         count = len(calibration.index)
-        chosen = [calibration.index[i] for i in draw(count, min(count, 2 * request.images), setup.seed)[0]]
-        images, labels = _read(Batches(calibration.source, model, chosen, setup.batch_size, setup.workers))
+        chosen = [calibration.index[i] for i in sample_indices(count, min(count, 2 * request.images), setup.seed)[0]]
+        images, labels = _read(Batches(calibration.source, model.transform(), chosen, setup.batch_size, setup.workers))
         measured = slice(0, None, 2)
         self.images = images[measured][: request.images]
         self.labels = labels[measured][: request.images] if request.labels else None
         self.others = images[1::2] if len(images) > 1 else images
         self.gap = gap_source(setup, calibration.source) if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
-        self.device, self.size = next(model.parameters()).device, block_size(model)
+        self.device, self.size = next(model.parameters()).device, model.chunk_size()
 
     def fit(self, layers: Sequence[int]) -> Plan:
         """A plan without stages, calibrated on the images that are not measured on."""

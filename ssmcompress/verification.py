@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data.batches import Batch, Batches
-from .data.images import Images, find_images
+from .data.images import Images
 from .errors import InputError, VerificationError
 from .models.base import Decision, TokenModel
 from .onnx_graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, values_named
@@ -90,7 +90,7 @@ def verify_onnx(
     """
     if not 0 <= atol < float("inf"):
         raise InputError(f"atol {atol}: expected a number from 0")
-    images = find_images(model, data)
+    images = model.find_images(data)
     file = _File(graph, model, provider_named(provider))
     device = next(model.parameters()).device
     reference, weights = as_stored(model, file.weights())
@@ -253,7 +253,7 @@ def compare_kept(decisions: list[Decision], kept: list[np.ndarray], row: int) ->
 def _batches(images: Images, model: TokenModel) -> list[Batch]:
     """As many of 8 as there are images for, then of 3, then of 1."""
     chosen = np.unique(np.linspace(0, len(images) - 1, VERIFY_IMAGES).round().astype(int)).tolist()
-    (everything,) = Batches(images, model, chosen, batch_size=len(chosen))
+    (everything,) = Batches(images, model.transform(), chosen, batch_size=len(chosen))
     count = len(everything.index)
     by_eight = 8 * (max(0, count - 4) // 8)
     starts = [*range(0, by_eight, 8), *range(by_eight, count - 1, 3), count - 1, count]

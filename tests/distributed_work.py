@@ -13,8 +13,8 @@ import torch
 
 import ssmcompress
 from ssmcompress import processes
+from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
-from ssmcompress.data.images import open_images
 from ssmcompress.evaluation import evaluate
 from ssmcompress.training.loop import finetune
 from ssmcompress.training.recipe import Recipe
@@ -26,12 +26,12 @@ def main(folder: Path) -> None:
     several = processes.count() > 1
     dense = ssmcompress.load(folder / "dense.pt")
     images = open_images(folder / "images", dense.config.num_classes)
-    share = Batches(images, dense, processes.share(range(len(images))), batch_size=7)
+    share = Batches(images, dense.transform(), processes.share(range(len(images))), batch_size=7)
     plan = ssmcompress.calibrate(dense, share, ratio=0.3, distributed=several)
     pruned = ssmcompress.prune(dense, plan)
     found = evaluate(pruned, share, dense=dense, distributed=several)
-    share.put_together()
-    everything = Batches(images, dense, range(len(images)))
+    share.sync()
+    everything = Batches(images, dense.transform(), range(len(images)))
     result = {
         "processes": processes.count(),
         "evaluation": vars(found),

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli import app
-from ssmcompress.data.images import find_images
+from ssmcompress.models.base import TokenModel
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
 
@@ -477,11 +477,13 @@ def test_inspect_of_a_single_layer(tmp_path):
 def test_demo(monkeypatch):
     """The whole chain, on the first 100 of the bundled images."""
 
+    find = TokenModel.find_images
+
     def first(*arguments):
-        images = find_images(*arguments)
+        images = find(*arguments)
         return replace(images, size=100, labels=images.labels[:100])
 
-    monkeypatch.setattr("ssmcompress.compression.find_images", first)
+    monkeypatch.setattr(TokenModel, "find_images", first)
     found = call_json("demo")
     assert (found["data"]["images"], found["data"]["labelled"]) == (50, True)
     assert found["dense"]["top1"] > found["aligned"]["top1"] > found["naive"]["top1"]

@@ -17,8 +17,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 import ssmcompress
-from ssmcompress.data.batches import Batches, draw
-from ssmcompress.data.images import find_images, open_images, photographs
+from ssmcompress.data import open_images, photographs
+from ssmcompress.data.batches import Batches, sample_indices
 from ssmcompress.errors import InputError
 
 
@@ -94,7 +94,7 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, vim):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
-    batches = Batches(open_images(tmp_path, 10), vim, range(6), batch_size=2)
+    batches = Batches(open_images(tmp_path, 10), vim.transform(), range(6), batch_size=2)
     for _ in range(2):
         assert sum(len(batch.images) for batch in batches) == 3
         assert sorted(name.rpartition("/")[2] for name in batches.unreadable_names()) == [
@@ -107,7 +107,7 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, vim):
 def test_no_readable_image_at_all(tmp_path, vim):
     (tmp_path / "text.jpg").write_text("hello")
     with pytest.raises(InputError, match="none of the 1 images"):
-        list(Batches(open_images(tmp_path, 10), vim, [0]))
+        list(Batches(open_images(tmp_path, 10), vim.transform(), [0]))
 
 
 def test_places_without_images(tmp_path):
@@ -137,7 +137,7 @@ def test_any_kind_of_image_fits_any_model(tmp_path, mode, channels):
     else:
         write_image(tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}", 0, (30, 20), mode)
     model = make_vim(channels=channels)
-    (batch,) = Batches(open_images(tmp_path, 10), model, [0])
+    (batch,) = Batches(open_images(tmp_path, 10), model.transform(), [0])
     assert batch.images.shape == (1, channels, 16, 16)
     shown = batch.images[0, 0] * model.preprocessing.std[0] + model.preprocessing.mean[0]
     if mode == "I;16":
@@ -165,33 +165,33 @@ def test_preprocessing_values_are_checked(vim):
 
 def test_workers_and_batch_sizes_give_the_same_images(class_folders, vim):
     images = open_images(class_folders, 10)
-    wanted = [(b.index, b.labels.tolist()) for b in Batches(images, vim, range(20), 20)]
-    one = torch.cat([b.images for b in Batches(images, vim, range(20), 20)])
-    other = list(Batches(images, vim, range(20), 3, workers=2))
+    wanted = [(b.index, b.labels.tolist()) for b in Batches(images, vim.transform(), range(20), 20)]
+    one = torch.cat([b.images for b in Batches(images, vim.transform(), range(20), 20)])
+    other = list(Batches(images, vim.transform(), range(20), 3, workers=2))
     assert torch.equal(torch.cat([b.images for b in other]), one)
     assert [i for b in other for i in b.index] == wanted[0][0]
 
 
 def test_without_data_the_folders_own_images_else_photographs(vim):
-    bundled = find_images(ssmcompress.load(BUNDLED), None)
+    bundled = ssmcompress.load(BUNDLED).find_images()
     assert (len(bundled), len(set(bundled.labels))) == (2000, 10)
-    crops = find_images(vim, None)
+    crops = vim.find_images()
     assert (crops.labels, crops.read(5).size) == (None, (16, 16))
     assert crops.read(7).tobytes() == photographs((16, 16)).read(7).tobytes()
 
 
 def test_draws_are_disjoint_and_depend_on_the_seed():
-    chosen, rest = draw(100, 30, seed=1)
+    chosen, rest = sample_indices(100, 30, seed=1)
     assert sorted(chosen + rest) == list(range(100))
     assert len(chosen) == 30
-    assert draw(100, 30, seed=1) == (chosen, rest)
-    assert draw(100, 30, seed=2) != (chosen, rest)
+    assert sample_indices(100, 30, seed=1) == (chosen, rest)
+    assert sample_indices(100, 30, seed=2) != (chosen, rest)
 
 
 def test_pixels_whose_scale_would_be_a_guess_are_unreadable(tmp_path, vim):
     Image.new("F", (16, 16), 0.7).save(tmp_path / "float.tif")
     write_image(tmp_path / "good.png", 0)
-    batches = Batches(open_images(tmp_path, 10), vim, range(2))
+    batches = Batches(open_images(tmp_path, 10), vim.transform(), range(2))
     assert sum(len(b.images) for b in batches) == 1
     assert [name.rpartition("/")[2] for name in batches.unreadable_names()] == ["float.tif"]
     array = Dataset.from_dict({"image": [[[0, 255], [3, 4]], [[0.5, 0.25], [1.0, 0.0]]], "label": [1, 2]})
@@ -226,7 +226,7 @@ def test_a_strangers_folder_names_no_data_of_mine(vim, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     for data in ("train", -1, [], "x" * 5000):
         (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "data": data}))
-        assert find_images(ssmcompress.load(tmp_path / "m"), None).stand_in
+        assert ssmcompress.load(tmp_path / "m").find_images().stand_in
 
 
 def test_a_hub_name_with_a_split_is_loaded_by_datasets(tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_labels_in_shards_that_are_none(tmp_path, label):
 
 def test_large_parquet_files_are_mapped_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("ssmcompress.data.images.IN_MEMORY", 10)
+    monkeypatch.setattr("ssmcompress.data.tables.IN_MEMORY", 10)
     table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(5)], "label": list(range(5))})
     pq.write_table(table, tmp_path / "a.parquet")
     images = open_images(tmp_path / "a.parquet", num_classes=5)

@@ -34,8 +34,6 @@ HOME = {
     "finetuning": "jobs", "report": "jobs", "pictures": "jobs", "cli": "cli", "console": "cli", "options": "cli",
 }  # fmt: skip
 EXCEPTIONS = {
-    ("ssmcompress.data.batches", "ssmcompress.models"),
-    ("ssmcompress.data.images", "ssmcompress.models"),
     ("ssmcompress.pruning.calibrate", "ssmcompress.data.batches"),
     ("ssmcompress.pruning.calibrate", "ssmcompress.models.base"),
     ("ssmcompress.pruning.judging", "ssmcompress.models.base"),
@@ -49,7 +47,6 @@ EXCEPTIONS = {
     ("ssmcompress.pruning.saliency", "ssmcompress.models.base"),
     ("ssmcompress.pruning.search", "ssmcompress.flops"),
     ("ssmcompress.pruning.search", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.sensitivity", "ssmcompress.data.batches"),
     ("ssmcompress.pruning.sensitivity", "ssmcompress.models.base"),
     ("ssmcompress.pruning.side_by_side", "ssmcompress.data.batches"),
     ("ssmcompress.pruning.side_by_side", "ssmcompress.evaluation"),

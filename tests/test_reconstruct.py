@@ -19,8 +19,8 @@ from test_cli import call, call_json, refused
 from test_export import run_file
 
 import ssmcompress
-from ssmcompress.data.batches import Batches, block_size
-from ssmcompress.data.images import open_images
+from ssmcompress.data import open_images
+from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
 from ssmcompress.flops import by_part, corrections_share, flops
 from ssmcompress.ops import taken
@@ -392,8 +392,8 @@ def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, mon
 
 
 def test_the_block_of_images_depends_on_the_model_alone(dense):
-    assert block_size(dense) == 32
-    assert 1 <= block_size(make_vim(depth=2, d_model=768, image=(512, 512), patch=16)) < 8
+    assert dense.chunk_size() == 32
+    assert 1 <= make_vim(depth=2, d_model=768, image=(512, 512), patch=16).chunk_size() < 8
 
 
 # ------------------------------------------------------------------------------------- files, graphs and reports
@@ -465,7 +465,7 @@ def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
 def test_a_trained_model_comes_closer_with_few_images():
     dense = ssmcompress.load(BUNDLED)
     images = open_images(BUNDLED / "images.parquet", 10)
-    fitted, unseen = (Batches(images, dense, range(start, start + 96)) for start in (0, 96))
+    fitted, unseen = (Batches(images, dense.transform(), range(start, start + 96)) for start in (0, 96))
     pruned = ssmcompress.prune(dense, ssmcompress.calibrate(dense, fitted, ratio=0.3))
     rebuilt = ssmcompress.reconstruct(pruned, dense, fitted)
     before, after = (ssmcompress.evaluate(model, unseen, dense=dense) for model in (pruned, rebuilt))

@@ -20,8 +20,8 @@ from timm.data import Mixup
 
 import ssmcompress
 from ssmcompress import progress
+from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
-from ssmcompress.data.images import open_images
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation import evaluate
 from ssmcompress.models.records import Finetuning
@@ -57,7 +57,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def batches(model, folder, **options) -> Batches:
     images = open_images(folder, model.config.num_classes)
-    return Batches(images, model, range(len(images)), **options)
+    return Batches(images, model.transform(), range(len(images)), **options)
 
 
 def pruned_of(model, ratio=0.4):
@@ -183,7 +183,7 @@ def test_augmentation_depends_on_nothing_but_seed_epoch_and_image(vim, pictures)
 
     def run(seed=0, epoch=0, first=0, **options):
         torch.manual_seed(len(options))
-        examples = Examples(batches(vim, pictures, **options), recipe, seed)
+        examples = Examples(vim, batches(vim, pictures, **options), recipe, seed)
         return [part for parts in examples.of_epoch(epoch, first) for part in parts]
 
     def equal(one, other):
@@ -206,7 +206,7 @@ def test_the_generators_are_left_as_they_were(vim, pictures):
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(5)
     np.random.seed(5)
-    list(Examples(batches(vim, pictures), RECIPES["top-vim"], 0).of_epoch(0))
+    list(Examples(vim, batches(vim, pictures), RECIPES["top-vim"], 0).of_epoch(0))
     assert torch.equal(torch.rand(3), expected[0])
     assert np.array_equal(np.random.rand(3), expected[1])
 
@@ -217,7 +217,7 @@ def test_unreadable_images_are_left_out_and_named(vim, tmp_path, workers):
         write_image(tmp_path / f"{i}.png", i)
     (tmp_path / "3.png").write_bytes(b"nothing")
     data = batches(vim, tmp_path, workers=workers)
-    parts = [part for parts in Examples(data, replace(SMALL, batch_size=6), 0).of_epoch(0) for part in parts]
+    parts = [part for parts in Examples(vim, data, replace(SMALL, batch_size=6), 0).of_epoch(0) for part in parts]
     assert sum(len(part.images) for part in parts) == 5
     assert data.unreadable_names() == [str(tmp_path / "3.png")]
     assert all(part.targets is None for part in parts)
@@ -225,7 +225,7 @@ def test_unreadable_images_are_left_out_and_named(vim, tmp_path, workers):
 
 def test_workers_end_with_the_epoch(vim, pictures):
     before = set(psutil.Process().children(recursive=True))
-    steps = Examples(batches(vim, pictures, workers=2), SMALL, 0).of_epoch(0)
+    steps = Examples(vim, batches(vim, pictures, workers=2), SMALL, 0).of_epoch(0)
     next(steps)
     assert len(set(psutil.Process().children(recursive=True)) - before) == 2
     steps.close()
@@ -236,7 +236,7 @@ def test_grey_images_take_randaugment(tmp_path):
     model = make_vim(channels=1)
     for i in range(4):
         write_image(tmp_path / f"{i}.png", i, mode="L")
-    (parts,) = Examples(batches(model, tmp_path), replace(RECIPES["top-vim"], batch_size=4), 0).of_epoch(0)
+    (parts,) = Examples(model, batches(model, tmp_path), replace(RECIPES["top-vim"], batch_size=4), 0).of_epoch(0)
     assert parts[0].images.shape == (4, 1, 16, 16)
 
 

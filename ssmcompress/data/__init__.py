@@ -1,0 +1,8 @@
+"""Images from wherever users keep them, with or without labels, and batches of them as a model takes them."""
+
+from .batches import Batches
+from .find import find_images, open_images, photographs
+from .images import Images
+from .labels import class_names
+
+__all__ = ["Batches", "Images", "class_names", "find_images", "open_images", "photographs"]

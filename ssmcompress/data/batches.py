@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,6 @@ from torch import Tensor
 from .. import processes
 from ..errors import InputError
 from .images import Images
-
-if TYPE_CHECKING:
-    from ..models import TokenModel
-
-
-# Bytes that the ops of a layer may hand to each other for a block: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
-BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -35,29 +28,35 @@ class Batch:
 
 @dataclass(eq=False)
 class Batches:
-    """The images at `index` of `source`, prepared for `model`; can be iterated again and again.
+    """Prepared images of a source, in batches that can be iterated again and again.
 
-    Unreadable ones are left out. An iteration fills `unreadable` with their indices and `digests` with the
-    hashes of the others, by which the same image is known in another place.
+    Unreadable images are left out. An iteration fills `unreadable` with their indices and `digests` with the hashes of
+    the others, by which the same image is recognised elsewhere.
+
+    Attributes:
+        source: the pictures. transform: picture -> (channels, height, width), of a model: `TokenModel.transform()`.
+        index: which of the pictures, in order; None: all of them.
+        batch_size: images in a batch, fewer in the last one. workers: processes that decode them; 0: this one does.
     """
 
     source: Images
-    model: TokenModel
-    index: Sequence[int]
+    transform: Callable[[Any], Tensor]
+    index: Sequence[int] | None = None
     batch_size: int = 64
     workers: int = 0
     unreadable: set[int] = field(default_factory=set)
     digests: set[bytes] = field(default_factory=set)
 
     def __post_init__(self):
-        self.transform = self.model.preprocessing.transform(self.model.config.image_size)
+        if self.index is None:
+            self.index = range(len(self.source))
 
     def unreadable_names(self) -> list[str]:
         """What could not be read, as a person would name it."""
         return [self.source.describe(i) for i in sorted(self.unreadable)]
 
-    def put_together(self) -> None:
-        """After an iteration in several processes, each over images of its own: know of all what each has found."""
+    def sync(self) -> None:
+        """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
         found = processes.gathered((self.unreadable, self.digests))
         self.unreadable = set().union(*(unreadable for unreadable, _ in found))
         self.digests = set().union(*(digests for _, digests in found))
@@ -103,8 +102,8 @@ def digest(image: Tensor) -> bytes:
     return hashlib.sha1(image.cpu().numpy().tobytes()).digest()
 
 
-def draw(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(`count` of `size` indices drawn by seed, the others), both in order."""
+def sample_indices(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Sample `count` of `size` indices without replacement; returns (those, the others), both in rising order."""
     order = np.random.default_rng(seed).permutation(size).tolist()
     return sorted(order[:count]), sorted(order[count:])
 
@@ -141,15 +140,10 @@ class AnyBatches:
                 yield Labelled(batch[0], batch[1])
 
 
-def block_size(model: TokenModel) -> int:
-    """Images of a block for work in fixed blocks; depends on the model alone."""
-    return max(1, min(32, BLOCK_BYTES // model.activation_bytes()))
+def in_chunks(batches: Iterable[Labelled], size: int) -> Iterator[Tensor]:
+    """The images of `batches` in chunks of `size`, the last one smaller.
 
-
-def in_blocks(batches: Iterable[Labelled], size: int) -> Iterator[Tensor]:
-    """The images of `batches` in blocks of `size`, the last one smaller.
-
-    What is computed in blocks is the same to the last bit for any batch size: matrix products round by their shape.
+    What is computed in chunks is the same to the last bit for any batch size: matrix products round by their shape.
     """
     waiting: list[Tensor] = []
     for images, _ in batches:

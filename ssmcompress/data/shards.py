@@ -17,6 +17,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..progress import track
+from .images import Images, decode
+from .labels import check_labels
 
 IMAGE_MEMBERS = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif"}
 # Larger texts are no labels.
@@ -50,6 +52,16 @@ class ShardIndex:
     def describe(self, i: int) -> str:
         """How to name that image to a person."""
         return f"{self.files[self.shard[i]]}, at byte {self.offset[i]}"
+
+
+def read_shards(files: list[Path], name: str, num_classes: int) -> Images:
+    index = read_index(files)
+    if not len(index):
+        raise InputError(f"{name} holds no images: expected members like 000017.jpg, and 000017.cls with the class")
+    labels = None
+    if index.labels is not None:
+        labels = check_labels(index.labels.tolist(), name, num_classes)
+    return Images(name, len(index), lambda i: decode(index.read(i)), index.describe, labels)
 
 
 def read_index(files: Sequence[Path]) -> ShardIndex:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..data.batches import AnyBatches, block_size, in_blocks
+from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -110,7 +110,7 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
     device = next(model.parameters()).device
     totals = [torch.zeros_like(delta, dtype=_exact(device)) for delta in (block.bias_delta() for block in model.blocks)]
     tokens_seen = torch.zeros((), dtype=_exact(device))
-    for batch in in_blocks(track(batches, "calibrating", len(batches)), block_size(model)):
+    for batch in in_chunks(track(batches, "calibrating", len(batches)), model.chunk_size()):
         tokens_seen += len(batch) * model.length
         for layer, delta in enumerate(_dense_deltas(model, batch)):
             totals[layer] += delta
@@ -148,7 +148,7 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, d
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
     seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
     images = torch.zeros((), dtype=torch.float64)
-    for batch in in_blocks(track(batches, "scoring tokens", len(batches)), block_size(model)):
+    for batch in in_chunks(track(batches, "scoring tokens", len(batches)), model.chunk_size()):
         images += len(batch)
         logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
         if not logits.isfinite().all():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..data.batches import AnyBatches, block_size, in_blocks
+from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -52,7 +52,7 @@ def fit_probes(
     length, width = model.length, model.d_model
     sums = {layer: _Sums(length, width) for layer in layers}
     count = torch.zeros((), dtype=torch.float64)
-    for block in in_blocks(track(batches, "fitting saliency", len(batches)), block_size(model)):
+    for block in in_chunks(track(batches, "fitting saliency", len(batches)), model.chunk_size()):
         count += len(block)
         features, gradients = features_and_gradients(model, block.to(device))
         for layer, rows in sums.items():

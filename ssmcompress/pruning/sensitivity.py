@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..data.batches import block_size
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
@@ -192,7 +191,7 @@ def measure_sensitivity(
     order = [(i, j, k) for i in range(len(layers)) for j in range(len(metrics)) for k in range(len(kept))]
     cells: dict[tuple[int, int, int], list[Tensor]] = {cell: [] for cell in order}
     logits: list[Tensor] = []
-    size = block_size(model)
+    size = model.chunk_size()
     starts = range(0, len(images), size)
     steps = [(start, row, column) for start in starts for row in range(len(layers)) for column in range(len(metrics))]
     with Collector(work) as received:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..data.batches import AnyBatches, Labelled, block_size, digest, in_blocks
+from ..data.batches import AnyBatches, Labelled, digest, in_chunks
 from ..errors import InputError, SsmCompressError
 from ..evaluation import kl_divergence
 from ..models.base import TokenModel
@@ -51,7 +51,7 @@ class SideBySide:
                 pruned.corrections[str(layer)] = full_rank(pruned, self.given.get(str(layer)))
         self.device = next(pruned.parameters()).device
         self.distributed = distributed
-        self.size = block_size(dense)
+        self.size = dense.chunk_size()
         self.blocks = self.images = self.held_out = 0
         self.kl = 0.0
         self.fits: list[Fit] = []
@@ -91,7 +91,7 @@ class SideBySide:
         """Take in the images and bring both models to the first layer to be refitted; mean KL of those held out."""
         self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64)
         kl = torch.zeros((), dtype=torch.float64)
-        for images in in_blocks(_distinct(track(batches, "looking at images", len(batches))), self.size):
+        for images in in_chunks(_distinct(track(batches, "looking at images", len(batches))), self.size):
             images = images.to(self.device)
             weights = margin_gradients(self.dense, images).cpu()
             self.totals += weights.sum((1, 2), dtype=torch.float64)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..data.batches import Batches
 from ..data.transforms import Preprocessing
 from ..errors import InputError
+from ..models.base import TokenModel
 from .recipe import Recipe
 
 
@@ -35,16 +36,19 @@ class Examples:
     """Augmented images of `training`, by step.
 
     Args:
-        training: what to train on, its own batch size aside; unreadable images are left out.
-        processes, process: how many share a step, and which of them this is.
+        model: whose images and classes they are.
+        training: what to train on, its own batch size and transform aside; unreadable images are left out.
+        process: (index of this process, how many share a step).
     """
 
-    def __init__(self, training: Batches, recipe: Recipe, seed: int, processes: int = 1, process: int = 0):
+    def __init__(
+        self, model: TokenModel, training: Batches, recipe: Recipe, seed: int, process: tuple[int, int] = (0, 1)
+    ):
         self.training, self.recipe, self.seed = training, recipe, seed
-        self.processes, self.process = processes, process
-        config = training.model.config
-        self.classes = config.num_classes
-        self.transform = training_transform(training.model.preprocessing, config.image_size, recipe)
+        self.process, self.processes = process
+        processes = self.processes
+        self.classes = model.config.num_classes
+        self.transform = training_transform(model.preprocessing, model.config.image_size, recipe)
         images = len(training.index)
         # A step of all the images there are, where a batch would be more.
         self.batch_size = min(recipe.batch_size, images - images % 2)

@@ -131,7 +131,7 @@ class _Run:
         self.device = next(pruned.parameters()).device
         self.recipe, self.seed, self.state, self.training = recipe, seed, state, training
         self.dense, self.held_out = dense, held_out
-        self.examples = Examples(training, recipe, seed, processes.count(), processes.index())
+        self.examples = Examples(pruned, training, recipe, seed, (processes.index(), processes.count()))
         self.model = copy.deepcopy(pruned).eval()
         for module in self.model.modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)):
