@@ -24,10 +24,10 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .checkpoint import load, save
-    from .compression import compress
     from .evaluation import evaluate
     from .export import export_onnx
-    from .finetuning import finetune_folder
+    from .jobs.finetune import finetune_folder
+    from .jobs.prune import compress
     from .pruning.calibrate import calibrate, make_plan
     from .pruning.pruner import prune
     from .pruning.reconstruct import reconstruct
@@ -41,11 +41,11 @@ _HOME = {
     "Recipe": "training.recipe",
     "Stage": "pruning.schedule",
     "calibrate": "pruning.calibrate",
-    "compress": "compression",
+    "compress": "jobs.prune",
     "evaluate": "evaluation",
     "export_onnx": "export",
     "finetune": "training.loop",
-    "finetune_folder": "finetuning",
+    "finetune_folder": "jobs.finetune",
     "load": "checkpoint",
     "make_plan": "pruning.calibrate",
     "ops": "ops",

@@ -283,8 +283,8 @@ def prune(
     if finetune_epochs is not None and data is None:
         raise InputError("--finetune-epochs needs images to learn from: give --data")
     chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
-    from .compression import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .flops import reachable
+    from .jobs.prune import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .pruning.alignment import Alignment
     from .pruning.calibrate import make_plan
     from .pruning.schedule import Plan, default_stages
@@ -341,7 +341,7 @@ def prune(
     found: dict[str, Any] = {}
     with progress_bars(quiet):
         if chosen is None:
-            from .planning import Request, search_plan
+            from .jobs.search import Request, search_plan
             from .pruning.sensitivity import SENSITIVITY_FILE
 
             request = Request(
@@ -424,8 +424,8 @@ def finetune(
     import torch
 
     from .checkpoint import find_dense
-    from .compression import Setup
-    from .finetuning import finetune_folder
+    from .jobs.finetune import finetune_folder
+    from .jobs.prune import Setup
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -545,8 +545,8 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Show the report of a compressed model."""
-    from . import report as reports
     from .files import write_file
+    from .jobs import report as reports
 
     folder, content = reports.read(model)
     if html is not None:
@@ -603,9 +603,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model, pruned or dense, as one file; an ONNX file is checked in onnxruntime first."""
-    from . import report as reports
     from .checkpoint import serialise
     from .files import check_target, write_file
+    from .jobs import report as reports
 
     path = model or str(reports.newest())
     file = Path(output) if output else _output_beside(path, ".onnx" if onnx else ".safetensors", inside=onnx)
@@ -795,9 +795,9 @@ def compare(
         raise InputError(f"--ratios {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
     import torch
 
-    from .comparing import Comparison, table
-    from .compression import Setup
-    from .methods import chosen_methods, level_for, levels
+    from .jobs.compare import Comparison, table
+    from .jobs.methods import chosen_methods, level_for, levels
+    from .jobs.prune import Setup
 
     names = [name.strip() for name in methods.split(";") if name.strip()] if methods is not None else None
     rows = chosen_methods(names, search=search, reconstructed=reconstruct)
@@ -844,10 +844,10 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
-    from . import report as reports
     from .checkpoint import load
-    from .compression import compress
     from .export import export_onnx
+    from .jobs import report as reports
+    from .jobs.prune import compress
     from .pruning.calibrate import make_plan
 
     bundled = Path(__file__).parent / "assets" / "vim-fashion-mnist"

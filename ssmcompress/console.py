@@ -181,8 +181,8 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
 
 
 def show_report(report: dict[str, Any], as_json: bool) -> None:
-    """A report on stdout, as `ssmcompress.report` words it."""
-    from . import report as reports
+    """A report on stdout, as `ssmcompress.jobs.report` words it."""
+    from .jobs import report as reports
 
     if as_json:
         print_json(report)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssmcompress
-from ssmcompress.compression import plan_for_budget
 from ssmcompress.data.batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import flops
+from ssmcompress.jobs.prune import plan_for_budget
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.calibrate import mean_deltas

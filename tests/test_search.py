@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli import app
-from ssmcompress.compression import Setup
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import by_part, flops, reachable, remaining_share
-from ssmcompress.methods import METHODS, Level, stages_of
-from ssmcompress.planning import Request, search_plan
+from ssmcompress.jobs.methods import METHODS, Level, stages_of
+from ssmcompress.jobs.prune import Setup
+from ssmcompress.jobs.search import Request, search_plan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.importance import APART, pair_distances, predicted_saliency, unit_rms
 from ssmcompress.pruning.judging import total_loss
@@ -372,7 +372,7 @@ def test_the_range_is_what_pruning_to_two_tokens_leaves(vim):
 
 def test_a_latency_is_searched_for_by_timing(monkeypatch, class_folders):
     """With a clock that counts FLOPs, the plan found takes what was asked for and hardly less."""
-    from ssmcompress import planning
+    from ssmcompress.jobs import search as planning
 
     def clock(models, image, repeats):
         return {name: flops(model)["full"] for name, model in models.items()}

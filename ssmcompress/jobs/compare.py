@@ -1,6 +1,6 @@
 """Methods beside each other on one model and its images: every row the same code with another setting.
 
-Each row is the plan of a method (`ssmcompress.methods`) that is calibrated, pruned, reconstructed where asked for, and
+Each row is the plan of a method (`ssmcompress.jobs.methods`) that is calibrated, pruned, reconstructed where asked for, and
 measured against the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
 """
 
@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .benchmark import latency, latency_settings
-from .checkpoint import versions
-from .compression import Setup, calibration_and_measured, gap_source
-from .data.batches import Batches
-from .errors import InputError
-from .evaluation import Evaluation, autocast, measure
-from .files import write_file
-from .flops import flops
+from ..benchmark import latency, latency_settings
+from ..checkpoint import versions
+from ..data.batches import Batches
+from ..errors import InputError
+from ..evaluation import Evaluation, autocast, measure
+from ..files import write_file
+from ..flops import flops
+from ..models.base import TokenModel
+from ..progress import line, track
+from ..pruning.calibrate import gap_deltas
+from ..pruning.pruner import prune
+from ..pruning.reconstruct import reconstruct
+from ..pruning.saliency import fit_probes
+from ..pruning.schedule import Calibration, Plan, default_stages
 from .methods import Level, Method, stages_of
-from .models.base import TokenModel
 from .pictures import pareto_chart
-from .planning import Request, search_plan
-from .progress import line, track
-from .pruning.calibrate import gap_deltas
-from .pruning.pruner import prune
-from .pruning.reconstruct import reconstruct
-from .pruning.saliency import fit_probes
-from .pruning.schedule import Calibration, Plan, default_stages
+from .prune import Setup, calibration_and_measured, gap_source
+from .search import Request, search_plan
 
 FORMAT_VERSION = 1
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .models.base import TokenModel
-from .models.records import Finetuning
+from ..models.base import TokenModel
+from ..models.records import Finetuning
 
 SIDE = 168  # pixels an image takes in the picture
 GAP = 6

@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 
-from . import processes
+from .. import processes
+from ..benchmark import latency, latency_settings
+from ..checkpoint import load, save, versions
+from ..data.batches import Batches, sample_indices
+from ..data.find import open_images
+from ..data.images import Images
+from ..errors import BudgetError, InputError
+from ..evaluation import Evaluation, autocast, measure
+from ..files import check_target
+from ..flops import corrections_share, dense_flops, flops, reachable, remaining_share
+from ..models.base import TokenModel
+from ..models.records import MadeBy, Source
+from ..pruning.alignment import Alignment
+from ..pruning.calibrate import calibrate, make_plan
+from ..pruning.pruner import install, prune
+from ..pruning.reconstruct import reconstruct
+from ..pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
+from ..training.recipe import Recipe
 from . import report as reports
-from .benchmark import latency, latency_settings
-from .checkpoint import load, save, versions
-from .data.batches import Batches, sample_indices
-from .data.find import open_images
-from .data.images import Images
-from .errors import BudgetError, InputError
-from .evaluation import Evaluation, autocast, measure
-from .files import check_target
-from .flops import corrections_share, dense_flops, flops, reachable, remaining_share
-from .models.base import TokenModel
-from .models.records import MadeBy, Source
 from .pictures import kept_tokens
-from .pruning.alignment import Alignment
-from .pruning.calibrate import calibrate, make_plan
-from .pruning.pruner import install, prune
-from .pruning.reconstruct import reconstruct
-from .pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
-from .training.recipe import Recipe
 
 SAMPLES = 1024
 UNALIGNED = Alignment(conv=False, scan=False)
@@ -169,7 +169,7 @@ def compress(
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; returns the report that is in it.
 
-    With a recipe, the model in that folder is then fine-tuned and replaced (`ssmcompress.finetuning`). In several
+    With a recipe, the model in that folder is then fine-tuned and replaced (`ssmcompress.jobs.finetune`). In several
     processes (`ssmcompress.processes`) each works on its share of the images, and the first one writes.
 
     Args:
@@ -218,7 +218,7 @@ def compress(
     )
     if setup.recipe is None:
         return report
-    from .finetuning import finetune_folder
+    from .finetune import finetune_folder
 
     processes.wait()  # until the first has written
     written = load(output, device=next(model.parameters()).device)

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import processes
-from .benchmark import latency
-from .compression import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
-from .data.batches import Batches, sample_indices
-from .errors import BudgetError, InputError
-from .flops import reachable, remaining_share
-from .models.base import TokenModel
-from .progress import line, track
-from .pruning.alignment import Alignment
-from .pruning.calibrate import gap_deltas
-from .pruning.judging import Collector, mean_losses, total_loss
-from .pruning.pruner import prune
-from .pruning.saliency import fit_probes
-from .pruning.schedule import LEAST_KEPT, Calibration, Plan, Stage
-from .pruning.search import Candidate, propose
-from .pruning.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
+from .. import processes
+from ..benchmark import latency
+from ..data.batches import Batches, sample_indices
+from ..errors import BudgetError, InputError
+from ..flops import reachable, remaining_share
+from ..models.base import TokenModel
+from ..progress import line, track
+from ..pruning.alignment import Alignment
+from ..pruning.calibrate import gap_deltas
+from ..pruning.judging import Collector, mean_losses, total_loss
+from ..pruning.pruner import prune
+from ..pruning.saliency import fit_probes
+from ..pruning.schedule import LEAST_KEPT, Calibration, Plan, Stage
+from ..pruning.search import Candidate, propose
+from ..pruning.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
+from .prune import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.
 RUN = 12

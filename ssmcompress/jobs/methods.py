@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .compression import UNALIGNED, plan_for_budget
-from .errors import InputError
-from .flops import remaining_share
-from .models.base import TokenModel
-from .pruning.alignment import Alignment
-from .pruning.schedule import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from ..errors import InputError
+from ..flops import remaining_share
+from ..models.base import TokenModel
+from ..pruning.alignment import Alignment
+from ..pruning.schedule import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from .prune import UNALIGNED, plan_for_budget
 
 ALIGNED = Alignment()
 

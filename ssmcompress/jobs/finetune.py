@@ -9,23 +9,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import processes
+from .. import processes
+from ..checkpoint import CONFIG_FILE, serialise, versions
+from ..data.batches import Batches, sample_indices
+from ..data.find import open_images
+from ..errors import InputError
+from ..evaluation import measure
+from ..files import check_target
+from ..models.base import TokenModel
+from ..models.records import MadeBy
+from ..progress import line
+from ..pruning.sensitivity import SENSITIVITY_FILE
+from ..training.loop import finetune
+from ..training.recipe import Recipe
+from ..training.state import remove_state
 from . import report as reports
-from .checkpoint import CONFIG_FILE, serialise, versions
-from .compression import Setup, apart, write_measured
-from .data.batches import Batches, sample_indices
-from .data.find import open_images
-from .errors import InputError
-from .evaluation import measure
-from .files import check_target
-from .models.base import TokenModel
-from .models.records import MadeBy
 from .pictures import history_chart
-from .progress import line
-from .pruning.sensitivity import SENSITIVITY_FILE
-from .training.loop import finetune
-from .training.recipe import Recipe
-from .training.state import remove_state
+from .prune import Setup, apart, write_measured
 
 # Of the images to learn from, one in so many chooses the best epoch, at most so many; fewer than the least choose none.
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CONFIG_FILE
-from .errors import InputError
-from .files import write_file
-from .weights import read_metadata
+from ..checkpoint import CONFIG_FILE
+from ..errors import InputError
+from ..files import write_file
+from ..weights import read_metadata
 
 if TYPE_CHECKING:
-    from .export import Exported
+    from ..export import Exported
 
 REPORT_FILE = "report.json"
 PICTURE_FILE = "kept_tokens.png"
@@ -199,7 +199,7 @@ def _render(template: str, report: Report, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
-        loader=PackageLoader("ssmcompress"),
+        loader=PackageLoader("ssmcompress.jobs"),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
