@@ -24,33 +24,33 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import ops
     from .checkpoint import load, save
+    from .compression.calibrate import calibrate, make_plan
+    from .compression.finetune.loop import finetune
+    from .compression.finetune.recipe import Recipe
+    from .compression.reconstruct import reconstruct
     from .evaluation import evaluate
     from .export import export_onnx
     from .jobs.finetune import finetune_folder
     from .jobs.prune import compress
-    from .pruning.calibrate import calibrate, make_plan
+    from .pruning.plan import Plan, Stage
     from .pruning.pruner import prune
-    from .pruning.reconstruct import reconstruct
-    from .pruning.schedule import Plan, Stage
-    from .training.loop import finetune
-    from .training.recipe import Recipe
     from .verification import verify_onnx
 
 _HOME = {
-    "Plan": "pruning.schedule",
-    "Recipe": "training.recipe",
-    "Stage": "pruning.schedule",
-    "calibrate": "pruning.calibrate",
+    "Plan": "pruning.plan",
+    "Recipe": "compression.finetune.recipe",
+    "Stage": "pruning.plan",
+    "calibrate": "compression.calibrate",
     "compress": "jobs.prune",
     "evaluate": "evaluation",
     "export_onnx": "export",
-    "finetune": "training.loop",
+    "finetune": "compression.finetune.loop",
     "finetune_folder": "jobs.finetune",
     "load": "checkpoint",
-    "make_plan": "pruning.calibrate",
+    "make_plan": "compression.calibrate",
     "ops": "ops",
     "prune": "pruning.pruner",
-    "reconstruct": "pruning.reconstruct",
+    "reconstruct": "compression.reconstruct",
     "save": "checkpoint",
     "verify_onnx": "verification",
 }

@@ -20,8 +20,8 @@ from .files import new_folder, sha256
 from .models import MODELS, TokenModel, build, recognise
 from .models.base import low_rank
 from .models.records import MadeBy, Source, steps_from_dict, steps_to_dict
+from .pruning.plan import Plan
 from .pruning.pruner import install
-from .pruning.schedule import Plan
 from .safe_pickle import read_pickle
 from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 

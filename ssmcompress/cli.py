@@ -149,7 +149,7 @@ def inspect(
 
     from .checkpoint import load
     from .flops import by_part, flops, reachable
-    from .pruning.schedule import default_stages
+    from .pruning.plan import default_stages
 
     model = load(
         checkpoint, image_size=image_sides(image_size), stride=stride, weights=weights, unsafe_load=unsafe_load
@@ -283,11 +283,11 @@ def prune(
     if finetune_epochs is not None and data is None:
         raise InputError("--finetune-epochs needs images to learn from: give --data")
     chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
+    from .compression.calibrate import make_plan
     from .flops import reachable
     from .jobs.prune import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .pruning.alignment import Alignment
-    from .pruning.calibrate import make_plan
-    from .pruning.schedule import Plan, default_stages
+    from .pruning.plan import Plan, default_stages
 
     model = _open(
         checkpoint, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads
@@ -341,8 +341,8 @@ def prune(
     found: dict[str, Any] = {}
     with progress_bars(quiet):
         if chosen is None:
+            from .compression.search.sensitivity import SENSITIVITY_FILE
             from .jobs.search import Request, search_plan
-            from .pruning.sensitivity import SENSITIVITY_FILE
 
             request = Request(
                 flops=share,
@@ -845,10 +845,10 @@ def demo(
 ) -> None:
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
     from .checkpoint import load
+    from .compression.calibrate import make_plan
     from .export import export_onnx
     from .jobs import report as reports
     from .jobs.prune import compress
-    from .pruning.calibrate import make_plan
 
     bundled = Path(__file__).parent / "assets" / "vim-fashion-mnist"
     folder = Path(output) if output else Path("compressed") / f"{bundled.name}-demo"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .models.base import TokenModel
-from .pruning.schedule import LEAST_KEPT, Stage, token_counts
+from .pruning.plan import LEAST_KEPT, Stage, token_counts
 
 CONVENTIONS = ("full", "paper")
 

@@ -13,11 +13,11 @@ import torch
 
 import ssmcompress
 from ssmcompress import processes
+from ssmcompress.compression.finetune.loop import finetune
+from ssmcompress.compression.finetune.recipe import Recipe
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.evaluation import evaluate
-from ssmcompress.training.loop import finetune
-from ssmcompress.training.recipe import Recipe
 
 
 def main(folder: Path) -> None:

@@ -34,24 +34,7 @@ HOME = {
     "finetuning": "jobs", "report": "jobs", "pictures": "jobs", "cli": "cli", "console": "cli", "options": "cli",
 }  # fmt: skip
 EXCEPTIONS = {
-    ("ssmcompress.pruning.calibrate", "ssmcompress.data.batches"),
-    ("ssmcompress.pruning.calibrate", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.judging", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.linear_sums", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.margin", "ssmcompress.models.base"),
     ("ssmcompress.pruning.pruner", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.reconstruct", "ssmcompress.data.batches"),
-    ("ssmcompress.pruning.reconstruct", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.reconstruct", "ssmcompress.models.records"),
-    ("ssmcompress.pruning.saliency", "ssmcompress.data.batches"),
-    ("ssmcompress.pruning.saliency", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.search", "ssmcompress.flops"),
-    ("ssmcompress.pruning.search", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.sensitivity", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.side_by_side", "ssmcompress.data.batches"),
-    ("ssmcompress.pruning.side_by_side", "ssmcompress.evaluation"),
-    ("ssmcompress.pruning.side_by_side", "ssmcompress.models.base"),
-    ("ssmcompress.pruning.side_by_side", "ssmcompress.models.records"),
 }
 FLOOR_OF = {"training": 5} | {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

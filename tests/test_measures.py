@@ -16,7 +16,7 @@ from ssmcompress.flops import by_part, flops, reachable, remaining_share
 from ssmcompress.models.vim import VimConfig, VisionMamba
 from ssmcompress.op_benchmark import _inputs, _scan_by, benchmark_ops
 from ssmcompress.ops import selective_scan, use_backend
-from ssmcompress.pruning.schedule import Plan, Stage, default_stages
+from ssmcompress.pruning.plan import Plan, Stage, default_stages
 
 
 class Fixed(torch.nn.Module):

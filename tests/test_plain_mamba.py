@@ -18,7 +18,7 @@ from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.snakes import DOWN, LEFT, RIGHT, START, UP, snakes
 from ssmcompress.ops import selective_scan
 from ssmcompress.pruning.alignment import Alignment, ScanOrder
-from ssmcompress.tokens import Tokens
+from ssmcompress.pruning.tokens import Tokens
 
 sides = st.integers(1, 9)
 

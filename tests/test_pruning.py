@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssmcompress
+from ssmcompress.compression.calibrate import mean_deltas
 from ssmcompress.data.batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import flops
 from ssmcompress.jobs.prune import plan_for_budget
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
-from ssmcompress.pruning.calibrate import mean_deltas
 from ssmcompress.pruning.importance import RANKINGS
+from ssmcompress.pruning.plan import Plan, Stage, default_stages, kept_count, token_counts
 from ssmcompress.pruning.pruner import TokenPruner
-from ssmcompress.pruning.schedule import Plan, Stage, default_stages, kept_count, token_counts
-from ssmcompress.tokens import Tokens
+from ssmcompress.pruning.tokens import Tokens
 
 
 @pytest.mark.parametrize(

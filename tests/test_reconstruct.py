@@ -19,14 +19,14 @@ from test_cli import call, call_json, refused
 from test_export import run_file
 
 import ssmcompress
+from ssmcompress.compression.margin import margin_gradients
+from ssmcompress.compression.reconstruct.layerwise import LEAST_WEIGHT
+from ssmcompress.compression.reconstruct.least_squares import Rows, refit, ridge_regression
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
 from ssmcompress.flops import by_part, corrections_share, flops
 from ssmcompress.ops import taken
-from ssmcompress.pruning.least_squares import Rows, refit, ridge_regression
-from ssmcompress.pruning.margin import margin_gradients
-from ssmcompress.pruning.side_by_side import LEAST_WEIGHT
 
 # ------------------------------------------------------------------------------------------------ the regression
 
@@ -380,7 +380,7 @@ def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
 
 
 def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, monkeypatch):
-    from ssmcompress.pruning import linear_sums as module
+    from ssmcompress.compression.reconstruct import linear as module
 
     def worse(fitted, held_out, weight, groups):
         return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)

@@ -13,6 +13,11 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli import app
+from ssmcompress.compression.margin import features_and_gradients
+from ssmcompress.compression.saliency import fit_probes
+from ssmcompress.compression.search.propose import propose, spend
+from ssmcompress.compression.search.proxy_loss import total_loss
+from ssmcompress.compression.search.sensitivity import Sensitivity, candidates, measure_sensitivity
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.flops import by_part, flops, reachable, remaining_share
 from ssmcompress.jobs.methods import METHODS, Level, stages_of
@@ -20,14 +25,9 @@ from ssmcompress.jobs.prune import Setup
 from ssmcompress.jobs.search import Request, search_plan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.importance import APART, pair_distances, predicted_saliency, unit_rms
-from ssmcompress.pruning.judging import total_loss
-from ssmcompress.pruning.margin import features_and_gradients
 from ssmcompress.pruning.merging import merge_into_kept
-from ssmcompress.pruning.saliency import fit_probes
-from ssmcompress.pruning.schedule import Plan, Stage, kept_count, share_removed, token_counts
-from ssmcompress.pruning.search import propose, spend
-from ssmcompress.pruning.sensitivity import Sensitivity, candidates, measure_sensitivity
-from ssmcompress.tokens import Tokens
+from ssmcompress.pruning.plan import Plan, Stage, kept_count, share_removed, token_counts
+from ssmcompress.pruning.tokens import Tokens
 
 ALL_MODELS = [make_vim, make_plain_mamba]
 

@@ -20,16 +20,16 @@ from timm.data import Mixup
 
 import ssmcompress
 from ssmcompress import progress
+from ssmcompress.compression.finetune.examples import Examples, mirrored, seeded
+from ssmcompress.compression.finetune.loop import finetune
+from ssmcompress.compression.finetune.losses import distillation, objective
+from ssmcompress.compression.finetune.recipe import RECIPES, Recipe
+from ssmcompress.compression.finetune.state import read_state
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation import evaluate
 from ssmcompress.models.records import Finetuning
-from ssmcompress.training.examples import Examples, mirrored, seeded
-from ssmcompress.training.loop import finetune
-from ssmcompress.training.objective import distillation, objective
-from ssmcompress.training.recipe import RECIPES, Recipe
-from ssmcompress.training.state import read_state
 
 TESTS = Path(__file__).parent
 SMALL = Recipe(epochs=2, batch_size=10, lr=1e-3, lr_images=10, ema=0.0)

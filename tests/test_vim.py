@@ -10,7 +10,7 @@ import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.models.vim import FORTH_AND_BACK, resize_pos_embed
 from ssmcompress.ops import causal_conv1d, selective_scan
-from ssmcompress.tokens import Tokens
+from ssmcompress.pruning.tokens import Tokens
 
 
 @pytest.mark.parametrize(("name", "stride"), [("vim", None), ("vim_stride", 4)])

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ..benchmark import latency, latency_settings
 from ..checkpoint import versions
+from ..compression.calibrate import gap_deltas
+from ..compression.reconstruct import reconstruct
+from ..compression.saliency import fit_probes
 from ..data.batches import Batches
 from ..errors import InputError
 from ..evaluation import Evaluation, autocast, measure
@@ -27,11 +30,8 @@ from ..files import write_file
 from ..flops import flops
 from ..models.base import TokenModel
 from ..progress import line, track
-from ..pruning.calibrate import gap_deltas
+from ..pruning.plan import Calibration, Plan, default_stages
 from ..pruning.pruner import prune
-from ..pruning.reconstruct import reconstruct
-from ..pruning.saliency import fit_probes
-from ..pruning.schedule import Calibration, Plan, default_stages
 from .methods import Level, Method, stages_of
 from .pictures import pareto_chart
 from .prune import Setup, calibration_and_measured, gap_source

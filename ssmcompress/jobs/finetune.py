@@ -11,6 +11,10 @@ from typing import Any
 
 from .. import processes
 from ..checkpoint import CONFIG_FILE, serialise, versions
+from ..compression.finetune.loop import finetune
+from ..compression.finetune.recipe import Recipe
+from ..compression.finetune.state import remove_state
+from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches, sample_indices
 from ..data.find import open_images
 from ..errors import InputError
@@ -19,10 +23,6 @@ from ..files import check_target
 from ..models.base import TokenModel
 from ..models.records import MadeBy
 from ..progress import line
-from ..pruning.sensitivity import SENSITIVITY_FILE
-from ..training.loop import finetune
-from ..training.recipe import Recipe
-from ..training.state import remove_state
 from . import report as reports
 from .pictures import history_chart
 from .prune import Setup, apart, write_measured

@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..flops import remaining_share
 from ..models.base import TokenModel
 from ..pruning.alignment import Alignment
-from ..pruning.schedule import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from ..pruning.plan import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
 from .prune import UNALIGNED, plan_for_budget
 
 ALIGNED = Alignment()

@@ -15,6 +15,9 @@ import torch
 from .. import processes
 from ..benchmark import latency, latency_settings
 from ..checkpoint import load, save, versions
+from ..compression.calibrate import calibrate, make_plan
+from ..compression.finetune.recipe import Recipe
+from ..compression.reconstruct import reconstruct
 from ..data.batches import Batches, sample_indices
 from ..data.find import open_images
 from ..data.images import Images
@@ -25,11 +28,8 @@ from ..flops import corrections_share, dense_flops, flops, reachable, remaining_
 from ..models.base import TokenModel
 from ..models.records import MadeBy, Source
 from ..pruning.alignment import Alignment
-from ..pruning.calibrate import calibrate, make_plan
+from ..pruning.plan import Plan, Stage, default_stages, ratio_for_budget
 from ..pruning.pruner import install, prune
-from ..pruning.reconstruct import reconstruct
-from ..pruning.schedule import Plan, Stage, default_stages, ratio_for_budget
-from ..training.recipe import Recipe
 from . import report as reports
 from .pictures import kept_tokens
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from .. import processes
 from ..benchmark import latency
+from ..compression.calibrate import gap_deltas
+from ..compression.saliency import fit_probes
+from ..compression.search.propose import Candidate, propose
+from ..compression.search.proxy_loss import Collector, mean_losses, total_loss
+from ..compression.search.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
 from ..data.batches import Batches, sample_indices
 from ..errors import BudgetError, InputError
 from ..flops import reachable, remaining_share
 from ..models.base import TokenModel
 from ..progress import line, track
 from ..pruning.alignment import Alignment
-from ..pruning.calibrate import gap_deltas
-from ..pruning.judging import Collector, mean_losses, total_loss
+from ..pruning.plan import LEAST_KEPT, Calibration, Plan, Stage
 from ..pruning.pruner import prune
-from ..pruning.saliency import fit_probes
-from ..pruning.schedule import LEAST_KEPT, Calibration, Plan, Stage
-from ..pruning.search import Candidate, propose
-from ..pruning.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
 from .prune import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.
@@ -70,9 +70,9 @@ class Found:
 def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
     """The plan that is expected to lose least within a budget.
 
-    Sensitivities (`ssmcompress.pruning.sensitivity`) are measured on every second of the calibration images, while
+    Sensitivities (`ssmcompress.compression.search.sensitivity`) are measured on every second of the calibration images, while
     gap deltas and probes come from the others; the best plans of the search are then run on the former, and so are
-    other metrics at the stages of the best one. All of it before reconstruction, see `ssmcompress.pruning.judging`.
+    other metrics at the stages of the best one. All of it before reconstruction, see `ssmcompress.compression.search.proxy_loss`.
 
     Raises:
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.

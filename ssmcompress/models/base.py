@@ -16,8 +16,8 @@ from ..data.images import Images
 from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..pruning.alignment import Alignment
-from ..pruning.schedule import Plan, token_counts
-from ..tokens import Tokens
+from ..pruning.plan import Plan, token_counts
+from ..pruning.tokens import Tokens
 from .records import MadeBy, Record, Source
 
 StateDict = Mapping[str, Tensor]

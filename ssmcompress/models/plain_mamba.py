@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
-from ..tokens import Tokens
+from ..pruning.tokens import Tokens
 from .base import Block, StateDict, TokenModel
 from .reading import Shapes, grids, resize_grid
 from .snakes import snakes

@@ -52,7 +52,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Fit:
-    """The refit of one weight: see `ssmcompress.pruning.least_squares.Refit`."""
+    """The refit of one weight: see `ssmcompress.compression.reconstruct.least_squares.Refit`."""
 
     weight: str
     ridges: tuple[float | None, ...]

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..ops import ScanPath, causal_conv1d, rms_norm, scan_paths, taken
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
-from ..tokens import Tokens
+from ..pruning.tokens import Tokens
 from .base import Block, StateDict, TokenModel
 from .reading import Shapes, grids, resize_grid
 

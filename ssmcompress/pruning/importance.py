@@ -4,7 +4,7 @@
 block's output before its projection. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` the
 signal of MTR (arXiv 2507.14042); `clip-paths` is `clip` of each scan path by itself, averaged. Those come from the
 scan itself: see `ssmcompress.ops.SCORES`. `saliency` is read off a token's features by a linear map that was fitted to
-the dense model's gradients, see `ssmcompress.pruning.saliency`; `similarity` is the one of R-MeeTo, which merges by it
+the dense model's gradients, see `ssmcompress.compression.saliency`; `similarity` is the one of R-MeeTo, which merges by it
 (`ssmcompress.pruning.merging`).
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import SCORES
-from ..tokens import Tokens
+from .tokens import Tokens
 
 # What tokens may be dropped by, as an option; "similarity" has a meaning only where they are merged.
 RANKINGS = (*SCORES, "random", "saliency")
@@ -42,7 +42,7 @@ def predicted_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Te
 
     Args:
         features: (batch, tokens, d_model). positions: (batch, tokens).
-        probe: (d_model + length,), see `ssmcompress.pruning.saliency.fit_probes`.
+        probe: (d_model + length,), see `ssmcompress.compression.saliency.fit_probes`.
     """
     width = features.shape[-1]
     return unit_rms(features.float()) @ probe[:width] + probe[width:][positions]

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens import Tokens
 from .importance import pair_distances
+from .tokens import Tokens
 
 MERGES = ("ordered", "grouped")
 

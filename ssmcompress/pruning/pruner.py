@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import top_tokens
-from ..tokens import Tokens
 from .importance import pair_distances, predicted_saliency, random_scores
 from .merging import merge_into_kept
-from .schedule import Plan, kept_count
+from .plan import Plan, kept_count
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from ..models.base import TokenModel

@@ -1,6 +1,6 @@
 """A dense and a pruned model run side by side, layer by layer, while the later layers of the pruned one are refitted.
 
-The work behind `ssmcompress.pruning.reconstruct`.
+The work behind `ssmcompress.compression.reconstruct`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import processes
-from ..data.batches import AnyBatches, Labelled, digest, in_chunks
-from ..errors import InputError, SsmCompressError
-from ..evaluation import kl_divergence
-from ..models.base import TokenModel
-from ..models.records import Fit
-from ..ops import taken
-from ..progress import track
-from ..tokens import Tokens
-from .linear_sums import LinearSums, full_rank
-from .margin import margin_gradients
+from ... import processes
+from ...data.batches import AnyBatches, Labelled, digest, in_chunks
+from ...errors import InputError, SsmCompressError
+from ...evaluation import kl_divergence
+from ...models.base import TokenModel
+from ...models.records import Fit
+from ...ops import taken
+from ...progress import track
+from ...pruning.tokens import Tokens
+from ..margin import margin_gradients
+from .linear import LinearSums, full_rank
 
 # One image in so many is held out.
 HELD_OUT = 5

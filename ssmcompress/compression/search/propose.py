@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..flops import remaining_share
-from ..models.base import TokenModel
-from .schedule import Stage, share_removed, token_counts
+from ...flops import remaining_share
+from ...models.base import TokenModel
+from ...pruning.plan import Stage, share_removed, token_counts
 from .sensitivity import Sensitivity
 
 MOST_STAGES = 3

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ops import taken
-from .pruning.alignment import Alignment, KeptPath, ScanOrder
+from ..ops import taken
+from .alignment import Alignment, KeptPath, ScanOrder
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How good a pruned model would be, judged cheaply: by its outputs as they are, or with its classifier refitted.
 
-Reconstruction (`ssmcompress.pruning.reconstruct`) takes twenty times as long as running a plan, so plans are judged
+Reconstruction (`ssmcompress.compression.reconstruct`) takes twenty times as long as running a plan, so plans are judged
 before it. The outputs as they are mislead: part of what pruning does to them is a shift that any refit takes away. To
 refit the classifier alone, in closed form, costs nothing beside the run, and ranks 35 plans of the bundled Vim (50 to
 75 % of the FLOPs, one to three stages, eight metrics) as full reconstruction does with a rank correlation of 0.96;
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.base import TokenModel
+from ...models.base import TokenModel
 
 # Of the mean square of what the classifier receives.
 RIDGE = 1e-2

@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import processes
-from ..data.batches import Batches
-from ..errors import InputError, SsmCompressError
-from ..evaluation import autocast, measure
-from ..models.base import TokenModel
-from ..models.records import Finetuning
-from ..ops import taken
-from ..progress import line, status, track
+from ... import processes
+from ...data.batches import Batches
+from ...errors import InputError, SsmCompressError
+from ...evaluation import autocast, measure
+from ...models.base import TokenModel
+from ...models.records import Finetuning
+from ...ops import taken
+from ...progress import line, status, track
 from .examples import Examples, Part
-from .objective import objective, teacher_weight
+from .losses import objective, teacher_weight
 from .recipe import Recipe
 from .state import read_state, write_state
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import NOT_FINITE, InputError
+from ...errors import NOT_FINITE, InputError
 
 # Shares of the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
 RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))

@@ -2,7 +2,7 @@
 
 Pruning changes what every later layer receives. Dense and pruned model are run side by side over unlabelled images,
 layer by layer, whatever was refitted before in place; in each layer some linear maps (`Block.refitted`) and at last
-the classifier are replaced by the ridge regression (`ssmcompress.pruning.least_squares`) of
+the classifier are replaced by the ridge regression (`ssmcompress.compression.reconstruct.least_squares`) of
 
 - for the projection into the residual stream: the dense model's features after the layer, minus the pruned ones before;
 - for the maps before it: what the same map gives in the dense model;
@@ -36,12 +36,12 @@ from typing import Any
 
 import torch
 
-from ..data.batches import AnyBatches
-from ..errors import NOT_FINITE, InputError
-from ..models.base import TokenModel
-from ..models.records import Reconstruction
-from ..progress import track
-from .side_by_side import SideBySide
+from ...data.batches import AnyBatches
+from ...errors import NOT_FINITE, InputError
+from ...models.base import TokenModel
+from ...models.records import Reconstruction
+from ...progress import track
+from .layerwise import SideBySide
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
-from .importance import unit_rms
+from ..pruning.importance import unit_rms
 from .margin import features_and_gradients
 
 # Added to the covariance of the features, whose mean square is 1.

@@ -14,10 +14,10 @@ from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
-from .alignment import Alignment
-from .pruner import prune
+from ..pruning.alignment import Alignment
+from ..pruning.plan import Calibration, Plan, Stage, default_stages
+from ..pruning.pruner import prune
 from .saliency import fit_probes
-from .schedule import Calibration, Plan, Stage, default_stages
 
 
 def make_plan(

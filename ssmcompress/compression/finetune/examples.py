@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batches
-from ..data.transforms import Preprocessing
-from ..errors import InputError
-from ..models.base import TokenModel
+from ...data.batches import Batches
+from ...data.transforms import Preprocessing
+from ...errors import InputError
+from ...models.base import TokenModel
 from .recipe import Recipe
 
 

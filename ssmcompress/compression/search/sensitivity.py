@@ -1,6 +1,6 @@
 """Sensitivity: what pruning at one place alone costs, for every layer, metric and number of tokens kept.
 
-Measured once, on images; any budget can be planned with it afterwards (`ssmcompress.pruning.search`). For every block
+Measured once, on images; any budget can be planned with it afterwards (`ssmcompress.compression.search.propose`). For every block
 of images the dense model runs once and leaves each layer's tokens; from there only the layers behind a stage are run.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import processes
-from ..errors import NOT_FINITE, InputError
-from ..models.base import TokenModel
-from ..progress import track
-from .alignment import Alignment
-from .judging import Collector, mean_losses, total_loss
-from .pruner import TokenPruner, fitted_probe, install
-from .schedule import LEAST_KEPT, Plan, Stage, kept_count, share_removed
+from ... import processes
+from ...errors import NOT_FINITE, InputError
+from ...models.base import TokenModel
+from ...progress import track
+from ...pruning.alignment import Alignment
+from ...pruning.plan import LEAST_KEPT, Plan, Stage, kept_count, share_removed
+from ...pruning.pruner import TokenPruner, fitted_probe, install
+from .proxy_loss import Collector, mean_losses, total_loss
 
 FORMAT_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
@@ -176,7 +176,7 @@ def measure_sensitivity(
         model: dense. images: (count, C, H, W). labels: (count,) to judge by them; None: by the dense model's outputs.
         plan: its alignment, gap and seed, and a calibration with probes where "saliency" is among the metrics.
         layers, metrics: what to measure. refit: judge with the classifier refitted, as fits a model that is to be
-            reconstructed (`ssmcompress.pruning.judging`). name: what the images are called.
+            reconstructed (`ssmcompress.compression.search.proxy_loss`). name: what the images are called.
         distributed: every process of the default group makes this call, with images of its own.
 
     Raises:
