@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
     from .evaluation import evaluate
-    from .export import export_onnx
+    from .export.onnx import export_onnx
+    from .export.verify import verify_onnx
     from .jobs.finetune import finetune_folder
     from .jobs.prune import compress
     from .pruning.plan import Plan, Stage
     from .pruning.pruner import prune
-    from .verification import verify_onnx
 
 _HOME = {
     "Plan": "pruning.plan",
@@ -43,7 +43,7 @@ _HOME = {
     "calibrate": "compression.calibrate",
     "compress": "jobs.prune",
     "evaluate": "evaluation",
-    "export_onnx": "export",
+    "export_onnx": "export.onnx",
     "finetune": "compression.finetune.loop",
     "finetune_folder": "jobs.finetune",
     "load": "checkpoint",
@@ -52,7 +52,7 @@ _HOME = {
     "prune": "pruning.pruner",
     "reconstruct": "compression.reconstruct",
     "save": "checkpoint",
-    "verify_onnx": "verification",
+    "verify_onnx": "export.verify",
 }
 
 __all__ = [

@@ -622,7 +622,7 @@ def export(
         say(f"wrote {file}", quiet)
         return
     from .checkpoint import find_dense
-    from .export import export_onnx
+    from .export.onnx import export_onnx
 
     reference = None
     if dense is not None or (latency and loaded.plan is not None):
@@ -672,7 +672,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check that an ONNX file computes what a model computes, in onnxruntime, on real images."""
-    from .verification import verify_onnx
+    from .export.verify import verify_onnx
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
     with progress_bars(quiet), shown_when_it_fails(Path(file), as_json):
@@ -846,7 +846,7 @@ def demo(
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
     from .checkpoint import load
     from .compression.calibrate import make_plan
-    from .export import export_onnx
+    from .export.onnx import export_onnx
     from .jobs import report as reports
     from .jobs.prune import compress
 

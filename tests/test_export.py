@@ -11,15 +11,15 @@ from conftest import GOLDEN, images_of, make_plain_mamba, make_vim
 from onnx import parser
 
 import ssmcompress
-from ssmcompress import onnx_runtime
 from ssmcompress.errors import InputError, VerificationError
-from ssmcompress.export import build_onnx
+from ssmcompress.export import runtime as onnx_runtime
+from ssmcompress.export.functions import FORMS, STANDARD_OPSET, function_text
+from ssmcompress.export.graph import assemble, trace
+from ssmcompress.export.onnx import build_onnx
+from ssmcompress.export.runtime import forms_for, newest_opset
+from ssmcompress.export.verify import compare_kept, verify_onnx
 from ssmcompress.models.base import Decision
-from ssmcompress.onnx_graph import assemble, trace
-from ssmcompress.onnx_runtime import forms_for, newest_opset
 from ssmcompress.ops import causal_conv1d, selective_scan
-from ssmcompress.ops.onnx_functions import FORMS, STANDARD_OPSET, function_text
-from ssmcompress.verification import compare_kept, verify_onnx
 
 FORMS_HERE, _ = forms_for("auto", newest_opset())
 
@@ -289,7 +289,7 @@ def test_kept_positions_are_outputs_where_asked_for(pruned, tmp_path):
 
 
 def test_large_weights_go_beside_the_file_or_nothing_goes_anywhere(pruned, tmp_path, monkeypatch):
-    from ssmcompress import export
+    from ssmcompress.export import onnx as export
 
     monkeypatch.setattr(export, "EXTERNAL_BYTES", 1000)
     result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", scan="scan")
@@ -347,7 +347,7 @@ def test_what_is_no_onnx_file_of_this_model(pruned, graph, tmp_path):
 
 def test_a_single_nan_is_not_forgotten(pruned, graph, monkeypatch):
     """The first image alone gives a NaN, where its class is, so that numpy still finds the class there."""
-    from ssmcompress import verification
+    from ssmcompress.export import verify as verification
 
     genuine, seen = verification.run, []
 

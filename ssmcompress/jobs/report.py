@@ -15,7 +15,7 @@ from ..files import write_file
 from ..weights import read_metadata
 
 if TYPE_CHECKING:
-    from ..export import Exported
+    from ..export.onnx import Exported
 
 REPORT_FILE = "report.json"
 PICTURE_FILE = "kept_tokens.png"

@@ -18,7 +18,7 @@ BACKENDS = {
     "reference": "ssmcompress.ops.reference",
     "cpu": "ssmcompress.ops.compiled",
     "triton": "ssmcompress.ops.triton",
-    "onnx": "ssmcompress.ops.onnx",  # not for computing: the form that export writes into a graph
+    "onnx": "ssmcompress.export.lowering",  # not for computing: the form that export writes into a graph
 }
 
 _logger = logging.getLogger("ssmcompress")

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .orders import inverse, visited
-from .reference import rms_norm, wide
-from .selective_scan import SCORES, ScanPath, step_size
+from ..ops import reference
+from ..ops.orders import inverse, visited
+from ..ops.reference import rms_norm, wide
+from ..ops.selective_scan import SCORES, ScanPath, step_size
 
 __all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "taken", "top_tokens"]
 

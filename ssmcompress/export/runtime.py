@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .ops.onnx_functions import FORMS, STANDARD_OPSET
-from .progress import track
+from ..errors import InputError
+from ..progress import track
+from .functions import FORMS, STANDARD_OPSET
 
 BATCHES = (1, 8)
 

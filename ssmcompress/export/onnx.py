@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .benchmark import device_name
-from .data.labels import class_names
-from .errors import InputError
-from .files import check_target, replace_files
-from .models.base import TokenModel
-from .onnx_graph import KEPT_PREFIX, assemble, trace, values_named
-from .onnx_runtime import BATCHES, block, fastest, forms_for, milliseconds, newest_opset, provider_named
-from .ops.onnx_functions import FORMS
-from .progress import track
-from .verification import ATOL, Verification, verify_onnx
+from ..benchmark import device_name
+from ..data.labels import class_names
+from ..errors import InputError
+from ..files import check_target, replace_files
+from ..models.base import TokenModel
+from ..progress import track
+from .functions import FORMS
+from .graph import KEPT_PREFIX, assemble, trace, values_named
+from .runtime import BATCHES, block, fastest, forms_for, milliseconds, newest_opset, provider_named
+from .verify import ATOL, Verification, verify_onnx
 
 if TYPE_CHECKING:
     import onnx

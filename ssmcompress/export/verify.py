@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.batches import Batch, Batches
-from .data.images import Images
-from .errors import InputError, VerificationError
-from .models.base import Decision, TokenModel
-from .onnx_graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, values_named
-from .onnx_runtime import provider_named, run, session
-from .progress import track
+from ..data.batches import Batch, Batches
+from ..data.images import Images
+from ..errors import InputError, VerificationError
+from ..models.base import Decision, TokenModel
+from ..progress import track
+from .graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, values_named
+from .runtime import provider_named, run, session
 
 if TYPE_CHECKING:
     import onnx

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import describe, versions
-from .errors import InputError
-from .models.base import TokenModel
-from .ops import use_backend
-from .ops.onnx import DOMAIN
-from .ops.onnx_functions import function_text
+from ..checkpoint import describe, versions
+from ..errors import InputError
+from ..models.base import TokenModel
+from ..ops import use_backend
+from .functions import function_text
+from .lowering import DOMAIN
 
 if TYPE_CHECKING:
     import onnx

@@ -6,7 +6,7 @@ channels, 16 states, batch 1, two cores, onnxruntime 1.31) are in the docstrings
 
 from __future__ import annotations
 
-from .onnx import DOMAIN
+from .lowering import DOMAIN
 
 FORMS = ("scan", "linear-attention", "standard")
 STANDARD_OPSET = 27  # the first one with LinearAttention
