@@ -23,16 +23,16 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import ops
-    from .checkpoint import load, save
     from .compression.calibrate import calibrate, make_plan
     from .compression.finetune.loop import finetune
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
-    from .evaluation import evaluate
+    from .evaluation.measure import evaluate
     from .export.onnx import export_onnx
     from .export.verify import verify_onnx
     from .jobs.finetune import finetune_folder
     from .jobs.prune import compress
+    from .models.checkpoint import load, save
     from .pruning.plan import Plan, Stage
     from .pruning.pruner import prune
 
@@ -42,16 +42,16 @@ _HOME = {
     "Stage": "pruning.plan",
     "calibrate": "compression.calibrate",
     "compress": "jobs.prune",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.measure",
     "export_onnx": "export.onnx",
     "finetune": "compression.finetune.loop",
     "finetune_folder": "jobs.finetune",
-    "load": "checkpoint",
+    "load": "models.checkpoint",
     "make_plan": "compression.calibrate",
     "ops": "ops",
     "prune": "pruning.pruner",
     "reconstruct": "compression.reconstruct",
-    "save": "checkpoint",
+    "save": "models.checkpoint",
     "verify_onnx": "export.verify",
 }
 

@@ -117,7 +117,7 @@ def _open(checkpoint, image_size, stride, weights, unsafe, mean, std, crop_pct, 
     """A model with the preprocessing that the options ask for."""
     import torch
 
-    from .checkpoint import load
+    from .models.checkpoint import load
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -147,8 +147,8 @@ def inspect(
     """What a checkpoint is: architecture, parameters, FLOPs by part, the reachable budget."""
     from dataclasses import asdict
 
-    from .checkpoint import load
-    from .flops import by_part, flops, reachable
+    from .evaluation.flops import by_part, flops, reachable
+    from .models.checkpoint import load
     from .pruning.plan import default_stages
 
     model = load(
@@ -284,7 +284,7 @@ def prune(
         raise InputError("--finetune-epochs needs images to learn from: give --data")
     chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
     from .compression.calibrate import make_plan
-    from .flops import reachable
+    from .evaluation.flops import reachable
     from .jobs.prune import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
     from .pruning.alignment import Alignment
     from .pruning.plan import Plan, default_stages
@@ -423,9 +423,9 @@ def finetune(
     chosen = recipe_of(recipe, recipe_changes, epochs, ramp)
     import torch
 
-    from .checkpoint import find_dense
     from .jobs.finetune import finetune_folder
     from .jobs.prune import Setup
+    from .models.checkpoint import find_dense
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -489,9 +489,9 @@ def evaluate(
     """Top-1 and top-5 on labelled images; agreement with the dense model where there is one."""
     import torch
 
-    from .checkpoint import find_dense
     from .data.batches import Batches
-    from .evaluation import evaluate as evaluate_model
+    from .evaluation.measure import evaluate as evaluate_model
+    from .models.checkpoint import find_dense
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -603,9 +603,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model, pruned or dense, as one file; an ONNX file is checked in onnxruntime first."""
-    from .checkpoint import serialise
     from .files import check_target, write_file
     from .jobs import report as reports
+    from .models.checkpoint import serialise
 
     path = model or str(reports.newest())
     file = Path(output) if output else _output_beside(path, ".onnx" if onnx else ".safetensors", inside=onnx)
@@ -621,8 +621,8 @@ def export(
             print_json({"file": str(file)})
         say(f"wrote {file}", quiet)
         return
-    from .checkpoint import find_dense
     from .export.onnx import export_onnx
+    from .models.checkpoint import find_dense
 
     reference = None
     if dense is not None or (latency and loaded.plan is not None):
@@ -706,9 +706,9 @@ def benchmark(
     """Latency, images per second and memory of models side by side in one run, or with --ops of the ops."""
     import torch
 
-    from . import benchmark as benchmarks
-    from .checkpoint import find_dense
-    from .op_benchmark import benchmark_ops
+    from .evaluation import latency as benchmarks
+    from .evaluation.op_benchmark import benchmark_ops
+    from .models.checkpoint import find_dense
 
     sizes, extents = numbers(batch_sizes, "--batch-sizes", int), numbers(shape, "--shape", int)
     if not models and not ops:
@@ -844,11 +844,11 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
-    from .checkpoint import load
     from .compression.calibrate import make_plan
     from .export.onnx import export_onnx
     from .jobs import report as reports
     from .jobs.prune import compress
+    from .models.checkpoint import load
 
     bundled = Path(__file__).parent / "assets" / "vim-fashion-mnist"
     folder = Path(output) if output else Path("compressed") / f"{bundled.name}-demo"

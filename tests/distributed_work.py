@@ -17,7 +17,7 @@ from ssmcompress.compression.finetune.loop import finetune
 from ssmcompress.compression.finetune.recipe import Recipe
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
-from ssmcompress.evaluation import evaluate
+from ssmcompress.evaluation.measure import evaluate
 
 
 def main(folder: Path) -> None:

@@ -6,7 +6,7 @@ from op_cases import conv_case, grid_case, leaves, named, scan_case
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
-from ssmcompress.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
+from ssmcompress.evaluation.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
 from ssmcompress.ops import ScanPath, causal_conv1d, scan_paths, selective_scan
 from ssmcompress.ops.triton import INTERPRETED, limits
 from ssmcompress.ops.triton.launch import launch

@@ -16,9 +16,9 @@ from conftest import images_of, make_vim
 from safetensors.torch import save_file
 
 import ssmcompress
-from ssmcompress.checkpoint import find_dense
 from ssmcompress.errors import InputError
 from ssmcompress.files import check_target, write_file
+from ssmcompress.models.checkpoint import find_dense
 
 
 def same(a, b, images):
@@ -120,7 +120,7 @@ def test_nothing_is_overwritten_unless_asked_and_nothing_is_left_on_failure(vim,
     ssmcompress.save(vim, folder, force=True)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
-    monkeypatch.setattr("ssmcompress.checkpoint.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("ssmcompress.models.checkpoint.json.dumps", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ssmcompress.save(vim, folder, force=True)
     with pytest.raises(ZeroDivisionError):

@@ -9,12 +9,12 @@ from conftest import images_of, make_plain_mamba, make_vim
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmcompress
-from ssmcompress.benchmark import benchmark, latency, peak_memory, spread
 from ssmcompress.errors import InputError
-from ssmcompress.evaluation import autocast, measure
-from ssmcompress.flops import by_part, flops, reachable, remaining_share
+from ssmcompress.evaluation.flops import by_part, flops, reachable, remaining_share
+from ssmcompress.evaluation.latency import benchmark, latency, peak_memory, spread
+from ssmcompress.evaluation.measure import autocast, measure
+from ssmcompress.evaluation.op_benchmark import _inputs, _scan_by, benchmark_ops
 from ssmcompress.models.vim import VimConfig, VisionMamba
-from ssmcompress.op_benchmark import _inputs, _scan_by, benchmark_ops
 from ssmcompress.ops import selective_scan, use_backend
 from ssmcompress.pruning.plan import Plan, Stage, default_stages
 
@@ -226,7 +226,7 @@ def test_the_reachable_range_is_that_of_two_tokens():
 
 def test_latency_is_measured_for_each(vim, images, monkeypatch):
     clock = iter([0.0, 9.0, 0.0, 9.0, 0.0, 0.001, 0.0, 0.003, 0.0, 0.002, 0.0, 0.004])
-    monkeypatch.setattr("ssmcompress.benchmark.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("ssmcompress.evaluation.latency.perf_counter", lambda: next(clock))
     times = latency({"a": vim, "b": vim}, images[:1], repeats=2)
     assert times == {"a": pytest.approx(1.5), "b": pytest.approx(3.5)}  # the first run of each does not count
 

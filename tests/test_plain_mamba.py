@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ssmcompress
 from ssmcompress.errors import InputError
-from ssmcompress.flops import flops
+from ssmcompress.evaluation.flops import flops
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.snakes import DOWN, LEFT, RIGHT, START, UP, snakes
 from ssmcompress.ops import selective_scan

@@ -14,7 +14,7 @@ import ssmcompress
 from ssmcompress.compression.calibrate import mean_deltas
 from ssmcompress.data.batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
-from ssmcompress.flops import flops
+from ssmcompress.evaluation.flops import flops
 from ssmcompress.jobs.prune import plan_for_budget
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment

@@ -25,7 +25,7 @@ from ssmcompress.compression.reconstruct.least_squares import Rows, refit, ridge
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
-from ssmcompress.flops import by_part, corrections_share, flops
+from ssmcompress.evaluation.flops import by_part, corrections_share, flops
 from ssmcompress.ops import taken
 
 # ------------------------------------------------------------------------------------------------ the regression

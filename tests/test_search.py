@@ -19,7 +19,7 @@ from ssmcompress.compression.search.propose import propose, spend
 from ssmcompress.compression.search.proxy_loss import total_loss
 from ssmcompress.compression.search.sensitivity import Sensitivity, candidates, measure_sensitivity
 from ssmcompress.errors import BudgetError, InputError
-from ssmcompress.flops import by_part, flops, reachable, remaining_share
+from ssmcompress.evaluation.flops import by_part, flops, reachable, remaining_share
 from ssmcompress.jobs.methods import METHODS, Level, stages_of
 from ssmcompress.jobs.prune import Setup
 from ssmcompress.jobs.search import Request, search_plan

@@ -28,7 +28,7 @@ from ssmcompress.compression.finetune.state import read_state
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError, SsmCompressError
-from ssmcompress.evaluation import evaluate
+from ssmcompress.evaluation.measure import evaluate
 from ssmcompress.models.records import Finetuning
 
 TESTS = Path(__file__).parent

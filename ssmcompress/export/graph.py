@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import describe, versions
 from ..errors import InputError
 from ..models.base import TokenModel
+from ..models.checkpoint import describe, versions
 from ..ops import use_backend
 from .functions import function_text
 from .lowering import DOMAIN

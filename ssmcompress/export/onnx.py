@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..benchmark import device_name
 from ..data.labels import class_names
 from ..errors import InputError
+from ..evaluation.latency import device_name
 from ..files import check_target, replace_files
 from ..models.base import TokenModel
 from ..progress import track

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..benchmark import latency, latency_settings
-from ..checkpoint import versions
 from ..compression.calibrate import gap_deltas
 from ..compression.reconstruct import reconstruct
 from ..compression.saliency import fit_probes
 from ..data.batches import Batches
 from ..errors import InputError
-from ..evaluation import Evaluation, autocast, measure
+from ..evaluation.flops import flops
+from ..evaluation.latency import latency, latency_settings
+from ..evaluation.measure import Evaluation, autocast, measure
 from ..files import write_file
-from ..flops import flops
 from ..models.base import TokenModel
+from ..models.checkpoint import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
 from ..pruning.pruner import prune

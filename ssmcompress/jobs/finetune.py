@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import processes
-from ..checkpoint import CONFIG_FILE, serialise, versions
 from ..compression.finetune.loop import finetune
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import remove_state
@@ -18,9 +17,10 @@ from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches, sample_indices
 from ..data.find import open_images
 from ..errors import InputError
-from ..evaluation import measure
+from ..evaluation.measure import measure
 from ..files import check_target
 from ..models.base import TokenModel
+from ..models.checkpoint import CONFIG_FILE, serialise, versions
 from ..models.records import MadeBy
 from ..progress import line
 from . import report as reports

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
-from ..flops import remaining_share
+from ..evaluation.flops import remaining_share
 from ..models.base import TokenModel
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from .. import processes
-from ..benchmark import latency, latency_settings
-from ..checkpoint import load, save, versions
 from ..compression.calibrate import calibrate, make_plan
 from ..compression.finetune.recipe import Recipe
 from ..compression.reconstruct import reconstruct
@@ -22,10 +20,12 @@ from ..data.batches import Batches, sample_indices
 from ..data.find import open_images
 from ..data.images import Images
 from ..errors import BudgetError, InputError
-from ..evaluation import Evaluation, autocast, measure
+from ..evaluation.flops import corrections_share, dense_flops, flops, reachable, remaining_share
+from ..evaluation.latency import latency, latency_settings
+from ..evaluation.measure import Evaluation, autocast, measure
 from ..files import check_target
-from ..flops import corrections_share, dense_flops, flops, reachable, remaining_share
 from ..models.base import TokenModel
+from ..models.checkpoint import load, save, versions
 from ..models.records import MadeBy, Source
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, Stage, default_stages, ratio_for_budget

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import CONFIG_FILE
 from ..errors import InputError
 from ..files import write_file
-from ..weights import read_metadata
+from ..models.checkpoint import CONFIG_FILE
+from ..models.state_dict import read_metadata
 
 if TYPE_CHECKING:
     from ..export.onnx import Exported

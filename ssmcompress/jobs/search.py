@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..benchmark import latency
 from ..compression.calibrate import gap_deltas
 from ..compression.saliency import fit_probes
 from ..compression.search.propose import Candidate, propose
@@ -20,7 +19,8 @@ from ..compression.search.proxy_loss import Collector, mean_losses, total_loss
 from ..compression.search.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
 from ..data.batches import Batches, sample_indices
 from ..errors import BudgetError, InputError
-from ..flops import reachable, remaining_share
+from ..evaluation.flops import reachable, remaining_share
+from ..evaluation.latency import latency
 from ..models.base import TokenModel
 from ..progress import line, track
 from ..pruning.alignment import Alignment

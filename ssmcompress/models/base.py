@@ -205,7 +205,7 @@ class TokenModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
-        """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.flops`."""
+        """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.evaluation.flops`."""
 
     @abc.abstractmethod
     def matrix_products(self) -> list[tuple[int, Tensor]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ... import processes
 from ...data.batches import Batches
 from ...errors import InputError, SsmCompressError
-from ...evaluation import autocast, measure
+from ...evaluation.measure import autocast, measure
 from ...models.base import TokenModel
 from ...models.records import Finetuning
 from ...ops import taken

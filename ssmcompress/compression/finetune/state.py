@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import describe
 from ...errors import InputError, SsmCompressError
 from ...models.base import TokenModel
-from ...safe_pickle import read_pickle
+from ...models.checkpoint import describe
+from ...models.safe_pickle import read_pickle
 
 FORMAT = 1
 

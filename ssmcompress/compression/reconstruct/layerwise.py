@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ... import processes
 from ...data.batches import AnyBatches, Labelled, digest, in_chunks
 from ...errors import InputError, SsmCompressError
-from ...evaluation import kl_divergence
+from ...evaluation.measure import kl_divergence
 from ...models.base import TokenModel
 from ...models.records import Fit
 from ...ops import taken

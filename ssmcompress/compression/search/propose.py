@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...flops import remaining_share
+from ...evaluation.flops import remaining_share
 from ...models.base import TokenModel
 from ...pruning.plan import Stage, share_removed, token_counts
 from .sensitivity import Sensitivity

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 
 # Where checkpoints keep their weights: hustvl's and DeiT's, Lightning's and mmcv's.
 STATE_KEYS = ("model", "state_dict")

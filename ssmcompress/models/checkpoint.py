@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._version import __version__
-from .data.transforms import Preprocessing
-from .errors import InputError
-from .files import new_folder, sha256
-from .models import MODELS, TokenModel, build, recognise
-from .models.base import low_rank
-from .models.records import MadeBy, Source, steps_from_dict, steps_to_dict
-from .pruning.plan import Plan
-from .pruning.pruner import install
+from .._version import __version__
+from ..data.transforms import Preprocessing
+from ..errors import InputError
+from ..files import new_folder, sha256
+from ..pruning.plan import Plan
+from ..pruning.pruner import install
+from . import MODELS, TokenModel, build, recognise
+from .base import low_rank
+from .records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .safe_pickle import read_pickle
-from .weights import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
+from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .benchmark import spread, timings
-from .models.snakes import snakes
-from .ops import ScanPath, causal_conv1d, grid_conv2d, scan_paths, selective_scan
-from .ops.dispatch import best_backend
-from .pruning.alignment import gap_steps
+from ..models.snakes import snakes
+from ..ops import ScanPath, causal_conv1d, grid_conv2d, scan_paths, selective_scan
+from ..ops.dispatch import best_backend
+from ..pruning.alignment import gap_steps
+from .latency import spread, timings
 
 Shape = tuple[int, int, int, int]
 
@@ -90,7 +90,7 @@ def _limits(device: torch.device) -> dict[str, float] | None:
     """Billions of bytes and of exponentials a second that a GPU reaches."""
     if device.type != "cuda" or best_backend(torch.empty(0, device=device)) != "triton":
         return None
-    from .ops.triton import limits
+    from ..ops.triton import limits
 
     return {"gb_per_s": 1e-9 * limits.copy_rate(device), "gexp_per_s": 1e-9 * limits.exp_rate(device)}
 

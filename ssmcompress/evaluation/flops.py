@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .models.base import TokenModel
-from .pruning.plan import LEAST_KEPT, Stage, token_counts
+from ..models.base import TokenModel
+from ..pruning.plan import LEAST_KEPT, Stage, token_counts
 
 CONVENTIONS = ("full", "paper")
 

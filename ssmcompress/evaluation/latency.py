@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .evaluation import autocast
-from .models.base import TokenModel
-from .ops import use_backend
-from .progress import track
+from ..models.base import TokenModel
+from ..ops import use_backend
+from ..progress import track
+from .measure import autocast
 
 REPEATS = 7
 PRODUCTS = "matrix products alone"

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import processes
-from .data.batches import AnyBatches
-from .errors import NOT_FINITE, InputError
-from .progress import track
+from .. import processes
+from ..data.batches import AnyBatches
+from ..errors import NOT_FINITE, InputError
+from ..progress import track
 
 
 @dataclass(frozen=True)
