@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .jobs.finetune import finetune_folder
     from .jobs.prune import compress
     from .models.checkpoint import load, save
+    from .models.rewrite import prune
     from .pruning.plan import Plan, Stage
-    from .pruning.pruner import prune
 
 _HOME = {
     "Plan": "pruning.plan",
@@ -49,7 +49,7 @@ _HOME = {
     "load": "models.checkpoint",
     "make_plan": "compression.calibrate",
     "ops": "ops",
-    "prune": "pruning.pruner",
+    "prune": "models.rewrite",
     "reconstruct": "compression.reconstruct",
     "save": "models.checkpoint",
     "verify_onnx": "export.verify",

@@ -22,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ssmcompress
-from ssmcompress.cli import app
+from ssmcompress.cli.app import app
 from ssmcompress.models.base import TokenModel
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
@@ -393,7 +393,7 @@ def test_a_broken_program_still_ends_with_one_line(checkpoint, monkeypatch):
 
 def test_help_and_version_do_not_import_torch():
     code = (
-        "import sys; from ssmcompress.cli import app\n"
+        "import sys; from ssmcompress.cli.app import app\n"
         "app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
     )
     for arguments in (["--help"], ["prune", "--help"], ["--version"]):

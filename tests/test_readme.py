@@ -9,7 +9,7 @@ import torch
 from conftest import make_vim, write_image
 from typer.testing import CliRunner
 
-from ssmcompress.cli import app
+from ssmcompress.cli.app import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from conftest import BUNDLED, images_of, make_plain_mamba, make_vim
 from typer.testing import CliRunner
 
 import ssmcompress
-from ssmcompress.cli import app
+from ssmcompress.cli.app import app
 from ssmcompress.compression.margin import features_and_gradients
 from ssmcompress.compression.saliency import fit_probes
 from ssmcompress.compression.search.propose import propose, spend

@@ -13,10 +13,10 @@ from .. import processes
 from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
+from ..models.rewrite import prune
 from ..progress import track
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Calibration, Plan, Stage, default_stages
-from ..pruning.pruner import prune
 from .saliency import fit_probes
 
 

@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.checkpoint import describe, versions
-from ..ops import use_backend
+from ..ops import register_backend, use_backend
+from . import lowering
 from .functions import function_text
 from .lowering import DOMAIN
 
 if TYPE_CHECKING:
     import onnx
+
+# Not for computing: while it is in use, each op becomes a node of a graph.
+register_backend("onnx", lowering)
 
 KEPT_PREFIX = "kept_after_"
 FEATURES_PREFIX = "features_after_"

@@ -29,9 +29,9 @@ from ..evaluation.measure import Evaluation, autocast, measure
 from ..files import write_file
 from ..models.base import TokenModel
 from ..models.checkpoint import versions
+from ..models.rewrite import prune
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
-from ..pruning.pruner import prune
 from .methods import Level, Method, stages_of
 from .pictures import pareto_chart
 from .prune import Setup, calibration_and_measured, gap_source

@@ -27,9 +27,9 @@ from ..files import check_target
 from ..models.base import TokenModel
 from ..models.checkpoint import load, save, versions
 from ..models.records import MadeBy, Source
+from ..models.rewrite import install, prune
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, Stage, default_stages, ratio_for_budget
-from ..pruning.pruner import install, prune
 from . import report as reports
 from .pictures import kept_tokens
 

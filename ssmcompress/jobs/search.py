@@ -22,10 +22,10 @@ from ..errors import BudgetError, InputError
 from ..evaluation.flops import reachable, remaining_share
 from ..evaluation.latency import latency
 from ..models.base import TokenModel
+from ..models.rewrite import prune
 from ..progress import line, track
 from ..pruning.alignment import Alignment
 from ..pruning.plan import LEAST_KEPT, Calibration, Plan, Stage
-from ..pruning.pruner import prune
 from .prune import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.

@@ -18,10 +18,10 @@ from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..files import new_folder, sha256
 from ..pruning.plan import Plan
-from ..pruning.pruner import install
 from . import MODELS, TokenModel, build, recognise
 from .base import low_rank
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
+from .rewrite import install
 from .safe_pickle import read_pickle
 from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
 

@@ -5,7 +5,7 @@ themselves; `backend=` names one for a call and `use_backend` for a block of cod
 """
 
 from .causal_conv import causal_conv1d
-from .dispatch import BACKENDS, use_backend
+from .dispatch import BACKENDS, register_backend, use_backend
 from .grid_conv import grid_conv2d
 from .rms_norm import rms_norm
 from .selective_scan import SCORES, ScanPath, scan_paths, selective_scan
@@ -18,6 +18,7 @@ __all__ = [
     "ScanPath",
     "causal_conv1d",
     "grid_conv2d",
+    "register_backend",
     "rms_norm",
     "scan_paths",
     "selective_scan",

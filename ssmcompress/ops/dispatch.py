@@ -13,22 +13,39 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# Every backend is a module with the public ops, same arguments in the same order.
-BACKENDS = {
+# A backend is a module with these functions: the public ops with the same arguments in the same order, all given.
+# It may also have `scan_paths`, which else is made of its `selective_scan`.
+FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "taken", "top_tokens")
+BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",
     "cpu": "ssmcompress.ops.compiled",
     "triton": "ssmcompress.ops.triton",
-    "onnx": "ssmcompress.export.lowering",  # not for computing: the form that export writes into a graph
 }
 
 _logger = logging.getLogger("ssmcompress")
 _forced: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", default=None)
 
 
+def register_backend(name: str, module: str | ModuleType) -> None:
+    """Add a backend, or replace one, under a name that `use_backend` and `backend=` take.
+
+    Args:
+        module: a module with the functions in `FUNCTIONS`, or its dotted name, to be imported when it is first used.
+            What it does not compute itself it may take from `ssmcompress.ops.reference`.
+
+    Raises:
+        ValueError: functions are missing.
+    """
+    if isinstance(module, ModuleType):
+        _check(name, module)
+    BACKENDS[name] = module
+    _loaded.pop(name, None)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the `with` block that names no backend itself onto `name`."""
-    _module_name(name)
+    _registered(name)
     token = _forced.set(name)
     try:
         yield
@@ -50,8 +67,17 @@ _loaded: dict[str, ModuleType] = {}
 def _load(name: str) -> bool:
     """Put the module of a backend into `_loaded`, where torch.compile can follow to it: an import, it cannot."""
     if name not in _loaded:
-        _loaded[name] = import_module(_module_name(name))
+        module = _registered(name)
+        if isinstance(module, str):
+            module = import_module(module)
+            _check(name, module)
+        _loaded[name] = module
     return True
+
+
+def _check(name: str, module: ModuleType) -> None:
+    if missing := [function for function in FUNCTIONS if not hasattr(module, function)]:
+        raise ValueError(f"backend {name!r}: the module {module.__name__} has no {', '.join(missing)}")
 
 
 def best_backend(*activations: Tensor | None) -> str:
@@ -81,7 +107,8 @@ def _try(backend: str) -> bool:
     try:
         import_module(package)
         if backend == "triton":
-            import_module(BACKENDS[backend]).check_driver()
+            _load(backend)
+            _loaded[backend].check_driver()
     except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
         _logger.warning("%s cannot be used (%s): the ops run in plain torch, many times slower", package, error)
         return False
@@ -95,7 +122,7 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()  # an autocast block, even an idle one, doubles the time of torch.export
 
 
-def _module_name(name: str) -> str:
+def _registered(name: str) -> str | ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     return BACKENDS[name]

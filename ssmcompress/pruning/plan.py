@@ -136,6 +136,11 @@ class Plan:
             raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
         return self
 
+    def probe(self, layer: int) -> Tensor | None:
+        """(d_model + positions,) what was fitted for the saliency after a layer, or None."""
+        probes = self.calibration.probes if self.calibration is not None else ()
+        return probes[layer - 1] if len(probes) >= layer and len(probes[layer - 1]) else None
+
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
         """A JSON value that `from_dict` reads; `tensors` False leaves out the calibrated ones."""
         value: dict[str, Any] = {

@@ -20,10 +20,11 @@ from torch import Tensor
 from ... import processes
 from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
+from ...models.rewrite import install
 from ...progress import track
 from ...pruning.alignment import Alignment
 from ...pruning.plan import LEAST_KEPT, Plan, Stage, kept_count, share_removed
-from ...pruning.pruner import TokenPruner, fitted_probe, install
+from ...pruning.pruner import TokenPruner
 from .proxy_loss import Collector, mean_losses, total_loss
 
 FORMAT_VERSION = 1
@@ -206,7 +207,7 @@ def measure_sensitivity(
                 if not logits[-1].isfinite().all():
                     raise InputError(NOT_FINITE)
             layer, metric = layers[row], metrics[column]
-            probe = fitted_probe(plan, layer) if metric == "saliency" else None
+            probe = plan.probe(layer) if metric == "saliency" else None
             for k, count in enumerate(kept):
                 ratio = share_removed(length, count, model.protected is not None)
                 pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import processes
-from ._version import __version__
-from .console import (
+from .. import processes
+from .._version import __version__
+from ..errors import InputError
+from .terminal import (
     Commands,
     command_line,
     print_json,
@@ -26,8 +27,7 @@ from .console import (
     shown_when_it_fails,
     verification_json,
 )
-from .errors import InputError
-from .options import (
+from .values import (
     Atol,
     BatchSize,
     CropPct,
@@ -117,7 +117,7 @@ def _open(checkpoint, image_size, stride, weights, unsafe, mean, std, crop_pct, 
     """A model with the preprocessing that the options ask for."""
     import torch
 
-    from .models.checkpoint import load
+    from ..models.checkpoint import load
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -147,9 +147,9 @@ def inspect(
     """What a checkpoint is: architecture, parameters, FLOPs by part, the reachable budget."""
     from dataclasses import asdict
 
-    from .evaluation.flops import by_part, flops, reachable
-    from .models.checkpoint import load
-    from .pruning.plan import default_stages
+    from ..evaluation.flops import by_part, flops, reachable
+    from ..models.checkpoint import load
+    from ..pruning.plan import default_stages
 
     model = load(
         checkpoint, image_size=image_sides(image_size), stride=stride, weights=weights, unsafe_load=unsafe_load
@@ -283,11 +283,11 @@ def prune(
     if finetune_epochs is not None and data is None:
         raise InputError("--finetune-epochs needs images to learn from: give --data")
     chosen_recipe = recipe_of(recipe, recipe_changes, finetune_epochs, ramp) if finetune_epochs else None
-    from .compression.calibrate import make_plan
-    from .evaluation.flops import reachable
-    from .jobs.prune import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
-    from .pruning.alignment import Alignment
-    from .pruning.plan import Plan, default_stages
+    from ..compression.calibrate import make_plan
+    from ..evaluation.flops import reachable
+    from ..jobs.prune import Setup, check_output, compress, corrections_reserve, folder_name, plan_for_budget, preview
+    from ..pruning.alignment import Alignment
+    from ..pruning.plan import Plan, default_stages
 
     model = _open(
         checkpoint, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads
@@ -341,8 +341,8 @@ def prune(
     found: dict[str, Any] = {}
     with progress_bars(quiet):
         if chosen is None:
-            from .compression.search.sensitivity import SENSITIVITY_FILE
-            from .jobs.search import Request, search_plan
+            from ..compression.search.sensitivity import SENSITIVITY_FILE
+            from ..jobs.search import Request, search_plan
 
             request = Request(
                 flops=share,
@@ -423,9 +423,9 @@ def finetune(
     chosen = recipe_of(recipe, recipe_changes, epochs, ramp)
     import torch
 
-    from .jobs.finetune import finetune_folder
-    from .jobs.prune import Setup
-    from .models.checkpoint import find_dense
+    from ..jobs.finetune import finetune_folder
+    from ..jobs.prune import Setup
+    from ..models.checkpoint import find_dense
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -489,9 +489,9 @@ def evaluate(
     """Top-1 and top-5 on labelled images; agreement with the dense model where there is one."""
     import torch
 
-    from .data.batches import Batches
-    from .evaluation.measure import evaluate as evaluate_model
-    from .models.checkpoint import find_dense
+    from ..data.batches import Batches
+    from ..evaluation.measure import evaluate as evaluate_model
+    from ..models.checkpoint import find_dense
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, device, threads)
     reference = None
@@ -545,8 +545,8 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Show the report of a compressed model."""
-    from .files import write_file
-    from .jobs import report as reports
+    from ..files import write_file
+    from ..jobs import report as reports
 
     folder, content = reports.read(model)
     if html is not None:
@@ -603,9 +603,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model, pruned or dense, as one file; an ONNX file is checked in onnxruntime first."""
-    from .files import check_target, write_file
-    from .jobs import report as reports
-    from .models.checkpoint import serialise
+    from ..files import check_target, write_file
+    from ..jobs import report as reports
+    from ..models.checkpoint import serialise
 
     path = model or str(reports.newest())
     file = Path(output) if output else _output_beside(path, ".onnx" if onnx else ".safetensors", inside=onnx)
@@ -621,8 +621,8 @@ def export(
             print_json({"file": str(file)})
         say(f"wrote {file}", quiet)
         return
-    from .export.onnx import export_onnx
-    from .models.checkpoint import find_dense
+    from ..export.onnx import export_onnx
+    from ..models.checkpoint import find_dense
 
     reference = None
     if dense is not None or (latency and loaded.plan is not None):
@@ -672,7 +672,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check that an ONNX file computes what a model computes, in onnxruntime, on real images."""
-    from .export.verify import verify_onnx
+    from ..export.verify import verify_onnx
 
     loaded = _open(model, image_size, stride, weights, unsafe_load, mean, std, crop_pct, interpolation, "cpu", threads)
     with progress_bars(quiet), shown_when_it_fails(Path(file), as_json):
@@ -706,9 +706,9 @@ def benchmark(
     """Latency, images per second and memory of models side by side in one run, or with --ops of the ops."""
     import torch
 
-    from .evaluation import latency as benchmarks
-    from .evaluation.op_benchmark import benchmark_ops
-    from .models.checkpoint import find_dense
+    from ..evaluation import latency as benchmarks
+    from ..evaluation.op_benchmark import benchmark_ops
+    from ..models.checkpoint import find_dense
 
     sizes, extents = numbers(batch_sizes, "--batch-sizes", int), numbers(shape, "--shape", int)
     if not models and not ops:
@@ -795,9 +795,9 @@ def compare(
         raise InputError(f"--ratios {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
     import torch
 
-    from .jobs.compare import Comparison, table
-    from .jobs.methods import chosen_methods, level_for, levels
-    from .jobs.prune import Setup
+    from ..jobs.compare import Comparison, table
+    from ..jobs.methods import chosen_methods, level_for, levels
+    from ..jobs.prune import Setup
 
     names = [name.strip() for name in methods.split(";") if name.strip()] if methods is not None else None
     rows = chosen_methods(names, search=search, reconstructed=reconstruct)
@@ -844,13 +844,13 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole chain on a small trained Vim and 2,000 images that come with the package."""
-    from .compression.calibrate import make_plan
-    from .export.onnx import export_onnx
-    from .jobs import report as reports
-    from .jobs.prune import compress
-    from .models.checkpoint import load
+    from ..compression.calibrate import make_plan
+    from ..export.onnx import export_onnx
+    from ..jobs import report as reports
+    from ..jobs.prune import compress
+    from ..models.checkpoint import load
 
-    bundled = Path(__file__).parent / "assets" / "vim-fashion-mnist"
+    bundled = Path(__file__).parents[1] / "assets" / "vim-fashion-mnist"
     folder = Path(output) if output else Path("compressed") / f"{bundled.name}-demo"
     model = load(bundled)
     with progress_bars(quiet):

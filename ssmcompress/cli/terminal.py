@@ -17,9 +17,9 @@ from typing import Any
 
 import typer
 
-from . import processes
-from .errors import SsmCompressError, VerificationError
-from .progress import FrontEnd, shown_by
+from .. import processes
+from ..errors import SsmCompressError, VerificationError
+from ..progress import FrontEnd, shown_by
 
 INTERRUPTED = 130
 OTHERS_WAIT = 3.0  # seconds
@@ -182,7 +182,7 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
 
 def show_report(report: dict[str, Any], as_json: bool) -> None:
     """A report on stdout, as `ssmcompress.jobs.report` words it."""
-    from .jobs import report as reports
+    from ..jobs import report as reports
 
     if as_json:
         print_json(report)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class Importance(str, Enum):
@@ -133,7 +133,7 @@ TensorBoard = Annotated[str | None, typer.Option(help="Folder to log the fine-tu
 
 def recipe_of(name: str, changes: list[str] | None, epochs: int | None, ramp: float | None):
     """The recipe that the options ask for."""
-    from .compression.finetune.recipe import Recipe
+    from ..compression.finetune.recipe import Recipe
 
     given = [f"{key}={value}" for key, value in (("epochs", epochs), ("ramp", ramp)) if value is not None]
     return Recipe.named(name).changed([*(changes or []), *given])

@@ -1,0 +1,81 @@
+"""Rewriting a model by a plan: pruners next to its blocks, gap deltas in the blocks after them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from ..errors import InputError
+from ..pruning.plan import Plan
+from ..pruning.pruner import TokenPruner
+from .base import TokenModel
+
+
+def prune(model: TokenModel, plan: Plan) -> TokenModel:
+    """A copy of `model` that prunes by `plan`; the argument is left as it is.
+
+    Args:
+        model: a dense model as `load` returns it.
+        plan: from `calibrate`, or made by hand (with `gap="bias"`, no images are needed).
+
+    Raises:
+        InputError: the plan does not fit the model, or the model is pruned already.
+    """
+    if model.plan is not None:
+        raise InputError("the model is pruned already; prune the dense model it came from")
+    for stage in plan.stages:
+        if stage.importance == "saliency" and plan.probe(stage.after) is None:
+            raise InputError(f"importance 'saliency' after layer {stage.after} is fitted on images: use calibrate()")
+    return install(copy.deepcopy(model), plan)
+
+
+@torch.no_grad()
+def install(model: TokenModel, plan: Plan) -> TokenModel:
+    """Put the pruners and gap deltas of `plan` into `model` itself, and return it.
+
+    Probes that the plan does not have are zero, for a file to be read into.
+    """
+    plan.validate(len(model.blocks))
+    if plan.alignment.pool and not model.pools:
+        raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
+    if plan.gap is None:
+        plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")
+    if plan.gap == "calibrated" and plan.calibration is None:
+        raise InputError("gap 'calibrated' needs calibration images: use calibrate(), or gap 'bias'")
+    for index, stage in enumerate(plan.stages):
+        seed = plan.seed * 1000 + index  # a draw of its own for each stage
+        probe = None
+        if stage.importance == "saliency":
+            size = model.d_model + model.length
+            probe = plan.probe(stage.after)
+            probe = torch.zeros(size) if probe is None else probe.clone()
+            if len(probe) != size:
+                raise InputError(
+                    f"the saliency after layer {stage.after} was fitted for {len(probe)} features and positions, the "
+                    f"model has {size}: the plan was made for another model or image size"
+                )
+        pruner = TokenPruner(stage.ratio, stage.importance, model.length, seed, probe, stage.merge)
+        model.pruners[str(stage.after)] = pruner
+    if plan.gap == "calibrated" and len(plan.calibration.gap_deltas) != len(model.blocks):
+        raise InputError(
+            f"the plan was calibrated on a model of {len(plan.calibration.gap_deltas)} layers, "
+            f"this one has {len(model.blocks)}"
+        )
+    first = min((stage.after for stage in plan.stages), default=len(model.blocks))
+    for index, block in enumerate(model.blocks[first:], first):
+        delta = block.bias_delta()
+        if plan.gap == "calibrated":
+            calibrated = plan.calibration.gap_deltas[index]
+            if calibrated.shape != delta.shape:
+                raise InputError(
+                    f"calibrated gap deltas of layer {index + 1}: expected {tuple(delta.shape)}, "
+                    f"found {tuple(calibrated.shape)}; the plan was made for another model"
+                )
+            delta = calibrated.to(delta, copy=True)
+        block.set_gap_delta(delta)
+    model.plan = plan
+    model.alignment = plan.alignment
+    model.pruners.to(next(model.parameters()).device)
+    return model
