@@ -1,6 +1,7 @@
 """Errors meant for people: each says what was found, what was expected and the way out.
 
-The command line prints the message as one line on stderr and ends with `exit_code`.
+The command line prints the message as one line on stderr and ends with `exit_code`. A message names arguments of the
+library in backticks (`samples`, `force=True`); the command line shows its options in their place (--samples, --force).
 """
 
 from typing import Any
@@ -34,4 +35,4 @@ class VerificationError(SsmCompressError):
         self.result = result
 
 
-NOT_FINITE = "the model's values are not finite on these images: check its weights, and --mean and --std"
+NOT_FINITE = "the model's values are not finite on these images: check its weights, and `mean` and `std`"

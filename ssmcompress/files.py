@@ -87,9 +87,9 @@ def _refuse_existing(path: Path, force: bool) -> None:
     if not os.path.lexists(path):
         return
     if not force:
-        raise InputError(f"{path} exists; choose another output or pass --force to replace it")
+        raise InputError(f"{path} exists; choose another output or pass `force=True` to replace it")
     if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
-        raise InputError(f"{path} holds files that ssmcompress did not write; --force does not replace those")
+        raise InputError(f"{path} holds files that ssmcompress did not write; `force=True` does not replace those")
 
 
 def _is_ours(folder: Path) -> bool:

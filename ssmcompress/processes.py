@@ -58,17 +58,17 @@ def index() -> int:
     return torch.distributed.get_rank() if count() > 1 else 0
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the one that prints and writes."""
     return index() == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Every so many of `items`: all of them over the processes, each once."""
     return items[index() :: count()]
 
 
-def add_up(*values: Any, device: Any = "cpu") -> None:
+def all_reduce_sum(*values: Any, device: Any = "cpu") -> None:
     """Replace each tensor by its sum over the processes.
 
     Args:
@@ -84,7 +84,7 @@ def add_up(*values: Any, device: Any = "cpu") -> None:
         value.copy_(total)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every process's value, in their order."""
     if count() == 1:
         return [value]
@@ -95,7 +95,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def wait() -> None:
+def barrier() -> None:
     """Go on when all have come here."""
     if count() > 1:
         import torch
@@ -103,7 +103,7 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Part from the other processes at the end of a command."""
     import sys
 

@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     several = processes.count() > 1
     dense = ssmcompress.load(folder / "dense.pt")
     images = open_images(folder / "images", dense.config.num_classes)
-    share = Batches(images, dense.transform(), processes.share(range(len(images))), batch_size=7)
+    share = Batches(images, dense.transform(), processes.shard(range(len(images))), batch_size=7)
     plan = ssmcompress.calibrate(dense, share, ratio=0.3, distributed=several)
     pruned = ssmcompress.prune(dense, plan)
     found = evaluate(pruned, share, dense=dense, distributed=several)
@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
         recipe = Recipe(epochs=1, batch_size=14, warmup=0.0, features=0.5, lr=3e-3, **changes)
         tuned = finetune(pruned, everything, dense=dense, recipe=recipe).last
         result[name] = {k: v.flatten().tolist() for k, v in tuned.named_parameters()}
-    if processes.first():
+    if processes.is_main():
         print(json.dumps(result))
-    processes.leave()
+    processes.shutdown()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssmcompress.ops import causal_conv1d, selective_scan, top_tokens, use_backend
+from ssmcompress.ops import causal_conv1d, selective_scan, topk_tokens, use_backend
 from ssmcompress.pruning.alignment import gap_steps
 
 TOLERANCE = 1e-5
@@ -158,11 +158,11 @@ def test_softplus_is_the_identity_above_20():
 
 def test_top_tokens_are_in_order_and_ties_go_to_the_lower_index():
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    assert top_tokens(scores, 2).tolist() == [[1, 2], [0, 1]]
-    assert top_tokens(scores, 4).tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
-    assert top_tokens(torch.tensor([[5.0, 1.0, 9.0, 7.0]]), 3).tolist() == [[0, 2, 3]]
+    assert topk_tokens(scores, 2).tolist() == [[1, 2], [0, 1]]
+    assert topk_tokens(scores, 4).tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    assert topk_tokens(torch.tensor([[5.0, 1.0, 9.0, 7.0]]), 3).tolist() == [[0, 2, 3]]
     many = torch.zeros(1, 5000)
-    assert top_tokens(many, 2500).tolist() == [list(range(2500))]
+    assert topk_tokens(many, 2500).tolist() == [list(range(2500))]
 
 
 def test_shapes_that_do_not_fit_are_named():

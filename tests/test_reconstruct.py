@@ -26,7 +26,7 @@ from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import by_part, corrections_share, flops
-from ssmcompress.ops import taken
+from ssmcompress.ops import gather_tokens
 
 # ------------------------------------------------------------------------------------------------ the regression
 
@@ -243,7 +243,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
             count = kept.features.shape[1]
             ones = torch.ones(*seen[0].shape[:2], 0 if old.bias is None else 1)
             inputs.append(torch.cat([seen[0], ones, mean[:, None].expand(-1, count, -1)], dim=-1))
-            targets.append((taken(block(full).features, kept.positions) - kept.features) / scale)
+            targets.append((gather_tokens(block(full).features, kept.positions) - kept.features) / scale)
             weight = all_weights[32 * k : 32 * k + 32] / all_weights.mean() + LEAST_WEIGHT
             weights.append(weight.gather(1, kept.positions))
         fitted = torch.arange(len(many)) % 5 != 1
@@ -294,8 +294,10 @@ def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
                 [j for j, p in enumerate(row) if p in kept[b]] for b, row in enumerate(decision.candidates.tolist())
             ]
             gone = [[j for j in range(expected.shape[1]) if j not in row] for row in index]
-            torch.testing.assert_close(tokens.features, taken(expected, torch.tensor(index)), rtol=1e-4, atol=1e-4)
-            lost.append(taken(expected, torch.tensor(gone)))
+            torch.testing.assert_close(
+                tokens.features, gather_tokens(expected, torch.tensor(index)), rtol=1e-4, atol=1e-4
+            )
+            lost.append(gather_tokens(expected, torch.tensor(gone)))
 
 
 def test_a_reconstructed_model_can_be_reconstructed_again(dense, rebuilt, many):

@@ -362,10 +362,10 @@ def prune(
         if not dry_run:
             report = compress(model, chosen, folder, setup, command=command_line(), force=force, **found)
     if dry_run:
-        if processes.first():
+        if processes.is_main():
             show_preview({**preview(model, chosen), "search": found["found"]}, as_json)
         return
-    if not processes.first():
+    if not processes.is_main():
         return
     show_report(report, as_json)
     say_about_data(report, quiet)
@@ -458,7 +458,7 @@ def finetune(
             force=force,
             command=command_line(),
         )
-    if not processes.first():
+    if not processes.is_main():
         return
     show_report(report, as_json)
     say_about_data(report, quiet)
@@ -503,7 +503,7 @@ def evaluate(
                 raise
             say(f"agreement was not measured: {error}; give --dense", quiet)
     images = loaded.find_images(data)
-    batches = Batches(images, loaded.transform(), processes.share(range(len(images))), batch_size, workers)
+    batches = Batches(images, loaded.transform(), processes.shard(range(len(images))), batch_size, workers)
     several = processes.count() > 1
     with progress_bars(quiet):
         found = evaluate_model(loaded, batches, dense=reference, dtype=getattr(torch, dtype.value), distributed=several)

@@ -37,7 +37,7 @@ class Commands(typer.core.TyperGroup):
             with _only_the_first_prints():
                 return self._main(arguments, prog_name, standalone_mode, **extra)
         finally:
-            processes.leave()
+            processes.shutdown()
 
     def _main(self, arguments, prog_name, standalone_mode, **extra):
         try:

@@ -115,7 +115,7 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
         for layer, delta in enumerate(_dense_deltas(model, batch)):
             totals[layer] += delta
     if distributed:
-        processes.add_up(tokens_seen, *totals, device=device)
+        processes.all_reduce_sum(tokens_seen, *totals, device=device)
     if not tokens_seen:
         raise InputError("no images to calibrate on")
     means = tuple((total / tokens_seen.item()).float().cpu() for total in totals)
@@ -159,7 +159,7 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, d
             scores[stage] += candidates.bincount(values, minlength=model.length)
             kept[stage] += survivors.flatten().cpu().bincount(minlength=model.length)
     if distributed:
-        processes.add_up(images, kept, seen, scores, device=next(model.parameters()).device)
+        processes.all_reduce_sum(images, kept, seen, scores, device=next(model.parameters()).device)
     if not images:
         raise InputError("no images to calibrate on")
     return replace(

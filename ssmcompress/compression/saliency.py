@@ -58,7 +58,7 @@ def fit_probes(
         for layer, rows in sums.items():
             rows.add(features[layer], gradients[layer])
     if distributed:
-        processes.add_up(count, *(value for rows in sums.values() for value in rows.values()), device=device)
+        processes.all_reduce_sum(count, *(value for rows in sums.values() for value in rows.values()), device=device)
     if not count:
         raise InputError("no images to calibrate on")
     found = [sums[i].solve(float(count)) if i in sums else torch.zeros(0) for i in range(1, len(model.blocks) + 1)]

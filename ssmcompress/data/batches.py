@@ -57,7 +57,7 @@ class Batches:
 
     def sync(self) -> None:
         """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
-        found = processes.gathered((self.unreadable, self.digests))
+        found = processes.all_gather((self.unreadable, self.digests))
         self.unreadable = set().union(*(unreadable for unreadable, _ in found))
         self.digests = set().union(*(digests for _, digests in found))
 

@@ -88,7 +88,7 @@ def measure(
     if distributed:
         device = next(next(iter(modules.values())).parameters()).device
         for tally in tallies.values():
-            processes.add_up(tally.sums, device=device)
+            processes.all_reduce_sum(tally.sums, device=device)
     return {name: tally.result() for name, tally in tallies.items()}
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import reference
-from ..ops.orders import inverse, visited
+from ..ops.orders import inverse, to_scan_order
 from ..ops.reference import rms_norm, wide
 from ..ops.selective_scan import SCORES, ScanPath, step_size
 
-__all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "taken", "top_tokens"]
+__all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "topk_tokens"]
 
 DOMAIN = "ssmcompress"
 
@@ -69,18 +69,18 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
     kept = x.shape[1]
     places = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # where nothing is, the row of zeros
     places = places.scatter(1, positions, torch.arange(kept).expand_as(positions))
-    everything = taken(F.pad(x, (0, 0, 0, 1)), places)
-    return taken(reference.grid_conv2d(everything, weight, bias, grid, None, activation), positions)
+    everything = gather_tokens(F.pad(x, (0, 0, 0, 1)), places)
+    return gather_tokens(reference.grid_conv2d(everything, weight, bias, grid, None, activation), positions)
 
 
-def top_tokens(scores: Tensor, count: int) -> Tensor:
-    """See `ssmcompress.ops.top_tokens`. Becomes ONNX TopK, which gives equal values to the lower index."""
+def topk_tokens(scores: Tensor, count: int) -> Tensor:
+    """See `ssmcompress.ops.topk_tokens`. Becomes ONNX TopK, which gives equal values to the lower index."""
     best = scores.topk(count, dim=1).indices
     return best.topk(count, dim=1, largest=False).values
 
 
-def taken(tokens: Tensor, index: Tensor) -> Tensor:
-    """See `ssmcompress.ops.taken`. GatherND copies whole rows; torch's gather would become one index a number."""
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """See `ssmcompress.ops.gather_tokens`. GatherND copies whole rows; torch's gather would become one index a number."""
     shape = (*index.shape, tokens.shape[2])
     inputs, attributes = (tokens, index.long()[..., None]), {"batch_dims": 1}
     return torch.onnx.ops.symbolic("GatherND", inputs, attributes, dtype=tokens.dtype, shape=shape, version=13)
@@ -89,7 +89,7 @@ def taken(tokens: Tensor, index: Tensor) -> Tensor:
 def _scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
     """(batch, length, d_inner) of each path, in token order, ungated."""
     first, orders = paths[0], [path.order for path in paths]
-    paths = [path if path.order is None else path._replace(u=visited(path.u, path.order)) for path in paths]
+    paths = [path if path.order is None else path._replace(u=to_scan_order(path.u, path.order)) for path in paths]
     optional = [name for name in ("D", "delta_bias") if getattr(first, name) is not None]
     parts = ["".join("b" if path.reverse else "f" for path in paths), str(first.u.shape[2])]
     parts += [name.removeprefix("delta_") for name in optional]
@@ -101,7 +101,7 @@ def _scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
         given = (path.u, path.delta, path.A, path.B, path.C, *(getattr(path, name) for name in optional), *gap)
         tensors += [t.to(wide(t.dtype)) for t in given]
     ys = _call("SelectiveScan", parts, tensors, [path.u for path in paths])
-    return [y if order is None else visited(y, inverse(order)) for y, order in zip(ys, orders, strict=True)]
+    return [y if order is None else to_scan_order(y, inverse(order)) for y, order in zip(ys, orders, strict=True)]
 
 
 def _call(kind: str, parts: list[str], tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:

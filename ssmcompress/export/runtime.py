@@ -120,7 +120,7 @@ def forms_for(scan: str, opset: int) -> tuple[list[str], dict[str, str]]:
     if not _has_contributed_attention():
         refused["linear-attention"] = f"onnxruntime {onnxruntime.__version__} has no com.microsoft.LinearAttention"
     if scan in refused:
-        raise InputError(f"--scan {scan}: {refused[scan]}; use --scan auto")
+        raise InputError(f"`scan` {scan}: {refused[scan]}; use `scan` auto")
     if scan != "auto":
         return [scan], {}
     return [form for form in FORMS if form not in refused], refused

@@ -85,7 +85,7 @@ class Comparison:
         if settings != self.settings:
             wrong = next(k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k))
             raise InputError(
-                f"{file} was made with another {wrong}; choose another output, or pass --force to start afresh"
+                f"{file} was made with another {wrong}; choose another output, or pass `force=True` to start afresh"
             )
         if known:
             line(f"{len(known)} rows are there already")
@@ -131,7 +131,7 @@ class Comparison:
         pruned = prune(self.model, replace(plan, calibration=self.calibrated(plan)))
         if method.reconstructed:
             if self.calibration.source.stand_in:
-                raise InputError("reconstruction needs images of yours: give --data")
+                raise InputError("reconstruction needs images of yours: give `data`")
             pruned = reconstruct(pruned, self.model, self.calibration, name=self.calibration.source.name)
         return pruned
 

@@ -71,20 +71,20 @@ def finetune_folder(
     if model.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     if setup.data is None:
-        raise InputError("fine-tuning needs images to learn from: give --data")
+        raise InputError("fine-tuning needs images to learn from: give `data`")
     if resume and (report := finished(output, setup, recipe)) is not None:
-        if processes.first():
+        if processes.is_main():
             remove_state(state)
         line(f"{output} is finished")
         return report
     goes_on_inside = resume and inside is not None and output.exists() and output.resolve() == inside.resolve()
     may_replace = force or goes_on_inside
-    if processes.first():
+    if processes.is_main():
         check_target(output, may_replace, [setup.data, setup.eval_data])
         if state.exists() and not resume:
             if not force:
                 raise InputError(
-                    f"{state} holds the state of an interrupted run: --resume goes on, --force starts afresh"
+                    f"{state} holds the state of an interrupted run: `resume=True` goes on, `force=True` starts afresh"
                 )
             remove_state(state)
     training, held_out, measured = split(model, setup)
@@ -130,7 +130,7 @@ def finetune_folder(
         extra=extra,
         earlier=earlier,
     )
-    if processes.first():
+    if processes.is_main():
         remove_state(state)
     return report
 
@@ -175,8 +175,8 @@ def split(model: TokenModel, setup: Setup) -> tuple[Batches, Batches | None, Bat
     options = setup.batch_size, setup.workers
     return (
         Batches(images, model.transform(), [learnt[i] for i in chosen], *options),
-        Batches(images, model.transform(), processes.share([learnt[i] for i in held]), *options) if held else None,
-        Batches(others, model.transform(), processes.share(rest), *options),
+        Batches(images, model.transform(), processes.shard([learnt[i] for i in held]), *options) if held else None,
+        Batches(others, model.transform(), processes.shard(rest), *options),
     )
 
 
@@ -206,7 +206,7 @@ def finished(output: Path, setup: Setup, recipe: Recipe) -> dict[str, Any] | Non
     wanted["batch_size"] = min(wanted["batch_size"], found.get("batch_size", 0))
     if differences := [name for name in wanted if found.get(name) != wanted[name]]:
         told = ", ".join(f"{name} {found.get(name)!r} for {wanted[name]!r}" for name in differences[:3])
-        raise InputError(f"{output} holds another fine-tuned model, with {told}; choose another output or --force")
+        raise InputError(f"{output} holds another fine-tuned model, with {told}; choose another output or `force=True`")
     return reports.read(output)[1]
 
 
@@ -221,14 +221,14 @@ def _earlier_report(folder: Path | None) -> dict[str, Any]:
 @contextmanager
 def _logger(folder: str | None) -> Iterator[Callable[[dict[str, float], int], None] | None]:
     """Writes figures for TensorBoard, in the first process."""
-    if folder is None or not processes.first():
+    if folder is None or not processes.is_main():
         yield None
         return
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError(
-            "--tensorboard needs the package tensorboard: pip install 'ssmcompress[tensorboard]'"
+            "`tensorboard` needs the package tensorboard: pip install 'ssmcompress[tensorboard]'"
         ) from error
     writer = SummaryWriter(folder)
     try:

@@ -220,7 +220,7 @@ def compress(
         return report
     from .finetune import finetune_folder
 
-    processes.wait()  # until the first has written
+    processes.barrier()  # until the first has written
     written = load(output, device=next(model.parameters()).device)
     return finetune_folder(written, output, setup, dense=model, inside=output, force=True, command=command)
 
@@ -230,7 +230,7 @@ def check_output(model: TokenModel, output: str | Path, setup: Setup, force: boo
     inputs = [setup.data, setup.eval_data]
     if model.source is not None:
         inputs += [model.source.path, model.source.data]
-    if processes.first():
+    if processes.is_main():
         check_target(Path(output), force, inputs)
 
 
@@ -256,7 +256,7 @@ def write_measured(
         about: further blocks of the report. extra: further files, name -> content.
         earlier: the report of a model that this one was made from: what it measured on the same images is taken over.
     """
-    if not processes.first():
+    if not processes.is_main():
         return {}
     pruned = models["pruned"]
     sample = next(iter(measured)).images.to(next(pruned.parameters()).device)
@@ -317,8 +317,8 @@ def calibration_and_measured(model: TokenModel, setup: Setup) -> tuple[Batches, 
         others = open_images(setup.eval_data, model.config.num_classes)
         rest = range(len(others))
     return (
-        Batches(images, model.transform(), processes.share(chosen), setup.batch_size, setup.workers),
-        Batches(others, model.transform(), processes.share(rest), setup.batch_size, setup.workers),
+        Batches(images, model.transform(), processes.shard(chosen), setup.batch_size, setup.workers),
+        Batches(others, model.transform(), processes.shard(rest), setup.batch_size, setup.workers),
     )
 
 

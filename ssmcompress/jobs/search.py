@@ -198,7 +198,7 @@ class _Trial:
         with Collector(pruned) as received:
             for part in self.images.split(self.size):
                 pruned(part.to(self.device))
-        add = functools.partial(processes.add_up, device=self.device) if self.several else None
+        add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
         features = received.take()
         total = total_loss(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
         return float(mean_losses([total], len(self.images), add)[0])

@@ -20,7 +20,7 @@ from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Block, StateDict, TokenModel
+from .base import Block, StateDict, TokenModel, embed_patches
 from .reading import Shapes, grids, resize_grid
 from .snakes import snakes
 
@@ -87,7 +87,7 @@ class PatchEmbed(nn.Module):
         self.projection = nn.Conv2d(width, c.d_model, side, stride=side)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.convs(self.stem(images)))
+        return embed_patches(self.projection, self.convs(self.stem(images)))
 
 
 class PlainMambaMixer(nn.Module):

@@ -58,7 +58,7 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file) or told[:1]):
             raise InputError(
                 f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
-                f"(--unsafe-load reads it all the same, if you trust where it comes from)"
+                f"(`unsafe_load=True` reads it all the same, if you trust where it comes from)"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "nothing in it"
         raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error

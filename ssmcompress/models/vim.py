@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import ScanPath, causal_conv1d, rms_norm, scan_paths, taken
+from ..ops import ScanPath, causal_conv1d, gather_tokens, rms_norm, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Block, StateDict, TokenModel
+from .base import Block, StateDict, TokenModel, embed_patches
 from .reading import Shapes, grids, resize_grid
 
 FORTH_AND_BACK = (ScanOrder(), ScanOrder(reverse=True))
@@ -186,14 +186,14 @@ class VisionMamba(TokenModel):
     def embed(self, images: Tensor) -> Tokens:
         c = self.config
         self.check(images)
-        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2).float()
+        patches = embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2).float()
         before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
         tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
         features = tokens + self.pos_embed
         return Tokens(features, self.length, self.protected, alignment=self.alignment, orders=FORTH_AND_BACK)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        return self.head(self.norm_f(taken(tokens.features, tokens.protected_index()[:, None])[:, 0]))
+        return self.head(self.norm_f(gather_tokens(tokens.features, tokens.protected_index()[:, None])[:, 0]))
 
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
         """The papers' count (`paper`) has one direction only; `full` has both (the gate is in the scan's part)."""

@@ -1,28 +1,28 @@
 """The ops that every model here is built from. All tensors are channels-last, in token order.
 
-`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm`, `taken` and `top_tokens` choose a backend by
+`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm`, `gather_tokens` and `topk_tokens` choose a backend by
 themselves; `backend=` names one for a call and `use_backend` for a block of code.
 """
 
 from .causal_conv import causal_conv1d
 from .dispatch import BACKENDS, register_backend, use_backend
+from .gather_tokens import gather_tokens
 from .grid_conv import grid_conv2d
 from .rms_norm import rms_norm
 from .selective_scan import SCORES, ScanPath, scan_paths, selective_scan
-from .taken import taken
-from .top_tokens import top_tokens
+from .topk_tokens import topk_tokens
 
 __all__ = [
     "BACKENDS",
     "SCORES",
     "ScanPath",
     "causal_conv1d",
+    "gather_tokens",
     "grid_conv2d",
     "register_backend",
     "rms_norm",
     "scan_paths",
     "selective_scan",
-    "taken",
-    "top_tokens",
+    "topk_tokens",
     "use_backend",
 ]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import reference
 from .operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
-from .reference import taken, top_tokens
+from .reference import gather_tokens, topk_tokens
 
-__all__ = ["causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "taken", "top_tokens"]
+__all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "selective_scan", "topk_tokens"]
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:

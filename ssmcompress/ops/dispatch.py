@@ -15,7 +15,7 @@ from torch import Tensor
 
 # A backend is a module with these functions: the public ops with the same arguments in the same order, all given.
 # It may also have `scan_paths`, which else is made of its `selective_scan`.
-FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "taken", "top_tokens")
+FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",
     "cpu": "ssmcompress.ops.compiled",

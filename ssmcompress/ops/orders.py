@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .taken import taken
+from .gather_tokens import gather_tokens
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -18,8 +18,8 @@ def inverse(order: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(-1, order, steps.expand_as(order))
 
 
-def visited(tokens: Tensor, order: Tensor) -> Tensor:
+def to_scan_order(tokens: Tensor, order: Tensor) -> Tensor:
     """(batch, length, channels) in the order of steps, from token order."""
     if order.ndim == 1:
         return tokens.index_select(1, order)
-    return taken(tokens, order)
+    return gather_tokens(tokens, order)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .orders import inverse, visited
+from .orders import inverse, to_scan_order
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +45,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
     dtype = wide(u.dtype)
     delta, decay = discretise(delta, delta_bias, delta_softplus, gap, dtype)
     steps = range(u.shape[1] - 1, -1, -1) if reverse else range(u.shape[1])
-    entering = u if order is None else visited(u, order)
+    entering = u if order is None else to_scan_order(u, order)
     inputs, A, B, C = delta * entering.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)[..., None]
     state = inputs.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     outputs: list[Tensor] = [state] * u.shape[1]
@@ -55,7 +55,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
         outputs[t] = torch.matmul(state, C[:, t])[..., 0]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(inputs)
     if order is not None:
-        y = visited(y, inverse(order))
+        y = to_scan_order(y, inverse(order))
     return skip_and_gate(y, u, D, z, add).to(u.dtype)
 
 
@@ -104,12 +104,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
-def taken(tokens: Tensor, index: Tensor) -> Tensor:
-    """See `ssmcompress.ops.taken`."""
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """See `ssmcompress.ops.gather_tokens`."""
     return tokens.gather(1, index.long()[..., None].expand(-1, -1, tokens.shape[2]))
 
 
-def top_tokens(scores: Tensor, count: int) -> Tensor:
-    """See `ssmcompress.ops.top_tokens`. topk promises nothing about equal values; a stable sort does."""
+def topk_tokens(scores: Tensor, count: int) -> Tensor:
+    """See `ssmcompress.ops.topk_tokens`. topk promises nothing about equal values; a stable sort does."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return best.sort(dim=1).values

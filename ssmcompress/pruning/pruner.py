@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import top_tokens
+from ..ops import topk_tokens
 from .importance import pair_distances, predicted_saliency, random_scores
 from .merging import merge_into_kept
 from .plan import kept_count
@@ -50,7 +50,7 @@ class TokenPruner(nn.Module):
         if tokens.protected is not None:
             scores = scores.masked_fill(positions == tokens.protected, torch.inf)
         count = kept_count(scores.shape[1], self.ratio, tokens.protected is not None)
-        index = top_tokens(scores, count)
+        index = topk_tokens(scores, count)
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
 
     def scores(self, tokens: Tokens) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ops import taken
+from ..ops import gather_tokens
 from .alignment import Alignment, KeptPath, ScanOrder
 
 
@@ -58,7 +58,7 @@ class Tokens:
 
     def keep(self, index: Tensor) -> Tokens:
         """The tokens at `index` (batch, kept'), ascending indices into the kept ones."""
-        features = taken(self.features, index)
+        features = gather_tokens(self.features, index)
         positions = self.explicit_positions().gather(1, index)
         sizes = None if self.sizes is None else self.sizes.gather(1, index)
         return replace(self, features=features, positions=positions, paths=None, scores=None, sizes=sizes)

@@ -29,7 +29,7 @@ from ...errors import InputError, SsmCompressError
 from ...evaluation.measure import autocast, measure
 from ...models.base import TokenModel
 from ...models.records import Finetuning
-from ...ops import taken
+from ...ops import gather_tokens
 from ...progress import line, status, track
 from .examples import Examples, Part
 from .losses import objective, teacher_weight
@@ -177,7 +177,7 @@ class _Run:
 
     def train(self, stopped: Callable[[], bool], log: Callable[[dict[str, float], int], None] | None) -> None:
         """All steps that are left."""
-        log = log if log is not None and processes.first() else lambda figures, step: None
+        log = log if log is not None and processes.is_main() else lambda figures, step: None
         with closing(self._steps()) as steps:
             for parts in track(steps, "fine-tuning", self.steps, self.step):
                 self.take_step(parts)
@@ -228,7 +228,7 @@ class _Run:
             sums += torch.stack(
                 [loss, right.cpu().double(), torch.tensor(float(len(losses))), (~loss.isfinite()).double()]
             )
-        processes.add_up(sums)
+        processes.all_reduce_sum(sums)
         self.sums.add(*sums.tolist())
         if not self.sums.finite:
             return
@@ -254,7 +254,7 @@ class _Run:
                     teacher, teacher_features = self.dense.readout(tokens), tokens.features
             logits, features, positions = self.student(images)
         if teacher is not None and self.recipe.features:
-            teacher_features = taken(teacher_features, positions)
+            teacher_features = gather_tokens(teacher_features, positions)
         else:
             features = teacher_features = None
         losses = objective(self.recipe, logits, targets, teacher, features, teacher_features)
@@ -317,7 +317,7 @@ class _Run:
 
     def save(self) -> None:
         """Keep the state; the first process does."""
-        if self.state is not None and processes.first():
+        if self.state is not None and processes.is_main():
             begun = time.perf_counter()
             run = {
                 "step": self.step,
@@ -353,7 +353,7 @@ class _Run:
                 old["recipe"], new["recipe"] = (
                     {k: v for k, v in recipe.items() if k not in same} for recipe in (old["recipe"], new["recipe"])
                 )
-            raise InputError(f"{self.state} is of another run, with {old} for {new}; --force starts afresh")
+            raise InputError(f"{self.state} is of another run, with {old} for {new}; `force=True` starts afresh")
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
@@ -379,7 +379,7 @@ class _Run:
     def _any(self, value: bool) -> bool:
         """Whether it holds in any process."""
         total = torch.tensor(float(value))
-        processes.add_up(total)
+        processes.all_reduce_sum(total)
         return bool(total)
 
     def close(self) -> None:

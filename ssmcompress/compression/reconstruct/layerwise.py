@@ -21,7 +21,7 @@ from ...errors import InputError, SsmCompressError
 from ...evaluation.measure import kl_divergence
 from ...models.base import TokenModel
 from ...models.records import Fit
-from ...ops import taken
+from ...ops import gather_tokens
 from ...progress import track
 from ...pruning.tokens import Tokens
 from ..margin import margin_gradients
@@ -63,7 +63,7 @@ class SideBySide:
             torch.save(value, self.folder / f"{kind}{block}")
         except (OSError, RuntimeError) as error:
             raise SsmCompressError(
-                f"cannot keep features in {self.folder}: {error}; use fewer --samples, or set TMPDIR to a folder with "
+                f"cannot keep features in {self.folder}: {error}; use fewer `samples`, or set TMPDIR to a folder with "
                 f"more room"
             ) from error
 
@@ -115,7 +115,7 @@ class SideBySide:
         if not self.held_out:
             raise InputError(
                 f"{self.images} different images: reconstruction needs at least 2, one to fit and one to check on "
-                f"(or leave it out, --no-reconstruct)"
+                f"(or leave it out, `reconstruct=False`)"
             )
         return float(kl) / self.held_out
 
@@ -142,7 +142,7 @@ class SideBySide:
             with _recorded(dense, inner) as seen:
                 self.put("dense", k, dense(replace(self.template, features=self.get("dense", k))).features)
             positions = self.tokens(k).positions
-            self.put("targets", k, {name: taken(out, positions) for name, (_, out) in seen.items()})
+            self.put("targets", k, {name: gather_tokens(out, positions) for name, (_, out) in seen.items()})
             yield
 
     def pass_pruned(self, layer: int) -> Iterator[None]:
@@ -174,7 +174,7 @@ class SideBySide:
             tokens = self.tokens(k)
             with _recorded(block, [name]) as seen:
                 block(tokens)
-            wanted = (taken(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
+            wanted = (gather_tokens(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
             weights = self.weights(k, layer).gather(1, tokens.positions)
             sums.add(seen[name][0], wanted, weights, self.held(k, len(weights)), tokens.pruned_mean())
             yield
@@ -236,7 +236,7 @@ class SideBySide:
     def add_processes(self, *values: Tensor) -> None:
         """Add each of the values up over the processes, where there are several."""
         if self.distributed:
-            processes.add_up(*values, device=self.device)
+            processes.all_reduce_sum(*values, device=self.device)
 
     def weights(self, block: int, layer: int) -> Tensor:
         """(images, tokens) what an error of a row after `layer` weighs, relative to the layer's mean."""

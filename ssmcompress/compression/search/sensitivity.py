@@ -220,7 +220,7 @@ def measure_sensitivity(
                     left = block(left)
                 work.readout(left)
                 cells[row, column, k].append(received.take())
-    add = functools.partial(processes.add_up, device=device) if distributed else None
+    add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None
     dense = torch.cat(logits)
     totals = [
         total_loss(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()

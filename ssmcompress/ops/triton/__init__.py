@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
-from ..reference import rms_norm, taken, top_tokens
+from ..reference import gather_tokens, rms_norm, topk_tokens
 from ..selective_scan import ScanPath, one_by_one
 from . import conv, grid_conv, scan
 from .launch import INTERPRETED, check_driver
@@ -20,12 +20,12 @@ from .launch import INTERPRETED, check_driver
 __all__ = [
     "causal_conv1d",
     "check_driver",
+    "gather_tokens",
     "grid_conv2d",
     "rms_norm",
     "scan_paths",
     "selective_scan",
-    "taken",
-    "top_tokens",
+    "topk_tokens",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,6 +7,6 @@ from torch import Tensor
 from .dispatch import select
 
 
-def taken(tokens: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
+def gather_tokens(tokens: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
     """(batch, taken, channels): of `tokens` (batch, tokens, channels) those at `index` (batch, taken), integers."""
-    return select(backend, tokens).taken(tokens, index)
+    return select(backend, tokens).gather_tokens(tokens, index)

@@ -7,9 +7,9 @@ from torch import Tensor
 from .dispatch import select
 
 
-def top_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor:
+def topk_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor:
     """Indices (batch, count) int64, ascending, of the highest `scores` (batch, tokens).
 
     Equal scores go to the lower index on every backend, so that the same image keeps the same tokens.
     """
-    return select(backend, scores).top_tokens(scores, count)
+    return select(backend, scores).topk_tokens(scores, count)
