@@ -124,7 +124,8 @@ def accuracy(model: TokenModel, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The options of the command line, with the depth filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
     parser.add_argument("--idx", type=Path, default=FOLDER)
@@ -141,9 +142,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="stop after this many more steps")
     args = parser.parse_args()
-    make, usual_depth, weights = ARCHITECTURES[args.architecture]
-    args.depth = args.depth or usual_depth
+    args.depth = args.depth or ARCHITECTURES[args.architecture][1]
+    return args
 
+
+def main() -> None:
+    args = parse()
+    make, _, weights = ARCHITECTURES[args.architecture]
     images, labels = load(args.idx, "train")
     test = load(args.idx, "t10k")
     torch.manual_seed(args.seed)

@@ -31,10 +31,14 @@ def convolutions_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def make_vim(
-    depth=4, d_model=16, classes=10, channels=3, image=(16, 16), patch=4, stride=None, d_state=4, seed=0
-) -> VisionMamba:
-    """A Vim with random weights, spread widely enough that tokens differ in importance."""
+def make_vim(depth=4, d_model=16, image=(16, 16), patch=4, channels=3, seed=0, **others) -> VisionMamba:
+    """A Vim with random weights, spread widely enough that tokens differ in importance.
+
+    Args:
+        others: `classes`, `stride`, `d_state`.
+    """
+    stride, d_state, classes = (others.pop(k, v) for k, v in (("stride", None), ("d_state", 4), ("classes", 10)))
+    assert not others, others
     config = VimConfig(
         d_model=d_model,
         depth=depth,
@@ -56,10 +60,15 @@ def make_vim(
     return ssmcompress.load(model, image_size=image)
 
 
-def make_plain_mamba(
-    depth=4, d_model=16, classes=10, channels=3, image=(64, 64), d_state=4, window=5, dw_layers=(), stem_depth=1, seed=0
-) -> PlainMamba:
-    """A PlainMamba with random weights, and a stem of 8 channels where the published ones have 64."""
+def make_plain_mamba(depth=4, d_model=16, image=(64, 64), channels=3, seed=0, **others) -> PlainMamba:
+    """A PlainMamba with random weights, and a stem of 8 channels where the published ones have 64.
+
+    Args:
+        others: `classes`, `d_state`, `window`, `dw_layers`, `stem_depth`.
+    """
+    defaults = {"classes": 10, "d_state": 4, "window": 5, "dw_layers": (), "stem_depth": 1}
+    assert others.keys() <= defaults.keys(), others
+    classes, d_state, window, dw_layers, stem_depth = (defaults | others).values()
     config = PlainMambaConfig(
         d_model=d_model,
         depth=depth,

@@ -382,12 +382,12 @@ def test_an_interruption(checkpoint, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ssmcompress.jobs.prune.measure", lambda *a, **k: interrupted())
+    monkeypatch.setattr("ssmcompress.jobs.measuring.measure", lambda *a, **k: interrupted())
     assert refused("prune", checkpoint, code=130) == "error: interrupted\n"
 
 
 def test_a_broken_program_still_ends_with_one_line(checkpoint, monkeypatch):
-    monkeypatch.setattr("ssmcompress.jobs.prune.measure", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("ssmcompress.jobs.measuring.measure", lambda *a, **k: 1 / 0)
     assert "internal error, ZeroDivisionError" in refused("prune", checkpoint, code=1)
 
 

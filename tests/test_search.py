@@ -15,16 +15,17 @@ import ssmcompress
 from ssmcompress.cli.app import app
 from ssmcompress.compression.margin import features_and_gradients
 from ssmcompress.compression.saliency import fit_probes
-from ssmcompress.compression.search.propose import propose, spend
-from ssmcompress.compression.search.proxy_loss import total_loss
-from ssmcompress.compression.search.sensitivity import Sensitivity, candidates, measure_sensitivity
+from ssmcompress.compression.search.propose import fill_budget, propose
+from ssmcompress.compression.search.proxy_loss import sum_losses
+from ssmcompress.compression.search.sensitivity import Sensitivity, candidate_layers, measure_sensitivity
+from ssmcompress.data.batches import LabelledBatch
 from ssmcompress.errors import BudgetError, InputError
-from ssmcompress.evaluation.flops import by_part, flops, reachable, remaining_share
+from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share, smallest_share
+from ssmcompress.jobs.images import DataOptions, choose_images
 from ssmcompress.jobs.methods import METHODS, Level, stages_of
-from ssmcompress.jobs.prune import Setup
-from ssmcompress.jobs.search import Request, search_plan
+from ssmcompress.jobs.search import SearchRequest, SearchResult, search_plan
 from ssmcompress.pruning.alignment import Alignment
-from ssmcompress.pruning.importance import APART, pair_distances, predicted_saliency, unit_rms
+from ssmcompress.pruning.importance import UNLINKED_DISTANCE, link_pairs, normalize_rms, predict_saliency
 from ssmcompress.pruning.merging import merge_into_kept
 from ssmcompress.pruning.plan import Plan, Stage, kept_count, share_removed, token_counts
 from ssmcompress.pruning.tokens import Tokens
@@ -44,12 +45,12 @@ def test_a_probe_predicts_the_gradient_as_least_squares_does(model):
     images = images_of(model, 40)
     probe = fit_probes(model, images, [2])[1]
     features, gradients = features_and_gradients(model, images)
-    x, y = unit_rms(features[2]).double(), gradients[2].norm(dim=-1).double()
+    x, y = normalize_rms(features[2]).double(), gradients[2].norm(dim=-1).double()
     ones = F.one_hot(torch.arange(model.length)).double().expand(len(images), -1, -1)
     rows = torch.cat([x, ones], 2).flatten(0, 1)
     expected = torch.linalg.lstsq(rows, y.flatten()[:, None]).solution[:, 0]
     positions = torch.arange(model.length).expand(len(images), -1)
-    found = predicted_saliency(features[2], positions, probe)
+    found = predict_saliency(features[2], positions, probe)
     error = (found.double() - (rows @ expected).view_as(found)).abs().max()
     assert error < 0.05 * y.std()
 
@@ -66,7 +67,7 @@ def test_saliency_is_saved_with_the_model_and_counted(model, tmp_path):
     images = images_of(model, 6)
     plan = ssmcompress.calibrate(model, images, stages=(2,), ratio=0.5, importance="saliency")
     pruned = ssmcompress.prune(model, plan)
-    assert by_part(pruned)["scoring"] * 1e9 == model.length * model.d_model
+    assert flops_by_part(pruned)["scoring"] * 1e9 == model.length * model.d_model
     ssmcompress.save(pruned, tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(ssmcompress.load(tmp_path / "saved")(images), pruned(images))
@@ -113,7 +114,7 @@ def test_ordered_merging_keeps_the_sum_of_what_each_token_stands_for(protected):
     tokens = some_tokens(protected)
     total = tokens.features.sum(1)
     for kept in (5, 4):
-        scores = pair_distances(tokens)[0]
+        scores = link_pairs(tokens)[0]
         if protected is not None:
             scores = scores.masked_fill(tokens.explicit_positions() == protected, torch.inf)
         index = scores.topk(kept).indices.sort().values
@@ -126,9 +127,9 @@ def test_ordered_merging_keeps_the_sum_of_what_each_token_stands_for(protected):
 
 def test_ordered_merging_links_even_tokens_to_the_most_similar_odd_one():
     features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.2], [0.95, 0.0]]])
-    distances, partner = pair_distances(Tokens(features, length=5))
+    distances, partner = link_pairs(Tokens(features, length=5))
     assert partner.tolist() == [[1, 1, 3, 3, 1]]
-    assert distances[0, 1] == distances[0, 3] == APART
+    assert distances[0, 1] == distances[0, 3] == UNLINKED_DISTANCE
     assert distances[0, 4] < distances[0, 2]
 
 
@@ -171,7 +172,9 @@ def sensitivity_of(model, refit=False, layers=(1, 2, 3), metrics=("clip", "salie
     images = images_of(model, 6) if images is None else images
     plan = ssmcompress.calibrate(model, images, stages=layers, importance="saliency", ratio=0.2)
     plan = replace(plan, stages=())
-    return plan, measure_sensitivity(model, images, plan=plan, layers=layers, metrics=metrics, refit=refit)
+    return plan, measure_sensitivity(
+        model, LabelledBatch(images, None), plan=plan, layers=layers, metrics=metrics, refit=refit
+    )
 
 
 def test_a_sensitivity_is_what_the_pruned_model_loses(model):
@@ -198,10 +201,10 @@ def test_a_refitted_classifier_is_judged_on_images_it_was_not_fitted_on():
     classifier = torch.nn.Linear(40, 4)
     with torch.no_grad():
         classifier.weight.zero_(), classifier.bias.zero_()
-        assert total_loss(classifier, features, dense, refit=True) > total_loss(classifier, features, dense)
+        assert sum_losses(classifier, features, dense, refit=True) > sum_losses(classifier, features, dense)
         features = torch.randn(400, 40, generator=generator)
         many = features, features @ torch.randn(40, 4, generator=generator)
-        assert total_loss(classifier, *many, refit=True) < 0.05 * total_loss(classifier, *many)
+        assert sum_losses(classifier, *many, refit=True) < 0.05 * sum_losses(classifier, *many)
 
 
 def test_labels_can_judge():
@@ -209,8 +212,8 @@ def test_labels_can_judge():
     classifier = torch.nn.Linear(5, 5)
     with torch.no_grad():
         classifier.weight.copy_(torch.eye(5)), classifier.bias.zero_()
-        assert total_loss(classifier, dense, dense, labels) == pytest.approx(0, abs=1e-5)
-        worse = total_loss(classifier, dense - 3 * F.one_hot(labels, 5), dense, labels)
+        assert sum_losses(classifier, dense, dense, labels) == pytest.approx(0, abs=1e-5)
+        worse = sum_losses(classifier, dense - 3 * F.one_hot(labels, 5), dense, labels)
     assert worse > 1
 
 
@@ -237,14 +240,14 @@ def test_a_sensitivity_survives_its_file_and_damage_is_refused(vim, tmp_path):
         with pytest.raises(InputError):
             Sensitivity.read(file)
     with pytest.raises(InputError, match="another model"):
-        found.belongs_to(make_vim(depth=5))
+        found.check_model(make_vim(depth=5))
 
 
 def test_candidates_of_deep_models_are_few():
-    assert candidates(1) == ()
-    assert candidates(6) == (1, 2, 3, 4, 5)
-    assert len(candidates(24)) == 12
-    assert len(candidates(36)) <= 12
+    assert candidate_layers(1) == ()
+    assert candidate_layers(6) == (1, 2, 3, 4, 5)
+    assert len(candidate_layers(24)) == 12
+    assert len(candidate_layers(36)) <= 12
 
 
 # --------------------------------------------------------------------------------------------------------- search
@@ -255,7 +258,7 @@ def test_candidates_of_deep_models_are_few():
 def test_proposed_plans_spend_the_budget_and_not_more(make, within):
     model = make(depth=5, image=(32, 32) if make is make_vim else (128, 128))  # 64 patches
     plan, found = sensitivity_of(model, layers=(1, 2, 3, 4), images=images_of(model, 4))
-    budget = within + (1 - within) * reachable(model, found.layers)
+    budget = within + (1 - within) * smallest_share(model, found.layers)
     proposed = propose(model, found, budget)
     assert proposed
     token = 1.5 / (model.length * len(model.blocks))
@@ -289,7 +292,7 @@ def test_the_search_is_exact_for_its_model_of_the_cost():
 
 
 def test_spending_adds_tokens_until_one_more_is_too_much(vim):
-    spent = spend(vim, (Stage(1, 0.7), Stage(3, 0.5)), 0.8)
+    spent = fill_budget(vim, (Stage(1, 0.7), Stage(3, 0.5)), 0.8)
     counts = token_counts(4, vim.length, spent, True)
     first, second = (counts[stage.after] for stage in spent)
     assert remaining_share(vim, spent) <= 0.8
@@ -298,7 +301,7 @@ def test_spending_adds_tokens_until_one_more_is_too_much(vim):
     for a, b in tried:
         more = (Stage(1, share_removed(vim.length, a, True)), Stage(3, share_removed(a, b, True)))
         assert remaining_share(vim, more) > 0.8
-    assert spend(vim, (Stage(3, 0.1),), 0.3) is None
+    assert fill_budget(vim, (Stage(3, 0.1),), 0.3) is None
 
 
 def test_share_removed_is_the_inverse_of_kept_count():
@@ -307,16 +310,22 @@ def test_share_removed_is_the_inverse_of_kept_count():
             assert kept_count(length, share_removed(length, kept, protected), protected) == kept
 
 
+def search(model, images, **request) -> SearchResult:
+    data = DataOptions(str(images))
+    chosen = choose_images(model, data)
+    gap = chosen.gap_source(None)
+    return search_plan(model, SearchRequest(**request), chosen, data, gap=gap, reconstruct=False)
+
+
 def test_a_search_finds_the_layer_that_does_not_need_its_tokens(class_folders):
     """Layers that add nothing need no tokens: pruning right before them is free, and is what it does."""
     model = make_vim(depth=5)
     for block in model.blocks[3:]:
         block.mixer.out_proj.weight.data.zero_()
-    setup = Setup(data=str(class_folders), reconstruct=False)
-    found = search_plan(model, Request(flops=0.75), setup)
+    found = search(model, class_folders, flops=0.75)
     assert found.plan.stages[0].after == 3
     assert found.record["loss"] == pytest.approx(0, abs=1e-6)
-    again = search_plan(model, Request(flops=0.75), setup)
+    again = search(model, class_folders, flops=0.75)
     assert again.plan == found.plan
     assert again.sensitivity.to_json() == found.sensitivity.to_json()
 
@@ -367,23 +376,21 @@ def test_budgets_out_of_reach_name_the_range(checkpoint, class_folders, tmp_path
 def test_the_range_is_what_pruning_to_two_tokens_leaves(vim):
     pruned = ssmcompress.prune(vim, Plan((Stage(2, share_removed(vim.length, 2, True)),)))
     assert pruned.token_counts()[-1] == 2
-    assert reachable(vim, (2, 3)) == pytest.approx(flops(pruned)["full"] / flops(vim)["full"])
+    assert smallest_share(vim, (2, 3)) == pytest.approx(flops(pruned)["full"] / flops(vim)["full"])
 
 
 def test_a_latency_is_searched_for_by_timing(monkeypatch, class_folders):
     """With a clock that counts FLOPs, the plan found takes what was asked for and hardly less."""
-    from ssmcompress.jobs import search as planning
 
     def clock(models, image, repeats):
         return {name: flops(model)["full"] for name, model in models.items()}
 
-    monkeypatch.setattr(planning, "latency", clock)
+    monkeypatch.setattr("ssmcompress.jobs.search.latency", clock)
     model = make_vim(depth=5, image=(32, 32))
-    request = Request(latency=0.7, images=4)
-    found = search_plan(model, request, Setup(data=str(class_folders), reconstruct=False))
+    found = search(model, class_folders, latency=0.7, images=4)
     assert 0.95 * 0.7 <= found.record["latency"] <= 0.7
     with pytest.raises(BudgetError, match="latency is out of reach"):
-        search_plan(model, replace(request, latency=0.01), Setup(data=str(class_folders), reconstruct=False))
+        search(model, class_folders, latency=0.01, images=4)
 
 
 # --------------------------------------------------------------------------------------------------------- compare

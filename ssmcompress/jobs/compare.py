@@ -1,7 +1,7 @@
-"""Methods beside each other on one model and its images: every row the same code with another setting.
+"""Methods next to each other on one model and its images: every row runs the same code with another list of steps.
 
-Each row is the plan of a method (`ssmcompress.jobs.methods`) that is calibrated, pruned, reconstructed where asked for, and
-measured against the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
+A row is the plan of a method (`ssmcompress.jobs.methods`), carried out by the steps of the method and measured against
+the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import io
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..compression.calibrate import gap_deltas
-from ..compression.reconstruct import reconstruct
 from ..compression.saliency import fit_probes
 from ..data.batches import Batches
 from ..errors import InputError
@@ -29,35 +29,99 @@ from ..evaluation.measure import Evaluation, autocast, measure
 from ..files import write_file
 from ..models.base import TokenModel
 from ..models.checkpoint import versions
-from ..models.rewrite import prune
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
-from .methods import Level, Method, stages_of
+from .images import DataOptions, choose_images
+from .measuring import MeasureOptions
+from .methods import Level, Method, choose_methods, level_for, levels, stages_of
 from .pictures import pareto_chart
-from .prune import Setup, calibration_and_measured, gap_source
-from .search import Request, search_plan
+from .pipeline import Context, run_steps
+from .search import SearchRequest, search_plan
 
 FORMAT_VERSION = 1
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
 
 
+@dataclass(frozen=True)
+class CompareRequest:
+    """What a comparison is asked for.
+
+    Attributes:
+        ratios: levels, as shares of tokens to remove at each stage. flops: levels as shares of the FLOPs to keep,
+            instead of these.
+        stages: layers to prune after; None: the default ones.
+        methods: names of methods; None: all, those with a search or a reconstruction if `search` and `reconstruct` say.
+        data: the images. measure: how rows are measured. gap: as for `prune`.
+    """
+
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    flops: tuple[float, ...] | None = None
+    stages: tuple[int, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    search: bool = False
+    reconstruct: bool = False
+    data: DataOptions = DataOptions()
+    measure: MeasureOptions = MeasureOptions()
+    gap: str | None = None
+
+    def check(self) -> None:
+        """Check what is given before the model is loaded.
+
+        Raises:
+            InputError: a ratio that is none, or a method that is not known.
+        """
+        if wrong := [value for value in self.ratios if not 0 <= value < 1]:
+            raise InputError(f"`ratios` {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
+        self.chosen_methods()
+
+    def chosen_methods(self) -> tuple[Method, ...]:
+        """The methods that are asked for."""
+        return choose_methods(self.methods, search=self.search, reconstruct=self.reconstruct)
+
+
+def compare_methods(
+    model: TokenModel, request: CompareRequest, folder: str | Path, *, command: str = "", force: bool = False
+) -> dict[str, Any]:
+    """Compare methods on a dense model, row by row, in a folder that an interrupted comparison continues in.
+
+    Args:
+        folder: where to write. command: recorded as how it was made. force: start afresh in a folder that has rows.
+
+    Returns:
+        The whole comparison, a JSON object.
+
+    Raises:
+        InputError: a pruned model, images or a folder that cannot be used.
+    """
+    if model.plan is not None:
+        source = model.source.path if model.source else "the model"
+        raise InputError(f"{source} is pruned already: compare takes the dense model it came from")
+    if processes.count() > 1:
+        raise InputError("compare runs in one process: start it without a launcher")
+    ratios = request.ratios
+    if request.flops is not None:
+        ratios = tuple(level_for(model, request.stages, share) for share in request.flops)
+    comparison = Comparison(model, Path(folder), request, command, force)
+    return comparison.run(levels(model, request.stages, ratios), request.chosen_methods())
+
+
 class Comparison:
     """Rows of methods and levels on the same images, kept in a folder row by row."""
 
-    def __init__(
-        self, model: TokenModel, folder: Path, setup: Setup, stages: Sequence[int] | None, command: str, force: bool
-    ):
-        self.model, self.folder, self.setup, self.stages = model, folder, setup, stages
-        self.calibration, self.measured = calibration_and_measured(model, setup)
+    def __init__(self, model: TokenModel, folder: Path, request: CompareRequest, command: str, force: bool):
+        self.model, self.folder, self.request, self.stages = model, folder, request, request.stages
+        self.data, self.options = request.data, request.measure
+        self.images = choose_images(model, request.data)
+        self.calibration, self.measured = self.images.calibration, self.images.measured
         self.settings = {
             "model": {"sha256": model.source.sha256 if model.source else None, "depth": len(model.blocks)},
             "image_size": list(model.config.image_size),
             "calibration": {"name": self.calibration.source.name, "images": len(self.calibration.index)},
             "data": {"name": self.measured.source.name, "images": len(self.measured.index)},
-            "stages": list(stages or default_stages(len(model.blocks))),
-            "gap": gap_source(setup, self.calibration.source),
-            "seed": setup.seed,
-            "dtype": str(setup.dtype).removeprefix("torch."),
+            "stages": list(request.stages or default_stages(len(model.blocks))),
+            "gap": self.images.gap_source(request.gap),
+            "seed": request.data.seed,
+            "dtype": request.measure.dtype,
             "preprocessing": json.loads(json.dumps(vars(model.preprocessing))),
         }
         self.command = command
@@ -108,7 +172,7 @@ class Comparison:
         begun = time.perf_counter()
         row: dict[str, Any] = {"method": method.name if method else "dense", "ratio": level.ratio}
         try:
-            model = self.built(method, level) if method else self.model
+            model = self.build(method, level) if method else self.model
         except InputError as error:  # this method cannot do that; the others can
             return {**row, "images": None, "failed": str(error)}
         result, times, cost = self.evaluation(model), self.times(model), flops(model)
@@ -125,34 +189,34 @@ class Comparison:
             "seconds": round(time.perf_counter() - begun, 2),
         }
 
-    def built(self, method: Method, level: Level) -> TokenModel:
+    def build(self, method: Method, level: Level) -> TokenModel:
         """The model of a row."""
         plan = self.plan(method, level)
-        pruned = prune(self.model, replace(plan, calibration=self.calibrated(plan)))
-        if method.reconstructed:
-            if self.calibration.source.stand_in:
-                raise InputError("reconstruction needs images of yours: give `data`")
-            pruned = reconstruct(pruned, self.model, self.calibration, name=self.calibration.source.name)
-        return pruned
+        if method.reconstructed and self.calibration.source.stand_in:
+            raise InputError("reconstruction needs images of yours: give `data`")
+        plan = replace(plan, calibration=self.calibrate(plan))
+        context = Context(self.model, self.calibration, seed=self.data.seed)
+        *_, model = run_steps(method.steps(plan), context, keep=()).values()
+        return model
 
     def plan(self, method: Method, level: Level) -> Plan:
+        """The plan by which a method reaches a level."""
         gap = self.settings["gap"] if method.alignment.scan else "bias"
         if method.searched and level.ratio > 0:
-            request = Request(flops=level.flops, alignment=method.alignment, sensitivity=self.sensitivity(method))
-            found = search_plan(self.model, request, replace(self.setup, reconstruct=method.reconstructed))
-            write_file(self.sensitivity_file(method), found.sensitivity.to_json().encode(), force=True)
-            return replace(found.plan, gap=gap)
+            file = self.sensitivity_file(method)
+            known = str(file) if file.is_file() else None
+            request = SearchRequest(flops=level.flops, alignment=method.alignment, sensitivity=known)
+            options = {"gap": self.settings["gap"], "reconstruct": method.reconstructed}
+            result = search_plan(self.model, request, self.images, self.data, **options)
+            write_file(file, result.sensitivity.to_json().encode(), force=True)
+            return replace(result.plan, gap=gap)
         stages = stages_of(method, self.model, level, self.stages)
-        return Plan(stages, method.alignment, gap, self.setup.seed).validate(len(self.model.blocks))
+        return Plan(stages, method.alignment, gap, self.data.seed).validate(len(self.model.blocks))
 
     def sensitivity_file(self, method: Method) -> Path:
         return self.folder / f"sensitivity{'-reconstructed' if method.reconstructed else ''}.json"
 
-    def sensitivity(self, method: Method) -> str | None:
-        file = self.sensitivity_file(method)
-        return str(file) if file.is_file() else None
-
-    def calibrated(self, plan: Plan) -> Calibration:
+    def calibrate(self, plan: Plan) -> Calibration:
         """Mean deltas, once for all rows, and probes for those that ask for them."""
         if self._deltas is None:
             self._deltas = gap_deltas(self.model, self.calibration, self.settings["gap"])
@@ -163,16 +227,16 @@ class Comparison:
 
     def evaluation(self, model: TokenModel) -> Evaluation:
         if self._dense is None:
-            self._dense = dense_logits(self.model, self.measured, self.setup.dtype)
-        return measure({"dense": self._dense, "row": model}, self.measured, dtype=self.setup.dtype)["row"]
+            self._dense = dense_logits(self.model, self.measured, self.options.torch_dtype)
+        return measure({"dense": self._dense, "row": model}, self.measured, dtype=self.options.torch_dtype)["row"]
 
     def times(self, model: TokenModel) -> dict[str, float]:
         """Milliseconds of the dense model and of this one at batch 1, interleaved."""
-        if not self.setup.measure_latency:
+        if not self.options.latency:
             return {}
         if self._image is None:
             self._image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
-        with autocast(self._image.device, self.setup.dtype):
+        with autocast(self._image.device, self.options.torch_dtype):
             return latency({"dense": self.model, "row": model}, self._image)
 
     def value(self) -> dict[str, Any]:
@@ -181,7 +245,7 @@ class Comparison:
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
             "rows": self.rows,
-            "latency": latency_settings(device) if self.setup.measure_latency else None,
+            "latency": latency_settings(device) if self.options.latency else None,
             "command": self.command,
             "versions": versions(),
         }
@@ -223,26 +287,3 @@ def to_csv(rows: Iterable[dict[str, Any]]) -> str:
         stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
         writer.writerow([*(known.get(column) for column in COLUMNS), row["images"], stages, row.get("failed")])
     return text.getvalue()
-
-
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(header, lines) for a person, by level and then from best to worst."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
-    header = ["", "ratio", "FLOPs left", "top-1", "same class as dense", "KL", "latency", "of dense"]
-    labelled = any(row.get("top1") is not None for row in rows)
-
-    def rank(row: dict[str, Any]) -> tuple[float, float]:
-        quality = row.get("top1") if labelled else row.get("agreement")
-        return row["ratio"], -(100.0 if quality is None and not row.get("failed") else quality or -1.0)
-
-    lines = []
-    for row in sorted(rows, key=rank):
-        cells = [f"{row['ratio']:g}", cell(row.get("flops_share") and 100 * row["flops_share"], "{:.1f} %")]
-        cells += [cell(row.get("top1"), "{:.2f} %"), cell(row.get("agreement"), "{:.2f} %")]
-        cells += [cell(row.get("kl"), "{:.4f}"), cell(row.get("latency_ms"), "{:.1f} ms")]
-        cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], "{:.0f} %"))
-        lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))
-    return header, lines

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..compression.search.equal import plan_for_budget
 from ..errors import InputError
 from ..evaluation.flops import remaining_share
 from ..models.base import TokenModel
-from ..pruning.alignment import Alignment
+from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
-from .prune import UNALIGNED, plan_for_budget
+from .pipeline import Step
+from .steps import Reconstruct, pruning_steps
 
 ALIGNED = Alignment()
 
@@ -30,6 +32,10 @@ class Method:
     merge: str | None = None
     searched: bool = False
     reconstructed: bool = False
+
+    def steps(self, plan: Plan) -> Sequence[Step]:
+        """What the method does with a plan."""
+        return pruning_steps(plan, Reconstruct() if self.reconstructed else None)
 
 
 def _methods() -> tuple[Method, ...]:
@@ -55,11 +61,11 @@ METHODS = _methods()
 NAMES = tuple(method.name for method in METHODS)
 
 
-def chosen_methods(names: Sequence[str] | None, *, search: bool, reconstructed: bool) -> tuple[Method, ...]:
+def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bool) -> tuple[Method, ...]:
     """The methods of these names, in the order of `METHODS`; None: all, but what takes a search or reconstruction only
     where that is wanted."""
     if names is None:
-        return tuple(m for m in METHODS if (search or not m.searched) and (reconstructed or not m.reconstructed))
+        return tuple(m for m in METHODS if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
         if name not in NAMES:
             raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}")

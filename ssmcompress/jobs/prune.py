@@ -3,140 +3,291 @@
 from __future__ import annotations
 
 import copy
-import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import processes
-from ..compression.calibrate import calibrate, make_plan
-from ..compression.finetune.recipe import Recipe
-from ..compression.reconstruct import reconstruct
-from ..data.batches import Batches, sample_indices
-from ..data.find import open_images
-from ..data.images import Images
-from ..errors import BudgetError, InputError
-from ..evaluation.flops import corrections_share, dense_flops, flops, reachable, remaining_share
-from ..evaluation.latency import latency, latency_settings
-from ..evaluation.measure import Evaluation, autocast, measure
-from ..files import check_target
+from ..compression.calibrate import make_plan
+from ..compression.search.equal import plan_for_budget
+from ..compression.search.sensitivity import SENSITIVITY_FILE
+from ..errors import InputError
+from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
-from ..models.checkpoint import load, save, versions
-from ..models.records import MadeBy, Source
-from ..models.rewrite import install, prune
+from ..models.checkpoint import versions
+from ..models.records import MadeBy
+from ..models.rewrite import install
+from ..progress import line
 from ..pruning.alignment import Alignment
-from ..pruning.plan import Plan, Stage, default_stages, ratio_for_budget
-from . import report as reports
-from .pictures import kept_tokens
+from ..pruning.plan import Plan, default_stages
+from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
+from .folder import Target, folder_name, write_folder
+from .images import CalibrationImages, DataOptions, choose_images
+from .measuring import MeasureOptions, measure_models, name_columns
+from .pipeline import Context, run_steps
+from .report import calibration_section, make_report, reconstruction_section, stage_rows
+from .search import SEARCH_IMAGES, SearchRequest, SearchResult, search_plan
+from .steps import Reconstruct, pruning_steps
 
-SAMPLES = 1024
-UNALIGNED = Alignment(conv=False, scan=False)
+DEFAULT_RATIO = 0.3
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a compression runs on, apart from the plan.
+class CompressOptions:
+    """How a model is compressed, apart from the plan.
 
     Attributes:
-        data, eval_data: images to calibrate and to measure on, see `ssmcompress.data.images.open_images`.
-        samples: how many images to calibrate on at most.
-        gap: "calibrated" or "bias"; None: calibrated where the data is the user's.
-        reconstruct: whether to refit the later layers on the calibration images; None: where these are the user's,
-            and two different ones at least.
-        seed: of the images drawn.
-        batch_size: images at a time; changes no result. workers: processes that decode them.
-        dtype: float32, or bfloat16 for measuring under autocast.
-        measure_latency: time both models at batch 1.
-        recipe: to fine-tune by after pruning, on the images that are not measured on; None: no fine-tuning.
-        teacher: whether fine-tuning learns from the dense model. tensorboard: folder for its logs, or None.
+        data: the images. measure: how models are measured.
+        gap: "calibrated" or "bias"; None: as planned, else calibrated where the images are the user's own.
+        reconstruct: whether to refit the later layers; None: where the images are the user's own and differ.
+        finetune: how to fine-tune after that, on the images that are not measured on; None: not at all.
     """
 
-    data: str | None = None
-    eval_data: str | None = None
-    samples: int = SAMPLES
+    data: DataOptions = DataOptions()
+    measure: MeasureOptions = MeasureOptions()
     gap: str | None = None
     reconstruct: bool | None = None
-    seed: int = 0
-    batch_size: int = 64
-    workers: int = 0
-    dtype: torch.dtype = torch.float32
-    measure_latency: bool = True
-    recipe: Recipe | None = None
-    teacher: bool = True
-    tensorboard: str | None = None
+    finetune: FinetuneOptions | None = None
 
 
-def corrections_reserve(model: TokenModel, stages: Sequence[int], data: str | None, wanted: bool | None) -> float:
-    """The share of the dense FLOPs that a budget must leave to corrections, 0 where nothing will be reconstructed.
+@dataclass(frozen=True)
+class PlanRequest:
+    """Which plan to make: at most one of ratio, flops, latency and file is given; without any, the ratio is 0.3.
 
-    Args:
-        data, wanted: as `Setup.data` and `Setup.reconstruct`.
+    Attributes:
+        ratio: shares of tokens to remove, one for all stages or one for each.
+        flops, latency: share of the dense model's to keep. file: a plan as JSON.
+        search: whether `flops` searches for the plan, instead of pruning all stages alike.
+        stages: layers to prune after, or to choose from; None: the default ones, or all.
+        importance: metric; None: "clip", or all that a search chooses from.
+        align: whether the later layers are aligned; None: yes.
+        sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
+        search_images: images to search on at most.
     """
-    return corrections_share(model, stages) if reconstruction_wanted(model, data, wanted) else 0.0
+
+    ratio: tuple[float, ...] | None = None
+    flops: float | None = None
+    latency: float | None = None
+    file: str | None = None
+    search: bool = True
+    stages: tuple[int, ...] | None = None
+    importance: str | None = None
+    align: bool | None = None
+    sensitivity: str | None = None
+    by_labels: bool = False
+    search_images: int = SEARCH_IMAGES
+
+    @property
+    def searches(self) -> bool:
+        """Whether the plan comes from a search."""
+        return self.search and (self.flops is not None or self.latency is not None)
+
+    def check(self) -> None:
+        """Check that what is given goes together.
+
+        Raises:
+            InputError: it does not; the message names the arguments of this class, `plan` for `file`.
+        """
+        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "plan": self.file}
+        given = [f"`{name}`" for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)}: expected one of them")
+        own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
+        if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
+            raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
+        if self.latency is not None and not self.search:
+            raise InputError("`latency` is met by a search: leave out `search=False`")
+        if not self.searches and (self.sensitivity is not None or self.by_labels):
+            raise InputError("`sensitivity` and `by_labels` belong to a search: give `flops` or `latency`")
+
+    def search_request(self) -> SearchRequest:
+        """What the search is asked for."""
+        return SearchRequest(
+            flops=self.flops,
+            latency=self.latency,
+            stages=self.stages,
+            importance=self.importance,
+            alignment=Alignment(self.align is not False, self.align is not False),
+            labels=self.by_labels,
+            sensitivity=self.sensitivity,
+            images=self.search_images,
+        )
 
 
-def reconstruction_wanted(model: TokenModel, data: str | None, wanted: bool | None) -> bool:
-    """Whether a model is to be reconstructed: as told, else where there are images of the user's.
+@dataclass(frozen=True)
+class PruneRequest:
+    """Everything that `prune` is asked for, apart from the model.
 
-    Args:
-        data, wanted: as `Setup.data` and `Setup.reconstruct`.
+    Attributes:
+        plan: which plan. options: what is done by it. loading: what changes the name of the folder besides, label ->
+            text: how the model was loaded.
     """
-    if wanted is not None:
-        return wanted
-    return data is not None or (model.source is not None and model.source.data is not None)
+
+    plan: PlanRequest = PlanRequest()
+    options: CompressOptions = CompressOptions()
+    loading: Mapping[str, str | None] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Check what is given before the model is loaded.
+
+        Raises:
+            InputError: arguments that do not go together.
+        """
+        self.plan.check()
+        if self.options.finetune is not None and self.options.data.data is None:
+            raise InputError("`finetune_epochs` needs images to learn from: give `data`")
+
+    def folder(self, checkpoint: str) -> Path:
+        """The default folder for the result: what differs from the defaults is in its name."""
+        plan, options = self.plan, self.options
+        searched = plan.file is None and (plan.flops is not None or plan.latency is not None)
+        ratio = plan.ratio if plan.file is not None or searched else plan.ratio or (DEFAULT_RATIO,)
+        without_search = plan.flops is not None and not plan.search
+        choices = {
+            "plan": Path(plan.file).stem if plan.file else None,
+            "f": plan.flops,
+            "t": plan.latency,
+            "r": ratio,
+            "s": plan.stages,
+            "": plan.importance if plan.importance != "clip" else None,
+            "no-align": "" if plan.align is False else None,
+            "no-reconstruct": "" if options.reconstruct is False else None,
+            "reconstruct": "" if options.reconstruct and options.data.data is None else None,
+            "gap-": options.gap,
+            "seed": options.data.seed or None,
+            **self.loading,
+            "ft": options.finetune.recipe.epochs if options.finetune else None,
+            "no-search": "" if without_search else None,
+            "by-labels": "" if plan.by_labels else None,
+        }
+        return Path("compressed", folder_name(checkpoint, choices))
 
 
-def gap_source(setup: Setup, images: Images, planned: str | None = None) -> str:
-    """The gap source: as told, else as planned, else calibrated where the images are the user's."""
-    return setup.gap or planned or ("bias" if images.stand_in else "calibrated")
-
-
-def plan_for_budget(
-    model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
-) -> Plan:
-    """The plan that prunes every stage alike and least, so that `budget` of the FLOPs (`full`) is left.
-
-    Args:
-        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction, see `corrections_reserve`.
+def find_plan(model: TokenModel, request: PruneRequest) -> tuple[Plan, SearchResult | None]:
+    """The plan that is asked for, and the search that found it, if there was one.
 
     Raises:
-        BudgetError: these stages cannot reach it.
+        BudgetError: a budget that cannot be reached. InputError: a plan that does not fit the model.
     """
-    stages = tuple(stages or default_stages(len(model.blocks)))
-    make_plan(model, stages=stages, **options)  # speaks up about stages before they are counted with
-    least = reachable(model, stages) + reserve
-    if not least <= budget < 1:
-        raise BudgetError(
-            f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
-            f"leaves between {least:.1%} and 100%"
-        )
-    ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
-    return make_plan(model, stages=stages, ratio=ratio, **options)
+    wanted, options = request.plan, request.options
+    if wanted.file is not None:
+        return Plan.read(wanted.file).validate(len(model.blocks)), None
+    if wanted.searches:
+        images = choose_images(model, options.data, options.finetune is not None)
+        gap, reconstruct = images.gap_source(options.gap), images.wants_reconstruction(options.reconstruct)
+        request = wanted.search_request()
+        result = search_plan(model, request, images, options.data, gap=gap, reconstruct=reconstruct)
+        return result.plan, result
+    parts = {"importance": wanted.importance or "clip", "alignment": wanted.align is not False}
+    parts |= {"stages": wanted.stages, "seed": options.data.seed}
+    if wanted.flops is None:
+        ratio = wanted.ratio or (DEFAULT_RATIO,)
+        return make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts), None
+    make_plan(model, **parts)  # reports bad stages before the range is computed from them
+    stages = wanted.stages or default_stages(len(model.blocks))
+    images = choose_images(model, options.data, options.finetune is not None)
+    reserve = corrections_share(model, stages) if images.wants_reconstruction(options.reconstruct) else 0.0
+    lowest = smallest_share(model, stages) + reserve
+    line(f"reachable with stages {','.join(map(str, stages))}: {lowest:.1%} to 100%")
+    return plan_for_budget(model, wanted.flops, reserve=reserve, **parts), None
 
 
-def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
-    """Default name of a compressed model: the checkpoint's, then what was chosen: `vim-r0.30-s2-4-6-seed1`.
+def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dict[str, Any]:
+    """Find the plan that is asked for and compress the model by it; returns the report in the folder.
+
+    Raises:
+        BudgetError: a budget that cannot be reached. InputError: data, plan or output that cannot be used.
+    """
+    if request.plan.searches:  # before the long work
+        target.check(model, request.options.data)
+    plan, search = find_plan(model, request)
+    options = request.options
+    return compress(model, plan, target.path, options, command=target.command, force=target.force, search=search)
+
+
+def preview_request(model: TokenModel, request: PruneRequest) -> dict[str, Any]:
+    """What the plan that is asked for would do, as `preview` has it, with the `search` that found it."""
+    plan, search = find_plan(model, request)
+    value = preview(model, plan)
+    return value if search is None else {**value, "search": search.record}
+
+
+def compress(
+    model: TokenModel,
+    plan: Plan,
+    output: str | Path,
+    options: CompressOptions = CompressOptions(),
+    *,
+    command: str = "",
+    force: bool = False,
+    search: SearchResult | None = None,
+) -> dict[str, Any]:
+    """Calibrate, prune, reconstruct, measure and write a folder; with `options.finetune`, fine-tune and write it again.
+
+    In several processes (`ssmcompress.processes`) each works on its share of the images, and the main one writes.
 
     Args:
-        choices: label -> what was chosen (a text, a number or several), None where nothing was.
+        model: dense, from `load`.
+        plan: from `make_plan`, `plan_for_budget`, a search or a file.
+        output: the folder to write; nothing is left there if anything fails before it is complete.
+        command: recorded as how it was made.
+        force: replace `output` if ssmcompress wrote it.
+        search: the search that found the plan, for the report.
+
+    Returns:
+        The report that is in the folder.
+
+    Raises:
+        InputError: data, plan or output that cannot be used.
     """
+    plan.validate(len(model.blocks))
+    target = Target(Path(output), force, command)
+    target.check(model, options.data)
+    images = choose_images(model, options.data, options.finetune is not None)
+    pruned, report = _prune_folder(model, plan, images, target, options, search)
+    if options.finetune is None:
+        return report
+    processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
+    again = FinetuneTarget(target.path, force=True, command=command, inside=target.path)
+    return tune_folder(pruned, again, options.finetune, options.data, options.measure, dense=model, earlier=report)
 
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
-        return "-".join(map(text, value)) if isinstance(value, tuple) else str(value)
 
-    path = Path(checkpoint)
-    name = path.resolve().name if path.is_dir() else path.stem  # a folder may be called "."; a link keeps its name
-    return "-".join([name, *(label + text(value) for label, value in choices.items() if value is not None)])
+def _prune_folder(
+    model: TokenModel,
+    plan: Plan,
+    images: CalibrationImages,
+    target: Target,
+    options: CompressOptions,
+    search: SearchResult | None,
+) -> tuple[TokenModel, dict[str, Any]]:
+    """Write the pruned folder; returns the model and the report that are in it."""
+    calibration, together = images.calibration, processes.count() > 1
+    plan = Plan(plan.stages, plan.alignment, images.gap_source(options.gap, plan.gap), plan.seed)
+    refit = (
+        Reconstruct(required=bool(options.reconstruct)) if images.wants_reconstruction(options.reconstruct) else None
+    )
+    context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
+    snapshots = run_steps(pruning_steps(plan, refit), context)
+    measured = measure_models(name_columns(model, snapshots), images.measured, options.measure, together)
+    pruned = measured.models["pruned"]
+    pruned.made_by = MadeBy(target.command, versions())
+    sections = {
+        "calibration": calibration_section(pruned.plan, calibration),
+        "reconstruction": reconstruction_section(pruned, context.seconds.get("reconstructed", 0.0)),
+    }
+    files = dict(context.files)
+    if search is not None:
+        sections["search"] = search.record
+        files[SENSITIVITY_FILE] = search.sensitivity.to_json().encode()
+    overlap = len(images.measured.digests & calibration.digests)
+    report = make_report(measured, overlap, sections, target.command)
+    write_folder(target, measured, report, files)
+    return pruned, report
 
 
 def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
-    """What a plan would do to a model, without images: a JSON value that `--plan` takes, too."""
+    """What a plan would do to a model, without images: a JSON object that is itself read as a plan."""
     dense = flops(model)
     pruned = install(copy.deepcopy(model), Plan(plan.stages, plan.alignment, seed=plan.seed))
     return {
@@ -145,242 +296,3 @@ def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
         "dense": {"flops": dense},
         "pruned": {"flops": flops(pruned)},
     }
-
-
-def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
-    """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
-    counts = model.token_counts()
-    return [
-        {"after": s.after, "kept": counts[s.after], "of": counts[s.after - 1], "importance": s.importance}
-        for s in model.plan.stages
-    ]
-
-
-def compress(
-    model: TokenModel,
-    plan: Plan,
-    output: str | Path,
-    setup: Setup = Setup(),
-    *,
-    command: str = "",
-    force: bool = False,
-    found: Mapping[str, Any] | None = None,
-    extra: Mapping[str, bytes] | None = None,
-) -> dict[str, Any]:
-    """Calibrate, prune, reconstruct, measure and write a folder; returns the report that is in it.
-
-    With a recipe, the model in that folder is then fine-tuned and replaced (`ssmcompress.jobs.finetune`). In several
-    processes (`ssmcompress.processes`) each works on its share of the images, and the first one writes.
-
-    Args:
-        model: dense, from `load`.
-        plan: from `make_plan`, `plan_for_budget` or a file.
-        output: the folder to write; nothing is left there if anything fails.
-        command: recorded as how it was made.
-        force: replace `output` if ssmcompress wrote it.
-        found: how the plan was searched for, for the report. extra: further files of the folder, name -> content.
-
-    Raises:
-        InputError: data, plan or output that cannot be used.
-    """
-    output = Path(output)
-    plan.validate(len(model.blocks))
-    check_output(model, output, setup, force)
-    several = processes.count() > 1
-    calibration, measured = calibration_and_measured(model, setup)
-    gap = gap_source(setup, calibration.source, plan.gap)
-    plan = calibrate(model, calibration, plan, gap=gap, name=calibration.source.name, distributed=several)
-    calibration.sync()
-    models = {"dense": model}
-    if plan.alignment != UNALIGNED:
-        models["naive"] = prune(model, replace(plan, alignment=UNALIGNED))
-    models["pruned"] = pruned = prune(model, plan)
-    wanted = setup.reconstruct
-    if wanted is None:  # images that are all the same can be calibrated on, but show nothing to reconstruct by
-        wanted = not calibration.source.stand_in and len(calibration.digests) > 1
-    begun = time.perf_counter()
-    rebuilt = pruned
-    if wanted:
-        rebuilt = reconstruct(pruned, model, calibration, name=calibration.source.name, distributed=several)
-    seconds = time.perf_counter() - begun
-    if rebuilt.find_record("reconstruction") is not None:
-        models["aligned" if "naive" in models else "naive"] = models.pop("pruned")
-        models["pruned"] = pruned = rebuilt
-    results = measure(models, measured, dtype=setup.dtype, distributed=several)
-    measured.sync()
-    overlap = len(measured.digests & calibration.digests)
-    pruned.made_by = MadeBy(command, versions())
-    reconstruction = _reconstruction_block(pruned, seconds)
-    about = {"calibration": _calibration_block(plan, calibration), "reconstruction": reconstruction}
-    about |= {"search": dict(found)} if found else {}
-    report = write_measured(
-        models, results, measured, overlap, about, output, setup, command=command, force=force, extra=extra
-    )
-    if setup.recipe is None:
-        return report
-    from .finetune import finetune_folder
-
-    processes.barrier()  # until the first has written
-    written = load(output, device=next(model.parameters()).device)
-    return finetune_folder(written, output, setup, dense=model, inside=output, force=True, command=command)
-
-
-def check_output(model: TokenModel, output: str | Path, setup: Setup, force: bool) -> None:
-    """An InputError where `output` cannot be written, before the long work."""
-    inputs = [setup.data, setup.eval_data]
-    if model.source is not None:
-        inputs += [model.source.path, model.source.data]
-    if processes.is_main():
-        check_target(Path(output), force, inputs)
-
-
-def write_measured(
-    models: Mapping[str, TokenModel | None],
-    results: Mapping[str, Evaluation],
-    measured: Batches,
-    overlap: int,
-    about: Mapping[str, Any],
-    output: Path,
-    setup: Setup,
-    *,
-    command: str,
-    force: bool,
-    extra: Mapping[str, bytes] | None = None,
-    earlier: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the folder of `models["pruned"]` with its report, in the first process; returns the report, {} in others.
-
-    Args:
-        models, results: by name, as reports have them in their columns; "dense" may be None, if it is gone.
-        overlap: how many of the measured images something was learnt from.
-        about: further blocks of the report. extra: further files, name -> content.
-        earlier: the report of a model that this one was made from: what it measured on the same images is taken over.
-    """
-    if not processes.is_main():
-        return {}
-    pruned = models["pruned"]
-    sample = next(iter(measured)).images.to(next(pruned.parameters()).device)
-    times = {}
-    if setup.measure_latency:
-        timed = {name: models[name] for name in ("dense", "pruned") if models.get(name) is not None}
-        with autocast(sample.device, setup.dtype):
-            times = latency(timed, sample[:1])
-    blocks = {
-        name: _model_block(model, results[name], times.get(name)) if model is not None else _gone(pruned)
-        for name, model in models.items()
-    }
-    data = _data_block(measured, results["pruned"], overlap)
-    if earlier and {**earlier["data"], "overlap": overlap} == data:
-        blocks = {name: earlier[name] for name in reports.columns(earlier) if name != "pruned"} | blocks
-    report = {
-        "data": data,
-        **blocks,
-        "agreement": {"top1": results["pruned"].agreement, "kl": results["pruned"].kl},
-        "stages": stage_rows(pruned),
-        "alignment": _alignment_block(pruned),
-        **about,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "latency": latency_settings(sample.device) if times else None,
-        "command": command,
-        "versions": versions(),
-    }
-    if not measured.source.stand_in:
-        pruned.source = replace(pruned.source or Source("", ""), data=_lasting_name(measured.source.name))
-    files = {
-        reports.REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
-        reports.PICTURE_FILE: kept_tokens(pruned, sample),
-        "README.md": reports.to_card(report, output.name, picture=True).encode(errors="replace"),
-    }
-    save(pruned, output, extra={**files, **(extra or {})}, force=force)
-    return report
-
-
-def calibration_and_measured(model: TokenModel, setup: Setup) -> tuple[Batches, Batches]:
-    """Images to calibrate on and, as far as they are not told apart, other images to measure on."""
-    if setup.samples < 1:
-        raise InputError(f"samples {setup.samples}: expected at least 1")
-    images = model.find_images(setup.data)
-    if setup.eval_data is None:
-        if len(images) < 2:
-            raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
-        if setup.recipe is None:
-            chosen, rest = sample_indices(len(images), min(setup.samples, len(images) // 2), setup.seed)
-        else:
-            learnt, rest = apart(len(images), setup.seed)
-            chosen = [learnt[i] for i in sample_indices(len(learnt), setup.samples, setup.seed)[0]]
-        if not any(images.readable(i) for i in chosen):  # of a few images, those drawn may be the damaged ones
-            spare = [i for i in rest if images.readable(i)][:1]
-            chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
-        others = images
-    else:
-        chosen, _ = sample_indices(len(images), setup.samples, setup.seed)
-        others = open_images(setup.eval_data, model.config.num_classes)
-        rest = range(len(others))
-    return (
-        Batches(images, model.transform(), processes.shard(chosen), setup.batch_size, setup.workers),
-        Batches(others, model.transform(), processes.shard(rest), setup.batch_size, setup.workers),
-    )
-
-
-def apart(images: int, seed: int) -> tuple[list[int], list[int]]:
-    """(indices to learn from, a tenth and at most 5,000 to measure on) of so many images, the same in every command."""
-    measured, learnt = sample_indices(images, min(5000, max(1, images // 10)), seed)
-    return learnt, measured
-
-
-def _gone(pruned: TokenModel) -> dict[str, Any]:
-    """The block of a dense model that is not there any more."""
-    return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
-
-
-def _data_block(measured: Batches, result: Evaluation, overlap: int) -> dict[str, Any]:
-    return {
-        "name": measured.source.name,
-        "images": result.images,
-        "labelled": result.labelled,
-        "overlap": overlap,
-        "unreadable": measured.unreadable_names(),
-    }
-
-
-def _calibration_block(plan: Plan, calibration: Batches) -> dict[str, Any]:
-    """Also how often each stage kept each position, and its mean score: lists over positions."""
-    seen = plan.calibration
-    return {
-        "name": seen.name,
-        "images": seen.images,
-        "unreadable": calibration.unreadable_names(),
-        "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
-        "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
-    }
-
-
-def _alignment_block(model: TokenModel) -> dict[str, Any]:
-    """What is aligned; of a mean that is read out too, where there is one."""
-    alignment = model.plan.alignment
-    block = {"conv": alignment.conv, "scan": alignment.scan, "gap": model.plan.gap if alignment.scan else None}
-    return block | ({"pool": alignment.pool} if model.pools else {})
-
-
-def _reconstruction_block(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    """Also the seconds it took, and the rank of each layer's correction."""
-    record = model.find_record("reconstruction")
-    if record is None:
-        return None
-    ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
-    return {**asdict(record), "seconds": round(seconds, 2), "correction_ranks": ranks}
-
-
-def _model_block(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
-    return {
-        "top1": result.top1,
-        "top5": result.top5,
-        "flops": flops(model),
-        "params": sum(p.numel() for p in model.parameters()),
-        "latency_ms": milliseconds,
-    }
-
-
-def _lasting_name(name: str) -> str:
-    """A data set's name as it is found from any working directory."""
-    return str(Path(name).absolute()) if Path(name).exists() else name

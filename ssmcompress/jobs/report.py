@@ -1,36 +1,140 @@
-"""The report of a compression, as JSON, a table, a web page and a model card."""
+"""The report of a compression as JSON: its sections, and reading it back."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.batches import Batches
 from ..errors import InputError
+from ..evaluation.flops import dense_flops, flops
+from ..evaluation.latency import latency_settings
+from ..evaluation.measure import Evaluation
 from ..files import write_file
-from ..models.checkpoint import CONFIG_FILE
+from ..models.base import TokenModel
+from ..models.checkpoint import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
+from ..pruning.plan import Plan
+from . import report_text as text
+from .measuring import Measured
 
 if TYPE_CHECKING:
     from ..export.onnx import Exported
 
 REPORT_FILE = "report.json"
-PICTURE_FILE = "kept_tokens.png"
-HISTORY_FILE = "finetuning.png"
-COLUMNS = ("dense", "naive", "aligned", "reconstructed", "before", "pruned")
-Report = Mapping[str, Any]
 
 
-def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
+def make_report(
+    measured: Measured,
+    overlap: int | None,
+    sections: Mapping[str, Any],
+    command: str,
+    earlier: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The report of `measured.models["pruned"]`, a JSON object.
+
+    Args:
+        overlap: how many of the measured images something was learnt from; None: that is not known.
+        sections: further sections: `calibration`, `reconstruction` and whatever else there is to tell.
+        earlier: the report of a model that this one was made from: what it measured on the same images is copied.
+    """
+    pruned, result = measured.models["pruned"], measured.results["pruned"]
+    blocks = {
+        name: model_section(model, measured.results[name], measured.milliseconds.get(name))
+        if model is not None
+        else missing_section(pruned)
+        for name, model in measured.models.items()
+    }
+    data = data_section(measured.images, result, overlap)
+    if earlier and {**earlier["data"], "overlap": overlap} == data:
+        blocks = {name: earlier[name] for name in text.columns(earlier) if name != "pruned"} | blocks
+    device = next(pruned.parameters()).device
+    return {
+        "data": data,
+        **blocks,
+        "agreement": {"top1": result.agreement, "kl": result.kl},
+        "stages": stage_rows(pruned),
+        "alignment": alignment_section(pruned),
+        **sections,
+        "dtype": measured.options.dtype,
+        "latency": latency_settings(device) if measured.milliseconds else None,
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def model_section(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "flops": flops(model),
+        "params": sum(p.numel() for p in model.parameters()),
+        "latency_ms": milliseconds,
+    }
+
+
+def missing_section(pruned: TokenModel) -> dict[str, Any]:
+    """The block of a dense model that is not there any more."""
+    return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
+
+
+def data_section(measured: Batches, result: Evaluation, overlap: int | None) -> dict[str, Any]:
+    return {
+        "name": measured.source.name,
+        "images": result.images,
+        "labelled": result.labelled,
+        "overlap": overlap,
+        "unreadable": measured.unreadable_names(),
+    }
+
+
+def calibration_section(plan: Plan, calibration: Batches) -> dict[str, Any]:
+    """Also how often each stage kept each position, and its mean score: lists over positions."""
+    seen = plan.calibration
+    return {
+        "name": seen.name,
+        "images": seen.images,
+        "unreadable": calibration.unreadable_names(),
+        "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
+        "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
+    }
+
+
+def alignment_section(model: TokenModel) -> dict[str, Any]:
+    """What is aligned; of a mean that is read out too, where there is one."""
+    alignment = model.plan.alignment
+    block = {"conv": alignment.conv, "scan": alignment.scan, "gap": model.plan.gap if alignment.scan else None}
+    return block | ({"pool": alignment.pool} if model.pools else {})
+
+
+def reconstruction_section(model: TokenModel, seconds: float) -> dict[str, Any] | None:
+    """Also the seconds it took, and the rank of each layer's correction."""
+    record = model.find_record("reconstruction")
+    if record is None:
+        return None
+    ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
+    return {**asdict(record), "seconds": round(seconds, 2), "correction_ranks": ranks}
+
+
+def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
+    """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
+    counts = model.token_counts()
+    return [
+        {"after": s.after, "kept": counts[s.after], "of": counts[s.after - 1], "importance": s.importance}
+        for s in model.plan.stages
+    ]
+
+
+def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     """(model, its report): of a folder, of a .safetensors file that carries one, or of the newest folder."""
-    path = Path(model) if model is not None else newest()
+    path = Path(model) if model is not None else find_newest()
     file = path / REPORT_FILE if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8") if path.is_dir() else read_metadata(file)["ssmcompress_report"]
-        report = json.loads(text, parse_constant=_no_constant)
+        content = file.read_text(encoding="utf-8") if path.is_dir() else read_metadata(file)["ssmcompress_report"]
+        report = json.loads(content, parse_constant=_no_constant)
     except (FileNotFoundError, KeyError) as error:
         raise InputError(f"no {REPORT_FILE} in {path}: expected a model that `ssmcompress prune` wrote") from error
     except InputError as error:
@@ -40,7 +144,7 @@ def read(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        rows(report), notes(report), fits(report)
+        text.rows(report), text.notes(report), text.fits(report)
         json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
@@ -51,7 +155,7 @@ def record_export(model: str | Path, file: Path, result: Exported) -> None:
     """Note an ONNX file under `onnx` in the report of the folder it was made from; where there is none, do nothing."""
     folder = Path(model)
     try:
-        report = read(folder)[1] if folder.is_dir() else None
+        report = read_report(folder)[1] if folder.is_dir() else None
     except InputError:  # a model without a report is a model all the same
         return
     if report is not None:
@@ -64,159 +168,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def newest(root: Path = Path("compressed")) -> Path:
+def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
+    """Write the report of a folder or file as a web page that stands alone."""
+    picture = model / text.PICTURE_FILE
+    page = text.to_html(report, model.name, picture.read_bytes() if picture.is_file() else None)
+    write_file(file, page.encode(), force)
+
+
+def find_newest(root: Path = Path("compressed")) -> Path:
     """The compressed model under `root` that was written last."""
     folders = [file.parent for file in root.glob(f"*/{CONFIG_FILE}") if not file.parent.name.startswith(".")]
     if not folders:
         raise InputError(f"no compressed model under {root}/: name one, or run `ssmcompress prune` first")
     return max(folders, key=lambda folder: (folder / CONFIG_FILE).stat().st_mtime_ns)
-
-
-def rows(report: Report) -> list[tuple[str, list[str]]]:
-    """The table: (quantity, a cell for each of `columns`)."""
-    models = [report[name] for name in columns(report)]
-    agreement = report.get("agreement") or {}
-
-    def line(key: str, form: str) -> list[str]:
-        return [_cell(model.get(key), form) for model in models]
-
-    table = [
-        ("top-1", line("top1", "{:.2f} %")),
-        ("top-5", line("top5", "{:.2f} %")),
-        ("GFLOPs, full", [_flops(model, report, "full") for model in models]),
-        ("GFLOPs, paper", [_flops(model, report, "paper") for model in models]),
-        ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
-        ("parameters", line("params", "{:,}")),
-    ]
-    blank = [""] * (len(models) - 1)
-    table.append(("same class as dense", [*blank, _cell(agreement.get("top1"), "{:.2f} %")]))
-    table.append(("KL from dense", [*blank, _cell(agreement.get("kl"), "{:.4f} nats")]))
-    return [(name, cells) for name, cells in table if any(cell not in ("", "-") for cell in cells)]
-
-
-def columns(report: Report) -> list[str]:
-    """The models that a report compares, the last of them the one that it is about.
-
-    `naive` is the pruned one without alignment, `aligned` with old weights, `reconstructed` with refitted ones before
-    it was fine-tuned, `before` one that had been fine-tuned already.
-    """
-    return [name for name in COLUMNS if report.get(name)]
-
-
-def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """What reconstruction left, a table: (the maps it refits in a layer, (layer, a cell for each of them) for each).
-
-    A cell holds the share that a map misses of what it should give, on held-out images, before and after.
-    """
-    layers: dict[str, dict[str, str]] = {}
-    for fit in (report.get("reconstruction") or {}).get("fits", ()):
-        layer, _, name = fit["weight"].rpartition(".")
-        layers.setdefault(layer or name, {})[name] = f"{fit['before']:.1%} -> {fit['after']:.1%}"
-    names = list(dict.fromkeys(name for cells in layers.values() for name in cells))
-    return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]
-
-
-def notes(report: Report) -> list[str]:
-    """What the figures were measured on, and how the model was pruned, in sentences."""
-    data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
-    stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
-    metrics = ", ".join(sorted({s["importance"] for s in report["stages"]}))
-    aligned = [name for name in ("conv", "scan") if alignment.get(name)]
-    lines = [
-        f"kept: {stages} (importance {metrics})",
-        f"alignment: {' and '.join(aligned) or 'none'}"
-        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
-        + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
-    ]
-    if data["labelled"]:
-        lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
-    else:
-        lines.append(
-            f"accuracy was not measured: {data['name']} has no labels; agreement with the dense model on "
-            f"{data['images']} images"
-        )
-    if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
-        lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
-    if data.get("overlap"):
-        lines.append(f"{data['overlap']} of the measured images were also calibrated on")
-    elif data.get("overlap", 0) is None:
-        lines.append("some of the measured images may have been calibrated on before the model was fine-tuned")
-    if calibration.get("images"):
-        use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
-        lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
-    if refit := report.get("reconstruction"):
-        new = sum(bool(fit["ridges"]) for fit in refit["fits"])
-        lines.append(
-            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
-            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
-            f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
-            + ("" if refit["kept"] else ", no closer: the old weights were kept")
-        )
-    if tuned := report.get("finetuning"):
-        lines.append(_finetuning_note(tuned))
-    if onnx := report.get("onnx"):
-        lines.append(
-            f"ONNX ({onnx['file']}): opset {onnx['opset']}, {onnx['dtype']} weights, scan as {onnx['scan']}; largest "
-            f"difference {onnx['max_difference']:.2g} on {onnx['images']} images, {onnx['top1_agreement']:.1f}% in the "
-            "same class"
-        )
-        times = {(row["model"], row["by"], row["batch"]): row["ms"] for row in onnx.get("latency") or ()}
-        if times:
-            listed = [
-                f"{name} {ms:.1f}" for (name, by, batch), ms in times.items() if (by, batch) == ("onnxruntime", 1)
-            ]
-            lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms")
-    if timing := report.get("latency"):
-        lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
-    return lines
-
-
-def _finetuning_note(tuned: Mapping[str, Any]) -> str:
-    taught = [name for name in ("labels", "teacher") if tuned[name]]
-    chosen = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
-    chosen = chosen if tuned["epoch"] else " as before, for those of no epoch did better"
-    chosen += ", averaged" if tuned["averaged"] else ""
-    chosen += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
-    return (
-        f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
-        f"{' and '.join(taught)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
-        f"{tuned['seconds']:.0f} s; weights{chosen}"
-    )
-
-
-def to_html(report: Report, title: str, picture: bytes | None) -> str:
-    """A web page that stands alone, the picture of kept tokens inside it."""
-    image = base64.b64encode(picture).decode() if picture else None
-    return _render("report.html", report, title=title, picture=image)
-
-
-def to_card(report: Report, title: str, picture: bool) -> str:
-    """The README.md of a compressed model's folder."""
-    return _render("card.md", report, title=title, picture=PICTURE_FILE if picture else None)
-
-
-def _render(template: str, report: Report, **values: Any) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("ssmcompress.jobs"),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(
-        report=report, columns=columns(report), rows=rows(report), notes=notes(report), fits=fits(report), **values
-    )
-
-
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _flops(model: Report, report: Report, convention: str) -> str:
-    if not model.get("flops"):
-        return "-"
-    value, dense = model["flops"][convention], report["dense"]["flops"][convention]
-    return f"{value:.4g}" if value == dense else f"{value:.4g} ({value / dense - 1:+.1%})"

@@ -15,18 +15,18 @@ from .. import processes
 from ..compression.calibrate import gap_deltas
 from ..compression.saliency import fit_probes
 from ..compression.search.propose import Candidate, propose
-from ..compression.search.proxy_loss import Collector, mean_losses, total_loss
-from ..compression.search.sensitivity import METRICS, Sensitivity, candidates, measure_sensitivity
-from ..data.batches import Batches, sample_indices
+from ..compression.search.proxy_loss import Collector, average_losses, sum_losses
+from ..compression.search.sensitivity import METRICS, Sensitivity, candidate_layers, measure_sensitivity
+from ..data.batches import Batches, LabelledBatch, sample_indices
 from ..errors import BudgetError, InputError
-from ..evaluation.flops import reachable, remaining_share
+from ..evaluation.flops import corrections_share, remaining_share, smallest_share
 from ..evaluation.latency import latency
 from ..models.base import TokenModel
 from ..models.rewrite import prune
 from ..progress import line, track
 from ..pruning.alignment import Alignment
-from ..pruning.plan import LEAST_KEPT, Calibration, Plan, Stage
-from .prune import Setup, calibration_and_measured, corrections_reserve, gap_source, reconstruction_wanted
+from ..pruning.plan import MAX_RATIO, Calibration, Plan, Stage
+from .images import CalibrationImages, DataOptions, make_batches
 
 # Plans that are run before one is chosen, and images that sensitivities are measured on.
 RUN = 12
@@ -38,7 +38,7 @@ SLACK = (0.955, 0.99)
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """What a search is asked for.
 
     Attributes:
@@ -59,58 +59,69 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A plan, the sensitivities it was found with, and a JSON value that tells how."""
+class SearchResult:
+    """A plan, the sensitivities that it was found with, and a JSON object that describes the search."""
 
     plan: Plan
     sensitivity: Sensitivity
     record: dict[str, Any]
 
 
-def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
-    """The plan that is expected to lose least within a budget.
+def search_plan(
+    model: TokenModel,
+    request: SearchRequest,
+    images: CalibrationImages,
+    data: DataOptions,
+    *,
+    gap: str,
+    reconstruct: bool,
+) -> SearchResult:
+    """Search for the plan that is expected to lose least within a budget.
 
-    Sensitivities (`ssmcompress.compression.search.sensitivity`) are measured on every second of the calibration images, while
-    gap deltas and probes come from the others; the best plans of the search are then run on the former, and so are
-    other metrics at the stages of the best one. All of it before reconstruction, see `ssmcompress.compression.search.proxy_loss`.
+    Sensitivities (`ssmcompress.compression.search.sensitivity`) are measured on every second of the calibration images;
+    gap deltas and probes come from the others. The best plans of the search are then run on the former, and so are
+    other metrics at the stages of the best one. All of this happens before reconstruction, see
+    `ssmcompress.compression.search.proxy_loss`.
+
+    Args:
+        images: the images to calibrate on. data: how they were chosen and are read.
+        gap: gap source. reconstruct: whether the model will be reconstructed, for which a budget leaves room.
 
     Raises:
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
     """
-    begun = time.perf_counter()
-    refit = reconstruction_wanted(model, setup.data, setup.reconstruct)
-    sensitivity = _measured_earlier(model, request, refit) if request.sensitivity is not None else None
+    begin = time.perf_counter()
+    sensitivity = _read_sensitivity(model, request, reconstruct) if request.sensitivity is not None else None
     depth = len(model.blocks)
-    known = sensitivity.layers if sensitivity else candidates(depth)
+    known = sensitivity.layers if sensitivity else candidate_layers(depth)
     layers = tuple(request.stages or known)
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
     metrics = (request.importance,) if request.importance else sensitivity.metrics if sensitivity else METRICS
-    reserve = corrections_reserve(model, layers, setup.data, setup.reconstruct)
-    lowest = reachable(model, layers) + reserve
+    reserve = corrections_share(model, layers) if reconstruct else 0.0
+    lowest = smallest_share(model, layers) + reserve
     if request.flops is not None:
         line(f"reachable: {lowest:.1%} to 100% of the FLOPs")
-        _within(request.flops, lowest, "FLOPs")
-    trial = _Trial(model, request, setup, refit)
+        _check_range(request.flops, lowest, "FLOPs")
+    trial = _Trial(model, request, images, data, gap=gap, refit=reconstruct)
     line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
     plan = trial.fit(layers if "saliency" in metrics else ())
     measuring = time.perf_counter()
     if sensitivity is None:
         sensitivity = measure_sensitivity(
             model,
-            trial.images,
-            trial.labels,
+            LabelledBatch(trial.images, trial.labels),
             plan=plan,
             layers=layers,
             metrics=metrics,
-            refit=refit,
+            refit=reconstruct,
             name=trial.name,
             distributed=trial.several,
         )
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
     measured = time.perf_counter() - measuring
-    usable = sensitivity.only(request.stages, (request.importance,) if request.importance else None)
+    usable = sensitivity.select(request.stages, (request.importance,) if request.importance else None)
     timed = None
     if request.flops is not None:
         budget = request.flops - reserve
@@ -132,16 +143,16 @@ def search_plan(model: TokenModel, request: Request, setup: Setup) -> Found:
         "flops": best["flops"],
         "latency": timed["reached"] if timed else None,
         "tried": tried,
-        "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begun, 2)},
+        "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begin, 2)},
     }
     stages = tuple(Stage(**stage) for stage in best["stages"])
-    return Found(Plan(stages, request.alignment, seed=setup.seed), sensitivity, record)
+    return SearchResult(Plan(stages, request.alignment, seed=data.seed), sensitivity, record)
 
 
-def _measured_earlier(model: TokenModel, request: Request, refit: bool) -> Sensitivity:
+def _read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:
     """The sensitivity of a file, if it was measured for what is asked for now."""
     found = Sensitivity.read(request.sensitivity)
-    found.belongs_to(model)
+    found.check_model(model)
     objective = "labels" if request.labels else "kl"
     for what, ours, theirs in (
         ("alignment", request.alignment, found.alignment),
@@ -153,7 +164,7 @@ def _measured_earlier(model: TokenModel, request: Request, refit: bool) -> Sensi
     return found
 
 
-def _within(share: float, lowest: float, what: str) -> None:
+def _check_range(share: float, lowest: float, what: str) -> None:
     if not lowest <= share < 1:
         raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves between {lowest:.1%} and 100%")
 
@@ -161,23 +172,31 @@ def _within(share: float, lowest: float, what: str) -> None:
 class _Trial:
     """The images of a search, and plans run on them."""
 
-    def __init__(self, model: TokenModel, request: Request, setup: Setup, refit: bool):
-        self.model, self.setup, self.request, self.refit = model, setup, request, refit
+    def __init__(
+        self,
+        model: TokenModel,
+        request: SearchRequest,
+        images: CalibrationImages,
+        data: DataOptions,
+        *,
+        gap: str,
+        refit: bool,
+    ):
+        self.model, self.seed, self.request, self.refit = model, data.seed, request, refit
         self.several = processes.count() > 1
         if self.several and request.latency is not None:
             raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
-        calibration, _ = calibration_and_measured(model, setup)
-        self.name = calibration.source.name
-        if request.labels and calibration.source.labels is None:
+        self.name = images.source.name
+        if request.labels and images.source.labels is None:
             raise InputError(f"{self.name} has no labels to judge by")
-        count = len(calibration.index)
-        chosen = [calibration.index[i] for i in sample_indices(count, min(count, 2 * request.images), setup.seed)[0]]
-        images, labels = _read(Batches(calibration.source, model.transform(), chosen, setup.batch_size, setup.workers))
+        index = images.calibration.index
+        chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
+        images, labels = _read(make_batches(model, images.source, [index[i] for i in chosen], data))
         measured = slice(0, None, 2)
         self.images = images[measured][: request.images]
         self.labels = labels[measured][: request.images] if request.labels else None
         self.others = images[1::2] if len(images) > 1 else images
-        self.gap = gap_source(setup, calibration.source) if request.alignment.scan else "bias"
+        self.gap = gap if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
         self.device, self.size = next(model.parameters()).device, model.chunk_size()
 
@@ -187,7 +206,7 @@ class _Trial:
         deltas = gap_deltas(model, self.others, self.gap, self.several)
         probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
         calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
-        return Plan((), self.request.alignment, self.gap, self.setup.seed, calibration)
+        return Plan((), self.request.alignment, self.gap, self.seed, calibration)
 
     @torch.no_grad()
     def loss(self, plan: Plan) -> float:
@@ -200,8 +219,8 @@ class _Trial:
                 pruned(part.to(self.device))
         add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
         features = received.take()
-        total = total_loss(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
-        return float(mean_losses([total], len(self.images), add)[0])
+        total = sum_losses(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
+        return float(average_losses([total], len(self.images), add)[0])
 
     def run(
         self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
@@ -255,10 +274,10 @@ def _for_latency(
     model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: _Trial
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
-    fewest = Stage(sensitivity.layers[0], LEAST_KEPT, sensitivity.metrics[0])
+    fewest = Stage(sensitivity.layers[0], MAX_RATIO, sensitivity.metrics[0])
     least = trial.latency_share(replace(plan, stages=(fewest,)))
     line(f"reachable: {least:.1%} to 100% of the latency at batch 1")
-    _within(wanted, least, "latency")
+    _check_range(wanted, least, "latency")
     low, high = lowest, 1.0
     chosen: list[dict[str, Any]] = []
     reached = 0.0

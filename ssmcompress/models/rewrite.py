@@ -1,4 +1,4 @@
-"""Rewriting a model by a plan: pruners next to its blocks, gap deltas in the blocks after them."""
+"""Application of a plan to a model: it adds pruners between the blocks and gap deltas to the blocks after them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import replace
 import torch
 
 from ..errors import InputError
+from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan
 from ..pruning.pruner import TokenPruner
 from .base import TokenModel
 
 
 def prune(model: TokenModel, plan: Plan) -> TokenModel:
-    """A copy of `model` that prunes by `plan`; the argument is left as it is.
+    """Return a copy of `model` that prunes by `plan`; `model` is not changed.
 
     Args:
-        model: a dense model as `load` returns it.
-        plan: from `calibrate`, or made by hand (with `gap="bias"`, no images are needed).
+        model: a dense model from `load`.
+        plan: from `calibrate`, or written by hand (with `gap="bias"`, no images are needed).
 
     Raises:
         InputError: the plan does not fit the model, or the model is pruned already.
@@ -31,21 +32,39 @@ def prune(model: TokenModel, plan: Plan) -> TokenModel:
     return install(copy.deepcopy(model), plan)
 
 
+def align(model: TokenModel, alignment: Alignment) -> TokenModel:
+    """Return a copy of a pruned `model` with another alignment; `model` is not changed.
+
+    Raises:
+        InputError: the model is not pruned, or has no mean over tokens to which `alignment.pool` applies.
+    """
+    if model.plan is None:
+        raise InputError("the model prunes nothing, so there is nothing to align: prune it first")
+    _check_pool(model, alignment)
+    model = copy.deepcopy(model)
+    model.alignment, model.plan = alignment, replace(model.plan, alignment=alignment)
+    return model
+
+
+def _check_pool(model: TokenModel, alignment: Alignment) -> None:
+    if alignment.pool and not model.pools:
+        raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
+
+
 @torch.no_grad()
 def install(model: TokenModel, plan: Plan) -> TokenModel:
     """Put the pruners and gap deltas of `plan` into `model` itself, and return it.
 
-    Probes that the plan does not have are zero, for a file to be read into.
+    Probes that the plan does not have are zeros, to be filled from a file.
     """
     plan.validate(len(model.blocks))
-    if plan.alignment.pool and not model.pools:
-        raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
+    _check_pool(model, plan.alignment)
     if plan.gap is None:
         plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")
     if plan.gap == "calibrated" and plan.calibration is None:
         raise InputError("gap 'calibrated' needs calibration images: use calibrate(), or gap 'bias'")
     for index, stage in enumerate(plan.stages):
-        seed = plan.seed * 1000 + index  # a draw of its own for each stage
+        seed = plan.seed * 1000 + index  # a different draw for each stage
         probe = None
         if stage.importance == "saliency":
             size = model.d_model + model.length

@@ -1,8 +1,8 @@
-"""Pruning-aware alignment: what a scan path needs to know of the positions that were pruned.
+"""Pruning-aware alignment: how a scan path accounts for the positions that were pruned.
 
-ToP-ViM (arXiv 2409.18962) section 4: a pruned position takes part in the decay of the hidden state but brings
-no input. On a path whose kept tokens stand at q_1 < q_2 < ..., g_j = q_j - q_{j-1} - 1 positions are missing
-just before token j, and their delta joins the decay exponent of token j.
+ToP-ViM (arXiv 2409.18962) section 4: a pruned position still decays the hidden state but adds no input. On a path
+whose kept tokens are at positions q_1 < q_2 < ..., g_j = q_j - q_{j-1} - 1 positions are missing just before token j,
+and their delta is added to the decay exponent of token j.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.orders import inverse
+from ..ops.orders import invert_order
 
 GAP_SOURCES = ("calibrated", "bias")
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What is aligned to pruned positions; all off is plain gather-pruning.
+    """Which ops are aligned to pruned positions; with all off, pruning is a plain gather.
 
     Attributes:
-        conv, scan: these ops of the blocks. pool: the mean that a model may read out keeps pruned tokens as they were
-            last seen, instead of leaving them out.
+        conv, scan: whether these ops of the blocks are aligned.
+        pool: whether the mean over tokens that a model reads out includes pruned tokens as they were last seen.
     """
 
     conv: bool = True
     scan: bool = True
     pool: bool = False
+
+
+# Plain pruning: the kept tokens are gathered, and nothing knows of the others.
+UNALIGNED = Alignment(conv=False, scan=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class ScanOrder:
     Attributes:
         visits: (length,) int64, the position visited at each step; None: from the first position to the last, or with
             `reverse` from the last to the first.
-        labels: (length,) int64, what kind of step each one is, for paths that tell their steps apart; else None.
+        labels: (length,) int64, the kind of each step, for paths that distinguish kinds of steps; else None.
     """
 
     visits: Tensor | None = None
@@ -46,26 +50,26 @@ class ScanOrder:
     labels: Tensor | None = None
 
     def over(self, positions: Tensor | None) -> KeptPath:
-        """This path over the tokens at `positions` (batch, kept), strictly increasing; None: over all of them."""
+        """Return this path over the tokens at `positions` (batch, kept), strictly increasing; None: over all tokens."""
         if positions is None:
             return KeptPath(self.visits, self.reverse, self.labels, None)
         if self.visits is None:
             return KeptPath(None, self.reverse, None, gap_steps(positions, self.reverse).float())
-        steps, order = inverse(self.visits)[positions].sort(1)
+        steps, order = invert_order(self.visits)[positions].sort(1)
         labels = None if self.labels is None else self.labels[steps]
         return KeptPath(order, False, labels, gap_steps(steps).float())
 
 
 @dataclass(frozen=True, eq=False)
 class KeptPath:
-    """A scan path over the tokens that are left.
+    """A scan path over the kept tokens.
 
     Attributes:
-        order: (kept,) or (batch, kept) int64, which of the kept tokens each step visits; None: one after the other,
-            with `reverse` from the last to the first.
-        labels: (kept,) or (batch, kept), those that the steps have on the original path.
-        gaps: (batch, kept) float32, pruned positions just before each step; None while nothing is pruned. They are in
-            the order of the steps where there is an `order`, else in token order.
+        order: (kept,) or (batch, kept) int64, the kept token that each step visits; None: from the first token to the
+            last, or with `reverse` from the last to the first.
+        labels: (kept,) or (batch, kept), the labels of the steps on the original path.
+        gaps: (batch, kept) float32, the number of pruned positions just before each step; None while nothing is
+            pruned. They are in the order of the steps if there is an `order`, else in token order.
     """
 
     order: Tensor | None
@@ -75,7 +79,7 @@ class KeptPath:
 
 
 def gap_steps(positions: Tensor, reverse: bool = False) -> Tensor:
-    """Number of pruned positions just before each kept token on a path.
+    """Return the number of pruned positions just before each kept token on a path.
 
     Args:
         positions: (batch, kept) strictly increasing ranks of the kept tokens, counted on the full path.

@@ -1,0 +1,1 @@
+"""One module a command: it builds the request, calls one job, and shows the result."""

@@ -1,0 +1,27 @@
+"""`ssmcompress demo`: the whole chain on what comes with the package."""
+
+from __future__ import annotations
+
+from ..groups import Output, Printing, Processor
+from ..tables import print_json, show_export, show_report, verification_json
+from ..terminal import command_line, progress_bars, say
+
+EXAMPLE = "ssmcompress demo"
+
+
+def demo(output: Output, printing: Printing, processor: Processor) -> None:
+    """Prune, measure and export a small trained Vim that is included."""
+    from ...jobs.demo import DEFAULT_FOLDER, run_demo
+
+    processor.start()
+    folder = output.path(DEFAULT_FOLDER)
+    with progress_bars(printing.quiet):
+        report, exported = run_demo(folder, command=command_line(), force=output.force)
+    file = folder / "model.onnx"
+    if printing.as_json:
+        print_json({**report, "onnx": verification_json(exported, file)})
+    else:
+        show_report(report, False)
+        show_export(exported, file, False)
+    hint = "look at kept_tokens.png there, or run `ssmcompress report --html report.html`"
+    say(f"wrote {folder}; {hint}", printing.quiet)

@@ -1,0 +1,36 @@
+"""`ssmcompress evaluate`: measure a model on images."""
+
+from __future__ import annotations
+
+from ..groups import Data, Dense, Hardware, Load, Measure, Model, Printing
+from ..tables import print_json, show_evaluation
+from ..terminal import find_dense_or_say, progress_bars, say_about_images
+
+EXAMPLE = "ssmcompress evaluate compressed/model-r0.30 --data images"
+
+
+def evaluate(
+    model: Model,
+    load: Load,
+    printing: Printing,
+    hardware: Hardware,
+    measure: Measure,
+    data: Data = None,
+    dense: Dense = None,
+) -> None:
+    """Measure accuracy on images, and agreement with the dense model."""
+    from ...jobs.evaluate import evaluate_model
+    from ...jobs.images import DataOptions
+
+    loaded = load.open(model, hardware)
+    found = None
+    if dense is not None or loaded.plan is not None:
+        found = find_dense_or_say(loaded, dense, "agreement was not measured", printing)
+    options = DataOptions(data, batch_size=measure.batch_size, workers=measure.workers)
+    with progress_bars(printing.quiet):
+        result = evaluate_model(loaded, options, measure.options(), dense=found)
+    if printing.as_json:
+        print_json(result)
+    else:
+        show_evaluation(result)
+    say_about_images(result["data"], printing.quiet)

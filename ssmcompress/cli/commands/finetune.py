@@ -1,0 +1,76 @@
+"""`ssmcompress finetune`: train a pruned model further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ... import processes
+from ...errors import InputError
+from ..groups import (
+    FINETUNING,
+    OUTPUT,
+    Force,
+    Hardware,
+    Load,
+    Measure,
+    ReportPrinting,
+    Training,
+    TrainingImages,
+    option,
+)
+from ..tables import show_report
+from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_data, say_how_to_resume
+
+EXAMPLE = "ssmcompress finetune compressed/model-r0.30 --data images --epochs 2 -o tuned"
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Pruned model, a folder that prune wrote.")],
+    images: TrainingImages,
+    load: Load,
+    training: Training,
+    printing: ReportPrinting,
+    hardware: Hardware,
+    measure: Measure,
+    epochs: Annotated[
+        int | None, option(FINETUNING, min=1, help="Passes over the images. Default: the recipe's, 3.")
+    ] = None,
+    dense: Annotated[
+        str | None, option(FINETUNING, help="Teacher. Default: the dense model that MODEL was made from.")
+    ] = None,
+    teacher: Annotated[
+        bool, option(FINETUNING, "--teacher/--no-teacher", help="Also learn from the dense model.")
+    ] = True,
+    output: Annotated[
+        str | None, option(OUTPUT, "--output", "-o", help="Folder to write; MODEL itself with --force or --resume.")
+    ] = None,
+    resume: Annotated[
+        bool, option(OUTPUT, "--resume", help="Continue an interrupted run; a finished one returns at once.")
+    ] = False,
+    force: Force = False,
+    latency: Annotated[bool, option(OUTPUT, "--latency/--no-latency", help="Time both models at batch 1.")] = True,
+) -> None:
+    """Train a pruned model with the dense one as teacher, labels, or both."""
+    if images.data is None:
+        raise InputError("fine-tuning needs images to learn from: give --data")
+    if output is None:
+        raise InputError("where to write the fine-tuned model: give -o FOLDER")
+    if resume and force:
+        raise InputError("--resume goes on and --force starts afresh: expected one of them")
+    options = training.options(epochs, teacher)
+    from ...jobs.finetune import FinetuneTarget, finetune_folder
+
+    loaded = load.open(model, hardware)
+    found = find_dense_or_say(loaded, dense, "learning from labels alone, agreement will not be measured", printing)
+    target = FinetuneTarget(Path(output), force, command_line(), Path(model), resume)
+    again = f"ssmcompress finetune {model} ... -o {output} --resume"
+    with progress_bars(printing.quiet), say_how_to_resume(target.state, again, printing.quiet):
+        data, measuring = images.options(measure), measure.options(latency)
+        report = finetune_folder(loaded, target, options, data, measuring, dense=found)
+    if processes.is_main():
+        show_report(report, printing.as_json, printing.verbose)
+        say_about_data(report, printing.quiet)
+        say(f"wrote {output}", printing.quiet)

@@ -1,0 +1,67 @@
+"""`ssmcompress prune`: a dense model in, a pruned one in a folder out."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ... import processes
+from ..groups import (
+    OUTPUT,
+    Budget,
+    Checkpoint,
+    FinetuneToo,
+    Hardware,
+    Images,
+    Load,
+    Measure,
+    NoLatency,
+    Output,
+    Pruning,
+    ReportPrinting,
+    option,
+)
+from ..tables import show_preview, show_report
+from ..terminal import command_line, progress_bars, say, say_about_data, say_how_to_resume
+
+EXAMPLE = """
+ssmcompress prune model.pt --ratio 0.3 --data images
+ssmcompress prune model.pt --flops 60% --data images -o compressed/small
+"""
+
+
+def prune(
+    checkpoint: Checkpoint,
+    budget: Budget,
+    pruning: Pruning,
+    images: Images,
+    load: Load,
+    tuning: FinetuneToo,
+    output: Output,
+    printing: ReportPrinting,
+    hardware: Hardware,
+    measure: Measure,
+    no_latency: NoLatency = False,
+    dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
+) -> None:
+    """Prune tokens of a dense model and write the result with a report."""
+    from ...jobs.finetune import FinetuneTarget
+    from ...jobs.prune import CompressOptions, PruneRequest, preview_request, prune_model
+
+    gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
+    data, measuring = images.options(measure), measure.options(not no_latency)
+    options = CompressOptions(data, measuring, gap, pruning.reconstruct, finetune)
+    request = PruneRequest(pruning.plan_request(budget), options, load.folder_labels)
+    request.check()
+    model = load.open(checkpoint, hardware)
+    target = FinetuneTarget(output.path(request.folder(checkpoint)), output.force, command_line())
+    again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
+    with progress_bars(printing.quiet), say_how_to_resume(target.state, again, printing.quiet):
+        result = preview_request(model, request) if dry_run else prune_model(model, request, target)
+    if not processes.is_main():
+        return
+    if dry_run:
+        show_preview(result, printing.as_json)
+        return
+    show_report(result, printing.as_json, printing.verbose)
+    say_about_data(result, printing.quiet)
+    say(f"wrote {target.path}", printing.quiet)

@@ -1,0 +1,434 @@
+"""Option groups: dataclasses whose fields are options, and `takes`, which spreads them into a command.
+
+A command names the groups it takes as parameters; what the options of a group mean together is a method of the group.
+The heading of an option in `--help` is its `rich_help_panel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from .. import processes
+from ..errors import InputError
+from .values import IMPORTANCE_NAMES, GapSource, Precision, parse_numbers, parse_ratios, parse_share, parse_size
+
+if TYPE_CHECKING:
+    from ..compression.finetune.recipe import Recipe
+    from ..jobs.finetune import FinetuneOptions
+    from ..jobs.images import DataOptions
+    from ..jobs.measuring import MeasureOptions
+    from ..jobs.prune import PlanRequest
+    from ..models.base import TokenModel
+
+# Heavy imports (torch takes two seconds) stay inside the methods, so that --help answers at once.
+
+BUDGET, PRUNING, IMAGES, MODEL_FILE = "Budget", "What to prune", "Images", "Model file"
+FINETUNING, OUTPUT, HARDWARE = "Fine-tuning", "Output", "Hardware"
+PANELS = (BUDGET, PRUNING, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
+
+
+def option(panel: str, *names: str, **settings: Any) -> Any:
+    """An option under a heading of `--help`."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def takes(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its option groups as parameters of its own, which is what Typer reads."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters, groups = [], {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not dataclasses.is_dataclass(hints[name]):
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        fields = get_type_hints(hints[name], include_extras=True)
+        groups[name] = hints[name], [field.name for field in dataclasses.fields(hints[name])]
+        for field in dataclasses.fields(hints[name]):
+            kind, default = inspect.Parameter.KEYWORD_ONLY, field.default
+            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=fields[field.name]))
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        built = {
+            name: group(**{field: values.pop(field) for field in names}) for name, (group, names) in groups.items()
+        }
+        command(**values, **built)
+
+    call.__signature__ = inspect.Signature(parameters)
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del call.__wrapped__
+    return call
+
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Dense checkpoint (.pth, .pt, .safetensors).")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint file, or a folder that prune wrote.")]
+MaybeModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Folder or file; without it, the newest under compressed/.")
+]
+Dense = Annotated[
+    str | None, option(MODEL_FILE, help="Dense model to compare with. Default: the one that MODEL was made from.")
+]
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The CPU."""
+
+    threads: Annotated[
+        int | None, option(HARDWARE, min=1, max=1024, help="Threads of the CPU. Default: all cores.")
+    ] = None
+
+    def start(self) -> Any:
+        """The device to work on, with its threads set."""
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Hardware(Processor):
+    """Where to compute."""
+
+    device: Annotated[str, option(HARDWARE, help="cpu, cuda, cuda:1, ...")] = "cpu"
+
+    def start(self) -> Any:
+        """The device to work on, of this process if there are several, with the threads of the CPU set.
+
+        Raises:
+            InputError: a device that is not there.
+        """
+        import torch
+
+        super().start()
+        try:
+            device = torch.device(processes.start(self.device))
+            torch.zeros(1, device=device).item()  # a meta device has no values
+        except Exception as error:
+            raise InputError(f"--device {self.device}: not available here") from error
+        # float32 is to mean float32: torch lets convolutions, so the patch embedding, round to 10 bits unless told.
+        torch.backends.cudnn.allow_tf32 = False
+        return device
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model file is read."""
+
+    image_size: Annotated[
+        str | None, option(MODEL_FILE, help="Side of the images in pixels, or HEIGHTxWIDTH. Default: as trained.")
+    ] = None
+    stride: Annotated[
+        int | None, option(MODEL_FILE, min=1, help="Step between patches in pixels. Default: the patch size.")
+    ] = None
+    weights: Annotated[str, option(MODEL_FILE, help="Entry of a training checkpoint: model or model_ema.")] = "model"
+    unsafe_load: Annotated[
+        bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
+    ] = False
+
+    def open(self, checkpoint: str, hardware: Processor = Processor()) -> TokenModel:
+        """The model in a file or folder, on the hardware.
+
+        Raises:
+            InputError: a file that cannot be read as one.
+        """
+        from ..models.checkpoint import load
+
+        size, device = parse_size(self.image_size), hardware.start()
+        options = {"stride": self.stride, "weights": self.weights, "unsafe_load": self.unsafe_load}
+        return load(checkpoint, image_size=size, device=device, **options)
+
+    @property
+    def folder_labels(self) -> dict[str, Any]:
+        """What the default name of a folder says of these options: label -> text or None."""
+        weights = self.weights if self.weights != "model" else None
+        return {"weights-": weights, "image": self.image_size, "stride": self.stride}
+
+
+@dataclass(frozen=True)
+class Load(Reading):
+    """How a model file is read, and how images are prepared for it."""
+
+    mean: Annotated[
+        str | None, option(MODEL_FILE, help="Normalisation mean, one value or one a channel (0.485,0.456,0.406).")
+    ] = None
+    std: Annotated[str | None, option(MODEL_FILE, help="Normalisation deviation, likewise.")] = None
+    crop_pct: Annotated[
+        float | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps.")
+    ] = None
+    interpolation: Annotated[str | None, option(MODEL_FILE, help="bicubic, bilinear, nearest or lanczos.")] = None
+
+    def open(self, checkpoint: str, hardware: Processor = Processor()) -> TokenModel:
+        """The model in a file or folder, on the hardware, with the preprocessing that the options ask for.
+
+        Raises:
+            InputError: a file that cannot be read as one, or preprocessing that cannot be.
+        """
+        model = super().open(checkpoint, hardware)
+        model.preprocessing = model.preprocessing.changed(
+            mean=parse_numbers(self.mean, "--mean"),
+            std=parse_numbers(self.std, "--std"),
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+        )
+        return model
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images are read."""
+
+    batch_size: Annotated[int, option(HARDWARE, min=1, help="Images at a time; changes no result.")] = 64
+    workers: Annotated[int, option(HARDWARE, min=0, help="Processes that decode images; 0: the main process does.")] = 0
+
+
+@dataclass(frozen=True)
+class Measure(Batching):
+    """How models are run when they are measured."""
+
+    dtype: Annotated[Precision, option(HARDWARE, help="Precision of matrix products when measuring.")] = (
+        Precision.float32
+    )
+
+    def options(self, latency: bool = True) -> MeasureOptions:
+        """As the library takes them."""
+        from ..jobs.measuring import MeasureOptions
+
+        return MeasureOptions(self.dtype.value, latency)
+
+
+NoLatency = Annotated[bool, option(HARDWARE, "--no-latency", help="Do not time the models at batch 1.")]
+Data = Annotated[
+    str | None,
+    option(IMAGES, help="Folder of (class folders of) images, parquet, arrow or tar file, or hub name:split."),
+]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images to learn from and to measure on."""
+
+    data: Data = None
+    eval_data: Annotated[
+        str | None, option(IMAGES, help="Images to measure on. Default: those of --data that nothing was learnt from.")
+    ] = None
+    seed: Annotated[
+        int,
+        option(IMAGES, min=0, max=2**31 - 1, help="Seed for sampling images and for every other random choice."),
+    ] = 0
+
+    def options(self, batching: Batching) -> DataOptions:
+        """As the library takes them."""
+        from ..jobs.images import SAMPLES, DataOptions
+
+        samples = getattr(self, "samples", SAMPLES)
+        return DataOptions(self.data, self.eval_data, samples, self.seed, batching.batch_size, batching.workers)
+
+
+@dataclass(frozen=True)
+class Images(TrainingImages):
+    """Images to calibrate, to learn from and to measure on."""
+
+    samples: Annotated[
+        int, option(IMAGES, min=1, help="Images to calibrate and reconstruct on, at most half of --data.")
+    ] = 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to prune."""
+
+    ratio: Annotated[
+        str | None,
+        option(BUDGET, help="Share of tokens REMOVED at each stage, or one a stage: 0.3 or 0.2,0.3,0.4. Default 0.3."),
+    ] = None
+    flops: Annotated[
+        str | None, option(BUDGET, help="Share of the FLOPs to KEEP, 60%; searches for the plan that loses least.")
+    ] = None
+    latency: Annotated[
+        str | None,
+        option(BUDGET, help="Share of the latency to KEEP at batch 1, 60%, timed here; searches likewise."),
+    ] = None
+    search: Annotated[
+        bool, option(BUDGET, "--search/--no-search", help="Without: --flops prunes all stages alike by one metric.")
+    ] = True
+    sensitivity: Annotated[
+        str | None, option(BUDGET, help="sensitivity.json of an earlier search, or its folder: not measured again.")
+    ] = None
+    search_images: Annotated[int, option(BUDGET, min=1, help="Images to search on, at most half of --samples.")] = 512
+    by_labels: Annotated[
+        bool, option(BUDGET, "--by-labels", help="Search by labels, not by the dense model's own outputs.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Where to prune."""
+
+    stages: Annotated[
+        str | None, option(PRUNING, help="Layers (from 1) after which to prune. Default: 5,10,15 scaled to the depth.")
+    ] = None
+    gap: Annotated[
+        GapSource | None,
+        option(PRUNING, help="Step size of pruned tokens. Default: calibrated where data is given, else bias."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Pruning(Stages):
+    """What to prune, and how."""
+
+    importance: Annotated[
+        str | None,
+        option(
+            PRUNING,
+            metavar="METRIC",
+            autocompletion=lambda: list(IMPORTANCE_NAMES),
+            help=f"What tokens are ranked by: {', '.join(IMPORTANCE_NAMES)}. Default: clip.",
+        ),
+    ] = None
+    align: Annotated[
+        bool | None,
+        option(PRUNING, "--align/--no-align", help="Align conv and scan to pruned tokens. Default: align."),
+    ] = None
+    reconstruct: Annotated[
+        bool | None,
+        option(
+            PRUNING,
+            "--reconstruct/--no-reconstruct",
+            help="Refit later layers to the dense model, without training. Default: where data is given.",
+        ),
+    ] = None
+    plan: Annotated[
+        str | None, option(PRUNING, help="JSON file with a plan: --dry-run --json output, or a model's config.json.")
+    ] = None
+
+    def plan_request(self, budget: Budget) -> PlanRequest:
+        """Which plan the options of both groups ask for."""
+        from ..jobs.prune import PlanRequest
+
+        return PlanRequest(
+            ratio=parse_ratios(budget.ratio),
+            flops=parse_share(budget.flops, "--flops"),
+            latency=parse_share(budget.latency, "--latency"),
+            file=self.plan,
+            search=budget.search,
+            stages=parse_numbers(self.stages, "--stages", int),
+            importance=self.importance,
+            align=self.align,
+            sensitivity=budget.sensitivity,
+            by_labels=budget.by_labels,
+            search_images=budget.search_images,
+        )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to fine-tune."""
+
+    recipe: Annotated[
+        str,
+        option(
+            FINETUNING,
+            help="How to fine-tune: default, top-vim (the paper's), or a JSON file with what differs from one.",
+        ),
+    ] = "default"
+    recipe_changes: Annotated[
+        list[str] | None,
+        option(
+            FINETUNING,
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change a value of the recipe (lr=2e-3, mixup=0.8); repeatable.",
+        ),
+    ] = None
+    ramp: Annotated[
+        float | None,
+        option(
+            FINETUNING,
+            min=0,
+            max=1,
+            help="Share of the fine-tuning over which pruning rises from nothing to its target.",
+        ),
+    ] = None
+    tensorboard: Annotated[
+        str | None, option(FINETUNING, help="Folder to log the fine-tuning to, for TensorBoard.")
+    ] = None
+
+    def options(self, epochs: int | None, teacher: bool = True) -> FinetuneOptions:
+        """As the library takes them."""
+        from ..jobs.finetune import FinetuneOptions
+
+        return FinetuneOptions(self._recipe(epochs), teacher, self.tensorboard)
+
+    def _recipe(self, epochs: int | None) -> Recipe:
+        from ..compression.finetune.recipe import Recipe
+
+        values = {"epochs": epochs, "ramp": self.ramp}
+        given = [f"{key}={value}" for key, value in values.items() if value is not None]
+        return Recipe.from_name(self.recipe).with_changes([*(self.recipe_changes or []), *given])
+
+
+@dataclass(frozen=True)
+class FinetuneToo(Training):
+    """Fine-tuning after something else."""
+
+    finetune_epochs: Annotated[
+        int | None,
+        option(FINETUNING, min=1, help="Passes over --data to fine-tune for, with the dense model as teacher."),
+    ] = None
+
+    def options_if_asked(self) -> FinetuneOptions | None:
+        """As the library takes them, or None where there is to be no fine-tuning.
+
+        Raises:
+            InputError: how to fine-tune, without that it is to be done.
+        """
+        given = {
+            "--recipe": self.recipe != "default", "--set": self.recipe_changes, "--ramp": self.ramp is not None
+        }  # fmt: skip
+        if self.finetune_epochs is not None:
+            return self.options(self.finetune_epochs)
+        if unused := [name for name, value in given.items() if value]:
+            raise InputError(f"{', '.join(unused)}: how to fine-tune, but --finetune-epochs is not given")
+        return None
+
+
+@dataclass(frozen=True)
+class Printing:
+    """What is printed."""
+
+    as_json: Annotated[bool, option(OUTPUT, "--json", help="Print one JSON object instead of a table.")] = False
+    quiet: Annotated[bool, option(OUTPUT, "--quiet", help="No progress and no messages.")] = False
+
+
+@dataclass(frozen=True)
+class ReportPrinting(Printing):
+    """What is printed of a report."""
+
+    verbose: Annotated[
+        bool, option(OUTPUT, "--verbose", help="Also show what each refitted map misses, before and after.")
+    ] = False
+
+
+Force = Annotated[bool, option(OUTPUT, "--force", help="Replace the output if it exists.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder that is written."""
+
+    output: Annotated[str | None, option(OUTPUT, "--output", "-o", help="Folder to write.")] = None
+    force: Force = False
+
+    def path(self, default: Path) -> Path:
+        """The folder, as asked or by default."""
+        return Path(self.output or default)

@@ -1,0 +1,290 @@
+"""Results on stdout as tables for people, or as JSON: reports, timings, comparisons, verifications."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import VerificationError
+
+WIDTH = 80  # columns, where stdout is not a terminal
+
+
+def print_json(value: Any) -> None:
+    """Print the one JSON object that --json promises."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    """Print a table: the first column has names, the others have figures.
+
+    No figure is ever cut: what does not fit side by side is printed in several tables, one below the other, each with
+    the names in front.
+    """
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    width = _width()
+    for columns in _fit(header, rows, width):
+        table = Table(box=SIMPLE, pad_edge=False)
+        table.add_column(header[0], justify="left", overflow="fold")
+        for column in columns:
+            table.add_column(header[column], justify="right", no_wrap=True)
+        for name, cells in rows:
+            table.add_row(name, *(cells[column - 1] for column in columns))
+        widest = sum(_column_width(header, rows, column) for column in columns) + MIN_NAMES
+        # No markup: names of users' folders are shown as they are.
+        console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
+        console.print(table)
+
+
+# Characters that the column of names takes at least; longer names are folded.
+MIN_NAMES = 18
+PADDING = 2  # characters between two columns
+
+
+def _width() -> int:
+    """Columns of the terminal, or of what `COLUMNS` says."""
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
+        return WIDTH
+    import shutil
+
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def _column_width(header: list[str], rows: list[tuple[str, list[str]]], column: int) -> int:
+    """Characters that a column of figures takes."""
+    return PADDING + max(len(header[column]), *(len(cells[column - 1]) for _, cells in rows), 0)
+
+
+def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> list[list[int]]:
+    """The columns of figures, from 1, in groups that fit into the width next to the names."""
+    names = max([len(header[0]), *(len(name) for name, _ in rows)])
+    left = width - min(names, max(MIN_NAMES, width // 2))
+    groups: list[list[int]] = []
+    used = left
+    for column in range(1, len(header)):
+        needed = _column_width(header, rows, column)
+        if not groups or used + needed > left:
+            groups.append([])
+            used = 0
+        groups[-1].append(column)
+        used += needed
+    return groups or [[]]
+
+
+def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) -> None:
+    """Print a report; with `verbose` also what each refitted map misses."""
+    from ..jobs import report_text
+
+    if as_json:
+        print_json(report)
+        return
+    show_table(["", *report_text.columns(report)], report_text.rows(report))
+    for note in report_text.notes(report):
+        print(f"  {note}")
+    maps, fits = report_text.fits(report)
+    if fits and verbose:
+        show_table(["missed by a refitted map, before -> after", *maps], fits)
+
+
+def show_preview(value: dict[str, Any], as_json: bool) -> None:
+    """Print what a plan would do."""
+    if as_json:
+        print_json(value)
+        return
+    for stage in value["stages"]:
+        print(f"  after layer {stage['after']}: {stage['kept']} of {stage['of']} tokens, {stage['importance']}")
+    for convention in ("full", "paper"):
+        dense, pruned = (value[name]["flops"][convention] for name in ("dense", "pruned"))
+        print(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
+
+
+def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
+    """Print timings of models and ops."""
+    if as_json:
+        print_json(result)
+        return
+    if models := result.get("models"):
+        with_reference = "reference_ms" in models[0]
+        header = ["", "batch", "ms", "quartiles", "images/s", "faster", "products ms", "x products"]
+        header += ["reference ms", "x reference"] if with_reference else []
+        rows = []
+        for m in models:
+            cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
+            cells += [f"{m['images_per_second']:.1f}", f"{m['times_faster']:.2f}x"]
+            cells += [f"{m['products_ms']:.1f}", f"{m['times_products']:.2f}"]
+            cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
+            rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
+        show_table([*header, "peak MB", "one layer's MB"], rows)
+        print("  faster: than the first model. products: the model's matrix products alone, and how many of them the")
+        print(
+            "  forward takes. peak: most memory of tensors at once, beside what the ops of one layer, or of a stem that"
+        )
+        print("  takes more, hand to each other.")
+        if with_reference:
+            print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
+    if ops := result.get("ops"):
+        _show_ops(ops)
+    s = result["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+    print(
+        f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
+    )
+
+
+def _show_ops(ops: list[dict[str, Any]]) -> None:
+    """A table for each shape and dtype."""
+    limits = next((o for o in ops if o["op"] == "limits"), None)
+    for case in dict.fromkeys((tuple(o["shape"]), o["dtype"]) for o in ops if o is not limits):
+        rows = []
+        for o in ops:
+            if o is limits or (tuple(o["shape"]), o["dtype"]) != case:
+                continue
+            cells = [o["by"], f"{o['ms']:.3f}", f"{o['ms_low']:.3f}-{o['ms_high']:.3f}"]
+            cells.append(f"{o['ns_per_element']:.4f}" if o["ns_per_element"] is not None else "")
+            cells.append(f"{o['times_faster']:.1f}x" if o["times_faster"] is not None else "")
+            if limits:
+                known = "gb_per_s" in o
+                cells += [f"{o[k]:.0f}" if known else "" for k in ("gb_per_s", "gexp_per_s")]
+                cells.append(f"{o['times_limit']:.2f}" if known else "")
+            rows.append((o["op"], cells))
+        header = [f"{'x'.join(map(str, case[0]))}, {case[1]}", "by", "ms", "quartiles", "ns/element", "x reference"]
+        show_table([*header, *(["GB/s", "Gexp/s", "x limit"] if limits else [])], rows)
+    if limits:
+        print(f"  limit: the slower of {limits['gb_per_s']:.0f} GB/s and {limits['gexp_per_s']:.0f} Gexp/s, which this")
+        print(
+            "  device reached in a copy and in registers. Read, written and taken: each input, result and element once."
+        )
+
+
+@contextmanager
+def show_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
+    """Print the figures of a verification that fails in the body, for a script that asked for JSON."""
+    try:
+        yield
+    except VerificationError as error:
+        if as_json and error.result is not None:
+            show_verification(error.result, file, as_json)
+        raise
+
+
+def verification_json(result: Any, file: Path) -> dict[str, Any]:
+    """A `Verification` or `Exported` as a JSON object."""
+    from dataclasses import asdict
+
+    worst = result.max_difference if math.isfinite(result.max_difference) else None
+    return {"file": str(file), **asdict(result), "max_difference": worst, "passed": result.passed}
+
+
+def show_verification(result: Any, file: Path, as_json: bool) -> None:
+    """Print how an ONNX file compares with its model."""
+    if as_json:
+        print_json(verification_json(result, file))
+        return
+    print(
+        f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
+        f"{result.top1_agreement:.1f}% in the same class, {result.images} images of {result.data}"
+    )
+    if result.stages:
+        same = ", ".join(
+            f"{s['kept']} after layer {s['after']} ({s['same']} of {result.images})" for s in result.stages
+        )
+        print(f"  the same tokens kept, by stage (images): {same}")
+    if result.rounding:
+        print(
+            f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, "
+            f"{result.rounding['top1_agreement']:.1f}% keep their class"
+        )
+    if result.ties:
+        print(
+            f"  {len(result.ties)} images kept other tokens, their scores being equal but for rounding: "
+            f"{', '.join(result.ties)}"
+        )
+
+
+def show_export(result: Any, file: Path, as_json: bool) -> None:
+    """Print what was written, and how it compares with its model."""
+    show_verification(result, file, as_json)
+    if as_json:
+        return
+    print(f"  {result.bytes / 1e6:.1f} MB, opset {result.opset}, {result.dtype} weights, scan as {result.scan}")
+    for form, times in result.scan_ms.items():
+        print(f"  {form}: {', '.join(f'{ms:.1f} ms at batch {batch}' for batch, ms in times.items())}")
+    for form, why in result.refused.items():
+        print(f"  not {form}: {why}")
+    if result.latency:
+        batches = list(dict.fromkeys(row["batch"] for row in result.latency))
+        found = {(row["model"], row["by"], row["batch"]): row["ms"] for row in result.latency}
+        lines = [
+            (f"{model}, {by}", [f"{found[model, by, batch]:.1f} ms" for batch in batches])
+            for model, by in dict.fromkeys((row["model"], row["by"]) for row in result.latency)
+        ]
+        show_table(["latency", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def show_inspection(value: dict[str, Any]) -> None:
+    """Print what a checkpoint is."""
+    about, flops, span = value["architecture"], value["flops"], value["range"]
+    size = "x".join(map(str, about["image_size"]))
+    counts = f"{value['tokens'][0]} tokens" + (f", {value['tokens'][-1]} at the end" if value["pruned"] else "")
+    print(f"{about['type']}, {about['depth']} layers, images {size}, {counts}, {value['params']:,} parameters")
+    full, paper = flops["by_part"], flops["by_part_paper"]
+    lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
+    lines.append(("total", [f"{flops[convention]:.4g}" for convention in ("full", "paper")]))
+    show_table(["GFLOPs of one image", "full", "paper"], lines)
+    if span["stages"]:
+        print(
+            f"  pruning after {','.join(map(str, span['stages']))} leaves {span['min_percent']:.1f}% "
+            f"to 100% of the full FLOPs"
+        )
+
+
+def show_evaluation(value: dict[str, Any]) -> None:
+    """Print what was measured."""
+    agreement = value.get("agreement", {})
+    rows = [("top-1", value["top1"], "%"), ("top-5", value["top5"], "%")]
+    rows += [("same class as dense", agreement.get("top1"), "%"), ("KL from dense", agreement.get("kl"), "nats")]
+    lines = [(name, [f"{number:.4g} {unit}"]) for name, number, unit in rows if number is not None]
+    if lines:
+        show_table(["", "model"], lines)
+    print(f"  measured on {value['images']} images of {value['data']['name']}")
+
+
+def show_comparison(value: dict[str, Any]) -> None:
+    """Print the rows of a comparison."""
+    show_table(*_comparison_table(value["rows"]))
+    print("  agrees: same class as dense; KL from dense in nats; FLOPs and latency also as shares of dense")
+    about = value["settings"]
+    print(f"  measured on {about['data']['images']} images of {about['data']['name']}")
+    print(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
+
+
+def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """(header, lines), by level and then from best to worst."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    header = ["", "ratio", "FLOPs", "top-1", "agrees", "KL", "latency", "of dense"]
+    labelled = any(row.get("top1") is not None for row in rows)
+
+    def rank(row: dict[str, Any]) -> tuple[float, float]:
+        quality = row.get("top1") if labelled else row.get("agreement")
+        return row["ratio"], -(100.0 if quality is None and not row.get("failed") else quality or -1.0)
+
+    lines = []
+    for row in sorted(rows, key=rank):
+        cells = [f"{row['ratio']:g}", cell(row.get("flops_share") and 100 * row["flops_share"], "{:.1f} %")]
+        cells += [cell(row.get("top1"), "{:.2f} %"), cell(row.get("agreement"), "{:.2f} %")]
+        cells += [cell(row.get("kl"), "{:.4f}"), cell(row.get("latency_ms"), "{:.1f} ms")]
+        cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], "{:.0f} %"))
+        lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))
+    return header, lines

@@ -1,0 +1,37 @@
+"""A plan for a budget that prunes every stage alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import BudgetError
+from ...evaluation.flops import remaining_share, smallest_share
+from ...models.base import TokenModel
+from ...pruning.plan import Plan, Stage, default_stages, ratio_for_budget
+from ..calibrate import make_plan
+
+
+def plan_for_budget(
+    model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
+) -> Plan:
+    """The plan that prunes every stage alike, with the smallest ratio that leaves at most `budget` of the FLOPs (`full`).
+
+    Args:
+        budget: share of the dense FLOPs to keep. stages: layers to prune after; None: the default ones.
+        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction.
+        options: as `make_plan` takes them.
+
+    Raises:
+        BudgetError: these stages cannot reach it.
+    """
+    stages = tuple(stages or default_stages(len(model.blocks)))
+    make_plan(model, stages=stages, **options)  # reports bad stages before they are counted with
+    least = smallest_share(model, stages) + reserve
+    if not least <= budget < 1:
+        raise BudgetError(
+            f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
+            f"leaves between {least:.1%} and 100%"
+        )
+    ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
+    return make_plan(model, stages=stages, ratio=ratio, **options)

@@ -1,0 +1,40 @@
+"""A model measured on images, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import processes
+from ..evaluation.measure import evaluate
+from ..models.base import TokenModel
+from .images import DataOptions, make_batches
+from .measuring import MeasureOptions
+
+
+def evaluate_model(
+    model: TokenModel, data: DataOptions, measure: MeasureOptions, dense: TokenModel | None = None
+) -> dict[str, Any]:
+    """A JSON object with `top1`, `top5`, `images`, `data`, and `agreement` where `dense` is given.
+
+    Raises:
+        InputError: no images, or images of other classes than the model's.
+    """
+    images = model.find_images(data.data)
+    batches = make_batches(model, images, processes.shard(range(len(images))), data)
+    together = processes.count() > 1
+    result = evaluate(model, batches, dense=dense, dtype=measure.torch_dtype, distributed=together)
+    batches.sync()
+    value: dict[str, Any] = {
+        "top1": result.top1,
+        "top5": result.top5,
+        "images": result.images,
+        "data": {
+            "name": images.name,
+            "images": result.images,
+            "labelled": result.labelled,
+            "unreadable": batches.unreadable_names(),
+        },
+    }
+    if dense is not None:
+        value["agreement"] = {"top1": result.agreement, "kl": result.kl}
+    return value

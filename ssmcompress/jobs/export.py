@@ -1,0 +1,55 @@
+"""A model exported as one file, next to it or in its folder, and noted in its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import InputError
+from ..export.onnx import Exported, OnnxOptions, export_onnx
+from ..files import check_target, write_file
+from ..models.base import TokenModel
+from ..models.checkpoint import serialise
+from .report import read_report, record_export
+
+
+def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path:
+    """The file that an export of a model folder or checkpoint writes, checked before the long work.
+
+    By default an ONNX file goes into a model's folder, and a .safetensors file next to it; next to a checkpoint file both.
+
+    Raises:
+        InputError: the file exists, cannot be written, or is what is read.
+    """
+    path, suffix = Path(model), ".onnx" if onnx else ".safetensors"
+    if output is not None:
+        file = Path(output)
+    elif path.is_dir():
+        file = path / f"model{suffix}" if onnx else path.resolve().with_name(path.resolve().name + suffix)
+    else:
+        same = path.suffix == suffix
+        file = path.with_name(f"{path.stem}-export{suffix}") if same else path.with_suffix(suffix)
+    check_target(file, force, [path])
+    return file
+
+
+def export_weights(model: TokenModel, source: str, file: Path, force: bool) -> None:
+    """Write a self-describing .safetensors file, with the report of the folder `source` where it has one."""
+    try:
+        report = json.dumps(read_report(source)[1])
+    except InputError:  # a model without a report is still a model
+        report = None
+    write_file(file, serialise(model, report), force)
+
+
+def export_graph(
+    model: TokenModel, source: str, file: Path, options: OnnxOptions, *, dense: TokenModel | None, force: bool
+) -> Exported:
+    """Write a verified ONNX file, and note it in the report of the folder `source`.
+
+    Raises:
+        VerificationError: the graph computes something else; no file is written.
+    """
+    result = export_onnx(model, file, options, dense=dense, force=force)
+    record_export(source, file, result)
+    return result

@@ -1,0 +1,91 @@
+"""The folder that a job writes: its name, whether it can be written, and writing it whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import processes
+from ..files import check_target
+from ..models.base import TokenModel
+from ..models.checkpoint import save
+from ..models.records import Source
+from .images import DataOptions
+from .measuring import Measured
+from .pictures import kept_tokens
+from .report import REPORT_FILE
+from .report_text import PICTURE_FILE, to_card
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder to write.
+
+    Attributes:
+        path: where. force: replace it if ssmcompress wrote it. command: recorded as how it was made.
+    """
+
+    path: Path
+    force: bool = False
+    command: str = ""
+
+    def check(self, model: TokenModel, data: DataOptions) -> None:
+        """Find out before the long work whether the folder can be written.
+
+        Raises:
+            InputError: it exists, cannot be written, or is or holds what is read.
+        """
+        inputs = [data.data, data.eval_data]
+        if model.source is not None:
+            inputs += [model.source.path, model.source.data]
+        if processes.is_main():
+            check_target(self.path, self.force, inputs)
+
+
+def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
+    """The default name of a compressed model: the checkpoint's, then what was chosen: `vim-r0.30-s2-4-6-seed1`.
+
+    Args:
+        choices: label -> what was chosen (a text, a number or several), None where nothing was.
+    """
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
+        return "-".join(map(text, value)) if isinstance(value, tuple) else str(value)
+
+    path = Path(checkpoint)
+    name = path.resolve().name if path.is_dir() else path.stem  # a folder may be called "."; a link keeps its name
+    return "-".join([name, *(label + text(value) for label, value in choices.items() if value is not None)])
+
+
+def write_folder(
+    target: Target, measured: Measured, report: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+) -> None:
+    """Write the folder of `measured.models["pruned"]`: the model, its report, a model card and a picture.
+
+    Only the main process writes. The model then names the images it was measured on as its own, unless they stood in.
+
+    Args:
+        files: further files, name -> content.
+    """
+    if not processes.is_main():
+        return
+    pruned, source = measured.models["pruned"], measured.images.source
+    if not source.stand_in:
+        pruned.source = replace(pruned.source or Source("", ""), data=_absolute(source.name))
+    content = {
+        REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
+        PICTURE_FILE: kept_tokens(pruned, measured.sample),
+        "README.md": to_card(report, target.path.name, picture=True).encode(errors="replace"),
+        **(files or {}),
+    }
+    save(pruned, target.path, extra=content, force=target.force)
+
+
+def _absolute(name: str) -> str:
+    """A data set's name as it is found from any working directory."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -1,0 +1,150 @@
+"""Which images a job calibrates on, learns from, holds out and measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import processes
+from ..data.batches import Batches, sample_indices
+from ..data.find import open_images
+from ..data.images import Images
+from ..errors import InputError
+from ..models.base import TokenModel
+
+SAMPLES = 1024
+# One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
+HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images of a job, and how they are read.
+
+    Attributes:
+        data: images to calibrate on and to learn from, as `ssmcompress.data.open_images` takes them; None: those that
+            the model's folder names, else sample photographs.
+        eval_data: images to measure on; None: those of `data` that nothing was learnt from.
+        samples: number of images to calibrate on at most.
+        seed: seed of the choice of images.
+        batch_size: images at a time; changes no result. workers: processes that decode them; 0: the main process does.
+    """
+
+    data: str | None = None
+    eval_data: str | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    batch_size: int = 64
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Images for a compression.
+
+    Attributes:
+        calibration: this process's share of the images to calibrate on. measured: likewise, to measure on.
+        count: images to calibrate on over all processes.
+    """
+
+    calibration: Batches
+    measured: Batches
+    count: int
+
+    @property
+    def source(self) -> Images:
+        """Where the images to calibrate on come from."""
+        return self.calibration.source
+
+    def wants_reconstruction(self, asked: bool | None) -> bool:
+        """Whether to reconstruct: as asked; by default where the images are the user's own, two of them at least."""
+        return asked if asked is not None else not self.source.stand_in and self.count > 1
+
+    def gap_source(self, asked: str | None, planned: str | None = None) -> str:
+        """The gap source: as asked, else as planned, else "calibrated" where the images are the user's own."""
+        return asked or planned or ("bias" if self.source.stand_in else "calibrated")
+
+
+def choose_images(model: TokenModel, options: DataOptions, training: bool = False) -> CalibrationImages:
+    """Choose images to calibrate on and, where they are not told apart, other images to measure on.
+
+    Args:
+        training: whether the same images will be learnt from: then as many as possible are kept for that.
+
+    Raises:
+        InputError: no images, too few of them, or images of other classes than the model's.
+    """
+    if options.samples < 1:
+        raise InputError(f"samples {options.samples}: expected at least 1")
+    images = model.find_images(options.data)
+    if options.eval_data is None:
+        if len(images) < 2:
+            raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
+        if training:
+            train, rest = train_test_split(len(images), options.seed)
+            chosen = [train[i] for i in sample_indices(len(train), options.samples, options.seed)[0]]
+        else:
+            count = min(options.samples, len(images) // 2)
+            chosen, rest = sample_indices(len(images), count, options.seed)
+        if not any(images.readable(i) for i in chosen):  # of a few images, those chosen may be the damaged ones
+            spare = [i for i in rest if images.readable(i)][:1]
+            chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
+        others = images
+    else:
+        chosen, _ = sample_indices(len(images), options.samples, options.seed)
+        others = open_images(options.eval_data, model.config.num_classes)
+        rest = range(len(others))
+    return CalibrationImages(
+        make_batches(model, images, processes.shard(chosen), options),
+        make_batches(model, others, processes.shard(rest), options),
+        len(chosen),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded)."""
+
+    training: Batches
+    held_out: Batches | None
+    measured: Batches
+
+
+def split_training_images(model: TokenModel, options: DataOptions) -> TrainingImages:
+    """Split images into those to learn from, to choose the epoch by and to measure on.
+
+    Raises:
+        InputError: too few images, or images of other classes than the model's.
+    """
+    images = open_images(options.data, model.config.num_classes)
+    if options.eval_data is None:
+        if len(images) < 3:
+            raise InputError(
+                f"{images.name} has {len(images)} images: expected two to learn from and one to measure on"
+            )
+        others, (train, rest) = images, train_test_split(len(images), options.seed)
+    else:
+        others = open_images(options.eval_data, model.config.num_classes)
+        train, rest = list(range(len(images))), range(len(others))
+    count = min(HELD_OUT_MOST, len(train) // HELD_OUT_SHARE)
+    held, chosen = sample_indices(len(train), count if count >= HELD_OUT_LEAST else 0, options.seed)
+    held_out = processes.shard([train[i] for i in held])
+    return TrainingImages(
+        make_batches(model, images, [train[i] for i in chosen], options),
+        make_batches(model, images, held_out, options) if held else None,
+        make_batches(model, others, processes.shard(rest), options),
+    )
+
+
+def train_test_split(size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split indices into training and test images; 10 % are held out, at most 5,000.
+
+    The same seed gives the same split in every command.
+    """
+    test, train = sample_indices(size, min(5000, max(1, size // 10)), seed)
+    return train, test
+
+
+def make_batches(model: TokenModel, images: Images, index: Sequence[int], options: DataOptions) -> Batches:
+    """The images at `index`, prepared for the model."""
+    return Batches(images, model.transform(), index, options.batch_size, options.workers)

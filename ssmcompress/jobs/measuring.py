@@ -1,0 +1,82 @@
+"""Measuring the models of a job next to each other, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import processes
+from ..data.batches import Batches
+from ..evaluation.latency import latency
+from ..evaluation.measure import Evaluation, autocast, measure
+from ..models.base import TokenModel
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How models are measured.
+
+    Attributes:
+        dtype: "float32", or "bfloat16" for measuring under autocast. latency: whether to time the models at batch 1.
+    """
+
+    dtype: str = "float32"
+    latency: bool = True
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Models that were measured on the same images.
+
+    Attributes:
+        models: by column of the report, "dense" first and "pruned" last; "dense" is None where it is gone.
+        results: by column, of the models that are there.
+        images: what they were measured on. sample: (batch, channels, height, width), the first batch of them; None in
+            other processes than the main one.
+        milliseconds: latency at batch 1 by column, {} where none was measured.
+        options: how they were measured.
+    """
+
+    models: Mapping[str, TokenModel | None]
+    results: Mapping[str, Evaluation]
+    images: Batches
+    sample: Tensor | None
+    milliseconds: Mapping[str, float]
+    options: MeasureOptions
+
+
+def name_columns(dense: TokenModel | None, snapshots: Mapping[str, TokenModel]) -> dict[str, TokenModel | None]:
+    """The columns of a report: the dense model, each snapshot by its name, and the last one as "pruned"."""
+    *earlier, result = snapshots
+    return {"dense": dense, **{name: snapshots[name] for name in earlier}, "pruned": snapshots[result]}
+
+
+def measure_models(
+    models: Mapping[str, TokenModel | None], images: Batches, options: MeasureOptions, distributed: bool
+) -> Measured:
+    """Measure the models of a report's columns on the same images, and time the dense and the pruned one.
+
+    Raises:
+        InputError: no image can be read, or values are not finite.
+    """
+    present = {name: model for name, model in models.items() if model is not None}
+    dtype = options.torch_dtype
+    results = measure(present, images, dtype=dtype, distributed=distributed)
+    images.sync()
+    if not processes.is_main():
+        return Measured(models, results, images, None, {}, options)
+    sample = next(iter(images)).images.to(next(models["pruned"].parameters()).device)
+    milliseconds: dict[str, float] = {}
+    if options.latency:
+        with autocast(sample.device, dtype):
+            timed = {name: present[name] for name in ("dense", "pruned") if name in present}
+            milliseconds = latency(timed, sample[:1])
+    return Measured(models, results, images, sample, milliseconds, options)

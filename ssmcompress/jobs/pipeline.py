@@ -1,0 +1,88 @@
+"""The pipeline: steps that turn a dense model into a compressed one, run in order, with a snapshot after each.
+
+A step is a frozen configuration with a name and a call `(model, context) -> model`; it leaves its argument as it is. It
+reads what it needs from the context, and appends a record of what it did to `model.steps`. A job is a list of steps:
+there are no hooks and no global session. `ssmcompress.jobs.steps` has the steps that the commands use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..data.batches import Batches
+from ..models.base import TokenModel
+
+
+@dataclass
+class Context:
+    """What steps work with, apart from the model.
+
+    Attributes:
+        dense: the model that the pipeline began with; None where it is gone, which some steps can do without.
+        calibration: images to calibrate and to reconstruct on. training, held_out: images to learn from, and to choose
+            an epoch by.
+        seed: seed of every random choice. distributed: whether several processes run this pipeline together.
+        command: the command line, for records.
+        state, resume, log: as `ssmcompress.finetune` takes them.
+        files: further files for the folder of the result, name -> content, which steps add to.
+        seconds: how long each step took, by its name.
+    """
+
+    dense: TokenModel | None
+    calibration: Batches | None = None
+    training: Batches | None = None
+    held_out: Batches | None = None
+    seed: int = 0
+    distributed: bool = False
+    command: str = ""
+    state: Path | None = None
+    resume: bool = False
+    log: Callable[[dict[str, float], int], None] | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """One step of a pipeline.
+
+    Attributes:
+        name: what the model is called after it, in reports: "naive", "aligned", "reconstructed", ...
+    """
+
+    name: str
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The model after this step, or `model` itself if there was nothing to do."""
+
+
+def run_steps(
+    steps: Sequence[Step], context: Context, start: TokenModel | None = None, keep: Container[str] | None = None
+) -> dict[str, TokenModel]:
+    """Run steps in order.
+
+    Args:
+        start: the model that the first step takes; None: `context.dense`.
+        keep: names of the snapshots to keep; None: all. The last one is kept in any case.
+
+    Returns:
+        Snapshots by the name of the step that they come after; the last one is the result. A step that had nothing to
+        do leaves none.
+    """
+    model = context.dense if start is None else start
+    snapshots: dict[str, TokenModel] = {}
+    last = None
+    for step in steps:
+        begin = time.perf_counter()
+        after = step(model, context)
+        context.seconds[step.name] = time.perf_counter() - begin
+        if after is model:
+            continue
+        if last is not None and keep is not None and last not in keep:
+            del snapshots[last]
+        model = snapshots[step.name] = after
+        last = step.name
+    return snapshots

@@ -1,0 +1,161 @@
+"""A report for people: table rows, notes, a web page and a model card."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+PICTURE_FILE = "kept_tokens.png"
+Report = Mapping[str, Any]
+
+
+def rows(report: Report) -> list[tuple[str, list[str]]]:
+    """The table: (quantity, a cell for each of `columns`)."""
+    models = [report[name] for name in columns(report)]
+    agreement = report.get("agreement") or {}
+
+    def line(key: str, form: str) -> list[str]:
+        return [_cell(model.get(key), form) for model in models]
+
+    table = [
+        ("top-1", line("top1", "{:.2f} %")),
+        ("top-5", line("top5", "{:.2f} %")),
+        ("GFLOPs, full", [_flops(model, report, "full") for model in models]),
+        ("GFLOPs, paper", [_flops(model, report, "paper") for model in models]),
+        ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
+        ("parameters", line("params", "{:,}")),
+    ]
+    blank = [""] * (len(models) - 1)
+    table.append(("same class as dense", [*blank, _cell(agreement.get("top1"), "{:.2f} %")]))
+    table.append(("KL from dense", [*blank, _cell(agreement.get("kl"), "{:.4f} nats")]))
+    return [(name, cells) for name, cells in table if any(cell not in ("", "-") for cell in cells)]
+
+
+def columns(report: Report) -> list[str]:
+    """The models that a report compares, the last of them the one that it is about.
+
+    `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones before
+    it was fine-tuned, `before` one that had been fine-tuned already; steps of other kinds have names of their own.
+    """
+    names = [name for name, block in report.items() if isinstance(block, dict) and "latency_ms" in block]
+    return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
+
+
+def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What reconstruction left, a table: (the maps it refits in a layer, (layer, a cell for each of them) for each).
+
+    A cell holds the share that a map misses of what it should give, on held-out images, before and after.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for fit in (report.get("reconstruction") or {}).get("fits", ()):
+        layer, _, name = fit["weight"].rpartition(".")
+        layers.setdefault(layer or name, {})[name] = f"{fit['before']:.1%} -> {fit['after']:.1%}"
+    names = list(dict.fromkeys(name for cells in layers.values() for name in cells))
+    return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]
+
+
+def notes(report: Report) -> list[str]:
+    """What the figures were measured on, and how the model was pruned, in sentences."""
+    data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
+    stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
+    metrics = ", ".join(sorted({s["importance"] for s in report["stages"]}))
+    aligned = [name for name in ("conv", "scan") if alignment.get(name)]
+    lines = [
+        f"kept: {stages} (importance {metrics})",
+        f"alignment: {' and '.join(aligned) or 'none'}"
+        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
+        + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
+    ]
+    if data["labelled"]:
+        lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
+    else:
+        lines.append(
+            f"accuracy was not measured: {data['name']} has no labels; agreement with the dense model on "
+            f"{data['images']} images"
+        )
+    if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
+        lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
+    if data.get("overlap"):
+        lines.append(f"{data['overlap']} of the measured images were also calibrated on")
+    elif data.get("overlap", 0) is None:
+        lines.append("some of the measured images may have been calibrated on before the model was fine-tuned")
+    if calibration.get("images"):
+        use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
+        lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
+    if refit := report.get("reconstruction"):
+        new = sum(bool(fit["ridges"]) for fit in refit["fits"])
+        lines.append(
+            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
+            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
+            f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
+            + ("" if refit["kept"] else ", no closer: the old weights were kept")
+        )
+    if tuned := report.get("finetuning"):
+        lines.append(_finetuning_note(tuned))
+    if onnx := report.get("onnx"):
+        lines.append(
+            f"ONNX ({onnx['file']}): opset {onnx['opset']}, {onnx['dtype']} weights, scan as {onnx['scan']}; largest "
+            f"difference {onnx['max_difference']:.2g} on {onnx['images']} images, {onnx['top1_agreement']:.1f}% in the "
+            "same class"
+        )
+        times = {(row["model"], row["by"], row["batch"]): row["ms"] for row in onnx.get("latency") or ()}
+        if times:
+            listed = [
+                f"{name} {ms:.1f}" for (name, by, batch), ms in times.items() if (by, batch) == ("onnxruntime", 1)
+            ]
+            lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms")
+    if timing := report.get("latency"):
+        lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
+    return lines
+
+
+def _finetuning_note(tuned: Mapping[str, Any]) -> str:
+    taught = [name for name in ("labels", "teacher") if tuned[name]]
+    chosen = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    chosen = chosen if tuned["epoch"] else " as before, for those of no epoch did better"
+    chosen += ", averaged" if tuned["averaged"] else ""
+    chosen += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
+    return (
+        f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
+        f"{' and '.join(taught)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
+        f"{tuned['seconds']:.0f} s; weights{chosen}"
+    )
+
+
+def to_html(report: Report, title: str, picture: bytes | None) -> str:
+    """A web page that stands alone, the picture of kept tokens inside it."""
+    image = base64.b64encode(picture).decode() if picture else None
+    return _render("report.html", report, title=title, picture=image)
+
+
+def to_card(report: Report, title: str, picture: bool) -> str:
+    """The README.md of a compressed model's folder."""
+    return _render("card.md", report, title=title, picture=PICTURE_FILE if picture else None)
+
+
+def _render(template: str, report: Report, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("ssmcompress.jobs"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(
+        report=report, columns=columns(report), rows=rows(report), notes=notes(report), fits=fits(report), **values
+    )
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _flops(model: Report, report: Report, convention: str) -> str:
+    if not model.get("flops"):
+        return "-"
+    value, dense = model["flops"][convention], report["dense"]["flops"][convention]
+    return f"{value:.4g}" if value == dense else f"{value:.4g} ({value / dense - 1:+.1%})"

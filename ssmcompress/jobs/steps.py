@@ -1,0 +1,116 @@
+"""The steps of a compression: prune, align, reconstruct, fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..compression.calibrate import calibrate
+from ..compression.finetune.loop import finetune
+from ..compression.finetune.recipe import Recipe
+from ..compression.finetune.state import StateFile
+from ..compression.reconstruct import reconstruct
+from ..models.base import TokenModel
+from ..models.checkpoint import serialise, versions
+from ..models.records import MadeBy
+from ..models.rewrite import align, prune
+from ..pruning.alignment import UNALIGNED, Alignment
+from ..pruning.plan import Plan
+from .pictures import history_chart
+from .pipeline import Context, Step
+
+LAST_FILE = "last.safetensors"
+HISTORY_FILE = "finetuning.png"
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Drop tokens by a plan; the later layers are not aligned to what is gone, whatever the plan's alignment.
+
+    A plan without a calibration is calibrated first on `context.calibration`, with its own alignment.
+    """
+
+    plan: Plan
+    name: ClassVar[str] = "naive"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The pruned model; its plan has the calibration."""
+        plan = self.plan
+        if plan.calibration is None:
+            images = context.calibration
+            name, together = images.source.name, context.distributed
+            plan = calibrate(model, images, plan, gap=plan.gap, name=name, distributed=together)
+            images.sync()
+        return prune(model, replace(plan, alignment=UNALIGNED))
+
+
+@dataclass(frozen=True)
+class Align:
+    """Align the later layers of a pruned model to the tokens that are gone."""
+
+    alignment: Alignment
+    name: ClassVar[str] = "aligned"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The aligned model."""
+        return align(model, self.alignment)
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Refit the later layers to the dense model on `context.calibration`, in closed form.
+
+    Attributes:
+        required: whether fewer than two different images are an error; if not, the model then stays as it is.
+    """
+
+    required: bool = True
+    name: ClassVar[str] = "reconstructed"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The reconstructed model; the same model where nothing was pruned or there is nothing to refit by."""
+        images = context.calibration
+        if not self.required and len(images.digests) < 2:
+            return model
+        name, together = images.source.name, context.distributed
+        after = reconstruct(model, context.dense, images, name=name, distributed=together)
+        return after if after.find_record("reconstruction") is not None else model
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train the model on `context.training`, with the dense model as teacher, labels, or both.
+
+    Attributes:
+        recipe: how. teacher: whether the dense model teaches.
+    """
+
+    recipe: Recipe = Recipe()
+    teacher: bool = True
+    name: ClassVar[str] = "finetuned"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The weights that did best on `context.held_out`; the last ones and a chart go into `context.files`."""
+        best, last = finetune(
+            model,
+            context.training,
+            dense=context.dense if self.teacher else None,
+            recipe=self.recipe,
+            held_out=context.held_out,
+            seed=context.seed,
+            state=StateFile(context.state, context.resume) if context.state is not None else None,
+            log=context.log,
+        )
+        last.made_by = MadeBy(context.command, versions())
+        context.files[LAST_FILE] = serialise(last)
+        context.files[HISTORY_FILE] = history_chart(best.find_record("finetuning"))
+        return best
+
+
+def pruning_steps(plan: Plan, reconstruct: Reconstruct | None) -> Sequence[Step]:
+    """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given."""
+    steps: list[Step] = [Prune(plan)]
+    if plan.alignment != UNALIGNED:
+        steps.append(Align(plan.alignment))
+    return steps if reconstruct is None else [*steps, reconstruct]
