@@ -1,0 +1,204 @@
+"""README.md and docs/: every command and every Python example runs, every link and option they name exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from conftest import make_vim, write_image
+from typer.testing import CliRunner
+
+import ssmcompress
+from ssmcompress.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
+# Its examples are files, which test_extending.py writes and runs.
+OTHER_EXAMPLES = {"extending.md"}
+
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+LANGUAGES = {"bash", "bash gpu", "python", "text"}
+PROGRAMS = ("ssmcompress", "python examples/", "torchrun")
+# The demo is run on fewer images by its own test; completion writes to the startup file of the user's shell.
+RUN_ELSEWHERE = {"ssmcompress demo", "ssmcompress --install-completion"}
+THREE_LINES = [
+    "ssmcompress prune model.pt --ratio 0.3 --data images",
+    "ssmcompress report",
+    "ssmcompress export --onnx",
+]
+OPTIONS_OF_OTHERS = {"--nproc-per-node", "--install-completion", "--help"}
+COMMANDS = typer.main.get_command(app).commands
+SUBCOMMANDS = rf"(?:{'|'.join(COMMANDS)})\b"
+
+name_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The content of the page's fenced blocks of one language."""
+    return [body for info, body in FENCE.findall(page.read_text(encoding="utf-8")) if info == language]
+
+
+def commands(page: Path, language: str = "bash") -> list[str]:
+    """The commands in the page's blocks, continuation lines joined, comments left out."""
+    lines = "".join(blocks(page, language)).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def users_folder(folder: Path) -> Iterator[None]:
+    """Work in a folder with a checkpoint, images in ten classes, a photograph, and the repository's examples."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if not Path("model.pt").exists():
+            torch.save({"model": make_vim().state_dict()}, "model.pt")
+            for label in range(10):
+                for i in range(2):
+                    write_image(Path("images") / f"class{label}" / f"{i}.png", seed=10 * label + i)
+            write_image(Path("photo.jpg"), seed=0, size=(40, 30))
+            Path("examples").symlink_to(ROOT / "examples")
+        torch.set_num_threads(1)  # for models as small as this one, a second thread only costs time
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def three_lines(tmp_path_factory):
+    """A folder in which the README's three lines were run; the guide begins with them, too."""
+    folder = tmp_path_factory.mktemp("three_lines")
+    with users_folder(folder):
+        for command in THREE_LINES:
+            run(command)
+    return folder
+
+
+def run(command: str) -> None:
+    """Run a command as a user would, `ssmcompress` within this process; AssertionError if it fails."""
+    program, *arguments = shlex.split(command)
+    if program == "ssmcompress":
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (command, result.stderr)
+        return
+    launcher = [sys.executable, "-m", "torch.distributed.run"] if program == "torchrun" else [sys.executable]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (command, done.stderr)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OTHER_EXAMPLES], ids=lambda page: page.name)
+def test_commands_run(page, tmp_path, request):
+    todo = [command for command in commands(page) if command not in RUN_ELSEWHERE]
+    if todo[:3] == THREE_LINES:
+        shutil.copytree(request.getfixturevalue("three_lines"), tmp_path, symlinks=True, dirs_exist_ok=True)
+        todo = todo[3:]
+    with users_folder(tmp_path):
+        for command in todo:
+            run(command)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p, "bash gpu")], ids=lambda page: page.name)
+def test_commands_for_a_gpu_run(page, tmp_path):
+    with users_folder(tmp_path):
+        for command in commands(page, "bash gpu"):
+            run(command)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in OTHER_EXAMPLES and blocks(p, "python")], ids=lambda page: page.name
+)
+def test_python_examples_run(page, tmp_path):
+    with users_folder(tmp_path):
+        for number, code in enumerate(blocks(page, "python"), start=1):
+            exec(compile(code, f"{page.name}, example {number}", "exec"), {})
+
+
+@name_of
+def test_no_command_escapes_the_tests(page):
+    text = page.read_text(encoding="utf-8")
+    assert {info for info, _ in FENCE.findall(text)} <= LANGUAGES
+    tested = commands(page) + commands(page, "bash gpu")
+    programs = (*PROGRAMS, "python ") if page.name in OTHER_EXAMPLES else PROGRAMS
+    for command in tested:
+        assert command.startswith(programs), command
+    outside = "\n".join([*blocks(page, "text"), prose(page)])
+    escaped = rf"^[ >$]*(?:ssmcompress (?:-|{SUBCOMMANDS})|torchrun|python ).*"
+    assert not re.findall(escaped, outside, flags=re.MULTILINE)
+    for inline in re.findall(r"`(ssmcompress [^`]*|torchrun [^`]*)`", prose(page)):
+        assert any(command.startswith(inline) for command in tested), f"`{inline}` is in no tested block"
+
+
+def test_the_readme_leads_with_three_commands():
+    assert commands(README)[:4] == ["ssmcompress demo", *THREE_LINES]
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@name_of
+def test_options_exist(page):
+    known = {name for c in COMMANDS.values() for p in c.params for name in (*p.opts, *p.secondary_opts)}
+    text = "\n".join([prose(page), *commands(page)])
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named - known <= OPTIONS_OF_OTHERS
+
+
+def links(page: Path) -> list[str]:
+    """The targets of the page's links and images that are no web addresses."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the page's headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.is_file() and file.name == "extending.md":
+            continue  # is being written
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_links_to_every_page():
+    linked = {Path(target.partition("#")[0]).name for target in links(README) if target.startswith("docs/")}
+    assert {page.name for page in DOCS} <= linked
+    assert linked - {page.name for page in DOCS} <= {"kept_tokens.png", "extending.md"}
+
+
+def test_the_structure_page_names_the_modules_there_are():
+    package = Path(ssmcompress.__file__).parent
+    there = {path for path in package.rglob("*.py") if not path.name.startswith("_")}
+    text = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w/]+\.py)`", text)} - {"test_layout.py"}
+    assert named <= {path.name for path in there}
+    rooms = {path for path in there if path.relative_to(package).parts[0] not in ("ops", "tasks")}
+    assert {path.name for path in rooms if path.parent.name != "commands"} <= named

@@ -1,0 +1,72 @@
+"""docs/extending.md: each example is one new file, and works as the page says."""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_vim, write_image
+
+import ssmcompress
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+PACKAGE = Path(ssmcompress.__file__).parent
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
+
+
+def example(section: str) -> tuple[str, str, list[str]]:
+    """(file name, content, commands) of a section."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", SECTIONS[section], flags=re.DOTALL | re.MULTILINE)
+    (name,) = re.findall(r"\A# (\S+\.py)\n", code)
+    shell = re.findall(r"^```bash\n(.*?)^```$", SECTIONS[section], flags=re.DOTALL | re.MULTILINE)
+    return name, code, "".join(shell).splitlines()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Content digests of the Python files in a folder."""
+    return {str(f.relative_to(folder)): hashlib.sha1(f.read_bytes()).hexdigest() for f in folder.rglob("*.py")}
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A copy of the package in a folder with a checkpoint and images, as a developer has it."""
+    shutil.copytree(PACKAGE, tmp_path / "ssmcompress", ignore=shutil.ignore_patterns("__pycache__"))
+    torch.save({"model": make_vim().state_dict()}, tmp_path / "model.pt")
+    for label in range(10):
+        for i in range(2):
+            write_image(tmp_path / "images" / f"class{label}" / f"{i}.png", seed=10 * label + i)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("A metric", "same class as dense"),
+        ("A step", "StepRecord(kind='rounding', values={'bits': 8})"),
+        ("A backend", "agrees with the reference"),
+        ("A command", '"tokens": ['),
+    ],
+)
+def test_one_new_file_is_enough(place, section, says):
+    name, code, commands = example(section)
+    before = files_of(place)
+    (place / name).write_text(code, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    printed = ""
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        program = [sys.executable] if program == "python" else [sys.executable, "-m", "ssmcompress"]
+        done = subprocess.run([*program, *arguments], cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        printed += done.stdout
+    assert says in printed
+    after = files_of(place)
+    assert {file for file in after if after[file] != before.get(file)} == {name}
+    assert before.keys() <= after.keys()
