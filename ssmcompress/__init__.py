@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
     from .evaluation.measure import evaluate
-    from .export.onnx import export_onnx
+    from .export.onnx import OnnxOptions, export_onnx
     from .export.verify import verify_onnx
     from .jobs.finetune import finetune_folder
     from .jobs.prune import compress
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .pruning.plan import Plan, Stage
 
 _HOME = {
+    "OnnxOptions": "export.onnx",
     "Plan": "pruning.plan",
     "Recipe": "compression.finetune.recipe",
     "Stage": "pruning.plan",
@@ -56,6 +57,7 @@ _HOME = {
 }
 
 __all__ = [
+    "OnnxOptions",
     "Plan",
     "Recipe",
     "Stage",

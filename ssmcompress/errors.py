@@ -1,32 +1,32 @@
-"""Errors meant for people: each says what was found, what was expected and the way out.
+"""Exceptions with messages for users: what was found, what was expected and how to proceed.
 
-The command line prints the message as one line on stderr and ends with `exit_code`. A message names arguments of the
-library in backticks (`samples`, `force=True`); the command line shows its options in their place (--samples, --force).
+The command line prints the message as one line on stderr and exits with `exit_code`. A message names arguments of the
+library in backticks (`samples`, `force=True`); the command line shows its own options instead (--samples, --force).
 """
 
 from typing import Any
 
 
 class SsmCompressError(Exception):
-    """Failed at run time; the base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose; by itself, a failure at run time."""
 
     exit_code = 1
 
 
 class InputError(SsmCompressError, ValueError):
-    """A file, an option or a value that cannot be used."""
+    """Raised for a file, an option or a value that cannot be used."""
 
     exit_code = 2
 
 
 class BudgetError(SsmCompressError):
-    """A FLOPs budget outside what the given stages can reach."""
+    """Raised for a FLOPs budget outside the range that the stages can reach."""
 
     exit_code = 3
 
 
 class VerificationError(SsmCompressError):
-    """An exported file that does not compute what the model computes; `result` says by how much."""
+    """Raised when an exported file does not compute what the model computes; `result` holds the differences."""
 
     exit_code = 4
 

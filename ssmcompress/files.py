@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and never over something that is there unless asked to."""
+"""Atomic writes: a file or folder is written completely or not at all, and replaces another only if asked to."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from .errors import InputError
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Return the hex digest of a file's content."""
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Find out before the long work, not after it, whether `path` can be written; leaves nothing behind.
+    """Check before a long computation that `path` can be written; no file or folder is left behind.
 
     Args:
-        inputs: files and folders that are read: replacing `path` must not take one of them away.
+        path: the file or folder to be written. force: whether an existing one may be replaced.
+        inputs: files and folders that are read, which `path` must not be or contain.
+
+    Raises:
+        InputError: `path` exists, holds one of the `inputs`, or cannot be written.
     """
     for name in inputs:
         if name is not None and Path(name).exists() and path.exists():
-            read = Path(name).resolve()
-            if path.resolve() in (read, *read.parents):
+            source = Path(name).resolve()
+            if path.resolve() in (source, *source.parents):
                 raise InputError(f"{path} is, or holds, the input {name}; choose another output")
     with _workplace(path, force):
         pass
@@ -40,7 +44,7 @@ def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = 
 
 @contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an error, and vanishes otherwise."""
+    """Yield a temporary folder that is moved to `path` on success and deleted if the body of the with raises."""
     with _workplace(path, force) as workplace:
         folder = workplace / "new"
         folder.mkdir()
@@ -49,16 +53,16 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes, force: bool = False) -> None:
-    """Write `content` to `path`, whole or not at all."""
+    """Write `content` to `path` completely or not at all."""
     with replace_files(path, force) as folder:
         (folder / path.name).write_bytes(content)
 
 
 @contextmanager
 def replace_files(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder; what is in it at the end goes beside `path`, unless the block ends with an error.
+    """Yield a temporary folder whose files are moved next to `path`, unless the body of the with raises.
 
-    A file that is named as `path` goes last: where it is there, so is what it needs.
+    The file with the name of `path` is moved last, so that whenever it exists, the files it needs exist too.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file to write")
@@ -71,14 +75,14 @@ def replace_files(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:
-    _refuse_existing(path, force)  # another process may have been faster
+    _refuse_existing(path, force)  # another process may have created it meanwhile
     if not path.is_dir() or path.is_symlink():
         os.replace(new, path)
         return
     os.rename(path, workplace / "old")
     try:
         os.rename(new, path)
-    except BaseException:  # an interruption, too, must not cost the old one
+    except BaseException:  # an interruption, too, must not lose the old folder
         os.rename(workplace / "old", path)
         raise
 
@@ -101,7 +105,7 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def _workplace(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `path`, removed at the end, with parents made for it if nothing came of it."""
+    """Yield a temporary folder next to `path`; remove it at the end, and its new parents too if they stay empty."""
     parents: list[Path] = []
     workplace = None
     try:
@@ -115,7 +119,7 @@ def _workplace(path: Path, force: bool) -> Iterator[Path]:
     finally:
         if workplace is not None:
             shutil.rmtree(workplace, ignore_errors=True)
-        for parent in parents:  # innermost first; stops at the first that has something in it
+        for parent in parents:  # innermost first; stops at the first that is not empty
             try:
                 parent.rmdir()
             except OSError:

@@ -1,8 +1,8 @@
-"""One process or several: what each is to do of a job, and sums over all of them.
+"""Distributed runs: start, sharding, reductions and barriers, for one process or several.
 
-Started by `torchrun` or `accelerate launch`, the same command runs in every process; `start` brings them together. Each
-takes its share of the images, results are added up, and the first alone prints and writes. Without a launcher there is
-one process, and everything here is as good as nothing.
+With `torchrun` or `accelerate launch`, the same command runs in every process; `start` joins them into a group. Each
+processes its shard of the images, results are summed over all, and only the first prints and writes. Without a
+launcher there is one process, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 
 def launched_index() -> int:
-    """The number that a launcher gave to this process, 0 without one; known before anything is imported or started."""
-    number = os.environ.get("RANK", "0")
-    return int(number) if number.isdecimal() else 0
+    """Return the rank that a launcher gave to this process, 0 without one; needs neither torch nor a process group."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def start(device: str) -> str:
-    """Join the processes that a launcher started, if one did.
+    """Initialise the process group if a launcher started this process.
 
     Args:
-        device: what the user asked for.
+        device: the device that the user asked for.
 
     Returns:
-        The device of this process: of several with "cuda", each has one of its own.
+        The device of this process: with "cuda", each of several processes has its own GPU.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal() or int(size) < 2:
@@ -36,7 +36,7 @@ def start(device: str) -> str:
     from accelerate import PartialState
 
     if torch.device(device).type == "cuda" and not torch.distributed.is_initialized():
-        # Both kinds of tensors are added up: gradients on the GPUs, counts on the CPU.
+        # Tensors are reduced on both: gradients on the GPUs, counts on the CPU.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
     state = PartialState(cpu=torch.device(device).type == "cpu")
@@ -44,35 +44,36 @@ def start(device: str) -> str:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     import torch
 
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if running else 1
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialized else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     import torch
 
     return torch.distributed.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one that prints and writes."""
+    """Return whether this is the process that prints and writes."""
     return index() == 0
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Every so many of `items`: all of them over the processes, each once."""
+    """Return this process's shard of `items`: every `count()`-th item, starting at its rank."""
     return items[index() :: count()]
 
 
 def all_reduce_sum(*values: Any, device: Any = "cpu") -> None:
-    """Replace each tensor by its sum over the processes.
+    """Replace each tensor by its sum over all processes.
 
     Args:
-        device: where the tensors are added; a group with NCCL alone takes those on its GPU only.
+        values: the tensors.
+        device: where they are summed; a group with NCCL alone reduces tensors on its GPU only.
     """
     if count() == 1:
         return
@@ -85,7 +86,7 @@ def all_reduce_sum(*values: Any, device: Any = "cpu") -> None:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every process's value, in their order."""
+    """Return the values of all processes, in order of rank."""
     if count() == 1:
         return [value]
     import torch
@@ -96,7 +97,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Go on when all have come here."""
+    """Wait until all processes have reached this call."""
     if count() > 1:
         import torch
 
@@ -104,7 +105,7 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Part from the other processes at the end of a command."""
+    """Destroy the process group at the end of a command."""
     import sys
 
     if "torch" in sys.modules and count() > 1:

@@ -1,4 +1,4 @@
-"""Progress of long work: the library calls these functions, which are silent until a front end replaces them."""
+"""Progress reports: the library calls these functions, which do nothing until a front end is set."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 class FrontEnd:
-    """Shows progress; this one shows nothing."""
+    """The interface of a front end; this base class shows nothing."""
 
     def track(self, items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
-        """`items`, shown as they pass."""
+        """Iterate over `items` and show how many of them are done."""
         return items
 
     def status(self, text: str) -> None:
-        """What is to be seen beside the bar that runs."""
+        """Show `text` next to the current progress bar."""
 
     def line(self, text: str) -> None:
-        """What is worth keeping on the screen."""
+        """Print `text` so that it stays on the screen."""
 
 
 _silent = FrontEnd()
@@ -29,23 +29,28 @@ _front_end: ContextVar[FrontEnd] = ContextVar("ssmcompress_front_end", default=_
 
 
 def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
-    """`items`, shown as they pass: `what` is being done, `total` of them, of which `done` were before these."""
+    """Iterate over `items` and show progress.
+
+    Args:
+        items: the remaining items. what: a description of the work.
+        total: the number of items in all. done: how many of them were finished before these.
+    """
     return _front_end.get().track(items, what, total, done)
 
 
 def status(text: str) -> None:
-    """Tell how what is being tracked stands."""
+    """Show `text` next to the current progress bar."""
     _front_end.get().status(text)
 
 
 def line(text: str) -> None:
-    """Tell what happened, once."""
+    """Print a line that stays on the screen."""
     _front_end.get().line(text)
 
 
 @contextmanager
-def shown_by(front_end: FrontEnd) -> Iterator[None]:
-    """Send everything inside the `with` block through `front_end`."""
+def use_front_end(front_end: FrontEnd) -> Iterator[None]:
+    """Send all progress in the body of the with statement to `front_end`."""
     token = _front_end.set(front_end)
     try:
         yield

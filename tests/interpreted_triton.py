@@ -6,7 +6,7 @@ from op_cases import conv_case, grid_case, leaves, named, scan_case
 from torch.utils.checkpoint import checkpoint
 from triton.runtime import interpreter
 
-from ssmcompress.evaluation.op_benchmark import _both_ways, _by_mamba_ssm, _inputs, _kept
+from ssmcompress.evaluation.op_benchmark import _by_mamba_ssm, _make_inputs, _make_positions, _scan_both_ways
 from ssmcompress.ops import ScanPath, causal_conv1d, scan_paths, selective_scan
 from ssmcompress.ops.triton import INTERPRETED, limits
 from ssmcompress.ops.triton.launch import launch
@@ -140,12 +140,12 @@ def test_a_convolution_reads_a_token_once_for_each_tap(monkeypatch):
 def test_the_work_that_is_timed_on_a_gpu():
     """What `benchmark --ops --device cuda` calls, where no GPU is needed for it."""
     shape = (2, 6, 33, 4)
-    (first, _), (second, _) = (_inputs(shape, torch.float32, "cpu", seed) for seed in (0, 1))
+    (first, _), (second, _) = (_make_inputs(shape, torch.float32, "cpu", seed) for seed in (0, 1))
     twice = {**first, **{f"{name}_b": tensor for name, tensor in second.items() if name != "z"}}
-    y = _both_ways(**twice, backend="triton")
-    torch.testing.assert_close(y, _both_ways(**twice, backend="reference"), atol=1e-4, rtol=1e-4)
+    y = _scan_both_ways(**twice, backend="triton")
+    torch.testing.assert_close(y, _scan_both_ways(**twice, backend="reference"), atol=1e-4, rtol=1e-4)
 
-    def like_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    def like_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # noqa: PLR0913 (those of the op)
         u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
         return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend="reference").transpose(1, 2)
 
@@ -153,7 +153,7 @@ def test_the_work_that_is_timed_on_a_gpu():
     expected = selective_scan(**first, delta_softplus=True, backend="reference")
     torch.testing.assert_close(alone, expected, atol=1e-4, rtol=1e-4)
     assert _by_mamba_ssm(like_mamba_ssm, first, second)().shape == (2, 33, 6)
-    positions, (steps, _) = _kept(shape, "cpu")
+    positions, (steps, _) = _make_positions(shape, "cpu")
     assert (positions.diff() > 0).all()
     assert torch.equal(steps[:, 1:].long(), positions.diff() - 1)
     out = torch.empty(2 * limits._BLOCK)

@@ -114,7 +114,7 @@ def test_a_pruned_model_reloads_for_another_image_size(vim, images, tmp_path):
 
 def test_nothing_is_overwritten_unless_asked_and_nothing_is_left_on_failure(vim, tmp_path, monkeypatch):
     folder = ssmcompress.save(vim, tmp_path / "a" / "m")
-    with pytest.raises(InputError, match="exists.*--force"):
+    with pytest.raises(InputError, match="exists.*`force=True`"):
         ssmcompress.save(vim, folder)
     (folder / "old").write_text("")
     ssmcompress.save(vim, folder, force=True)
@@ -168,7 +168,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(vim, t
         torch.save(content, file, _use_new_zipfile_serialization=False)
     else:
         file.write_bytes(pickle.dumps(content["args"], protocol=2 if form.endswith("2") else None))
-    with pytest.raises(InputError, match=r"refused: this pickle asks for \w+\.system.*--unsafe-load"):
+    with pytest.raises(InputError, match=r"refused: this pickle asks for \w+\.system.*`unsafe_load=True`"):
         ssmcompress.load(file)
     assert not (tmp_path / "ran").exists()
     if form == "zip":
@@ -378,5 +378,5 @@ def test_names_that_torchs_reader_refuses_are_told_whichever_they_are(tmp_path):
     for protocol in (2, 4):
         for function, name in ((torch.load, "torch.serialization.load"), (np.load, "numpy.*load")):
             (tmp_path / "v.pth").write_bytes(pickle.dumps(function, protocol=protocol))
-            with pytest.raises(InputError, match=f"asks for {name}.*--unsafe-load"):
+            with pytest.raises(InputError, match=f"asks for {name}.*`unsafe_load=True`"):
                 ssmcompress.load(tmp_path / "v.pth")

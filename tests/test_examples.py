@@ -31,7 +31,9 @@ def serve_onnx():
 def exported(tmp_path_factory):
     file = tmp_path_factory.mktemp("exported") / "model.onnx"
     model = make_vim(depth=2)
-    ssmcompress.export_onnx(ssmcompress.prune(model, ssmcompress.make_plan(model)), file, scan="scan")
+    ssmcompress.export_onnx(
+        ssmcompress.prune(model, ssmcompress.make_plan(model)), file, ssmcompress.OnnxOptions(scan="scan")
+    )
     return file
 
 

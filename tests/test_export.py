@@ -16,12 +16,12 @@ from ssmcompress.export import runtime as onnx_runtime
 from ssmcompress.export.functions import FORMS, STANDARD_OPSET, function_text
 from ssmcompress.export.graph import assemble, trace
 from ssmcompress.export.onnx import build_onnx
-from ssmcompress.export.runtime import forms_for, newest_opset
+from ssmcompress.export.runtime import choose_forms, newest_opset
 from ssmcompress.export.verify import compare_kept, verify_onnx
 from ssmcompress.models.base import Decision
 from ssmcompress.ops import causal_conv1d, selective_scan
 
-FORMS_HERE, _ = forms_for("auto", newest_opset())
+FORMS_HERE, _ = choose_forms("auto", newest_opset())
 
 
 def run(graph, **inputs):
@@ -229,7 +229,7 @@ def test_a_wrong_operator_is_located_where_all_weights_are_right(pruned, graph):
 
 @pytest.mark.parametrize("opset", [18, 20, 23, 25])
 def test_every_opset_computes_the_same(pruned, opset, tmp_path):
-    ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", opset=opset)
+    ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(opset=opset))
     graph = onnx.load(tmp_path / "m.onnx")
     assert {o.domain: o.version for o in graph.opset_import}[""] == opset
 
@@ -244,19 +244,19 @@ def test_what_cannot_be_had_is_said(pruned, tmp_path):
         ({"provider": "abacus"}, "the installed onnxruntime has .*cpu"),
     ):
         with pytest.raises(InputError, match=message):
-            ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", **options)
+            ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_auto_takes_the_fastest_and_says_what_it_measured(pruned, tmp_path, monkeypatch):
     speeds = iter([9.0, 9.0, 4.0, 4.0])
 
-    def block(content, provider, shape, repeats):
+    def time_round(content, provider, shape, repeats):
         return [next(speeds)]
 
-    monkeypatch.setattr(onnx_runtime, "block", block)
+    monkeypatch.setattr(onnx_runtime, "time_round", time_round)
     monkeypatch.setattr(onnx_runtime, "newest_opset", lambda: 20)
-    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", opset=20)
+    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(opset=20))
     assert result.scan == "linear-attention"
     assert list(result.scan_ms) == ["linear-attention", "scan"]
     assert set(result.scan_ms) | set(result.refused) == set(FORMS)
@@ -268,7 +268,7 @@ def test_float16_halves_the_matrices_and_is_held_against_the_rounded_model(tmp_p
     model = make_vim(depth=2)
     with torch.no_grad():
         model.head.weight[0] *= 1.0001  # so that rounding shows
-    result = ssmcompress.export_onnx(model, tmp_path / "m.onnx", dtype="float16", scan="scan")
+    result = ssmcompress.export_onnx(model, tmp_path / "m.onnx", ssmcompress.OnnxOptions(dtype="float16", scan="scan"))
     assert result.max_difference < 1e-5 < result.rounding["max_difference"]
     kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert kinds["layers.0.mixer.in_proj.weight"] == onnx.TensorProto.FLOAT16
@@ -276,11 +276,13 @@ def test_float16_halves_the_matrices_and_is_held_against_the_rounded_model(tmp_p
     with torch.no_grad():
         model.head.weight[0, 0] = 1e5
     with pytest.raises(InputError, match="head.weight has values beyond float16"):
-        ssmcompress.export_onnx(model, tmp_path / "n.onnx", dtype="float16", scan="scan")
+        ssmcompress.export_onnx(model, tmp_path / "n.onnx", ssmcompress.OnnxOptions(dtype="float16", scan="scan"))
 
 
 def test_kept_positions_are_outputs_where_asked_for(pruned, tmp_path):
-    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", debug_outputs=True, scan="scan")
+    result = ssmcompress.export_onnx(
+        pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(debug_outputs=True, scan="scan")
+    )
     assert result.stages == [{"after": 1, "kept": 9, "same": result.images}]
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     x = images_of(pruned, 3)
@@ -292,7 +294,7 @@ def test_large_weights_go_beside_the_file_or_nothing_goes_anywhere(pruned, tmp_p
     from ssmcompress.export import onnx as export
 
     monkeypatch.setattr(export, "EXTERNAL_BYTES", 1000)
-    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", scan="scan")
+    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(scan="scan"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert result.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     x = images_of(pruned, 3)
@@ -300,17 +302,18 @@ def test_large_weights_go_beside_the_file_or_nothing_goes_anywhere(pruned, tmp_p
         np.testing.assert_allclose(run_file(tmp_path / "m.onnx", x), pruned(x).numpy(), atol=1e-4)
     assert verify_onnx(pruned, tmp_path / "m.onnx").passed
     with pytest.raises(InputError, match="exists"):
-        ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", scan="scan")
+        ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(scan="scan"))
     (tmp_path / "m.onnx.data").unlink()
     with pytest.raises(InputError, match="cannot load the graph|cannot read the weight"):
         verify_onnx(pruned, tmp_path / "m.onnx")
     with pytest.raises(VerificationError):
-        ssmcompress.export_onnx(pruned, tmp_path / "sub" / "m.onnx", scan="scan", atol=0.0)
+        ssmcompress.export_onnx(pruned, tmp_path / "sub" / "m.onnx", ssmcompress.OnnxOptions(scan="scan", atol=0.0))
     assert not (tmp_path / "sub").exists()
 
 
 def test_latency_is_of_both_runtimes_and_of_the_dense_model(pruned, tmp_path):
-    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", latency=True, dense=make_vim(depth=2), scan="scan")
+    options = ssmcompress.OnnxOptions(latency=True, scan="scan")
+    result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", options, dense=make_vim(depth=2))
     rows = {(row["model"], row["by"], row["batch"]) for row in result.latency}
     assert rows == {(m, by, b) for m in ("dense", "pruned") for by in ("torch", "onnxruntime") for b in (1, 8)}
     assert all(row["ms"] > 0 for row in result.latency)
@@ -318,7 +321,7 @@ def test_latency_is_of_both_runtimes_and_of_the_dense_model(pruned, tmp_path):
 
 def test_nothing_is_written_when_verification_fails(pruned, tmp_path):
     with pytest.raises(VerificationError):
-        ssmcompress.export_onnx(pruned, tmp_path / "sub" / "m.onnx", atol=0.0, scan="scan")
+        ssmcompress.export_onnx(pruned, tmp_path / "sub" / "m.onnx", ssmcompress.OnnxOptions(atol=0.0, scan="scan"))
     assert list(tmp_path.iterdir()) == []
 
 

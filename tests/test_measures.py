@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssmcompress
 from ssmcompress.errors import InputError
-from ssmcompress.evaluation.flops import by_part, flops, reachable, remaining_share
-from ssmcompress.evaluation.latency import benchmark, latency, peak_memory, spread
+from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share, smallest_share
+from ssmcompress.evaluation.latency import benchmark, latency, peak_memory, summarize_times
 from ssmcompress.evaluation.measure import autocast, measure
-from ssmcompress.evaluation.op_benchmark import _inputs, _scan_by, benchmark_ops
+from ssmcompress.evaluation.op_benchmark import _by_mambapy, _make_inputs, benchmark_ops
 from ssmcompress.models.vim import VimConfig, VisionMamba
 from ssmcompress.ops import selective_scan, use_backend
 from ssmcompress.pruning.plan import Plan, Stage, default_stages
@@ -91,7 +91,7 @@ def test_published_sizes(d_model, params, full, paper):
     found = flops(model)
     assert found["full"] == pytest.approx(full, rel=1e-3)
     assert found["paper"] == pytest.approx(paper, rel=1e-3)
-    assert sum(by_part(model).values()) == pytest.approx(found["full"])
+    assert sum(flops_by_part(model).values()) == pytest.approx(found["full"])
 
 
 def test_tiny_has_415_tensors():
@@ -122,7 +122,7 @@ def to_be_counted(architecture, ratio):
 def test_matrix_products_agree_with_torchs_own_counter(architecture, ratio):
     """Torch counts no scan, no element-wise convolution and both directions; a multiply-add is two."""
     model = to_be_counted(architecture, ratio)
-    parts, c = by_part(model), model.config
+    parts, c = flops_by_part(model), model.config
     expected = 1e9 * sum(parts[name] for name in PRODUCTS)
     # The reference, whose read-out of the state the counter can see.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("reference"):
@@ -140,14 +140,14 @@ def test_a_convolution_on_the_grid_costs_a_window_for_each_kept_token():
     c, counts = model.config, model.token_counts()
     assert counts == [24, 12, 6, 3, 3]
     taps = c.d_inner * c.window**2 * (24 + 12 + 6 + 3) + c.d_model * c.dw_window**2 * (24 + 3)
-    assert by_part(model)["conv"] == taps / 1e9
+    assert flops_by_part(model)["conv"] == taps / 1e9
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
 @pytest.mark.parametrize("architecture", ["vim", "plain_mamba"])
 def test_matrix_products_that_are_timed_alone_are_those_of_the_model(architecture, ratio):
     model = to_be_counted(architecture, ratio)
-    parts = by_part(model)
+    parts = flops_by_part(model)
     expected = 1e9 * sum(parts[name] for name in PRODUCTS)
     assert sum(rows * weight.numel() for rows, weight in model.matrix_products()) == pytest.approx(expected)
 
@@ -158,8 +158,8 @@ def test_the_stem_counts_in_what_images_take_at_a_time():
 
 
 def test_spread_is_within_what_was_measured():
-    assert spread([1.0, 10.0]) == {"ms": 5.5, "ms_low": 3.25, "ms_high": 7.75}
-    assert spread([2.0]) == {"ms": 2.0, "ms_low": 2.0, "ms_high": 2.0}
+    assert summarize_times([1.0, 10.0]) == {"ms": 5.5, "ms_low": 3.25, "ms_high": 7.75}
+    assert summarize_times([2.0]) == {"ms": 2.0, "ms_low": 2.0, "ms_high": 2.0}
 
 
 def test_peak_memory_is_what_is_held_at_once():
@@ -211,14 +211,14 @@ def test_the_work_that_mambapy_is_timed_at_is_the_scan():
         return torch.stack(states, 1)
 
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
-        scan, _ = _inputs((2, 9, 7, 3), dtype, torch.device("cpu"))
-        found, expected = _scan_by(pscan, **scan).float(), selective_scan(**scan, delta_softplus=True).float()
+        scan, _ = _make_inputs((2, 9, 7, 3), dtype, torch.device("cpu"))
+        found, expected = _by_mambapy(pscan, scan)().float(), selective_scan(**scan, delta_softplus=True).float()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_reachable_range_is_that_of_two_tokens():
     model = make_vim(image=(32, 32))
-    least = reachable(model, default_stages(4))
+    least = smallest_share(model, default_stages(4))
     assert least == remaining_share(model, [Stage(after, 0.999999) for after in default_stages(4)])
     pruned = ssmcompress.prune(model, ssmcompress.make_plan(model, ratio=0.999))
     assert flops(pruned)["full"] / flops(model)["full"] == pytest.approx(least)

@@ -25,7 +25,7 @@ def case(batch=2, length=7, d_inner=3, d_state=2, dtype=torch.float32, seed=0):
             normal(d_inner), normal(*sequence), normal(d_inner))  # fmt: skip
 
 
-def equation(u, delta, A, B, C, D, z, bias, gap=None):
+def equation(u, delta, A, B, C, D, z, bias, gap=None):  # noqa: PLR0913 (those of the op)
     """The recurrence of the op's docstring, one number at a time."""
     delta = F.softplus(delta + bias)
     y = torch.zeros_like(u)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import ssmcompress
 from ssmcompress.compression.calibrate import mean_deltas
+from ssmcompress.compression.search.equal import plan_for_budget
 from ssmcompress.data.batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.evaluation.flops import flops
-from ssmcompress.jobs.prune import plan_for_budget
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
-from ssmcompress.pruning.importance import RANKINGS
+from ssmcompress.pruning.importance import IMPORTANCES
 from ssmcompress.pruning.plan import Plan, Stage, default_stages, kept_count, token_counts
 from ssmcompress.pruning.pruner import TokenPruner
 from ssmcompress.pruning.tokens import Tokens
@@ -92,7 +92,7 @@ def test_a_second_stage_counts_positions_from_the_original_path():
     assert second.positions.tolist() == [[2, 5, 7]]
 
 
-@pytest.mark.parametrize("metric", RANKINGS)
+@pytest.mark.parametrize("metric", [name for name, importance in IMPORTANCES.items() if importance.ranks])
 def test_every_metric_prunes_each_image_alike_in_any_batch(model, metric):
     images = images_of(model)
     plan = ssmcompress.calibrate(model, images, stages=(1, 2, 3), ratio=(0.2, 0.3, 0.4), importance=metric)

@@ -25,7 +25,7 @@ from ssmcompress.compression.reconstruct.least_squares import Rows, refit, ridge
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
-from ssmcompress.evaluation.flops import by_part, corrections_share, flops
+from ssmcompress.evaluation.flops import corrections_share, flops, flops_by_part
 from ssmcompress.ops import gather_tokens
 
 # ------------------------------------------------------------------------------------------------ the regression
@@ -40,7 +40,7 @@ def draw(*shape, seed=0):
 
 
 def rows_of(x, t, w):
-    rows = Rows.none(x.shape[1], t.shape[1])
+    rows = Rows.zeros(x.shape[1], t.shape[1])
     for part in torch.arange(len(x)).split(7):
         rows.add(x[part], t[part], w[part])
     return rows
@@ -234,7 +234,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
         for k, images in enumerate(many.split(32)):
             full = dense.blocks[0](dense.embed(images))
             kept, _ = pruned.step(1, pruned.embed(images))
-            mean = kept.remembering(full, dense.memory).pruned_mean()
+            mean = kept.with_pruned_sum(full, dense.memory).pruned_mean()
             seen = []
             new = found.blocks[1].get_submodule(name)
             hook = new.register_forward_hook(lambda _, x, y, to=seen: to.append(x[0]))
@@ -414,7 +414,7 @@ def test_a_folder_keeps_it(rebuilt, many, tmp_path):
 def test_corrections_are_counted(pruned, rebuilt):
     added = sum(2 * 16 * correction[0].out_features for correction in rebuilt.corrections.values())
     assert 0 < added <= corrections_share(pruned, (1, 2)) * flops(make_vim())["full"] * 1e9
-    assert by_part(rebuilt)["corrections"] == added / 1e9
+    assert flops_by_part(rebuilt)["corrections"] == added / 1e9
     assert flops(rebuilt)["full"] == pytest.approx(flops(pruned)["full"] + added / 1e9)
 
 

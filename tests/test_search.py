@@ -22,7 +22,7 @@ from ssmcompress.data.batches import LabelledBatch
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share, smallest_share
 from ssmcompress.jobs.images import DataOptions, choose_images
-from ssmcompress.jobs.methods import METHODS, Level, stages_of
+from ssmcompress.jobs.methods import METHODS, Level, stages_for_level
 from ssmcompress.jobs.search import SearchRequest, SearchResult, search_plan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.importance import UNLINKED_DISTANCE, link_pairs, normalize_rms, predict_saliency
@@ -310,8 +310,8 @@ def test_share_removed_is_the_inverse_of_kept_count():
             assert kept_count(length, share_removed(length, kept, protected), protected) == kept
 
 
-def search(model, images, **request) -> SearchResult:
-    data = DataOptions(str(images))
+def search(model, folder, **request) -> SearchResult:
+    data = DataOptions(str(folder))
     chosen = choose_images(model, data)
     gap = chosen.gap_source(None)
     return search_plan(model, SearchRequest(**request), chosen, data, gap=gap, reconstruct=False)
@@ -449,7 +449,7 @@ def test_rows_that_must_coincide_do(checkpoint, class_folders, tmp_path):
 def test_every_method_stays_below_its_level(method):
     model = make_vim(depth=6, image=(40, 40))
     reference = remaining_share(model, [Stage(after, 0.15) for after in (1, 3, 4)])
-    stages = stages_of(method, model, Level(0.15, reference), (1, 3, 4))
+    stages = stages_for_level(method, model, Level(0.15, reference), (1, 3, 4))
     assert 0.9 * reference <= remaining_share(model, stages) <= reference
 
 

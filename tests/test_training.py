@@ -20,11 +20,11 @@ from timm.data import Mixup
 
 import ssmcompress
 from ssmcompress import progress
-from ssmcompress.compression.finetune.examples import Examples, mirrored, seeded
+from ssmcompress.compression.finetune.examples import Examples, seed_rng, select_pairs
 from ssmcompress.compression.finetune.loop import finetune
-from ssmcompress.compression.finetune.losses import distillation, objective
+from ssmcompress.compression.finetune.losses import distillation_loss, objective
 from ssmcompress.compression.finetune.recipe import RECIPES, Recipe
-from ssmcompress.compression.finetune.state import read_state
+from ssmcompress.compression.finetune.state import StateFile, read_state
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError, SsmCompressError
@@ -99,23 +99,23 @@ def test_recipes_that_cannot_be(change):
 
 
 def test_recipes_come_from_names_files_and_changes(tmp_path):
-    assert Recipe.named("default") == Recipe()
+    assert Recipe.from_name("default") == Recipe()
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"recipe": "top-vim", "epochs": 4}))
-    assert Recipe.named(str(file)) == replace(RECIPES["top-vim"], epochs=4)
-    assert Recipe().changed(["lr=2e-3", "norms=true", "randaugment=rand-m5", "epochs=7"]) == Recipe(
+    assert Recipe.from_name(str(file)) == replace(RECIPES["top-vim"], epochs=4)
+    assert Recipe().with_changes(["lr=2e-3", "norms=true", "randaugment=rand-m5", "epochs=7"]) == Recipe(
         lr=2e-3, norms=True, randaugment="rand-m5", epochs=7
     )
     assert Recipe.from_dict(asdict(SMALL)) == SMALL
     for text in ("lr", "speed=3", "lr=fast", "epochs=1.5"):
         with pytest.raises(InputError, match="lr|speed|epochs"):
-            Recipe().changed([text])
+            Recipe().with_changes([text])
     for content in ("[1]", "{", '{"recipe": "none"}', '{"speed": 3}', "3"):
         file.write_text(content)
         with pytest.raises(InputError, match="mine.json"):
-            Recipe.named(str(file))
+            Recipe.from_name(str(file))
     with pytest.raises(InputError, match="default, top-vim"):
-        Recipe.named("nothing")
+        Recipe.from_name("nothing")
 
 
 # ----------------------------------------------------------------------------------------------------- objective
@@ -125,15 +125,15 @@ def test_the_teacher_is_followed_at_its_temperature():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, generator=generator).unbind()
     expected = F.kl_div(F.log_softmax(ours / 3, 1), F.softmax(theirs / 3, 1), reduction="none").sum(1) * 9
-    torch.testing.assert_close(distillation(ours, theirs, 3.0), expected)
-    torch.testing.assert_close(distillation(ours, ours, 3.0), torch.zeros(5))
+    torch.testing.assert_close(distillation_loss(ours, theirs, 3.0), expected)
+    torch.testing.assert_close(distillation_loss(ours, ours, 3.0), torch.zeros(5))
 
 
 def test_what_there_is_has_all_the_weight():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, generator=generator).unbind()
     targets = F.one_hot(torch.arange(5), 7).float()
-    labels, teacher = F.cross_entropy(ours, torch.arange(5), reduction="none"), distillation(ours, theirs)
+    labels, teacher = F.cross_entropy(ours, torch.arange(5), reduction="none"), distillation_loss(ours, theirs)
     recipe = Recipe(teacher=0.25)
     torch.testing.assert_close(objective(recipe, ours, targets, theirs), 0.75 * labels + 0.25 * teacher)
     torch.testing.assert_close(objective(recipe, ours, targets), labels)
@@ -164,12 +164,12 @@ def test_features_are_compared_at_the_kept_positions(pictures):
 def test_parts_are_mixed_as_the_whole(parts):
     images = torch.randn(22, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(22) % 5
-    pieces = [mirrored(range(22), part, parts) for part in range(parts)]
+    pieces = [select_pairs(range(22), part, parts) for part in range(parts)]
     assert sorted(np.concatenate(pieces)) == list(range(22))
     for seed in range(6):  # mixup as well as cutmix
 
         def mixed(rows, seed=seed):
-            with seeded(seed):
+            with seed_rng(seed):
                 return Mixup(0.8, 1.0, num_classes=5)(images[rows].clone(), labels[rows])
 
         whole = mixed(np.arange(22))
@@ -184,7 +184,7 @@ def test_augmentation_depends_on_nothing_but_seed_epoch_and_image(vim, pictures)
     def run(seed=0, epoch=0, first=0, **options):
         torch.manual_seed(len(options))
         examples = Examples(vim, batches(vim, pictures, **options), recipe, seed)
-        return [part for parts in examples.of_epoch(epoch, first) for part in parts]
+        return [part for parts in examples.iterate_epoch(epoch, first) for part in parts]
 
     def equal(one, other):
         return len(one) == len(other) and all(
@@ -206,7 +206,7 @@ def test_the_generators_are_left_as_they_were(vim, pictures):
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(5)
     np.random.seed(5)
-    list(Examples(vim, batches(vim, pictures), RECIPES["top-vim"], 0).of_epoch(0))
+    list(Examples(vim, batches(vim, pictures), RECIPES["top-vim"], 0).iterate_epoch(0))
     assert torch.equal(torch.rand(3), expected[0])
     assert np.array_equal(np.random.rand(3), expected[1])
 
@@ -217,7 +217,7 @@ def test_unreadable_images_are_left_out_and_named(vim, tmp_path, workers):
         write_image(tmp_path / f"{i}.png", i)
     (tmp_path / "3.png").write_bytes(b"nothing")
     data = batches(vim, tmp_path, workers=workers)
-    parts = [part for parts in Examples(vim, data, replace(SMALL, batch_size=6), 0).of_epoch(0) for part in parts]
+    parts = [part for parts in Examples(vim, data, replace(SMALL, batch_size=6), 0).iterate_epoch(0) for part in parts]
     assert sum(len(part.images) for part in parts) == 5
     assert data.unreadable_names() == [str(tmp_path / "3.png")]
     assert all(part.targets is None for part in parts)
@@ -225,7 +225,7 @@ def test_unreadable_images_are_left_out_and_named(vim, tmp_path, workers):
 
 def test_workers_end_with_the_epoch(vim, pictures):
     before = set(psutil.Process().children(recursive=True))
-    steps = Examples(vim, batches(vim, pictures, workers=2), SMALL, 0).of_epoch(0)
+    steps = Examples(vim, batches(vim, pictures, workers=2), SMALL, 0).iterate_epoch(0)
     next(steps)
     assert len(set(psutil.Process().children(recursive=True)) - before) == 2
     steps.close()
@@ -236,7 +236,7 @@ def test_grey_images_take_randaugment(tmp_path):
     model = make_vim(channels=1)
     for i in range(4):
         write_image(tmp_path / f"{i}.png", i, mode="L")
-    (parts,) = Examples(model, batches(model, tmp_path), replace(RECIPES["top-vim"], batch_size=4), 0).of_epoch(0)
+    (parts,) = Examples(model, batches(model, tmp_path), replace(RECIPES["top-vim"], batch_size=4), 0).iterate_epoch(0)
     assert parts[0].images.shape == (4, 1, 16, 16)
 
 
@@ -423,7 +423,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(model, tmp_path, cut):
     assert read_state(state)["run"]["step"] == cut
     half = ssmcompress.load(state)
     assert half.plan.stages == pruned.plan.stages
-    resumed = finetune(pruned, data, state=state, resume=True, **options)
+    resumed = finetune(pruned, data, state=StateFile(state, resume=True), **options)
     assert same(weights(whole.last), weights(resumed.last))
     assert same(weights(whole.model), weights(resumed.model))
 
@@ -436,7 +436,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(model, tmp_path, cut):
 
 def test_a_state_of_another_run_or_a_damaged_one_is_refused(vim, pictures, tmp_path):
     state, data = tmp_path / "state.pt", batches(vim, pictures)
-    options = {"dense": vim, "state": state, "resume": True}
+    options = {"dense": vim, "state": StateFile(state, resume=True)}
     finetune(pruned_of(vim), data, recipe=SMALL, **options)
     for change in ({"recipe": replace(SMALL, lr=2e-3)}, {"recipe": SMALL, "seed": 1}):
         with pytest.raises(InputError, match="of another run, with .*(lr|seed)"):
@@ -512,7 +512,7 @@ def test_progress_tells_the_figures(vim, pictures):
         def line(self, text):
             lines.append(text)
 
-    with progress.shown_by(Front()):
+    with progress.use_front_end(Front()):
         finetune(pruned_of(vim), batches(vim, pictures), dense=vim, recipe=SMALL, held_out=batches(vim, pictures))
     assert len(told) == 8
     assert all(word in told[0] for word in ("loss", "top-1", "images/s"))

@@ -38,7 +38,9 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
         for column in columns:
             table.add_column(header[column], justify="right", no_wrap=True)
         for name, cells in rows:
-            table.add_row(name, *(cells[column - 1] for column in columns))
+            shown = [cells[column - 1] for column in columns]
+            if any(shown) or len(columns) == len(header) - 1:  # a row may have figures in another table alone
+                table.add_row(name, *shown)
         widest = sum(_column_width(header, rows, column) for column in columns) + MIN_NAMES
         # No markup: names of users' folders are shown as they are.
         console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
@@ -87,12 +89,13 @@ def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) ->
     if as_json:
         print_json(report)
         return
-    show_table(["", *report_text.columns(report)], report_text.rows(report))
-    for note in report_text.notes(report):
+    show_table(["", *report_text.list_columns(report)], report_text.format_rows(report))
+    for note in report_text.format_notes(report):
         print(f"  {note}")
-    maps, fits = report_text.fits(report)
+    maps, fits = report_text.format_fits(report)
     if fits and verbose:
-        show_table(["missed by a refitted map, before -> after", *maps], fits)
+        print("\nwhat each refitted map misses of its target on held-out images, before -> after")
+        show_table(["", *maps], fits)
 
 
 def show_preview(value: dict[str, Any], as_json: bool) -> None:

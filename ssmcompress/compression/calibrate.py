@@ -1,4 +1,4 @@
-"""Calibration: what a plan needs to know of real images."""
+"""Calibration: plans, and the statistics that they need from real images."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def make_plan(
     alignment: Alignment | bool = True,
     seed: int = 0,
 ) -> Plan:
-    """A plan made without images, its gap source left open, checked against the model.
+    """Make a plan without images and check it against the model; its gap source is left open.
 
     Args:
         stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
-        ratio: share of the tokens removed at each stage, or one a stage; 0 to below 1.
+        ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
         importance: the metric, see `ssmcompress.pruning.importance`.
         alignment: True for conv and scan, False for neither, or an Alignment.
-        seed: of importance `random`.
+        seed: seed of importance `random`.
 
     Raises:
-        InputError: stages, ratios or a metric that the model cannot be pruned by.
+        InputError: the model cannot be pruned by these stages, ratios or metric.
     """
     depth = len(model.blocks)
     stages = default_stages(depth) if stages is None else tuple(stages)
@@ -48,8 +48,8 @@ def make_plan(
         raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
-    made = tuple(Stage(after, share, importance) for after, share in zip(stages, ratios, strict=True))
-    return Plan(made, alignment, seed=seed).validate(depth)
+    pairs = zip(stages, ratios, strict=True)
+    return Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
 
 
 def calibrate(
@@ -62,23 +62,23 @@ def calibrate(
     distributed: bool = False,
     **options,
 ) -> Plan:
-    """A plan that knows what the model does on real images.
+    """Return a plan with statistics of the model on real images.
 
-    The delta of a removed token is not known in later layers; its stand-in is the mean delta of the layer,
-    dt_proj and channel over all tokens of the calibration images. The passes are re-run over `images`, so memory
-    does not grow with their number.
+    The delta of a removed token is unknown in later layers; it is replaced by the mean delta of the layer, dt_proj and
+    channel over all tokens of the calibration images. `images` is iterated several times, so memory does not grow with
+    their number.
 
     Args:
-        model: dense.
-        images: a tensor (count, C, H, W) of prepared images, or something that can be iterated again and again
-            over such batches (tensors, (images, labels) pairs, or `ssmcompress.data.batches.Batches`).
+        model: the dense model.
+        images: a tensor (count, C, H, W) of prepared images, or an iterable over such batches (tensors,
+            (images, labels) pairs, or `ssmcompress.data.batches.Batches`) that can be iterated several times.
         plan: what to prune; None: `make_plan(model, **options)`.
-        gap: what stands in for the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else
-            calibrated.
-        name: what the images are called in reports.
+        gap: source of the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else calibrated.
+        name: name of the images in reports.
+        distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
 
     Returns:
-        The plan with a `calibration`: the mean deltas, and per stage how often each position was kept and its
+        The plan with a `calibration`: the mean deltas, and for each stage how often each position was kept and its
         mean score.
 
     Raises:
@@ -86,67 +86,69 @@ def calibrate(
     """
     plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
     batches = AnyBatches(images)
-    # Without scan alignment nothing reads the deltas: no pass over the images for their sake.
+    # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
     deltas = gap_deltas(model, batches, gap, distributed)
-    salient = [stage.after for stage in plan.stages if stage.importance == "saliency"]
-    probes = fit_probes(model, batches, salient, distributed=distributed) if salient else ()
+    layers = plan.probed_layers
+    probes = fit_probes(model, batches, layers, distributed=distributed) if layers else ()
     plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas, probes=probes))
-    return replace(plan, calibration=_with_stage_statistics(model, plan, batches, distributed))
+    return replace(plan, calibration=_collect_stage_statistics(model, plan, batches, distributed))
 
 
 def gap_deltas(model: TokenModel, images: Any, gap: str, distributed: bool = False) -> tuple[Tensor, ...]:
-    """Per layer (deltas, d_inner), what stands in for the delta of pruned positions by the gap source `gap`."""
+    """Return the delta of pruned positions by the gap source `gap`, (deltas, d_inner) for each layer."""
     return mean_deltas(model, AnyBatches(images), distributed) if gap == "calibrated" else bias_deltas(model)
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
-    """Per layer (deltas, d_inner): softplus(dt_bias), the delta of a position that brings no input."""
+    """Return softplus(dt_bias), the delta of a position without input, (deltas, d_inner) for each layer."""
     return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
 
 
 def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = False) -> tuple[Tensor, ...]:
-    """Per layer (deltas, d_inner): the mean of delta over the images and tokens of the dense model."""
+    """Return the mean of delta over the images and tokens of the dense model, (deltas, d_inner) for each layer."""
     device = next(model.parameters()).device
-    totals = [torch.zeros_like(delta, dtype=_exact(device)) for delta in (block.bias_delta() for block in model.blocks)]
-    tokens_seen = torch.zeros((), dtype=_exact(device))
+    totals = [
+        torch.zeros_like(delta, dtype=_sum_dtype(device)) for delta in (block.bias_delta() for block in model.blocks)
+    ]
+    token_count = torch.zeros((), dtype=_sum_dtype(device))
     for batch in in_chunks(track(batches, "calibrating", len(batches)), model.chunk_size()):
-        tokens_seen += len(batch) * model.length
-        for layer, delta in enumerate(_dense_deltas(model, batch)):
+        token_count += len(batch) * model.length
+        for layer, delta in enumerate(_sum_deltas(model, batch)):
             totals[layer] += delta
     if distributed:
-        processes.all_reduce_sum(tokens_seen, *totals, device=device)
-    if not tokens_seen:
+        processes.all_reduce_sum(token_count, *totals, device=device)
+    if not token_count:
         raise InputError("no images to calibrate on")
-    means = tuple((total / tokens_seen.item()).float().cpu() for total in totals)
+    means = tuple((total / token_count.item()).float().cpu() for total in totals)
     if not all(mean.isfinite().all() for mean in means):
         raise InputError(NOT_FINITE)
     return means
 
 
-def _exact(device: torch.device) -> torch.dtype:
-    """Of sums on a device: Apple's GPUs have no float64."""
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums on a device: Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
-def _dense_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
-    """Per layer (deltas, d_inner), delta summed over images and tokens, in float64."""
+def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
+    """Return delta summed over images and tokens, (deltas, d_inner) for each layer, in float64 where there is one."""
     device = next(model.parameters()).device
     tokens = model.embed(images.to(device))
     sums = []
     for block in model.blocks:
-        sums.append(block.deltas(tokens).sum((1, 2), dtype=_exact(device)))
+        sums.append(block.deltas(tokens).sum((1, 2), dtype=_sum_dtype(device)))
         tokens = block(tokens)
     return sums
 
 
 @torch.no_grad()
-def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
-    """Which positions each stage keeps and how they scored, from the pruned model on the same images."""
+def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
+    """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
     pruned = prune(model, plan)
     kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
-    seen, scores = torch.zeros_like(kept), torch.zeros_like(kept)
+    counts, scores = torch.zeros_like(kept), torch.zeros_like(kept)
     images = torch.zeros((), dtype=torch.float64)
     for batch in in_chunks(track(batches, "scoring tokens", len(batches)), model.chunk_size()):
         images += len(batch)
@@ -155,16 +157,16 @@ def _with_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, d
             raise InputError(NOT_FINITE)
         for stage, (candidates, values, survivors) in enumerate(decisions):
             candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
-            seen[stage] += candidates.bincount(minlength=model.length)
+            counts[stage] += candidates.bincount(minlength=model.length)
             scores[stage] += candidates.bincount(values, minlength=model.length)
             kept[stage] += survivors.flatten().cpu().bincount(minlength=model.length)
     if distributed:
-        processes.all_reduce_sum(images, kept, seen, scores, device=next(model.parameters()).device)
+        processes.all_reduce_sum(images, kept, counts, scores, device=next(model.parameters()).device)
     if not images:
         raise InputError("no images to calibrate on")
     return replace(
         plan.calibration,
         images=int(images),
         kept=tuple((kept / images).float()),
-        scores=tuple((scores / seen.clamp(min=1)).float()),
+        scores=tuple((scores / counts.clamp(min=1)).float()),
     )

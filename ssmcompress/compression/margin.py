@@ -1,4 +1,4 @@
-"""What an error in a token would do to a model's decision."""
+"""Gradients of a model's decision margin: how much an error in a token changes the decision."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..models.base import TokenModel
 
 
 def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
-    """What an error would do to a model's decision: (layers + 1, images, tokens) float32.
+    """Return the squared norm of each gradient of `features_and_gradients`, (layers + 1, images, tokens) float32.
 
-    The squared length of each gradient of `features_and_gradients`.
+    It measures how much an error in a token's features changes the model's decision.
     """
     return torch.stack([gradient.square().sum(-1) for gradient in features_and_gradients(model, images)[1]])
 
 
 def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Every token's features, and the gradient of a model's margin by them, each (images, tokens, d_model).
+    """Return every token's features and the gradients of the margin by them, each (images, tokens, d_model).
 
-    The margin is the best logit minus the second. Entry 0 is of the features before the first layer, entry i of those
-    after layer i. One layer's activations are held at a time.
+    The margin is the largest logit minus the second largest. Entry 0 is for the features before the first layer, entry
+    i for those after layer i. The activations of one layer are held at a time.
     """
-    with torch.no_grad():  # what comes before the first layer needs no graph
+    with torch.no_grad():  # no graph is needed before the first layer
         tokens = model.embed(images)
     with torch.enable_grad():
         states = [tokens.features.detach().requires_grad_()]

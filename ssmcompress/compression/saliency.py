@@ -1,15 +1,15 @@
-"""The importance `saliency`: what an error in a token would do to the dense model's decision, read off its features.
+"""The importance `saliency`: how much an error in a token changes the dense model's decision, predicted from features.
 
-The gradient of the margin between the two best classes by a token's features says how much the token matters, but
-costs a pass backward. A linear map of the token's features and its position predicts the length of that gradient; it
-is fitted in closed form on a few hundred unlabelled images and costs d_model multiply-adds a token.
+The gradient of the margin between the two best classes with respect to a token's features says how much the token
+matters, but needs a backward pass. A linear map of the token's features and its position predicts the norm of that
+gradient; it is fitted in closed form on a few hundred unlabelled images and costs d_model multiply-adds per token.
 
-On the bundled Vim (FLOPs at 60 %, one stage, 1,024 images that nothing was fitted on, KL from the dense model after
+On the bundled Vim (60 % of the FLOPs, one stage, 1,024 images that nothing was fitted on, KL from the dense model after
 alignment alone and after reconstruction): after layer 2 `clip` 0.261 and 0.105, `l2` 0.204 and 0.097, saliency 0.195
 and 0.069; after layer 3 `clip` 0.496, `delta` 0.280 and 0.083, saliency 0.261 and 0.071; but after layer 1 `clip`
-0.633 and 0.131, saliency 0.803 and 0.140. So it is one more metric to choose from. Tried and left out: the logarithm
+0.633 and 0.131, saliency 0.803 and 0.140. So it is one more metric to choose from. We tried and left out: the logarithm
 of the squared gradient (0.212 and 0.075 after layer 2), times the square of the features (0.208 and 0.071), the mean
-of either at each position alone (0.283, 0.290), the change of a token across the block (0.259), the length of its
+of either at each position alone (0.283, 0.290), the change of a token across the block (0.259), the norm of its
 features (0.223 and 0.094).
 """
 
@@ -26,10 +26,10 @@ from ..data.batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..progress import track
-from ..pruning.importance import unit_rms
+from ..pruning.importance import normalize_rms
 from .margin import features_and_gradients
 
-# Added to the covariance of the features, whose mean square is 1.
+# Ridge strength, added to the covariance of the features, whose mean square is 1.
 RIDGE = 1e-3
 
 
@@ -37,38 +37,41 @@ RIDGE = 1e-3
 def fit_probes(
     model: TokenModel, images: Any, layers: Sequence[int], *, distributed: bool = False
 ) -> tuple[Tensor, ...]:
-    """For each layer of the model (d_model + length,), what predicts the saliency of its tokens; empty for others.
+    """Fit the probes that predict the saliency of tokens after `layers`.
 
-    Ridge regression of the length of the margin's gradient on the features at a mean square of 1, with an intercept for
-    each position.
+    A probe is the ridge regression of the norm of the margin's gradient on the features, normalised to a mean square of
+    1, with an intercept for each position.
 
     Args:
-        model: dense. images: as for `ssmcompress.calibrate`. layers: those to fit for, from 1.
+        model: the dense model. images: as for `ssmcompress.calibrate`. layers: layers to fit probes for, from 1.
+
+    Returns:
+        A probe (d_model + length,) for each layer of the model, empty for layers that are not in `layers`.
 
     Raises:
         InputError: no images, or values that are not finite.
     """
     batches, device = AnyBatches(images), next(model.parameters()).device
     length, width = model.length, model.d_model
-    sums = {layer: _Sums(length, width) for layer in layers}
+    sums = {layer: _RegressionSums(length, width) for layer in layers}
     count = torch.zeros((), dtype=torch.float64)
-    for block in in_chunks(track(batches, "fitting saliency", len(batches)), model.chunk_size()):
-        count += len(block)
-        features, gradients = features_and_gradients(model, block.to(device))
+    for chunk in in_chunks(track(batches, "fitting saliency", len(batches)), model.chunk_size()):
+        count += len(chunk)
+        features, gradients = features_and_gradients(model, chunk.to(device))
         for layer, rows in sums.items():
             rows.add(features[layer], gradients[layer])
     if distributed:
         processes.all_reduce_sum(count, *(value for rows in sums.values() for value in rows.values()), device=device)
     if not count:
         raise InputError("no images to calibrate on")
-    found = [sums[i].solve(float(count)) if i in sums else torch.zeros(0) for i in range(1, len(model.blocks) + 1)]
-    if not all(probe.isfinite().all() for probe in found):
+    probes = [sums[i].solve(float(count)) if i in sums else torch.zeros(0) for i in range(1, len(model.blocks) + 1)]
+    if not all(probe.isfinite().all() for probe in probes):
         raise InputError(NOT_FINITE)
-    return tuple(found)
+    return tuple(probes)
 
 
-class _Sums:
-    """Of one layer, in float64: what the regression needs to know of all rows."""
+class _RegressionSums:
+    """The sums over all rows that determine the regression of one layer, in float64."""
 
     def __init__(self, length: int, width: int):
         self.gram = torch.zeros(width, width, dtype=torch.float64)
@@ -77,10 +80,12 @@ class _Sums:
         self.y = torch.zeros(length, dtype=torch.float64)
 
     def values(self) -> tuple[Tensor, ...]:
+        """Return all sums, to be added over processes."""
         return self.gram, self.cross, self.x, self.y
 
     def add(self, features: Tensor, gradients: Tensor) -> None:
-        x, y = unit_rms(features.float()), gradients.float().norm(dim=-1)
+        """Add the tokens of a chunk, features and gradients (images, tokens, d_model)."""
+        x, y = normalize_rms(features.float()), gradients.float().norm(dim=-1)
         self.x += x.sum(0).double().cpu()
         self.y += y.sum(0).double().cpu()
         x, y = x.flatten(0, 1), y.flatten()
@@ -88,6 +93,7 @@ class _Sums:
         self.cross += (x.T @ y).double().cpu()
 
     def solve(self, images: float) -> Tensor:
+        """Return the probe (d_model + length,) for sums over this number of images."""
         x, y = self.x / images, self.y / images
         gram = self.gram - images * x.T @ x
         gram.diagonal().add_(RIDGE * images * len(x))

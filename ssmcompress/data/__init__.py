@@ -1,4 +1,4 @@
-"""Images from wherever users keep them, with or without labels, and batches of them as a model takes them."""
+"""Images from folders, tables, shards or the hub, with or without labels, and batches of model inputs."""
 
 from .batches import Batches
 from .find import find_images, open_images, photographs

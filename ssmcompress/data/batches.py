@@ -1,4 +1,4 @@
-"""Batches of images as a model takes them: prepared from pictures, or whatever else a caller has."""
+"""Batches of model inputs, prepared from images or passed by a caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .images import Images
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (batch, channels, height, width); labels (batch,) or None; where each stood in its source."""
+    """Images (batch, channels, height, width), labels (batch,) or None, and the index of each image in its source."""
 
     images: Tensor
     labels: Tensor | None
@@ -28,15 +28,17 @@ class Batch:
 
 @dataclass(eq=False)
 class Batches:
-    """Prepared images of a source, in batches that can be iterated again and again.
+    """Prepared images of a source, in batches that can be iterated repeatedly.
 
-    Unreadable images are left out. An iteration fills `unreadable` with their indices and `digests` with the hashes of
-    the others, by which the same image is recognised elsewhere.
+    Unreadable images are skipped. An iteration fills `unreadable` with their indices and `digests` with the hashes of
+    the others, by which the same image is recognised in other data.
 
     Attributes:
-        source: the pictures. transform: picture -> (channels, height, width), of a model: `TokenModel.transform()`.
-        index: which of the pictures, in order; None: all of them.
-        batch_size: images in a batch, fewer in the last one. workers: processes that decode them; 0: this one does.
+        source: the images. transform: function from a PIL image to (channels, height, width): `TokenModel.transform()`.
+        index: indices of the images to use, in order; None: all of them.
+        batch_size: images in a batch, fewer in the last one.
+        workers: number of processes that decode images; 0: this process decodes them.
+        unreadable, digests: what the iterations so far have collected.
     """
 
     source: Images
@@ -52,14 +54,14 @@ class Batches:
             self.index = range(len(self.source))
 
     def unreadable_names(self) -> list[str]:
-        """What could not be read, as a person would name it."""
+        """Return readable names of the images that could not be read."""
         return [self.source.describe(i) for i in sorted(self.unreadable)]
 
     def sync(self) -> None:
         """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
-        found = processes.all_gather((self.unreadable, self.digests))
-        self.unreadable = set().union(*(unreadable for unreadable, _ in found))
-        self.digests = set().union(*(digests for _, digests in found))
+        gathered = processes.all_gather((self.unreadable, self.digests))
+        self.unreadable = set().union(*(unreadable for unreadable, _ in gathered))
+        self.digests = set().union(*(digests for _, digests in gathered))
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -73,7 +75,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
-        # Readers are closures, which only forked workers can take over; forking is not safe elsewhere.
+        # Readers are closures, which only forked workers can inherit; forking is unsafe on other systems than Linux.
         fork = "fork" if self.workers and sys.platform == "linux" else None
         loader = torch.utils.data.DataLoader(
             self,
@@ -98,17 +100,17 @@ class Batches:
 
 
 def digest(image: Tensor) -> bytes:
-    """A hash by which the same prepared image is known in another place."""
+    """Return a hash that identifies the same prepared image in other data."""
     return hashlib.sha1(image.cpu().numpy().tobytes()).digest()
 
 
 def sample_indices(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Sample `count` of `size` indices without replacement; returns (those, the others), both in rising order."""
+    """Sample `count` of `size` indices without replacement; returns (sampled, others), both in ascending order."""
     order = np.random.default_rng(seed).permutation(size).tolist()
     return sorted(order[:count]), sorted(order[count:])
 
 
-class Labelled(NamedTuple):
+class LabelledBatch(NamedTuple):
     """Prepared images (batch, channels, height, width), and their labels (batch,) or None."""
 
     images: Tensor
@@ -116,7 +118,7 @@ class Labelled(NamedTuple):
 
 
 class AnyBatches:
-    """What a caller has, as Labelled batches that can be iterated again and again.
+    """Wraps the data that a caller passed as LabelledBatch items that can be iterated repeatedly.
 
     Args:
         data: a tensor of images; or batches, each a tensor, an (images, labels) pair or a `Batch`.
@@ -130,36 +132,36 @@ class AnyBatches:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[Labelled]:
+    def __iter__(self) -> Iterator[LabelledBatch]:
         for batch in self.data:
             if isinstance(batch, Tensor):
-                yield Labelled(batch, None)
+                yield LabelledBatch(batch, None)
             elif isinstance(batch, Batch):
-                yield Labelled(batch.images, batch.labels)
+                yield LabelledBatch(batch.images, batch.labels)
             else:
-                yield Labelled(batch[0], batch[1])
+                yield LabelledBatch(batch[0], batch[1])
 
 
-def in_chunks(batches: Iterable[Labelled], size: int) -> Iterator[Tensor]:
-    """The images of `batches` in chunks of `size`, the last one smaller.
+def in_chunks(batches: Iterable[LabelledBatch], size: int) -> Iterator[Tensor]:
+    """Yield the images of `batches` in chunks of `size`; the last may be smaller.
 
-    What is computed in chunks is the same to the last bit for any batch size: matrix products round by their shape.
+    Results that are computed in chunks are bitwise the same for any batch size: matrix products round by their shape.
     """
-    waiting: list[Tensor] = []
+    pending: list[Tensor] = []
     for images, _ in batches:
-        if waiting and waiting[0].shape != images.shape[1:]:
-            raise InputError(f"images {tuple(waiting[0].shape)} and {tuple(images.shape[1:])}: expected one size")
-        waiting.extend(images)
-        while len(waiting) >= size:
-            yield torch.stack(waiting[:size])
-            del waiting[:size]
-    if waiting:
-        yield torch.stack(waiting)
+        if pending and pending[0].shape != images.shape[1:]:
+            raise InputError(f"images {tuple(pending[0].shape)} and {tuple(images.shape[1:])}: expected one size")
+        pending.extend(images)
+        while len(pending) >= size:
+            yield torch.stack(pending[:size])
+            del pending[:size]
+    if pending:
+        yield torch.stack(pending)
 
 
 def _is_sized(data: Any) -> bool:
     try:
         len(data)
-    except TypeError:  # an iterator, or a loader over a stream
+    except TypeError:  # an iterator, or a loader of a stream
         return False
     return True

@@ -1,4 +1,4 @@
-"""Finding images: what a name means, and what is used where none is given."""
+"""Opening images by name, and the images to use where no name is given."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 def open_images(name: str | Path, num_classes: int) -> Images:
-    """The images behind `name`, for a head of `num_classes` classes.
+    """Open the images of a data set, for a head of `num_classes` classes.
 
-    However large it is, little of it is kept in memory: names of files, places in shards, tables mapped from the disk.
+    Little of a large data set is kept in memory: names of files, offsets in shards, tables mapped from the disk.
 
     Args:
         name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a tar shard in
-            webdataset's manner or a folder of them, or a `datasets` hub name with its split (`owner/name:split`).
+            webdataset's format or a folder of them, or a `datasets` hub name with its split (`owner/name:split`).
 
     Raises:
-        InputError: nothing there, no images in it, or classes that are not the head's.
+        InputError: the data does not exist, has no images, or has other classes than the head.
     """
     path = Path(name)
     if not path.exists():
@@ -54,7 +54,7 @@ def open_images(name: str | Path, num_classes: int) -> Images:
 
 
 def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed: int = 0) -> Images:
-    """Crops of scikit-learn's two sample photographs: real images without labels, for lack of better ones."""
+    """Return crops of scikit-learn's two sample photographs: unlabelled real images for use without other data."""
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -77,12 +77,12 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
 def find_images(
     data: str | Path | None, image_size: tuple[int, int], num_classes: int, recorded: str | None = None
 ) -> Images:
-    """The images to use with a model: `data`, else those that are recorded with it, else sample photographs.
+    """Return the images to use with a model: `data`, else those recorded with it, else sample photographs.
 
     Args:
         data: as for `open_images`, or None.
-        image_size: (height, width) of the model's images in pixels. num_classes: of its head.
-        recorded: an absolute path or a hub name; it is left aside if the path is gone.
+        image_size: (height, width) of the model's images in pixels. num_classes: classes of its head.
+        recorded: an absolute path or a hub name; it is ignored if the path no longer exists.
 
     Raises:
         InputError: as `open_images`.

@@ -1,4 +1,4 @@
-"""Images: a list of pictures with or without labels, each of them read when it is asked for."""
+"""Images: a list of images with or without labels, each read on demand."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures that are read when asked for.
+    """Images that are read on demand.
 
     Attributes:
-        name: what the user called them. size: how many there are.
-        read: index -> PIL image; raises OSError for one that cannot be read.
-        describe: index -> how to name that picture to a person.
-        labels: a class index for each, or None.
-        stand_in: whether they were taken for lack of the user's own.
-        classes: the names of the classes, in their order, where they are known.
+        name: the name that the user gave for the data. size: the number of images.
+        read: function from an index to a PIL image; it raises OSError for an unreadable image.
+        describe: function from an index to a name of that image for messages.
+        labels: a class index for each image, or None.
+        stand_in: whether these are sample images, used because the user gave none.
+        classes: the names of the classes, in order, if they are known.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Images:
         return self.size
 
     def readable(self, index: int) -> bool:
-        """Whether that picture can be read."""
+        """Return whether the image at `index` can be read."""
         try:
             self.read(index)
         except OSError:
@@ -46,33 +46,33 @@ class Images:
 
 
 def decode(source: Any, root: Path | None = None) -> Image.Image:
-    """A PIL image of a path, of encoded bytes, of a `datasets` image or of an array; OSError if it is none."""
+    """Return a PIL image from a path, encoded bytes, a `datasets` image or an array; OSError if it is unreadable."""
     try:
         if isinstance(source, dict):
             source = source.get("bytes") or (root or Path()) / source["path"]
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         elif not isinstance(source, Path):
-            return Image.fromarray(_bytes(np.asarray(source)))
+            return Image.fromarray(_to_uint8(np.asarray(source)))
         with Image.open(source) as image:
             image.load()
-            return _eight_bits(image)
-    except Exception as error:  # PIL's decoders raise whatever a damaged file makes them
+            return _reduce_depth(image)
+    except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
         raise OSError(f"unreadable image: {error}") from error
 
 
-def _bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as 0..255; an OSError-to-be for anything whose scale would be a guess."""
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as uint8; ValueError, which `decode` turns into an OSError, if their scale is unknown."""
     if not np.issubdtype(pixels.dtype, np.integer) or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
         raise ValueError(f"pixels are {pixels.dtype}, expected whole numbers from 0 to 255")
     return pixels.astype(np.uint8)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 16-bit grey values scaled down; PIL's own conversion cuts everything above 255 to white."""
+def _reduce_depth(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey values to 8 bits; PIL's own conversion clips all values above 255 to white."""
     if image.mode == "F":
         raise ValueError("an image of floating-point values has no known scale")
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
-        return Image.fromarray(_bytes(pixels // 257 if image.mode != "I" or pixels.max() > 255 else pixels))
+        return Image.fromarray(_to_uint8(pixels // 257 if image.mode != "I" or pixels.max() > 255 else pixels))
     return image

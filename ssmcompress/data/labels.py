@@ -1,4 +1,4 @@
-"""Labels of images: which class of a model's head each of them is."""
+"""Labels of images: the class of a model's head for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .images import Images
 
 
 def class_index(names: list[str], num_classes: int, where: str) -> dict[str, int]:
-    """Class folder -> class: by synset id for an ImageNet head, else by sorted name."""
+    """Return class name -> class index: by synset id for an ImageNet head, else by sorted name."""
     if num_classes == 1000 and all(name[:1] == "n" and name[1:].isdecimal() for name in names):
         from timm.data import ImageNetInfo
 
@@ -28,8 +28,9 @@ def class_index(names: list[str], num_classes: int, where: str) -> dict[str, int
 
 
 def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[int, ...] | None:
+    """Return the labels, or None if all are missing; InputError for one that is no class of the head."""
     values = list(values)
-    if all(v is None or v == -1 for v in values):  # how unlabelled test splits are published
+    if all(v is None or v == -1 for v in values):  # the usual form of unlabelled test splits
         return None
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_classes:
@@ -38,7 +39,7 @@ def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[in
 
 
 def class_names(images: Images, num_classes: int) -> tuple[str, ...] | None:
-    """Names of a head's classes: those of the data, ImageNet-1k's for 1,000 of them, else unknown."""
+    """Return the names of a head's classes: ImageNet-1k's for 1,000 synsets or unnamed ones, else the data's."""
     if num_classes != 1000 or (images.classes and not all(name[1:].isdecimal() for name in images.classes)):
         return images.classes
     from timm.data import ImageNetInfo

@@ -1,4 +1,4 @@
-"""How an image becomes a model's input: size, crop, interpolation and normalisation, in timm's words."""
+"""Preprocessing of images to model inputs: size, crop, interpolation and normalisation, with timm's parameters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Evaluation transform: resize to size / crop_pct, centre crop, scale to 0..1, subtract mean, divide by std.
+    """The evaluation transform: resize to size / crop_pct, centre crop, scale to 0..1, subtract mean, divide by std.
 
     Attributes:
         mean, std: per channel, on a 0..1 scale.
-        crop_pct: share of the resized image's side that is kept, above 0 to 1.
+        crop_pct: share of the side of the resized image that the crop keeps, above 0 to 1.
         interpolation: one of `INTERPOLATIONS`.
     """
 
@@ -32,14 +32,14 @@ class Preprocessing:
 
     @classmethod
     def default(cls, in_chans: int, image_size: tuple[int, int]) -> Preprocessing:
-        """ImageNet's values for three channels, 0.5 for others; crop 0.875 at 224 pixels and above, none below."""
+        """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below."""
         crop_pct = 0.875 if min(image_size) >= 224 else 1.0
         if in_chans == 3:
             return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct)
         return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct)
 
     def changed(self, **changes: Any) -> Preprocessing:
-        """With the given fields replaced; None leaves a field, one number stands for every channel."""
+        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel."""
         values = asdict(self)
         for name, value in changes.items():
             if value is not None:
@@ -49,7 +49,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], channels: int) -> Preprocessing:
-        """Checked values; InputError for what cannot be."""
+        """Return the preprocessing that a JSON object describes; InputError for invalid values."""
         try:
             mean, std = (tuple(float(v) for v in value[k]) for k in ("mean", "std"))
             crop_pct, interpolation = float(value["crop_pct"]), str(value["interpolation"])
@@ -66,11 +66,11 @@ class Preprocessing:
         return cls(mean, std, crop_pct, interpolation)
 
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
-        """A function from a PIL image, in any mode, to (channels, height, width) float32."""
+        """Return a function from a PIL image, in any mode, to (channels, height, width) float32."""
         channels = len(self.mean)
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels}-channel input; images have 1 or 3 channels")
-        # timm takes seconds to import, and half of the commands prepare no image.
+        # Imported here because timm takes seconds to import, and half of the commands prepare no image.
         from timm.data import create_transform
 
         to_tensor = create_transform(

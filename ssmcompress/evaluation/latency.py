@@ -1,4 +1,4 @@
-"""Latency, throughput and memory of models beside each other, and of their matrix products alone."""
+"""Latency, throughput and memory of several models, and the latency of their matrix products alone."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ REFERENCE = "with the reference scan"
 
 
 @torch.inference_mode()
-def timings(
+def time_calls(
     calls: Mapping[Any, Callable[[], Any]],
     device: torch.device,
     repeats: int,
     what: str = "timing",
     at_once: int = 1,
 ) -> dict[Any, list[float]]:
-    """Milliseconds of `repeats` runs of each call, after one that is not timed.
+    """Time each call in `repeats` rounds, after a warm-up round, and return milliseconds per call.
 
-    The runs are interleaved, so that whatever else the machine does falls on all of them.
+    Each round times every call once, so that other load on the machine affects all of them alike.
 
     Args:
-        at_once: calls that make a run, so many in a row that a GPU need not wait for the next; the time is one call's.
+        what: description for the progress bar.
+        at_once: consecutive calls that are timed together, so that a GPU need not wait for the next one; the times are
+            for one call.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for repeat in track(range(repeats + 1), what, repeats + 1):
         for name, call in calls.items():
-            _synchronise(device)
+            _synchronize(device)
             start = perf_counter()
             for _ in range(at_once):
                 call()
-            _synchronise(device)
+            _synchronize(device)
             elapsed = perf_counter() - start
             if repeat:
                 times[name].append(1e3 * elapsed / at_once)
@@ -57,23 +59,23 @@ def timings(
 
 
 def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPEATS) -> dict[str, float]:
-    """Median milliseconds of one forward pass of each model.
+    """Return the median milliseconds of one forward pass of each model.
 
     Args:
-        models: name -> images (B, C, H, W) -> logits, all on the device of `images`.
-        repeats: timed runs of each, after one that is not timed.
+        models: by name, each images (B, C, H, W) -> logits, all on the device of `images`.
+        repeats: timed passes of each, after a warm-up pass.
     """
-    times = timings({name: lambda m=m: m(images) for name, m in models.items()}, images.device, repeats)
+    times = time_calls({name: lambda m=m: m(images) for name, m in models.items()}, images.device, repeats)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def latency_settings(device: torch.device) -> dict[str, Any]:
-    """What `latency` at batch 1 was measured with: a JSON value."""
+    """Return the settings of a measurement by `latency` at batch 1, as a JSON value."""
     return {"batch": 1, "repeats": REPEATS, "device": device_name(device), "threads": torch.get_num_threads()}
 
 
-def spread(milliseconds: Sequence[float]) -> dict[str, float]:
-    """Median and the quartiles beside it: a JSON value."""
+def summarize_times(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles, as a JSON value."""
     low, _, high = (
         statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else [milliseconds[0]] * 3
     )
@@ -81,7 +83,7 @@ def spread(milliseconds: Sequence[float]) -> dict[str, float]:
 
 
 def settings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """What figures of this module depend on beside the models: a JSON value."""
+    """Return what the figures of this module depend on in addition to the models, as a JSON value."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numba", "triton", "mambapy", "mamba-ssm", "ssmcompress"):
         try:
@@ -98,7 +100,7 @@ def settings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the architecture of the CPU."""
+    """Return the name of the GPU, or the architecture of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
@@ -109,17 +111,16 @@ def benchmark(
     dtype: torch.dtype = torch.float32,
     reference: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time models in one interleaved run, each beside its matrix products alone.
+    """Time models in the same rounds, and for each its matrix products alone.
 
     Args:
-        models: by name, all on one device and for one image size or each its own; the first is what others' speed is
-            a multiple of.
-        reference: time each with the reference scan, too.
+        models: by name, all on one device; image sizes may differ. The speed of all is relative to the first.
+        reference: whether to time each with the reference scan, too.
 
     Returns:
-        For each batch size and model a JSON value: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
+        A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
         `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model, `products_ms` and
-        `times_products`, `reference_ms` and `times_reference` where asked for, and `peak_mb` beside `activations_mb`.
+        `times_products`, `reference_ms` and `times_reference` if `reference`, then `peak_mb` and `activations_mb`.
     """
     device = next(next(iter(models.values())).parameters()).device
     rows = []
@@ -127,14 +128,14 @@ def benchmark(
         calls: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
             images = torch.randn(batch, model.config.in_chans, *model.config.image_size, device=device)
-            calls[name] = _forward(model, images, dtype)
-            calls[f"{name}, {PRODUCTS}"] = _products(model, batch, dtype, device)
+            calls[name] = _make_forward(model, images, dtype)
+            calls[f"{name}, {PRODUCTS}"] = _make_products(model, batch, dtype, device)
             if reference:
-                calls[f"{name}, {REFERENCE}"] = _forward(model, images, dtype, "reference")
-        times = timings(calls, device, repeats, f"timing, batch {batch}")
+                calls[f"{name}, {REFERENCE}"] = _make_forward(model, images, dtype, "reference")
+        times = time_calls(calls, device, repeats, f"timing, batch {batch}")
         first = None
         for name, model in models.items():
-            row = {"model": name, "batch": batch, **spread(times[name])}
+            row = {"model": name, "batch": batch, **summarize_times(times[name])}
             first = first or row["ms"]
             products = statistics.median(times[f"{name}, {PRODUCTS}"])
             row |= {"images_per_second": 1e3 * batch / row["ms"], "times_faster": first / row["ms"]}
@@ -148,7 +149,11 @@ def benchmark(
     return rows
 
 
-def _forward(model: TokenModel, images: Tensor, dtype: torch.dtype, backend: str | None = None) -> Callable[[], Tensor]:
+def _make_forward(
+    model: TokenModel, images: Tensor, dtype: torch.dtype, backend: str | None = None
+) -> Callable[[], Tensor]:
+    """Return a call that runs a forward pass."""
+
     def run() -> Tensor:
         with autocast(images.device, dtype):
             if backend is None:
@@ -159,8 +164,8 @@ def _forward(model: TokenModel, images: Tensor, dtype: torch.dtype, backend: str
     return run
 
 
-def _products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """The matrix products of a forward and nothing else, on inputs that are made beforehand."""
+def _make_products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Return a call that runs only the matrix products of a forward pass, on inputs that are made beforehand."""
     weights = [(tokens * batch, weight.detach().to(dtype)) for tokens, weight in model.matrix_products()]
     shapes = {(rows, weight.shape[1]) for rows, weight in weights}
     inputs = {shape: torch.randn(shape, dtype=dtype, device=device) for shape in shapes}
@@ -174,13 +179,13 @@ def _products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.d
 
 @torch.inference_mode()
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of torch's tensors that a call holds at once, beside those that were there before."""
+    """Return the peak memory of a call in bytes of torch's tensors, not counting those allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own lines on stderr, of GPUs that are not there
+        return torch.cuda.max_memory_allocated(device) - allocated
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's messages about missing GPUs on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -188,13 +193,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = most = 0
+    allocated = peak = 0
     for _, change in sorted(changes, key=lambda c: c[0]):
-        held += change
-        most = max(most, held)
-    return most
+        allocated += change
+        peak = max(peak, allocated)
+    return peak
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Accuracy where there are labels, agreement with the dense model where there is one."""
+"""Measuring models on images: accuracy if there are labels, agreement with the dense model if there is one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..progress import track
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on how many images.
+    """The figures of one model.
 
     Attributes:
-        images: how many. labelled: whether they had labels.
-        top1, top5: percent right, None without labels (top5 also for five classes or fewer).
-        agreement: percent of images given the dense model's class, None without a dense model.
-        kl: mean KL(dense || this), nats an image, None without a dense model.
-        loss: mean cross entropy of the labels, nats an image, None without labels.
+        images: number of images. labelled: whether they have labels.
+        top1, top5: accuracy in percent, None without labels (top5 also for five classes or fewer).
+        agreement: percent of images that get the dense model's class, None without a dense model.
+        kl: mean KL(dense || this) in nats per image, None without a dense model.
+        loss: mean cross entropy of the labels in nats per image, None without labels.
     """
 
     images: int
@@ -53,8 +53,8 @@ def evaluate(
         data: batches: `ssmcompress.data.batches.Batches`, (images, labels) pairs, or image tensors; or one tensor.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16 for autocast.
-        distributed: every process of the default `torch.distributed` group makes this call, with images of its own; all
-            get the figures of all images.
+        distributed: every process of the default `torch.distributed` group makes this call, each with its own images;
+            all of them return the figures of all images.
     """
     models = {"dense": dense, "model": model} if dense is not None else {"model": model}
     return measure(models, data, dtype=dtype, distributed=distributed)["model"]
@@ -68,17 +68,17 @@ def measure(
     dtype: torch.dtype = torch.float32,
     distributed: bool = False,
 ) -> dict[str, Evaluation]:
-    """Measure several models on the same images in one pass; a model named "dense" is what others agree with.
+    """Measure several models on the same images in one pass; the others are compared with a model named "dense".
 
-    Instead of a model, its logits (images, classes) will do, in the order of the images.
+    A tensor of logits (images, classes), in the order of the images, can take the place of a model.
     """
     modules = {name: model for name, model in models.items() if not isinstance(model, Tensor)}
-    known, passed = {name: model for name, model in models.items() if isinstance(model, Tensor)}, 0
+    precomputed, start = {name: model for name, model in models.items() if isinstance(model, Tensor)}, 0
     tallies = {name: _Tally() for name in models}
     batches = AnyBatches(data)
     for images, labels in track(batches, "measuring", len(batches)):
-        logits = {name: given[passed : passed + len(images)] for name, given in known.items()}
-        passed += len(images)
+        logits = {name: values[start : start + len(images)] for name, values in precomputed.items()}
+        start += len(images)
         for name, model in modules.items():
             device = next(model.parameters()).device
             with autocast(device, dtype):
@@ -93,52 +93,54 @@ def measure(
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to `dtype` on `device`; nothing for float32."""
+    """Return an autocast context to `dtype` on `device`, or one that does nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def kl_divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """KL(dense || this) in nats, summed over the images, of logits (images, classes); float64."""
+    """Return KL(dense || this) in nats, summed over the images, for logits (images, classes); float64."""
     ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
     return F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
 class _Tally:
-    """Sums over batches in float64, so that neither the batch size nor the processes change what is printed."""
+    """Sums over batches in float64, so that figures depend neither on the batch size nor on the number of processes."""
 
     def __init__(self):
         self.sums = torch.zeros(8, dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
+        """Add a batch: logits of the model and of the dense one (images, classes), labels (images,)."""
         if not logits.isfinite().all():
             raise InputError(NOT_FINITE)
         images, classes = logits.shape
-        right1 = right5 = loss = same = kl = 0.0
+        correct1 = correct5 = loss = same = kl = 0.0
         if labels is not None:
             best = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-            right1, right5 = int(best[:, 0].sum()), int(best.sum())
+            correct1, correct5 = int(best[:, 0].sum()), int(best.sum())
             loss = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         if dense is not None:
             same = int((logits.argmax(1) == dense.argmax(1)).sum())
             kl = float(kl_divergence(dense, logits))
         labelled, compared = images * (labels is not None), images * (dense is not None)
-        right5 = right5 if classes > 5 else -images  # which no count is
-        values = [images, labelled, right1, right5, loss, compared, same, kl]
+        correct5 = correct5 if classes > 5 else -images  # a negative count stands for no top-5
+        values = [images, labelled, correct1, correct5, loss, compared, same, kl]
         self.sums += torch.tensor(values, dtype=torch.float64)
 
     def result(self) -> Evaluation:
-        images, labelled, right1, right5, loss, compared, same, kl = self.sums.tolist()
+        """Return the figures of all images; InputError if there were none."""
+        images, labelled, correct1, correct5, loss, compared, same, kl = self.sums.tolist()
         if not images:
             raise InputError("no images to measure on")
 
-        def percent(count: float, wanted: bool) -> float | None:
-            return round(100 * count / images, 4) if wanted else None
+        def percent(count: float, defined: bool) -> float | None:
+            return round(100 * count / images, 4) if defined else None
 
         return Evaluation(
             images=int(images),
             labelled=bool(labelled),
-            top1=percent(right1, bool(labelled)),
-            top5=percent(right5, bool(labelled) and right5 >= 0),
+            top1=percent(correct1, bool(labelled)),
+            top5=percent(correct5, bool(labelled) and correct5 >= 0),
             agreement=percent(same, bool(compared)),
             kl=round(kl / images, 6) if compared else None,
             loss=round(loss / images, 6) if labelled else None,

@@ -1,4 +1,4 @@
-"""The ops alone: every backend that runs here beside the reference, other packages and the products of one layer."""
+"""Benchmark of the ops: the available backends, the reference, other packages and the products of one layer."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..models.snakes import snakes
 from ..ops import ScanPath, causal_conv1d, grid_conv2d, scan_paths, selective_scan
 from ..ops.dispatch import best_backend
 from ..pruning.alignment import gap_steps
-from .latency import spread, timings
+from .latency import summarize_times, time_calls
 
 Shape = tuple[int, int, int, int]
 
-# batch, length, d_inner, d_state: a layer of Vim-small at 224 pixels; on a GPU a batch that fills it, and one image.
+# (batch, length, d_inner, d_state): a layer of Vim-small at 224 pixels; on a GPU a batch that fills it, and one image.
 SHAPES: dict[str, list[Shape]] = {"cpu": [(8, 197, 768, 16)], "cuda": [(128, 197, 768, 16), (1, 197, 768, 16)]}
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
 
 
-class Work(NamedTuple):
-    """A call to be timed, how many elements it has, and the least that it must move and compute."""
+class Workload(NamedTuple):
+    """A call to be timed, its number of elements, and the bytes and exponentials that it needs at least."""
 
     run: Callable[[], Any] | None
     elements: int | None = None
@@ -39,45 +39,53 @@ def benchmark_ops(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Time the scan (bias, softplus, D and gate in it) and the convolution, forward and backward, and PlainMamba's.
+    """Time the scan (with bias, softplus, D and gate) and the convolution, forward and backward, and PlainMamba's ops.
 
-    Those are four scans along the snakes over a grid, and a 7x7 convolution on it, a third of the tokens missing.
+    PlainMamba's are four scans along the snakes over a grid, and a 7x7 convolution on a grid that misses a third of its
+    tokens.
 
     Args:
         shape: (batch, length, d_inner, d_state); None: those of `SHAPES`.
-        dtype: of the activations; None: those of `DTYPES`.
+        dtype: dtype of the activations; None: those of `DTYPES`.
 
     Returns:
-        For each a JSON value: `op`, `by`, `shape`, `dtype`, milliseconds (`ms`, `ms_low`, `ms_high`),
-        `ns_per_element`, an element being one state of one channel at one token in scans, else one channel, and
-        `times_faster` than the reference. On a GPU besides `gb_per_s` and `gexp_per_s`, counting every input read
-        once, every result written once and one exponential an element, and `times_limit`: how many times longer than
-        the slower of the two would take at the rates that the device reached in `limits`.
+        A JSON value for each: `op`, `by`, `shape`, `dtype`, milliseconds (`ms`, `ms_low`, `ms_high`),
+        `ns_per_element`, where an element is one state of one channel at one token in scans, else one channel of one
+        token, and `times_faster` than the reference. On a GPU also `gb_per_s` and `gexp_per_s`, which count each input
+        as read once, each result as written once and one exponential per element, and `times_limit`: the time relative
+        to that of the slower of the two at the rates that the device reached in `limits`.
     """
     device = torch.device(device)
-    limits = _limits(device)
+    limits = _measure_limits(device)
     cases = [
         (extents, kind)
         for extents in ([shape] if shape else SHAPES.get(device.type, SHAPES["cpu"]))
         for kind in ([dtype] if dtype else DTYPES.get(device.type, DTYPES["cpu"]))
     ]
-    rows = [row for case in cases for row in _rows(*case, device, repeats, limits)]
+    rows = [row for case in cases for row in _time_case(*case, device, repeats, limits)]
     return [*rows, {"op": "limits", "by": "device", **limits}] if limits else rows
 
 
-def _rows(
+def _time_case(
     shape: Shape, dtype: torch.dtype, device: torch.device, repeats: int, limits: dict[str, float] | None
 ) -> list[dict[str, Any]]:
-    works = dict(_works(shape, dtype, device))
-    calls = {name: work.run for name, work in works.items()}
-    times = timings(calls, device, repeats, "timing ops", at_once=1 if device.type == "cpu" else 5)
+    """Time all workloads of one shape and dtype, and return their rows."""
+    workloads = dict(_make_workloads(shape, dtype, device))
+    calls = {name: workload.run for name, workload in workloads.items()}
+    times = time_calls(calls, device, repeats, "timing ops", at_once=1 if device.type == "cpu" else 5)
     order = list(dict.fromkeys(op for op, _ in times))
     rows = []
     for (op, by), values in sorted(times.items(), key=lambda item: order.index(item[0][0])):
-        row = {"op": op, "by": by, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), **spread(values)}
-        slow, work = times.get((op, "reference")), works[op, by]
+        row = {
+            "op": op,
+            "by": by,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            **summarize_times(values),
+        }
+        reference_ms, work = times.get((op, "reference")), workloads[op, by]
         row["ns_per_element"] = 1e6 * row["ms"] / work.elements if work.elements else None
-        row["times_faster"] = spread(slow)["ms"] / row["ms"] if slow else None
+        row["times_faster"] = summarize_times(reference_ms)["ms"] / row["ms"] if reference_ms else None
         if limits and work.bytes:
             row["gb_per_s"], row["gexp_per_s"] = 1e-6 * work.bytes / row["ms"], 1e-6 * work.exps / row["ms"]
             least = max(work.bytes / limits["gb_per_s"], work.exps / limits["gexp_per_s"])
@@ -86,8 +94,8 @@ def _rows(
     return rows
 
 
-def _limits(device: torch.device) -> dict[str, float] | None:
-    """Billions of bytes and of exponentials a second that a GPU reaches."""
+def _measure_limits(device: torch.device) -> dict[str, float] | None:
+    """Measure the billions of bytes and of exponentials per second that a GPU reaches; None on other devices."""
     if device.type != "cuda" or best_backend(torch.empty(0, device=device)) != "triton":
         return None
     from ..ops.triton import limits
@@ -95,50 +103,53 @@ def _limits(device: torch.device) -> dict[str, float] | None:
     return {"gb_per_s": 1e-9 * limits.copy_rate(device), "gexp_per_s": 1e-9 * limits.exp_rate(device)}
 
 
-def _works(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[tuple[str, str], Work]]:
-    """((op, by), work) of all that is timed."""
-    scan, conv = _inputs(shape, dtype, device)
+def _make_workloads(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[tuple[str, str], Workload]]:
+    """Yield ((op, by), workload) for everything that is timed."""
+    scan, conv = _make_inputs(shape, dtype, device)
     batch, length, d_inner, d_state = shape
     exps = batch * length * d_inner * d_state
     rows, states = batch * length * d_inner * dtype.itemsize, batch * length * d_state * dtype.itemsize
-    forth, back = (Work(None, exps, n * rows + m * states, exps) for n, m in ((4, 2), (7, 4)))
-    tap, tap_back = (Work(None, exps // d_state, n * rows) for n in (2, 3))
-    # PlainMamba's: four paths that share all but their order; a window over a grid that has lost a third of its tokens.
+    forward, backward = (Workload(None, exps, n * rows + m * states, exps) for n, m in ((4, 2), (7, 4)))
+    tap, tap_back = (Workload(None, exps // d_state, n * rows) for n in (2, 3))
+    # PlainMamba: four paths that share everything but their order; a window over a grid without a third of its tokens.
     grid = (length - 1) // 14 + 1, 14
-    order, on_grid = _snakes_of(length, grid, device), _pruned_grid(scan["u"], conv["bias"], grid)
-    snake = Work(None, 4 * exps, 4 * rows + 2 * states, 4 * exps)
-    window = Work(None, on_grid["x"].numel(), 2 * on_grid["x"].numel() * dtype.itemsize)
+    order, on_grid = _make_snakes(length, grid, device), _make_pruned_grid(scan["u"], conv["bias"], grid)
+    snake = Workload(None, 4 * exps, 4 * rows + 2 * states, 4 * exps)
+    window = Workload(None, on_grid["x"].numel(), 2 * on_grid["x"].numel() * dtype.itemsize)
     backends = list(dict.fromkeys(["reference", best_backend(scan["u"])]))
     for by in backends:
         flags = {"delta_softplus": True, "backend": by}
-        yield ("scan", by), forth._replace(run=partial(selective_scan, **scan, **flags))
-        yield ("scan backward", by), back._replace(run=_backward(selective_scan, scan, **flags))
+        yield ("scan", by), forward._replace(run=partial(selective_scan, **scan, **flags))
+        yield ("scan backward", by), backward._replace(run=_make_backward(selective_scan, scan, **flags))
         yield ("conv", by), tap._replace(run=partial(causal_conv1d, **conv, backend=by))
-        yield ("conv backward", by), tap_back._replace(run=_backward(causal_conv1d, conv, backend=by))
-        yield ("snakes", by), snake._replace(run=partial(_along_snakes, **scan, order=order, backend=by))
+        yield ("conv backward", by), tap_back._replace(run=_make_backward(causal_conv1d, conv, backend=by))
+        yield ("snakes", by), snake._replace(run=partial(_scan_snakes, **scan, order=order, backend=by))
         yield ("conv 7x7 pruned", by), window._replace(run=partial(grid_conv2d, **on_grid, backend=by))
     if device.type == "cuda":
-        both, both_back = (Work(None, 2 * exps, n * rows + m * states, 2 * exps) for n, m in ((6, 4), (11, 8)))
-        second, _ = _inputs(shape, dtype, device, seed=1)
+        both, both_back = (Workload(None, 2 * exps, n * rows + m * states, 2 * exps) for n, m in ((6, 4), (11, 8)))
+        second, _ = _make_inputs(shape, dtype, device, seed=1)
         twice = {**scan, **{f"{name}_b": tensor for name, tensor in second.items() if name != "z"}}
-        positions, gap = _kept(shape, device)
+        positions, gap = _make_positions(shape, device)
         for by in backends:
-            yield ("both ways", by), both._replace(run=partial(_both_ways, **twice, backend=by))
-            yield ("both ways aligned", by), both._replace(run=partial(_both_ways, **twice, gap=gap, backend=by))
-            yield ("both ways backward", by), both_back._replace(run=_backward(_both_ways, twice, backend=by))
+            yield ("both ways", by), both._replace(run=partial(_scan_both_ways, **twice, backend=by))
+            yield ("both ways aligned", by), both._replace(run=partial(_scan_both_ways, **twice, gap=gap, backend=by))
+            yield ("both ways backward", by), both_back._replace(run=_make_backward(_scan_both_ways, twice, backend=by))
             yield (
                 ("conv aligned", by),
                 tap._replace(run=partial(causal_conv1d, **conv, positions=positions, backend=by)),
             )
-        if (theirs := _imported("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")) is not None:
-            yield ("scan", "mamba-ssm"), forth._replace(run=_by_mamba_ssm(theirs, scan))
-            yield ("both ways", "mamba-ssm"), both._replace(run=_by_mamba_ssm(theirs, scan, second))
-    elif (pscan := _imported("mambapy.pscan", "pscan")) is not None:
-        yield ("scan", "mambapy pscan"), forth._replace(run=partial(_scan_by, pscan, **scan))
-    yield ("one layer", "matrix products"), Work(_layer_products(shape, dtype, device))
+        if (scan_fn := _try_import("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")) is not None:
+            yield ("scan", "mamba-ssm"), forward._replace(run=_by_mamba_ssm(scan_fn, scan))
+            yield ("both ways", "mamba-ssm"), both._replace(run=_by_mamba_ssm(scan_fn, scan, second))
+    elif (pscan := _try_import("mambapy.pscan", "pscan")) is not None:
+        yield ("scan", "mambapy pscan"), forward._replace(run=_by_mambapy(pscan, scan))
+    yield ("one layer", "matrix products"), Workload(_make_layer_products(shape, dtype, device))
 
 
-def _inputs(shape: Shape, dtype, device, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _make_inputs(shape: Shape, dtype, device, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the arguments of a scan and of a convolution, by name."""
     batch, length, d_inner, d_state = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -152,36 +163,36 @@ def _inputs(shape: Shape, dtype, device, seed: int = 0) -> tuple[dict[str, Tenso
     return scan, {"x": u, "weight": normal(d_inner, 4), "bias": bias}
 
 
-def _kept(shape: Shape, device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Positions of tokens of which a third was dropped, and the gap that a pruned model gives to its scans."""
+def _make_positions(shape: Shape, device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the positions of tokens after a third was dropped, and the gap that a pruned model gives to its scans."""
     batch, length, d_inner, _ = shape
     kept = torch.rand(batch, length + length // 2, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :length]
     positions = kept.sort(1).values
     return positions.to(device), (gap_steps(positions).float().to(device), torch.rand(d_inner, device=device))
 
 
-def _snakes_of(length: int, grid: tuple[int, int], device) -> Tensor:
-    """(4, length) the paths over a grid without the places that there are no tokens for."""
+def _make_snakes(length: int, grid: tuple[int, int], device) -> Tensor:
+    """Return the (4, length) paths over the first `length` tokens of a grid."""
     visits, _ = snakes(*grid)
     return visits[visits < length].view(4, length).to(device)
 
 
-def _pruned_grid(u: Tensor, bias: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of a convolution on a grid that a third of the tokens is missing from."""
+def _make_pruned_grid(u: Tensor, bias: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+    """Return the arguments of a convolution on a grid that misses a third of its tokens, by name."""
     batch, length, channels = u.shape
-    left = max(1, length * 2 // 3)
-    positions, _ = _kept((batch, left, channels, 1), u.device)
+    kept = max(1, length * 2 // 3)
+    positions, _ = _make_positions((batch, kept, channels, 1), u.device)
     weight = torch.randn(channels, 1, 7, 7, generator=torch.Generator().manual_seed(3)).to(bias)
-    return {"x": u[:, :left], "weight": weight, "bias": bias, "grid": grid, "positions": positions}
+    return {"x": u[:, :kept], "weight": weight, "bias": bias, "grid": grid, "positions": positions}
 
 
-def _along_snakes(z: Tensor, order: Tensor, backend: str | None = None, **inputs: Tensor) -> Tensor:
-    """The four scans of a PlainMamba layer."""
+def _scan_snakes(z: Tensor, order: Tensor, backend: str | None = None, **inputs: Tensor) -> Tensor:
+    """Run the four scans of a PlainMamba layer."""
     return scan_paths([ScanPath(**inputs, order=o) for o in order], z, delta_softplus=True, backend=backend)[0]
 
 
-def _both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: Tensor) -> Tensor:
-    """The two scans of a Vim layer; inputs of the second are named `u_b` and so on."""
+def _scan_both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: Tensor) -> Tensor:
+    """Run the two scans of a Vim layer; the inputs of the second are named `u_b` and so on."""
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
     paths = [
         ScanPath(**{name: inputs[name + suffix] for name in names}, gap=gap, reverse=suffix == "")
@@ -190,65 +201,73 @@ def _both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: Tensor
     return scan_paths(paths, z, delta_softplus=True, backend=backend)[0]
 
 
-def _backward(op, inputs: dict[str, Tensor], **flags: Any) -> Callable[[], Any]:
-    """The backward pass alone, of a forward that ran before."""
+def _make_backward(op, inputs: dict[str, Tensor], **flags: Any) -> Callable[[], Any]:
+    """Return a call that runs the backward pass alone; the forward pass runs here."""
     with torch.inference_mode(False), torch.enable_grad():
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
         y = op(**leaves, **flags)
-        upper = torch.ones_like(y)
+        grad = torch.ones_like(y)
 
     def run() -> None:
         with torch.inference_mode(False):
-            torch.autograd.grad(y, list(leaves.values()), upper, retain_graph=True)
+            torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True)
 
     return run
 
 
-def _imported(module: str, name: str) -> Callable[..., Tensor] | None:
+def _try_import(module: str, name: str) -> Callable[..., Tensor] | None:
+    """Import a function of another package; None if that fails."""
     try:
         return getattr(import_module(module), name)
-    except Exception:  # one that is installed but does not fit this torch or this GPU is no peer either
+    except Exception:  # also a package that is installed but does not fit this torch or this GPU
         return None
 
 
 def _by_mamba_ssm(scan_fn, first: dict[str, Tensor], second: dict[str, Tensor] | None = None) -> Callable[[], Tensor]:
-    """mamba-ssm's CUDA scan, channels first as it wants them; the way back between flips, as in the published Vim."""
-    forth, back = (
+    """Return a call of mamba-ssm's CUDA scan, channels first; the second direction is flipped, as in published Vims."""
+    forward, backward = (
         None if inputs is None else {k: v.transpose(1, 2).contiguous() if v.ndim == 3 else v for k, v in inputs.items()}
         for inputs in (first, second)
     )
 
-    def one_way(inputs: dict[str, Tensor]) -> Tensor:
+    def scan(inputs: dict[str, Tensor]) -> Tensor:
         return scan_fn(**inputs, delta_softplus=True)
 
     def run() -> Tensor:
-        y = one_way(forth)
-        if back is None:
+        y = scan(forward)
+        if backward is None:
             return y
-        flipped = {**back, "u": back["u"].flip(-1), "z": forth["z"].flip(-1)}
-        return y + one_way(flipped).flip(-1)
+        flipped = {**backward, "u": backward["u"].flip(-1), "z": forward["z"].flip(-1)}
+        return y + scan(flipped).flip(-1)
 
     return run
 
 
-def _scan_by(pscan, u, delta, A, B, C, D, z, delta_bias) -> Tensor:
-    """The same work through a parallel scan over factors and inputs (batch, length, d_inner, d_state)."""
-    u, delta, B, C, z = (t.float() for t in (u, delta, B, C, z))
-    delta = F.softplus(delta + delta_bias)
-    states = pscan(torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None])
-    return ((states @ C[..., None])[..., 0] + D * u) * F.silu(z)
+def _by_mambapy(pscan: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a call that computes a scan by mambapy's parallel scan, in float32.
+
+    Its factors and inputs are (batch, length, d_inner, d_state).
+    """
+
+    def run() -> Tensor:
+        u, delta, B, C, z = (inputs[name].float() for name in ("u", "delta", "B", "C", "z"))
+        delta = F.softplus(delta + inputs["delta_bias"])
+        states = pscan(torch.exp(delta[..., None] * inputs["A"]), (delta * u)[..., None] * B[:, :, None])
+        return ((states @ C[..., None])[..., 0] + inputs["D"] * u) * F.silu(z)
+
+    return run
 
 
-def _layer_products(shape, dtype, device) -> Callable[[], None]:
-    """The matrix products of one Vim layer of this d_inner: in_proj, both x_proj and dt_proj, out_proj."""
+def _make_layer_products(shape, dtype, device) -> Callable[[], None]:
+    """Return a call of the matrix products of one Vim layer: in_proj, both x_proj and dt_proj, out_proj."""
     batch, length, d_inner, d_state = shape
     d_model = max(1, d_inner // 2)
     rank = -(-d_model // 16)
     sizes = [(d_model, 2 * d_inner), *2 * [(d_inner, rank + 2 * d_state)], *2 * [(rank, d_inner)], (d_inner, d_model)]
     pairs = [
-        (torch.randn(batch * length, taken, dtype=dtype, device=device),
-         torch.randn(given, taken, dtype=dtype, device=device))
-        for taken, given in sizes
+        (torch.randn(batch * length, inputs, dtype=dtype, device=device),
+         torch.randn(outputs, inputs, dtype=dtype, device=device))
+        for inputs, outputs in sizes
     ]  # fmt: skip
 
     def run() -> None:

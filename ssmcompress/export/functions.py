@@ -1,7 +1,7 @@
-"""The functions of an ONNX file: what `ops.onnx` leaves as one node each, in ONNX's textual syntax.
+"""The functions of an ONNX file, which the nodes of `lowering` call, in ONNX's textual syntax.
 
-The scan has three forms of the same inputs and outputs. Times of one layer of Vim-tiny (two paths of 197 tokens, 384
-channels, 16 states, batch 1, two cores, onnxruntime 1.31) are in the docstrings.
+The scan has three forms with the same inputs and outputs. The docstrings have times for one layer of Vim-tiny (two
+paths of 197 tokens, 384 channels, 16 states, batch 1, two cores, onnxruntime 1.31).
 """
 
 from __future__ import annotations
@@ -13,47 +13,53 @@ STANDARD_OPSET = 27  # the first one with LinearAttention
 
 
 def function_text(name: str, opset: int, form: str = "scan") -> str:
-    """The function behind a node of `ops.onnx`.
+    """Return the text of the function that a node of `lowering` calls.
 
     Args:
-        name: of the node. opset: of the file. form: of `FORMS`, how scans are computed.
+        name: name of the node's function. opset: opset of the file. form: how scans are computed, one of `FORMS`.
     """
     kind, *parts = name.split("_")
-    inputs, outputs, lines = _scan(parts, form) if kind == "SelectiveScan" else _conv(parts)
+    inputs, outputs, lines = _write_scan(parts, form) if kind == "SelectiveScan" else _write_conv(parts)
     domains = f'"": {opset}' + (', "com.microsoft": 1' if form == "linear-attention" else "")
     body = "\n".join(f"    {line}" for line in lines)
     head = f'<domain: "{DOMAIN}", opset_import: [{domains}]>'
     return f"{head}\n{name} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}\n}}"
 
 
-def _scan(parts: list[str], form: str) -> tuple[list[str], list[str], list[str]]:
-    """What does not depend on the state is done for all steps at once."""
-    ways, channels, *flags = parts
-    given = ["u", "delta", "A", "B", "C", *(p for p in ("D", "bias") if p in flags)]
-    given += ["missing", "gap"] if "missing" in flags else ["gap"] if "gap" in flags else []
-    paths = range(len(ways))
+def _write_scan(parts: list[str], form: str) -> tuple[list[str], list[str], list[str]]:
+    """Return inputs, outputs and body of a scan.
+
+    What does not depend on the state is computed for all steps at once.
+    """
+    directions, channels, *flags = parts
+    names = ["u", "delta", "A", "B", "C", *(p for p in ("D", "bias") if p in flags)]
+    names += ["missing", "gap"] if "missing" in flags else ["gap"] if "gap" in flags else []
+    paths = range(len(directions))
     lines = []
     for k in paths:
         lines += [f"raw{k} = Add (delta{k}, bias{k})" if "bias" in flags else f"raw{k} = Identity (delta{k})"]
-        lines += _softplus(f"raw{k}", f"step{k}") if "softplus" in flags else [f"step{k} = Identity (raw{k})"]
+        lines += _write_softplus(f"raw{k}", f"step{k}") if "softplus" in flags else [f"step{k} = Identity (raw{k})"]
         if "missing" in flags:
             lines += [f"inner{k} = Constant <value_ints = [2]> ()", f"count{k} = Unsqueeze (missing{k}, inner{k})"]
             lines += [f"wait{k} = Mul (count{k}, gap{k})", f"decay{k} = Add (step{k}, wait{k})"]
         else:
             lines += [f"decay{k} = Add (step{k}, gap{k})" if "gap" in flags else f"decay{k} = Identity (step{k})"]
         lines += [f"entering{k} = Mul (step{k}, u{k})"]
-    lines += _stepwise(ways) if form == "scan" else _attention(ways, int(channels), form == "standard")
+    if form == "scan":
+        lines += _write_steps(directions)
+    else:
+        lines += _write_attention(directions, int(channels), form == "standard")
     for k in paths:
         lines += [f"through{k} = Mul (D{k}, u{k})", f"out{k} = Add (y{k}, through{k})"] if "D" in flags else []
         lines += [] if "D" in flags else [f"out{k} = Identity (y{k})"]
-    return [f"{name}{k}" for k in paths for name in given], [f"out{k}" for k in paths], lines
+    return [f"{name}{k}" for k in paths for name in names], [f"out{k}" for k in paths], lines
 
 
-def _softplus(x: str, out: str) -> list[str]:
-    """out = softplus(x) = log(1 + w), w = exp(x), to the last digits however small w is.
+def _write_softplus(x: str, out: str) -> list[str]:
+    """Write out = softplus(x) = log(1 + w) with w = exp(x), accurate to the last digits even for a small w.
 
-    onnxruntime's Softplus takes 11 ns a number on one thread, this 3. With s = 1 + w as it is rounded, log(1 + w) is
-    log(s) + (w - (s - 1)) / s. Past 80, where w would overflow, softplus(x) is x.
+    onnxruntime's Softplus takes 11 ns per number on one thread, this takes 3. With s = 1 + w after rounding, log(1 + w)
+    is log(s) + (w - (s - 1)) / s. Above 80, where w would overflow, softplus(x) is x.
     """
     return [
         f"{x}_one = Constant <value_float = 1.0> ()",
@@ -70,16 +76,17 @@ def _softplus(x: str, out: str) -> list[str]:
     ]
 
 
-def _stepwise(ways: str) -> list[str]:
-    """All paths in one ONNX Scan, each with a state of its own and from its own end: 3.2 ms for a layer of Vim-tiny.
+def _write_steps(directions: str) -> list[str]:
+    """Write all paths as one ONNX Scan, each with its own state and direction: 3.2 ms for a layer of Vim-tiny.
 
     Measured on onnxruntime 1.31, two cores, whole Vim-tiny at batch 1 and 8:
-    - channels innermost, where each product is of long rows: 118 and 790 ms; states innermost: 220 and 1,570.
-    - the states of both paths stacked in one tensor: 125 and 670 on a quiet machine, but 160 to 220 and 1,800 on one
-      that is not, for every product is then large enough that the runtime splits it over its threads, and waits.
-    - exponentials for all steps at once: the body is shorter and the scan slower (8.3 for 5.0 ms), out of cache.
+    - channels innermost, so that products have long rows: 118 and 790 ms; states innermost: 220 and 1,570.
+    - the states of both paths stacked in one tensor: 125 and 670 on an idle machine, but 160 to 220 and 1,800 on a busy
+      one, because every product is then large enough that the runtime splits it over its threads, and waits.
+    - exponentials for all steps at once: the body is shorter but the scan slower (8.3 instead of 5.0 ms), because they
+      do not fit the cache.
     """
-    paths = range(len(ways))
+    paths = range(len(directions))
     lines = ["rows = Constant <value_ints = [2]> ()", "columns = Constant <value_ints = [3]> ()"]
     inputs, steps, body = [], [], []
     for k in paths:
@@ -101,7 +108,7 @@ def _stepwise(ways: str) -> list[str]:
             f"        next{k} = Add (past{k}, present{k})",
             f"        y{k}_t = MatMul (C{k}_t, next{k})",
         ]
-    turns = [int(way == "b") for way in ways]
+    reverse = [int(direction == "b") for direction in directions]
     states = [f"float[batch, N, E] state{k}" for k in paths]
     results = [f"float[batch, N, E] next{k}" for k in paths] + [f"float[batch, one, E] y{k}_t" for k in paths]
     outputs = [f"end{k}" for k in paths] + [f"y{k}_row" for k in paths]
@@ -112,19 +119,20 @@ def _stepwise(ways: str) -> list[str]:
         "state_shape = Concat <axis = 0> (batch, sizes)",
         "start = ConstantOfShape (state_shape)",
         f"{', '.join(outputs)} = Scan <num_scan_inputs = {len(inputs)}, scan_input_axes = {[1] * len(inputs)},",
-        f"    scan_input_directions = {[turn for turn in turns for _ in range(4)]},",
-        f"    scan_output_axes = {[1] * len(ways)}, scan_output_directions = {turns},",
+        f"    scan_input_directions = {[flag for flag in reverse for _ in range(4)]},",
+        f"    scan_output_axes = {[1] * len(directions)}, scan_output_directions = {reverse},",
         f"    body = one_step ({', '.join(states + steps)}) => ({', '.join(results)}) {{",
         *body,
-        f"    }}> ({', '.join(['start'] * len(ways) + inputs)})",
+        f"    }}> ({', '.join(['start'] * len(directions) + inputs)})",
         *(f"y{k} = Squeeze (y{k}_row, rows)" for k in paths),
     ]
 
 
-def _attention(ways: str, channels: int, standard: bool) -> list[str]:
-    """Each path as gated linear attention, a head for a channel: keys of d_state, values of one number.
+def _write_attention(directions: str, channels: int, standard: bool) -> list[str]:
+    """Write each path as gated linear attention with one head per channel: keys of d_state, values of one number.
 
-    com.microsoft's lets all heads share one query and key; the standard one wants a query and a key for each.
+    In com.microsoft's operator all heads share one query and key; the standard operator needs a query and a key for
+    each head.
     """
     operator, queries = ("LinearAttention", channels) if standard else ("com.microsoft.LinearAttention", 1)
     attributes = f'q_num_heads = {queries}, kv_num_heads = {channels}, update_rule = "gated", scale = 1.0'
@@ -136,11 +144,11 @@ def _attention(ways: str, channels: int, standard: bool) -> list[str]:
         f"heads = Constant <value_ints = [1, 1, {channels}]> ()",
     ]
 
-    def turned(x: str, out: str) -> str:
-        return f"{out} = Slice ({x}, last, beyond, second, last)" if ways[k] == "b" else f"{out} = Identity ({x})"
+    def reverse(x: str, out: str) -> str:
+        return f"{out} = Slice ({x}, last, beyond, second, last)" if directions[k] == "b" else f"{out} = Identity ({x})"
 
-    for k in range(len(ways)):
-        lines += [turned(f"{name}{k}", f"{name}{k}_s") for name in ("decay", "entering", "B", "C")]
+    for k in range(len(directions)):
+        lines += [reverse(f"{name}{k}", f"{name}{k}_s") for name in ("decay", "entering", "B", "C")]
         for name in ("B", "C"):
             lines += [
                 f"{name}{k}_p = Tile ({name}{k}_s, heads)" if standard else f"{name}{k}_p = Identity ({name}{k}_s)"
@@ -150,24 +158,27 @@ def _attention(ways: str, channels: int, standard: bool) -> list[str]:
             f"exponent{k} = Mul (wide{k}, A{k})",
             f"decays{k} = Reshape (exponent{k}, packed)",
             f"y{k}_s, end{k} = {operator} <{attributes}> (C{k}_p, B{k}_p, entering{k}_s, , decays{k})",
-            turned(f"y{k}_s", f"y{k}"),
+            reverse(f"y{k}_s", f"y{k}"),
         ]
     return lines
 
 
-def _conv(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Along the sequence; `weight` (channels, width) has the tap of the token itself last."""
+def _write_conv(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return inputs, outputs and body of a convolution along the sequence.
+
+    The last tap of `weight` (channels, width) is that of the token itself.
+    """
     width, channels, length, *flags = parts
     inputs = ["x", "weight", *(p for p in ("bias", "positions") if p in flags)]
-    made = _shifted_sum if "positions" in flags else _plain_conv
-    lines = made(int(width), int(channels), int(length), "reverse" in flags)
+    write_sum = _write_shifted_sum if "positions" in flags else _write_plain_conv
+    lines = write_sum(int(width), int(channels), int(length), "reverse" in flags)
     lines += ["y = Add (summed, bias)" if "bias" in flags else "y = Identity (summed)"]
     lines += ["opening = Sigmoid (y)", "out = Mul (y, opening)"] if "silu" in flags else ["out = Identity (y)"]
     return inputs, ["out"], lines
 
 
-def _plain_conv(width: int, channels: int, length: int, back: bool) -> list[str]:
-    """ONNX Conv of two dimensions, for speed: 0.12 ms for Vim-tiny; of one, 0.15; as a sum of products 0.25."""
+def _write_plain_conv(width: int, channels: int, length: int, back: bool) -> list[str]:
+    """Write a two-dimensional ONNX Conv: 0.12 ms for Vim-tiny; one-dimensional 0.15, as a sum of products 0.25."""
     return [
         "second = Constant <value_ints = [1]> ()",
         "middle = Constant <value_ints = [2]> ()",
@@ -185,15 +196,15 @@ def _plain_conv(width: int, channels: int, length: int, back: bool) -> list[str]
     ]
 
 
-def _shifted_sum(width: int, channels: int, length: int, back: bool) -> list[str]:
-    """Shifted copies of x, each times the tap for the distance it stands at: no tap at all from `width` on."""
+def _write_shifted_sum(width: int, channels: int, length: int, back: bool) -> list[str]:
+    """Write a sum of shifted copies of x, each times the tap for its distance; from distance `width` on, zero."""
     reach = min(width, length)
     lines = [
         "second = Constant <value_ints = [1]> ()",
         f"limit = Constant <value_int = {width}> ()",
         "ways = Transpose <perm = [1, 0]> (weight)",
         "beside = Constant <value = int64[4] {1, 0, 0, 0}> ()",
-        "taps = Pad (ways, beside)",  # row width - d for distance d, and so row 0, of zeros, for what is out of reach
+        "taps = Pad (ways, beside)",  # row width - d is for distance d; row 0, of zeros, from distance width
         f"own = Constant <value_ints = [{width}]> ()",
         "tap0 = Gather (taps, own)",
         "sum0 = Mul (x, tap0)",

@@ -1,4 +1,4 @@
-"""From a model to an ONNX graph: traced once, then given the functions of one form of the scan."""
+"""Conversion of a model to an ONNX graph: `trace` exports it once, `assemble` adds the functions of a form of scan."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from .lowering import DOMAIN
 if TYPE_CHECKING:
     import onnx
 
-# Not for computing: while it is in use, each op becomes a node of a graph.
+# This backend computes nothing: while it is in use, each op becomes a node of the graph.
 register_backend("onnx", lowering)
 
 KEPT_PREFIX = "kept_after_"
 FEATURES_PREFIX = "features_after_"
 METADATA_KEY = "ssmcompress"
-OLDEST_OPSET = 18  # torch's exporter writes none older
-NEWEST_TRACED = 25  # nor newer ones than this
+OLDEST_OPSET = 18  # the oldest opset that torch's exporter writes
+NEWEST_TRACED = 25  # the newest opset that torch's exporter writes
 
 
 def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -> onnx.ModelProto:
-    """The graph of `model` with a call of a function for each op, but without those functions.
+    """Export `model` as a graph that calls a function for each op; `assemble` adds the functions.
 
-    Weights have the names and values of the model's, nodes those of the layer that they belong to. The tokens that
-    each stage keeps and the features after each layer are named values, `kept_after_5` and `features_after_5`.
+    Weights have the names and values of the model's; each node has the name of its layer. The tokens that each stage
+    keeps and the features after each layer are named values, for example `kept_after_5` and `features_after_5`.
 
     Args:
-        opset: of the file. classes: names of the classes, for the metadata.
+        opset: opset of the file. classes: names of the classes, for the metadata.
 
     Raises:
-        InputError: an opset that cannot be written.
+        InputError: the opset cannot be written.
     """
     import onnx
     import onnxscript.optimizer
@@ -60,9 +60,9 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     config = model.config
     kept = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
     features = [f"{FEATURES_PREFIX}{layer}" for layer in range(1, len(model.blocks) + 1)]
-    with use_backend("onnx"), _quiet(), torch.no_grad():
+    with use_backend("onnx"), _silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            _WithInsides(model),
+            _WithIntermediates(model),
             (torch.zeros(2, config.in_chans, *config.image_size),),
             dynamo=True,
             optimize=False,
@@ -72,15 +72,16 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
-        # Weights are left as they are: what is computed of them alone, a runtime computes once when it loads the file.
-        onnxscript.optimizer.optimize_ir(program.model, should_fold=_unless_of_weights, inline=False)
+        # Expressions of weights alone are not folded, so weights keep their values. A runtime computes such expressions
+        # once, when it loads the file.
+        onnxscript.optimizer.optimize_ir(program.model, should_fold=_should_fold, inline=False)
     graph = program.model_proto
-    _name_for_people(graph)
+    _rename_nodes(graph)
     graph.graph.value_info.extend(graph.graph.output[1:])
     del graph.graph.output[1:]
-    _stamp(graph, opset)
-    about = {**_public(describe(model)), "classes": list(classes) if classes else None, "versions": versions()}
-    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(about)})
+    _set_opset(graph, opset)
+    metadata = {**_remove_paths(describe(model)), "classes": list(classes) if classes else None, "versions": versions()}
+    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
     graph.producer_name, graph.producer_version = "ssmcompress", versions()["ssmcompress"]
     return graph
 
@@ -88,12 +89,12 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
 def assemble(
     traced: onnx.ModelProto, scan: str, half: bool = False, debug_outputs: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """A copy of a traced graph that can be run.
+    """Return a copy of a traced graph with the functions that it calls, so that it can be run.
 
     Args:
-        scan: the form of `onnx_functions.FORMS` that scans are computed in.
-        half: store the matrices as float16; they are cast to float32 where they are used.
-        debug_outputs: named values of the graph that become outputs, beside the logits.
+        scan: how scans are computed, one of `functions.FORMS`.
+        half: whether to store the matrices as float16; they are cast to float32 where they are used.
+        debug_outputs: named values of the graph that become outputs, in addition to the logits.
     """
     import onnx
 
@@ -112,21 +113,21 @@ def assemble(
 
 
 def add_outputs(graph: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Make named values outputs, of the type that is noted for them in the graph."""
+    """Make named values outputs of the graph, with the types in its value_info."""
     import onnx
 
-    known = {info.name: info for info in graph.graph.value_info}
+    infos = {info.name: info for info in graph.graph.value_info}
     for name in names:
-        graph.graph.output.append(known.get(name) or onnx.ValueInfoProto(name=name))
+        graph.graph.output.append(infos.get(name) or onnx.ValueInfoProto(name=name))
 
 
-def values_named(graph: onnx.ModelProto, prefix: str) -> list[str]:
-    """Names of the values that begin so, in the order of the graph."""
+def find_values(graph: onnx.ModelProto, prefix: str) -> list[str]:
+    """Return the names of the values that start with `prefix`, in the order of the graph."""
     return [name for node in graph.graph.node for name in node.output if name.startswith(prefix)]
 
 
-class _WithInsides(nn.Module):
-    """The model, with what its stages keep and what its layers give as outputs."""
+class _WithIntermediates(nn.Module):
+    """The model with the kept positions of its stages and the features after its layers as additional outputs."""
 
     def __init__(self, model: TokenModel):
         super().__init__()
@@ -141,28 +142,29 @@ class _WithInsides(nn.Module):
         return self.model.readout(tokens), *kept, *features
 
 
-def _unless_of_weights(node: Any) -> bool | None:
+def _should_fold(node: Any) -> bool | None:
+    """Return False for a node that reads a weight, else None: the optimizer decides."""
     return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
 
 
-def _name_for_people(graph: onnx.ModelProto) -> None:
-    """Weights as in the checkpoint; nodes by their layer, "layers.3.mixer.in_proj/MatMul"; values by their node.
+def _rename_nodes(graph: onnx.ModelProto) -> None:
+    """Name weights as in the checkpoint, nodes after their layer ("layers.3.mixer.in_proj/MatMul"), values after nodes.
 
-    And no traces of this machine: the exporter leaves file names and lines of code.
+    The exporter's metadata is removed: it has file names and lines of code of this machine.
     """
     wrapper = "model."
     values = {t.name: t.name.removeprefix(wrapper) for t in graph.graph.initializer if t.name.startswith(wrapper)}
     fixed = {"images", "logits", *(v.name for v in graph.graph.output)}
-    seen: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
     scope = ""
     for node in graph.graph.node:
-        about = {p.key: p.value for p in node.metadata_props}
-        if "pkg.torch.onnx.name_scopes" in about:  # what the optimizer made belongs to what is around it
-            scopes = [s for s in ast.literal_eval(about["pkg.torch.onnx.name_scopes"])[:-1] if s.startswith(wrapper)]
+        metadata = {p.key: p.value for p in node.metadata_props}
+        if "pkg.torch.onnx.name_scopes" in metadata:  # nodes that the optimizer made belong to the scope around them
+            scopes = [s for s in ast.literal_eval(metadata["pkg.torch.onnx.name_scopes"])[:-1] if s.startswith(wrapper)]
             scope = scopes[-1].removeprefix(wrapper) if scopes else ""
         name = f"{scope or 'model'}/{node.op_type.split('_')[0]}"
-        seen[name] += 1
-        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        uses[name] += 1
+        node.name = name if uses[name] == 1 else f"{name}_{uses[name]}"
         for index, value in enumerate(node.output):
             if value and value not in fixed:
                 values[value] = node.name if len(node.output) == 1 else f"{node.name}:{index}"
@@ -170,22 +172,22 @@ def _name_for_people(graph: onnx.ModelProto) -> None:
         for names in (node.input, node.output):
             names[:] = [values.get(name, name) for name in names]
     weights = {tensor.name for tensor in graph.graph.initializer}
-    noted = [info for info in graph.graph.value_info if info.name not in weights]  # a weight says itself what it is
+    infos = [info for info in graph.graph.value_info if info.name not in weights]  # a weight has its type itself
     del graph.graph.value_info[:]
-    graph.graph.value_info.extend(noted)
-    for named in (*graph.graph.initializer, *graph.graph.value_info):
-        named.name = values.get(named.name, named.name)
+    graph.graph.value_info.extend(infos)
+    for value in (*graph.graph.initializer, *graph.graph.value_info):
+        value.name = values.get(value.name, value.name)
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output,
                  *graph.graph.value_info, *graph.graph.initializer):  # fmt: skip
         del part.metadata_props[:]
         part.doc_string = ""
 
 
-def _stamp(graph: onnx.ModelProto, opset: int) -> None:
-    """Give the graph its opset: the one it was traced for, or a newer one.
+def _set_opset(graph: onnx.ModelProto, opset: int) -> None:
+    """Set the graph's opset to the one it was traced for, or a newer one.
 
-    Operators here have gained types and attributes since (Range in 27), no other meaning; and a file is run before it
-    is there.
+    In newer opsets the operators used here gained types and attributes (Range in 27) without changing their meaning;
+    and every file is run before it is put in place.
     """
     import onnx
 
@@ -195,7 +197,7 @@ def _stamp(graph: onnx.ModelProto, opset: int) -> None:
 
 
 def _store_half(graph: onnx.ModelProto) -> None:
-    """Matrices and convolutions as float16. What is a vector, or belongs to the state, is small and stays float32."""
+    """Store matrices and convolutions as float16; vectors and parameters of the state are small and stay float32."""
     import onnx
 
     nodes = []
@@ -209,19 +211,19 @@ def _store_half(graph: onnx.ModelProto) -> None:
             raise InputError(f"{tensor.name} has values beyond float16's 65504; export it as float32")
         name = tensor.name
         tensor.CopyFrom(onnx.numpy_helper.from_array(halved, name))
-        wide = f"{name}/float32"
-        nodes.append(onnx.helper.make_node("Cast", [name], [wide], name=f"{name}/Cast", to=onnx.TensorProto.FLOAT))
+        cast = f"{name}/float32"
+        nodes.append(onnx.helper.make_node("Cast", [name], [cast], name=f"{name}/Cast", to=onnx.TensorProto.FLOAT))
         for node in graph.graph.node:
-            node.input[:] = [wide if i == name else i for i in node.input]
-    everything = [*nodes, *graph.graph.node]
+            node.input[:] = [cast if i == name else i for i in node.input]
+    nodes += graph.graph.node
     del graph.graph.node[:]
-    graph.graph.node.extend(everything)
+    graph.graph.node.extend(nodes)
 
 
-def _public(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the paths of the machine it was made on: an ONNX file is made to be given away.
+def _remove_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the paths of this machine, because an ONNX file is made to be given away.
 
-    So without the record of the reconstruction, too, which names the data.
+    The record of the reconstruction is removed as well, because it names the data.
     """
     pruning = config["pruning"]
     if pruning is not None:
@@ -231,8 +233,8 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """The exporter prints to stdout, which belongs to this program's own output."""
+def _silence_exporter():
+    """Silence the exporter's log and warnings, and redirect its prints from stdout, which has this program's output."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

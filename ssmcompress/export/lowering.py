@@ -1,9 +1,9 @@
-"""Backend of the exporter: each op becomes one node that calls a function defined in the ONNX file itself.
+"""The backend of the exporter: each op becomes one node that calls a function defined in the ONNX file itself.
 
-Nothing here computes. An op's node is named for its kind and the parts it has ("SelectiveScan_bf_D_bias_softplus"),
-takes just their tensors, and `onnx_functions.function_text` writes the function of any such name in ONNX operators.
-So the graph shows one node where the model has one op, and how a scan is computed can be chosen when the graph is
-made already.
+This backend computes nothing. A node is named after the kind of its op and the arguments that are present
+("SelectiveScan_bf_D_bias_softplus"), and its inputs are the tensors of these arguments. `functions.function_text`
+writes the function of any such name in ONNX operators. So the graph shows one node where the model has one op, and how
+a scan is computed is chosen after the graph was made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import reference
-from ..ops.orders import inverse, to_scan_order
-from ..ops.reference import rms_norm, wide
+from ..ops.orders import invert_order, to_scan_order
+from ..ops.reference import accumulation_dtype, rms_norm
 from ..ops.selective_scan import SCORES, ScanPath, step_size
 
 __all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "topk_tokens"]
@@ -26,29 +26,29 @@ DOMAIN = "ssmcompress"
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
     """See `ssmcompress.ops.selective_scan`."""
-    (y,) = _scans([ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse, order)], delta_softplus)
+    (y,) = _call_scans([ScanPath(u, delta, A, B, C, D, delta_bias, gap, reverse, order)], delta_softplus)
     y = y if z is None else y * F.silu(z.to(y.dtype))
     y = y if add is None else y + add.to(y.dtype)
     return y.to(u.dtype)
 
 
 def scan_paths(paths, z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
-    """See `ssmcompress.ops.scan_paths`. All paths are in one node, which gives the result of each."""
-    ys = _scans(paths, delta_softplus)
+    """See `ssmcompress.ops.scan_paths`. All paths are in one node, with one output per path."""
+    ys = _call_scans(paths, delta_softplus)
     gate = None if z is None else F.silu(z.to(ys[0].dtype))
 
-    def gated(some: list[Tensor]) -> Tensor:
-        total = some[0]
-        for y in some[1:]:
+    def sum_and_gate(ys: list[Tensor]) -> Tensor:
+        total = ys[0]
+        for y in ys[1:]:
             total = total + y
         return total if gate is None else total * gate
 
-    result = gated(ys)
+    result = sum_and_gate(ys)
     if score is None:
         return result, None
     if score == "delta":
         return result, sum(SCORES[score](step_size(path, delta_softplus)) for path in paths) / len(paths)
-    return result, SCORES[score](result if scored in (None, len(ys)) else gated(ys[:scored]))
+    return result, SCORES[score](result if scored in (None, len(ys)) else sum_and_gate(ys[:scored]))
 
 
 def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
@@ -56,38 +56,38 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     optional = {"bias": bias, "positions": positions}
     parts = [str(size) for size in (weight.shape[1], x.shape[2], x.shape[1])]
     parts += [name for name, tensor in optional.items() if tensor is not None]
-    parts += [name for name, wanted in (("silu", activation == "silu"), ("reverse", reverse)) if wanted]
+    parts += [name for name, is_set in (("silu", activation == "silu"), ("reverse", reverse)) if is_set]
     tensors = (x, weight, *(tensor for tensor in optional.values() if tensor is not None))
     (y,) = _call("CausalConv", parts, tensors, [x])
     return y
 
 
 def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
-    """See `ssmcompress.ops.grid_conv2d`. On the whole grid, whatever is missing; as gathers, not as a scatter."""
+    """See `ssmcompress.ops.grid_conv2d`. The convolution covers the whole grid, filled by a gather, not a scatter."""
     if positions is None:
         return reference.grid_conv2d(x, weight, bias, grid, None, activation)
     kept = x.shape[1]
-    places = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # where nothing is, the row of zeros
-    places = places.scatter(1, positions, torch.arange(kept).expand_as(positions))
-    everything = gather_tokens(F.pad(x, (0, 0, 0, 1)), places)
-    return gather_tokens(reference.grid_conv2d(everything, weight, bias, grid, None, activation), positions)
+    rows = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # for a missing token, the row of zeros
+    rows = rows.scatter(1, positions, torch.arange(kept).expand_as(positions))
+    full_grid = gather_tokens(F.pad(x, (0, 0, 0, 1)), rows)
+    return gather_tokens(reference.grid_conv2d(full_grid, weight, bias, grid, None, activation), positions)
 
 
 def topk_tokens(scores: Tensor, count: int) -> Tensor:
-    """See `ssmcompress.ops.topk_tokens`. Becomes ONNX TopK, which gives equal values to the lower index."""
+    """See `ssmcompress.ops.topk_tokens`. It becomes ONNX TopK, which prefers the lower index for equal values."""
     best = scores.topk(count, dim=1).indices
     return best.topk(count, dim=1, largest=False).values
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """See `ssmcompress.ops.gather_tokens`. GatherND copies whole rows; torch's gather would become one index a number."""
+    """See `ssmcompress.ops.gather_tokens`. GatherND copies whole rows; torch's gather would index every number."""
     shape = (*index.shape, tokens.shape[2])
     inputs, attributes = (tokens, index.long()[..., None]), {"batch_dims": 1}
     return torch.onnx.ops.symbolic("GatherND", inputs, attributes, dtype=tokens.dtype, shape=shape, version=13)
 
 
-def _scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
-    """(batch, length, d_inner) of each path, in token order, ungated."""
+def _call_scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
+    """Emit the node of all paths and return (batch, length, d_inner) for each, in token order, ungated."""
     first, orders = paths[0], [path.order for path in paths]
     paths = [path if path.order is None else path._replace(u=to_scan_order(path.u, path.order)) for path in paths]
     optional = [name for name in ("D", "delta_bias") if getattr(first, name) is not None]
@@ -98,13 +98,14 @@ def _scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
     tensors = []
     for path in paths:
         gap = path.gap if isinstance(path.gap, tuple) else () if path.gap is None else (path.gap,)
-        given = (path.u, path.delta, path.A, path.B, path.C, *(getattr(path, name) for name in optional), *gap)
-        tensors += [t.to(wide(t.dtype)) for t in given]
+        inputs = (path.u, path.delta, path.A, path.B, path.C, *(getattr(path, name) for name in optional), *gap)
+        tensors += [t.to(accumulation_dtype(t.dtype)) for t in inputs]
     ys = _call("SelectiveScan", parts, tensors, [path.u for path in paths])
-    return [y if order is None else to_scan_order(y, inverse(order)) for y, order in zip(ys, orders, strict=True)]
+    return [y if order is None else to_scan_order(y, invert_order(order)) for y, order in zip(ys, orders, strict=True)]
 
 
 def _call(kind: str, parts: list[str], tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Emit a call of the function of this kind and parts; its outputs have the shapes and dtypes of `like`."""
     if not torch.onnx.is_in_onnx_export():
         raise RuntimeError("backend 'onnx' writes graphs and computes nothing; it is for torch.onnx.export alone")
     dtypes, shapes = [t.dtype for t in like], [t.shape for t in like]

@@ -1,4 +1,4 @@
-"""A model as an ONNX file that was run and compared before it is there."""
+"""Export of a model as an ONNX file, which is run and compared with the model before it is put in place."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from ..files import check_target, replace_files
 from ..models.base import TokenModel
 from ..progress import track
 from .functions import FORMS
-from .graph import KEPT_PREFIX, assemble, trace, values_named
-from .runtime import BATCHES, block, fastest, forms_for, milliseconds, newest_opset, provider_named
+from .graph import KEPT_PREFIX, assemble, find_values, trace
+from .runtime import BATCHES, choose_forms, find_provider, newest_opset, rank_by_speed, time_repeats, time_round
 from .verify import ATOL, Verification, verify_onnx
 
 if TYPE_CHECKING:
     import onnx
 
-EXTERNAL_BYTES = 2**31 - 2**24  # protobuf's limit is 2 GB, all but what is around the weights
-LATENCY_REPEATS = 4  # in a row, twice
+EXTERNAL_BYTES = 2**31 - 2**24  # protobuf's limit of 2 GB, less what surrounds the weights
+LATENCY_REPEATS = 4  # timed calls per round, in two rounds
 DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
 class Exported(Verification):
-    """What was written, beside how it compares with its model.
+    """The written file, in addition to how it compares with its model.
 
     Attributes:
-        opset, dtype, bytes: of the file, with the weights beside it if it has any.
-        scan: the form of its scans. scan_ms: milliseconds of each form that was timed, by batch size, the one taken
+        opset, dtype: of the file. bytes: its size, including a second file with the weights if there is one.
+        scan: the form of its scans. scan_ms: milliseconds of each form that was timed, by batch size, the chosen one
             first.
-        refused: why the other forms were not.
-        provider: of onnxruntime, that it was timed and verified on.
-        latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`}, medians of
-            runs in blocks that take turns; None: not measured. latency_settings: how.
+        refused: the reason why each of the other forms was not timed.
+        provider: onnxruntime's execution provider, on which the file was timed and verified.
+        latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`}, medians over
+            alternating rounds of calls; None: not measured. latency_settings: the settings of the measurement.
     """
 
     opset: int = 0
@@ -55,73 +55,88 @@ class Exported(Verification):
     latency_settings: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How a model is exported and verified.
+
+    Attributes:
+        data: the images to verify on, as `open_images` takes them. None: those that the model names, else photographs.
+        atol: the largest allowed difference of a logit.
+        opset: the ONNX opset. None: the newest that the installed onnxruntime runs.
+        scan: how scans are computed, one of `FORMS`, or "auto": the fastest on this machine, at batch 1 and 8.
+        dtype: type of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in both.
+        provider: onnxruntime's execution provider for timing and verification: "cpu", "cuda", ...
+        debug_outputs: whether the positions that each stage keeps become outputs, too.
+        latency: whether to time onnxruntime and torch, on the dense model as well where one is given.
+    """
+
+    data: str | Path | None = None
+    atol: float = ATOL
+    opset: int | None = None
+    scan: str = "auto"
+    dtype: str = "float32"
+    provider: str = "cpu"
+    debug_outputs: bool = False
+    latency: bool = False
+
+
 def export_onnx(
     model: TokenModel,
     file: str | Path,
+    options: OnnxOptions = OnnxOptions(),
     *,
-    data: str | Path | None = None,
-    atol: float = ATOL,
-    opset: int | None = None,
-    scan: str = "auto",
-    dtype: str = "float32",
-    provider: str = "cpu",
-    debug_outputs: bool = False,
-    latency: bool = False,
     dense: TokenModel | None = None,
     force: bool = False,
 ) -> Exported:
     """Write `model`, pruned or dense, as an ONNX file with a dynamic batch, after checking it in onnxruntime.
 
-    Kept counts are static, input `images` is prepared as `model.preprocessing` says, output `logits`. Preprocessing,
-    class names, pruning and versions are in the file's metadata, as JSON under "ssmcompress". Weights beyond 2 GB go
-    into a file beside it, `<file>.data`.
+    Kept counts are static. The input `images` is prepared as `model.preprocessing` says; the output is `logits`. The
+    file's metadata has the preprocessing, class names, pruning and versions, as JSON under "ssmcompress". Weights
+    beyond 2 GB go into a second file in the same folder, `<file>.data`.
 
     Args:
-        data: images to verify on, as `open_images` takes them; None: those the model names, else photographs.
-        atol: allowed difference of a logit.
-        opset: None: the newest that the installed onnxruntime runs.
-        scan: how scans are computed, one of `FORMS`, or "auto": the fastest here, at batch 1 and 8.
-        dtype: of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in either.
-        provider: onnxruntime's, to choose the scan for and to verify on: "cpu", "cuda", ...
-        debug_outputs: the positions that each stage keeps as outputs, too.
-        latency: also time onnxruntime beside torch, and beside `dense` in both where that is given.
+        dense: the model before pruning, timed as well if `options.latency`.
+        force: whether to replace an existing file.
 
     Raises:
         VerificationError: the graph computes something else; no file is written.
-        InputError: the file exists, or cannot be written; what was asked for cannot be had here.
+        InputError: the file exists or cannot be written, or an option is not available on this machine.
     """
     import onnx
     import onnxruntime
 
-    file = Path(file)
-    if not 0 <= atol < float("inf"):
-        raise InputError(f"atol {atol}: expected a number from 0")
-    if scan not in (*FORMS, "auto"):
-        raise InputError(f"scan {scan!r}: expected auto, {', '.join(FORMS)}")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+    file, provider = Path(file), options.provider
+    if not 0 <= options.atol < float("inf"):
+        raise InputError(f"atol {options.atol}: expected a number from 0")
+    if options.scan not in (*FORMS, "auto"):
+        raise InputError(f"scan {options.scan!r}: expected auto, {', '.join(FORMS)}")
+    if options.dtype not in DTYPES:
+        raise InputError(f"dtype {options.dtype!r}: expected {' or '.join(DTYPES)}")
     check_target(file, force)
-    opset = newest_opset() if opset is None else opset
+    opset = newest_opset() if options.opset is None else options.opset
     if opset > newest_opset():
         raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
-    where = provider_named(provider)
-    forms, refused = forms_for(scan, opset)
-    images = model.find_images(data)
+    provider_name = find_provider(provider)
+    forms, refused = choose_forms(options.scan, opset)
+    images = model.find_images(options.data)
     traced = trace(model, opset, class_names(images, model.config.num_classes))
     times: dict[str, dict[str, float]] = {}
     if len(forms) > 1:
-        with TemporaryDirectory() as place:
-            files = {form: _save(assemble(traced, form), Path(place) / f"{form}.onnx") for form in forms}
-            times = fastest(files, _image_shape(model), where)
+        with TemporaryDirectory() as folder:
+            files = {form: _save(assemble(traced, form), Path(folder) / f"{form}.onnx") for form in forms}
+            times = rank_by_speed(files, _image_shape(model), provider_name)
         refused |= {form: f"{provider} does not run it" for form in forms if form not in times}
     form = next(iter(times), forms[0])
-    graph = assemble(traced, form, dtype == "float16", values_named(traced, KEPT_PREFIX) if debug_outputs else ())
+    kept = find_values(traced, KEPT_PREFIX) if options.debug_outputs else ()
+    graph = assemble(traced, form, options.dtype == "float16", kept)
     with replace_files(file, force) as folder:
         _save(graph, folder / file.name)
         onnx.checker.check_model(str(folder / file.name), full_check=True)
-        written = sum(part.stat().st_size for part in folder.iterdir())
-        checked = verify_onnx(model, folder / file.name, data=data, atol=atol, provider=provider)
-        rows = _latency(model, folder / file.name, dense, form, opset, where) if latency else None
+        size = sum(part.stat().st_size for part in folder.iterdir())
+        verification = verify_onnx(model, folder / file.name, data=options.data, atol=options.atol, provider=provider)
+        rows = (
+            _measure_latency(model, folder / file.name, dense, form, opset, provider_name) if options.latency else None
+        )
     settings = {
         "repeats": 2 * LATENCY_REPEATS,
         "torch_threads": torch.get_num_threads(),
@@ -129,21 +144,21 @@ def export_onnx(
         "onnxruntime": onnxruntime.__version__,
     }
     return Exported(
-        **vars(checked),
+        **vars(verification),
         opset=opset,
-        dtype=dtype,
-        bytes=written,
+        dtype=options.dtype,
+        bytes=size,
         scan=form,
         scan_ms=times,
         refused=refused,
         provider=provider,
         latency=rows,
-        latency_settings=settings if latency else None,
+        latency_settings=settings if options.latency else None,
     )
 
 
 def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") -> onnx.ModelProto:
-    """The graph of `model`, checked by onnx but not run."""
+    """Build the ONNX graph of `model`; onnx checks it, but it is not run."""
     import onnx
 
     graph = assemble(trace(model, opset or newest_opset()), scan)
@@ -156,7 +171,7 @@ def _image_shape(model: TokenModel) -> tuple[int, int, int]:
 
 
 def _save(graph: onnx.ModelProto, file: Path) -> Path:
-    """Write a graph, with large weights in a file beside it; they are not in the graph any more then."""
+    """Write a graph to a file; beyond protobuf's limit, large weights move from `graph` into a second file."""
     import onnx
 
     if sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > EXTERNAL_BYTES:
@@ -173,27 +188,29 @@ def _save(graph: onnx.ModelProto, file: Path) -> Path:
     return file
 
 
-def _latency(model, file: Path, dense: TokenModel | None, form: str, opset: int, provider: str) -> list[dict[str, Any]]:
-    """Rows of `Exported.latency`."""
+def _measure_latency(
+    model: TokenModel, file: Path, dense: TokenModel | None, form: str, opset: int, provider: str
+) -> list[dict[str, Any]]:
+    """Return the rows of `Exported.latency`."""
     models = {"dense" if model.plan is None else "pruned": (model, file)}
     if dense is None or model.plan is None:
-        return _timed(models, provider)
-    with TemporaryDirectory() as place:
-        beside = _save(assemble(trace(dense, opset), form), Path(place) / "dense.onnx")
-        return _timed({"dense": (dense, beside), **models}, provider)
+        return _time_models(models, provider)
+    with TemporaryDirectory() as folder:
+        dense_file = _save(assemble(trace(dense, opset), form), Path(folder) / "dense.onnx")
+        return _time_models({"dense": (dense, dense_file), **models}, provider)
 
 
-def _timed(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -> list[dict[str, Any]]:
-    """Both runtimes on models and their ONNX files, in blocks of runs that take turns."""
+def _time_models(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -> list[dict[str, Any]]:
+    """Time models in torch and their ONNX files in onnxruntime, in alternating rounds, and return the medians."""
     times: dict[tuple[int, str, str], list[float]] = {}
     for batch, name in track([(b, n) for _ in range(2) for b in BATCHES for n in models], "timing", 4 * len(models)):
-        (each, file), shape = models[name], (batch, *_image_shape(models[name][0]))
-        there = torch.zeros(shape, device=next(each.parameters()).device)
+        (model, file), shape = models[name], (batch, *_image_shape(models[name][0]))
+        images = torch.zeros(shape, device=next(model.parameters()).device)
         with torch.inference_mode():
-            found = milliseconds(lambda: each(there).cpu(), LATENCY_REPEATS)  # noqa: B023
-        times.setdefault((batch, name, "torch"), []).extend(found)
-        found = block(file, provider, shape, LATENCY_REPEATS)
-        times.setdefault((batch, name, "onnxruntime"), []).extend(found)
+            round_ms = time_repeats(lambda: model(images).cpu(), LATENCY_REPEATS)  # noqa: B023
+        times.setdefault((batch, name, "torch"), []).extend(round_ms)
+        round_ms = time_round(file, provider, shape, LATENCY_REPEATS)
+        times.setdefault((batch, name, "onnxruntime"), []).extend(round_ms)
     return [
         {"model": name, "by": by, "batch": batch, "ms": statistics.median(values)}
         for (batch, name, by), values in times.items()

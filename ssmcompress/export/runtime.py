@@ -1,4 +1,4 @@
-"""onnxruntime: what it can run on this machine, and how fast."""
+"""onnxruntime on this machine: what it runs, and how fast."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ BATCHES = (1, 8)
 
 @cache
 def newest_opset() -> int:
-    """The newest opset that both the installed onnxruntime runs and the installed onnx knows."""
+    """Return the newest opset that the installed onnxruntime runs and the installed onnx knows."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
     for opset in range(newest, 1, -1):
         try:
-            session(_smallest(opset))
+            open_session(_make_smallest_model(opset))
         except InputError:
             continue
         return opset
     raise InputError("the installed onnxruntime runs no opset that the installed onnx knows; update them")
 
 
-def _smallest(opset: int) -> bytes:
+def _make_smallest_model(opset: int) -> bytes:
+    """Return an ONNX file of one node, serialised."""
     from onnx import TensorProto, helper
 
     entries = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
@@ -44,33 +45,33 @@ def _smallest(opset: int) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=version).SerializeToString()
 
 
-def provider_named(name: str) -> str:
-    """onnxruntime's name of an execution provider: "cpu" is CPUExecutionProvider.
+def find_provider(name: str) -> str:
+    """Return onnxruntime's name of an execution provider: "cpu" is CPUExecutionProvider.
 
     Raises:
-        InputError: not in the installed onnxruntime.
+        InputError: the installed onnxruntime does not have it.
     """
     import onnxruntime
 
-    known = {p.removesuffix("ExecutionProvider").lower(): p for p in onnxruntime.get_available_providers()}
-    if name.lower() not in known:
-        raise InputError(f"provider {name}: the installed onnxruntime has {', '.join(sorted(known))}")
-    return known[name.lower()]
+    providers = {p.removesuffix("ExecutionProvider").lower(): p for p in onnxruntime.get_available_providers()}
+    if name.lower() not in providers:
+        raise InputError(f"provider {name}: the installed onnxruntime has {', '.join(sorted(providers))}")
+    return providers[name.lower()]
 
 
-def session(content: bytes | Path, provider: str = "CPUExecutionProvider", weights: str = "") -> Any:
-    """A session of an ONNX file, by content or path.
+def open_session(content: bytes | Path, provider: str = "CPUExecutionProvider", weights: str = "") -> Any:
+    """Load an ONNX file, given by its content or its path, into an onnxruntime session.
 
     Args:
-        weights: folder of what a file given by content keeps beside it.
+        weights: folder with the external data of a file that is given by its content.
 
     Raises:
-        InputError: onnxruntime cannot load it, or the provider does not work on this machine.
+        InputError: onnxruntime cannot load the file, or the provider does not work on this machine.
     """
     import onnxruntime
     import torch
 
-    onnxruntime.set_default_logger_severity(4)  # what fails is said below, in one line
+    onnxruntime.set_default_logger_severity(4)  # errors are reported below, in one line
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
@@ -78,20 +79,24 @@ def session(content: bytes | Path, provider: str = "CPUExecutionProvider", weigh
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
     providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
     try:
-        made = onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             content if isinstance(content, bytes) else str(content), options, providers=providers
         )
     except Exception as error:  # onnxruntime's errors share no base class
         raise InputError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
-    if made.get_providers()[0] != provider:
+    if session.get_providers()[0] != provider:
         raise InputError(f"{provider} does not work on this machine")
-    return made
+    return session
 
 
-def run(made: Any, outputs: Sequence[str] | None, images: np.ndarray) -> list[np.ndarray]:
-    """What a session gives for images; an InputError if it cannot run."""
+def run(session: Any, outputs: Sequence[str] | None, images: np.ndarray) -> list[np.ndarray]:
+    """Return the outputs of a session for a batch of images.
+
+    Raises:
+        InputError: onnxruntime cannot run the graph.
+    """
     try:
-        return made.run(outputs, {made.get_inputs()[0].name: images})
+        return session.run(outputs, {session.get_inputs()[0].name: images})
     except Exception as error:
         raise InputError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
 
@@ -100,23 +105,23 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
 
 
-def forms_for(scan: str, opset: int) -> tuple[list[str], dict[str, str]]:
-    """The forms of the scan to choose from, and why others are not among them.
+def choose_forms(scan: str, opset: int) -> tuple[list[str], dict[str, str]]:
+    """Return the forms of the scan to choose from, and the reason why each of the others is not available.
 
     Args:
-        scan: one of `FORMS`, or "auto". opset: of the file to be.
+        scan: one of `FORMS`, or "auto". opset: the opset of the file to be written.
 
     Raises:
-        InputError: the form that was asked for cannot be had.
+        InputError: the requested form is not available.
     """
     import onnxruntime
 
     refused = {}
     if opset < STANDARD_OPSET:
-        why = f"LinearAttention is in opset {STANDARD_OPSET} and later, this file is of opset {opset}"
+        reason = f"LinearAttention is in opset {STANDARD_OPSET} and later, this file is of opset {opset}"
         if newest_opset() < STANDARD_OPSET:
-            why += f", the newest that the installed onnxruntime {onnxruntime.__version__} runs is {newest_opset()}"
-        refused["standard"] = why
+            reason += f", the newest that the installed onnxruntime {onnxruntime.__version__} runs is {newest_opset()}"
+        refused["standard"] = reason
     if not _has_contributed_attention():
         refused["linear-attention"] = f"onnxruntime {onnxruntime.__version__} has no com.microsoft.LinearAttention"
     if scan in refused:
@@ -134,38 +139,42 @@ def _has_contributed_attention() -> bool:
     return any((s.name, s.domain) == ("LinearAttention", "com.microsoft") for s in schemas)
 
 
-def fastest(files: Mapping[str, Path], shape: tuple[int, ...], provider: str) -> dict[str, dict[str, float]]:
-    """Milliseconds of each ONNX file by batch size, the one with the least product of them first.
+def rank_by_speed(files: Mapping[str, Path], shape: tuple[int, ...], provider: str) -> dict[str, dict[str, float]]:
+    """Time ONNX files and return milliseconds by batch size for each, fastest first.
 
-    Files that the provider does not run are left out.
+    The order is by the product of the times over the batch sizes. Files that the provider does not run are left out.
 
     Args:
-        shape: of one image.
+        shape: shape of one image.
+
+    Raises:
+        InputError: the provider runs none of the files.
     """
     times: dict[str, dict[str, float]] = {}
-    failed = None
+    failure = None
     for name, file in track(list(files.items()), "timing the scan", len(files)):
         try:
-            times[name] = {str(b): statistics.median(block(file, provider, (b, *shape), 3)) for b in BATCHES}
+            times[name] = {str(b): statistics.median(time_round(file, provider, (b, *shape), 3)) for b in BATCHES}
         except InputError as error:
-            failed = error
+            failure = error
     if not times:
-        raise failed
+        raise failure
     return dict(sorted(times.items(), key=lambda entry: math.prod(entry[1].values())))
 
 
-def block(file: Path, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
-    """Milliseconds of runs in a row, in a session of their own, after one that is not timed.
+def time_round(file: Path, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
+    """Return milliseconds of consecutive runs of an ONNX file in a new session, after a warm-up run.
 
-    Its threads end with it: those of a session that waits go on spinning, and double the time of what runs beside it.
+    The threads end with the session: those of an idle session keep spinning, and double the time of whatever runs at
+    the same time.
     """
-    made = session(file, provider)
+    session = open_session(file, provider)
     images = np.zeros(shape, np.float32)
-    return milliseconds(lambda: run(made, None, images), repeats)
+    return time_repeats(lambda: run(session, None, images), repeats)
 
 
-def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Of so many calls, after one that is not timed."""
+def time_repeats(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Return milliseconds of each of `repeats` calls, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):

@@ -33,12 +33,13 @@ from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
 from .images import DataOptions, choose_images
 from .measuring import MeasureOptions
-from .methods import Level, Method, choose_methods, level_for, levels, stages_of
-from .pictures import pareto_chart
+from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
+from .pictures import draw_pareto
 from .pipeline import Context, run_steps
 from .search import SearchRequest, search_plan
 
 FORMAT_VERSION = 1
+CHARTS_EVERY = 10.0  # seconds
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
 
 
@@ -100,9 +101,9 @@ def compare_methods(
         raise InputError("compare runs in one process: start it without a launcher")
     ratios = request.ratios
     if request.flops is not None:
-        ratios = tuple(level_for(model, request.stages, share) for share in request.flops)
+        ratios = tuple(ratio_for_flops(model, request.stages, share) for share in request.flops)
     comparison = Comparison(model, Path(folder), request, command, force)
-    return comparison.run(levels(model, request.stages, ratios), request.chosen_methods())
+    return comparison.run(make_levels(model, request.stages, ratios), request.chosen_methods())
 
 
 class Comparison:
@@ -125,14 +126,15 @@ class Comparison:
             "preprocessing": json.loads(json.dumps(vars(model.preprocessing))),
         }
         self.command = command
-        self.rows: list[dict[str, Any]] = self._earlier(force)
+        self.rows: list[dict[str, Any]] = self._read_rows(force)
+        self._drawn_at = 0.0
         self._dense: Tensor | None = None
         self._image: Tensor | None = None
         self._deltas: tuple[Tensor, ...] | None = None
         self._probes: tuple[Tensor, ...] | None = None
 
-    def _earlier(self, force: bool) -> list[dict[str, Any]]:
-        """The rows that an earlier run of the same comparison left."""
+    def _read_rows(self, force: bool) -> list[dict[str, Any]]:
+        """Read the rows that an earlier run of the same comparison left."""
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -141,7 +143,7 @@ class Comparison:
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
             settings, rows = value["settings"], value["rows"]
-            known = [(row["method"], float(row["ratio"]), row["images"]) for row in rows]
+            labels = [(row["method"], float(row["ratio"]), row["images"]) for row in rows]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
         if force:
@@ -151,31 +153,31 @@ class Comparison:
             raise InputError(
                 f"{file} was made with another {wrong}; choose another output, or pass `force=True` to start afresh"
             )
-        if known:
-            line(f"{len(known)} rows are there already")
+        if labels:
+            line(f"{len(labels)} rows are there already")
         return rows
 
     def run(self, wanted: Sequence[Level], methods: Sequence[Method]) -> dict[str, Any]:
-        """Measure what is not there yet, writing after every row; returns the whole comparison, a JSON value."""
-        there = {(row["method"], row["ratio"]) for row in self.rows}
+        """Measure the rows that are missing, writing after each; returns the whole comparison, a JSON object."""
+        measured = {(row["method"], row["ratio"]) for row in self.rows}
         work: list[tuple[Method | None, Level]] = [(None, Level(0.0, 1.0))]
         work += [(method, level) for level in wanted for method in methods]
-        work = [(m, level) for m, level in work if (m.name if m else "dense", level.ratio) not in there]
+        work = [(m, level) for m, level in work if (m.name if m else "dense", level.ratio) not in measured]
         for method, level in track(work, "comparing", len(work)):
             self.rows.append(self.row(method, level))
             self.write()
-        self.write()
-        return self.value()
+        self.write(charts=True)
+        return self.to_dict()
 
     def row(self, method: Method | None, level: Level) -> dict[str, Any]:
-        """One method at one level; None: the dense model."""
-        begun = time.perf_counter()
+        """Measure one method at one level; None: the dense model."""
+        begin = time.perf_counter()
         row: dict[str, Any] = {"method": method.name if method else "dense", "ratio": level.ratio}
         try:
             model = self.build(method, level) if method else self.model
         except InputError as error:  # this method cannot do that; the others can
             return {**row, "images": None, "failed": str(error)}
-        result, times, cost = self.evaluation(model), self.times(model), flops(model)
+        result, times, cost = self.evaluate(model), self.time(model), flops(model)
         return row | {
             "images": result.images,
             "top1": result.top1,
@@ -186,7 +188,7 @@ class Comparison:
             "latency_ms": times.get("row"),
             "latency_share": times["row"] / times["dense"] if times else None,
             "stages": [stage.to_dict() for stage in model.plan.stages] if model.plan else [],
-            "seconds": round(time.perf_counter() - begun, 2),
+            "seconds": round(time.perf_counter() - begin, 2),
         }
 
     def build(self, method: Method, level: Level) -> TokenModel:
@@ -210,28 +212,29 @@ class Comparison:
             result = search_plan(self.model, request, self.images, self.data, **options)
             write_file(file, result.sensitivity.to_json().encode(), force=True)
             return replace(result.plan, gap=gap)
-        stages = stages_of(method, self.model, level, self.stages)
+        stages = stages_for_level(method, self.model, level, self.stages)
         return Plan(stages, method.alignment, gap, self.data.seed).validate(len(self.model.blocks))
 
     def sensitivity_file(self, method: Method) -> Path:
+        """Where the search of a method keeps what it measured."""
         return self.folder / f"sensitivity{'-reconstructed' if method.reconstructed else ''}.json"
 
     def calibrate(self, plan: Plan) -> Calibration:
-        """Mean deltas, once for all rows, and probes for those that ask for them."""
+        """Return the mean deltas and, for plans that need them, the probes; both are computed once for all rows."""
         if self._deltas is None:
             self._deltas = gap_deltas(self.model, self.calibration, self.settings["gap"])
-        if self._probes is None and any(stage.importance == "saliency" for stage in plan.stages):
+        if self._probes is None and plan.probed_layers:
             self._probes = fit_probes(self.model, self.calibration, range(1, len(self.model.blocks)))
         name, images = self.settings["calibration"]["name"], self.settings["calibration"]["images"]
         return Calibration(name, images, self._deltas, probes=self._probes or ())
 
-    def evaluation(self, model: TokenModel) -> Evaluation:
+    def evaluate(self, model: TokenModel) -> Evaluation:
         if self._dense is None:
-            self._dense = dense_logits(self.model, self.measured, self.options.torch_dtype)
+            self._dense = compute_dense_logits(self.model, self.measured, self.options.torch_dtype)
         return measure({"dense": self._dense, "row": model}, self.measured, dtype=self.options.torch_dtype)["row"]
 
-    def times(self, model: TokenModel) -> dict[str, float]:
-        """Milliseconds of the dense model and of this one at batch 1, interleaved."""
+    def time(self, model: TokenModel) -> dict[str, float]:
+        """Time the dense model and this one at batch 1, interleaved; milliseconds by name."""
         if not self.options.latency:
             return {}
         if self._image is None:
@@ -239,7 +242,7 @@ class Comparison:
         with autocast(self._image.device, self.options.torch_dtype):
             return latency({"dense": self.model, "row": model}, self._image)
 
-    def value(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         return {
             "format_version": FORMAT_VERSION,
@@ -250,27 +253,30 @@ class Comparison:
             "versions": versions(),
         }
 
-    def write(self) -> None:
+    def write(self, charts: bool = False) -> None:
+        """Write the rows so far; the charts, which take half a second, every few seconds or when asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {TABLE_FILE: to_csv(self.rows).encode()}
-        files |= {name: pareto_chart(done(self.rows), name.rpartition(".")[2]) for name in CHART_FILES}
-        files[RESULT_FILE] = json.dumps(self.value(), indent=2).encode() + b"\n"
+        if charts or time.monotonic() - self._drawn_at > CHARTS_EVERY:
+            files |= {name: draw_pareto(select_measured(self.rows), name.rpartition(".")[2]) for name in CHART_FILES}
+            self._drawn_at = time.monotonic()
+        files[RESULT_FILE] = json.dumps(self.to_dict(), indent=2).encode() + b"\n"
         for name, content in files.items():
             write_file(self.folder / name, content, force=True)
 
 
 @torch.no_grad()
-def dense_logits(model: TokenModel, batches: Batches, dtype: torch.dtype) -> Tensor:
-    """(images, classes) float32, in the order of the batches."""
-    device, found = next(model.parameters()).device, []
+def compute_dense_logits(model: TokenModel, batches: Batches, dtype: torch.dtype) -> Tensor:
+    """The logits (images, classes) float32 of the dense model, in the order of the batches."""
+    device, logits = next(model.parameters()).device, []
     for batch in track(batches, "measuring the dense model", len(batches)):
         with autocast(device, dtype):
-            found.append(model(batch.images.to(device)).float().cpu())
-    return torch.cat(found)
+            logits.append(model(batch.images.to(device)).float().cpu())
+    return torch.cat(logits)
 
 
-def done(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that were measured."""
+def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of methods that reached their level."""
     return [row for row in rows if not row.get("failed")]
 
 
@@ -278,12 +284,12 @@ COLUMNS = ("method", "ratio", "flops_full", "flops_share", "top1", "agreement", 
 
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> str:
-    """One line a row: `COLUMNS`, images and stages."""
+    """Format one line for each row: `COLUMNS`, images and stages."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, "images", "stages", "failed"])
     for row in rows:
-        known = {**row, "flops_full": (row.get("flops") or {}).get("full")}
+        values = {**row, "flops_full": (row.get("flops") or {}).get("full")}
         stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
-        writer.writerow([*(known.get(column) for column in COLUMNS), row["images"], stages, row.get("failed")])
+        writer.writerow([*(values.get(column) for column in COLUMNS), row["images"], stages, row.get("failed")])
     return text.getvalue()

@@ -16,7 +16,7 @@ from .report import read_report, record_export
 def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path:
     """The file that an export of a model folder or checkpoint writes, checked before the long work.
 
-    By default an ONNX file goes into a model's folder, and a .safetensors file next to it; next to a checkpoint file both.
+    By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file.
 
     Raises:
         InputError: the file exists, cannot be written, or is what is read.

@@ -15,9 +15,9 @@ from ..models.checkpoint import save
 from ..models.records import Source
 from .images import DataOptions
 from .measuring import Measured
-from .pictures import kept_tokens
+from .pictures import draw_kept_tokens
 from .report import REPORT_FILE
-from .report_text import PICTURE_FILE, to_card
+from .report_text import PICTURE_FILE, render_card
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def write_folder(
         pruned.source = replace(pruned.source or Source("", ""), data=_absolute(source.name))
     content = {
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
-        PICTURE_FILE: kept_tokens(pruned, measured.sample),
-        "README.md": to_card(report, target.path.name, picture=True).encode(errors="replace"),
+        PICTURE_FILE: draw_kept_tokens(pruned, measured.sample),
+        "README.md": render_card(report, target.path.name, picture=True).encode(errors="replace"),
         **(files or {}),
     }
     save(pruned, target.path, extra=content, force=target.force)

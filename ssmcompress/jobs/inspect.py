@@ -11,7 +11,7 @@ from ..pruning.plan import default_stages
 
 
 def inspect_model(model: TokenModel) -> dict[str, Any]:
-    """A JSON object with `architecture`, `params`, `tokens` by layer, `flops` in GFLOPs, `range` of budgets, `pruned`."""
+    """A JSON object: `architecture`, `params`, `tokens` by layer, `flops` in GFLOPs, `range` of budgets, `pruned`."""
     depth = len(model.blocks)
     stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)

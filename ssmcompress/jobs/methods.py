@@ -22,8 +22,9 @@ class Method:
     """A way to make the model cheaper.
 
     Attributes:
-        importance: what tokens are ranked by. alignment: as in a plan. merge: as in a stage.
-        searched: the plan comes from a search for the level's FLOPs. reconstructed: later layers are refitted.
+        importance: the metric that ranks tokens. alignment: as in a plan. merge: as in a stage.
+        searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
+            refitted.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Method:
 
 
 def _methods() -> tuple[Method, ...]:
-    """All methods. `naive` is pruning as EViT (arXiv 2202.07800) does it, by the score of ToP-ViM."""
+    """Return all methods. `naive` is pruning as in EViT (arXiv 2202.07800), by the score of ToP-ViM."""
     rows = [Method("naive", alignment=UNALIGNED)]
     for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
         name = "unclipped" if importance == "mean" else importance
@@ -62,8 +63,14 @@ NAMES = tuple(method.name for method in METHODS)
 
 
 def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bool) -> tuple[Method, ...]:
-    """The methods of these names, in the order of `METHODS`; None: all, but what takes a search or reconstruction only
-    where that is wanted."""
+    """The methods with these names, in the order of `METHODS`.
+
+    Args:
+        names: None: all of them. search, reconstruct: whether those with a search or a reconstruction are among all.
+
+    Raises:
+        InputError: an unknown name.
+    """
     if names is None:
         return tuple(m for m in METHODS if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
@@ -80,27 +87,29 @@ class Level:
     flops: float
 
 
-def levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:
-    """The levels of ratios removed at each of the stages (None: the default ones)."""
+def make_levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:
+    """Return a level for each ratio, removed at each of the stages (None: the default ones)."""
     stages = tuple(stages or default_stages(len(model.blocks)))
-    found = []
+    result = []
     for ratio in ratios:
         plan = tuple(Stage(after, ratio) for after in stages)
         Plan(plan).validate(len(model.blocks))
-        found.append(Level(ratio, remaining_share(model, plan)))
-    return found
+        result.append(Level(ratio, remaining_share(model, plan)))
+    return result
 
 
-def level_for(model: TokenModel, stages: Sequence[int] | None, budget: float) -> float:
-    """The mildest ratio at each stage that leaves `budget` of the FLOPs at most."""
+def ratio_for_flops(model: TokenModel, stages: Sequence[int] | None, budget: float) -> float:
+    """Return the smallest ratio at each stage that leaves at most `budget` of the FLOPs."""
     return plan_for_budget(model, budget, stages).stages[0].ratio
 
 
-def stages_of(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
-    """What a method that is not searched for does at a level.
+def stages_for_level(
+    method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None
+) -> tuple[Stage, ...]:
+    """Return the stages by which a method reaches a level without a search.
 
-    R-MeeTo merges the same number of tokens before every second layer from the third on, as its code does, as few as
-    the level's FLOPs ask for; the others remove the level's ratio at each stage.
+    R-MeeTo merges the same number of tokens before every second layer from the third on, as its code does, and as few
+    as the level's FLOPs allow; the others remove the level's ratio at each stage.
 
     Raises:
         InputError: the method cannot save as much.
@@ -109,24 +118,24 @@ def stages_of(method: Method, model: TokenModel, level: Level, stages: Sequence[
     if method.merge != "ordered":
         after = tuple(stages or default_stages(depth))
 
-        def made_with(ratio: float) -> tuple[Stage, ...]:
+        def stages_with(ratio: float) -> tuple[Stage, ...]:
             return tuple(Stage(layer, ratio, method.importance, method.merge) for layer in after)
 
-        if level.ratio == 0 or remaining_share(model, made_with(level.ratio)) <= level.flops:
-            return made_with(level.ratio)
-        # What choosing and merging take is paid for with tokens, so that all rows of a level are below its FLOPs.
-        return made_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, made_with(ratio))))
+        if level.ratio == 0 or remaining_share(model, stages_with(level.ratio)) <= level.flops:
+            return stages_with(level.ratio)
+        # Choosing and merging cost FLOPs: fewer tokens make up for them, so that no row exceeds the level.
+        return stages_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, stages_with(ratio))))
     if level.ratio == 0:
         return (Stage(2 if depth > 2 else 1, 0.0, method.importance, method.merge),)
     protected = model.protected is not None
     for removed in range(1, model.length):
-        made, count = [], model.length
+        merges, count = [], model.length
         for layer in range(2, depth, 2):
             free = count - protected
             kept = count - min(removed, free // 2)
             ratio = share_removed(count, kept, protected)
-            made.append(Stage(layer, ratio, method.importance, method.merge))
+            merges.append(Stage(layer, ratio, method.importance, method.merge))
             count = kept_count(count, ratio, protected)
-        if made and remaining_share(model, made) <= level.flops:
-            return tuple(made)
+        if merges and remaining_share(model, merges) <= level.flops:
+            return tuple(merges)
     raise InputError(f"merging half of the tokens before every second layer does not get to {level.flops:.1%}")

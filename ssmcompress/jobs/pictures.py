@@ -1,4 +1,4 @@
-"""Pictures of the tokens a pruned model keeps, of how it was fine-tuned, and of methods beside each other."""
+"""Pictures: the tokens that a pruned model keeps, the history of a fine-tuning, and methods compared."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from ..models.base import TokenModel
 from ..models.records import Finetuning
 
-SIDE = 168  # pixels an image takes in the picture
+SIDE = 168  # pixels of an image in the picture
 GAP = 6
 PAPER = (255, 255, 255)
-PRUNED = (196, 30, 140)  # a colour that photographs, and images in grey, have little of
+PRUNED = (196, 30, 140)  # a colour that is rare in photographs and absent from grey images
 
 
 @torch.no_grad()
-def kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
-    """A PNG with a row an image: the image itself, then, for each stage, what was pruned by then in colour.
+def draw_kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
+    """Draw a PNG with a row for each image: the image, then for each stage what was pruned by then, in colour.
 
     Args:
         model: pruned. images: (batch, channels, height, width), prepared as for the model; the first `rows`.
@@ -38,17 +38,17 @@ def kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
             shown = photo
             if column:
                 mask = torch.isin(model.patch_positions, kept[column - 1][row])
-                gone = Image.fromarray((~mask).numpy()).resize(size, Image.Resampling.NEAREST)
+                dropped = Image.fromarray((~mask).numpy()).resize(size, Image.Resampling.NEAREST)
                 shown = photo.copy()
-                shown.paste(PRUNED, mask=gone.convert("L").point(lambda v: 190 if v else 0))
+                shown.paste(PRUNED, mask=dropped.convert("L").point(lambda v: 190 if v else 0))
             sheet.paste(shown, (column * (size[0] + GAP), row * (size[1] + GAP)))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def history_chart(finetuning: Finetuning) -> bytes:
-    """A PNG: the loss of every epoch, and what was measured after it."""
+def draw_history(finetuning: Finetuning) -> bytes:
+    """Draw a PNG with the loss of every epoch, and what was measured after it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,8 +61,8 @@ def history_chart(finetuning: Finetuning) -> bytes:
     left.set(xlabel="epoch", ylabel="loss of augmented images")
     right.plot(epochs, [entry["top1"] for entry in finetuning.history], "o-", label="top-1, augmented images")
     for key, name in (("top1", "top-1, held out"), ("agreement", "same class as dense, held out")):
-        if any(found.get(key) is not None for found in held):
-            right.plot(epochs, [found.get(key) for found in held], "o-", label=name)
+        if any(values.get(key) is not None for values in held):
+            right.plot(epochs, [values.get(key) for values in held], "o-", label=name)
     right.axvline(finetuning.epoch, linestyle=":", color="grey", label="chosen")
     right.set(xlabel="epoch", ylabel="%")
     right.legend(fontsize="small")
@@ -73,8 +73,8 @@ def history_chart(finetuning: Finetuning) -> bytes:
     return buffer.getvalue()
 
 
-def pareto_chart(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
-    """A PNG or SVG (`kind`): accuracy, or without labels agreement, over the FLOPs left, a line a method.
+def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
+    """Draw accuracy, or without labels agreement, over the FLOPs left, a line for each method; a PNG or SVG (`kind`).
 
     Args:
         rows: those of a comparison, each with `method`, `flops_share`, `top1` and `agreement`.
@@ -91,18 +91,18 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     best: list[tuple[float, float]] = []
-    for point in sorted((p for found in points.values() for p in found), key=lambda p: (p[0], -p[1])):
+    for point in sorted((p for line in points.values() for p in line), key=lambda p: (p[0], -p[1])):
         if not best or point[1] > best[-1][1]:
             best.append(point)
     if best:
         axes.plot(*zip(*best, strict=True), color="lightgrey", linewidth=6, zorder=0, label="best at its FLOPs")
-    for number, (method, found) in enumerate(points.items()):
+    for number, (method, line) in enumerate(points.items()):
         style = {
             "marker": "osD^vP*X"[number % 8],
             "color": f"C{number % 10}",
             "linestyle": "-" if number < 10 else "--",
         }
-        axes.plot(*zip(*sorted(found), strict=True), **style, label=method, markersize=5, linewidth=1)
+        axes.plot(*zip(*sorted(line), strict=True), **style, label=method, markersize=5, linewidth=1)
     axes.set(xlabel="FLOPs left (full), %", ylabel="top-1, %" if key == "top1" else "same class as dense, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small")
@@ -112,7 +112,7 @@ def pareto_chart(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
 
 
 def _photo(model: TokenModel, image: Tensor) -> Image.Image:
-    """The image as a person would see it: normalisation undone."""
+    """Undo the normalisation of an image."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.squeeze(2).numpy() if pixels.shape[2] == 1 else pixels.numpy()).convert("RGB")

@@ -25,8 +25,8 @@ from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
 from .folder import Target, folder_name, write_folder
 from .images import CalibrationImages, DataOptions, choose_images
 from .measuring import MeasureOptions, measure_models, name_columns
-from .pipeline import Context, run_steps
-from .report import calibration_section, make_report, reconstruction_section, stage_rows
+from .pipeline import Context, Step, run_steps
+from .report import describe_calibration, describe_reconstruction, list_stages, make_report
 from .search import SEARCH_IMAGES, SearchRequest, SearchResult, search_plan
 from .steps import Reconstruct, pruning_steps
 
@@ -41,6 +41,7 @@ class CompressOptions:
         data: the images. measure: how models are measured.
         gap: "calibrated" or "bias"; None: as planned, else calibrated where the images are the user's own.
         reconstruct: whether to refit the later layers; None: where the images are the user's own and differ.
+        steps: further steps after these, each with a column of its own in the report.
         finetune: how to fine-tune after that, on the images that are not measured on; None: not at all.
     """
 
@@ -48,6 +49,7 @@ class CompressOptions:
     measure: MeasureOptions = MeasureOptions()
     gap: str | None = None
     reconstruct: bool | None = None
+    steps: tuple[Step, ...] = ()
     finetune: FinetuneOptions | None = None
 
 
@@ -268,13 +270,13 @@ def _prune_folder(
         Reconstruct(required=bool(options.reconstruct)) if images.wants_reconstruction(options.reconstruct) else None
     )
     context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
-    snapshots = run_steps(pruning_steps(plan, refit), context)
+    snapshots = run_steps([*pruning_steps(plan, refit), *options.steps], context)
     measured = measure_models(name_columns(model, snapshots), images.measured, options.measure, together)
     pruned = measured.models["pruned"]
     pruned.made_by = MadeBy(target.command, versions())
     sections = {
-        "calibration": calibration_section(pruned.plan, calibration),
-        "reconstruction": reconstruction_section(pruned, context.seconds.get("reconstructed", 0.0)),
+        "calibration": describe_calibration(pruned.plan, calibration),
+        "reconstruction": describe_reconstruction(pruned, context.seconds.get("reconstructed", 0.0)),
     }
     files = dict(context.files)
     if search is not None:
@@ -292,7 +294,7 @@ def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
     pruned = install(copy.deepcopy(model), Plan(plan.stages, plan.alignment, seed=plan.seed))
     return {
         "plan": plan.to_dict(),
-        "stages": stage_rows(pruned),
+        "stages": list_stages(pruned),
         "dense": {"flops": dense},
         "pruned": {"flops": flops(pruned)},
     }

@@ -43,21 +43,21 @@ def make_report(
     """
     pruned, result = measured.models["pruned"], measured.results["pruned"]
     blocks = {
-        name: model_section(model, measured.results[name], measured.milliseconds.get(name))
+        name: describe_model(model, measured.results[name], measured.milliseconds.get(name))
         if model is not None
-        else missing_section(pruned)
+        else describe_missing(pruned)
         for name, model in measured.models.items()
     }
-    data = data_section(measured.images, result, overlap)
+    data = describe_data(measured.images, result, overlap)
     if earlier and {**earlier["data"], "overlap": overlap} == data:
-        blocks = {name: earlier[name] for name in text.columns(earlier) if name != "pruned"} | blocks
+        blocks = {name: earlier[name] for name in text.list_columns(earlier) if name != "pruned"} | blocks
     device = next(pruned.parameters()).device
     return {
         "data": data,
         **blocks,
         "agreement": {"top1": result.agreement, "kl": result.kl},
-        "stages": stage_rows(pruned),
-        "alignment": alignment_section(pruned),
+        "stages": list_stages(pruned),
+        "alignment": describe_alignment(pruned),
         **sections,
         "dtype": measured.options.dtype,
         "latency": latency_settings(device) if measured.milliseconds else None,
@@ -66,7 +66,7 @@ def make_report(
     }
 
 
-def model_section(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
+def describe_model(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
     return {
         "top1": result.top1,
         "top5": result.top5,
@@ -76,12 +76,12 @@ def model_section(model: TokenModel, result: Evaluation, milliseconds: float | N
     }
 
 
-def missing_section(pruned: TokenModel) -> dict[str, Any]:
+def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """The block of a dense model that is not there any more."""
     return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
 
 
-def data_section(measured: Batches, result: Evaluation, overlap: int | None) -> dict[str, Any]:
+def describe_data(measured: Batches, result: Evaluation, overlap: int | None) -> dict[str, Any]:
     return {
         "name": measured.source.name,
         "images": result.images,
@@ -91,7 +91,7 @@ def data_section(measured: Batches, result: Evaluation, overlap: int | None) -> 
     }
 
 
-def calibration_section(plan: Plan, calibration: Batches) -> dict[str, Any]:
+def describe_calibration(plan: Plan, calibration: Batches) -> dict[str, Any]:
     """Also how often each stage kept each position, and its mean score: lists over positions."""
     seen = plan.calibration
     return {
@@ -103,14 +103,14 @@ def calibration_section(plan: Plan, calibration: Batches) -> dict[str, Any]:
     }
 
 
-def alignment_section(model: TokenModel) -> dict[str, Any]:
+def describe_alignment(model: TokenModel) -> dict[str, Any]:
     """What is aligned; of a mean that is read out too, where there is one."""
     alignment = model.plan.alignment
     block = {"conv": alignment.conv, "scan": alignment.scan, "gap": model.plan.gap if alignment.scan else None}
     return block | ({"pool": alignment.pool} if model.pools else {})
 
 
-def reconstruction_section(model: TokenModel, seconds: float) -> dict[str, Any] | None:
+def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any] | None:
     """Also the seconds it took, and the rank of each layer's correction."""
     record = model.find_record("reconstruction")
     if record is None:
@@ -119,7 +119,7 @@ def reconstruction_section(model: TokenModel, seconds: float) -> dict[str, Any] 
     return {**asdict(record), "seconds": round(seconds, 2), "correction_ranks": ranks}
 
 
-def stage_rows(model: TokenModel) -> list[dict[str, Any]]:
+def list_stages(model: TokenModel) -> list[dict[str, Any]]:
     """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
     counts = model.token_counts()
     return [
@@ -144,7 +144,7 @@ def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     try:
-        text.rows(report), text.notes(report), text.fits(report)
+        text.format_rows(report), text.format_notes(report), text.format_fits(report)
         json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
@@ -171,7 +171,7 @@ def _no_constant(name: str) -> None:
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
     """Write the report of a folder or file as a web page that stands alone."""
     picture = model / text.PICTURE_FILE
-    page = text.to_html(report, model.name, picture.read_bytes() if picture.is_file() else None)
+    page = text.render_html(report, model.name, picture.read_bytes() if picture.is_file() else None)
     write_file(file, page.encode(), force)
 
 

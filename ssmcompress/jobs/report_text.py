@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PICTURE_FILE = "kept_tokens.png"
 Report = Mapping[str, Any]
 
 
-def rows(report: Report) -> list[tuple[str, list[str]]]:
+def format_rows(report: Report) -> list[tuple[str, list[str]]]:
     """The table: (quantity, a cell for each of `columns`)."""
-    models = [report[name] for name in columns(report)]
+    models = [report[name] for name in list_columns(report)]
     agreement = report.get("agreement") or {}
 
     def line(key: str, form: str) -> list[str]:
@@ -21,8 +21,8 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
     table = [
         ("top-1", line("top1", "{:.2f} %")),
         ("top-5", line("top5", "{:.2f} %")),
-        ("GFLOPs, full", [_flops(model, report, "full") for model in models]),
-        ("GFLOPs, paper", [_flops(model, report, "paper") for model in models]),
+        *_flops_rows(models, report, "full"),
+        *_flops_rows(models, report, "paper"),
         ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
         ("parameters", line("params", "{:,}")),
     ]
@@ -32,17 +32,17 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
     return [(name, cells) for name, cells in table if any(cell not in ("", "-") for cell in cells)]
 
 
-def columns(report: Report) -> list[str]:
+def list_columns(report: Report) -> list[str]:
     """The models that a report compares, the last of them the one that it is about.
 
-    `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones before
-    it was fine-tuned, `before` one that had been fine-tuned already; steps of other kinds have names of their own.
+    `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones
+    before it was fine-tuned, `before` one that had been fine-tuned already; other steps have names of their own.
     """
-    names = [name for name, block in report.items() if isinstance(block, dict) and "latency_ms" in block]
+    names = [name for name, value in report.items() if isinstance(value, dict) and "latency_ms" in value]
     return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
 
 
-def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """What reconstruction left, a table: (the maps it refits in a layer, (layer, a cell for each of them) for each).
 
     A cell holds the share that a map misses of what it should give, on held-out images, before and after.
@@ -55,7 +55,7 @@ def fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]
 
 
-def notes(report: Report) -> list[str]:
+def format_notes(report: Report) -> list[str]:
     """What the figures were measured on, and how the model was pruned, in sentences."""
     data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
     stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
@@ -123,13 +123,13 @@ def _finetuning_note(tuned: Mapping[str, Any]) -> str:
     )
 
 
-def to_html(report: Report, title: str, picture: bytes | None) -> str:
+def render_html(report: Report, title: str, picture: bytes | None) -> str:
     """A web page that stands alone, the picture of kept tokens inside it."""
     image = base64.b64encode(picture).decode() if picture else None
     return _render("report.html", report, title=title, picture=image)
 
 
-def to_card(report: Report, title: str, picture: bool) -> str:
+def render_card(report: Report, title: str, picture: bool) -> str:
     """The README.md of a compressed model's folder."""
     return _render("card.md", report, title=title, picture=PICTURE_FILE if picture else None)
 
@@ -146,7 +146,12 @@ def _render(template: str, report: Report, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(
-        report=report, columns=columns(report), rows=rows(report), notes=notes(report), fits=fits(report), **values
+        report=report,
+        columns=list_columns(report),
+        rows=format_rows(report),
+        notes=format_notes(report),
+        fits=format_fits(report),
+        **values,
     )
 
 
@@ -154,8 +159,9 @@ def _cell(value: Any, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _flops(model: Report, report: Report, convention: str) -> str:
-    if not model.get("flops"):
-        return "-"
-    value, dense = model["flops"][convention], report["dense"]["flops"][convention]
-    return f"{value:.4g}" if value == dense else f"{value:.4g} ({value / dense - 1:+.1%})"
+def _flops_rows(models: Sequence[Report], report: Report, convention: str) -> list[tuple[str, list[str]]]:
+    """GFLOPs by a convention, and what they are more or less than those of the dense model."""
+    dense = report["dense"]["flops"][convention]
+    values = [model["flops"][convention] if model.get("flops") else None for model in models]
+    changes = ["" if value in (None, dense) else f"{value / dense - 1:+.1%}" for value in values]
+    return [(f"GFLOPs, {convention}", [_cell(value, "{:.4g}") for value in values]), ("  compared to dense", changes)]

@@ -25,6 +25,7 @@ from ..models.base import TokenModel
 from ..models.rewrite import prune
 from ..progress import line, track
 from ..pruning.alignment import Alignment
+from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Calibration, Plan, Stage
 from .images import CalibrationImages, DataOptions, make_batches
 
@@ -106,7 +107,7 @@ def search_plan(
         _check_range(request.flops, lowest, "FLOPs")
     trial = _Trial(model, request, images, data, gap=gap, refit=reconstruct)
     line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
-    plan = trial.fit(layers if "saliency" in metrics else ())
+    plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
     measuring = time.perf_counter()
     if sensitivity is None:
         sensitivity = measure_sensitivity(

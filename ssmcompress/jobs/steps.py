@@ -17,7 +17,7 @@ from ..models.records import MadeBy
 from ..models.rewrite import align, prune
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan
-from .pictures import history_chart
+from .pictures import draw_history
 from .pipeline import Context, Step
 
 LAST_FILE = "last.safetensors"
@@ -104,7 +104,7 @@ class Finetune:
         )
         last.made_by = MadeBy(context.command, versions())
         context.files[LAST_FILE] = serialise(last)
-        context.files[HISTORY_FILE] = history_chart(best.find_record("finetuning"))
+        context.files[HISTORY_FILE] = draw_history(best.find_record("finetuning"))
         return best
 
 

@@ -1,4 +1,4 @@
-"""What every model here is: embed(images) -> Tokens, blocks, readout(Tokens), with pruners between blocks."""
+"""Base classes of the models: embed(images) -> Tokens, blocks, readout(Tokens), with pruners between blocks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..pruning.tokens import Tokens
 from .records import MadeBy, Record, Source
 
 StateDict = Mapping[str, Tensor]
-# Bytes that the ops of a layer may hand to each other for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
+# Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
 CHUNK_BYTES = 1 << 26
 
 
 class Decision(NamedTuple):
-    """What one stage did: the positions it chose from, their scores, both (batch, tokens), and those it kept."""
+    """The result of one stage: the candidate positions, their scores, both (batch, tokens), and the kept positions."""
 
     candidates: Tensor
     scores: Tensor
@@ -35,16 +35,17 @@ class Decision(NamedTuple):
 
 
 def low_rank(width: int, rank: int, device: torch.device | str | None = None) -> nn.Sequential:
-    """A linear map (width) -> (width) of a rank, without bias."""
+    """Return a linear map (width) -> (width) of the given rank, without bias, as two layers."""
     sides = ((width, rank), (rank, width))
     return nn.Sequential(*(skip_init(nn.Linear, *side, bias=False, device=device or "cpu") for side in sides))
 
 
 def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
-    """Patches (batch, d_model, rows, columns) of images (batch, channels, height, width), by a convolution.
+    """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
 
-    On a CPU it runs in float32 under autocast too: on processors with AMX, torch 2.14's bfloat16 convolution of 4 to 24
-    channels with windows of 4 to 16 pixels is wrong by as much as its result. It is less than 2 % of a Vim's FLOPs.
+    On a CPU it runs in float32 even under autocast: on processors with AMX, torch 2.14's bfloat16 convolution of 4 to
+    24 channels with windows of 4 to 16 pixels has errors as large as its result. The convolution is less than 2 % of a
+    Vim's FLOPs.
     """
     if images.device.type != "cpu":
         return projection(images)
@@ -53,10 +54,10 @@ def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 class Block(nn.Module, abc.ABC):
-    """One layer: Tokens in, Tokens out; aligns by itself to tokens that carry positions.
+    """One layer, from Tokens to Tokens; it aligns its ops to the positions of the tokens.
 
     Attributes:
-        residual_scale: what the projection into the residual stream is multiplied by there.
+        residual_scale: factor of the projection when it is added to the residual stream.
     """
 
     residual_scale: ClassVar[float] = 1.0
@@ -64,27 +65,27 @@ class Block(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def refitted(self) -> tuple[tuple[str, ...], ...]:
-        """Its linear layers that reconstruction refits, by name, in groups in the order in which they run.
+        """Names of the linear layers that reconstruction refits, in groups in the order in which they run.
 
-        Those of a group do not feed each other. The last group is the projection into the residual stream:
-        features out = features in + residual_scale * projection. Empty where a layer has no such projection.
+        Layers of one group do not feed each other. The last group is the projection into the residual stream:
+        features out = features in + residual_scale * projection. Empty if the layer has no such projection.
         """
 
     @abc.abstractmethod
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
-        """The tokens after this layer, with scores of `metric` where one is named."""
+        """Return the tokens after this layer, with scores of `metric` unless it is None."""
 
     @abc.abstractmethod
     def deltas(self, tokens: Tokens) -> Tensor:
-        """(deltas, batch, kept, d_inner) delta after softplus that this layer would use: one for each dt_proj."""
+        """Return delta after softplus (deltas, batch, kept, d_inner), as this layer uses it, one for each dt_proj."""
 
     @abc.abstractmethod
     def bias_delta(self) -> Tensor:
-        """(deltas, d_inner) delta of a position that brings no input, softplus of the bias."""
+        """Return the delta (deltas, d_inner) of a position without input: softplus of the bias."""
 
     @abc.abstractmethod
     def set_gap_delta(self, delta: Tensor) -> None:
-        """Set the delta (deltas, d_inner) that pruned positions decay the state by."""
+        """Set the delta (deltas, d_inner) with which pruned positions decay the state."""
 
 
 class TokenModel(nn.Module, abc.ABC):
@@ -92,20 +93,20 @@ class TokenModel(nn.Module, abc.ABC):
 
     Attributes:
         config: the architecture, a frozen dataclass.
-        pruners: TokenPruner by layer ("5": after the fifth), beside the blocks so that published parameter
-            names stay as they are.
-        corrections: linear maps of low rank by layer, beside the blocks too: what the mean of the tokens pruned so
-            far adds to all kept ones after that layer. Reconstruction puts them there.
-        plan: what `prune` carried out, None for a dense model.
-        preprocessing, source: how images are prepared and which file this is; set by `load`.
-        made_by: how it was pruned.
-        steps: a record of each later step that changed its weights, in order, one of a kind.
+        pruners: TokenPruner by layer ("5": after the fifth), outside the blocks so that published parameter names do
+            not change.
+        corrections: linear maps of low rank by layer, also outside the blocks. Each maps the mean of the tokens pruned
+            so far to a vector that is added to all kept tokens after that layer. Reconstruction creates them.
+        plan: the plan that `prune` applied, None for a dense model.
+        preprocessing, source: the preparation of images and the file that the model comes from; set by `load`.
+        made_by: the command and versions that pruned it.
+        steps: a record of each later step that changed its weights, in order, one for each kind.
     """
 
     architecture: ClassVar[str]
-    # A few parameter names that tell the architecture, for messages.
+    # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
-    # Whether a mean over tokens is read out, which `Alignment.pool` is about.
+    # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
     pools: ClassVar[bool] = False
 
     def __init__(self, config: Any):
@@ -125,13 +126,13 @@ class TokenModel(nn.Module, abc.ABC):
         self.steps = (*(step for step in self.steps if step.kind != record.kind), record)
 
     def find_record(self, kind: str) -> Any:
-        """The record of that kind ("reconstruction", "finetuning", ...), or None."""
+        """Return the record of this kind ("reconstruction", "finetuning", ...), or None."""
         return next((step for step in self.steps if step.kind == kind), None)
 
     @classmethod
     @abc.abstractmethod
     def recognises(cls, state: StateDict) -> bool:
-        """Whether these parameter names are this architecture's."""
+        """Return whether these parameter names are those of this architecture."""
 
     @classmethod
     @abc.abstractmethod
@@ -142,11 +143,11 @@ class TokenModel(nn.Module, abc.ABC):
         stride: int | None,
         trained_size: tuple[int, int] | None,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """(config, state dict fitted to its image size), from names and shapes alone; InputError if it fails."""
+        """Infer (config, state dict fitted to its image size) from names and shapes; InputError if that fails."""
 
     @classmethod
     def stride_of(cls, module: nn.Module) -> int | None:
-        """Pixels between the patches of a live module that is this model in someone's own code, where it shows them."""
+        """Return the patch stride in pixels of a live module from other code for this architecture, None if unknown."""
         return None
 
     @property
@@ -156,38 +157,38 @@ class TokenModel(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def classifier(self) -> nn.Linear:
-        """The layer that the logits come out of."""
+        """The linear layer that computes the logits."""
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
+        """The width of the residual stream."""
         return self.config.d_model
 
     @property
     @abc.abstractmethod
     def length(self) -> int:
-        """Tokens before any pruning."""
+        """The number of tokens before any pruning."""
 
     @property
     @abc.abstractmethod
     def protected(self) -> int | None:
-        """Position of the token that is never pruned, or None."""
+        """The position of the token that is never pruned, or None."""
 
     @property
     @abc.abstractmethod
     def patch_positions(self) -> Tensor:
-        """(rows, columns) position of each patch of the image grid."""
+        """The position (rows, columns) of each patch of the image grid."""
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
-        """Tokens of images (batch, channels, height, width), with the model's alignment."""
+        """Return the tokens of images (batch, channels, height, width), with the model's alignment."""
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
-        """Logits (batch, classes)."""
+        """Compute the logits (batch, classes)."""
 
     def check(self, images: Tensor) -> None:
-        """An InputError for images of another shape than the model takes."""
+        """Raise an InputError if the images have another shape than the model takes."""
         expected = self.config.in_chans, *self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise InputError(
@@ -196,11 +197,11 @@ class TokenModel(nn.Module, abc.ABC):
             )
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """A function from a PIL image, in any mode, to the model's input (channels, height, width) float32."""
+        """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32."""
         return self.preprocessing.transform(self.config.image_size)
 
     def find_images(self, data: str | Path | None = None) -> Images:
-        """The images to use with the model: `data`, else those that its folder names, else sample photographs.
+        """Return the images to use with the model: `data`, else those that its folder names, else sample photographs.
 
         Raises:
             InputError: as `ssmcompress.data.open_images`.
@@ -209,45 +210,45 @@ class TokenModel(nn.Module, abc.ABC):
         return find_images(data, self.config.image_size, self.config.num_classes, recorded)
 
     def chunk_size(self) -> int:
-        """Images in a chunk, for work in chunks of a fixed size; depends on the model alone."""
+        """Return the number of images in a chunk of fixed size; it depends only on the model."""
         return max(1, min(32, CHUNK_BYTES // self.activation_bytes()))
 
     def memory(self, features: Tensor) -> Tensor:
-        """(batch, tokens, d_model) what is remembered of pruned tokens: their features at a mean square of 1."""
+        """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""
         return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
 
     @abc.abstractmethod
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
-        """FLOPs of one image by part, for the token counts of `token_counts`; see `ssmcompress.evaluation.flops`."""
+        """Return the FLOPs of one image by part, given `token_counts`; see `ssmcompress.evaluation.flops`."""
 
     @abc.abstractmethod
     def matrix_products(self) -> list[tuple[int, Tensor]]:
-        """(rows, weight (outputs, inputs)) of every matrix product of one image, in order, as the model stands."""
+        """Return (rows, weight (outputs, inputs)) of each matrix product of one image, in order, after pruning."""
 
     @abc.abstractmethod
     def activation_bytes(self, size: int = 4) -> int:
-        """Bytes that the ops of the first layer, or of the stem if that is more, hand to each other, for one image.
+        """Return the bytes of one image's activations in the first layer, or in the stem if that is more.
 
         Args:
-            size: bytes of a number beside the residual stream and its norm, which are float32: 2 under autocast.
+            size: bytes of a number outside the residual stream and its norm, which are float32: 2 under autocast.
         """
 
     def token_counts(self) -> list[int]:
-        """Tokens that each layer processes, and last those that are read out (depth + 1 values)."""
+        """Return the number of tokens that each layer processes, and last the number read out (depth + 1 values)."""
         stages = self.plan.stages if self.plan else ()
         return token_counts(len(self.blocks), self.length, stages, self.protected is not None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, channels, height, width)."""
+        """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
         return self.trace(images)[0]
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
-        """Logits (batch, classes), and what each stage decided."""
+        """Compute the logits (batch, classes); return them and the decision of each stage."""
         tokens, decisions = self.encode(images)
         return self.readout(tokens), decisions
 
     def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
-        """The tokens after the last layer, which are read out, and what each stage decided."""
+        """Return the tokens after the last layer, which are read out, and the decision of each stage."""
         tokens = self.embed(images)
         decisions = []
         for layer in range(1, len(self.blocks) + 1):
@@ -256,10 +257,10 @@ class TokenModel(nn.Module, abc.ABC):
         return tokens, decisions
 
     def step(self, layer: int, tokens: Tokens) -> tuple[Tokens, Decision | None]:
-        """The tokens after a layer (from 1) and the stage behind it, if there is one, and what that decided."""
+        """Run a layer (from 1) and the stage after it, if any; return the tokens and the decision of the stage."""
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
-        tokens = self.blocks[layer - 1](tokens, metric=pruner.asks_for if pruner else None)
+        tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
         if name in self.corrections:
             correction = self.corrections[name](tokens.pruned_mean())
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
@@ -267,5 +268,5 @@ class TokenModel(nn.Module, abc.ABC):
             return tokens, None
         kept = pruner(tokens)
         if tokens.alignment.pool or any(int(later) > layer for later in self.corrections):
-            kept = kept.remembering(tokens, self.memory)
+            kept = kept.with_pruned_sum(tokens, self.memory)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

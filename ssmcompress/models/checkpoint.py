@@ -1,4 +1,4 @@
-"""Files <-> models: published checkpoints in, self-describing compressed folders out and in again."""
+"""Loading and saving of models: published checkpoints, and self-describing folders of compressed models."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..files import new_folder, sha256
 from ..pruning.plan import Plan
-from . import MODELS, TokenModel, build, recognise
-from .base import low_rank
+from .base import TokenModel, low_rank
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
+from .registry import MODELS, build, recognise
 from .rewrite import install
 from .safe_pickle import read_pickle
-from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, told_stride
+from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, read_stride
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -39,26 +39,27 @@ def load(
     device: str | torch.device | None = None,
     unsafe_load: bool = False,
 ) -> TokenModel:
-    """A vision state-space model, recognised from its weights alone.
+    """Load a vision state-space model; its architecture is recognised by its weights.
 
     Args:
         path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module or its state
             dict (a Vim of any fork, for instance).
-        image_size: side, or (height, width), of the images it will be run on, in pixels; the position
-            embedding is interpolated. None: what it was trained at.
-        stride: step between patches, in pixels, where they overlap. None: what the file says, else the patch
+        image_size: side, or (height, width), of the images it will run on, in pixels; the position
+            embedding is interpolated. None: the size it was trained at.
+        stride: step between patches, in pixels, if they overlap. None: the stride in the file, else the patch
             size.
-        weights: which entry of a training checkpoint, "model" or "model_ema"; of the state of our own fine-tuning also
-            "best".
-        device: where to put it. None: the CPU.
-        unsafe_load: unpickle what torch refuses as unsafe. It can run any code; only for files you trust.
+        weights: the entry of a training checkpoint to read, "model" or "model_ema"; for the state of our own
+            fine-tuning also "best".
+        device: the device of the model. None: the CPU.
+        unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
+            trust.
 
     Returns:
         A module whose forward takes images (B, C, H, W) and returns logits (B, classes), in eval mode and
         float32, with `.config`, `.plan`, `.preprocessing` and `.source`.
 
     Raises:
-        InputError: a file that is missing, damaged, unsafe or of something else.
+        InputError: the file is missing, damaged, unsafe or not a checkpoint.
     """
     if image_size is not None:
         sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
@@ -66,9 +67,10 @@ def load(
             raise InputError(f"image_size {image_size}: expected a whole number of pixels, or (height, width)")
         image_size = sides
     if isinstance(path, nn.Module):
-        path = getattr(path, "module", path)  # as wrapped for data parallelism
-        state, known = clean(path.state_dict()), path.config.image_size if isinstance(path, TokenModel) else None
-        model = build(state, image_size or known, stride or recognise(state).stride_of(path), trained_size=known)
+        path = getattr(path, "module", path)  # unwrap data parallelism
+        state = clean(path.state_dict())
+        trained = path.config.image_size if isinstance(path, TokenModel) else None
+        model = build(state, image_size or trained, stride or recognise(state).stride_of(path), trained_size=trained)
     elif isinstance(path, Mapping):
         model = build(clean(path), image_size, stride)
     else:
@@ -79,6 +81,7 @@ def load(
 
 
 def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
+    """Load a model from a file or folder; errors begin with its path."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
@@ -98,7 +101,7 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
             state = find_state_dict(content, weights)
             if isinstance(texts := content.get("ssmcompress") if isinstance(content, Mapping) else None, str):
                 return _restore(_parse_config(texts), clean(state), image_size, stride, path, file)
-            stride = stride or told_stride(content)
+            stride = stride or read_stride(content)
         model = build(clean(state), image_size, stride)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -109,6 +112,7 @@ def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
 
 
 def _parse_config(text: str) -> dict[str, Any]:
+    """Parse a configuration; InputError if this version cannot read it."""
     try:
         config = json.loads(text)
         version = config["format_version"]
@@ -131,11 +135,11 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _restore(config, state, image_size, stride, path: Path, file: Path) -> TokenModel:
-    """The model, pruned where it was, of a configuration and its tensors."""
+    """Build the model, pruned or not, that a configuration and its tensors describe."""
     architecture = config["architecture"]
-    known = [model_class.architecture for model_class in MODELS]
-    if architecture.get("type") not in known:
-        raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(known)}")
+    supported = [model_class.architecture for model_class in MODELS]
+    if architecture.get("type") not in supported:
+        raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(supported)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
     corrections = {k: v for k, v in state.items() if k.startswith("corrections.")}
     probes = {k: v for k, v in state.items() if k.startswith("pruners.")}
@@ -158,7 +162,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         plan = Plan.from_dict(pruning)
         plan = replace(plan, gap=plan.gap or "bias", calibration=None)
         model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
-        install(model, replace(plan, gap="bias"))  # makes the buffers that the file's deltas go into
+        install(model, replace(plan, gap="bias"))  # creates the buffers for the deltas in the file
         _fill_buffers(model, "gap_delta", gaps, "gap deltas")
         _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
@@ -176,10 +180,10 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
 
 
 def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
-    """The dense model that a pruned one was made from, or the one given instead.
+    """Load the dense model that a pruned one was made from, or `override` instead.
 
     Raises:
-        InputError: it is gone or has changed since; or `override` is pruned, or has other classes or channels.
+        InputError: the file is gone or has changed; or `override` is pruned, or has other classes or channels.
     """
     source = model.source or Source("", "")
     if override is None:
@@ -195,35 +199,36 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
     dense = load(chosen, image_size=model.config.image_size, stride=model.config.stride, weights=weights)
     if dense.plan is not None:
         raise InputError(f"{chosen} is pruned itself; expected a dense model")
-    ours, theirs = model.config, dense.config
-    if (ours.num_classes, ours.in_chans) != (theirs.num_classes, theirs.in_chans):
+    classes, channels = dense.config.num_classes, dense.config.in_chans
+    if (classes, channels) != (model.config.num_classes, model.config.in_chans):
         raise InputError(
-            f"{chosen} has {theirs.num_classes} classes and {theirs.in_chans} channels, the compressed model "
-            f"{ours.num_classes} and {ours.in_chans}"
+            f"{chosen} has {classes} classes and {channels} channels, the compressed model "
+            f"{model.config.num_classes} and {model.config.in_chans}"
         )
     dense.preprocessing = model.preprocessing
     return dense.to(next(model.parameters()).device)
 
 
-def _fill_buffers(model: TokenModel, name: str, found: Mapping[str, Tensor], what: str) -> None:
-    """Copy the tensors of a file into the buffers called `name`, which must be just those."""
+def _fill_buffers(model: TokenModel, name: str, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy the tensors of a file into the buffers called `name`; InputError unless names and shapes match."""
     buffers = {k: v for k, v in model.named_buffers() if k.rpartition(".")[2] == name}
-    wrong = sorted(set(buffers) ^ set(found)) or [k for k in found if found[k].shape != buffers[k].shape]
+    wrong = sorted(set(buffers) ^ set(tensors)) or [k for k in tensors if tensors[k].shape != buffers[k].shape]
     if wrong:
         raise InputError(f"{what} do not fit the stages in {CONFIG_FILE}: {', '.join(wrong[:3])}")
     for key, buffer in buffers.items():
-        if not found[key].to(buffer.dtype).isfinite().all():
+        if not tensors[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
-        buffer.copy_(found[key])
+        buffer.copy_(tensors[key])
 
 
 def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
+    """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
     width = model.d_model
     first = min(int(layer) for layer in model.pruners)
-    left = dict(corrections)
+    remaining = dict(corrections)
     for layer in range(first + 1, len(model.blocks) + 1):
         prefix = f"corrections.{layer}."
-        pair = [left.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
+        pair = [remaining.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
         if pair == [None, None]:
             continue
         rank = None if pair[0] is None or pair[0].ndim != 2 else len(pair[0])
@@ -235,12 +240,12 @@ def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> N
         model.corrections[str(layer)] = low_rank(width, rank)
         for linear, value in zip(model.corrections[str(layer)], pair, strict=True):
             linear.weight.data.copy_(value)
-    if left:
-        raise InputError(f"corrections do not fit the stages in {CONFIG_FILE}: {', '.join(sorted(left)[:3])}")
+    if remaining:
+        raise InputError(f"corrections do not fit the stages in {CONFIG_FILE}: {', '.join(sorted(remaining)[:3])}")
 
 
 def describe(model: TokenModel) -> dict[str, Any]:
-    """The configuration that makes a folder reload by itself: a JSON value, what config.json holds."""
+    """Return the configuration that `load` needs: a JSON value, the content of config.json."""
     pruning = None
     if model.plan is not None:
         source = model.source or Source("", "")
@@ -262,17 +267,17 @@ def describe(model: TokenModel) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What made a file."""
+    """Return the versions to record in a file."""
     import platform
 
     return {"ssmcompress": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def serialise(model: TokenModel, report: str | None = None) -> bytes:
-    """A self-describing .safetensors file: weights and gap deltas, in its metadata the configuration and a report."""
+    """Return a self-describing .safetensors file: weights and gap deltas, with configuration and report as metadata."""
     from safetensors.torch import save as to_bytes
 
-    # Not save_file: its error on a full disk is no OSError.
+    # Not save_file, whose error on a full disk is not an OSError.
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "ssmcompress": json.dumps(describe(model))}
     return to_bytes(state, metadata=metadata | ({"ssmcompress_report": report} if report else {}))
@@ -285,12 +290,12 @@ def save(
     extra: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a folder that `load` reads back anywhere: model.safetensors and config.json, whole or not at all.
+    """Write a folder that `load` can read: model.safetensors and config.json, completely or not at all.
 
     Args:
         model: from `load` or `prune`.
-        folder: where; it must not exist unless `force`.
-        extra: further files, name -> content (the report and the model card, for the command line).
+        folder: the folder to write. force: replace it if it exists.
+        extra: further files, name -> content (for instance the report and the model card).
 
     Raises:
         InputError: the folder exists, or cannot be written.

@@ -1,8 +1,8 @@
 """PlainMamba (ChenhongyiYang): four continuous scans over a grid of patches, a 2-D convolution, mean pooling.
 
 arXiv 2403.17695; module and parameter names are those of the published checkpoints (mmcv's, `backbone.` and `head.`).
-Three quirks of the published code are part of what its weights were trained with, and so of this model; each is
-named where it happens: the order of delta, B and C, the bias of delta, and D.
+The weights were trained with three quirks of the published code, which this model therefore reproduces, each marked
+by a comment: the order of delta, B and C, the bias of delta, and D.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import Block, StateDict, TokenModel, embed_patches
-from .reading import Shapes, grids, resize_grid
+from .reading import Shapes, infer_grid, resize_grid
 from .snakes import snakes
 
 STEM_STRIDE = 2
@@ -29,13 +29,13 @@ STEM_STRIDE = 2
 
 @dataclass(frozen=True)
 class PlainMambaConfig:
-    """Sizes of a PlainMamba, all of them visible in its weights except `image_size`.
+    """Sizes of a PlainMamba; all except `image_size` follow from its weights.
 
     Attributes:
-        stem_width, stem_depth: channels of the stem, and how many 3x3 convolutions follow its first one.
-        patch_size: side of a patch in pixels, and the distance to the next, `stride`.
+        stem_width, stem_depth: channels of the stem, and number of 3x3 convolutions after its first one.
+        patch_size: side of a patch in pixels. stride: distance between patches, the same.
         window: side of the convolution on the grid.
-        dw_layers: layers, from 0, that end in a 3x3 convolution; `dw_window`: its side.
+        dw_layers: layers, from 0, that end in a 3x3 convolution. dw_window: its side.
     """
 
     d_model: int
@@ -57,13 +57,13 @@ class PlainMambaConfig:
 
     @property
     def stem_grid(self) -> tuple[int, int]:
-        """Places of the stem in (rows, columns): one for every second pixel."""
+        """The outputs of the stem in (rows, columns): one for every second pixel."""
         height, width = self.image_size
         return -(-height // STEM_STRIDE), -(-width // STEM_STRIDE)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches in (rows, columns)."""
+        """The patches in (rows, columns)."""
         rows, columns = (side // (self.patch_size // STEM_STRIDE) for side in self.stem_grid)
         return rows, columns
 
@@ -91,7 +91,7 @@ class PatchEmbed(nn.Module):
 
 
 class PlainMambaMixer(nn.Module):
-    """The four scans of a layer, along snakes over the grid, summed and gated."""
+    """The four scans of a layer along snakes over the grid, summed and gated."""
 
     def __init__(self, c: PlainMambaConfig):
         super().__init__()
@@ -103,37 +103,37 @@ class PlainMambaMixer(nn.Module):
         self.dt_proj = nn.Linear(c.dt_rank, c.d_inner)
         self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1).clone())
         self.D = nn.Parameter(torch.ones(c.d_inner))
-        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))  # a row for each kind of step, see `snakes`
+        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))  # one row for each kind of step, see `snakes`
         self.out_proj = nn.Linear(c.d_inner, c.d_model)
-        self.register_buffer("gap_delta", None)  # (1, d_inner) once something before is pruned
+        self.register_buffer("gap_delta", None)  # (1, d_inner) after an earlier layer is pruned
 
     def delta_bias(self) -> Tensor:
-        """(d_inner,). Quirk: the published code adds the bias in dt_proj and once more in the scan."""
+        """Return the bias (d_inner,) of delta. Quirk: the published code adds it in dt_proj and again in the scan."""
         return 2 * self.dt_proj.bias
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
-        """What the scan of each path takes, from x (batch, kept, d_inner)."""
-        u = convolved(x, self.conv2d, tokens, self.grid, "silu")
+        """Yield the inputs of the scan of each path, from x (batch, kept, d_inner)."""
+        u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
         delta, bias, A = F.linear(dt, self.dt_proj.weight), self.delta_bias(), -torch.exp(self.A_log.float())
         for path in tokens.paths:
             gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
-            # Quirk: only u follows the path, while delta, B and C stay in raster order. That is what `order` means.
-            labelled = B + F.embedding(path.labels, self.direction_Bs).to(B.dtype)
-            # Quirk: D u comes once with each path, so four times.
-            yield ScanPath(u, delta, A, labelled, C, self.D, bias, gap, order=path.order)
+            # Quirk: only u follows the path, while delta, B and C stay in raster order. That is how `order` works.
+            path_B = B + F.embedding(path.labels, self.direction_Bs).to(B.dtype)
+            # Quirk: D u is added once for each path, so four times.
+            yield ScanPath(u, delta, A, path_B, C, self.D, bias, gap, order=path.order)
 
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
-        """(projected sum of all paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
+        """Return the projected sum of all paths (batch, kept, d_model) and, given a metric, scores (batch, kept)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
         y, scores = scan_paths(self.paths(x, tokens), z, delta_softplus=True, score=metric)
         return self.out_proj(y), scores
 
 
-def convolved(
+def conv_on_grid(
     x: Tensor, conv: nn.Conv2d, tokens: Tokens, grid: tuple[int, int], activation: str | None = None
 ) -> Tensor:
-    """A convolution on the grid, (batch, kept, channels); without alignment, the kept tokens fill it from its start."""
+    """Convolve x (batch, kept, channels) on the grid; without alignment, the kept tokens fill it from the start."""
     positions = tokens.positions if tokens.alignment.conv else None
     return grid_conv2d(x, conv.weight, conv.bias, grid=grid, positions=positions, activation=activation)
 
@@ -151,15 +151,15 @@ class PlainMambaBlock(Block):
 
     @property
     def refitted(self) -> tuple[tuple[str, ...], ...]:
-        # Behind `dw` the residual stream is no sum that a projection goes into.
+        # With `dw`, the residual stream is not a sum with the projection as the last term.
         return () if self.dw is not None else (("mamba.x_proj",), ("mamba.out_proj",))
 
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
-        mixed, scores = self.mamba(self.norm(tokens.features), tokens, metric)
-        features = tokens.features + mixed
+        residual, scores = self.mamba(self.norm(tokens.features), tokens, metric)
+        features = tokens.features + residual
         if self.dw is not None:
             conv, norm, activation = self.dw
-            y = convolved(features, conv, tokens, self.mamba.grid)
+            y = conv_on_grid(features, conv, tokens, self.mamba.grid)
             features = activation(norm(y.transpose(1, 2)[..., None])[..., 0].transpose(1, 2))
         return tokens.updated(features, scores)
 
@@ -231,7 +231,7 @@ class PlainMamba(TokenModel):
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        """The classifier of the mean over the kept tokens; with alignment `pool`, over all as they were last seen."""
+        """Classify the mean over the kept tokens; with alignment `pool`, over all tokens as they were last seen."""
         features = self.backbone.ln1(tokens.features)
         if tokens.alignment.pool and tokens.pruned_sum is not None:
             return self.head.fc((features.sum(1) + tokens.pruned_sum) / tokens.length)
@@ -241,9 +241,9 @@ class PlainMamba(TokenModel):
         return self.backbone.ln1(features)
 
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
-        """All four directions in both conventions; `full` counts the gate, the papers' (`paper`) does not.
+        """Count all four directions in both conventions; `full` includes the gate, `paper`, as in the papers, does not.
 
-        A convolution on the grid costs all taps of its window for each kept token, and no more: see `grid_conv2d`.
+        A convolution on the grid costs exactly all taps of its window for each kept token: see `grid_conv2d`.
         """
         c = self.config
         E, N, R = c.d_inner, c.d_state, c.dt_rank
@@ -278,7 +278,8 @@ class PlainMamba(TokenModel):
         # Residual stream in and out, norm; x and z of in_proj, conv, x_proj, dt_proj, scans, out_proj.
         inner = 2 * c.d_inner + c.d_inner + c.dt_rank + 2 * c.d_state + 4 * c.d_state + c.d_inner + c.d_inner
         layer = self.length * (3 * c.d_model * 4 + (inner + c.d_model) * size)
-        return max(layer, 2 * math.prod(c.stem_grid) * c.stem_width * size)  # in and out of a convolution of the stem
+        stem = 2 * math.prod(c.stem_grid) * c.stem_width * size  # input and output of one of its convolutions
+        return max(layer, stem)
 
     @classmethod
     def recognises(cls, state: StateDict) -> bool:
@@ -292,7 +293,7 @@ class PlainMamba(TokenModel):
         stride: int | None,
         trained_size: tuple[int, int] | None,
     ) -> tuple[PlainMambaConfig, dict[str, Tensor]]:
-        # mmcv's running averages, underscores for dots, lie beside the weights.
+        # Without mmcv's running averages, which have the names of the weights with underscores for dots.
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
         shape = Shapes(fitted, "PlainMamba")
         depth = shape.count("backbone.layers.")
@@ -310,12 +311,12 @@ class PlainMamba(TokenModel):
             "d_inner": d_inner,
             "d_state": d_state,
             "dt_rank": shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1],
-            "window": shape.odd("backbone.layers.0.mamba.conv2d.weight"),
+            "window": shape.window("backbone.layers.0.mamba.conv2d.weight"),
             "dw_layers": dw_layers,
-            "dw_window": shape.odd(f"backbone.layers.{dw_layers[0]}.dw.0.weight") if dw_layers else 0,
+            "dw_window": shape.window(f"backbone.layers.{dw_layers[0]}.dw.0.weight") if dw_layers else 0,
             "stem_width": stem_width,
             "stem_depth": -(-shape.count("backbone.patch_embed.convs.") // 3),  # convolution, norm, activation
-            "stem_window": shape.odd(stem),
+            "stem_window": shape.window(stem),
             "in_chans": in_chans,
             "num_classes": shape("head.fc.weight", 2)[0],
             "patch_size": patch,
@@ -326,7 +327,7 @@ class PlainMamba(TokenModel):
             return PlainMambaConfig(**sizes, image_size=size).grid
 
         entries = shape("backbone.pos_embed", 3)[1]
-        trained, image_size = grids(entries, patch, patch, grid_of, image_size, trained_size)
+        trained, image_size = infer_grid(entries, patch, patch, grid_of, image_size, trained_size)
         config = PlainMambaConfig(**sizes, image_size=tuple(image_size))
         table = fitted["backbone.pos_embed"]
         if table.shape[2] == d_model:  # a contradiction is reported with the other shapes

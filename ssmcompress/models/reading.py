@@ -1,4 +1,4 @@
-"""What reading any architecture's published weights takes: shapes, depth, and the grid of a position embedding."""
+"""Helpers to read published weights of any architecture: shapes, depth, and the grid of a position embedding."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ..errors import InputError
 from .base import StateDict
 
-# Pixels; a slip of the keyboard must not ask for a position table of terabytes.
+# In pixels; a typing error must not allocate a position table of terabytes.
 LARGEST_SIDE = 8192
 
 Size = tuple[int, int]
 
 
 class Shapes:
-    """Shapes of the tensors of a state dict, with an InputError for those that are missing or odd."""
+    """Shapes of the tensors in a state dict, with an InputError for a missing tensor or an unexpected shape."""
 
     def __init__(self, state: StateDict, architecture: str):
         self.state, self.architecture = state, architecture
@@ -31,43 +31,46 @@ class Shapes:
             raise InputError(f"{key} is {shape}: expected {ndim} dimensions, none empty")
         return shape
 
-    def odd(self, key: str) -> int:
-        """The side of a convolution's window, which must be an odd number: its middle is where the result goes."""
+    def window(self, key: str) -> int:
+        """Return the side of a convolution's window, which must be odd so that it has a centre."""
         *_, height, width = self(key, 4)
         if height != width or width % 2 == 0:
             raise InputError(f"{key} has a window of {(height, width)}: expected a square one of odd sides")
         return width
 
     def count(self, prefix: str) -> int:
-        """How many layers there are, by the numbers that follow `prefix` in the names."""
-        rests = (key.removeprefix(prefix).partition(".")[0] for key in self.state if key.startswith(prefix))
-        numbers = [int(rest) for rest in rests if rest.isdecimal() and len(rest) < 9]
+        """Return the number of layers, from the numbers that follow `prefix` in the names."""
+        texts = (key.removeprefix(prefix).partition(".")[0] for key in self.state if key.startswith(prefix))
+        numbers = [int(text) for text in texts if text.isdecimal() and len(text) < 9]
         count = 1 + max(numbers, default=-1)
         if count > len(self.state):
             raise InputError(f"layer numbers go up to {count - 1}, but there are only {len(self.state)} tensors")
         return count
 
 
-def grids(
+def infer_grid(
     entries: int,
     patch: int,
     stride: int,
     grid_of: Callable[[Size], Size],
     image_size: Size | None,
-    known: Size | None,
+    trained_size: Size | None,
     advice: str = "",
 ) -> tuple[Size, Size]:
-    """(the grid that a position embedding was made for, the image size (height, width) that the model will be run at).
+    """Infer the grid of a position embedding and the image size (height, width) that the model will run at.
 
     Args:
-        entries: patches that the embedding has a place for. patch, stride: their size and distance, in pixels.
-        grid_of: (height, width) of images -> (rows, columns) of patches.
-        image_size: what the caller asks for, or None. known: the size trained at, where that is known.
-        advice: what else a caller may have to tell.
+        entries: number of patches in the embedding. patch, stride: their size and distance, in pixels.
+        grid_of: function from (height, width) of images to (rows, columns) of patches.
+        image_size: the size that the caller asks for, or None. trained_size: the size trained at, if known, or None.
+        advice: an addition to the error message: what else the caller may need to pass.
+
+    Returns:
+        (trained grid (rows, columns), image size (height, width)).
     """
     side = math.isqrt(entries)
-    if known is not None:
-        trained = grid_of(known)
+    if trained_size is not None:
+        trained = grid_of(trained_size)
     elif side * side == entries:
         trained = (side, side)
     else:
@@ -75,7 +78,7 @@ def grids(
     if min(trained) < 1 or trained[0] * trained[1] != entries:
         raise InputError(
             f"pos_embed has a place for {entries} patches, which is "
-            f"{'not the grid of its image size' if known else 'no square grid'}: "
+            f"{'not the grid of its image size' if trained_size else 'no square grid'}: "
             f"give the image size it was trained at{advice}"
         )
     if image_size is None:
@@ -88,7 +91,7 @@ def grids(
 
 
 def resize_grid(table: Tensor, old: Size, new: Size) -> Tensor:
-    """A position embedding (1, patches, d_model) for another grid, interpolated (bicubic, as all models here do it)."""
+    """Interpolate a position embedding (1, patches, d_model) to another grid (bicubic, as in all models here)."""
     if old == new:
         return table
     image = table.transpose(1, 2).unflatten(2, old).float()

@@ -1,4 +1,4 @@
-"""What a model remembers of how it came about: its source, and one record for each step that changed its weights."""
+"""The history of a model: its source, and one record for each step that changed its weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """The file a model was read from, or, for a compressed model, the dense file it was made from.
+    """The file that a model was read from; for a compressed model, the file of its dense model.
 
     Attributes:
-        path: absolute path. sha256: of the weights file's content. weights: the entry that was read.
-        data: what the folder names as its images (a path or a hub name), or None.
+        path: absolute path. sha256: digest of the weights file. weights: the entry that was read.
+        data: the images that the folder names (a path or a hub name), or None.
     """
 
     path: str
@@ -26,24 +26,24 @@ class Source:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """How a pruned model came about: the command line and the versions, where they are known."""
+    """The command line and the versions that pruned a model, if they are known."""
 
     command: str | None = None
     versions: dict[str, str] | None = None
 
 
 class Record(Protocol):
-    """What a step leaves in `TokenModel.steps`: a frozen dataclass of plain values, named by its `kind`."""
+    """The record that a step appends to `TokenModel.steps`: a frozen dataclass of plain values, named by its `kind`."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The record of a step without a class of its own.
+    """The record of a step that has no record class.
 
     Attributes:
-        kind: the name of the step. values: a JSON object that describes what it did.
+        kind: the name of the step. values: a JSON object that describes the step.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Fit:
-    """The refit of one weight: see `ssmcompress.compression.reconstruct.least_squares.Refit`."""
+    """The refit of one weight; see `ssmcompress.compression.reconstruct.least_squares.Refit`."""
 
     weight: str
     ridges: tuple[float | None, ...]
@@ -62,13 +62,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How a model was reconstructed.
+    """The record of a reconstruction.
 
     Attributes:
-        name, images: the data, and how many different images of it were used. held_out: how many of them only chose.
-        kl_before, kl_after: mean KL(dense || pruned) on those held out in nats an image, with old and new weights.
-        kept: whether the model has the new weights: it keeps the old ones if they were closer.
-        fits: in the order in which they were made.
+        name, images: the name of the data and the number of different images used.
+        held_out: how many of them were used for selection only.
+        kl_before, kl_after: mean KL(dense || pruned) on the held-out images in nats an image, with old and new weights.
+        kept: whether the model has the new weights; it keeps the old ones if they were closer.
+        fits: the refits in the order in which they were made.
     """
 
     kind: ClassVar[str] = "reconstruction"
@@ -83,10 +84,10 @@ class Reconstruction:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Reconstruction:
-        """Read what `dataclasses.asdict` made of one.
+        """Read a record from the JSON object that `dataclasses.asdict` wrote.
 
         Raises:
-            InputError: anything else.
+            InputError: the value is not such an object.
         """
         try:
             fits = tuple(
@@ -107,15 +108,16 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Finetuning:
-    """How a model was fine-tuned.
+    """The record of a fine-tuning.
 
     Attributes:
-        name, images: the data, and how many of its images a pass takes. held_out: how many chose among the epochs.
-        labels, teacher: whether they were used. recipe: the recipe as a JSON object, with the batch size as it was.
-        seed: of the order of the images and of their augmentation. steps: optimiser steps in all.
-        epoch: whose weights the model has; 0: the starting weights, because no epoch did better on the images held out.
-        averaged: whether these are the average of the weights.
-        seconds: wall-clock time. processes: how many there were at the end.
+        name, images: the name of the data and the number of its images in an epoch.
+        held_out: number of images on which the best epoch was selected.
+        labels, teacher: whether they were used. recipe: the recipe as a JSON object, with the actual batch size.
+        seed: seed of the order of the images and of their augmentation. steps: total optimiser steps.
+        epoch: the epoch of the model's weights; 0: the starting weights, as no epoch was better on the held-out images.
+        averaged: whether the weights are the running average.
+        seconds: wall-clock time. processes: number of processes at the end.
         history: a JSON object for each epoch.
     """
 
@@ -137,10 +139,10 @@ class Finetuning:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Finetuning:
-        """Read what `dataclasses.asdict` made of one.
+        """Read a record from the JSON object that `dataclasses.asdict` wrote.
 
         Raises:
-            InputError: anything else.
+            InputError: the value is not such an object.
         """
         try:
             recipe = dict(value["recipe"])
@@ -158,14 +160,14 @@ class Finetuning:
             raise InputError(f"not a record of a fine-tuning: {type(error).__name__} {error}") from error
 
 
-# Kinds that config.json has under a key of their own; all others are under `steps`.
+# Kinds that have their own key in config.json; all others are listed under `steps`.
 KEYED = {record.kind: record for record in (Reconstruction, Finetuning)}
 
 
 def steps_to_dict(steps: Sequence[Record]) -> dict[str, Any]:
-    """The records as a JSON object: the part of config.json's `pruning` block that is about steps.
+    """Return the records as a JSON object: the part of the `pruning` section of config.json about steps.
 
-    `steps` is there only if a record has no key of its own; it names all of them in order.
+    The key `steps` exists only if a record has no key of its own; it lists all records in order.
     """
     value: dict[str, Any] = dict.fromkeys(KEYED)
     value |= {step.kind: asdict(step) for step in steps if step.kind in KEYED}
@@ -178,16 +180,16 @@ def steps_from_dict(value: Mapping[str, Any]) -> tuple[Record, ...]:
     """Read the records that `steps_to_dict` wrote.
 
     Raises:
-        InputError: anything else.
+        InputError: the value has another form.
     """
-    keyed = {k: cls.from_dict(value[k]) for k, cls in KEYED.items() if value.get(k) is not None}
-    listed = value.get("steps")
-    if listed is None:
-        return tuple(keyed.values())
+    records = {k: cls.from_dict(value[k]) for k, cls in KEYED.items() if value.get(k) is not None}
+    entries = value.get("steps")
+    if entries is None:
+        return tuple(records.values())
     try:
         return tuple(
-            keyed[entry["kind"]] if entry["kind"] in KEYED else StepRecord(str(entry["kind"]), dict(entry["values"]))
-            for entry in listed
+            records[entry["kind"]] if entry["kind"] in KEYED else StepRecord(str(entry["kind"]), dict(entry["values"]))
+            for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"not a list of steps: {type(error).__name__} {error}") from error

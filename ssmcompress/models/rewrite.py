@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InputError
 from ..pruning.alignment import Alignment
+from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan
 from ..pruning.pruner import TokenPruner
 from .base import TokenModel
@@ -26,9 +27,11 @@ def prune(model: TokenModel, plan: Plan) -> TokenModel:
     """
     if model.plan is not None:
         raise InputError("the model is pruned already; prune the dense model it came from")
-    for stage in plan.stages:
-        if stage.importance == "saliency" and plan.probe(stage.after) is None:
-            raise InputError(f"importance 'saliency' after layer {stage.after} is fitted on images: use calibrate()")
+    plan.validate(len(model.blocks))
+    for layer in plan.probed_layers:
+        if plan.probe(layer) is None:
+            metric = next(stage.importance for stage in plan.stages if stage.after == layer)
+            raise InputError(f"importance {metric!r} after layer {layer} is fitted on images: use calibrate()")
     return install(copy.deepcopy(model), plan)
 
 
@@ -66,7 +69,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
     for index, stage in enumerate(plan.stages):
         seed = plan.seed * 1000 + index  # a different draw for each stage
         probe = None
-        if stage.importance == "saliency":
+        if IMPORTANCES[stage.importance].probe:
             size = model.d_model + model.length
             probe = plan.probe(stage.after)
             probe = torch.zeros(size) if probe is None else probe.clone()

@@ -1,4 +1,4 @@
-"""Reading training checkpoints without running anything in them."""
+"""Safe unpickling of training checkpoints, without running code in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import InputError
 
 
 def _safe_globals() -> list[Any]:
-    """What training checkpoints carry besides tensors, none of which can run code."""
+    """Return the types that training checkpoints contain in addition to tensors; none of them can run code."""
     numbers = [np.dtype(kind) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u8", "?")]
     scalar = type(np.float32(0)).__reduce__(np.float32(0))[0]
     paths = {
@@ -38,24 +38,24 @@ def _safe_globals() -> list[Any]:
 
 
 def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
-    """What a checkpoint file holds: tensors, numbers, strings, containers, Namespaces and paths.
+    """Read a checkpoint file: tensors, numbers, strings, containers, Namespaces and paths.
 
     Raises:
-        InputError: a damaged file, or one that asks for anything that could run code (named, not run).
-        OSError: a file that cannot be read at all.
+        InputError: the file is damaged, or asks for an object that could run code; the message names it, nothing runs.
+        OSError: the file cannot be opened.
     """
-    with open(file, "rb") as content:  # what cannot be opened is no damaged file
+    with open(file, "rb") as content:  # a file that cannot be opened is not a damaged one
         if content.read(12) == b"version http":
             raise InputError("a pointer that git-lfs left in place of the file; fetch it with `git lfs pull`")
     try:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is said below
+            warnings.simplefilter("ignore")  # about pickle protocols; unreadable files raise below
             return torch.load(file, map_location="cpu", weights_only=not unsafe_load)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises whatever its readers meet in a damaged file
-        told = re.findall(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file) or told[:1]):
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
+        reported = re.findall(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file) or reported[:1]):
             raise InputError(
                 f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
                 f"(`unsafe_load=True` reads it all the same, if you trust where it comes from)"
@@ -64,8 +64,8 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error
 
 
-# What tensors, state dicts and training arguments are made of.
-_KNOWN = re.compile(
+# Globals in the pickles of tensors, state dicts and training arguments.
+_SAFE_NAMES = re.compile(
     r"torch\.(_utils\._rebuild\w+|\w+Storage|storage\.\w+|nn\.parameter\.Parameter|Size|device|b?float\d+|u?int\d+|bool)"
     r"|numpy\.(dtype|dtypes\.\w+|_?core\.multiarray\.scalar)|pathlib\.(_local\.)?(Pure)?(Posix|Windows)Path"
     r"|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
@@ -73,7 +73,7 @@ _KNOWN = re.compile(
 
 
 def _unsafe_globals(file: Path) -> list[str]:
-    """Names in a pickle, of any protocol, that torch's safe reader does not know; reads them, runs nothing."""
+    """Return up to three globals in a pickle of any protocol that are not known as safe; the pickle is not executed."""
     names: set[str] = set()
     try:
         if zipfile.is_zipfile(file):
@@ -82,7 +82,7 @@ def _unsafe_globals(file: Path) -> list[str]:
         else:
             content = file.read_bytes()
         stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # torch's older format is several pickles in a row
+        while stream.tell() < len(content):  # torch's older format is a sequence of pickles
             memo: list[str | None] = []
             strings: list[str | None] = [None, None]
             for opcode, argument, _ in pickletools.genops(stream):
@@ -96,6 +96,6 @@ def _unsafe_globals(file: Path) -> list[str]:
                     strings.append(memo[argument])
                 elif opcode.name not in ("FRAME", "PROTO"):
                     strings.append(argument if isinstance(argument, str) else None)
-    except Exception:  # a damaged tail: what was read so far is what there is to say
+    except Exception:  # a damaged tail: report the names read so far
         pass
-    return sorted(name for name in names if not _KNOWN.fullmatch(name))[:3]
+    return sorted(name for name in names if not _SAFE_NAMES.fullmatch(name))[:3]

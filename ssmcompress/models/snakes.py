@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Kinds of steps, by the move that leads there.
+# Kinds of steps, by the move that leads to the place.
 START, RIGHT, LEFT, UP, DOWN = range(5)
 
 
 def snakes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The four continuous paths over a grid (rows, columns).
+    """Return the four continuous paths over a grid (rows, columns).
 
     The first goes right from the first place and snakes down, the third goes down and snakes right; the second and
-    fourth are these from their end to their start.
+    fourth are the same paths from end to start.
 
     Returns:
         visits (4, rows * columns) int64, the position (row * columns + column) at each step, and labels of the same
-        shape, the kind of move that leads there: START, RIGHT, LEFT, UP or DOWN.
+        shape, the kind of move that leads to it: START, RIGHT, LEFT, UP or DOWN.
     """
-    # On the CPU by name, where the module around is built without content.
+    # Explicitly on the CPU, because the model is built on the meta device.
     places = torch.arange(rows * columns, device="cpu").view(rows, columns)
     right, down = places.clone(), places.t().clone()
     right[1::2], down[1::2] = right[1::2].flip(1), down[1::2].flip(1)

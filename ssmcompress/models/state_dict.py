@@ -1,4 +1,4 @@
-"""State dicts out of the files that people publish: safetensors, and what training checkpoints hold."""
+"""State dicts from published files: safetensors and training checkpoints."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-# Where checkpoints keep their weights: hustvl's and DeiT's, Lightning's and mmcv's.
+# Keys of the weights in checkpoints: of hustvl and DeiT, and of Lightning and mmcv.
 STATE_KEYS = ("model", "state_dict")
 
 
 def looks_like_safetensors(file: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON header, and that; whatever it is called."""
+    """Return whether a file begins like safetensors, with the length of a JSON header and the header; for any name."""
     with open(file, "rb") as content:
         start = content.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, texts of the header) of a .safetensors file; InputError if it is none."""
-    with _opened(file) as content:
+    """Read (tensors, metadata of the header) of a .safetensors file; InputError if it is not one."""
+    with _open_safetensors(file) as content:
         return {k: content.get_tensor(k) for k in content.keys()}, content.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The texts alone; InputError if it is no .safetensors file."""
-    with _opened(file) as content:
+    """Read the metadata of a .safetensors file only; InputError if it is not one."""
+    with _open_safetensors(file) as content:
         return content.metadata() or {}
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_safetensors(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -48,7 +48,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def find_state_dict(content: Any, weights: str) -> Mapping[str, Tensor]:
-    """The weights inside what a checkpoint file held: itself, or its entry `weights`; InputError without any."""
+    """Return the state dict in a checkpoint: its whole content, or its entry `weights`; InputError without one."""
     if isinstance(content, nn.Module):  # only with unsafe_load
         content = content.state_dict()
     if not isinstance(content, Mapping) or not content:
@@ -60,20 +60,20 @@ def find_state_dict(content: Any, weights: str) -> Mapping[str, Tensor]:
     for key in STATE_KEYS if weights == "model" else (weights,):
         if isinstance(content.get(key), Mapping):
             return content[key]
-    found = ", ".join(str(key) for key in list(content)[:8])
-    raise InputError(f"no weights under {weights!r}: expected a dict of tensors there, found entries {found}")
+    keys = ", ".join(str(key) for key in list(content)[:8])
+    raise InputError(f"no weights under {weights!r}: expected a dict of tensors there, found entries {keys}")
 
 
-def told_stride(content: Any) -> int | None:
-    """The patch stride in a training run's model name: hustvl's finer models are `..._stride8_...`."""
+def read_stride(content: Any) -> int | None:
+    """Return the patch stride in the model name of a training run, or None: hustvl names them `..._stride8_...`."""
     args = content.get("args") if isinstance(content, Mapping) else None
     name = getattr(args, "model", None)
-    told = re.search(r"stride(\d{1,3})(?!\d)", name) if isinstance(name, str) else None
-    return int(told.group(1)) or None if told else None
+    match = re.search(r"stride(\d{1,3})(?!\d)", name) if isinstance(name, str) else None
+    return int(match.group(1)) or None if match else None
 
 
 def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Plain tensors by parameter names without the prefixes that wrappers add; InputError for anything else."""
+    """Remove the prefixes of wrappers from parameter names; InputError unless all values are plain dense tensors."""
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise InputError(f"{str(key)[:80]!r} holds a {type(value).__name__}: expected named tensors")

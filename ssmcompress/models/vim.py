@@ -1,4 +1,4 @@
-"""Vision Mamba (Vim, hustvl): bidirectional scans over a raster of patches, class token in the middle.
+"""Vision Mamba (Vim, hustvl): bidirectional scans over a raster of patches, with a class token in the middle.
 
 arXiv 2401.09417; module and parameter names are those of the published checkpoints (`bimambav2`,
 `final_pool_mean`, `abs_pos_embed`, `with_midclstok`, `div2`).
@@ -20,14 +20,14 @@ from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import Block, StateDict, TokenModel, embed_patches
-from .reading import Shapes, grids, resize_grid
+from .reading import Shapes, infer_grid, resize_grid
 
 FORTH_AND_BACK = (ScanOrder(), ScanOrder(reverse=True))
 
 
 @dataclass(frozen=True)
 class VimConfig:
-    """Sizes of a Vim, all of them visible in its weights except `stride` and `image_size`."""
+    """Sizes of a Vim; all except `stride` and `image_size` follow from its weights."""
 
     d_model: int
     depth: int
@@ -43,7 +43,7 @@ class VimConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches in (rows, columns)."""
+        """The patches in (rows, columns)."""
         (height, width), (ph, pw) = self.image_size, self.patch_size
         return (height - ph) // self.stride + 1, (width - pw) // self.stride + 1
 
@@ -75,16 +75,16 @@ class VimMixer(nn.Module):
         steps = torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1)
         self.A_log = nn.Parameter(steps.clone())
         self.A_b_log = nn.Parameter(steps.clone())
-        self.register_buffer("gap_delta", None)  # (2, d_inner) once something before is pruned
+        self.register_buffer("gap_delta", None)  # (2, d_inner) after an earlier layer is pruned
 
     def parameters_of(self, path: int):
-        """Parameters of the forward (0) or the backward path (1): conv, x_proj, dt_proj, A, D."""
+        """Return the parameters of the forward (0) or the backward path (1): conv, x_proj, dt_proj, A_log, D."""
         if path == 0:
             return self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
         return self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
 
     def scan_path(self, x: Tensor, tokens: Tokens, path: int) -> ScanPath:
-        """What the scan of a path takes, from x (batch, kept, d_inner)."""
+        """Compute the inputs of the scan of a path from x (batch, kept, d_inner)."""
         conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
         reverse, gaps = tokens.paths[path].reverse, tokens.paths[path].gaps
@@ -95,22 +95,22 @@ class VimMixer(nn.Module):
         return ScanPath(u, delta, A, B, C, D, dt_proj.bias, gap, reverse)
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """(paths, batch, kept, d_inner) delta after bias and softplus, from x (batch, kept, d_inner)."""
+        """Return delta after bias and softplus (paths, batch, kept, d_inner), from x (batch, kept, d_inner)."""
         return torch.stack([step_size(self.scan_path(x, tokens, path), delta_softplus=True) for path in (0, 1)])
 
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
-        """(projected sum of both paths (batch, kept, d_model), scores (batch, kept) if a metric is named)."""
+        """Return the projected sum of both paths (batch, kept, d_model) and, given a metric, scores (batch, kept)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
-        # One path after the other, so that the second works in the memory that the first has in cache. The score
-        # reads the backward path alone, so that comes first: on the first bundled model (2, 4, 6 at 0.3, 2,000
-        # images) that gave 65.2 % top-1, the sum of both paths 59.9.
+        # The paths are computed one after the other, so that the second reuses the memory of the first from cache. The
+        # score uses only the backward path, which therefore comes first: on the first bundled model (2, 4, 6 at 0.3,
+        # 2,000 images) it gave 65.2 % top-1, and the sum of both paths 59.9.
         paths = (self.scan_path(x, tokens, path) for path in (1, 0))
         y, scores = scan_paths(paths, z, delta_softplus=True, score=metric, scored=1)
         return self.out_proj(y), scores
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm through our op: torch's own takes six passes on a CPU."""
+    """nn.RMSNorm computed by `ssmcompress.ops.rms_norm`: torch's own takes six passes on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -196,7 +196,7 @@ class VisionMamba(TokenModel):
         return self.head(self.norm_f(gather_tokens(tokens.features, tokens.protected_index()[:, None])[:, 0]))
 
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
-        """The papers' count (`paper`) has one direction only; `full` has both (the gate is in the scan's part)."""
+        """Count one direction only for `paper`, as the papers do, and both for `full`; the gate belongs to the scan."""
         c = self.config
         E, N, R, paths = c.d_inner, c.d_state, c.dt_rank, 2 if convention == "full" else 1
         tokens, depth = sum(counts[:-1]), c.depth
@@ -258,7 +258,7 @@ class VisionMamba(TokenModel):
 
         entries = shape("pos_embed", 3)[1] - 1
         advice = f" (and the patch stride, if it is not {patch})"
-        trained, image_size = grids(entries, patch, stride, grid_of, image_size, trained_size, advice)
+        trained, image_size = infer_grid(entries, patch, stride, grid_of, image_size, trained_size, advice)
         config = VimConfig(
             d_model=d_model,
             depth=depth,
@@ -279,9 +279,9 @@ class VisionMamba(TokenModel):
 
 
 def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position embedding (1, 1 + patches, d_model) for another patch grid.
+    """Interpolate a position embedding (1, 1 + patches, d_model) to another patch grid.
 
-    The class token's entry, in the middle at patches // 2, is kept as it is; the rest is interpolated.
+    The entry of the class token, in the middle at patches // 2, does not change.
     """
     middle = (table.shape[1] - 1) // 2
     patches = resize_grid(torch.cat([table[:, :middle], table[:, middle + 1 :]], dim=1), old, new)

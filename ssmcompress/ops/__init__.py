@@ -1,7 +1,7 @@
-"""The ops that every model here is built from. All tensors are channels-last, in token order.
+"""The ops that all models are built from. All tensors are channels-last, in token order.
 
-`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm`, `gather_tokens` and `topk_tokens` choose a backend by
-themselves; `backend=` names one for a call and `use_backend` for a block of code.
+`selective_scan`, `scan_paths`, `causal_conv1d`, `grid_conv2d`, `rms_norm`, `gather_tokens` and `topk_tokens` choose a
+backend automatically; `backend=` sets it for one call, and `use_backend` for the body of a with statement.
 """
 
 from .causal_conv import causal_conv1d

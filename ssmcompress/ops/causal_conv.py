@@ -16,26 +16,26 @@ def causal_conv1d(
     reverse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Depthwise causal convolution along a sequence from which tokens may be missing.
+    """Apply a depthwise causal convolution along a sequence from which tokens may be missing.
 
     A kept token sees its neighbours at their distance on the original path, and zero where a token was
     pruned: y_j = act(bias + sum_d weight[:, width-1-d] * x[token at position q_j - d, if kept]),
-    d = 0..width-1. That equals the dense convolution with zeros at the pruned positions, read at the kept.
+    d = 0..width-1. This equals the dense convolution with zeros at the pruned positions, evaluated at the kept ones.
 
     Args:
-        x: (batch, length, channels). weight: (channels, width) or (channels, 1, width), the last tap being
-            the current token. bias: (channels,).
-        positions: (batch, length) or (length,) integers, strictly increasing along the sequence: where each
-            token stood on the original path. None: nothing is missing.
+        x: (batch, length, channels). weight: (channels, width) or (channels, 1, width), where the last tap
+            is that of the current token. bias: (channels,).
+        positions: (batch, length) or (length,) integers, strictly increasing along the sequence: the position
+            of each token on the original path. None: no token is missing.
         activation: "silu" or None.
-        reverse: look ahead instead of back, with x, positions and the result in token order.
+        reverse: look ahead instead of back; x, positions and the result stay in token order.
         backend: "cpu", "reference", or None for the best one available.
 
     Returns:
         (batch, length, channels) in the dtype of `x`; sums are float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown activation or backend.
+        ValueError: the shapes do not match, or the activation or the backend is unknown.
     """
     if weight.ndim == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]

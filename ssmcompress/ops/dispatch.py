@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: named in the call, forced for a block of code, or chosen by device."""
+"""Selection of the backend of an op: by argument, by `use_backend`, or by device and dtype."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# A backend is a module with these functions: the public ops with the same arguments in the same order, all given.
-# It may also have `scan_paths`, which else is made of its `selective_scan`.
+# A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
+# have `scan_paths`, which is otherwise composed of its `selective_scan`.
 FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",
@@ -23,15 +23,15 @@ BACKENDS: dict[str, str | ModuleType] = {
 }
 
 _logger = logging.getLogger("ssmcompress")
-_forced: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", default=None)
+_override: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", default=None)
 
 
 def register_backend(name: str, module: str | ModuleType) -> None:
-    """Add a backend, or replace one, under a name that `use_backend` and `backend=` take.
+    """Add a backend, or replace one, under a name for `use_backend` and `backend=`.
 
     Args:
-        module: a module with the functions in `FUNCTIONS`, or its dotted name, to be imported when it is first used.
-            What it does not compute itself it may take from `ssmcompress.ops.reference`.
+        module: a module with the functions in `FUNCTIONS`, or its dotted name, which is imported at its first use. It
+            may import functions that it does not implement from `ssmcompress.ops.reference`.
 
     Raises:
         ValueError: functions are missing.
@@ -39,39 +39,39 @@ def register_backend(name: str, module: str | ModuleType) -> None:
     if isinstance(module, ModuleType):
         _check(name, module)
     BACKENDS[name] = module
-    _loaded.pop(name, None)
+    _modules.pop(name, None)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every op inside the `with` block that names no backend itself onto `name`."""
-    _registered(name)
-    token = _forced.set(name)
+    """Run every op in the body of the with statement on the backend `name`, unless its call names another."""
+    _find_backend(name)
+    token = _override.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _override.reset(token)
 
 
 def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
-    """The module that runs an op on these: `backend`, else the forced one, else the best there is for them."""
-    name = backend or _forced.get() or best_backend(*activations)
+    """Return the module that runs an op on these tensors: `backend`, that of `use_backend`, or the fastest for them."""
+    name = backend or _override.get() or best_backend(*activations)
     _load(name)
-    return _loaded[name]
+    return _modules[name]
 
 
-_loaded: dict[str, ModuleType] = {}
+_modules: dict[str, ModuleType] = {}
 
 
 @torch.compiler.assume_constant_result
 def _load(name: str) -> bool:
-    """Put the module of a backend into `_loaded`, where torch.compile can follow to it: an import, it cannot."""
-    if name not in _loaded:
-        module = _registered(name)
+    """Import the module of a backend into `_modules`, where torch.compile finds it: it cannot trace an import."""
+    if name not in _modules:
+        module = _find_backend(name)
         if isinstance(module, str):
             module = import_module(module)
             _check(name, module)
-        _loaded[name] = module
+        _modules[name] = module
     return True
 
 
@@ -81,18 +81,18 @@ def _check(name: str, module: ModuleType) -> None:
 
 
 def best_backend(*activations: Tensor | None) -> str:
-    """The fastest backend that works here for tensors of these devices and dtypes."""
-    given = [t for t in activations if t is not None]
-    devices = {t.device.type for t in given}
-    # float64 is for the reference: there is nothing faster that is as exact.
-    if len(devices) == 1 and all(t.dtype in _COMPILED for t in given):
+    """Return the name of the fastest backend that works on this machine for tensors of these devices and dtypes."""
+    tensors = [t for t in activations if t is not None]
+    devices = {t.device.type for t in tensors}
+    # float64 runs on the reference, the only backend that is exact enough.
+    if len(devices) == 1 and all(t.dtype in _COMPILED_DTYPES for t in tensors):
         backend = _BEST.get(devices.pop(), "reference")
         if backend == "reference" or _works(backend):
             return backend
     return "reference"
 
 
-_COMPILED = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BEST = {"cpu": "cpu", "cuda": "triton"}
 
 
@@ -108,21 +108,22 @@ def _try(backend: str) -> bool:
         import_module(package)
         if backend == "triton":
             _load(backend)
-            _loaded[backend].check_driver()
-    except Exception as error:  # numba itself raises more than ImportError, for a numpy it does not know, say
+            _modules[backend].check_driver()
+    except Exception as error:  # numba raises not only ImportError: a numpy it does not support, for instance
         _logger.warning("%s cannot be used (%s): the ops run in plain torch, many times slower", package, error)
         return False
     return True
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """No autocast inside an op: products of hundreds of decays do not survive bfloat16."""
+    """Disable autocast inside an op: products of hundreds of decays are not accurate enough in bfloat16."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # an autocast block, even an idle one, doubles the time of torch.export
+    return nullcontext()  # autocast, even disabled, doubles the time of torch.export
 
 
-def _registered(name: str) -> str | ModuleType:
+def _find_backend(name: str) -> str | ModuleType:
+    """Return a registered backend: its module, or the dotted name of one that is not imported yet."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     return BACKENDS[name]

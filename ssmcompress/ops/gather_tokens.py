@@ -1,4 +1,4 @@
-"""The tokens at an index, each image its own."""
+"""The selection of tokens by index, separately for each image."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from .dispatch import select
 
 
 def gather_tokens(tokens: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
-    """(batch, taken, channels): of `tokens` (batch, tokens, channels) those at `index` (batch, taken), integers."""
+    """Select the tokens at `index` (batch, kept), integers, from (batch, tokens, channels): (batch, kept, channels)."""
     return select(backend, tokens).gather_tokens(tokens, index)

@@ -18,16 +18,16 @@ def grid_conv2d(
     activation: str | None = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """Depthwise 2-D convolution over a grid from which tokens may be missing, at the tokens that are there.
+    """Apply a depthwise 2-D convolution over a grid from which tokens may be missing, at the kept tokens.
 
-    A token sees its neighbours where they stand on the grid, and zero beyond the edges and where nothing is. That
-    equals the dense convolution with zeros at the pruned positions, read at the kept ones; it costs a window's taps
-    for each kept token, however large the grid is.
+    A token sees its neighbours at their places on the grid, and zero beyond the edges and at empty places. This equals
+    the dense convolution with zeros at the pruned positions, evaluated at the kept ones; the cost is the taps of one
+    window for each kept token, whatever the size of the grid.
 
     Args:
         x: (batch, length, channels). weight: (channels, 1, height, width), both odd. bias: (channels,).
         grid: (rows, columns).
-        positions: (batch, length) or (length,) integers, strictly increasing, row * columns + column of each token.
+        positions: (batch, length) or (length,) integers, strictly increasing: row * columns + column of each token.
             None: the first `length` places of the grid, row by row.
         activation: "silu" or None.
         backend: "cpu", "triton", "reference", or None for the best one available.
@@ -36,7 +36,7 @@ def grid_conv2d(
         (batch, length, channels) in the dtype of `x`; sums are float32 or wider.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown activation or backend.
+        ValueError: the shapes do not match, or the activation or the backend is unknown.
     """
     if x.ndim != 3 or weight.ndim != 4 or tuple(weight.shape[:2]) != (x.shape[2], 1):
         raise ValueError(
@@ -60,5 +60,5 @@ def grid_conv2d(
     if activation not in ("silu", None):
         raise ValueError(f"grid_conv2d: activation is 'silu' or None, found {activation!r}")
     with full_precision(x.device):
-        # From here on, no positions means a full grid.
+        # For a backend, positions None means a full grid.
         return select(backend, x).grid_conv2d(x, weight, bias, tuple(grid), positions, activation)

@@ -1,4 +1,4 @@
-"""Kernels as torch.library operators, which torch.compile, torch.export and autograd know."""
+"""Registration of kernels as torch.library operators, for torch.compile, torch.export and autograd."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ def operator(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Define `ssmcompress::<schema>` and return it.
+    """Define the operator `ssmcompress::<schema>` and return it.
 
-    Made by hand: torch.library.custom_op would take 15 us more at each of a forward's hundred calls.
+    It uses the low-level functions, because torch.library.custom_op takes 15 us more for each of a forward's hundred
+    calls.
 
     Args:
-        schema: name, arguments and results as torch writes them.
-        kernel: what computes it on `devices` ("cpu", "cuda").
-        fake: results of the right shape and dtype, of tensors without content.
-        backward, save: its gradients, as torch.library.register_autograd takes them; None: it has none, and says so.
+        schema: name, arguments and results in torch's schema language.
+        kernel: the function that computes it on `devices` ("cpu", "cuda").
+        fake: function that returns results of the right shape and dtype for tensors without content.
+        backward, save: the gradient functions for torch.library.register_autograd; None: the operator has no gradient,
+            and backward raises NotImplementedError.
     """
     name = f"ssmcompress::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :].replace("\n", " "))
@@ -39,10 +41,10 @@ def operator(
 def conv_operator(
     name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]], devices: Iterable[str]
 ) -> Callable[..., Tensor]:
-    """The causal convolution under a name of its own.
+    """Define a causal convolution as the operator `name`.
 
-    x (batch, length, channels), weight (channels, width), bias (channels,), positions (batch, length) int64. The
-    backward gives the gradients of x, weight and bias, without elements where there is no bias.
+    Its inputs are x (batch, length, channels), weight (channels, width), bias (channels,) and positions (batch, length)
+    int64. `backward` returns the gradients of x, weight and bias; the last is empty if there is no bias.
     """
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu, bool reverse"
     gradients = operator(
@@ -57,32 +59,35 @@ def conv_operator(
         ctx.save_for_backward(*tensors)
         ctx.flags = silu, reverse
 
-    def upper(ctx, dy):
+    def apply_gradients(ctx, dy):
         tensors = ctx.saved_tensors
         dx, dweight, dbias = gradients(dy, *tensors, *ctx.flags)
         return dx, dweight, None if tensors[2] is None else dbias, None, None, None
 
-    return operator(f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x), upper, save)
+    return operator(
+        f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x), apply_gradients, save
+    )
 
 
 def grid_conv_operator(name: str, forward: Callable[..., Tensor], devices: Iterable[str]) -> Callable[..., Tensor]:
-    """The convolution on a grid under a name of its own, without gradient.
+    """Define a convolution on a grid as the operator `name`, without gradient.
 
-    x (batch, length, channels), weight (channels, 1, height, width), bias (channels,), positions (batch, length) int64.
+    Its inputs are x (batch, length, channels), weight (channels, 1, height, width), bias (channels,) and positions
+    (batch, length) int64.
     """
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, int rows, int columns, bool silu"
     return operator(f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x))
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would go through an op on these."""
+    """Return whether autograd would record an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def empty_like(like: Tensor | None, of: Tensor) -> Tensor:
-    """A dense tensor of the shape and dtype of `like`; without elements if there is none."""
+    """Return a dense tensor of the shape and dtype of `like`, or an empty one like `of` if `like` is None."""
     return of.new_empty(0) if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _no_gradients(ctx, *upper):
+def _no_gradients(ctx, *gradients):
     raise NotImplementedError("compiled ops have no second derivative; backend='reference' has")

@@ -1,4 +1,4 @@
-"""Orders of steps: permutations of tokens, integers, one for all images (length,) or one each (batch, length)."""
+"""Scan orders: integer permutations of tokens, (length,) for all images or (batch, length) for one each."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 from .gather_tokens import gather_tokens
 
 
-def inverse(order: Tensor) -> Tensor:
-    """The step at which each token is visited, from the token that each step visits.
+def invert_order(order: Tensor) -> Tensor:
+    """Return the step at which each token is visited, given the token that each step visits.
 
-    By scattering, for a sort would stay in an ONNX graph even of an order that is constant.
+    It scatters instead of sorting, because a sort would stay in an ONNX graph even for a constant order.
     """
-    order = order.long()  # torch takes no other integers for indices
+    order = order.long()  # torch accepts no other integers as indices
     steps = torch.arange(order.shape[-1], device=order.device)
     return torch.zeros_like(order).scatter(-1, order, steps.expand_as(order))
 
 
 def to_scan_order(tokens: Tensor, order: Tensor) -> Tensor:
-    """(batch, length, channels) in the order of steps, from token order."""
+    """Reorder (batch, length, channels) from token order to the order of the steps."""
     if order.ndim == 1:
         return tokens.index_select(1, order)
     return gather_tokens(tokens, order)

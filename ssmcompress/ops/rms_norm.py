@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), in front of every block."""
+"""Root-mean-square normalisation (arXiv 1910.07467), the first op of every block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .dispatch import select
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis.
+    """Return x / sqrt(mean(x^2) + eps) * weight, with the mean over the last axis.
 
     Args:
         x: (..., channels). weight: (channels,).
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str | None = None) 
         (..., channels) in the dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: the shapes do not match, or the backend is unknown.
     """
     if weight.ndim != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(f"rms_norm: expected weight {tuple(x.shape[-1:])}, found {tuple(weight.shape)}")

@@ -13,8 +13,8 @@ from .dispatch import full_precision, select
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
-# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths. "clip-paths" takes the
-# result of each path by itself, then the mean over the paths: what is positive on one cannot cancel on another.
+# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths. "clip-paths" scores the
+# result of each path separately and averages over the paths, so that values of opposite sign do not cancel.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "clip": lambda y: y.relu().mean(-1),
     "l1": lambda y: y.abs().mean(-1),
@@ -41,34 +41,34 @@ def selective_scan(
     order: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Selective scan over a sequence, aligned to the positions that pruning removed.
+    """Compute the selective scan of a sequence, aligned to the positions that pruning removed.
 
-    Per channel e and state n, with `delta = softplus(delta + delta_bias)` where asked for:
+    For each channel e and state n, with `delta = softplus(delta + delta_bias)` if `delta_softplus`:
 
         h_t = exp((delta_t + gap_t) A) h_{t-1} + delta_t B_t u_t,   h_0 = 0
         y_t = (sum_n C_t h_t + D u_t) * silu(z_t) + add_t
 
-    `gap_t` is the sum of delta over the positions pruned just before token t: time passes there and nothing
-    comes in, so it belongs to the decay and never to the input (ToP-ViM, arXiv 2409.18962, section 4).
+    `gap_t` is the sum of delta over the positions pruned just before token t: time passes there without input, so it
+    enters the decay and never the input (ToP-ViM, arXiv 2409.18962, section 4).
 
     Args:
         u, delta, z: (batch, length, d_inner); `z` None: no gate.
         A: (d_inner, d_state), negative. B, C: (batch, length, d_state). D, delta_bias: (d_inner,).
-        delta_softplus: apply softplus, the identity above 20, after adding the bias.
-        gap: (batch, length, d_inner) in the units of delta after softplus, or a pair
-            (steps (batch, length), delta (d_inner,)) whose product it is, or None.
+        delta_softplus: apply softplus after adding the bias; it is the identity above 20.
+        gap: (batch, length, d_inner) in the units of delta after softplus; or a pair
+            (steps (batch, length), delta (d_inner,)), whose product is the gap; or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
-        add: (batch, length, d_inner) that the result is added to, of another path say, in the same pass over memory.
-        order: (length,) or (batch, length) integers, a permutation: the token that each step visits, instead of
+        add: (batch, length, d_inner), added to the result in the same pass over memory: the sum of other paths, say.
+        order: (length,) or (batch, length) integers, a permutation: the token that each step visits; it replaces
             `reverse`. u, z, add and the result are in token order; delta, B, C and a gap are in the order of the steps,
-            as PlainMamba (arXiv 2403.17695) has them.
+            as in PlainMamba (arXiv 2403.17695).
         backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
-        y (batch, length, d_inner) in the dtype of `u`. The state is float32 or wider whatever the input.
+        y (batch, length, d_inner) in the dtype of `u`. The state is float32 or wider for any input.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: the shapes do not match, or the backend is unknown.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse)
     with full_precision(u.device):
@@ -77,7 +77,7 @@ def selective_scan(
 
 
 class ScanPath(NamedTuple):
-    """One path of `scan_paths`; the fields are those arguments of `selective_scan`."""
+    """One path of `scan_paths`; the fields are the arguments of `selective_scan` of the same names."""
 
     u: Tensor
     delta: Tensor
@@ -99,58 +99,58 @@ def scan_paths(
     scored: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Selective scans of the same tokens along several paths, summed and gated, in token order.
+    """Compute selective scans of the same tokens along several paths, summed and gated, in token order.
 
-    y = (sum over paths of sum_n C_t h_t + D u_t) * silu(z), with h of each path as in `selective_scan`. Where all is
-    in one kernel, u and z are neither flipped nor gathered, and scores cost no further pass over y.
+    y = (sum over paths of sum_n C_t h_t + D u_t) * silu(z), with h of each path as in `selective_scan`. Where one
+    kernel computes all paths, u and z are neither flipped nor gathered, and scores take no further pass over y.
 
     Args:
-        paths: alike in shape and in what they have; taken one at a time where a backend works that way, so that a
-            generator need not hold them all.
+        paths: all with the same shapes and the same optional fields. A backend that scans one path at a time also
+            consumes one at a time, so that a generator need not hold them all in memory.
         z: (batch, length, d_inner) or None. delta_softplus: as in `selective_scan`.
         score: a name in `SCORES`, or None.
-        scored: how many paths, the first ones, the scored y is the sum of; None: all. The scores "delta" and
-            "clip-paths" are of all paths in any case.
+        scored: the number of paths, from the first, whose sum y is scored; None: all. The scores "delta" and
+            "clip-paths" always use all paths.
         backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
         y (batch, length, d_inner) in the dtype of `u`, and scores (batch, length) float32, without gradient, or None.
-        The score "delta" belongs to steps, not to the tokens of an `order`.
+        The score "delta" is per step, not per token, where there is an `order`.
 
     Raises:
-        ValueError: shapes that do not fit together, no paths, an unknown score or backend.
+        ValueError: the shapes do not match, there are no paths, or the score or the backend is unknown.
     """
     if score is not None and score not in SCORES:
         raise ValueError(f"scan_paths: unknown score {score!r}; there are {', '.join(SCORES)}")
-    checked = _checked(paths, z, scored)
-    first = next(checked, None)
+    path_iterator = _check_paths(paths, z, scored)
+    first = next(path_iterator, None)
     if first is None:
         raise ValueError("scan_paths: expected at least one path")
     module = select(backend, first.u, first.delta, z)
-    together = getattr(module, "scan_paths", None) if score != "clip-paths" else None
-    if together is None:
-        return one_by_one(module.selective_scan, chain([first], checked), z, delta_softplus, score, scored)
-    paths = [first, *checked]
+    scan_all = getattr(module, "scan_paths", None) if score != "clip-paths" else None
+    if scan_all is None:
+        return scan_one_by_one(module.selective_scan, chain([first], path_iterator), z, delta_softplus, score, scored)
+    paths = [first, *path_iterator]
     with full_precision(first.u.device):
-        return together(paths, z, delta_softplus, score, scored)
+        return scan_all(paths, z, delta_softplus, score, scored)
 
 
-def one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
-    """`scan_paths` by a backend's scan of one path, each on top of the ones before it."""
+def scan_one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
+    """Compute `scan_paths` with a backend's scan of one path, adding each path to the sum of those before it."""
     y, scores, parts = None, None, []
-    for count, path in enumerate(paths, 1):  # making a path is the caller's code, under the caller's autocast
+    for count, path in enumerate(paths, 1):  # the paths are computed by the caller's code, under the caller's autocast
         u, delta, A, B, C, D, bias, gap, reverse, order = path
-        below = None if score == "clip-paths" else y
+        partial_sum = None if score == "clip-paths" else y
         with full_precision(u.device):
-            found = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, below, order)
+            result = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, partial_sum, order)
         if score == "delta":
             parts.append(SCORES[score](step_size(path, delta_softplus)))
         elif score == "clip-paths":
-            parts.append(SCORES[score](found.detach().float()))
-            found = found if y is None else y + found
+            parts.append(SCORES[score](result.detach().float()))
+            result = result if y is None else y + result
         elif score is not None and count == scored:
-            scores = SCORES[score](found.detach().float())
-        y = found
+            scores = SCORES[score](result.detach().float())
+        y = result
     if parts:
         scores = sum(parts) / len(parts)
     elif score is not None and scores is None:
@@ -159,15 +159,15 @@ def one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored
 
 
 def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
-    """(batch, length, d_inner) float32 delta of a path after bias and softplus, without gradient."""
+    """Return the delta (batch, length, d_inner) float32 of a path after bias and softplus, without gradient."""
     delta = path.delta.detach().float()
     if path.delta_bias is not None:
         delta = delta + path.delta_bias.detach().float()
     return F.softplus(delta) if delta_softplus else delta
 
 
-def _checked(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:
-    """The paths as they come, each fitting together and like the first; at the end, `scored` of them."""
+def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:
+    """Yield the paths; raise a ValueError for shapes that do not match the first path, or an invalid `scored`."""
     first, count = None, 0
     for path in paths:
         count += 1
@@ -212,7 +212,7 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"selective_scan: expected {name} {shape}, found {tuple(tensor.shape)}")
     if order is not None:
-        # One comparison by the number of axes: an exporter would take (batch, length) == (length,) for a condition.
+        # Compare by the number of axes: an exporter would trace (batch, length) == (length,) as a condition.
         fits = tuple(order.shape) == ((length,) if order.ndim == 1 else (batch, length))
         if reverse or not fits or order.is_floating_point():
             raise ValueError(

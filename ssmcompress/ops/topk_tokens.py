@@ -1,4 +1,4 @@
-"""The choice of the tokens to keep."""
+"""The selection of the tokens to keep."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .dispatch import select
 
 
 def topk_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor:
-    """Indices (batch, count) int64, ascending, of the highest `scores` (batch, tokens).
+    """Return the indices (batch, count) int64, ascending, of the highest `scores` (batch, tokens).
 
-    Equal scores go to the lower index on every backend, so that the same image keeps the same tokens.
+    Ties go to the lower index on every backend, so that the same image keeps the same tokens.
     """
     return select(backend, scores).topk_tokens(scores, count)

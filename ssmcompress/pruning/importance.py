@@ -1,14 +1,18 @@
-"""Token importance: one number a token from what a block computed for it, the higher the more it matters.
+"""Token importance: one score for each token; tokens with higher scores are kept.
 
 `clip` is the score of ToP-ViM (arXiv 2409.18962, section 4): the mean over channels of the positive part of the
-block's output before its projection. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` the
-signal of MTR (arXiv 2507.14042); `clip-paths` is `clip` of each scan path by itself, averaged. Those come from the
-scan itself: see `ssmcompress.ops.SCORES`. `saliency` is read off a token's features by a linear map that was fitted to
-the dense model's gradients, see `ssmcompress.compression.saliency`; `similarity` is the one of R-MeeTo, which merges by it
-(`ssmcompress.pruning.merging`).
+block's output before its projection. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` is the
+signal of MTR (arXiv 2507.14042), and `clip-paths` is the mean of `clip` over the separate scan paths. All but `random`
+are computed by the scan: see `ssmcompress.ops.SCORES`. `saliency` is predicted from a token's features by a linear map
+fitted to the dense model's gradients: see `ssmcompress.compression.saliency`. `similarity` is the criterion by which
+R-MeeTo merges tokens (`ssmcompress.pruning.merging`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,57 +21,102 @@ from torch import Tensor
 from ..ops import SCORES
 from .tokens import Tokens
 
-# What tokens may be dropped by, as an option; "similarity" has a meaning only where they are merged.
-RANKINGS = (*SCORES, "random", "saliency")
-IMPORTANCES = (*RANKINGS, "similarity")
-# More than any distance of two tokens.
-APART = 3.0
+# Larger than the distance of any two linked tokens.
+UNLINKED_DISTANCE = 3.0
 
 
 def random_scores(length: int, seed: int) -> Tensor:
-    """(length,) a random rank for each position, the same for every image and batch.
+    """Return a random score (length,) for each position, the same for every image and batch.
 
-    A draw per image would make a prediction depend on the batch the image came in.
+    With a draw for each image, a prediction would depend on the batch of the image.
     """
     return torch.rand(length, generator=torch.Generator().manual_seed(seed))
 
 
-def unit_rms(features: Tensor) -> Tensor:
-    """Features (..., d_model) at a mean square of 1, as the norm of the next layer sees them."""
+def normalize_rms(features: Tensor) -> Tensor:
+    """Normalise features (..., d_model) to a mean square of 1, as the norm of the next layer does."""
     return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
 
 
-def predicted_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tensor:
-    """(batch, tokens) what a probe says of tokens: a linear map of their features and a value for their position.
+def predict_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tensor:
+    """Predict the saliency (batch, tokens) of tokens: a linear map of their features plus a value for their position.
 
     Args:
         features: (batch, tokens, d_model). positions: (batch, tokens).
         probe: (d_model + length,), see `ssmcompress.compression.saliency.fit_probes`.
     """
     width = features.shape[-1]
-    return unit_rms(features.float()) @ probe[:width] + probe[width:][positions]
+    return normalize_rms(features.float()) @ probe[:width] + probe[width:][positions]
 
 
-def pair_distances(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """R-MeeTo's links: (distance, partner), both (batch, tokens).
+def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Link tokens as R-MeeTo does; returns (distance, partner), both (batch, tokens).
 
-    The protected token aside, the tokens are split into even and odd ones; each even token is linked to the odd one of
-    the largest cosine, and its distance is 1 minus that. All others are `APART` from everything, linked to themselves.
+    Without the protected token, the tokens are split into even and odd ones. Each even token is linked to the odd token
+    with the largest cosine similarity, and its distance is 1 minus that. All other tokens are linked to themselves,
+    with the distance `UNLINKED_DISTANCE`.
     """
     batch, count, _ = tokens.features.shape
-    own = torch.arange(count, device=tokens.features.device).expand(batch, -1)
-    distances = torch.full((batch, count), APART, device=own.device)
-    order = own  # the tokens that may be merged
+    indices = torch.arange(count, device=tokens.features.device).expand(batch, -1)
+    distances = torch.full((batch, count), UNLINKED_DISTANCE, device=indices.device)
+    order = indices  # the tokens that may be merged
     if tokens.protected is not None:
-        free = own[:, 1:] - 1
+        free = indices[:, 1:] - 1
         order = free + (free >= tokens.protected_index()[:, None])
     even, odd = order[:, ::2], order[:, 1::2]
     if not odd.shape[1]:
-        return distances, own
+        return distances, indices
     unit = F.normalize(tokens.features.float(), dim=-1)
 
     def at(index: Tensor) -> Tensor:
         return unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1]))
 
     cosine, best = (at(even) @ at(odd).transpose(1, 2)).max(-1)
-    return distances.scatter(1, even, 1 - cosine), own.scatter(1, even, odd.gather(1, best))
+    return distances.scatter(1, even, 1 - cosine), indices.scatter(1, even, odd.gather(1, best))
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A metric of importance: what it needs, what it costs, and how it scores.
+
+    Attributes:
+        score: (tokens, pruner) -> scores (batch, tokens), higher for tokens that matter more. `tokens` are those after
+            the layer of the stage; the pruner has the buffers `draw` and `probe`.
+        block_metric: the score of `ssmcompress.ops.SCORES` that the layer computes for it, in `tokens.scores`; or None.
+        draw: whether it needs a random value for each position. probe: whether it needs a predictor that is fitted on
+            calibration images (`ssmcompress.compression.saliency`).
+        flops: multiply-adds for one token, as a multiple of d_model, apart from what the layer computes anyway.
+        ranks: whether tokens can be dropped by it; if not, they can only be merged by it.
+    """
+
+    score: Callable[[Tokens, Any], Tensor]
+    block_metric: str | None = None
+    draw: bool = False
+    probe: bool = False
+    flops: int = 0
+    ranks: bool = True
+
+
+IMPORTANCES: dict[str, Importance] = {
+    **{name: Importance(lambda tokens, pruner: tokens.scores, block_metric=name) for name in SCORES},
+    "random": Importance(lambda tokens, pruner: pruner.draw[tokens.explicit_positions()], draw=True),
+    "saliency": Importance(
+        lambda tokens, pruner: predict_saliency(tokens.features, tokens.explicit_positions(), pruner.probe),
+        probe=True,
+        flops=1,
+    ),
+    "similarity": Importance(lambda tokens, pruner: link_pairs(tokens)[0], ranks=False),
+}
+
+
+def register_importance(name: str, importance: Importance) -> None:
+    """Add a metric under a name that plans, `prune --importance` and `calibrate(..., importance=)` take.
+
+    A model that was pruned by it can be loaded again only where the metric is registered.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in IMPORTANCES:
+        raise ValueError(f"importance {name!r} is there already")
+    IMPORTANCES[name] = importance

@@ -1,4 +1,4 @@
-"""Where and how much to prune: stages, kept counts, and the plan that carries them."""
+"""The pruning plan: its stages, and the token counts that follow from them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from .merging import MERGES
 
 # ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
-
-
-# A ratio that leaves two tokens of any length up to a million.
-LEAST_KEPT = 0.999999
+# The largest ratio: it keeps two tokens of any length up to a million.
+MAX_RATIO = 0.999999
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
-    """The layers (1-based) after which a model of `depth` layers is pruned unless told otherwise."""
+    """Return the layers (1-based) after which a model of `depth` layers is pruned by default."""
     if depth < 2:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     stages = {min(max(1, math.floor(depth * f + 0.5)), depth - 1) for f in DEFAULT_FRACTIONS}
@@ -34,10 +32,10 @@ def default_stages(depth: int) -> tuple[int, ...]:
 
 
 def kept_count(length: int, ratio: float, protected: bool) -> int:
-    """Tokens left of `length` when the share `ratio` of those that may go is removed; at least 2.
+    """Return how many of `length` tokens are kept if the share `ratio` of the unprotected ones is removed; at least 2.
 
-    1 + ceil((length - 1) * keep) with a protected class token, ceil(length * keep) without. The product is
-    rounded to 9 digits first, so that 10 * 0.7 = 7.000000000000001 keeps 7.
+    With keep = 1 - ratio, it is 1 + ceil((length - 1) * keep) with a protected class token, else ceil(length * keep).
+    The product is rounded to 9 digits first, so that 10 * 0.7 = 7.000000000000001 keeps 7.
     """
     free = length - 1 if protected else length
     kept = math.ceil(round(free * (1 - ratio), 9)) + (length - free)
@@ -45,16 +43,17 @@ def kept_count(length: int, ratio: float, protected: bool) -> int:
 
 
 def share_removed(length: int, kept: int, protected: bool) -> float:
-    """The ratio by which `kept_count` keeps `kept` of `length` tokens."""
+    """Return the ratio with which `kept_count` keeps `kept` of `length` tokens."""
     free = length - protected
     return max(0.0, 1 - (kept - protected) / free) if free else 0.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Remove the share `ratio` of the tokens after layer `after` (1-based), the least important by a metric.
+    """Removal of the share `ratio` of the tokens after layer `after` (1-based), those with the lowest importance.
 
     Attributes:
+        importance: the metric that ranks the tokens, one of `IMPORTANCES`.
         merge: how removed tokens are merged into others (`ssmcompress.pruning.merging`); None: they are dropped.
     """
 
@@ -69,14 +68,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was seen on the calibration images.
+    """Statistics of the calibration images.
 
     Attributes:
-        name, images: the data and how many of its images were used.
-        gap_deltas: per layer (deltas, d_inner), the mean of delta over images and tokens.
-        kept: per stage (positions,), the share of images that kept each position.
-        scores: per stage (positions,), the mean importance over the images that had the position (0: none).
-        probes: per layer (d_model + positions,), what predicts the importance `saliency` (empty: nothing asks for it).
+        name, images: the name of the data and the number of its images that were used.
+        gap_deltas: for each layer (deltas, d_inner), the mean of delta over images and tokens.
+        kept: for each stage (positions,), the share of images that kept each position.
+        scores: for each stage (positions,), the mean importance over the images that had the position (0: none).
+        probes: for each layer (d_model + positions,), the predictor of the importance `saliency` (empty: not needed).
     """
 
     name: str
@@ -89,15 +88,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to prune, where and by which metric: made by calibration or by hand, carried out by `prune`.
+    """What to prune, where and by which metric; written by calibration or by hand and applied by `prune`.
 
     Attributes:
         stages: in order of depth.
-        alignment: which ops make up for pruned positions.
-        gap: where the delta of a pruned position comes from, "calibrated" or "bias" (softplus(dt_bias)); None
-            while that is left to calibration: calibrated where there are images, else bias.
-        seed: of the `random` metric.
-        calibration: needed by gap "calibrated".
+        alignment: which ops compensate for pruned positions.
+        gap: the source of the delta of a pruned position, "calibrated" or "bias" (softplus(dt_bias)); None leaves the
+            choice to calibration: "calibrated" if there are images, else "bias".
+        seed: seed of the `random` metric.
+        calibration: required by gap "calibrated".
     """
 
     stages: tuple[Stage, ...]
@@ -107,7 +106,7 @@ class Plan:
     calibration: Calibration | None = field(default=None, compare=False)
 
     def validate(self, depth: int) -> Plan:
-        """This plan, or an InputError that says what is wrong with it for a model of `depth` layers."""
+        """Return this plan, or raise an InputError if it is invalid for a model of `depth` layers."""
         for stage in self.stages:
             if not 1 <= stage.after < depth:
                 raise InputError(
@@ -136,13 +135,18 @@ class Plan:
             raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
         return self
 
+    @property
+    def probed_layers(self) -> tuple[int, ...]:
+        """The layers that stages follow whose metric needs a fitted predictor."""
+        return tuple(stage.after for stage in self.stages if IMPORTANCES[stage.importance].probe)
+
     def probe(self, layer: int) -> Tensor | None:
-        """(d_model + positions,) what was fitted for the saliency after a layer, or None."""
+        """Return the predictor (d_model + positions,) of the saliency after a layer, or None if none was fitted."""
         probes = self.calibration.probes if self.calibration is not None else ()
         return probes[layer - 1] if len(probes) >= layer and len(probes[layer - 1]) else None
 
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
-        """A JSON value that `from_dict` reads; `tensors` False leaves out the calibrated ones."""
+        """Return a JSON value that `from_dict` reads; without `tensors`, it has no calibration."""
         value: dict[str, Any] = {
             "stages": [stage.to_dict() for stage in self.stages],
             "alignment": {k: v for k, v in asdict(self.alignment).items() if v or k != "pool"},
@@ -159,7 +163,7 @@ class Plan:
 
     @classmethod
     def read(cls, file: str | Path) -> Plan:
-        """A plan from its own JSON, from a dry run's, or from the pruning block of a config.json."""
+        """Read a plan from its own JSON, from that of a dry run, or from the `pruning` section of a config.json."""
         try:
             value = json.loads(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
@@ -172,7 +176,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote; an InputError for anything else."""
+        """Return the plan that `to_dict` wrote; InputError for any other value."""
         try:
             calibration = value.get("calibration")
             if calibration is not None:
@@ -180,12 +184,12 @@ class Plan:
                 calibration = Calibration(str(calibration["name"]), int(calibration["images"]), **tensors)
             return cls(
                 stages=tuple(
-                    Stage(_whole(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")), s.get("merge"))
+                    Stage(_parse_int(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")), s.get("merge"))
                     for s in value["stages"]
                 ),
                 alignment=Alignment(**{k: bool(v) for k, v in value.get("alignment", {}).items()}),
                 gap=value.get("gap"),
-                seed=_whole(value.get("seed", 0)),
+                seed=_parse_int(value.get("seed", 0)),
                 calibration=calibration,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
@@ -195,31 +199,31 @@ class Plan:
 _CALIBRATED = ("gap_deltas", "kept", "scores", "probes")
 
 
-def _whole(value: Any) -> int:
+def _parse_int(value: Any) -> int:
     if isinstance(value, bool) or int(value) != value or abs(value) > 2**31:
         raise ValueError(f"expected a whole number, found {str(value)[:20]}")
     return int(value)
 
 
 def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: bool) -> list[int]:
-    """Tokens that each of the `depth` layers processes, then the count read out: depth + 1 values."""
+    """Return the number of tokens that each of `depth` layers processes, then the number read out: depth + 1 values."""
     ratios = {stage.after: stage.ratio for stage in stages}
     counts = [length]
     for layer in range(1, depth + 1):
-        left = counts[-1]
-        counts.append(kept_count(left, ratios[layer], protected) if layer in ratios else left)
+        count = counts[-1]
+        counts.append(kept_count(count, ratios[layer], protected) if layer in ratios else count)
     return counts
 
 
 def ratio_for_budget(budget: float, share: Callable[[float], float]) -> float:
-    """The smallest ratio, in thousandths, whose share of the dense FLOPs is at most `budget`.
+    """Return the smallest ratio, in thousandths, whose share of the dense FLOPs is at most `budget`.
 
     Args:
-        budget: wanted share of the dense model's FLOPs, within what `share` reaches.
-        share: ratio -> the share that remains; falls as the ratio rises.
+        budget: target share of the dense model's FLOPs, within the range of `share`.
+        share: function from a ratio to the share that remains; it decreases with the ratio.
     """
-    low, high = 0, 1000  # share(low) > budget >= share(high), the latter never asked for
+    low, high = 0, 1000  # share(low) > budget >= share(high), the latter is never evaluated
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle / 1000) <= budget else (middle, high)
-    return min(high / 1000, LEAST_KEPT)
+    return min(high / 1000, MAX_RATIO)

@@ -1,4 +1,4 @@
-"""The stage behind a layer: scores in, the tokens that are kept out."""
+"""The module of a stage: it selects the tokens to keep after a layer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import topk_tokens
-from .importance import pair_distances, predicted_saliency, random_scores
+from .importance import IMPORTANCES, random_scores
 from .merging import merge_into_kept
 from .plan import kept_count
 from .tokens import Tokens
 
 
 class TokenPruner(nn.Module):
-    """Keeps the tokens that score highest, each image its own; the count is fixed by the incoming length.
+    """Keeps the tokens with the highest scores in each image; how many depends only on the number of tokens before.
 
     Args:
-        length: tokens before any pruning. seed: of the metric `random`.
-        probe: (d_model + length,) of the metric `saliency`, else None.
-        merge: how the others are merged into those kept; None: they are dropped.
+        ratio: share of the tokens that is removed. metric: one of `IMPORTANCES`.
+        length: number of tokens before any pruning. seed: seed of the metric `random`.
+        probe: (d_model + length,), the predictor of the metric `saliency`, else None.
+        merge: how the other tokens are merged into the kept ones; None: they are dropped.
     """
 
     def __init__(
@@ -34,17 +35,17 @@ class TokenPruner(nn.Module):
         self.ratio = ratio
         self.metric = metric
         self.merge = merge
-        draw = random_scores(length, seed) if metric == "random" else None
+        draw = random_scores(length, seed) if IMPORTANCES[metric].draw else None
         self.register_buffer("draw", draw, persistent=False)
         self.register_buffer("probe", probe)
 
     @property
-    def asks_for(self) -> str | None:
-        """The scores that the block before it is to give; None where the pruner has its own."""
-        return None if self.metric in ("random", "saliency", "similarity") else self.metric
+    def block_metric(self) -> str | None:
+        """The metric that the block before it must compute; None if the pruner computes its own scores."""
+        return IMPORTANCES[self.metric].block_metric
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """The kept tokens of `tokens`, which carry the scores that it asks for; the protected token is always kept."""
+        """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:
@@ -54,14 +55,8 @@ class TokenPruner(nn.Module):
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
 
     def scores(self, tokens: Tokens) -> Tensor:
-        """(batch, kept) what tokens are ranked by."""
-        if self.metric == "random":
-            return self.draw[tokens.explicit_positions()]
-        if self.metric == "saliency":
-            return predicted_saliency(tokens.features, tokens.explicit_positions(), self.probe)
-        if self.metric == "similarity":
-            return pair_distances(tokens)[0]
-        return tokens.scores
+        """Return the scores (batch, kept) by which tokens are ranked."""
+        return IMPORTANCES[self.metric].score(tokens, self)
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, metric={self.metric!r}"

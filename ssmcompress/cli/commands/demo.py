@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..groups import Output, Printing, Processor
+from ..groups import Output, Processor, ReportPrinting
 from ..tables import print_json, show_export, show_report, verification_json
 from ..terminal import command_line, progress_bars, say
 
 EXAMPLE = "ssmcompress demo"
 
 
-def demo(output: Output, printing: Printing, processor: Processor) -> None:
+def demo(output: Output, printing: ReportPrinting, processor: Processor) -> None:
     """Prune, measure and export a small trained Vim that is included."""
     from ...jobs.demo import DEFAULT_FOLDER, run_demo
 
@@ -21,7 +21,7 @@ def demo(output: Output, printing: Printing, processor: Processor) -> None:
     if printing.as_json:
         print_json({**report, "onnx": verification_json(exported, file)})
     else:
-        show_report(report, False)
+        show_report(report, False, printing.verbose)
         show_export(exported, file, False)
     hint = "look at kept_tokens.png there, or run `ssmcompress report --html report.html`"
     say(f"wrote {folder}; {hint}", printing.quiet)

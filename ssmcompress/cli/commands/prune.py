@@ -49,7 +49,7 @@ def prune(
 
     gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
     data, measuring = images.options(measure), measure.options(not no_latency)
-    options = CompressOptions(data, measuring, gap, pruning.reconstruct, finetune)
+    options = CompressOptions(data, measuring, gap, pruning.reconstruct, finetune=finetune)
     request = PruneRequest(pruning.plan_request(budget), options, load.folder_labels)
     request.check()
     model = load.open(checkpoint, hardware)

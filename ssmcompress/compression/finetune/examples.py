@@ -1,7 +1,7 @@
-"""Training examples: augmented by timm, and the same whatever reads them, in however many processes.
+"""Training examples, augmented by timm; they do not depend on the number of workers or processes.
 
-What is drawn for an image depends on the seed, the epoch and the image alone, and which images make a step on the seed
-and the epoch. So a run goes on after an interruption as if there had been none, and several processes take the same
+The augmentation of an image depends only on the seed, the epoch and the image, and the images of a step only on the
+seed and the epoch. So an interrupted run continues exactly as an uninterrupted one, and several processes take the same
 step as one.
 """
 
@@ -25,20 +25,20 @@ from ...models.base import TokenModel
 from .recipe import Recipe
 
 
-class Part(NamedTuple):
-    """A part of a step: images (n, channels, height, width); targets (n, classes), what the labels say, or None."""
+class MicroBatch(NamedTuple):
+    """A part of a step: images (n, channels, height, width); targets (n, classes), class probabilities, or None."""
 
     images: Tensor
     targets: Tensor | None
 
 
 class Examples:
-    """Augmented images of `training`, by step.
+    """The augmented images of `training`, step by step.
 
     Args:
-        model: whose images and classes they are.
-        training: what to train on, its own batch size and transform aside; unreadable images are left out.
-        process: (index of this process, how many share a step).
+        model: the model, which decides the image size, preprocessing and classes.
+        training: the images; its batch size and transform are not used, and unreadable images are left out.
+        process: (index of this process, number of processes that share a step).
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Examples:
         self.classes = model.config.num_classes
         self.transform = training_transform(model.preprocessing, model.config.image_size, recipe)
         images = len(training.index)
-        # A step of all the images there are, where a batch would be more.
+        # If there are fewer images than a batch, a step has all of them.
         self.batch_size = min(recipe.batch_size, images - images % 2)
         parts = processes * recipe.accumulate
         if self.batch_size < 2 * parts:
@@ -60,38 +60,38 @@ class Examples:
             )
         self.steps = images // self.batch_size
 
-    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[list[Part]]:
-        """The steps of an epoch (from 0), from the `first` on: this process's parts of each."""
+    def iterate_epoch(self, epoch: int, first: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yield this process's parts of each step of an epoch (from 0), starting at step `first`."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training.index))
         rows = []
         for step in range(first, self.steps):
             step_rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             for part in range(self.recipe.accumulate):
                 number = part * self.processes + self.process
-                chosen = mirrored(step_rows, number, self.processes * self.recipe.accumulate)
-                rows.append([(epoch, int(row)) for row in chosen])
-        parts = iter(self._loader(rows))
+                part_rows = select_pairs(step_rows, number, self.processes * self.recipe.accumulate)
+                rows.append([(epoch, int(row)) for row in part_rows])
+        parts = iter(self._make_loader(rows))
         try:
             for step in range(first, self.steps):
-                yield [self._mixed(next(parts), epoch, step) for _ in range(self.recipe.accumulate)]
+                yield [self._make_part(next(parts), epoch, step) for _ in range(self.recipe.accumulate)]
         finally:
-            # Workers end now, not when the garbage is collected.
-            if (shut_down := getattr(parts, "_shutdown_workers", None)) is not None:
-                shut_down()
+            # End the workers now, not when the iterator is garbage-collected.
+            if (shutdown := getattr(parts, "_shutdown_workers", None)) is not None:
+                shutdown()
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None, int]:
-        """(index in the source, image or None, label or -1) of an (epoch, row)."""
+        """Return (index in the source, image or None, label or -1) for an (epoch, row)."""
         epoch, row = key
         source, i = self.training.source, self.training.index[row]
         label = -1 if source.labels is None else source.labels[i]
-        with seeded(self.seed, epoch, i):
+        with seed_rng(self.seed, epoch, i):
             try:
                 return i, self.transform(source.read(i)), label
             except (OSError, ValueError):
                 return i, None, label
 
-    def _loader(self, rows: Sequence[list[tuple[int, int]]]) -> Any:
-        # Readers are closures, which only forked workers can take over; forking is not safe elsewhere.
+    def _make_loader(self, rows: Sequence[list[tuple[int, int]]]) -> Any:
+        # Readers are closures, which only forked workers can inherit; forking is not safe on other systems.
         fork = "fork" if self.training.workers and sys.platform == "linux" else None
         return torch.utils.data.DataLoader(
             self,
@@ -99,34 +99,35 @@ class Examples:
             num_workers=self.training.workers if fork else 0,
             collate_fn=list,
             multiprocessing_context=fork,
-            worker_init_fn=_deaf,
-            generator=torch.Generator(),  # or it would draw from everyone's
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # otherwise the loader would draw from the global generator
         )
 
-    def _mixed(self, items: list[tuple[int, Tensor | None, int]], epoch: int, step: int) -> Part:
+    def _make_part(self, items: list[tuple[int, Tensor | None, int]], epoch: int, step: int) -> MicroBatch:
+        """Stack and mix the images that could be read, and encode their labels."""
         self.training.unreadable.update(i for i, image, _ in items if image is None)
         items = [item for item in items if item[1] is not None]
         if not items:
             raise InputError(f"every image of a part of a step is unreadable in {self.training.source.name}")
         images, labels = torch.stack([item[1] for item in items]), torch.tensor([item[2] for item in items])
-        labelled = self.training.source.labels is not None
+        has_labels = self.training.source.labels is not None
         smoothing, recipe = self.recipe.smoothing, self.recipe
-        if recipe.mixes and len(images) % 2 == 0:  # odd where an image was unreadable
+        if recipe.mixes and len(images) % 2 == 0:  # odd if an image was unreadable
             from timm.data import Mixup
 
             mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=self.classes)
-            with seeded(self.seed, epoch, step, 1):
+            with seed_rng(self.seed, epoch, step, 1):
                 images, targets = mix(images, labels.clamp(min=0))
         else:
             targets = torch.nn.functional.one_hot(labels.clamp(min=0), self.classes).float()
             targets = targets * (1 - smoothing) + smoothing / self.classes
-        return Part(images, targets if labelled else None)
+        return MicroBatch(images, targets if has_labels else None)
 
 
-def mirrored(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
-    """One of `parts` parts of a step's rows: pairs from both ends, so that row i stays with its mirror image.
+def select_pairs(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
+    """Return one of `parts` parts of a step's rows, made of pairs of the i-th row from the front and from the back.
 
-    timm mixes a batch with its own reverse; so every part is mixed as it would be in the whole.
+    timm mixes a batch with its own reverse, so every part is mixed as it would be in the whole batch.
     """
     rows = np.asarray(rows)
     half = len(rows) // 2
@@ -137,7 +138,7 @@ def mirrored(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
 def training_transform(
     preprocessing: Preprocessing, image_size: tuple[int, int], recipe: Recipe
 ) -> Callable[[Any], Tensor]:
-    """A function from a PIL image, in any mode, to an augmented (channels, height, width) float32."""
+    """Return a function from a PIL image, in any mode, to an augmented tensor (channels, height, width), float32."""
     from timm.data import create_transform
 
     channels = len(preprocessing.mean)
@@ -148,7 +149,7 @@ def training_transform(
         hflip=recipe.flip,
         color_jitter=0.0,
         auto_augment=recipe.randaugment or None,
-        # nearest and lanczos are not among those that timm's crops and RandAugment take.
+        # timm's crops and RandAugment do not take nearest and lanczos.
         interpolation=preprocessing.interpolation if preprocessing.interpolation == "bilinear" else "bicubic",
         mean=preprocessing.mean,
         std=preprocessing.std,
@@ -157,14 +158,14 @@ def training_transform(
         separate=True,
     )
     mode = "L" if channels == 1 else "RGB"
-    # RandAugment fills with a colour of three channels, so it gets them.
+    # RandAugment fills with a colour of three channels, so it needs an RGB image.
     return lambda image: finish(colours(augment(image.convert("RGB"))).convert(mode))
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Python's, numpy's and torch's generators set by `numbers` inside the block, and as they were after it."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_rng(*numbers: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators in the body of the with statement; their states return after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -172,12 +173,12 @@ def seeded(*numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
-def _deaf(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one saves first, and ends its workers after that."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGINT and SIGTERM. Ctrl-C reaches all processes, but the main one saves first, then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

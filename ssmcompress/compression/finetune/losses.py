@@ -1,4 +1,4 @@
-"""What fine-tuning makes small: distance from the teacher, from the labels, or from both."""
+"""The objective of fine-tuning: the distance from the teacher, from the labels, or from both."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from .recipe import Recipe
 
 
-def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """(images,) KL(teacher || model) in nats at a temperature, times its square (Hinton et al., arXiv 1503.02531).
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return (images,) KL(teacher || model) in nats at a temperature, times its square.
+
+    This is the distillation loss of Hinton et al. (arXiv 1503.02531).
 
     Args:
         logits, teacher: (images, classes).
@@ -20,7 +22,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
 
 
 def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
-    """(images,) mean over tokens of 1 - cosine, of features (images, tokens, d_model) and the teacher's there."""
+    """Return (images,) 1 - cosine of features (images, tokens, d_model) and the teacher's, averaged over the tokens."""
     return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=2).mean(1)
 
 
@@ -32,17 +34,17 @@ def objective(
     features: Tensor | None = None,
     teacher_features: Tensor | None = None,
 ) -> Tensor:
-    """(images,) what each image adds.
+    """Return (images,) the loss of each image.
 
     Args:
         logits, teacher: (images, classes); no teacher: the labels have all the weight.
-        targets: (images, classes) what the labels say, or None: the teacher has all the weight.
+        targets: (images, classes) class probabilities from the labels; None: the teacher has all the weight.
         features, teacher_features: (images, kept, d_model) of the last layer, at the same positions.
     """
     weight = teacher_weight(recipe, teacher is not None, targets is not None)
     total = torch.zeros(len(logits), device=logits.device)
     if weight > 0:
-        total = total + weight * distillation(logits, teacher, recipe.temperature)
+        total = total + weight * distillation_loss(logits, teacher, recipe.temperature)
     if weight < 1:
         total = total - (1 - weight) * (targets * F.log_softmax(logits.float(), dim=1)).sum(1)
     if features is not None:
@@ -51,7 +53,7 @@ def objective(
 
 
 def teacher_weight(recipe: Recipe, has_teacher: bool, has_labels: bool) -> float:
-    """What the teacher's part is, by what there is."""
+    """Return the weight of the teacher, 0 to 1; the labels have the rest."""
     if not has_teacher:
         return 0.0
     return recipe.teacher if has_labels else 1.0

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides how a model is fine-tuned, apart from the model and the images."""
+"""Recipes: all settings of fine-tuning, apart from the model and the images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ class Recipe:
     """How to fine-tune; the defaults are a short recipe with the dense model as teacher.
 
     Attributes:
-        epochs: passes over the training images. batch_size: images a step, over all processes; even.
-        accumulate: parts in which each process computes its share of a step, one after the other.
-        lr: highest learning rate for `lr_images` images a step, in proportion for others. It rises from `warmup_lr`
-            over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are taken as they are.
-        weight_decay: AdamW's, of matrices alone. beta2: of AdamW. clip_grad: largest norm of the gradient, 0: any.
-        norms: train the norm layers, too; False leaves them untouched in every layer.
+        epochs: passes over the training images. batch_size: images per step, over all processes; even.
+        accumulate: number of micro-batches in which each process computes its share of a step.
+        lr: highest learning rate for `lr_images` images per step; for other batch sizes it scales linearly. It rises
+            from `warmup_lr` over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are
+            not scaled.
+        weight_decay: AdamW's, for matrices only. beta2: AdamW's. clip_grad: largest norm of the gradient, 0: no limit.
+        norms: whether to train the norm layers, too; False leaves them unchanged in every layer.
         teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the rest. Without
-            labels the teacher has all of it, without a teacher the labels.
+            labels the teacher has all the weight, without a teacher the labels.
         temperature: logits of both are divided by it in the KL, which is multiplied by its square.
-        features: weight, beside those, of 1 - cosine of the kept tokens' last features and the teacher's; without a
-            teacher there is none. On the bundled model 0, 1 and 10 gave 89.58, 89.71 and 89.15 % top-1, one run each.
-        smoothing: of the labels. mixup, cutmix: their alphas, 0: off. randaugment: timm's text for it, "": off.
-        erasing: probability of random erasing. crop: least share of an image's area that a random crop takes.
-        flip: probability of mirroring.
-        ema: decay of the average of the weights, 0: none; chosen over the weights where it does better.
+        features: weight, in addition to those, of 1 - cosine of the kept tokens' last features and the teacher's;
+            without a teacher it is 0. On the bundled model 0, 1 and 10 gave 89.58, 89.71 and 89.15 % top-1, one run
+            each.
+        smoothing: label smoothing. mixup, cutmix: their alphas, 0: off. randaugment: timm's config string, "": off.
+        erasing: probability of random erasing. crop: smallest share of an image's area that a random crop takes.
+        flip: probability of a horizontal flip.
+        ema: decay of the average of the weights, 0: none; the average is used if it does better than the weights.
         ramp: share of the steps over which the pruning ratios rise from 0 to their targets.
-        dtype: of the autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it.
+        dtype: dtype of the autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it.
     """
 
     epochs: int = 3
@@ -65,8 +67,8 @@ class Recipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        def expect(name: str, fine: bool, what: str) -> None:
-            if not fine:
+        def expect(name: str, valid: bool, what: str) -> None:
+            if not valid:
                 raise InputError(f"recipe: {name} {getattr(self, name)!r}: expected {what}")
 
         for field in fields(self):
@@ -93,7 +95,7 @@ class Recipe:
 
             try:
                 rand_augment_transform(self.randaugment, {})
-            except Exception as error:  # asserts and whatever else its parser raises
+            except Exception as error:  # its parser raises asserts and other errors
                 expect("randaugment", False, f"timm's text, as rand-m9-mstd0.5-inc1 ({error})")
 
     @property
@@ -102,26 +104,26 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     def scaled_lr(self, images: int) -> float:
-        """The highest learning rate at so many images a step."""
+        """Return the highest learning rate for steps of `images` images."""
         return self.lr * images / self.lr_images
 
-    def changed(self, assignments: Sequence[str]) -> Recipe:
-        """With texts like "mixup=0.8" applied; InputError for a name or a value that is none."""
-        kinds = {field.name: field.type for field in fields(self)}
+    def with_changes(self, assignments: Sequence[str]) -> Recipe:
+        """Return a recipe with texts like "mixup=0.8" applied; InputError for an unknown name or an invalid value."""
+        types = {field.name: field.type for field in fields(self)}
         changes: dict[str, Any] = {}
         for text in assignments:
             name, equals, value = text.partition("=")
-            if not equals or name not in kinds:
-                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(kinds)}")
+            if not equals or name not in types:
+                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(types)}")
             try:
-                changes[name] = value if kinds[name] == "str" else json.loads(value)
+                changes[name] = value if types[name] == "str" else json.loads(value)
             except ValueError as error:
-                raise InputError(f"{text}: expected a value of type {kinds[name]}") from error
+                raise InputError(f"{text}: expected a value of type {types[name]}") from error
         return replace(self, **changes)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
-        """A recipe from JSON: what it does not name is as in `recipe`, a name of `RECIPES`, else the default's."""
+        """Read a recipe from JSON. Missing fields are those of `recipe`, a name in `RECIPES`, or of the default one."""
         try:
             changes = dict(value)
         except (TypeError, ValueError) as error:
@@ -135,8 +137,8 @@ class Recipe:
         return replace(RECIPES[base], **changes)
 
     @classmethod
-    def named(cls, name: str) -> Recipe:
-        """One of `RECIPES`, or the one in a JSON file."""
+    def from_name(cls, name: str) -> Recipe:
+        """Return the recipe of this name in `RECIPES`, or the one in the JSON file of this name."""
         if name in RECIPES:
             return RECIPES[name]
         try:

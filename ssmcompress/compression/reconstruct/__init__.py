@@ -1,29 +1,32 @@
-"""Reconstruction without training: later layers refitted in closed form to what the dense model computes.
+"""Reconstruction without training: later layers are refitted in closed form to what the dense model computes.
 
-Pruning changes what every later layer receives. Dense and pruned model are run side by side over unlabelled images,
-layer by layer, whatever was refitted before in place; in each layer some linear maps (`Block.refitted`) and at last
-the classifier are replaced by the ridge regression (`ssmcompress.compression.reconstruct.least_squares`) of
+Pruning changes what every later layer receives. The dense and the pruned model run layer by layer over unlabelled
+images, with the layers refitted so far in place. In each layer some linear maps (`Block.refitted`), and finally the
+classifier, are replaced by a ridge regression (`ssmcompress.compression.reconstruct.least_squares`) at the kept tokens.
+Its targets are
 
 - for the projection into the residual stream: the dense model's features after the layer, minus the pruned ones before;
-- for the maps before it: what the same map gives in the dense model;
-- for the classifier: the dense logits,
+- for the maps before it: the output of the same map in the dense model;
+- for the classifier: the dense logits.
 
-at the kept tokens. With the projection goes a correction, the one thing that is new in the model: a linear map of low
-rank from the mean of the tokens pruned so far to an addition to all kept ones, once an image and layer. What was
-pruned tells what is missing; on two small Vims this alone took another 13 to 36 % off the divergence.
+Together with the projection a correction is fitted, the only new part of the model: a low-rank linear map from the mean
+of the tokens pruned so far to a vector that is added to all kept ones, once per image and layer. The pruned tokens say
+what is missing; on two small Vims this alone reduced the divergence by another 13 to 36 %.
 
-A row weighs what an error there would do to the decision: the squared gradient of the dense model's margin between
-its two best classes by that token's features. That finds by itself which tokens are read out, in any architecture.
+The weight of a row is the effect of an error there on the decision: the squared gradient of the dense model's margin
+between its two best classes with respect to that token's features. This finds the tokens that are read out in any
+architecture.
 
-Where a mean over the tokens is read out, the pruned ones may stay in it as they were last seen. Without reconstruction
-that is worse (a small PlainMamba at 42.9 % after layers 2, 3 and 5: 57.8 % top-1 for 71.5), with it mostly better (86.4
-for 86.1; 90.1 for 89.1 in another plan): so the classifier is refitted for both, and the closer one is taken.
+If a mean over the tokens is read out, the pruned ones can stay in it with their last features. Without reconstruction
+that is worse (a small PlainMamba at 42.9 % after layers 2, 3 and 5: 57.8 % top-1 instead of 71.5), with it mostly
+better (86.4 instead of 86.1; 90.1 instead of 89.1 in another plan). So the classifier is refitted for both, and the one
+that is closer to the dense model is used.
 
-A fifth of the images is held out: it chooses each ridge, a weight is replaced only where that helps on it, and a
-model that does not come closer to the dense one on it is left as it was.
+A fifth of the images is held out. They choose each ridge, a weight is replaced only if that helps on them, and a model
+that does not come closer to the dense one on them stays as it was.
 
-The residual streams of both models wait in temporary files between layers, so memory does not grow with the images;
-running the models anew for each layer instead would take depth / 2 times as long (12 times for 24 layers).
+The residual streams of both models are kept in temporary files between layers, so memory does not grow with the number
+of images; running the models again for each layer would take depth / 2 times as long (12 times for 24 layers).
 """
 
 from __future__ import annotations
@@ -41,29 +44,30 @@ from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
 from ...models.records import Reconstruction
 from ...progress import track
-from .layerwise import SideBySide
+from .layerwise import LayerwiseRefit
 
 
 @torch.no_grad()
 def reconstruct(
     pruned: TokenModel, dense: TokenModel, images: Any, *, name: str = "images", distributed: bool = False
 ) -> TokenModel:
-    """A copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are left as they are.
+    """Return a copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are not changed.
 
     The result does not depend on how the images are batched.
 
     Args:
         pruned: a pruned model. dense: the model it was made from.
         images: a tensor (count, C, H, W) of prepared images, or batches of them (tensors, (images, labels) pairs, or
-            `ssmcompress.data.batches.Batches`), passed over once; a generator is read into memory first. Labels are not
-            used. The same image counts once.
-        name: what the images are called in reports.
+            `ssmcompress.data.batches.Batches`), iterated once; a generator is read into memory first. Labels are not
+            used. Duplicates of an image are ignored.
+        name: name of the images in reports.
         distributed: every process of the default `torch.distributed` group makes this call, with the same models and
-            images of its own; their sums are added, and all end with the same weights. If one fails, the others wait
-            for it as long as the group lets them.
+            its own images; their sums are added, and all end with the same weights. If one fails, the others wait for
+            it until the group's timeout.
 
     Returns:
-        The model, with a record of kind "reconstruction" in its `steps`. Where nothing was pruned, nothing is done.
+        The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned, the copy has no changes
+        and no record.
 
     Raises:
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
@@ -81,9 +85,9 @@ def reconstruct(
     if not incomplete:
         return model
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
-        run = SideBySide(dense, model, incomplete, Path(folder), distributed)
+        run = LayerwiseRefit(dense, model, incomplete, Path(folder), distributed)
         before = run.start(AnyBatches(images))
-        for _ in track(run.refit(), "reconstructing", run.blocks * run.passes()):
+        for _ in track(run.refit(), "reconstructing", run.chunks * run.passes()):
             pass
     after = run.kl
     if not math.isfinite(before) or not math.isfinite(after):

@@ -1,8 +1,7 @@
-"""Refitting a linear layer in closed form: sums over rows, and the ridge regression that they determine.
+"""Refit of a linear layer in closed form: sums over rows, and the ridge regression that they determine.
 
-Rows are pairs of what a layer receives, x (inputs,), and what it should give, t (outputs,), with a weight each. All
-that regression needs of them are the sums in `Rows`, so their number does not matter for memory, and sums of several
-processes add up.
+A row is an input x (inputs,) of a layer and its target t (outputs,), with a weight w. The regression needs only the
+sums in `Rows`, so memory does not depend on the number of rows, and the sums of several processes can be added.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from torch import Tensor
 
 from ...errors import NOT_FINITE, InputError
 
-# Shares of the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
+# Ridge strengths to choose from, relative to the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
 RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))
-# A layer whose outputs miss their targets by less than this share of the targets' power, the rounding of float32 over
-# some layers, has nothing to gain. Found on two trained Vims that prune nothing: up to 7e-14.
+# A layer is not refitted if its error is below this share of the targets' power, the rounding of float32 over several
+# layers. On two trained Vims that prune nothing the error was up to 7e-14.
 NEGLIGIBLE = 1e-10
-# A ridge that holds a weight where it is.
-HELD = 1e12
-# Of what a refit gains on held-out rows, the share that is left when a part of the weight is brought to a lower rank.
+# A ridge that keeps a weight at its old value.
+FROZEN = 1e12
+# The share of a refit's gain on the held-out rows that must remain when a part of the weight is reduced in rank.
 KEPT_GAIN = 0.98
 
 
 @dataclass
 class Rows:
-    """Sums over rows, float64.
+    """Sums over rows, in float64.
 
     Attributes:
         gram: (inputs, inputs), sum of w x x^T. cross: (inputs, outputs), sum of w x t^T. power: (), sum of w |t|^2.
@@ -39,13 +38,13 @@ class Rows:
     power: Tensor
 
     @classmethod
-    def none(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Rows:
-        """No rows yet; on `device`, or on the CPU where that has no float64, as Apple's GPUs."""
+    def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Rows:
+        """Return the sums over no rows, on `device`; on the CPU if the device has no float64, as Apple's GPUs."""
         options = {"dtype": torch.float64, "device": "cpu" if torch.device(device).type == "mps" else device}
         return cls(*(torch.zeros(shape, **options) for shape in ((inputs, inputs), (inputs, outputs), ())))
 
     def add(self, x: Tensor, t: Tensor, w: Tensor) -> None:
-        """Take in rows x (rows, inputs), t (rows, outputs) of weights w (rows,)."""
+        """Add rows x (rows, inputs), t (rows, outputs) with weights w (rows,)."""
         x, t, w = (value.to(self.gram.device).double() for value in (x, t, w))
         weighted = x * w[:, None]
         self.gram += weighted.T @ x
@@ -53,20 +52,20 @@ class Rows:
         self.power += (w[:, None] * t.square()).sum()
 
     def error(self, weight: Tensor) -> float:
-        """Sum of w |weight x - t|^2, for a weight (outputs, inputs)."""
+        """Return the sum of w |weight x - t|^2 for a weight (outputs, inputs)."""
         W = weight.T
         return max(0.0, float((W * (self.gram @ W - 2 * self.cross)).sum() + self.power))
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What became of a layer's weight.
+    """The result of refitting a layer's weight.
 
     Attributes:
-        weight: (outputs, inputs), float64; the old one where no new one is better.
-        ridges: per group of inputs, the share of their mean power that the new weight was held to the old one with,
-            None for a group that is better left alone; empty if all of the old weight is kept.
-        before, after: error of the old weight and of this one on the held-out rows, as shares of the targets' power.
+        weight: (outputs, inputs), float64; the old weight if no new one is better.
+        ridges: for each group of inputs the ridge strength towards the old weight, relative to the group's mean power;
+            None for a group that keeps its old weight; empty if all groups do.
+        before, after: error of the old weight and of `weight` on the held-out rows, as shares of the targets' power.
     """
 
     weight: Tensor
@@ -76,10 +75,10 @@ class Refit:
 
 
 def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
-    """The W that minimises sum w |W x - t|^2 + sum penalty * (W - weight)^2.
+    """Return the W that minimises sum w |W x - t|^2 + sum penalty * (W - weight)^2.
 
     Args:
-        weight: (outputs, inputs). penalty: (inputs,), of each column.
+        weight: (outputs, inputs). penalty: (inputs,), one for each column.
 
     Returns:
         (outputs, inputs).
@@ -88,14 +87,15 @@ def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
 
 
 def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | None = None) -> Refit:
-    """The ridge regression of the fitted rows with the ridges that do best on the held-out ones, if it beats `weight`.
+    """Return the ridge regression of the fitted rows with the best ridges on the held-out ones, if it beats `weight`.
 
     Args:
-        weight: (outputs, inputs). groups: how many inputs, from the first to the last, have a ridge in common; they
-            are chosen one after the other, a group whose turn has not come being held to its old weight. None: all.
+        weight: (outputs, inputs).
+        groups: sizes of the consecutive groups of inputs that share a ridge; None: one group. Ridges are chosen group
+            by group, while later groups keep their old weight.
 
     Raises:
-        InputError: rows that are not finite.
+        InputError: the rows are not finite.
     """
     for rows in (fitted, held_out):
         if not all(value.isfinite().all() for value in (rows.gram, rows.cross, rows.power)):
@@ -103,9 +103,9 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
     old = weight.to(fitted.gram)
     power = float(held_out.power)
     error = held_out.error(old)
-    kept = best = Refit(old, (), error / power if power else 0.0, error / power if power else 0.0)
+    unchanged = best = Refit(old, (), error / power if power else 0.0, error / power if power else 0.0)
     if not power or error <= NEGLIGIBLE * power:  # nothing to gain
-        return kept
+        return unchanged
     groups = groups or [weight.shape[1]]
     units = [part.mean().expand(len(part)) for part in fitted.gram.diagonal().split(list(groups))]
     units = [torch.where(unit > 0, unit, 1) for unit in units]  # inputs that are always zero
@@ -113,31 +113,32 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
         chosen = best.ridges or (None,) * len(groups)
         for ridge in RIDGES:
             ridges = (*chosen[:group], ridge, *chosen[group + 1 :])
-            penalty = [(HELD if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
-            found = ridge_regression(fitted, old, torch.cat(penalty))
-            after = held_out.error(found) / power
+            penalty = [(FROZEN if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
+            candidate = ridge_regression(fitted, old, torch.cat(penalty))
+            after = held_out.error(candidate) / power
             if after < best.after:
-                best = Refit(found, ridges, kept.before, after)
+                best = Refit(candidate, ridges, unchanged.before, after)
     return best
 
 
-def reduce_rank(found: Refit, fitted: Rows, held_out: Rows, columns: int) -> tuple[Refit, Tensor, Tensor]:
-    """A refit whose last columns are the product of two thin matrices.
+def reduce_rank(full: Refit, fitted: Rows, held_out: Rows, columns: int) -> tuple[Refit, Tensor, Tensor]:
+    """Replace the last columns of a refit's weight by the product of two low-rank factors.
 
-    Of the ranks 1, 2, 4, ... up to half the columns (more would cost more than the whole matrix) it is the first that
-    keeps most of the gain on the held-out rows; the directions are those that the columns add most along.
+    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, at most half the columns,
+    because more would cost more than the whole matrix. The factors span the principal directions of what the columns
+    add to the outputs.
 
     Returns:
-        The refit with the product in its weight, then its factors, (outputs, rank) and (rank, columns).
+        The refit with the product in its weight, then the factors, (outputs, rank) and (rank, columns).
     """
-    part, gram = found.weight[:, -columns:], fitted.gram[-columns:, -columns:]
+    part, gram = full.weight[:, -columns:], fitted.gram[-columns:, -columns:]
     directions = torch.linalg.eigh(part @ gram @ part.T).eigenvectors.flip(1)
     rank, most = 1, max(1, columns // 2)
     while True:
         outwards = directions[:, :rank]
         inwards = outwards.T @ part
-        weight = torch.cat([found.weight[:, :-columns], outwards @ inwards], dim=1)
+        weight = torch.cat([full.weight[:, :-columns], outwards @ inwards], dim=1)
         after = held_out.error(weight) / float(held_out.power)
-        if rank == most or found.before - after >= KEPT_GAIN * (found.before - found.after):
-            return replace(found, weight=weight, after=after), outwards, inwards
+        if rank == most or full.before - after >= KEPT_GAIN * (full.before - full.after):
+            return replace(full, weight=weight, after=after), outwards, inwards
         rank = min(2 * rank, most)

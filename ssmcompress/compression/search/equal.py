@@ -15,7 +15,7 @@ from ..calibrate import make_plan
 def plan_for_budget(
     model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
 ) -> Plan:
-    """The plan that prunes every stage alike, with the smallest ratio that leaves at most `budget` of the FLOPs (`full`).
+    """Make the plan that prunes every stage alike, by the smallest ratio that leaves at most `budget` of the FLOPs.
 
     Args:
         budget: share of the dense FLOPs to keep. stages: layers to prune after; None: the default ones.

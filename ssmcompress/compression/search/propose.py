@@ -1,10 +1,10 @@
-"""From sensitivities and a budget to plans: an exact search of a model of their cost.
+"""Plans for a budget, from sensitivities: an exact search in an additive model of the loss.
 
-The cost of a plan is taken to be the sum over its stages of what each adds to what is gone already: after layer l, from
-n tokens to m, loss_l(m) - loss_l(n), where loss_l is the sensitivity of that layer by its best metric, interpolated
-between the counts it was measured at (the square root of it, which is nearly a straight line in the count). FLOPs are a
-sum too, a layer's weight times its tokens. So dynamic programming over (layer, tokens, budget left) finds the best plan
-of that model for each number of stages and each first layer; the model itself is checked by running the best few.
+The expected loss of a plan is the sum over its stages of what each adds: for a stage after layer l, from n tokens to m,
+loss_l(m) - loss_l(n). Here loss_l is the sensitivity of that layer by its best metric, interpolated between the counts
+it was measured at (its square root is interpolated, which is nearly linear in the count). FLOPs are a sum as well, each
+layer's weight times its tokens. So dynamic programming over (layer, tokens, budget left) finds the best plan of this
+model for each number of stages and each first layer; the caller checks the model by running the best few plans.
 """
 
 from __future__ import annotations
@@ -20,70 +20,70 @@ from ...pruning.plan import Stage, share_removed, token_counts
 from .sensitivity import Sensitivity
 
 MOST_STAGES = 3
-# Steps that a budget is divided into; a plan of three stages loses four of them at most, which `spend` gives back.
+# Steps that a budget is divided into. Rounding loses at most four of them for three stages; `fill_budget` regains them.
 STEPS = 1000
-# Counts of tokens beside those that the sensitivity was measured at.
+# Counts of tokens on the grid, in addition to those that the sensitivity was measured at.
 COUNTS = 40
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan's stages, and the loss that the sensitivities let expect."""
+    """A plan's stages, and the loss expected from the sensitivities."""
 
     stages: tuple[Stage, ...]
     expected: float
 
 
 def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: int = 12) -> list[Candidate]:
-    """The plans of the least expected loss that leave at most `budget` of the dense FLOPs, best first.
+    """Return the plans with the least expected loss that leave at most `budget` of the dense FLOPs, best first.
 
-    One for each first layer, number of tokens kept there (of the three best) and number of later stages; `most` of
-    them. None where the budget is out of reach.
+    There is one for each first layer, number of tokens kept there (the three best) and number of later stages, at most
+    `most` in all. The list is empty if the budget is out of reach.
     """
     grid = _Grid(model, sensitivity, budget)
-    found: dict[tuple[Stage, ...], float] = {}
+    losses: dict[tuple[Stage, ...], float] = {}
     for later in range(MOST_STAGES):
         for first in range(len(grid.layers)):
-            for path in grid.best(first, later):
-                stages = spend(model, grid.stages(path), budget)
+            for path in grid.best_paths(first, later):
+                stages = fill_budget(model, grid.stages(path), budget)
                 if stages is not None:
-                    found[stages] = grid.expected(stages)
-    ranked = sorted(found.items(), key=lambda item: (item[1], [s.after for s in item[0]], [s.ratio for s in item[0]]))
+                    losses[stages] = grid.expected_loss(stages)
+    ranked = sorted(losses.items(), key=lambda item: (item[1], [s.after for s in item[0]], [s.ratio for s in item[0]]))
     return [Candidate(stages, loss) for stages, loss in ranked[:most]]
 
 
-def spend(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
-    """These stages with as many tokens more as the budget has room for, in proportion; None where it has not enough."""
+def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
+    """Scale the token counts of stages to fill the budget; None if the budget is too small for these stages."""
     protected = model.protected is not None
     counts = token_counts(len(model.blocks), model.length, stages, protected)
     kept = [counts[stage.after] for stage in stages]
 
-    def scaled(factor: float) -> tuple[Stage, ...]:
-        made, before = [], model.length
+    def scale(factor: float) -> tuple[Stage, ...]:
+        scaled, before = [], model.length
         for stage, count in zip(stages, kept, strict=True):
             count = min(before, max(2, int(count * factor)))
-            if count < before:  # a stage that has nothing to do is none
-                made.append(Stage(stage.after, share_removed(before, count, protected), stage.importance))
+            if count < before:  # a stage that removes nothing is left out
+                scaled.append(Stage(stage.after, share_removed(before, count, protected), stage.importance))
             before = count
-        return tuple(made)
+        return tuple(scaled)
 
     low, high = 1.0, 1.5
-    if remaining_share(model, scaled(low)) > budget:
+    if remaining_share(model, scale(low)) > budget:
         low, high = 0.5, 1.0
-        if remaining_share(model, scaled(low)) > budget:
+        if remaining_share(model, scale(low)) > budget:
             return None
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if remaining_share(model, scaled(middle)) <= budget else (low, middle)
-    best = scaled(low)
-    # What is left is less than a token of every stage: of one stage at a time, the last ones first.
-    while (more := _one_more(model, best, budget)) is not None:
+        low, high = (middle, high) if remaining_share(model, scale(middle)) <= budget else (low, middle)
+    best = scale(low)
+    # The rest of the budget is less than one token for every stage: add tokens to one stage at a time, the last first.
+    while (more := _add_token(model, best, budget)) is not None:
         best = more
     return best or None
 
 
-def _one_more(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
-    """The stages with one token more at the last place where the budget and the stage before allow it."""
+def _add_token(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
+    """Add one token to the last stage where the budget and the stage before allow it; None if there is none."""
     protected = model.protected is not None
     counts = token_counts(len(model.blocks), model.length, stages, protected)
     for index in reversed(range(len(stages))):
@@ -92,17 +92,17 @@ def _one_more(model: TokenModel, stages: Sequence[Stage], budget: float) -> tupl
         before = [model.length, *kept[:-1]]
         if kept[index] >= before[index]:
             continue
-        tried = tuple(
+        candidate = tuple(
             replace(stage, ratio=share_removed(many, few, protected))
             for stage, many, few in zip(stages, before, kept, strict=True)
         )
-        if remaining_share(model, tried) <= budget:
-            return tried
+        if remaining_share(model, candidate) <= budget:
+            return candidate
     return None
 
 
 class _Grid:
-    """The dynamic programme for one model, sensitivity and budget."""
+    """The dynamic program for one model, sensitivity and budget."""
 
     def __init__(self, model: TokenModel, sensitivity: Sensitivity, budget: float):
         self.model, self.sensitivity = model, sensitivity
@@ -110,7 +110,7 @@ class _Grid:
         length, depth = model.length, len(model.blocks)
         extra = np.linspace(length - 1, 2, min(COUNTS, length - 2)).round().astype(int).tolist() if length > 2 else []
         self.counts = sorted({*sensitivity.kept, *extra}, reverse=True)
-        self.loss = np.stack([self._at(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
+        self.loss = np.stack([self._interpolate(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
         self.least = self.loss.min(1)
         # FLOPs are affine in the token count of each layer.
         full = [length] * (depth + 1)
@@ -126,27 +126,30 @@ class _Grid:
         self.unit = max(budget - fixed, 1e-9) / STEPS
         self.tables: dict[tuple[int, int], np.ndarray] = {}
 
-    def _at(self, loss: np.ndarray) -> np.ndarray:
-        """Losses (metrics, measured counts) -> (metrics, counts); never falling as tokens go."""
-        known = np.array([self.model.length, *self.sensitivity.kept], dtype=float)
+    def _interpolate(self, loss: np.ndarray) -> np.ndarray:
+        """Interpolate losses (metrics, measured counts) -> (metrics, counts), non-decreasing as tokens are removed."""
+        measured = np.array([self.model.length, *self.sensitivity.kept], dtype=float)
         roots = np.sqrt(np.maximum(np.concatenate([np.zeros((len(loss), 1)), loss], 1), 0))
         roots = np.maximum.accumulate(roots, 1)
-        return np.stack([np.interp(-np.array(self.counts, dtype=float), -known, row) ** 2 for row in roots])
+        return np.stack([np.interp(-np.array(self.counts, dtype=float), -measured, row) ** 2 for row in roots])
 
     def cost(self, start: int, stop: int, tokens: int) -> int:
-        """Steps of the budget that layers start + 1 to stop take, rounded up."""
+        """Return the steps of the budget that layers start + 1 to stop take for a number of tokens, rounded up."""
         return int(np.ceil(self.weights[start:stop].sum() * tokens / self.unit - 1e-9))
 
     def table(self, place: int, later: int) -> np.ndarray:
-        """(counts, steps + 1) least further loss by tokens after a layer and steps left, `later` stages at most."""
+        """Return (counts, steps + 1), the least further loss with at most `later` more stages.
+
+        Rows are tokens after the layer at index `place` of the candidates, columns the steps of the budget left.
+        """
         if (place, later) in self.tables:
             return self.tables[place, later]
-        found = np.full((len(self.counts), STEPS + 1), np.inf)
+        least = np.full((len(self.counts), STEPS + 1), np.inf)
         depth = len(self.model.blocks)
         for row, tokens in enumerate(self.counts):
-            ready = self.cost(self.layers[place], depth, tokens)
-            if ready <= STEPS:
-                found[row, ready:] = 0
+            rest = self.cost(self.layers[place], depth, tokens)
+            if rest <= STEPS:
+                least[row, rest:] = 0
             if not later:
                 continue
             for after in range(place + 1, len(self.layers)):
@@ -156,20 +159,21 @@ class _Grid:
                 added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
                 tail = self.table(after, later - 1)[row + 1 :, : STEPS + 1 - spent]
                 best = (added[:, None] + tail).min(0)
-                found[row, spent:] = np.minimum(found[row, spent:], best)
-        self.tables[place, later] = found
-        return found
+                least[row, spent:] = np.minimum(least[row, spent:], best)
+        self.tables[place, later] = least
+        return least
 
-    def best(self, first: int, later: int) -> list[list[tuple[int, int]]]:
-        """Paths [(place, count's row)] that begin at a layer: the three best choices of tokens kept there."""
+    def best_paths(self, first: int, later: int) -> list[list[tuple[int, int]]]:
+        """Return paths [(place, row of the count)] from a first layer, for the three best numbers of tokens there."""
         spent = self.cost(0, self.layers[first], self.model.length)
         if spent > STEPS:
             return []
         total = self.least[first] + self.table(first, later)[:, STEPS - spent]
         rows = [int(row) for row in np.argsort(total, kind="stable")[:3] if np.isfinite(total[row])]
-        return [self._follow(first, row, STEPS - spent, later) for row in rows]
+        return [self._backtrack(first, row, STEPS - spent, later) for row in rows]
 
-    def _follow(self, place: int, row: int, left: int, later: int) -> list[tuple[int, int]]:
+    def _backtrack(self, place: int, row: int, left: int, later: int) -> list[tuple[int, int]]:
+        """Return the path of least loss from a table entry."""
         target = self.table(place, later)[row, left]
         tokens = self.counts[row]
         if target > 0 or self.cost(self.layers[place], len(self.model.blocks), tokens) > left:
@@ -180,25 +184,26 @@ class _Grid:
                 added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
                 totals = added + self.table(after, later - 1)[row + 1 :, rest]
                 if len(totals) and np.isfinite(target) and totals.min() <= target + 1e-12:
-                    return [(place, row), *self._follow(after, row + 1 + int(totals.argmin()), rest, later - 1)]
+                    return [(place, row), *self._backtrack(after, row + 1 + int(totals.argmin()), rest, later - 1)]
         return [(place, row)]
 
     def stages(self, path: Sequence[tuple[int, int]]) -> list[Stage]:
+        """Convert a path to stages, each with the best metric for its layer and count."""
         protected = self.model.protected is not None
-        made, before = [], self.model.length
+        stages, before = [], self.model.length
         for place, row in path:
             metric = self.sensitivity.metrics[int(self.loss[place, :, row].argmin())]
-            made.append(Stage(self.layers[place], share_removed(before, self.counts[row], protected), metric))
+            stages.append(Stage(self.layers[place], share_removed(before, self.counts[row], protected), metric))
             before = self.counts[row]
-        return made
+        return stages
 
-    def expected(self, stages: Sequence[Stage]) -> float:
-        """The loss that the sensitivities let expect of stages whose counts may lie between those of the grid."""
+    def expected_loss(self, stages: Sequence[Stage]) -> float:
+        """Return the expected loss of stages, whose counts may lie between those of the grid."""
         counts = token_counts(len(self.model.blocks), self.model.length, stages, self.model.protected is not None)
-        known = -np.array([self.model.length, *self.counts], dtype=float)
+        grid = -np.array([self.model.length, *self.counts], dtype=float)
         total = 0.0
         for stage in stages:
             curve = np.concatenate([[0.0], self.least[self.layers.index(stage.after)]])
-            n, m = np.interp([-counts[stage.after - 1], -counts[stage.after]], known, curve)
+            n, m = np.interp([-counts[stage.after - 1], -counts[stage.after]], grid, curve)
             total += max(0.0, m - n)
         return float(total)

@@ -1,10 +1,10 @@
-"""How good a pruned model would be, judged cheaply: by its outputs as they are, or with its classifier refitted.
+"""A cheap proxy for the loss of a reconstructed model: the pruned model's loss, as it is or with a refitted classifier.
 
-Reconstruction (`ssmcompress.compression.reconstruct`) takes twenty times as long as running a plan, so plans are judged
-before it. The outputs as they are mislead: part of what pruning does to them is a shift that any refit takes away. To
-refit the classifier alone, in closed form, costs nothing beside the run, and ranks 35 plans of the bundled Vim (50 to
-75 % of the FLOPs, one to three stages, eight metrics) as full reconstruction does with a rank correlation of 0.96;
-without it, 0.85.
+Reconstruction (`ssmcompress.compression.reconstruct`) takes twenty times as long as running a plan, so plans are ranked
+before it. The outputs as they are mislead, because part of their change is a shift that any refit removes. Refitting
+the classifier alone, in closed form, is free compared with the run. Over 35 plans of the bundled Vim (50 to 75 % of the
+FLOPs, one to three stages, eight metrics) its ranking and that of full reconstruction have a rank correlation of 0.96;
+without the refit, 0.85.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from torch import Tensor, nn
 
 from ...models.base import TokenModel
 
-# Of the mean square of what the classifier receives.
+# Ridge strength, relative to the mean squared input of the classifier.
 RIDGE = 1e-2
 
 
 class Collector:
-    """What the classifier of a model receives, (images, width), of all runs while in the `with` block."""
+    """Collects the inputs of a model's classifier, (images, width), over all runs in the body of the with statement."""
 
     def __init__(self, model: TokenModel):
         self.model = model
-        self.seen: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def __enter__(self) -> Collector:
-        self.hook = self.model.classifier.register_forward_hook(lambda _, given, __: self.seen.append(given[0].cpu()))
+        self.hook = self.model.classifier.register_forward_hook(lambda _, args, __: self.inputs.append(args[0].cpu()))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.hook.remove()
 
     def take(self) -> Tensor:
-        """What came since the last time."""
-        found = torch.cat(self.seen)
-        self.seen.clear()
-        return found
+        """Return the inputs since the last call."""
+        inputs = torch.cat(self.inputs)
+        self.inputs.clear()
+        return inputs
 
 
-def total_loss(
+def sum_losses(
     classifier: nn.Linear,
     features: Tensor,
     dense: Tensor,
@@ -51,22 +51,22 @@ def total_loss(
     refit: bool = False,
     add: Callable[..., None] | None = None,
 ) -> float:
-    """Sum over the images of KL(dense || this) in nats, or of the labels' cross entropy above the dense model's.
+    """Return the loss summed over the images: KL(dense || this) in nats, or cross entropy minus the dense model's.
 
-    With `refit`, each half of the images (every second one) is judged with a classifier that was refitted to the dense
-    logits on the other half.
+    With `refit`, each half of the images (every second one) is measured with a classifier that was refitted to the
+    dense logits on the other half.
 
     Args:
-        features: (images, width) what the classifier receives. dense: (images, classes) the dense model's logits.
-        labels: (images,), to judge by them.
-        add: adds tensors up over processes, each of which has images of its own.
+        features: (images, width) inputs of the classifier. dense: (images, classes) logits of the dense model.
+        labels: (images,), for the cross entropy; None: KL.
+        add: function that sums tensors over processes, in place, if each of them has its own images.
     """
     weight, bias = classifier.weight.detach().cpu(), classifier.bias
     logits = F.linear(features, weight, None if bias is None else bias.detach().cpu()).double()
     if refit:
         rows = torch.cat([features.double(), torch.ones(len(features), 1, dtype=torch.float64)], 1)
         halves = [slice(0, None, 2), slice(1, None, 2)]
-        changes = [_change(rows[half], dense.double()[half] - logits[half], add) for half in halves]
+        changes = [_fit_change(rows[half], dense.double()[half] - logits[half], add) for half in halves]
         for half, change in zip(halves, reversed(changes), strict=True):
             logits[half] += rows[half] @ change
     ours, theirs = logits.log_softmax(1), dense.double().log_softmax(1)
@@ -75,8 +75,8 @@ def total_loss(
     return float(F.nll_loss(ours, labels, reduction="sum") - F.nll_loss(theirs, labels, reduction="sum"))
 
 
-def _change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:
-    """(width + 1, classes) ridge regression of what is missing in the logits."""
+def _fit_change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:
+    """Return the ridge regression (width + 1, classes) of what is missing in the logits, on the classifier's inputs."""
     gram, cross = rows.T @ rows, rows.T @ missing
     if add is not None:
         add(gram, cross)
@@ -84,8 +84,8 @@ def _change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> T
     return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), cross)
 
 
-def mean_losses(totals: Sequence[float] | Tensor, images: int, add: Callable[..., None] | None) -> Tensor:
-    """Losses summed over the images of each process -> means over all images."""
+def average_losses(totals: Sequence[float] | Tensor, images: int, add: Callable[..., None] | None) -> Tensor:
+    """Convert losses summed over the images of each process to means over all images."""
     totals, count = torch.as_tensor(totals, dtype=torch.float64), torch.tensor(float(images), dtype=torch.float64)
     if add is not None:
         add(totals, count)

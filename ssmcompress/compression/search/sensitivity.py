@@ -1,7 +1,8 @@
-"""Sensitivity: what pruning at one place alone costs, for every layer, metric and number of tokens kept.
+"""Sensitivity: the loss from pruning after one layer alone, for every layer, metric and number of tokens kept.
 
-Measured once, on images; any budget can be planned with it afterwards (`ssmcompress.compression.search.propose`). For every block
-of images the dense model runs once and leaves each layer's tokens; from there only the layers behind a stage are run.
+It is measured once, on images; plans for any budget can be made from it afterwards
+(`ssmcompress.compression.search.propose`). For each chunk of images the dense model runs once and each layer's tokens
+are kept; for each stage only the layers after it are run again.
 """
 
 from __future__ import annotations
@@ -18,23 +19,25 @@ import torch
 from torch import Tensor
 
 from ... import processes
+from ...data.batches import LabelledBatch
 from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
 from ...models.rewrite import install
 from ...progress import track
 from ...pruning.alignment import Alignment
-from ...pruning.plan import LEAST_KEPT, Plan, Stage, kept_count, share_removed
+from ...pruning.importance import IMPORTANCES
+from ...pruning.plan import MAX_RATIO, Plan, Stage, kept_count, share_removed
 from ...pruning.pruner import TokenPruner
-from .proxy_loss import Collector, mean_losses, total_loss
+from .proxy_loss import Collector, average_losses, sum_losses
 
 FORMAT_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
-# Metrics worth choosing from. `mean`, `clip-paths` and `random` came first at none of layers 1 to 3 of the bundled Vim
+# Metrics to choose from. `mean`, `clip-paths` and `random` came first at none of layers 1 to 3 of the bundled Vim
 # (60 % of the FLOPs, aligned, 1,024 images).
 METRICS = ("clip", "l1", "l2", "delta", "saliency")
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, LEAST_KEPT)
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, MAX_RATIO)
 OBJECTIVES = ("kl", "labels")
-# Candidates at most; of deeper models every second layer is one, or every third.
+# Most candidate layers; in deeper models every second or third layer is a candidate.
 MOST_LAYERS = 12
 
 
@@ -43,11 +46,11 @@ class Sensitivity:
     """Loss per layer, metric and count of kept tokens, each for a single stage and nothing else pruned.
 
     Attributes:
-        model: {"sha256", "depth", "length"} of what it was measured on. data: {"name", "images"}.
-        objective: "kl", mean KL(dense || pruned) in nats an image, or "labels", their cross entropy above the dense
-            model's. refit: whether the classifier was refitted for it.
+        model: {"sha256", "depth", "length"} of the model it was measured on. data: {"name", "images"}.
+        objective: "kl", mean KL(dense || pruned) in nats per image, or "labels", the cross entropy in excess of the
+            dense model's. refit: whether the classifier was refitted for it.
         alignment, gap: as in a plan.
-        layers: candidates for a stage, from 1. metrics: of importance. kept: counts of tokens, falling.
+        layers: candidate layers for a stage, from 1. metrics: importance metrics. kept: counts of tokens, decreasing.
         loss: (layers, metrics, kept) float64.
     """
 
@@ -63,6 +66,7 @@ class Sensitivity:
     loss: Tensor
 
     def to_json(self) -> str:
+        """Return the content of a sensitivity file."""
         value = {
             "format_version": FORMAT_VERSION,
             "model": self.model,
@@ -80,14 +84,14 @@ class Sensitivity:
 
     @classmethod
     def read(cls, file: str | Path) -> Sensitivity:
-        """What `to_json` wrote; an InputError for anything else."""
+        """Read a sensitivity file, or the one in a folder; InputError for any other content."""
         path = Path(file)
         path = path / SENSITIVITY_FILE if path.is_dir() else path
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if value["format_version"] > FORMAT_VERSION:
                 raise InputError(f"{path}: a sensitivity of a newer version of ssmcompress: upgrade it")
-            found = cls(
+            sensitivity = cls(
                 model={k: value["model"][k] for k in ("sha256", "depth", "length")},
                 data={"name": str(value["data"]["name"]), "images": int(value["data"]["images"])},
                 objective=value["objective"],
@@ -99,16 +103,17 @@ class Sensitivity:
                 kept=tuple(int(v) for v in value["kept"]),
                 loss=torch.tensor(value["loss"], dtype=torch.float64),
             )
-            found._check()
+            sensitivity._check()
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a sensitivity of ssmcompress ({type(error).__name__} {error})") from error
-        return found
+        return sensitivity
 
     def _check(self) -> None:
+        """Raise a ValueError if the fields do not fit together."""
         depth, length = self.model["depth"], self.model["length"]
         if tuple(self.loss.shape) != (len(self.layers), len(self.metrics), len(self.kept)) or not self.loss.numel():
             raise ValueError(f"losses {tuple(self.loss.shape)} for its layers, metrics and counts")
@@ -119,12 +124,12 @@ class Sensitivity:
         if list(self.kept) != sorted(set(self.kept), reverse=True) or not all(2 <= v <= length for v in self.kept):
             raise ValueError(f"counts {self.kept}")
 
-    def only(self, layers: Sequence[int] | None, metrics: Sequence[str] | None) -> Sensitivity:
-        """This one for some of the layers and metrics."""
-        for what, wanted, known in (("layer", layers, self.layers), ("importance", metrics, self.metrics)):
-            if wanted and (missing := [v for v in wanted if v not in known]):
+    def select(self, layers: Sequence[int] | None, metrics: Sequence[str] | None) -> Sensitivity:
+        """Return the sensitivity of some of the layers and metrics; None or an empty sequence selects all."""
+        for what, selected, measured in (("layer", layers, self.layers), ("importance", metrics, self.metrics)):
+            if selected and (missing := [v for v in selected if v not in measured]):
                 raise InputError(
-                    f"the sensitivity has no {what} {missing[0]}: it was measured for {', '.join(map(str, known))}"
+                    f"the sensitivity has no {what} {missing[0]}: it was measured for {', '.join(map(str, measured))}"
                 )
         rows = [i for i, layer in enumerate(self.layers) if not layers or layer in layers]
         columns = [i for i, metric in enumerate(self.metrics) if not metrics or metric in metrics]
@@ -135,25 +140,25 @@ class Sensitivity:
             loss=self.loss[rows][:, columns],
         )
 
-    def belongs_to(self, model: TokenModel) -> None:
-        """An InputError if it was measured on another model."""
-        ours = identity(model)
+    def check_model(self, model: TokenModel) -> None:
+        """Raise an InputError if the sensitivity was measured on another model."""
+        ours = identify(model)
         if ours != self.model:
-            wrong = next(k for k in ours if ours[k] != self.model[k])
+            key = next(k for k in ours if ours[k] != self.model[k])
             raise InputError(
-                f"the sensitivity was measured on another model ({wrong} {self.model[wrong]}, this one has "
-                f"{ours[wrong]}): leave it out to measure anew"
+                f"the sensitivity was measured on another model ({key} {self.model[key]}, this one has "
+                f"{ours[key]}): leave it out to measure anew"
             )
 
 
-def identity(model: TokenModel) -> dict[str, Any]:
-    """What a sensitivity knows its model by."""
+def identify(model: TokenModel) -> dict[str, Any]:
+    """Return what identifies the model of a sensitivity, as a JSON value."""
     sha = model.source.sha256 if model.source is not None else None
     return {"sha256": sha, "depth": len(model.blocks), "length": model.length}
 
 
-def candidates(depth: int) -> tuple[int, ...]:
-    """Layers after which a model of `depth` layers may be pruned, 12 of them at most."""
+def candidate_layers(depth: int) -> tuple[int, ...]:
+    """Return the layers after which a model of `depth` layers may be pruned, at most 12."""
     step = max(1, -(-(depth - 1) // MOST_LAYERS))
     return tuple(range(1, depth, step))
 
@@ -161,8 +166,7 @@ def candidates(depth: int) -> tuple[int, ...]:
 @torch.no_grad()
 def measure_sensitivity(
     model: TokenModel,
-    images: Tensor,
-    labels: Tensor | None = None,
+    data: LabelledBatch,
     *,
     plan: Plan,
     layers: Sequence[int],
@@ -171,22 +175,26 @@ def measure_sensitivity(
     name: str = "images",
     distributed: bool = False,
 ) -> Sensitivity:
-    """What each single stage costs on prepared images, best ones that nothing was fitted on.
+    """Measure the loss of each single stage on prepared images, preferably images that nothing was fitted on.
 
     Args:
-        model: dense. images: (count, C, H, W). labels: (count,) to judge by them; None: by the dense model's outputs.
-        plan: its alignment, gap and seed, and a calibration with probes where "saliency" is among the metrics.
-        layers, metrics: what to measure. refit: judge with the classifier refitted, as fits a model that is to be
-            reconstructed (`ssmcompress.compression.search.proxy_loss`). name: what the images are called.
-        distributed: every process of the default group makes this call, with images of its own.
+        model: the dense model.
+        data: images (count, C, H, W) and labels (count,) to compare with; no labels: the dense model's outputs.
+        plan: its alignment, gap and seed are used, and its calibration's probes if "saliency" is among the metrics.
+        layers, metrics: what to measure.
+        refit: whether to refit the classifier first, which suits a model that is to be reconstructed
+            (`ssmcompress.compression.search.proxy_loss`).
+        name: name of the images.
+        distributed: every process of the default group makes this call, each with its own images.
 
     Raises:
         InputError: no images, or values that are not finite.
     """
+    images, labels = data
     length, device = model.length, next(model.parameters()).device
     counts = dict.fromkeys(kept_count(length, ratio, model.protected is not None) for ratio in RATIOS)
     kept = tuple(count for count in counts if count < length)
-    # A stage that drops nothing, taken out again: it leaves every later layer the delta of what will be gone.
+    # A stage that drops nothing is installed and removed again: it gives every later layer the delta of dropped tokens.
     work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0),)))
     work.pruners.clear()
     order = [(i, j, k) for i in range(len(layers)) for j in range(len(metrics)) for k in range(len(kept))]
@@ -195,41 +203,40 @@ def measure_sensitivity(
     size = model.chunk_size()
     starts = range(0, len(images), size)
     steps = [(start, row, column) for start in starts for row in range(len(layers)) for column in range(len(metrics))]
-    with Collector(work) as received:
+    with Collector(work) as collector:
         for start, row, column in track(steps, "measuring sensitivity", len(steps)):
             if (row, column) == (0, 0):
-                part = slice(start, start + size)
-                states = [work.embed(images[part].to(device))]
+                states = [work.embed(images[start : start + size].to(device))]
                 for block in work.blocks:
                     states.append(block(states[-1]))
                 logits.append(work.readout(states[-1]).cpu())
-                received.take()
+                collector.take()
                 if not logits[-1].isfinite().all():
                     raise InputError(NOT_FINITE)
             layer, metric = layers[row], metrics[column]
-            probe = plan.probe(layer) if metric == "saliency" else None
+            probe = plan.probe(layer) if IMPORTANCES[metric].probe else None
             for k, count in enumerate(kept):
                 ratio = share_removed(length, count, model.protected is not None)
                 pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)
                 if not k:
                     tokens = states[layer]
-                    if pruner.asks_for is not None:
-                        tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.asks_for)
-                left = pruner(tokens)
+                    if pruner.block_metric is not None:
+                        tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.block_metric)
+                pruned = pruner(tokens)
                 for block in work.blocks[layer:]:
-                    left = block(left)
-                work.readout(left)
-                cells[row, column, k].append(received.take())
+                    pruned = block(pruned)
+                work.readout(pruned)
+                cells[row, column, k].append(collector.take())
     add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None
     dense = torch.cat(logits)
     totals = [
-        total_loss(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()
+        sum_losses(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()
     ]
-    loss = mean_losses(totals, len(images), add).view(len(layers), len(metrics), len(kept))
+    loss = average_losses(totals, len(images), add).view(len(layers), len(metrics), len(kept))
     if not loss.isfinite().all():
         raise InputError(NOT_FINITE)
-    data = {"name": name, "images": len(images)}
+    source = {"name": name, "images": len(images)}
     objective = "kl" if labels is None else "labels"
     return Sensitivity(
-        identity(model), data, objective, refit, plan.alignment, plan.gap, tuple(layers), tuple(metrics), kept, loss
+        identify(model), source, objective, refit, plan.alignment, plan.gap, tuple(layers), tuple(metrics), kept, loss
     )

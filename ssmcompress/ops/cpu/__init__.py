@@ -1,4 +1,4 @@
-"""CPU backend: the ops compiled by Numba, on torch's tensors in place and torch's threads."""
+"""CPU backend: the ops compiled by Numba; they work in place on torch's tensors and run in torch's threads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .entries import COLUMNS, address
 from .scan import BLOCK
 from .threads import run
 
-# Multiply-adds below which a second thread costs more than it brings.
+# Multiply-adds below which a second thread costs more than it saves.
 _SMALL = 1 << 15
 
 
 def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, softplus, reverse) -> Tensor:
-    """y (batch, length, d_inner); arguments as in `ssmcompress.ops.compiled`."""
+    """Return y (batch, length, d_inner); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(u, u.shape, u.dtype)
     if y.numel():
         arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y]
@@ -26,22 +26,23 @@ def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, orde
 
 
 def _channels(batch: int, d_inner: int) -> int:
-    """Channels that a thread takes at a time.
+    """Return the number of channels that a thread processes at a time.
 
-    Many, for rows are read fastest whole (384 in 0.16 ns an element, 64 in 0.19); few enough to go round twice.
+    It is large, because whole rows are read fastest (384 in 0.16 ns an element, 64 in 0.19), but leaves at least two
+    tiles of channels for each thread.
     """
     most = min(384, d_inner * batch // (2 * torch.get_num_threads()))
     return max(64, most // 64 * 64)
 
 
 def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, softplus, reverse) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, D, z, bias, gap; arguments as in `ssmcompress.ops.compiled`."""
+    """Return the gradients of u, delta, A, B, C, D, z, bias, gap; arguments as in `ssmcompress.ops.compiled`."""
     batch, _, d_inner = u.shape
     blocks = -(-d_inner // int(BLOCK))
     du, ddelta = _new(u, u.shape, u.dtype), _new(u, u.shape, u.dtype)
     dz = _new(u, u.shape if z is not None else (0,), u.dtype)
     dgap = _new(u, u.shape if gap is not None else (0,))
-    # In parts that no two threads share.
+    # Partial sums, so that no two threads add to the same number.
     dA = _new(u, (batch, *A.shape))
     dB, dC = _new(u, (blocks, *B.shape)), _new(u, (blocks, *B.shape))
     dD = _new(u, (batch, d_inner) if D is not None else (0,))
@@ -54,7 +55,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, orde
 
 
 def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
-    """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
+    """Return y (batch, length, channels); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(x, x.shape, x.dtype)
     if y.numel():
         arrays = [x, weight, bias, positions, y]
@@ -63,7 +64,7 @@ def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
 
 
 def conv_backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
-    """Gradients of x, weight and bias; arguments as in `ssmcompress.ops.compiled`."""
+    """Return the gradients of x, weight and bias; the arguments are those of `ssmcompress.ops.compiled`."""
     batch, _, channels = x.shape
     dx, dweight = _new(x, x.shape, x.dtype), _new(x, (batch, *weight.shape))
     dbias = _new(x, (batch, channels) if bias is not None else (0,))
@@ -74,7 +75,7 @@ def conv_backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]
 
 
 def grid_conv_forward(x, weight, bias, positions, rows, columns, silu) -> Tensor:
-    """y (batch, length, channels); arguments as in `ssmcompress.ops.compiled`."""
+    """Return y (batch, length, channels); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(x, x.shape, x.dtype)
     if y.numel():
         flags = (silu, rows, columns, *weight.shape[2:])
@@ -84,7 +85,7 @@ def grid_conv_forward(x, weight, bias, positions, rows, columns, silu) -> Tensor
 
 
 def norm_forward(x, weight, eps) -> Tensor:
-    """y (..., channels); arguments as in `ssmcompress.ops.compiled`."""
+    """Return y (..., channels); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(x, x.shape, x.dtype)
     if y.numel():
         arrays = [x.reshape(-1, x.shape[-1]), weight, torch.tensor([eps], dtype=torch.float32), y.view(-1, x.shape[-1])]
@@ -93,24 +94,25 @@ def norm_forward(x, weight, eps) -> Tensor:
 
 
 def _new(of: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a kernel that goes over `of` will fill; zeros if there is nothing to go over."""
+    """Return a tensor for a kernel over `of` to fill; zeros if `of` is empty and no kernel runs."""
     return (torch.empty if of.numel() else torch.zeros)(shape, dtype=dtype, device=of.device)
 
 
 def _sum(parts: Tensor) -> Tensor:
-    """Over the first axis, where there is more than that."""
+    """Sum partial results over the first axis; an optional input that is missing has only one."""
     return parts.sum(0) if parts.ndim > 1 else parts
 
 
 def _launch(kernel: str, flags: tuple[int, ...], arrays: list[Tensor | None], dtype: torch.dtype, work: int) -> None:
-    """Run a kernel over all of its items; see `entries` for the table that it takes."""
-    dense = [None if a is None else a if a.stride(-1) == 1 else a.contiguous() for a in arrays]  # alive to the end
+    """Run a kernel over all of its items; `entries` describes the table that it takes."""
+    # Copies stay referenced by `dense` until the kernel returns.
+    dense = [None if a is None else a if a.stride(-1) == 1 else a.contiguous() for a in arrays]
     table = array("q", (0, *flags, *_NO_ARRAY[1 + len(flags) :]))
     for a in dense:
         table.extend(_NO_ARRAY if a is None else _row(a))
     threads = torch.get_num_threads() if work > _SMALL else 1
     run(address(kernel, dtype == torch.bfloat16), table.buffer_info()[0], threads)
-    if not table[0]:  # every thread failed before its first item, and only the making of scratch can fail
+    if not table[0]:  # every thread failed before its first item, and only the allocation of scratch can fail
         raise MemoryError(f"out of memory in {kernel}")
 
 
@@ -118,7 +120,7 @@ _NO_ARRAY = (0,) * COLUMNS
 
 
 def _row(tensor: Tensor) -> tuple[int, ...]:
-    """Address, shape and strides in bytes, as of three axes."""
+    """Return address, shape and strides in bytes of a tensor, padded to three axes."""
     missing, size = 3 - tensor.ndim, tensor.element_size()
     strides = [stride * size for stride in tensor.stride()]
     return tensor.data_ptr(), *(1,) * missing, *tensor.shape, *(0,) * missing, *strides

@@ -2,7 +2,7 @@
 
 Arrays have three axes, as in `scan`: x, y and their gradients (batch, length, channels) are float32, or bfloat16 held
 as uint16; weight (1, channels, width), the last tap being the token itself, and bias (1, 1, channels) float32;
-positions (1, batch, length) int64. What is not there has no elements.
+positions (1, batch, length) int64. An optional array that is missing has no elements.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from .vector import LANES, helper, kernel, load, next_item, prefetch, scratch, s
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Tokens that one thread takes at a time in the forward pass, which goes along the rows.
+# Tokens that one thread processes at a time in the forward pass, which runs along the rows.
 ROWS = uint64(32)
-# Tokens to ask for in advance: 0.25 ms for (8, 197, 384) where it takes 0.37 without.
+# Tokens to prefetch: (8, 197, 384) takes 0.25 ms with it and 0.37 without.
 AHEAD = uint64(2)
-# Channels that one thread takes at a time in the backward pass.
+# Channels of a tile, which one thread processes at a time in the backward pass.
 BLOCK = uint64(64)
 
 
 @kernel
 def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
-    """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
+    """Compute y (batch, length, channels) for each stretch of tokens that this thread takes from `table`."""
     length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(weight.shape[2])
     stretches = (length + ROWS - ONE) // ROWS
     vectors = (channels + WIDTH - ONE) // WIDTH
@@ -34,7 +34,7 @@ def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
     while stretch < uint64(x.shape[0]) * stretches:
         b, start = stretch // stretches, stretch % stretches * ROWS
         for t in range(start, min(start + ROWS, length)):
-            # Four taps at a time, written out: with a loop over the taps a call took 1.15 ms in a Vim-tiny, then 0.7.
+            # Four taps at a time, unrolled: with a loop over the taps a call in a Vim-tiny took 1.15 ms, now 0.7.
             for back in range(ZERO, width, uint64(4)):
                 s0, d0 = _source(positions, reverse, b, t, back, length, width)
                 s1, d1 = _source(positions, reverse, b, t, back + uint64(1), length, width)
@@ -63,9 +63,9 @@ def conv_forward(table, with_silu, reverse, x, weight, bias, positions, y):
 
 @kernel
 def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx, dweight, dbias):
-    """Gradients from that of y, dy (batch, length, channels), of every block of channels not taken yet.
+    """Compute the gradients from dy (batch, length, channels) for each tile of channels that this thread takes.
 
-    dweight (batch, channels, width) and dbias (1, batch, channels) are left in parts for the caller to sum, in an
+    dweight (batch, channels, width) and dbias (1, batch, channels) are partial sums, which the caller adds up in an
     order that is the same each time.
     """
     length, channels, width = uint64(x.shape[1]), uint64(x.shape[2]), uint64(weight.shape[2])
@@ -96,10 +96,10 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
                 store(dsum, (t * most + v, ZERO), WIDTH, g)
                 store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + g)
                 for back in range(width):
-                    # What is out of reach goes to a row past the taps, which no one reads.
+                    # Tokens out of reach are added to a row past the taps, which is never read.
                     row = (distance[back] * most + v, ZERO)
                     store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, source[back], e), count))
-        # x at t reaches y where y's own source is t: the same question, asked along the other direction.
+        # x at t contributes to each y that has t as a source: the same lookup in the opposite direction.
         for t in range(length):
             for ahead in range(width):
                 source[ahead], distance[ahead] = _source(positions, not reverse, b, t, ahead, length, width)
@@ -122,18 +122,18 @@ def conv_backward(table, with_silu, reverse, x, weight, bias, positions, dy, dx,
 
 @helper
 def _source(positions, reverse, b, t, back, length, width):
-    """(token, distance) of the kept token that is `back` before t; (t, width), the tap of zeros, if out of reach."""
+    """Return (token, distance) of the kept token `back` before t, or (t, width), the tap of zeros, if out of reach."""
     if back >= min(width, (length - t if reverse else t + ONE)):
         return t, width
     source = t + back if reverse else t - back
-    # Kept tokens are in order: whatever is in reach is one of the width - 1 just before.
+    # Kept tokens are ordered, so only the width - 1 tokens just before can be in reach.
     distance = _distance(positions, b, t, source, back)
     return (source, distance) if distance < width else (t, width)
 
 
 @helper
 def _distance(positions, b, t, source, back):
-    """Steps on the original path between two kept tokens that are `back` kept tokens apart."""
+    """Return the steps on the original path between two kept tokens that are `back` kept tokens apart."""
     if positions.size:
         return uint64(abs(positions[ZERO, b, t] - positions[ZERO, b, source]))
     return back
@@ -141,7 +141,7 @@ def _distance(positions, b, t, source, back):
 
 @kernel
 def _taps(weight):
-    """((width + 1) * vectors, 16): the tap of each distance, its channels in a row, and last those of zeros."""
+    """Return ((width + 1) * vectors, 16): a row of the taps of all channels for each distance, a last row of zeros."""
     channels, width = uint64(weight.shape[1]), uint64(weight.shape[2])
     vectors = (channels + WIDTH - ONE) // WIDTH
     taps = scratch((width + ONE) * vectors)

@@ -1,7 +1,7 @@
-"""The kernels as C functions of one pointer, compiled when first asked for and kept on disk.
+"""The kernels as C functions of one pointer, compiled at their first use and cached on disk.
 
-Every thread of a team calls the same function with the same table, seven int64 a row: first the counter of items
-taken, flags and sizes, then for each array its address, shape and strides in bytes.
+Every thread of a team calls the same function with the same table of seven int64 a row: the first row has the counter
+of items, flags and sizes; each further row has the address, shape and strides in bytes of one array.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .vector import array_at
 
 COLUMNS = 7
 
-# `a` is the dtype of activations. Numba's cache looks for changes in the file of a function alone, but at the values
-# that it closes over too: `stamp` stands for all the files that a kernel is made of.
+# `a` is the dtype of activations. Numba's cache checks only the file of a function for changes, but also the values of
+# its closure: `stamp` is a hash of all files that a kernel is built from.
 
 
 def _scan_forward(a, stamp):
@@ -119,7 +119,7 @@ _logger = logging.getLogger("ssmcompress")
 
 
 def address(kernel: str, half: bool) -> int:
-    """Address of the C function void(void *) of a kernel, for bfloat16 activations if `half`, else float32."""
+    """Return the address of a kernel's C function void(void *), for bfloat16 activations if `half`, else float32."""
     found = _addresses.get((kernel, half))
     if found is None:
         with _compiling:
@@ -131,7 +131,7 @@ def address(kernel: str, half: bool) -> int:
 @cache
 def _compiled(kernel: str, half: bool):
     function = _KERNELS[kernel](uint16 if half else float32, _stamp())
-    announcement = threading.Timer(1.5, _announce)  # one loaded from disk takes half a second
+    announcement = threading.Timer(1.5, _announce)  # loading a cached kernel takes half a second
     announcement.start()
     try:
         return _made(function)
@@ -142,7 +142,7 @@ def _compiled(kernel: str, half: bool):
 def _made(function: Callable):
     try:
         return cfunc(void(types.voidptr), cache=True)(function)
-    except Exception as error:  # no folder to write to, a full disk, a damaged file: all of them only cost time
+    except Exception as error:  # no writable folder, a full disk, a damaged file: they cost only time
         _logger.debug("compiled code cannot be kept: %s", error)
         return cfunc(void(types.voidptr))(function)
 
@@ -158,7 +158,7 @@ def _renew_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)  # a thread that held it is not in the child
+    os.register_at_fork(after_in_child=_renew_lock)  # a thread that held the lock does not exist in the child
 
 
 @cache

@@ -1,8 +1,8 @@
-"""The convolution on a grid of `ssmcompress.ops`, forward alone, at the tokens that are there.
+"""The convolution on a grid of `ssmcompress.ops`, forward only, at the kept tokens.
 
 Arrays have three axes, as in `scan`: x and y (batch, length, channels) are float32, or bfloat16 held as uint16; weight
-(1, channels, height * width) and bias (1, 1, channels), without elements if there is none, float32; positions (1,
-batch, length) int64.
+(1, channels, height * width) and bias (1, 1, channels), empty if there is none, are float32; positions (1, batch,
+length) are int64.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .vector import LANES, helper, kernel, load, next_item, scratch, sigmoid, sp
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Vectors of channels that are summed up side by side: a single sum would wait for each of its additions.
+# Vectors of channels that are accumulated in parallel: a single sum would wait for the latency of each addition.
 ABREAST = uint64(4)
-# Tokens that one thread takes at a time.
+# Tokens that one thread processes at a time.
 ROWS = uint64(16)
 
 
 @kernel
 def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight, bias, positions, y):
-    """y (batch, length, channels) of every stretch of tokens that no other thread has taken from `table`."""
+    """Compute y (batch, length, channels) for each stretch of tokens that this thread takes from `table`."""
     length, channels = uint64(x.shape[1]), uint64(x.shape[2])
     stretches = (length + ROWS - ONE) // ROWS
     vectors = (channels + WIDTH - ONE) // WIDTH
@@ -71,7 +71,7 @@ def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight,
 
 @helper
 def _neighbours(token_at, position, rows, columns, height, width, sources, places):
-    """How many tokens there are in the window around a place; which ones, and where in the window each stands."""
+    """Return the number of tokens in the window around `position`; write them to `sources`, their taps to `places`."""
     count = ZERO
     for i in range(height):
         row = position // columns + i - height // 2
@@ -91,7 +91,7 @@ def _offset(bias, e, lanes):
 
 @kernel
 def _taps(weight):
-    """(height * width * vectors, 16): the taps of each place in the window, their channels in a row."""
+    """Return (height * width * vectors, 16): for each place in the window a row of the taps of all channels."""
     channels, window = uint64(weight.shape[1]), uint64(weight.shape[2])
     vectors = (channels + WIDTH - ONE) // WIDTH
     taps = scratch(window * vectors)

@@ -1,7 +1,7 @@
-"""Keeps the C library from returning memory to the system after every layer, only to ask for it again.
+"""Settings of malloc that keep freed memory in the process, instead of returning it to the system after every layer.
 
-glibc hands the top of its heap back as soon as twice the largest tensor is free there. A forward of Vim-tiny, batch 8,
-then faults in 170,000 pages anew and takes 1.5 times as long.
+glibc returns the top of its heap as soon as twice the largest tensor is free there. A forward of Vim-tiny, batch 8,
+then has 170,000 page faults and takes 1.5 times as long.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT = 512 << 20
-_LARGEST_ON_HEAP = 32 << 20  # the most that glibc takes; larger tensors come from the system each time
+_LARGEST_ON_HEAP = 32 << 20  # the maximum that glibc accepts; larger tensors are mapped from the system each time
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let up to 512 MB of freed memory stay with this process; whether glibc was asked to.
+    """Keep up to 512 MB of freed memory in this process; return whether glibc accepted the settings.
 
-    Not done where the environment has malloc settings of its own, or SSMCOMPRESS_KEEP_MEMORY=0, or where the C
-    library is not glibc.
+    Nothing is changed if the environment has its own malloc settings or SSMCOMPRESS_KEEP_MEMORY=0, or if the C library
+    is not glibc.
     """
     own = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
     if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):

@@ -1,4 +1,4 @@
-"""RMS normalisation of rows, forward alone: x (1, rows, channels) and y float32 or bfloat16 held as uint16."""
+"""RMS normalisation of rows, forward only: x (1, rows, channels) and y are float32, or bfloat16 held as uint16."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .vector import LANES, kernel, lane_sum, load, next_item, splat, store
 
 ZERO = uint64(0)
 WIDTH = uint64(LANES)
-# Rows that one thread takes at a time.
+# Rows that one thread processes at a time.
 ROWS = uint64(32)
 
 
 @kernel
 def norm_forward(table, x, weight, eps, y):
-    """y = x / sqrt(mean(x^2) + eps) * weight; weight (1, 1, channels) and eps (1, 1, 1) float32."""
+    """Compute y = x / sqrt(mean(x^2) + eps) * weight, with weight (1, 1, channels) and eps (1, 1, 1) float32."""
     rows, channels = uint64(x.shape[1]), uint64(x.shape[2])
     stretch = next_item(table)
     while stretch * ROWS < rows:

@@ -1,10 +1,10 @@
 """The selective scan of `ssmcompress.ops`, forward and backward, sixteen channels at a time.
 
-All arrays have three axes and are in token order; `reverse` walks them from the last token to the first, and an `order`
-(1, batch or 1, length) int64 u, z, add, y and their gradients alone. These and delta (batch, length, d_inner) are
-float32, or bfloat16 held as uint16. The rest is float32: A (1, d_inner, d_state), B and C (batch, length, d_state), D
-and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch, length) with gap_delta (1, 1, d_inner). What
-is not there has no elements.
+All arrays have three axes and are in token order. `reverse` walks all of them from the last token to the first; an
+`order` (1, batch or 1, length) int64 applies only to u, z, add, y and their gradients. These and delta (batch, length,
+d_inner) are float32, or bfloat16 held as uint16. The rest is float32: A (1, d_inner, d_state), B and C (batch, length,
+d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch, length) with gap_delta (1, 1,
+d_inner). An optional array that is missing has no elements.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .vector import (
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Channels that one thread takes at a time in the backward pass.
+# Channels of a tile, which one thread processes at a time in the backward pass.
 BLOCK = uint64(64)
-# Tokens to ask for in advance.
+# Tokens to prefetch.
 AHEAD = uint64(4)
-# Vectors of states and factors that the backward pass keeps of one sequence: 512 KiB, half of a usual L2 cache.
+# Vectors of states and factors that the backward pass stores for one sequence: 512 KiB, half of a usual L2 cache.
 KEPT = uint64(1 << 13)
 
 
@@ -44,7 +44,7 @@ KEPT = uint64(1 << 13)
 def scan_forward(
     table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y
 ):
-    """y (batch, length, d_inner) of every block of `channels` channels that no other thread has taken from `table`."""
+    """Compute y (batch, length, d_inner) for each tile of `channels` channels that this thread takes from `table`."""
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + channels - ONE) // channels
     most = channels // WIDTH
@@ -62,7 +62,7 @@ def scan_forward(
             t = length - ONE - k if reverse else k
             ahead = t - AHEAD if reverse else t + AHEAD
             token, coming = _token(order, b, t, length), _token(order, b, ahead, length)
-            # Three passes over the vectors of a block: in one, each scan would wait for its own softplus.
+            # Three passes over the vectors of a tile: in a single pass, each scan would wait for its own softplus.
             for v in range(vectors):
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
@@ -104,13 +104,13 @@ def scan_backward(
     table, with_softplus, reverse, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, dy,
     du, ddelta, dA, dB, dC, dD, dz, dbias, dgap,
 ):  # fmt: skip
-    """Gradients of all inputs from that of y, dy (batch, length, d_inner), of every block not taken yet.
+    """Compute the gradients of all inputs from dy (batch, length, d_inner) for each tile that this thread takes.
 
-    dA (batch, d_inner, d_state), dD and dbias (1, batch, d_inner), dB and dC (blocks * batch, length, d_state) are
-    left in parts for the caller to sum: so no two threads add to one number, and the order of a sum is fixed. dgap
-    is that of a `gap`; `steps` and `gap_delta` get none.
+    dA (batch, d_inner, d_state), dD and dbias (1, batch, d_inner), dB and dC (blocks * batch, length, d_state), where
+    `blocks` counts tiles, are partial sums for the caller to add up: no two threads add to the same number, and the
+    order of summation is fixed. dgap is the gradient of `gap`; `steps` and `gap_delta` have none.
 
-    The states are computed anew, for as many tokens at a time as the cache has room for.
+    The states are recomputed, for as many tokens at a time as fit the cache.
     """
     batch, length, d_inner, d_state = uint64(u.shape[0]), uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + BLOCK - ONE) // BLOCK
@@ -118,7 +118,7 @@ def scan_backward(
     chunk = min(length, max(ONE, KEPT // (uint64(2) * max(ONE, d_state))))
     chunks = (length + chunk - ONE) // chunk
     a, dh, da = scratch(most * d_state), scratch(most * d_state), scratch(most * d_state)
-    starts = scratch(chunks * most * d_state)  # the states that each chunk begins with
+    starts = scratch(chunks * most * d_state)  # the states at the start of each chunk
     h, factors = scratch((chunk + ONE) * d_state), scratch(chunk * d_state)
     x, decay, gated, y = scratch(most * chunk), scratch(most * chunk), scratch(most * chunk), scratch(most * chunk)
     dskip, doffset = scratch(most), scratch(most)
@@ -153,8 +153,8 @@ def scan_backward(
             part = chunks - ONE - done
             first = part * chunk
             taken = min(chunk, length - first)
-            # What is the same for all states is computed before and after the scans, a row of the block at a time: in
-            # the scans it would be waited for, and columns of 64 bytes push each other out of the cache.
+            # Values shared by all states are computed before and after the scans, one row of the tile at a time: inside
+            # the scans they would add latency, and columns of 64 bytes evict each other from the cache.
             for k in range(taken):
                 t = length - ONE - first - k if reverse else first + k
                 ahead = t - AHEAD if reverse else t + AHEAD
@@ -206,7 +206,7 @@ def scan_backward(
                         dexponent = dstate * load(h, (row, ZERO), WIDTH)
                         ddecay_t = ddecay_t + dexponent * load(a, own, WIDTH)
                         store(da, own, WIDTH, load(da, own, WIDTH) + dexponent * decay_t)
-                    store(x, row_t, WIDTH, dx_t)  # in the place of what no one needs any more
+                    store(x, row_t, WIDTH, dx_t)  # overwrites x, which is no longer needed
                     store(decay, row_t, WIDTH, ddecay_t * LN_2)  # a is in units of log2
                     store(y, row_t, WIDTH, y_t)
             for k in range(taken):
@@ -262,7 +262,7 @@ LN_2 = np.float32(np.log(2))
 
 @helper
 def _token(order, b, step, length):
-    """The token that a step of a sequence visits; the last one where an order points outside."""
+    """Return the token that a step of a sequence visits, the last token if the order points beyond it."""
     last = length - ONE
     if order.size:
         return min(uint64(order[ZERO, b if uint64(order.shape[1]) > ONE else ZERO, min(step, last)]), last)
@@ -271,7 +271,7 @@ def _token(order, b, step, length):
 
 @helper
 def _step(raw, bias, with_softplus, e, count):
-    """(delta after bias and softplus, delta after bias) of one token and sixteen channels."""
+    """Return (delta after bias and softplus, delta after bias) of one token and sixteen channels."""
     if bias.size:
         raw = raw + load(bias, (ZERO, ZERO, e), count)
     return softplus(raw) if with_softplus else raw, raw
@@ -279,7 +279,7 @@ def _step(raw, bias, with_softplus, e, count):
 
 @helper
 def _gap(steps, gap_delta, gap, b, t, e, count):
-    """What the decay has beyond the step."""
+    """Return the gap that is added to the step in the decay, for one token and sixteen channels."""
     if steps.size:
         return load(gap_delta, (ZERO, ZERO, e), count) * steps[ZERO, b, t]
     return load(gap, (b, t, e), count) if gap.size else splat(0.0)
@@ -287,7 +287,7 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
 
 @helper
 def _load_rates(A, e, end, a, row):
-    """Rows `row`.. (d_state, 16 channels) of a: A of channels e.. in units of log2, so exp(x A) = 2^(x a)."""
+    """Fill rows `row`.. (d_state, 16 channels) of a with A of channels e.. in units of log2: exp(x A) = 2^(x a)."""
     for n in range(uint64(A.shape[2])):
         for lane in range(WIDTH):
             a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)

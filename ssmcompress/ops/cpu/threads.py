@@ -1,7 +1,7 @@
-"""Teams of threads for the kernels: OpenMP's own where torch has it, so that both use the same threads.
+"""Teams of threads for the kernels: torch's OpenMP where it has one, so that both use the same threads.
 
-A second pool beside torch's would compete with it: OpenMP's threads spin for a while after each of torch's ops, just
-when a kernel wants their core.
+A second thread pool next to torch's would compete with it: OpenMP's threads spin for a while after each op of torch,
+exactly when a kernel needs their cores.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run(function: int, pointer: int, threads: int) -> None:
-    """Call the C function at address `function` with `pointer`, in `threads` threads at once.
+    """Call the C function at address `function` with `pointer`, in `threads` threads at once, and wait for all.
 
-    Returns when all are done. The function is one of `entries`, which share the work out among themselves.
+    The function is one of `entries`; its calls divide the work among themselves.
     """
     if threads > 1 and (openmp := _openmp()) is not None:
         openmp(function, pointer, threads, 0)
@@ -45,9 +45,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _openmp():
-    """GOMP_parallel(function, data, threads, flags) of the library that torch runs on, or None.
+    """Return GOMP_parallel(function, data, threads, flags) of the OpenMP library that torch uses, or None.
 
-    None in a child process too: its OpenMP believes in threads that a fork did not bring along, and waits for them.
+    It is None in a forked child too: its OpenMP would wait for threads that exist only in the parent.
     """
     return None if _forked else _find_openmp()
 
@@ -56,8 +56,8 @@ def _openmp():
 def _find_openmp():
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        start = ctypes.CDLL(str(library)).GOMP_parallel  # found among the libraries that this one is linked to
-    except (OSError, AttributeError):  # macOS and Windows have another OpenMP
+        start = ctypes.CDLL(str(library)).GOMP_parallel  # from one of the libraries that this one is linked to
+    except (OSError, AttributeError):  # macOS and Windows use another OpenMP
         return None
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
@@ -66,5 +66,5 @@ def _find_openmp():
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The threads of this process: those of a parent did not survive the fork."""
+    """Return the thread pool of this process; the threads of a parent do not survive a fork."""
     return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="ssmcompress")

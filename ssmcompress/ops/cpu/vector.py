@@ -1,8 +1,8 @@
 """Sixteen float32 lanes as one Numba value: arithmetic, loads, stores, exp2, sigmoid and softplus.
 
-Numba's loops become vector code only where LLVM can prove that no arrays overlap, and then test it before every
-inner loop: that form of a scan of (8, 197, 768, 16) took 5.4 ms where this one takes 3.2. A vector of LLVM leaves
-nothing to be proved, and any target runs it: AVX-512 in one register, AVX2 in two, NEON in four.
+Numba vectorises a loop only if LLVM can prove that no arrays overlap, and then with a check before every inner loop:
+a scan of (8, 197, 768, 16) took 5.4 ms in that form and takes 3.2 in this one. LLVM's vector types need no such proof
+and run on any target: AVX-512 in one register, AVX2 in two, NEON in four.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def _ints(value: int):
 
 
 def _widened(context, builder, value, type_):
-    """`value` as a vector; numbers go into every lane."""
+    """Return `value` as a vector; a number is broadcast to every lane."""
     return value if type_ is vector else _splat(builder, context.cast(builder, value, type_, types.float32))
 
 
 def _operator(symbol, instruction: str) -> None:
-    """Teach `symbol` to Numba for two vectors, or a vector and a number."""
+    """Overload `symbol` in Numba for two vectors, or a vector and a number."""
 
     @intrinsic
     def apply(typing_context, a, b):
         def code(context, builder, signature, values):
             a, b = (_widened(context, builder, v, t) for v, t in zip(values, signature.args, strict=True))
-            # A product may join the sum it goes into, as one rounded operation where the machine has that.
+            # LLVM may fuse a product and the sum it goes into, on machines with fused multiply-add.
             return getattr(builder, instruction)(a, b, flags=("contract",))
 
         return vector(a, b), code
@@ -79,7 +79,7 @@ for _symbol, _instruction in (
 
 @intrinsic
 def splat(typing_context, number):
-    """The vector with `number` in every lane."""
+    """Return the vector with `number` in every lane."""
 
     def code(context, builder, signature, values):
         return _widened(context, builder, values[0], signature.args[0])
@@ -88,7 +88,7 @@ def splat(typing_context, number):
 
 
 def _limiter(beyond: str):
-    """A function of a vector and a number: lanes that are `beyond` the number become it; NaN stays NaN."""
+    """Return a function of a vector and a number that sets lanes `beyond` the number to it; NaN stays NaN."""
 
     @intrinsic
     def limited(typing_context, v, limit):
@@ -106,7 +106,7 @@ minimum, maximum = _limiter(">"), _limiter("<")
 
 @intrinsic
 def minus_magnitude(typing_context, v):
-    """-|v|"""
+    """Return -|v|."""
 
     def code(context, builder, signature, values):
         bits = builder.or_(builder.bitcast(values[0], _INTS), _ints(-(2**31)))
@@ -117,7 +117,7 @@ def minus_magnitude(typing_context, v):
 
 @intrinsic
 def _scaled(typing_context, p, exponent):
-    """p 2^n, where n is the low byte of the bits of `exponent`: added to p's own, for a multiplier costs more."""
+    """Return p 2^n, n the low byte of the bits of `exponent`; adding it to p's exponent is cheaper than to multiply."""
 
     def code(context, builder, signature, values):
         p, exponent = (builder.bitcast(v, _INTS) for v in values)
@@ -128,7 +128,7 @@ def _scaled(typing_context, p, exponent):
 
 @intrinsic
 def lane_sum(typing_context, v):
-    """The sum of all lanes, halves first: an order that no machine changes."""
+    """Return the sum of all lanes, halves first: the order is the same on every machine."""
 
     def code(context, builder, signature, values):
         v, width = values[0], LANES
@@ -145,7 +145,7 @@ def lane_sum(typing_context, v):
 
 
 def _pointer(context, builder, array_type, array, index):
-    """Address of an element, unchecked: indices are never negative here."""
+    """Return the address of an element, without a bounds check; indices are never negative here."""
     a = context.make_array(array_type)(context, builder, array)
     shape, strides = (cgutils.unpack_tuple(builder, v) for v in (a.shape, a.strides))
     indices = cgutils.unpack_tuple(builder, index)
@@ -161,7 +161,7 @@ def _copied(builder, to, source, count, item_type) -> None:
 
 @intrinsic
 def load(typing_context, array, index, count):
-    """`count` lanes from `array` at `index` (a tuple of unsigned integers), along its last, dense axis; then zeros.
+    """Load `count` lanes from `array` at `index` (a tuple of unsigned integers) along its last, dense axis, then zeros.
 
     The array holds float32, or bfloat16 as uint16.
     """
@@ -194,7 +194,7 @@ def load(typing_context, array, index, count):
 
 @intrinsic
 def prefetch(typing_context, array, index):
-    """Ask for the cache line of an element that will be loaded soon; any index will do, even one outside."""
+    """Prefetch the cache line of an element that will be loaded soon; the index may lie outside the array."""
 
     def code(context, builder, signature, values):
         bytes_ = ir.IntType(8).as_pointer()
@@ -210,7 +210,7 @@ def prefetch(typing_context, array, index):
 
 @intrinsic
 def store(typing_context, array, index, count, v):
-    """The first `count` lanes of `v` into `array` at `index`; the counterpart of `load`."""
+    """Store the first `count` lanes of `v` into `array` at `index`; the counterpart of `load`."""
 
     def code(context, builder, signature, values):
         half = signature.args[0].dtype != types.float32
@@ -232,7 +232,7 @@ def store(typing_context, array, index, count, v):
 
 
 def _rounded_to_bfloat16(builder, v):
-    """Upper halves of the lanes, rounded to nearest, ties to even; NaN stays NaN."""
+    """Return the upper halves of the lanes, rounded to nearest, ties to even; NaN stays NaN."""
     bits = builder.bitcast(v, _INTS)
     odd = builder.and_(builder.lshr(bits, _ints(16)), _ints(1))
     rounded = builder.add(bits, builder.add(odd, _ints(0x7FFF)))
@@ -242,30 +242,30 @@ def _rounded_to_bfloat16(builder, v):
 
 
 def _fitted(function, low: float, high: float, degree: int) -> tuple[np.float32, ...]:
-    """Coefficients, lowest first, of the near-minimax polynomial of `function` on [low, high]."""
+    """Return the coefficients, lowest first, of the near-minimax polynomial of `function` on [low, high]."""
     nodes = np.cos((2 * np.arange(1000) + 1) * np.pi / 2000) * (high - low) / 2 + (high + low) / 2
     fit = np.polynomial.Chebyshev.fit(nodes, function(nodes), degree, domain=[low, high])
     return tuple(np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef)
 
 
 LOG2_E = np.float32(np.log2(np.e))
-# Added to a small number, it leaves that number rounded in the low bits.
+# Adding it to a small number leaves that number, rounded, in the low bits.
 _ROUNDER = np.float32(1.5 * 2**23)
-# 2^f = 1 + f q(f), so that 2^0 is 1 to the bit: a state that should last decays by no rounding.
+# 2^f = 1 + f q(f), so that 2^0 is exactly 1 and a state without decay does not shrink by rounding.
 _Q0, _Q1, _Q2, _Q3, _Q4 = _fitted(lambda f: np.expm1(f * np.log(2)) / f, -0.5, 0.5, 4)
 # log(1 + x) = 2 artanh(s), s = x / (2 + x): this is 2 artanh(s) / s in s^2, for x in [0, 1].
 _S0, _S1, _S2, _S3, _S4 = _fitted(lambda s2: 2 * np.arctanh(np.sqrt(s2)) / np.sqrt(s2), 0.0, 1 / 9, 4)
 
 
-# Of the kernels and of the functions that they call with arrays: numpy's rules for division, which raise nothing, and
-# no counting of references to arrays at each such call, which took half of the time.
+# Decorators of the kernels and of the functions that they call with arrays: division by numpy's rules, which raises no
+# exception, and no reference counting of arrays at each such call, which took half of the time.
 kernel = njit(error_model="numpy")
 helper = njit(error_model="numpy", _nrt=False)
 
 
 @njit
 def exp2(v):
-    """2^v to 3e-7 relative, within 2^-125 and 2^127; NaN for the NaN that arithmetic gives."""
+    """Return 2^v, accurate to 3e-7 relative, clamped to 2^-125 and 2^127; NaN for the NaN that arithmetic gives."""
     v = minimum(maximum(v, -125.0), 127.0)
     rounded = v + _ROUNDER
     f = v - (rounded - _ROUNDER)
@@ -275,13 +275,13 @@ def exp2(v):
 
 @njit
 def sigmoid(v):
-    """1 / (1 + e^-v) to 4e-6 relative on [-60, 60]"""
+    """Return 1 / (1 + e^-v), accurate to 4e-6 relative on [-60, 60]."""
     return 1.0 / (1.0 + exp2(v * -LOG2_E))
 
 
 @njit
 def softplus(v):
-    """log(1 + e^v) to 4e-6 relative on [-60, 60], most of it the rounding of v log2(e); v itself from 20 on."""
+    """Return log(1 + e^v) to 4e-6 relative on [-60, 60], mostly the rounding of v log2(e); v itself from 20 on."""
     x = exp2(minus_magnitude(v) * LOG2_E)
     s = x / (2.0 + x)
     s2 = s * s
@@ -290,7 +290,7 @@ def softplus(v):
 
 @intrinsic
 def next_item(typing_context, table):
-    """The first word of `table`, an int64 array, and one more in its place, in one step for all threads."""
+    """Return the first word of `table`, an int64 array, and increment it, atomically."""
 
     def code(context, builder, signature, values):
         counter = context.make_array(signature.args[0])(context, builder, values[0]).data
@@ -301,7 +301,7 @@ def next_item(typing_context, table):
 
 @intrinsic
 def array_at(typing_context, table, row, dtype):
-    """The array (3 axes, any strides) whose address, shape and strides in bytes are `row` of `table` (rows, 7)."""
+    """Return the array (3 axes, any strides) whose address, shape and byte strides are `row` of `table` (rows, 7)."""
     array_type = types.Array(dtype.dtype, 3, "A")
 
     def code(context, builder, signature, values):
@@ -326,7 +326,7 @@ def array_at(typing_context, table, row, dtype):
 
 @njit
 def scratch(rows):
-    """(rows, 16) float32, not filled, each row a cache line of its own: rows across two took 1.5 times as long."""
+    """Allocate (rows, 16) float32, not filled, each row on one cache line: rows across two took 1.5 times as long."""
     flat = np.empty((rows + 1) * LANES, np.float32)
     skip = (-flat.ctypes.data % (4 * LANES)) // 4
     return flat[skip : skip + rows * LANES].reshape(rows, LANES)

@@ -1,6 +1,6 @@
-"""Backend of Triton kernels, for CUDA devices; in Triton's interpreter (TRITON_INTERPRET=1) for the CPU's tensors.
+"""Backend of Triton kernels for CUDA devices; in Triton's interpreter (TRITON_INTERPRET=1), for CPU tensors.
 
-Activations are float32, bfloat16 or float16, each read as it is. One backward, no second derivative.
+Activations are float32, bfloat16 or float16, read without a conversion. First derivatives, no second ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
 from ..reference import gather_tokens, rms_norm, topk_tokens
-from ..selective_scan import ScanPath, one_by_one
+from ..selective_scan import ScanPath, scan_one_by_one
 from . import conv, grid_conv, scan
 from .launch import INTERPRETED, check_driver
 
@@ -38,11 +38,11 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
 
 
 def scan_paths(paths: list[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
-    """See `ssmcompress.ops.scan_paths`: all in one launch, unless that would leave the device idle."""
+    """See `ssmcompress.ops.scan_paths`. One launch scans all paths, unless that would leave the device idle."""
     first = paths[0]
     if len(paths) > 1 and first.order is not None and scan.forward_shape(first.u, first.A)[0] < first.u.shape[1]:
-        # A chunk of steps visits other tokens on each path, so that their sum cannot be made in one launch.
-        return one_by_one(selective_scan, paths, z, delta_softplus, score, scored)
+        # A chunk of steps visits different tokens on each path, so one launch cannot sum the paths.
+        return scan_one_by_one(selective_scan, paths, z, delta_softplus, score, scored)
     y, scores = _scan_together(paths, z, None, delta_softplus, score, scored or len(paths))
     return y, None if score is None else scores
 
@@ -54,7 +54,7 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
 
 
 def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
-    """See `ssmcompress.ops.grid_conv2d`. On a full grid, and where gradients are wanted, torch's own."""
+    """See `ssmcompress.ops.grid_conv2d`. A full grid, and inputs that need gradients, go to torch's convolution."""
     if positions is None or wants_gradient(x, weight, bias):
         return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
     _check(x, weight)
@@ -64,17 +64,17 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tuple[Tensor, Tensor]:
     _check(z, add, *(t for path in paths for t in (path.u, path.delta)))
     u, delta, A, B, C, D, bias, gap, reverse, order = zip(*paths, strict=True)
-    if any(isinstance(g, Tensor) for g in gap):  # then all of them whole
+    if any(isinstance(g, Tensor) for g in gap):  # then every gap must be one tensor
         gap = [g[0][..., None] * g[1] if isinstance(g, tuple) else g for g in gap]
     steps, gap_delta, gap = zip(*map(_gap_parts, gap), strict=True)
-    if any(o is not None and o.ndim > 1 for o in order):  # one for each image then, on every path
+    if any(o is not None and o.ndim > 1 for o in order):  # then every path needs one order for each image
         order = [None if o is None else o.expand(u[0].shape[:2]) for o in order]
     optional = (_present(tensors) for tensors in (D, bias, steps, gap_delta, gap, order))
     return _scan(u, delta, A, B, C, *optional, z, add, softplus, reverse, score, scored)
 
 
 def _gap_parts(gap) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(steps, gap_delta, None), or (None, None, gap) where a gap comes whole or its parts need gradients."""
+    """Return (steps, gap_delta, None), or (None, None, gap) if the gap is one tensor or its parts need gradients."""
     if not isinstance(gap, tuple):
         return None, None, gap
     if any(t.requires_grad for t in gap):
@@ -99,9 +99,8 @@ def _check(*tensors: Tensor | None) -> None:
             )
 
 
-# A list holds a tensor for each path, or none for what there is not: gaps come whole, or as steps (batch, length) and
-# gap_delta (d_inner,), which have no gradient; an order is (length,) on all
-# paths, or (batch, length) on all.
+# A list holds one tensor for each path, or is empty for a missing input. A gap is one tensor, or steps (batch, length)
+# and gap_delta (d_inner,), which have no gradient; orders are (length,) on all paths, or (batch, length) on all.
 _INPUTS = """Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] bias,
     Tensor[] steps, Tensor[] gap_delta, Tensor[] gap, Tensor[] order, Tensor? z"""
 _DEVICES = ["cuda", "cpu"] if INTERPRETED else ["cuda"]
@@ -126,16 +125,16 @@ def _save_scan(ctx, inputs, output) -> None:
 
 
 def _scan_gradients(ctx, dy, dscores):
-    saved = ctx.saved_tensors  # once: checkpointing lets nobody read them twice
+    saved = ctx.saved_tensors  # read once: activation checkpointing forbids reading them twice
     lists = _split(saved, [*ctx.counts, len(saved) - sum(ctx.counts)])
     *tensors, z = lists
     z = z[0] if z else None
     counts = [len(part) for part in _with_gradient(*tensors, z)]
     gradients = _scan_backward(dy, *tensors, z, *ctx.flags)
-    *found, dgap, dz = _split(gradients, counts)
-    nothing = [[None] * len(part) for part in tensors[7:11]]
+    *dinputs, dgap, dz = _split(gradients, counts)
+    none = [[None] * len(part) for part in tensors[7:11]]
     add = None if ctx.add_dtype is None else dy.to(ctx.add_dtype)
-    return *found, nothing[0], nothing[1], dgap, nothing[3], dz[0] if dz else None, add, None, None, None, None
+    return *dinputs, none[0], none[1], dgap, none[3], dz[0] if dz else None, add, None, None, None, None
 
 
 def _split(tensors, counts: list[int]) -> list[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The aligned causal convolution by Triton: kernels, and what they are given."""
+"""The aligned causal convolution in Triton: kernels and their launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOKENS, _CHANNELS = 16, 64
 
 @triton.jit
 def token_distances(positions, row0, t, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
-    """How far the tokens 0 .. WIDTH - 1 places before `t` are from it on the path, each (tokens,), at most WIDTH."""
+    """Return the path distances from `t` to the tokens 0 .. WIDTH - 1 before it, each (tokens,), at most WIDTH."""
     found = ()
     for back in tl.static_range(WIDTH):
         s = t + back if REVERSE else t - back
@@ -33,7 +33,7 @@ def token_distances(positions, row0, t, length, REVERSE: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def source_at(t, distances, distance: tl.constexpr, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
-    """(token at `distance` before each of `t` on the path, if it was kept), from the distances of the last ones."""
+    """Return (the token at `distance` before each of `t` on the path, whether it was kept), given all distances."""
     source = t
     kept = t < 0
     for back in tl.static_range(WIDTH):
@@ -47,7 +47,7 @@ def source_at(t, distances, distance: tl.constexpr, length, REVERSE: tl.constexp
 def before_activation(
     x, weight, bias, distances, row0, t, length, e, live, x_stride, REVERSE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """(tokens, channels) sums of taps times tokens, plus bias."""
+    """Return (tokens, channels) sums of taps times tokens, plus bias."""
     total = tl.zeros([t.shape[0], e.shape[0]], tl.float32)
     if bias is not None:
         total += tl.load(bias + e, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -65,7 +65,7 @@ def conv_forward(
     x, weight, bias, positions, y, length, channels, x_stride,
     SILU: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images x blocks of channels, blocks of tokens."""
+    """Compute y. Grid: images x tiles of channels, tiles of tokens."""
     blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)
     row0 = (program // blocks).to(tl.int64) * length
@@ -85,9 +85,9 @@ def conv_backward(
     x, weight, bias, positions, dy, slope, dweight, dbias, length, channels, x_stride,
     SILU: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`slope`, the gradient of what the activation gets, and an image's share of dweight and dbias.
+    """Compute `slope`, the gradient of the input of the activation, and one image's part of dweight and dbias.
 
-    The gradient of x is the convolution of `slope` the other way. Grid: images x blocks of channels.
+    The gradient of x is the convolution of `slope` in the opposite direction. Grid: images x tiles of channels.
     """
     blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)
@@ -127,7 +127,7 @@ def conv_backward(
 
 
 def forward(x, weight, bias, positions, silu, reverse) -> Tensor:
-    """y (batch, length, channels); the arguments are those of the operator."""
+    """Return y (batch, length, channels); the arguments are those of the operator."""
     y = x.new_empty(x.shape)
     if y.numel():
         _launch(conv_forward, _blocks(x, tokens=True), x, weight, bias, positions, silu, reverse, y=y)
@@ -135,7 +135,7 @@ def forward(x, weight, bias, positions, silu, reverse) -> Tensor:
 
 
 def backward(dy, x, weight, bias, positions, silu, reverse) -> list[Tensor]:
-    """Gradients of x, weight and bias, the last without elements where there is none."""
+    """Return the gradients of x, weight and bias; the last is empty if there is no bias."""
     batch, _, channels = x.shape
     dweight, dbias = sums(x, batch, *weight.shape), sums(x, batch, channels)
     dx = x.new_empty(x.shape)

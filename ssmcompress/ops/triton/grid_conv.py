@@ -1,4 +1,4 @@
-"""The convolution on a grid of `ssmcompress.ops` by Triton, forward alone, at the tokens that are there."""
+"""The convolution on a grid of `ssmcompress.ops` in Triton, forward only, at the kept tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def grid_conv_forward(
     x, weight, bias, positions, token_at, y, length, channels, x_stride, rows, columns,
     SILU: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images x blocks of channels, blocks of tokens."""
+    """Compute y. Grid: images x tiles of channels, tiles of tokens."""
     blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)
     b = (program // blocks).to(tl.int64)
@@ -46,7 +46,7 @@ def grid_conv_forward(
 
 
 def forward(x, weight, bias, positions, rows, columns, silu) -> Tensor:
-    """y (batch, length, channels); the arguments are those of the operator."""
+    """Return y (batch, length, channels); the arguments are those of the operator."""
     batch, length, channels = x.shape
     y = x.new_empty(x.shape)
     if not y.numel():

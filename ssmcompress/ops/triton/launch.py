@@ -1,4 +1,4 @@
-"""What all launches of Triton kernels here share."""
+"""Helpers for launching Triton kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 # Whether the kernels of this process run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# The first NVIDIA generation that computes in bfloat16.
+# Compute capability of the first NVIDIA generation with bfloat16 arithmetic.
 OLDEST = 80
 
 
 def check_driver() -> None:
-    """Raise what a first launch would, where the GPU is too old, or the driver or a C compiler is missing."""
+    """Raise the error of a first launch if the GPU is too old, or the driver or a C compiler is missing."""
     if not INTERPRETED:
         target = triton.runtime.driver.active.get_current_target()
         if target.backend == "cuda" and target.arch < OLDEST:
@@ -24,15 +24,15 @@ def check_driver() -> None:
 
 
 def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: Any) -> None:
-    """Run a kernel on the device of `like`, with those of the `arguments` that it takes."""
-    taken = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    """Run a kernel on the device of `like`, with those of `arguments` that are among its parameters."""
+    accepted = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     with torch.cuda.device_of(like):
-        kernel[grid](**taken, **constants)
+        kernel[grid](**accepted, **constants)
 
 
 @cache
 def capability(device: torch.device) -> int:
-    """90 for NVIDIA's sm_90; 0 for CPUs and other makes."""
+    """Return the compute capability, 90 for NVIDIA's sm_90; 0 for CPUs and other vendors."""
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -41,23 +41,23 @@ def capability(device: torch.device) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for a CPU, where the interpreter runs one program after the other."""
+    """Return the number of multiprocessors of a GPU; 1 for a CPU, where the interpreter runs programs sequentially."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """`tensor` (batch, length, channels) as rows evenly spaced in memory, copied where it is not; and how far apart."""
+    """Return `tensor` (batch, length, channels) with evenly spaced rows, copied if it has none, and their distance."""
     batch, length, channels = tensor.shape
-    stride = tensor.stride(1) if length > 1 else tensor.stride(0)  # what an axis of one has as its stride says nothing
+    stride = tensor.stride(1) if length > 1 else tensor.stride(0)  # the stride of an axis of size one has no meaning
     even = (channels == 1 or tensor.stride(2) == 1) and (batch == 1 or tensor.stride(0) == length * stride)
     return (tensor, stride) if even and stride >= channels else (dense(tensor), channels)
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """A copy with rows right after each other; `contiguous` leaves a single row as far from the next as it says."""
+    """Return a copy with contiguous rows; `contiguous` would leave the stride of a single row as it is."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def sums(of: Tensor, *shape: int) -> Tensor:
-    """A float32 tensor for what a kernel that goes over `of` adds up; zeros if there is nothing to go over."""
+    """Return a float32 tensor for the sums of a kernel over `of`; zeros if `of` is empty and no kernel runs."""
     return (torch.empty if of.numel() else torch.zeros)(shape, dtype=torch.float32, device=of.device)

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured on it: bytes copied and exponentials taken in a second."""
+"""Measured limits of a GPU: bytes copied and exponentials computed per second."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BLOCK = 1024
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy from device memory to device memory."""
+    """Measure the bytes per second, read and written, of a copy from device memory to device memory."""
     source = torch.ones(1 << 28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _seconds(device, lambda: target.copy_(source))
 
 
 def exp_rate(device: torch.device) -> float:
-    """Exponentials (float32, base 2) a second, of numbers that are in registers."""
+    """Measure the exponentials (float32, base 2) per second, of numbers in registers."""
     out = torch.empty(processors(device) * 16 * _BLOCK, dtype=torch.float32, device=device)
     grid, arguments = (out.numel() // _BLOCK,), {"out": out, "rounds": _ROUNDS}
     return out.numel() * _ROUNDS / _seconds(device, lambda: launch(_exponentials, grid, out, arguments, BLOCK=_BLOCK))

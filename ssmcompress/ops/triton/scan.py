@@ -1,7 +1,7 @@
-"""The selective scan over several paths by Triton: what the kernels are given, and how many programs run them.
+"""The selective scan over several paths in Triton: arguments of the kernels and the shapes of their launches.
 
-The arguments are those of the operators in `ssmcompress.ops.triton`: a list holds a tensor for each path, an empty
-list means that there is none.
+The arguments are those of the operators in `ssmcompress.ops.triton`: a list holds one tensor for each path; an empty
+list stands for a missing input.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .scan_kernels import scan_chunks, scan_forward
 
 # Tokens whose states the backward pass holds in registers at a time.
 HELD = 4
-# Warps that a multiprocessor needs; where all programs make fewer, the tokens are cut into chunks run side by side.
+# Warps that a multiprocessor needs; if all programs have fewer, the tokens are split into chunks that run in parallel.
 BUSY = 4
-# A chunk is scanned twice, and what enters it is put together from all chunks before it.
+# A chunk is scanned twice, and the state that enters it is composed from all chunks before it.
 FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
-# Channels of a one-warp program. Which is fastest depends on the device, so that is tried out, once for each number of
+# Channels of a one-warp program. Which is fastest depends on the device, so they are autotuned once for each number of
 # channels, states and paths.
 BLOCKS = (64, 32, 128)
 SMALLEST_BLOCK = 32
@@ -31,19 +31,19 @@ SMALLEST_BLOCK = 32
 
 @cache
 def _tuned_forward(capability: int):
-    # Four channels a thread do not fit the registers that sm_80 leaves: two instructions spill, in float32.
+    # Four channels a thread do not fit the available registers of sm_80: two instructions spill, in float32.
     shapes = [_shape(block, 1, capability) for block in BLOCKS if block < 128 or capability >= 90]
     configs = [triton.Config({"BLOCK": shape.pop("BLOCK")}, **shape) for shape in shapes]
     return triton.autotune(configs, key=["channels", "STATES", "PATHS"])(scan_forward)
 
 
 def _shape(block: int, warps: int, capability: int, backward: bool = False) -> dict[str, int]:
-    """Channels and warps of a program, and a limit on its registers.
+    """Return the channels and warps of a program, and a limit on its registers.
 
     Without a limit, the assembler for sm_80 or sm_100 spills a few registers in order to fit more programs. With two
-    channels of 16 states a thread 200 are enough and let 10 warps onto a multiprocessor; four channels, or what the
-    backward pass must remember, take all there are. For sm_90 nothing spills, and a limit makes the inner loop 5 to
-    10 % longer. AMD's compiler takes none.
+    channels of 16 states a thread, 200 are enough and allow 10 warps on a multiprocessor; four channels, or the values
+    that the backward pass keeps, need all registers. For sm_90 nothing spills, and a limit makes the inner loop 5 to
+    10 % longer. AMD's compiler accepts no limit.
     """
     shape = {"BLOCK": block, "num_warps": warps}
     if capability in (0, 90):
@@ -54,7 +54,7 @@ def _shape(block: int, warps: int, capability: int, backward: bool = False) -> d
 def forward(
     u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, add, softplus, reverse, score, scored
 ) -> tuple[Tensor, Tensor]:
-    """(y (batch, length, d_inner), scores (batch, length), without elements where none are asked for)."""
+    """Return y (batch, length, d_inner) and scores (batch, length), which are empty if `score` is None."""
     batch, length, channels = u[0].shape
     chunk, block, warps = forward_shape(u[0], A[0])
     blocks, chunks = triton.cdiv(channels, block), triton.cdiv(length, max(chunk, 1))
@@ -62,7 +62,7 @@ def forward(
     parts = u[0].new_empty((batch, blocks, length) if score else (0,), dtype=torch.float32)
     if y.numel():
         arguments = _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse)
-        # Before the gate a sum may leave the range of float16.
+        # The sum before the gate may exceed the range of float16.
         wide = sums(y, *y.shape) if len(u) > 1 and y.dtype == torch.float16 else y
         add = None if add is None else add.contiguous()
         arguments |= {"add": add, "y": y, "sums": wide, "scores": parts, "chunk": chunk}
@@ -73,7 +73,7 @@ def forward(
             arguments["ends"] = y.new_empty(*slots, arguments["N"], channels, dtype=torch.float32)
             arguments["decays"] = y.new_empty(*slots, channels, dtype=torch.float32)
             launch(scan_chunks, grid, y, arguments, **shape)
-        # The parts of scores stay the same from run to run: what was fastest has no say in them.
+        # Scores must be reproducible from run to run, so their partial sums must not depend on the autotuned shape.
         if block != BLOCKS[0] or score or channels % max(BLOCKS) or INTERPRETED:
             launch(scan_forward, grid, y, arguments, **shape)
         else:
@@ -88,9 +88,9 @@ def forward(
 
 
 def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> list[list[Tensor]]:
-    """Gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty where there is no such input."""
+    """Return the gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty if there is no such input."""
     batch, length, channels = u[0].shape
-    # More channels and states to a thread and its registers do not hold what it must remember.
+    # With more channels and states, a thread's registers would not hold the values that it keeps.
     states, warps = A[0].shape[1], _warps(A[0])
     block = 32 if warps == 1 else 16
     blocks, zs = triton.cdiv(channels, block), [] if z is None else [z]
@@ -100,7 +100,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 
     du, ddelta = ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (u, delta))
     dgap, dz = new(gap, batch, length, channels), new(zs, batch, length, channels)
-    # Sums over images or channels, in parts that no two programs share.
+    # Partial sums over images or channels, so that no two programs add to the same number.
     dA, dD, dbias = new(A, batch, channels, states), new(D, batch, channels), new(bias, batch, channels)
     dB, dC = new(B, batch, blocks, length, states), new(C, batch, blocks, length, states)
     if dy.numel():
@@ -118,7 +118,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 
 
 def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
-    """(tokens, channels, warps) of a program: all tokens and many channels, where that keeps the device busy."""
+    """Return (tokens, channels, warps) of a program: all tokens and many channels if that keeps the device busy."""
     batch, length, channels = u.shape
     warps = _warps(A)
     wanted = BUSY * processors(u.device)
@@ -130,12 +130,12 @@ def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
 
 
 def _warps(A: Tensor) -> int:
-    """Warps of a program: one up to 16 states a channel, then as many as leave a thread 16 of them, 32 at most."""
+    """Return the warps of a program: one up to 16 states a channel, then one for every 16 states, 32 at most."""
     return min(32, max(1, triton.next_power_of_2(A.shape[1]) // 16))
 
 
 def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> dict[str, Any]:
-    """What the kernels take, by the names they have for it."""
+    """Return the arguments of the kernels by parameter name."""
     z, z_stride = (None, 0) if z is None else even_rows(z)
     BC, state_stride = _same_strides([even_rows(t) for t in (*B, *C)])
     if max(z_stride, state_stride, u[0].shape[2]) * u[0].shape[1] >= 2**31:
@@ -161,7 +161,7 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
 
 
 def _same_strides(tensors: list[tuple[Tensor, int]]) -> tuple[list[Tensor], int]:
-    """The tensors with the distance that all their rows have: copied if they differ in it."""
+    """Return the tensors, copied if the distances of their rows differ, and the common distance."""
     distances = {stride for _, stride in tensors}
     if len(distances) == 1:
         return [tensor for tensor, _ in tensors], distances.pop()

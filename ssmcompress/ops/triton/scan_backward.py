@@ -27,7 +27,7 @@ def backward_step(
     before, after, dh, dA, dD, dbias, token, row, e, live, n, channels, state_stride, z_stride,
     SOFTPLUS: tl.constexpr, DZ_SUM: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(dh, dA, dD, dbias) with a step's share, from the states before and after it; its other gradients are stored."""
+    """Add a step to (dh, dA, dD, dbias), given the states before and after it, and store its other gradients."""
     u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
                                                channels, state_stride, STATES, N)  # fmt: skip
     C_t = load_states(C + row * state_stride, n, STATES, N)
@@ -73,7 +73,7 @@ def backward_path(
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, DZ_SUM: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One path of `scan_backward`."""
+    """Compute the gradients of one path of `scan_backward`."""
     n = tl.arange(0, N)[:, None]
     first_row = b * length
     u += first_row * channels
@@ -120,7 +120,7 @@ def backward_path(
         h = tl.load(entering + tl.cast(c, tl.int64) * N * channels + state_block)
         states = (h,)
         for j in tl.static_range(CHUNK):
-            # Beyond the last token it is taken again, for states that nobody looks at.
+            # Steps beyond the last token repeat it; their states are never read.
             row = row_of(tl.minimum(c * CHUNK + j, length - 1), 0, length, REVERSE)
             token = token_of(row, order)
             u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
@@ -154,12 +154,12 @@ def scan_backward(
     PATHS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all that `scan_forward` takes; grid: images x blocks of channels.
+    """Compute the gradients of all inputs of `scan_forward`. Grid: images x tiles of channels.
 
-    A first walk leaves the state before every CHUNK tokens in `entering` (images, chunks, N, channels); then the
-    chunks go by from the last to the first, each with its states made again and held in registers. Sums over images
-    or channels come in parts: dAs (images, channels, STATES), dDs, dbiases (images, channels), dBs, dCs (images,
-    blocks, length, STATES).
+    A first pass stores the state before every CHUNK tokens in `entering` (images, chunks, N, channels). A second pass
+    runs over the chunks from the last to the first, recomputes the states of each and keeps them in registers. Sums
+    over images or channels are partial: dAs (images, channels, STATES), dDs, dbiases (images, channels), dBs, dCs
+    (images, tiles, length, STATES).
     """
     program = tl.program_id(0)
     b, e, columns, live = place(program, channels, False, EVEN, BLOCK)

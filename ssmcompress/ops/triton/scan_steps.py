@@ -1,10 +1,10 @@
-"""Pieces of the scan's Triton kernels: what a program is given, what a step reads, and its step sizes.
+"""Building blocks of the scan's Triton kernels: the tile of a program, the loads of a step, and its step sizes.
 
-A program takes a block of channels of one image through its tokens one by one. A block is (states, channels), in
-float32 in registers, so that for up to 16 states a thread holds all of them and their sum needs no other thread.
-Activations are rows of `channels` numbers, B and C rows `state_stride` apart. None stands for what a call does not
-have. Rows of an image are counted in 32 bits, which takes fewer instructions; each path moves its pointers to the image
-itself, for with Triton 3.6 no function can return None.
+A program runs a tile of channels of one image through its tokens one by one. A tile is (states, channels), in float32
+in registers, so that for up to 16 states a thread holds all of them and their sum needs no other thread. Activations
+are rows of `channels` numbers, B and C rows `state_stride` apart. None stands for a missing input. Rows of an image are
+counted in 32 bits, which takes fewer instructions; each path advances its pointers to the image itself, because with
+Triton 3.6 no function can return None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# 2 artanh(s) / s - 2 as a polynomial in s^2 on [0, 1/9], 8e-9 of the whole at most.
+# 2 artanh(s) / s - 2 as a polynomial in s^2 on [0, 1/9], with a relative error of at most 8e-9.
 S1 = tl.constexpr(0.6666654348373413)
 S2 = tl.constexpr(0.4001464545726776)
 S3 = tl.constexpr(0.2810843586921692)
@@ -27,7 +27,7 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + 2 artanh(t / (2 + t)), t = e^-|x|: keeps its digits where e^x is small."""
+    """Return log(1 + e^x) = max(x, 0) + 2 artanh(t / (2 + t)), t = e^-|x|: accurate where e^x is small."""
     t = tl.exp2(tl.abs(x) * -LOG2_E)
     s = t / (2.0 + t)
     q = s * s
@@ -52,7 +52,7 @@ def optional_row(pointer, offset, e):
 
 @triton.jit
 def load_states(pointer, n, STATES: tl.constexpr, N: tl.constexpr):
-    """A row of B or C, (N, 1): zeros beyond the states that there are."""
+    """Load a row of B or C as (N, 1), with zeros beyond STATES."""
     if N == STATES:
         return tl.load(pointer + n).to(tl.float32)
     else:
@@ -61,7 +61,7 @@ def load_states(pointer, n, STATES: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def store_states(pointer, value, STATES: tl.constexpr, N: tl.constexpr):
-    """A row (N,) of the gradient of B or C."""
+    """Store a row (N,) of the gradient of B or C."""
     n = tl.arange(0, N)
     if N == STATES:
         tl.store(pointer + n, value)
@@ -71,10 +71,10 @@ def store_states(pointer, value, STATES: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: tl.constexpr):
-    """A block (N, channels) of a path's A times log2(e): zeros, so no decay, beyond the states that there are.
+    """Load a tile (N, channels) of a path's A times log2(e), with zeros, which mean no decay, beyond STATES.
 
-    `stride` is `channels`, but never specialised: not to be known as a multiple of anything is what keeps Triton from
-    reading a few neighbours at once, and so from splitting the states of a channel among threads.
+    `stride` is `channels`, but never specialised: as Triton does not know it as a multiple of any number, it does not
+    vectorise the loads over neighbours, and so does not split the states of a channel among threads.
     """
     where = A + path * STATES * channels + n * stride + columns[None, :]
     if N == STATES:
@@ -85,11 +85,12 @@ def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: 
 
 @triton.jit
 def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """(image, e, columns, live) of a program: its channels are `e`, the last one again where there are no more.
+    """Return (image, e, columns, live) of a program: its channels are `e`, padded by repeating the last channel.
 
-    `live` says which of them there are. `columns` are the same numbers, known to Triton as neighbours. APART: `e` is
-    not, so that neighbours belong to different threads, which then hold all states of their channels and exchange
-    nothing; else a thread may load a few neighbours at once, and share their states with others.
+    `live` masks the channels that exist. `columns` are the same numbers, which Triton knows to be contiguous. With
+    APART, it does not know that of `e`, so that neighbours belong to different threads, which then hold all states of
+    their channels and exchange nothing; else a thread may load a few neighbours at once and share their states with
+    others.
     """
     blocks = tl.cdiv(channels, BLOCK)
     columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -113,13 +114,13 @@ def store_row(pointer, e, value, live, EVEN: tl.constexpr):
 
 @triton.jit
 def row_of(step, first, count, REVERSE: tl.constexpr):
-    """The row that step `step` of a path is at, of the tokens `first` .. `first + count - 1`."""
+    """Return the row of step `step` of a path over the tokens `first` .. `first + count - 1`."""
     return first + (count - 1 - step if REVERSE else step)
 
 
 @triton.jit
 def token_of(row, order):
-    """The token whose u, z and y a step at `row` has: that of the same number, or the one an order says."""
+    """Return the token whose u, z and y belong to the step at `row`: `row` itself, or order[row] with an order."""
     if order is None:
         return row
     else:
@@ -128,7 +129,7 @@ def token_of(row, order):
 
 @triton.jit
 def step_sizes(raw, bias, steps, gap_delta, gap, SOFTPLUS: tl.constexpr):
-    """(delta, delta + gap) (channels,) of a token: the size of its input and that of its decay."""
+    """Return (delta, delta + gap) (channels,) of a token: the step sizes of its input and of its decay."""
     delta = raw.to(tl.float32) + bias
     if SOFTPLUS:
         delta = softplus(delta)
@@ -139,7 +140,7 @@ def step_sizes(raw, bias, steps, gap_delta, gap, SOFTPLUS: tl.constexpr):
 def load_input(
     u, delta, B, steps, gap, here, there, e, n, channels, state_stride, STATES: tl.constexpr, N: tl.constexpr
 ):
-    """What a step takes into the state: u of row `here`, delta, B, pruned steps and gap of row `there`."""
+    """Load the inputs of a step: u of row `here`; delta, B, pruned steps and gap of row `there`."""
     return (
         tl.load(u + here * channels + e),
         tl.load(delta + there * channels + e),
