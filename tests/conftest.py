@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# One thread for each of the processes that the tests run in (pytest-xdist), and for those that they start: models as
+# small as these only lose time to a second one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -145,3 +150,17 @@ def class_folders(tmp_path) -> Path:
         for i in range(2):
             write_image(root / f"class{label}" / f"{i}.png", seed=10 * label + i)
     return root
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture
+def pruned_folder(checkpoint, class_folders) -> Path:
+    """A folder that `prune` wrote, in the working folder."""
+    from command_line import call
+
+    call("prune", checkpoint, "--ratio", "0.5", "--data", class_folders, "--no-latency", "-o", "pruned")
+    return Path("pruned")

@@ -106,6 +106,8 @@ class TokenModel(nn.Module, abc.ABC):
     architecture: ClassVar[str]
     # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
+    # Patterns of parameters with two dimensions that are no matrices, to which weight decay does not apply.
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("*pos_embed",)
     # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
     pools: ClassVar[bool] = False
 

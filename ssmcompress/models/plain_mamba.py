@@ -194,6 +194,7 @@ class PlainMamba(TokenModel):
 
     architecture = "plain_mamba"
     telling_keys = ("backbone.patch_embed.projection.weight", "backbone.layers.0.mamba.direction_Bs", "head.fc.weight")
+    no_weight_decay = ("*A_log", "*pos_embed", "*direction_Bs")
     pools = True
 
     def __init__(self, config: PlainMambaConfig):

@@ -152,6 +152,8 @@ class VisionMamba(TokenModel):
         "head.weight",
     )
 
+    no_weight_decay = ("*A_log", "*A_b_log", "*pos_embed", "*cls_token")
+
     def __init__(self, config: VimConfig):
         super().__init__(config)
         c = config

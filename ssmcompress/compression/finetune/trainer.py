@@ -18,9 +18,6 @@ from .examples import MicroBatch
 from .losses import objective, teacher_weight
 from .recipe import Recipe
 
-# Parameters with two dimensions that are not matrices, and so have no weight decay.
-UNDECAYED = ("*A_log", "*A_b_log", "*pos_embed", "*cls_token", "*direction_Bs")
-
 
 class Student(nn.Module):
     """A model that also returns the features that it reads out, so that one forward serves the whole objective."""
@@ -93,7 +90,9 @@ class Trainer:
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)):
                 module.requires_grad_(recipe.norms)
         self.ratios = {name: pruner.ratio for name, pruner in self.model.pruners.items()}
-        groups = param_groups_weight_decay(self.model, recipe.weight_decay, no_weight_decay_list=UNDECAYED)
+        groups = param_groups_weight_decay(
+            self.model, recipe.weight_decay, no_weight_decay_list=self.model.no_weight_decay
+        )
         optimizer = torch.optim.AdamW(groups, lr=recipe.scaled_lr(batch_size), betas=(0.9, recipe.beta2))
         self.schedule = CosineLRScheduler(
             optimizer,

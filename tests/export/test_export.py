@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import GOLDEN, images_of, make_plain_mamba, make_vim
 from onnx import parser
+from onnx_runs import run_file
 
 import ssmcompress
 from ssmcompress.errors import InputError, VerificationError
@@ -27,11 +28,6 @@ FORMS_HERE, _ = choose_forms("auto", newest_opset())
 def run(graph, **inputs):
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {k: v.numpy() for k, v in inputs.items()})[0]
-
-
-def run_file(file, images):
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": images.numpy()})[0]
 
 
 def function_model(name, tensors, results=1, form="scan", opset=None):

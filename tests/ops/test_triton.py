@@ -19,7 +19,7 @@ from ssmcompress.ops import dispatch, selective_scan
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton for this platform")
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 CAPABILITIES = (80, 90, 100)
 
 
@@ -38,7 +38,7 @@ class Processes:
         }
         output = (self.folder / f"{name}.txt").open("w+")
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=HERE.parent, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         self.running[name] = process, output
 
@@ -53,10 +53,10 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     made = Processes(tmp_path_factory.mktemp("triton"))
-    tests = ("tests/test_backends.py", "tests/interpreted_triton.py")
+    tests = ("tests/ops/test_backends.py", "tests/ops/interpreted_triton.py")
     made.start("interpreter", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
     for capability in CAPABILITIES:
-        made.start(f"sm_{capability}", "tests/compile_triton.py", str(capability))
+        made.start(f"sm_{capability}", "tests/ops/compile_triton.py", str(capability))
     yield made
     for process, output in made.running.values():
         process.kill()
@@ -127,7 +127,10 @@ def test_without_a_driver_the_ops_run_in_torch_and_say_so_once(afresh, monkeypat
 def test_without_triton_the_ops_run_in_torch_and_say_so(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no Triton for this platform')")
     script = "from test_triton import fake_scan; print(tuple(fake_scan().shape), tuple(fake_scan().shape))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, HERE, HERE.parent)))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT / "tests" / "ops", ROOT))),
+    }
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.stdout == "(2, 9, 5) (2, 9, 5)\n", result.stderr
     lines = [line for line in result.stderr.splitlines() if "cannot be used" in line]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import call, call_json, refused
 from conftest import BUNDLED, make_plain_mamba, make_vim, write_image
+from onnx_runs import run_file
 from safetensors.torch import load_file, save_file
-from test_cli import call, call_json, refused
-from test_export import run_file
 
 import ssmcompress
 from ssmcompress.compression.margin import margin_gradients

@@ -1,6 +1,6 @@
 """What `test_training` runs in two processes: each step of the work, its figures from the first process as JSON.
 
-    torchrun --nproc-per-node 2 tests/distributed_work.py FOLDER
+    torchrun --nproc-per-node 2 tests/compression/distributed_work.py FOLDER
 
 FOLDER has dense.pt (a checkpoint) and images; without torchrun the same figures come from one process.
 """

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, and prints what it takes of one, as JSON lines.
 
-    python tests/compile_triton.py 90 [float32]
+    python tests/ops/compile_triton.py 90 [float32]
 
 The number is the GPU's compute capability without the point; activations are bfloat16 unless float32 is asked for.
 

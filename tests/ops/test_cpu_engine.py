@@ -204,7 +204,10 @@ def test_the_backend_is_chosen_by_dtype_and_can_be_forced(monkeypatch):
 
 def test_without_numba_the_ops_run_in_torch_and_say_so(tmp_path):
     (tmp_path / "numba.py").write_text("raise ImportError('no numba for this Python')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(ssmcompress.__file__).parents[1])]),
+    }
     script = SCRIPT.replace(', backend="cpu"', "")
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

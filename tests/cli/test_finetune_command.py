@@ -1,0 +1,161 @@
+"""`finetune`: what it reports, what it refuses, and runs that are cut off."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from command_line import TUNE, call, call_json, refused
+from conftest import write_image
+
+import ssmcompress
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+def test_finetune_reports_beside_what_it_began_with(pruned_folder, class_folders):
+    found = call_json("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--tensorboard", "logs")
+    assert sorted(os.listdir("tuned")) == [
+        "README.md", "config.json", "finetuning.png", "kept_tokens.png", "last.safetensors", "model.safetensors",
+        "report.json",
+    ]  # fmt: skip
+    assert not os.path.exists("tuned.training.pt")
+    assert found == call_json("report", "tuned")
+    before = json.loads((pruned_folder / "report.json").read_text())
+    name = "reconstructed" if before["reconstruction"]["kept"] else "aligned"
+    assert (found["data"]["images"], found["data"]["overlap"]) == (2, None)
+    assert found[name]["flops"] == found["pruned"]["flops"] == before["pruned"]["flops"]
+    tuned = found["finetuning"]
+    assert (tuned["images"], tuned["steps"], tuned["labels"], tuned["teacher"]) == (18, 6, True, True)
+    assert [entry["epoch"] for entry in tuned["history"]] == [1, 2]
+    assert all(entry["loss"] > 0 and entry["top1"] is not None for entry in tuned["history"])
+    assert "fine-tuned for 2 epochs on 18 images" in call("report", "tuned").stdout
+    assert "fine-tuned" in Path("tuned/README.md").read_text()
+    assert os.listdir("logs")
+    loaded, last = ssmcompress.load("tuned"), ssmcompress.load("tuned/last.safetensors")
+    assert loaded.find_record("finetuning").steps == last.find_record("finetuning").steps == 6
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), last.parameters(), strict=True))  # none held out
+    assert call_json("evaluate", "tuned", "--data", class_folders)["agreement"]["top1"] is not None
+    assert "expected a dense" not in refused("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
+
+
+def test_a_finished_run_is_done_at_once(pruned_folder, class_folders):
+    arguments = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--resume"
+    first = call_json(*arguments)  # there is nothing to go on from: it starts afresh
+    stamp = os.stat("tuned/model.safetensors").st_mtime_ns
+    assert call_json(*arguments) == first
+    assert os.stat("tuned/model.safetensors").st_mtime_ns == stamp
+    assert "another fine-tuned model, with epochs 2 for 3" in refused(*arguments, "--epochs", 3)
+    call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--force", "--seed", 1)
+    assert call_json("report", "tuned")["finetuning"]["seed"] == 1
+
+
+def test_a_model_may_be_replaced_by_its_finetuned_self(pruned_folder, class_folders):
+    assert "exists" in refused("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "pruned")
+    call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "pruned", "--force")
+    again = call_json("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "twice")
+    assert again["before"]["top1"] is not None
+    assert again["finetuning"]["steps"] == 6
+
+
+def test_what_cannot_be_fine_tuned(checkpoint, class_folders, pruned_folder, tmp_path):
+    for i in range(6):
+        write_image(tmp_path / "plain" / f"{i}.png", seed=i)
+    where = "-o", "tuned"
+    assert "prunes nothing" in refused("finetune", checkpoint, "--data", class_folders, *where)
+    assert "give --data" in refused("finetune", "pruned", *where)
+    assert "give -o" in refused("finetune", "pruned", "--data", class_folders)
+    assert "one of them" in refused("finetune", "pruned", "--data", class_folders, *where, "--resume", "--force")
+    assert "expected NAME=VALUE" in refused("finetune", "pruned", "--data", class_folders, *where, "--set", "speed=1")
+    assert "no labels" in refused("finetune", "pruned", "--data", tmp_path / "plain", *where, "--no-teacher")
+    Path("tuned.training.pt").write_bytes(b"nothing")
+    assert "--resume goes on" in refused("finetune", "pruned", "--data", class_folders, *where)
+    assert "tuned.training.pt" in refused("finetune", "pruned", "--data", class_folders, *where, "--resume")
+    call("finetune", "pruned", "--data", class_folders, *where, "--force", *TUNE)
+
+
+def test_without_the_dense_model_labels_teach(checkpoint, class_folders, pruned_folder, tmp_path):
+    for i in range(6):
+        write_image(tmp_path / "plain" / f"{i}.png", seed=i)
+    call("finetune", "pruned", "--data", tmp_path / "plain", *TUNE, "-o", "taught")  # unlabelled, with its teacher
+    checkpoint.unlink()
+    said = call("finetune", "pruned", "--data", tmp_path / "plain", "-o", "a", code=2).stderr
+    assert "no dense model to learn from" in said.splitlines()[-1]
+    result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
+    assert "learning from labels alone" in result.stderr
+    found = call_json("report", "tuned")
+    assert found["agreement"] == {"top1": None, "kl": None}
+    assert found["dense"]["flops"]["full"] > found["pruned"]["flops"]["full"]
+
+
+def test_a_class_without_images_is_named(class_folders, pruned_folder):
+    for file in (class_folders / "class7").iterdir():
+        file.unlink()
+    result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
+    assert "no image of 1 classes to learn from: class7" in result.stderr
+
+
+def long_run(folder, images, *more):
+    command = "finetune", folder, "--data", images, "--epochs", 40, "--set", "batch_size=4", "--set", "ema=0.99"
+    return [sys.executable, "-m", "ssmcompress", *map(str, (*command, "--no-latency", "--workers", 1, "-o", *more))]
+
+
+def ended(pids, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
+    """SIGKILL at moments drawn by chance; whatever state is there then is whole."""
+    subprocess.run(long_run("pruned", class_folders, "whole"), check=True, capture_output=True)
+    kills, generator = 0, np.random.default_rng()
+    for _ in range(3):
+        process = subprocess.Popen(long_run("pruned", class_folders, "cut", "--resume"), stderr=subprocess.DEVNULL)
+        time.sleep(generator.uniform(4, 9))
+        workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        assert ended(workers)
+        if os.path.exists("cut.training.pt"):
+            assert ssmcompress.load("cut.training.pt").plan is not None
+        if os.path.exists(".cut.training.pt.part"):
+            # Cut off it is refused; killed between its last byte and its new name, it is whole.
+            with contextlib.suppress(ssmcompress.errors.InputError):
+                assert ssmcompress.load(".cut.training.pt.part").plan is not None
+    assert kills
+    subprocess.run(long_run("pruned", class_folders, "cut", "--resume"), check=True, capture_output=True)
+    for file in ("model.safetensors", "last.safetensors"):
+        one, other = (ssmcompress.load(f"{name}/{file}") for name in ("whole", "cut"))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert not os.path.exists("cut.training.pt")
+
+
+def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
+    """As a terminal sends it: to every process of the group."""
+    process = subprocess.Popen(
+        long_run("pruned", class_folders, "cut", "--set", "epochs=4000"),
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert "epoch 1 of" in process.stderr.readline()
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    said = process.stderr.read().splitlines()
+    assert said[-1].startswith("error: interrupted")
+    assert "--resume` goes on" in said[-2]
+    assert not any("Traceback" in line for line in said)
+    assert ended(workers)
+    state = torch.load("cut.training.pt", weights_only=True)
+    assert state["run"]["step"] > 0
+    assert not os.path.exists("cut")

@@ -1,0 +1,39 @@
+"""Running commands in tests: in this process or in one of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+from typer.testing import CliRunner
+
+from ssmcompress.cli.app import app
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+def call_json(*arguments, code=0):
+    return json.loads(call(*arguments, "--json", code=code).stdout)
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-m", "ssmcompress", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+
+def refused(*arguments, code=2):
+    """stderr of a command that must fail with one line and leave the folder as it was."""
+    before = sorted(p.name for p in os.scandir())
+    result = call(*arguments, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(p.name for p in os.scandir()) == before
+    return result.stderr
+
+
+TUNE = ("--epochs", 2, "--set", "batch_size=6", "--no-latency")
