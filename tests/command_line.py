@@ -20,9 +20,12 @@ def call_json(*arguments, code=0):
     return json.loads(call(*arguments, "--json", code=code).stdout)
 
 
-def process(*arguments, **options):
+def process(*arguments, code=0, **options):
+    """The finished process of a command that must end with `code` (None: with any)."""
     command = [sys.executable, "-m", "ssmcompress", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+    assert code is None or done.returncode == code, done.stderr
+    return done
 
 
 def refused(*arguments, code=2):

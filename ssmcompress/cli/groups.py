@@ -40,6 +40,11 @@ def option(panel: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
+def complete_importance(incomplete: str) -> list[str]:
+    """The metrics whose names begin like that, for completion in a shell."""
+    return [name for name in IMPORTANCE_NAMES if name.startswith(incomplete)]
+
+
 def takes(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of its option groups as parameters of its own, which is what Typer reads."""
     hints = get_type_hints(command, include_extras=True)
@@ -291,7 +296,7 @@ class Pruning(Stages):
         option(
             PRUNING,
             metavar="METRIC",
-            autocompletion=lambda: list(IMPORTANCE_NAMES),
+            autocompletion=complete_importance,
             help=f"What tokens are ranked by: {', '.join(IMPORTANCE_NAMES)}. Default: clip.",
         ),
     ] = None

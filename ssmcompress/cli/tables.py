@@ -33,7 +33,7 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
 
     width = _width()
     for columns in _fit(header, rows, width):
-        table = Table(box=SIMPLE, pad_edge=False)
+        table = Table(box=SIMPLE, pad_edge=False, show_edge=False)
         table.add_column(header[0], justify="left", overflow="fold")
         for column in columns:
             table.add_column(header[column], justify="right", no_wrap=True)
@@ -41,13 +41,14 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
             shown = [cells[column - 1] for column in columns]
             if any(shown) or len(columns) == len(header) - 1:  # a row may have figures in another table alone
                 table.add_row(name, *shown)
-        widest = sum(_column_width(header, rows, column) for column in columns) + MIN_NAMES
+        needed = sum(_column_width(header, rows, column) for column in columns)
+        widest = _names_width(header, rows, width) + needed
         # No markup: names of users' folders are shown as they are.
         console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
         console.print(table)
 
 
-# Characters that the column of names takes at least; longer names are folded.
+# Characters that the column of names may always take; longer names are folded if figures need the room.
 MIN_NAMES = 18
 PADDING = 2  # characters between two columns
 
@@ -61,6 +62,11 @@ def _width() -> int:
     return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
+def _names_width(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> int:
+    """Characters that the column of names takes: up to half of the width."""
+    return min(max([len(header[0]), *(len(name) for name, _ in rows)]), max(MIN_NAMES, width // 2))
+
+
 def _column_width(header: list[str], rows: list[tuple[str, list[str]]], column: int) -> int:
     """Characters that a column of figures takes."""
     return PADDING + max(len(header[column]), *(len(cells[column - 1]) for _, cells in rows), 0)
@@ -68,8 +74,7 @@ def _column_width(header: list[str], rows: list[tuple[str, list[str]]], column: 
 
 def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> list[list[int]]:
     """The columns of figures, from 1, in groups that fit into the width next to the names."""
-    names = max([len(header[0]), *(len(name) for name, _ in rows)])
-    left = width - min(names, max(MIN_NAMES, width // 2))
+    left = width - _names_width(header, rows, width)
     groups: list[list[int]] = []
     used = left
     for column in range(1, len(header)):
@@ -264,7 +269,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
 def show_comparison(value: dict[str, Any]) -> None:
     """Print the rows of a comparison."""
     show_table(*_comparison_table(value["rows"]))
-    print("  agrees: same class as dense; KL from dense in nats; FLOPs and latency also as shares of dense")
+    print("  agrees: same class as dense; KL from dense in nats; FLOPs as a share of dense")
     about = value["settings"]
     print(f"  measured on {about['data']['images']} images of {about['data']['name']}")
     print(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")

@@ -149,14 +149,8 @@ def tune_folder(
         state=target.state,
         resume=target.resume,
     )
-    try:
-        with _logger(options.tensorboard) as context.log:
-            snapshots = run_steps([Finetune(options.recipe, options.teacher)], context, start=model)
-    except KeyboardInterrupt:
-        if target.state.exists():
-            again = f"finetune {target.inside or 'MODEL'} ... -o {target.path}"
-            line(f"the state is in {target.state}: `ssmcompress {again} --resume` goes on")
-        raise
+    with _logger(options.tensorboard) as context.log:
+        snapshots = run_steps([Finetune(options.recipe, options.teacher)], context, start=model)
     columns = name_columns(dense, {snapshot_name(model): model, **snapshots})
     measured = measure_models(columns, images.measured, measure, together)
     training.sync()

@@ -15,7 +15,7 @@ from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..errors import InputError
 from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
-from ..models.checkpoint import versions
+from ..models.checkpoint import read_plan, versions
 from ..models.records import MadeBy
 from ..models.rewrite import install
 from ..progress import line
@@ -174,7 +174,7 @@ def find_plan(model: TokenModel, request: PruneRequest) -> tuple[Plan, SearchRes
     """
     wanted, options = request.plan, request.options
     if wanted.file is not None:
-        return Plan.read(wanted.file).validate(len(model.blocks)), None
+        return read_plan(wanted.file).validate(len(model.blocks)), None
     if wanted.searches:
         images = choose_images(model, options.data, options.finetune is not None)
         gap, reconstruct = images.gap_source(options.gap), images.wants_reconstruction(options.reconstruct)

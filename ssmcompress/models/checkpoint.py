@@ -244,6 +244,23 @@ def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> N
         raise InputError(f"corrections do not fit the stages in {CONFIG_FILE}: {', '.join(sorted(remaining)[:3])}")
 
 
+def read_plan(file: str | Path) -> Plan:
+    """Read a plan from its own JSON, from the output of a dry run, or from the pruning section of a config.json.
+
+    Raises:
+        InputError: a file that cannot be read, or that holds no plan.
+    """
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from error
+    if isinstance(value, dict):
+        value = value.get("plan") or value.get("pruning") or value
+    return Plan.from_dict(value)
+
+
 def describe(model: TokenModel) -> dict[str, Any]:
     """Return the configuration that `load` needs: a JSON value, the content of config.json."""
     pruning = None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,19 +158,6 @@ class Plan:
                 **{k: [t.tolist() for t in getattr(self.calibration, k)] for k in _CALIBRATED},
             }
         return value
-
-    @classmethod
-    def read(cls, file: str | Path) -> Plan:
-        """Read a plan from its own JSON, from that of a dry run, or from the `pruning` section of a config.json."""
-        try:
-            value = json.loads(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}: not JSON ({error})") from error
-        if isinstance(value, dict):
-            value = value.get("plan") or value.get("pruning") or value
-        return cls.from_dict(value)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Plan:

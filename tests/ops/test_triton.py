@@ -23,50 +23,23 @@ ROOT = Path(__file__).parents[2]
 CAPABILITIES = (80, 90, 100)
 
 
-class Processes:
-    """Python processes that run beside each other until somebody wants their output."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.running = folder, {}
-
-    def start(self, name: str, *arguments: str, **environment: str) -> None:
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("TRITON_")},
-            "TRITON_CACHE_DIR": str(self.folder / name),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
-        output = (self.folder / f"{name}.txt").open("w+")
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        self.running[name] = process, output
-
-    def output(self, name: str) -> tuple[int, str]:
-        """(exit code, all that was printed)."""
-        process, output = self.running[name]
-        code = process.wait()
-        output.seek(0)
-        return code, output.read()
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    made = Processes(tmp_path_factory.mktemp("triton"))
-    tests = ("tests/ops/test_backends.py", "tests/ops/interpreted_triton.py")
-    made.start("interpreter", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, TRITON_INTERPRET="1")
-    for capability in CAPABILITIES:
-        made.start(f"sm_{capability}", "tests/ops/compile_triton.py", str(capability))
-    yield made
-    for process, output in made.running.values():
-        process.kill()
-        output.close()
+def run(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """(exit code, all that was printed) of a Python process with a cache of kernels of its own."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("TRITON_")},
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, **output)
+    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_fit_the_registers(capability, processes):
+def test_kernels_fit_the_registers(capability, tmp_path):
     """`pytest -rP` shows each kernel's registers and shared memory."""
-    code, printed = processes.output(f"sm_{capability}")
+    code, printed = run(tmp_path, "tests/ops/compile_triton.py", str(capability))
     assert code == 0, printed
     rows = [json.loads(line) for line in printed.splitlines()]
     print("", *(" ".join(f"{k} {v}" for k, v in row.items()) for row in rows), sep="\n")
@@ -78,8 +51,10 @@ def test_kernels_fit_the_registers(capability, processes):
     assert all(0 < row["registers"] <= 255 and row["shared"] <= 48 * 1024 for row in rows)
 
 
-def test_kernels_in_the_interpreter(processes):
-    code, printed = processes.output("interpreter")
+def test_kernels_in_the_interpreter(tmp_path):
+    tests = ("tests/ops/test_backends.py", "tests/ops/interpreted_triton.py")
+    options = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider")
+    code, printed = run(tmp_path, *options, *tests, TRITON_INTERPRET="1")
     assert code == 0, printed
 
 
