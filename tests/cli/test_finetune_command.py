@@ -159,3 +159,28 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
     state = torch.load("cut.training.pt", weights_only=True)
     assert state["run"]["step"] > 0
     assert not os.path.exists("cut")
+
+
+def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class_folders):
+    """`prune` writes it before the first step; `finetune --resume` goes on from the state."""
+    options = "--set", "batch_size=6", "--no-latency", "--data", class_folders
+    command = "prune", checkpoint, "--ratio", 0.5, "--finetune-epochs", 4000, *options, "-o", "m"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssmcompress", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    while "epoch 2 of" not in process.stderr.readline():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    pruned = ssmcompress.load("m")
+    assert pruned.plan is not None
+    assert pruned.find_record("finetuning") is None
+    assert "reconstruction" in call_json("report", "m")
+    done = int(torch.load("m.training.pt", weights_only=True)["run"]["step"])
+    assert done > 0
+    state = torch.load("m.training.pt", weights_only=True)
+    state["run"]["about"]["recipe"]["epochs"] = 5  # so that the end is near
+    torch.save(state, "m.training.pt")
+    again = call("finetune", "m", *options, "--epochs", 5, "--resume", "-o", "m")
+    assert f"going on after step {done} of" in again.stderr
+    assert ssmcompress.load("m").find_record("finetuning") is not None
