@@ -75,17 +75,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
-        # Readers are closures, which only forked workers can inherit; forking is unsafe on other systems than Linux.
-        fork = "fork" if self.workers and sys.platform == "linux" else None
-        loader = torch.utils.data.DataLoader(
-            self,
-            batch_sampler=rows,
-            num_workers=self.workers if fork else 0,
-            collate_fn=list,
-            multiprocessing_context=fork,
-        )
         empty = True
-        for items in loader:
+        for items in make_loader(self, rows, self.workers):
             self.unreadable.update(i for i, image in items if image is None)
             items = [(i, image) for i, image in items if image is not None]
             if not items:
@@ -97,6 +88,26 @@ class Batches:
             yield Batch(torch.stack([image for _, image in items]), labels, index)
         if empty and self.index:
             raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
+
+
+def make_loader(
+    dataset: Any, rows: Sequence[Sequence[Any]], workers: int, worker_init: Callable[[int], None] | None = None
+) -> torch.utils.data.DataLoader:
+    """A loader that gives the items of `dataset` at each of `rows`, read in `workers` processes (0: in this one).
+
+    It does not draw from the global random generator.
+    """
+    # Readers are closures, which only forked workers can inherit; forking is unsafe on other systems than Linux.
+    fork = "fork" if workers and sys.platform == "linux" else None
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=rows,
+        num_workers=workers if fork else 0,
+        collate_fn=list,
+        multiprocessing_context=fork,
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),
+    )
 
 
 def digest(image: Tensor) -> bytes:

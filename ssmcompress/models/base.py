@@ -17,6 +17,7 @@ from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..ops.dispatch import full_precision
 from ..pruning.alignment import Alignment
+from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
 from .records import MadeBy, Record, Source
@@ -217,7 +218,7 @@ class TokenModel(nn.Module, abc.ABC):
 
     def memory(self, features: Tensor) -> Tensor:
         """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""
-        return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
+        return normalize_rms(features)
 
     @abc.abstractmethod
     def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:

@@ -117,7 +117,8 @@ class Plan:
                     f"at least 0 and below 1"
                 )
             if stage.importance not in IMPORTANCES:
-                raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(IMPORTANCES)}")
+                names = ", ".join(name for name, importance in IMPORTANCES.items() if importance.ranks)
+                raise InputError(f"unknown importance {stage.importance!r}: expected one of {names}")
             if stage.merge not in (None, *MERGES):
                 raise InputError(f"unknown merge {stage.merge!r}: expected one of {', '.join(MERGES)}")
             if (stage.importance == "similarity") != (stage.merge == "ordered"):

@@ -291,6 +291,7 @@ def test_shards_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "what"),
     [(b"", "expected members"), (b"x" * 600, "uncompressed tar"), (gzip.compress(b"x" * 600), "unpack it")],
+    ids=["empty", "text", "compressed"],  # the compressed content holds the time, and processes must agree on ids
 )
 def test_files_that_are_no_shards(tmp_path, content, what):
     file = tmp_path / "a.tar"

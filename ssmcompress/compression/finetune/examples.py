@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.batches import Batches
+from ...data.batches import Batches, make_loader
 from ...data.transforms import Preprocessing
 from ...errors import InputError
 from ...models.base import TokenModel
@@ -70,7 +69,7 @@ class Examples:
                 number = part * self.processes + self.process
                 part_rows = select_pairs(step_rows, number, self.processes * self.recipe.accumulate)
                 rows.append([(epoch, int(row)) for row in part_rows])
-        parts = iter(self._make_loader(rows))
+        parts = iter(make_loader(self, rows, self.training.workers, _ignore_signals))
         try:
             for step in range(first, self.steps):
                 yield [self._make_part(next(parts), epoch, step) for _ in range(self.recipe.accumulate)]
@@ -89,19 +88,6 @@ class Examples:
                 return i, self.transform(source.read(i)), label
             except (OSError, ValueError):
                 return i, None, label
-
-    def _make_loader(self, rows: Sequence[list[tuple[int, int]]]) -> Any:
-        # Readers are closures, which only forked workers can inherit; forking is not safe on other systems.
-        fork = "fork" if self.training.workers and sys.platform == "linux" else None
-        return torch.utils.data.DataLoader(
-            self,
-            batch_sampler=rows,
-            num_workers=self.training.workers if fork else 0,
-            collate_fn=list,
-            multiprocessing_context=fork,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # otherwise the loader would draw from the global generator
-        )
 
     def _make_part(self, items: list[tuple[int, Tensor | None, int]], epoch: int, step: int) -> MicroBatch:
         """Stack and mix the images that could be read, and encode their labels."""
