@@ -33,7 +33,7 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
 
     width = _width()
     for columns in _fit(header, rows, width):
-        table = Table(box=SIMPLE, pad_edge=False, show_edge=False)
+        table = Table(box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
         table.add_column(header[0], justify="left", overflow="fold")
         for column in columns:
             table.add_column(header[column], justify="right", no_wrap=True)

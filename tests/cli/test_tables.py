@@ -35,6 +35,15 @@ def test_a_table_that_fits_is_one_table(capsys, monkeypatch):
     assert len(re.findall("─{5,}", out)) == 1
 
 
+@pytest.mark.parametrize("length", range(1, 40))
+def test_names_are_whole_where_there_is_room(capsys, monkeypatch, length):
+    """A name is folded only if it takes more than half of the width."""
+    rows = [("n" * length, ["12345678"] * 6)]
+    out = shown(capsys, ["", *"abcdef"], rows, 80, monkeypatch)
+    assert ("n" * length) in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_without_a_terminal_80_columns_are_assumed(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert not sys.stdout.isatty()
