@@ -1,7 +1,7 @@
 """Distributed runs: start, sharding, reductions and barriers, for one process or several.
 
 With `torchrun` or `accelerate launch`, the same command runs in every process; `start` joins them into a group. Each
-processes its shard of the images, results are summed over all, and only the first prints and writes. Without a
+processes its shard of the images, results are summed over all, and only the main process prints and writes. Without a
 launcher there is one process, and these functions do nothing.
 """
 

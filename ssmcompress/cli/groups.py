@@ -23,9 +23,7 @@ from .values import IMPORTANCE_NAMES, GapSource, Precision, parse_numbers, parse
 if TYPE_CHECKING:
     from ..compression.finetune.recipe import Recipe
     from ..jobs.finetune import FinetuneOptions
-    from ..jobs.images import DataOptions
-    from ..jobs.measuring import MeasureOptions
-    from ..jobs.prune import PlanRequest
+    from ..jobs.requests import DataOptions, MeasureOptions, PlanRequest
     from ..models.base import TokenModel
 
 # Heavy imports (torch takes two seconds) stay inside the methods, so that --help answers at once.
@@ -119,7 +117,7 @@ class Hardware(Processor):
             torch.zeros(1, device=device).item()  # a meta device has no values
         except Exception as error:
             raise InputError(f"--device {self.device}: not available here") from error
-        # float32 is to mean float32: torch lets convolutions, so the patch embedding, round to 10 bits unless told.
+        # By default torch lets convolutions in float32, and so the patch embedding, round to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         return device
 
@@ -165,7 +163,7 @@ class Load(Reading):
     mean: Annotated[
         str | None, option(MODEL_FILE, help="Normalisation mean, one value or one a channel (0.485,0.456,0.406).")
     ] = None
-    std: Annotated[str | None, option(MODEL_FILE, help="Normalisation deviation, likewise.")] = None
+    std: Annotated[str | None, option(MODEL_FILE, help="Standard deviation of the same.")] = None
     crop_pct: Annotated[
         float | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps.")
     ] = None
@@ -205,7 +203,7 @@ class Measure(Batching):
 
     def options(self, latency: bool = True) -> MeasureOptions:
         """As the library takes them."""
-        from ..jobs.measuring import MeasureOptions
+        from ..jobs.requests import MeasureOptions
 
         return MeasureOptions(self.dtype.value, latency)
 
@@ -232,7 +230,7 @@ class TrainingImages:
 
     def options(self, batching: Batching) -> DataOptions:
         """As the library takes them."""
-        from ..jobs.images import SAMPLES, DataOptions
+        from ..jobs.requests import SAMPLES, DataOptions
 
         samples = getattr(self, "samples", SAMPLES)
         return DataOptions(self.data, self.eval_data, samples, self.seed, batching.batch_size, batching.workers)
@@ -260,7 +258,7 @@ class Budget:
     ] = None
     latency: Annotated[
         str | None,
-        option(BUDGET, help="Share of the latency to KEEP at batch 1, 60%, timed here; searches likewise."),
+        option(BUDGET, help="Share of the latency to KEEP at batch 1, 60%, timed here; also searches for the plan."),
     ] = None
     search: Annotated[
         bool, option(BUDGET, "--search/--no-search", help="Without: --flops prunes all stages alike by one metric.")
@@ -318,7 +316,7 @@ class Pruning(Stages):
 
     def plan_request(self, budget: Budget) -> PlanRequest:
         """Which plan the options of both groups ask for."""
-        from ..jobs.prune import PlanRequest
+        from ..jobs.requests import PlanRequest
 
         return PlanRequest(
             ratio=parse_ratios(budget.ratio),
@@ -392,10 +390,10 @@ class FinetuneToo(Training):
     ] = None
 
     def options_if_asked(self) -> FinetuneOptions | None:
-        """As the library takes them, or None where there is to be no fine-tuning.
+        """As the library takes them, or None without fine-tuning.
 
         Raises:
-            InputError: how to fine-tune, without that it is to be done.
+            InputError: an option says how to fine-tune, but none says to do it.
         """
         given = {
             "--recipe": self.recipe != "default", "--set": self.recipe_changes, "--ramp": self.ramp is not None

@@ -11,7 +11,7 @@ import typer
 from .. import processes
 from ..errors import SsmCompressError
 from .groups import PANELS
-from .terminal import arguments, complain, only_main_prints
+from .terminal import arguments, complain, name_options, only_main_prints
 
 INTERRUPTED = 130
 OTHER = "Other"
@@ -48,6 +48,7 @@ class Commands(typer.core.TyperGroup):
         """Run a command; its exit code is returned, or the process ends with it."""
         texts = list(sys.argv[1:] if args is None else args) or ["--help"]
         arguments.set(tuple(texts))
+        name_options.set(self.name_options)
         try:
             with only_main_prints():
                 return self._main(texts, prog_name, standalone_mode, **extra)
@@ -62,7 +63,7 @@ class Commands(typer.core.TyperGroup):
         except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it
             code = complain(f"{error.format_message()} (see ssmcompress --help)", 2)
         except SsmCompressError as error:
-            code = complain(self.name_options(str(error)), error.exit_code)
+            code = complain(str(error), error.exit_code)
         except (KeyboardInterrupt, typer.Abort):
             code = complain("interrupted", INTERRUPTED)
         except BrokenPipeError:  # `ssmcompress report | head`

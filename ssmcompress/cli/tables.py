@@ -295,4 +295,6 @@ def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple
         cells += [cell(row.get("kl"), "{:.4f}"), cell(row.get("latency_ms"), "{:.1f} ms")]
         cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], "{:.0f} %"))
         lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))
-    return header, lines
+    used = [column for column in range(1, len(header)) if any(cells[column - 1] != "-" for _, cells in lines)]
+    lines = [(name, [cells[column - 1] for column in used]) for name, cells in lines]
+    return [header[0], *(header[column] for column in used)], lines

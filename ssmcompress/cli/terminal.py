@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 OTHERS_WAIT = 3.0  # seconds
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
+# What makes options of the arguments that a message of the library names: `force=True` becomes --force.
+name_options: ContextVar[Callable[[str], str]] = ContextVar("ssmcompress_name_options", default=str)
 
 
 @contextmanager
@@ -40,11 +42,11 @@ def only_main_prints() -> Iterator[None]:
 def complain(message: str, code: int) -> int:
     """Print an error as one line, and return the exit code."""
     if number := processes.launched_index():
-        # The launcher ends all processes as soon as one has failed. So what every one of them found is told once, by
-        # the first, and what this one alone found is told here.
+        # The launcher ends all processes as soon as one has failed. So an error of all of them is printed once, by the
+        # main process, and an error of this process alone is printed here.
         time.sleep(OTHERS_WAIT)
         message = f"process {number}: {message}"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(name_options.get()(message).split())}", file=sys.stderr)
     return code
 
 
@@ -56,7 +58,7 @@ def command_line() -> str:
 def say(message: str, quiet: bool) -> None:
     """A message for a person, on stderr."""
     if not quiet and not processes.launched_index():
-        print(message, file=sys.stderr)
+        print(name_options.get()(message), file=sys.stderr)
 
 
 @contextmanager
@@ -88,7 +90,7 @@ class _Lines(FrontEnd):
     """Nothing animated: lines on stderr."""
 
     def line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(name_options.get()(text), file=sys.stderr, flush=True)
 
 
 class _Bars(FrontEnd):
@@ -114,7 +116,7 @@ class _Bars(FrontEnd):
             self.progress.update(self.running[-1], status=text)
 
     def line(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(name_options.get()(text), markup=False, highlight=False)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from enum import Enum
 
 from ..errors import InputError
 
-# For completion in a shell alone: the library knows which there are, and reports others.
+# For the help and for completion, which do not wait for torch; the library reports a metric that it does not know.
 IMPORTANCE_NAMES = ("clip", "l1", "l2", "mean", "random", "delta", "clip-paths", "saliency")
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +31,16 @@ from ..models.base import TokenModel
 from ..models.checkpoint import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
-from .images import DataOptions, choose_images
-from .measuring import MeasureOptions
+from .images import choose_images
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
 from .pictures import draw_pareto
 from .pipeline import Context, run_steps
+from .requests import CompareRequest
 from .search import SearchRequest, search_plan
 
 FORMAT_VERSION = 1
 CHARTS_EVERY = 10.0  # seconds
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
-
-
-@dataclass(frozen=True)
-class CompareRequest:
-    """What a comparison is asked for.
-
-    Attributes:
-        ratios: levels, as shares of tokens to remove at each stage. flops: levels as shares of the FLOPs to keep,
-            instead of these.
-        stages: layers to prune after; None: the default ones.
-        methods: names of methods; None: all, those with a search or a reconstruction if `search` and `reconstruct` say.
-        data: the images. measure: how rows are measured. gap: as for `prune`.
-    """
-
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
-    flops: tuple[float, ...] | None = None
-    stages: tuple[int, ...] | None = None
-    methods: tuple[str, ...] | None = None
-    search: bool = False
-    reconstruct: bool = False
-    data: DataOptions = DataOptions()
-    measure: MeasureOptions = MeasureOptions()
-    gap: str | None = None
-
-    def check(self) -> None:
-        """Check what is given before the model is loaded.
-
-        Raises:
-            InputError: a ratio that is none, or a method that is not known.
-        """
-        if wrong := [value for value in self.ratios if not 0 <= value < 1]:
-            raise InputError(f"`ratios` {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
-        self.chosen_methods()
-
-    def chosen_methods(self) -> tuple[Method, ...]:
-        """The methods that are asked for."""
-        return choose_methods(self.methods, search=self.search, reconstruct=self.reconstruct)
 
 
 def compare_methods(
@@ -94,16 +57,16 @@ def compare_methods(
     Raises:
         InputError: a pruned model, images or a folder that cannot be used.
     """
+    methods = choose_methods(request.methods, search=request.search, reconstruct=request.reconstruct)
     if model.plan is not None:
-        source = model.source.path if model.source else "the model"
-        raise InputError(f"{source} is pruned already: compare takes the dense model it came from")
+        raise InputError("the model is pruned already: compare takes the dense model it came from")
     if processes.count() > 1:
         raise InputError("compare runs in one process: start it without a launcher")
     ratios = request.ratios
     if request.flops is not None:
         ratios = tuple(ratio_for_flops(model, request.stages, share) for share in request.flops)
     comparison = Comparison(model, Path(folder), request, command, force)
-    return comparison.run(make_levels(model, request.stages, ratios), request.chosen_methods())
+    return comparison.run(make_levels(model, request.stages, ratios), methods)
 
 
 class Comparison:
@@ -143,7 +106,8 @@ class Comparison:
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
             settings, rows = value["settings"], value["rows"]
-            labels = [(row["method"], float(row["ratio"]), row["images"]) for row in rows]
+            for row in rows:
+                _check_row(row)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
         if force:
@@ -153,15 +117,15 @@ class Comparison:
             raise InputError(
                 f"{file} was made with another {wrong}; choose another output, or pass `force=True` to start afresh"
             )
-        if labels:
-            line(f"{len(labels)} rows are there already")
+        if rows:
+            line(f"{len(rows)} rows are there already")
         return rows
 
-    def run(self, wanted: Sequence[Level], methods: Sequence[Method]) -> dict[str, Any]:
+    def run(self, levels: Sequence[Level], methods: Sequence[Method]) -> dict[str, Any]:
         """Measure the rows that are missing, writing after each; returns the whole comparison, a JSON object."""
         measured = {(row["method"], row["ratio"]) for row in self.rows}
         work: list[tuple[Method | None, Level]] = [(None, Level(0.0, 1.0))]
-        work += [(method, level) for level in wanted for method in methods]
+        work += [(method, level) for level in levels for method in methods]
         work = [(m, level) for m, level in work if (m.name if m else "dense", level.ratio) not in measured]
         for method, level in track(work, "comparing", len(work)):
             self.rows.append(self.row(method, level))
@@ -195,7 +159,7 @@ class Comparison:
         """The model of a row."""
         plan = self.plan(method, level)
         if method.reconstructed and self.calibration.source.stand_in:
-            raise InputError("reconstruction needs images of yours: give `data`")
+            raise InputError("reconstruction needs images of your own")
         plan = replace(plan, calibration=self.calibrate(plan))
         context = Context(self.model, self.calibration, seed=self.data.seed)
         *_, model = run_steps(method.steps(plan), context, keep=()).values()
@@ -206,8 +170,8 @@ class Comparison:
         gap = self.settings["gap"] if method.alignment.scan else "bias"
         if method.searched and level.ratio > 0:
             file = self.sensitivity_file(method)
-            known = str(file) if file.is_file() else None
-            request = SearchRequest(flops=level.flops, alignment=method.alignment, sensitivity=known)
+            earlier = str(file) if file.is_file() else None
+            request = SearchRequest(flops=level.flops, alignment=method.alignment, sensitivity=earlier)
             options = {"gap": self.settings["gap"], "reconstruct": method.reconstructed}
             result = search_plan(self.model, request, self.images, self.data, **options)
             write_file(file, result.sensitivity.to_json().encode(), force=True)
@@ -263,6 +227,25 @@ class Comparison:
         files[RESULT_FILE] = json.dumps(self.to_dict(), indent=2).encode() + b"\n"
         for name, content in files.items():
             write_file(self.folder / name, content, force=True)
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Check a row that was read from a file.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    if not isinstance(row["method"], str) or isinstance(row["ratio"], bool):
+        raise TypeError("a row without a method and a ratio")
+    float(row["ratio"])
+    if row.get("failed"):
+        return
+    for name in ("top1", "agreement", "kl", "flops_share", "latency_ms", "latency_share"):
+        if row[name] is not None:
+            float(row[name])
+    float(row["flops"]["full"]), int(row["images"])
+    for stage in row["stages"]:
+        int(stage["after"]), float(stage["ratio"]), str(stage["importance"])
 
 
 @torch.no_grad()

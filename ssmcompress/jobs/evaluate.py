@@ -7,8 +7,8 @@ from typing import Any
 from .. import processes
 from ..evaluation.measure import evaluate
 from ..models.base import TokenModel
-from .images import DataOptions, make_batches
-from .measuring import MeasureOptions
+from .images import make_batches
+from .requests import DataOptions, MeasureOptions
 
 
 def evaluate_model(

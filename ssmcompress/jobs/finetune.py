@@ -21,10 +21,11 @@ from ..models.checkpoint import CONFIG_FILE, versions
 from ..models.records import MadeBy
 from ..progress import line
 from .folder import Target, write_folder
-from .images import DataOptions, split_training_images
-from .measuring import MeasureOptions, measure_models, name_columns
+from .images import split_training_images
+from .measuring import measure_models, name_columns
 from .pipeline import Context, run_steps
 from .report import make_report, read_report
+from .requests import DataOptions, MeasureOptions
 from .steps import Finetune
 
 
@@ -129,11 +130,13 @@ def tune_folder(
     *,
     dense: TokenModel | None,
     earlier: Mapping[str, Any],
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Run the step `Finetune` on a model, measure, and write the folder; returns the report in it.
 
     Args:
         earlier: the report of `model`, {} where it has none.
+        name: what the report calls `model`; None: after what was done to it last.
     """
     target.prepare(data)
     images = split_training_images(model, data)
@@ -151,7 +154,7 @@ def tune_folder(
     )
     with _logger(options.tensorboard) as context.log:
         snapshots = run_steps([Finetune(options.recipe, options.teacher)], context, start=model)
-    columns = name_columns(dense, {snapshot_name(model): model, **snapshots})
+    columns = name_columns(dense, {name or snapshot_name(model): model, **snapshots})
     measured = measure_models(columns, images.measured, measure, together)
     training.sync()
     tuned = measured.models["pruned"]
@@ -174,7 +177,7 @@ def tune_folder(
 def count_overlap(training: Batches, measured: Batches, data: DataOptions, earlier: Mapping[str, Any]) -> int | None:
     """How many of the measured images something was learnt from; None where that is not known.
 
-    Data sets are told apart by their names. What an earlier command sampled to calibrate on is not known.
+    Data sets are changes apart by their names. What an earlier command sampled to calibrate on is not known.
     """
     if data.eval_data is not None and training.source.name == measured.source.name:
         return len(measured.digests)
@@ -218,13 +221,15 @@ def find_finished(output: Path, recipe: Recipe, data: DataOptions) -> dict[str, 
         return None
     if record is None:
         return None
-    wanted = asdict(recipe) | {"seed": data.seed, "data": data.data}
+    expected = asdict(recipe) | {"seed": data.seed, "data": data.data}
     actual = dict(record.get("recipe", {})) | {"seed": record.get("seed"), "data": record.get("name")}
     # With fewer images than a batch, a step takes them all.
-    wanted["batch_size"] = min(wanted["batch_size"], actual.get("batch_size", 0))
-    if differences := [name for name in wanted if actual.get(name) != wanted[name]]:
-        told = ", ".join(f"{name} {actual.get(name)!r} for {wanted[name]!r}" for name in differences[:3])
-        raise InputError(f"{output} holds another fine-tuned model, with {told}; choose another output or `force=True`")
+    expected["batch_size"] = min(expected["batch_size"], actual.get("batch_size", 0))
+    if differences := [name for name in expected if actual.get(name) != expected[name]]:
+        changes = ", ".join(f"{name} {actual.get(name)!r} for {expected[name]!r}" for name in differences[:3])
+        raise InputError(
+            f"{output} holds another fine-tuned model, with {changes}; choose another output or `force=True`"
+        )
     return read_report(output)[1]
 
 

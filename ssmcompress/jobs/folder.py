@@ -13,11 +13,11 @@ from ..files import check_target
 from ..models.base import TokenModel
 from ..models.checkpoint import save
 from ..models.records import Source
-from .images import DataOptions
 from .measuring import Measured
 from .pictures import draw_kept_tokens
 from .report import REPORT_FILE
 from .report_text import PICTURE_FILE, render_card
+from .requests import DataOptions
 
 
 @dataclass(frozen=True)

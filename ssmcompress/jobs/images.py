@@ -11,31 +11,10 @@ from ..data.find import open_images
 from ..data.images import Images
 from ..errors import InputError
 from ..models.base import TokenModel
+from .requests import DataOptions
 
-SAMPLES = 1024
 # One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The images of a job, and how they are read.
-
-    Attributes:
-        data: images to calibrate on and to learn from, as `ssmcompress.data.open_images` takes them; None: those that
-            the model's folder names, else sample photographs.
-        eval_data: images to measure on; None: those of `data` that nothing was learnt from.
-        samples: number of images to calibrate on at most.
-        seed: seed of the choice of images.
-        batch_size: images at a time; changes no result. workers: processes that decode them; 0: the main process does.
-    """
-
-    data: str | None = None
-    eval_data: str | None = None
-    samples: int = SAMPLES
-    seed: int = 0
-    batch_size: int = 64
-    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +22,7 @@ class CalibrationImages:
     """Images for a compression.
 
     Attributes:
-        calibration: this process's share of the images to calibrate on. measured: likewise, to measure on.
+        calibration: this process's share of the images to calibrate on. measured: its share of those to measure on.
         count: images to calibrate on over all processes.
     """
 
@@ -66,7 +45,7 @@ class CalibrationImages:
 
 
 def choose_images(model: TokenModel, options: DataOptions, training: bool = False) -> CalibrationImages:
-    """Choose images to calibrate on and, where they are not told apart, other images to measure on.
+    """Choose images to calibrate on and images to measure on: others of the same data, unless `eval_data` names some.
 
     Args:
         training: whether the same images will be learnt from: then as many as possible are kept for that.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import processes
@@ -13,23 +12,7 @@ from ..data.batches import Batches
 from ..evaluation.latency import latency
 from ..evaluation.measure import Evaluation, autocast, measure
 from ..models.base import TokenModel
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How models are measured.
-
-    Attributes:
-        dtype: "float32", or "bfloat16" for measuring under autocast. latency: whether to time the models at batch 1.
-    """
-
-    dtype: str = "float32"
-    latency: bool = True
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
-        return getattr(torch, self.dtype)
+from .requests import MeasureOptions
 
 
 @dataclass(frozen=True)
@@ -77,6 +60,6 @@ def measure_models(
     milliseconds: dict[str, float] = {}
     if options.latency:
         with autocast(sample.device, dtype):
-            timed = {name: present[name] for name in ("dense", "pruned") if name in present}
-            milliseconds = latency(timed, sample[:1])
+            models_to_time = {name: present[name] for name in ("dense", "pruned") if name in present}
+            milliseconds = latency(models_to_time, sample[:1])
     return Measured(models, results, images, sample, milliseconds, options)

@@ -23,11 +23,12 @@ from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, default_stages
 from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
 from .folder import Target, folder_name, write_folder
-from .images import CalibrationImages, DataOptions, choose_images
-from .measuring import MeasureOptions, measure_models, name_columns
+from .images import CalibrationImages, choose_images
+from .measuring import measure_models, name_columns
 from .pipeline import Context, Step, run_steps
 from .report import describe_calibration, describe_reconstruction, list_stages, make_report
-from .search import SEARCH_IMAGES, SearchRequest, SearchResult, search_plan
+from .requests import DataOptions, MeasureOptions, PlanRequest
+from .search import SearchRequest, SearchResult, search_plan
 from .steps import Reconstruct, pruning_steps
 
 DEFAULT_RATIO = 0.3
@@ -51,70 +52,6 @@ class CompressOptions:
     reconstruct: bool | None = None
     steps: tuple[Step, ...] = ()
     finetune: FinetuneOptions | None = None
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """Which plan to make: at most one of ratio, flops, latency and file is given; without any, the ratio is 0.3.
-
-    Attributes:
-        ratio: shares of tokens to remove, one for all stages or one for each.
-        flops, latency: share of the dense model's to keep. file: a plan as JSON.
-        search: whether `flops` searches for the plan, instead of pruning all stages alike.
-        stages: layers to prune after, or to choose from; None: the default ones, or all.
-        importance: metric; None: "clip", or all that a search chooses from.
-        align: whether the later layers are aligned; None: yes.
-        sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
-        search_images: images to search on at most.
-    """
-
-    ratio: tuple[float, ...] | None = None
-    flops: float | None = None
-    latency: float | None = None
-    file: str | None = None
-    search: bool = True
-    stages: tuple[int, ...] | None = None
-    importance: str | None = None
-    align: bool | None = None
-    sensitivity: str | None = None
-    by_labels: bool = False
-    search_images: int = SEARCH_IMAGES
-
-    @property
-    def searches(self) -> bool:
-        """Whether the plan comes from a search."""
-        return self.search and (self.flops is not None or self.latency is not None)
-
-    def check(self) -> None:
-        """Check that what is given goes together.
-
-        Raises:
-            InputError: it does not; the message names the arguments of this class, `plan` for `file`.
-        """
-        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "plan": self.file}
-        given = [f"`{name}`" for name, value in ways.items() if value is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)}: expected one of them")
-        own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
-        if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
-            raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
-        if self.latency is not None and not self.search:
-            raise InputError("`latency` is met by a search: leave out `search=False`")
-        if not self.searches and (self.sensitivity is not None or self.by_labels):
-            raise InputError("`sensitivity` and `by_labels` belong to a search: give `flops` or `latency`")
-
-    def search_request(self) -> SearchRequest:
-        """What the search is asked for."""
-        return SearchRequest(
-            flops=self.flops,
-            latency=self.latency,
-            stages=self.stages,
-            importance=self.importance,
-            alignment=Alignment(self.align is not False, self.align is not False),
-            labels=self.by_labels,
-            sensitivity=self.sensitivity,
-            images=self.search_images,
-        )
 
 
 @dataclass(frozen=True)
@@ -166,33 +103,56 @@ class PruneRequest:
         return Path("compressed", folder_name(checkpoint, choices))
 
 
-def find_plan(model: TokenModel, request: PruneRequest) -> tuple[Plan, SearchResult | None]:
-    """The plan that is asked for, and the search that found it, if there was one.
+@dataclass(frozen=True)
+class FoundPlan:
+    """A plan, the search that found it, and the images that were chosen for that; None where there were none."""
+
+    plan: Plan
+    search: SearchResult | None = None
+    images: CalibrationImages | None = None
+
+
+def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
+    """Make, read or search for the plan that is asked for.
 
     Raises:
         BudgetError: a budget that cannot be reached. InputError: a plan that does not fit the model.
     """
-    wanted, options = request.plan, request.options
-    if wanted.file is not None:
-        return read_plan(wanted.file).validate(len(model.blocks)), None
-    if wanted.searches:
+    asked, options = request.plan, request.options
+    if asked.file is not None:
+        return FoundPlan(read_plan(asked.file).validate(len(model.blocks)))
+    if asked.searches:
         images = choose_images(model, options.data, options.finetune is not None)
         gap, reconstruct = images.gap_source(options.gap), images.wants_reconstruction(options.reconstruct)
-        request = wanted.search_request()
-        result = search_plan(model, request, images, options.data, gap=gap, reconstruct=reconstruct)
-        return result.plan, result
-    parts = {"importance": wanted.importance or "clip", "alignment": wanted.align is not False}
-    parts |= {"stages": wanted.stages, "seed": options.data.seed}
-    if wanted.flops is None:
-        ratio = wanted.ratio or (DEFAULT_RATIO,)
-        return make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts), None
+        result = search_plan(model, _search_request(asked), images, options.data, gap=gap, reconstruct=reconstruct)
+        return FoundPlan(result.plan, result, images)
+    parts = {"importance": asked.importance or "clip", "alignment": asked.align is not False}
+    parts |= {"stages": asked.stages, "seed": options.data.seed}
+    if asked.flops is None:
+        ratio = asked.ratio or (DEFAULT_RATIO,)
+        return FoundPlan(make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts))
     make_plan(model, **parts)  # reports bad stages before the range is computed from them
-    stages = wanted.stages or default_stages(len(model.blocks))
+    stages = asked.stages or default_stages(len(model.blocks))
     images = choose_images(model, options.data, options.finetune is not None)
     reserve = corrections_share(model, stages) if images.wants_reconstruction(options.reconstruct) else 0.0
     lowest = smallest_share(model, stages) + reserve
     line(f"reachable with stages {','.join(map(str, stages))}: {lowest:.1%} to 100%")
-    return plan_for_budget(model, wanted.flops, reserve=reserve, **parts), None
+    return FoundPlan(plan_for_budget(model, asked.flops, reserve=reserve, **parts), images=images)
+
+
+def _search_request(request: PlanRequest) -> SearchRequest:
+    """What the search for a plan is asked for."""
+    aligned = request.align is not False
+    return SearchRequest(
+        flops=request.flops,
+        latency=request.latency,
+        stages=request.stages,
+        importance=request.importance,
+        alignment=Alignment(aligned, aligned),
+        labels=request.by_labels,
+        sensitivity=request.sensitivity,
+        images=request.search_images,
+    )
 
 
 def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dict[str, Any]:
@@ -203,16 +163,17 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
     """
     if request.plan.searches:  # before the long work
         target.check(model, request.options.data)
-    plan, search = find_plan(model, request)
-    options = request.options
-    return compress(model, plan, target.path, options, command=target.command, force=target.force, search=search)
+    found = find_plan(model, request)
+    return compress(
+        model, found.plan, target.path, request.options, command=target.command, force=target.force, found=found
+    )
 
 
 def preview_request(model: TokenModel, request: PruneRequest) -> dict[str, Any]:
     """What the plan that is asked for would do, as `preview` has it, with the `search` that found it."""
-    plan, search = find_plan(model, request)
-    value = preview(model, plan)
-    return value if search is None else {**value, "search": search.record}
+    found = find_plan(model, request)
+    value = preview(model, found.plan)
+    return value if found.search is None else {**value, "search": found.search.record}
 
 
 def compress(
@@ -223,7 +184,7 @@ def compress(
     *,
     command: str = "",
     force: bool = False,
-    search: SearchResult | None = None,
+    found: FoundPlan | None = None,
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; with `options.finetune`, fine-tune and write it again.
 
@@ -235,7 +196,7 @@ def compress(
         output: the folder to write; nothing is left there if anything fails before it is complete.
         command: recorded as how it was made.
         force: replace `output` if ssmcompress wrote it.
-        search: the search that found the plan, for the report.
+        found: how the plan was found, for the report; its images are used.
 
     Returns:
         The report that is in the folder.
@@ -246,13 +207,16 @@ def compress(
     plan.validate(len(model.blocks))
     target = Target(Path(output), force, command)
     target.check(model, options.data)
-    images = choose_images(model, options.data, options.finetune is not None)
-    pruned, report = _prune_folder(model, plan, images, target, options, search)
+    found = found or FoundPlan(plan)
+    images = found.images or choose_images(model, options.data, options.finetune is not None)
+    snapshots, report = _prune_folder(model, plan, images, target, options, found.search)
     if options.finetune is None:
         return report
     processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
     again = FinetuneTarget(target.path, force=True, command=command, inside=target.path)
-    return tune_folder(pruned, again, options.finetune, options.data, options.measure, dense=model, earlier=report)
+    name, pruned = snapshots.popitem()
+    parts = {"dense": model, "earlier": report, "name": name}
+    return tune_folder(pruned, again, options.finetune, options.data, options.measure, **parts)
 
 
 def _prune_folder(
@@ -262,8 +226,8 @@ def _prune_folder(
     target: Target,
     options: CompressOptions,
     search: SearchResult | None,
-) -> tuple[TokenModel, dict[str, Any]]:
-    """Write the pruned folder; returns the model and the report that are in it."""
+) -> tuple[dict[str, TokenModel], dict[str, Any]]:
+    """Write the pruned folder; returns the snapshots, the last of which is in it, and its report."""
     calibration, together = images.calibration, processes.count() > 1
     plan = Plan(plan.stages, plan.alignment, images.gap_source(options.gap, plan.gap), plan.seed)
     refit = (
@@ -285,7 +249,7 @@ def _prune_folder(
     overlap = len(images.measured.digests & calibration.digests)
     report = make_report(measured, overlap, sections, target.command)
     write_folder(target, measured, report, files)
-    return pruned, report
+    return snapshots, report
 
 
 def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def make_report(
 
     Args:
         overlap: how many of the measured images something was learnt from; None: that is not known.
-        sections: further sections: `calibration`, `reconstruction` and whatever else there is to tell.
+        sections: further sections: `calibration`, `reconstruction` and those of other steps.
         earlier: the report of a model that this one was made from: what it measured on the same images is copied.
     """
     pruned, result = measured.models["pruned"], measured.results["pruned"]
@@ -77,7 +77,7 @@ def describe_model(model: TokenModel, result: Evaluation, milliseconds: float | 
 
 
 def describe_missing(pruned: TokenModel) -> dict[str, Any]:
-    """The block of a dense model that is not there any more."""
+    """Describe a dense model that is gone."""
     return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
 
 
@@ -92,26 +92,26 @@ def describe_data(measured: Batches, result: Evaluation, overlap: int | None) ->
 
 
 def describe_calibration(plan: Plan, calibration: Batches) -> dict[str, Any]:
-    """Also how often each stage kept each position, and its mean score: lists over positions."""
-    seen = plan.calibration
+    """Describe the calibration, with the share of images that kept each position at each stage, and its mean score."""
+    statistics = plan.calibration
     return {
-        "name": seen.name,
-        "images": seen.images,
+        "name": statistics.name,
+        "images": statistics.images,
         "unreadable": calibration.unreadable_names(),
-        "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in seen.kept],
-        "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in seen.scores],
+        "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in statistics.kept],
+        "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in statistics.scores],
     }
 
 
 def describe_alignment(model: TokenModel) -> dict[str, Any]:
-    """What is aligned; of a mean that is read out too, where there is one."""
+    """Describe what is aligned, with the mean over tokens where the model reads one out."""
     alignment = model.plan.alignment
     block = {"conv": alignment.conv, "scan": alignment.scan, "gap": model.plan.gap if alignment.scan else None}
     return block | ({"pool": alignment.pool} if model.pools else {})
 
 
 def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    """Also the seconds it took, and the rank of each layer's correction."""
+    """Describe the reconstruction, with the seconds it took and the rank of the correction of each layer."""
     record = model.find_record("reconstruction")
     if record is None:
         return None

@@ -38,7 +38,7 @@ def list_columns(report: Report) -> list[str]:
     `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones
     before it was fine-tuned, `before` one that had been fine-tuned already; other steps have names of their own.
     """
-    names = [name for name, value in report.items() if isinstance(value, dict) and "latency_ms" in value]
+    names = [name for name, value in report.items() if isinstance(value, dict) and isinstance(value.get("flops"), dict)]
     return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
 
 
@@ -111,15 +111,15 @@ def format_notes(report: Report) -> list[str]:
 
 
 def _finetuning_note(tuned: Mapping[str, Any]) -> str:
-    taught = [name for name in ("labels", "teacher") if tuned[name]]
-    chosen = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
-    chosen = chosen if tuned["epoch"] else " as before, for those of no epoch did better"
-    chosen += ", averaged" if tuned["averaged"] else ""
-    chosen += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
+    teachers = [name for name in ("labels", "teacher") if tuned[name]]
+    choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"
+    choice += ", averaged" if tuned["averaged"] else ""
+    choice += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
     return (
         f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
-        f"{' and '.join(taught)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
-        f"{tuned['seconds']:.0f} s; weights{chosen}"
+        f"{' and '.join(teachers)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
+        f"{tuned['seconds']:.0f} s; weights{choice}"
     )
 
 

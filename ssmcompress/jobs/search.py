@@ -27,11 +27,11 @@ from ..progress import line, track
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Calibration, Plan, Stage
-from .images import CalibrationImages, DataOptions, make_batches
+from .images import CalibrationImages, make_batches
+from .requests import SEARCH_IMAGES, DataOptions
 
-# Plans that are run before one is chosen, and images that sensitivities are measured on.
+# Plans that are run before one is chosen.
 RUN = 12
-SEARCH_IMAGES = 512
 # Tries to meet a latency, and where in the request it is to come out: timings differ by a few percent.
 ATTEMPTS = 8
 REPEATS = 31
@@ -94,8 +94,8 @@ def search_plan(
     begin = time.perf_counter()
     sensitivity = _read_sensitivity(model, request, reconstruct) if request.sensitivity is not None else None
     depth = len(model.blocks)
-    known = sensitivity.layers if sensitivity else candidate_layers(depth)
-    layers = tuple(request.stages or known)
+    candidates = sensitivity.layers if sensitivity else candidate_layers(depth)
+    layers = tuple(request.stages or candidates)
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
@@ -123,26 +123,26 @@ def search_plan(
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
     measured = time.perf_counter() - measuring
     usable = sensitivity.select(request.stages, (request.importance,) if request.importance else None)
-    timed = None
+    latency_range = None
     if request.flops is not None:
         budget = request.flops - reserve
         tried = trial.run(propose(model, usable, budget, RUN), plan, usable.metrics, budget)
     else:
         budget = request.latency
-        tried, timed = _for_latency(model, usable, plan, request.latency, lowest, trial)
+        tried, latency_range = _for_latency(model, usable, plan, request.latency, lowest, trial)
     if not tried:
         raise BudgetError(f"no plan with stages after {','.join(map(str, layers))} comes close to {budget:.1%}")
     best = tried[0]
     record = {
         "asked": {"flops": request.flops, "latency": request.latency},
-        "reachable": {"flops": lowest, "latency": timed["lowest"] if timed else None},
+        "reachable": {"flops": lowest, "latency": latency_range["lowest"] if latency_range else None},
         "objective": usable.objective,
         "refit": usable.refit,
         "data": sensitivity.data,
         "loss": best["loss"],
         "expected": best["expected"],
         "flops": best["flops"],
-        "latency": timed["reached"] if timed else None,
+        "latency": latency_range["reached"] if latency_range else None,
         "tried": tried,
         "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begin, 2)},
     }
@@ -187,16 +187,18 @@ class _Trial:
         self.several = processes.count() > 1
         if self.several and request.latency is not None:
             raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
+        if images.count < processes.count():
+            raise InputError(f"{images.count} images to search on in {processes.count()} processes: expected one each")
         self.name = images.source.name
         if request.labels and images.source.labels is None:
             raise InputError(f"{self.name} has no labels to judge by")
         index = images.calibration.index
         chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
-        images, labels = _read(make_batches(model, images.source, [index[i] for i in chosen], data))
+        pictures, labels = _read(make_batches(model, images.source, [index[i] for i in chosen], data))
         measured = slice(0, None, 2)
-        self.images = images[measured][: request.images]
+        self.images = pictures[measured][: request.images]
         self.labels = labels[measured][: request.images] if request.labels else None
-        self.others = images[1::2] if len(images) > 1 else images
+        self.others = pictures[1::2] if len(pictures) > 1 else pictures
         self.gap = gap if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
         self.device, self.size = next(model.parameters()).device, model.chunk_size()

@@ -26,7 +26,7 @@ HISTORY_FILE = "finetuning.png"
 
 @dataclass(frozen=True)
 class Prune:
-    """Drop tokens by a plan; the later layers are not aligned to what is gone, whatever the plan's alignment.
+    """Drop tokens by a plan, without alignment: the plan's own is left to the step `Align`.
 
     A plan without a calibration is calibrated first on `context.calibration`, with its own alignment.
     """
@@ -71,6 +71,10 @@ class Reconstruct:
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The reconstructed model; the same model where nothing was pruned or there is nothing to refit by."""
         images = context.calibration
+        if not images.digests:  # the plan came with its calibration, so that nothing was read yet
+            for _ in images:
+                pass
+            images.sync()
         if not self.required and len(images.digests) < 2:
             return model
         name, together = images.source.name, context.distributed

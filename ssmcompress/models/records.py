@@ -172,12 +172,16 @@ def steps_to_dict(steps: Sequence[Record]) -> dict[str, Any]:
     value: dict[str, Any] = dict.fromkeys(KEYED)
     value |= {step.kind: asdict(step) for step in steps if step.kind in KEYED}
     if any(step.kind not in KEYED for step in steps):
-        value["steps"] = [{"kind": s.kind} if s.kind in KEYED else asdict(s) for s in steps]
+        value["steps"] = [{"kind": s.kind} | ({} if s.kind in KEYED else {"values": _values(s)}) for s in steps]
     return value
 
 
+def _values(step: Record) -> dict[str, Any]:
+    return step.values if isinstance(step, StepRecord) else asdict(step)
+
+
 def steps_from_dict(value: Mapping[str, Any]) -> tuple[Record, ...]:
-    """Read the records that `steps_to_dict` wrote.
+    """Read the records that `steps_to_dict` wrote; those of other kinds than `KEYED` become `StepRecord`s.
 
     Raises:
         InputError: the value has another form.

@@ -1,8 +1,11 @@
 """Help, completion and the shape of commands."""
 
 import ast
+import hashlib
 import inspect
+import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +20,8 @@ from ssmcompress.cli import app as package
 from ssmcompress.cli import commands
 from ssmcompress.cli.app import app
 from ssmcompress.cli.groups import PANELS, takes
+from ssmcompress.cli.values import IMPORTANCE_NAMES
+from ssmcompress.pruning.importance import IMPORTANCES
 
 FOLDER = Path(commands.__file__).parent
 FILES = {file.stem: file for file in FOLDER.glob("*.py") if not file.stem.startswith("_")}
@@ -102,6 +107,35 @@ def test_no_two_commands_share_six_lines():
             if one < other:
                 shared = [run for run in runs[one] & runs[other] if any(len(line) > 12 for line in run)]
                 assert not shared, (one, other, shared[0])
+
+
+def test_the_metrics_of_the_help_are_those_there_are():
+    assert set(IMPORTANCE_NAMES) == {name for name, importance in IMPORTANCES.items() if importance.ranks}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["prune", "m", "--plan", "p", "--ratio", "0.3"], ["compare", "m", "--ratios", "2"], ["finetune", "m"]],
+    ids=" ".join,
+)
+def test_usage_errors_do_not_wait_for_torch(arguments):
+    code = (
+        "import sys; from ssmcompress.cli.app import app\n"
+        "print(app(sys.argv[1:], standalone_mode=False), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout == "2 False\n", done.stderr
+
+
+def test_messages_that_are_no_errors_show_options_too(pruned_folder, class_folders, checkpoint):
+    checkpoint.write_bytes(pickle.dumps(os.system))
+    config = json.loads((pruned_folder / "config.json").read_text())
+    config["pruning"]["source"]["sha256"] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    (pruned_folder / "config.json").write_text(json.dumps(config))
+    said = call("evaluate", pruned_folder, "--data", class_folders).stderr
+    assert "agreement was not measured" in said
+    assert "--unsafe-load reads it all the same" in said
+    assert "`" not in said
 
 
 def test_options_of_a_group_become_parameters_of_the_command():

@@ -94,6 +94,16 @@ def test_a_comparison_fits(capsys, monkeypatch):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_columns_without_a_figure_are_left_out(capsys):
+    row = {"method": "naive", "ratio": 0.3, "flops_share": 0.6, "agreement": 50.0, "kl": 0.1}
+    data = {"images": 3, "name": "x"}
+    tables.show_comparison({"rows": [row], "settings": {"data": data, "calibration": data}})
+    table = capsys.readouterr().out.split("agrees: same")[0]
+    assert "latency" not in table
+    assert "top-1" not in table
+    assert "50.00 %" in table
+
+
 def test_a_web_page_scrolls_its_tables_on_a_phone():
     page = report_text.render_html(five_columns(), "x" * 100, None)
     assert 'name="viewport"' in page

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import ssmcompress
 from ssmcompress.data import Batches, open_images
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import remaining_share
-from ssmcompress.jobs.images import DataOptions, choose_images
+from ssmcompress.jobs.finetune import FinetuneOptions
+from ssmcompress.jobs.images import choose_images
 from ssmcompress.jobs.pipeline import Context, run_steps
-from ssmcompress.jobs.prune import CompressOptions, PlanRequest, PruneRequest, find_plan
+from ssmcompress.jobs.prune import CompressOptions, PruneRequest, find_plan
 from ssmcompress.jobs.report_text import list_columns
+from ssmcompress.jobs.requests import DataOptions, PlanRequest
 from ssmcompress.jobs.steps import Align, Prune, Reconstruct, pruning_steps
 from ssmcompress.models.records import StepRecord
 from ssmcompress.pruning.alignment import UNALIGNED
@@ -98,6 +101,21 @@ def test_records_of_any_step_are_saved_in_order(vim, context, plan, tmp_path):
         ssmcompress.load(tmp_path / "m")
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """A record with a class of its own."""
+
+    kind: ClassVar[str] = "rounding"
+    bits: int
+
+
+def test_a_record_of_any_class_is_read_back_by_its_kind(vim, plan, tmp_path):
+    pruned = ssmcompress.prune(vim, plan)
+    pruned.add_record(Rounding(8))
+    loaded = ssmcompress.load(ssmcompress.save(pruned, tmp_path / "m"))
+    assert loaded.find_record("rounding") == StepRecord("rounding", {"bits": 8})
+
+
 def test_a_record_replaces_one_of_its_kind(vim):
     for by in (1, 2):
         vim.add_record(StepRecord("scaling", {"by": by}))
@@ -114,6 +132,20 @@ def test_columns_of_a_report_are_its_snapshots(vim, plan, class_folders, tmp_pat
     assert report["agreement"]["kl"] > 0
 
 
+def test_a_step_before_fine_tuning_keeps_its_column(vim, plan, class_folders, tmp_path):
+    tuning = FinetuneOptions(ssmcompress.Recipe(epochs=1, batch_size=6))
+    options = CompressOptions(DataOptions(str(class_folders)), steps=(Scale(0.5),), finetune=tuning)
+    report = ssmcompress.compress(vim, plan, tmp_path / "m", options)
+    assert list_columns(report) == ["dense", "naive", "aligned", "reconstructed", "scaled", "pruned"]
+    assert report["finetuning"]["steps"] == 3
+
+
+def test_reconstruction_reads_the_images_that_a_calibrated_plan_did_not(vim, context, plan):
+    calibrated = ssmcompress.calibrate(vim, images_of(vim), plan)
+    steps = [Prune(calibrated), Reconstruct(required=False)]
+    assert list(run_steps(steps, context)) == ["naive", "reconstructed"]
+
+
 def test_a_plan_that_aligns_nothing_has_one_step(vim, plan, context):
     unaligned = ssmcompress.make_plan(vim, ratio=0.4, alignment=False)
     assert [step.name for step in pruning_steps(unaligned, None)] == ["naive"]
@@ -127,7 +159,7 @@ def budget(model, data, **options):
     """The ratio for just the FLOPs that 0.3 leaves: 0.3 if there is no room to leave, else more."""
     share = remaining_share(model, ssmcompress.make_plan(model, ratio=0.3).stages)
     request = PruneRequest(PlanRequest(flops=share, search=False), CompressOptions(DataOptions(data), **options))
-    return find_plan(model, request)[0].stages[0].ratio
+    return find_plan(model, request).plan.stages[0].ratio
 
 
 def test_a_budget_leaves_room_for_corrections_just_where_there_will_be_some(class_folders, tmp_path):

@@ -21,8 +21,9 @@ from ssmcompress.compression.search.sensitivity import Sensitivity, candidate_la
 from ssmcompress.data.batches import LabelledBatch
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share, smallest_share
-from ssmcompress.jobs.images import DataOptions, choose_images
+from ssmcompress.jobs.images import choose_images
 from ssmcompress.jobs.methods import METHODS, Level, stages_for_level
+from ssmcompress.jobs.requests import DataOptions
 from ssmcompress.jobs.search import SearchRequest, SearchResult, search_plan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.importance import UNLINKED_DISTANCE, link_pairs, normalize_rms, predict_saliency
@@ -425,6 +426,20 @@ def test_compare_measures_every_method_and_goes_on_where_it_was(checkpoint, clas
     result = compare(*given, "--ratios", "0.3", "--seed", 5)
     assert result.exit_code == 2
     assert "another" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [{"agreement": [1]}, {"flops": 5}, {"stages": 5}, {"method": [[]]}, {"ratio": "x"}, {"images": None}]
+)
+def test_a_comparison_with_damaged_rows_is_refused(checkpoint, class_folders, tmp_path, damage):
+    given = [checkpoint, "--data", class_folders, "-o", tmp_path / "c", "--ratios", "0.3", "--methods", "naive"]
+    assert compare(*given).exit_code == 0
+    value = json.loads((tmp_path / "c" / "compare.json").read_text())
+    value["rows"][1] |= damage
+    (tmp_path / "c" / "compare.json").write_text(json.dumps(value))
+    result = compare(*given)
+    assert result.exit_code == 2
+    assert "not a comparison of ssmcompress" in result.stderr
 
 
 def test_rows_that_must_coincide_do(checkpoint, class_folders, tmp_path):

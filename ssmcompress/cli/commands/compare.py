@@ -57,12 +57,14 @@ def compare(
     shares = tuple(parse_share(part, "--flops") for part in flops.split(",")) if flops is not None else None
     removed = parse_numbers(ratios or "0.1,0.2,0.3,0.5", "--ratios")
     names = tuple(name.strip() for name in methods.split(";") if name.strip()) if methods is not None else None
-    from ...jobs.compare import CompareRequest, compare_methods
+    from ...jobs.requests import CompareRequest
 
     where, gap = parse_numbers(stages.stages, "--stages", int), stages.gap.value if stages.gap else None
     data, measuring = images.options(measure), measure.options(not no_latency)
     request = CompareRequest(removed, shares, where, names, search, reconstruct, data, measuring, gap)
     request.check()
+    from ...jobs.compare import compare_methods
+
     model = load.open(checkpoint, hardware)
     folder = Path(output or Path("compared", Path(checkpoint).resolve().stem))
     with progress_bars(printing.quiet):

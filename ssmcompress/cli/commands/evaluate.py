@@ -20,7 +20,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy on images, and agreement with the dense model."""
     from ...jobs.evaluate import evaluate_model
-    from ...jobs.images import DataOptions
+    from ...jobs.requests import DataOptions
 
     loaded = load.open(model, hardware)
     found = None

@@ -11,6 +11,7 @@ from ... import processes
 from ...errors import InputError
 from ..groups import (
     FINETUNING,
+    HARDWARE,
     OUTPUT,
     Force,
     Hardware,
@@ -51,7 +52,7 @@ def finetune(
         bool, option(OUTPUT, "--resume", help="Continue an interrupted run; a finished one returns at once.")
     ] = False,
     force: Force = False,
-    latency: Annotated[bool, option(OUTPUT, "--latency/--no-latency", help="Time both models at batch 1.")] = True,
+    latency: Annotated[bool, option(HARDWARE, "--latency/--no-latency", help="Time both models at batch 1.")] = True,
 ) -> None:
     """Train a pruned model with the dense one as teacher, labels, or both."""
     if images.data is None:

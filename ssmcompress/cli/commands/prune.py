@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 from ... import processes
@@ -44,18 +45,22 @@ def prune(
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
 ) -> None:
     """Prune tokens of a dense model and write the result with a report."""
+    plan = pruning.plan_request(budget)
+    plan.check()
+    gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
     from ...jobs.finetune import FinetuneTarget
     from ...jobs.prune import CompressOptions, PruneRequest, preview_request, prune_model
 
-    gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
     data, measuring = images.options(measure), measure.options(not no_latency)
     options = CompressOptions(data, measuring, gap, pruning.reconstruct, finetune=finetune)
-    request = PruneRequest(pruning.plan_request(budget), options, load.folder_labels)
+    request = PruneRequest(plan, options, load.folder_labels)
     request.check()
     model = load.open(checkpoint, hardware)
     target = FinetuneTarget(output.path(request.folder(checkpoint)), output.force, command_line())
     again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
-    with progress_bars(printing.quiet), say_how_to_resume(target.state, again, printing.quiet):
+    tunes = finetune is not None and not dry_run
+    hint = say_how_to_resume(target.state, again, printing.quiet) if tunes else nullcontext()
+    with progress_bars(printing.quiet), hint:
         result = preview_request(model, request) if dry_run else prune_model(model, request, target)
     if not processes.is_main():
         return

@@ -67,7 +67,7 @@ def finetune(
         seed: seed of the order of the images and of their augmentation.
         state: file for the state of the run; None: no state is kept. `StateFile(path, resume=True)` continues from the
             state in the file, if there is one.
-        log: called with figures by name and the step, in the first process.
+        log: called with figures by name and the step, in the main process.
 
     Returns:
         Both models with a record of kind "finetuning" in their `steps`.
@@ -182,7 +182,7 @@ class _Run:
         self.sums = EpochSums()
 
     def save(self) -> None:
-        """Write the state, in the first process."""
+        """Write the state, in the main process."""
         if self.path is not None and processes.is_main():
             begin = time.perf_counter()
             run = {

@@ -1,0 +1,137 @@
+"""What jobs are asked for: values that need no torch, so that bad ones are reported before it is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLES = 1024
+SEARCH_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images of a job, and how they are read.
+
+    Attributes:
+        data: images to calibrate on and to learn from, as `ssmcompress.data.open_images` takes them; None: those that
+            the model's folder names, else sample photographs.
+        eval_data: images to measure on; None: those of `data` that nothing was learnt from.
+        samples: number of images to calibrate on at most.
+        seed: seed of the choice of images.
+        batch_size: images at a time; changes no result. workers: processes that decode them; 0: the main process does.
+    """
+
+    data: str | None = None
+    eval_data: str | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    batch_size: int = 64
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How models are measured.
+
+    Attributes:
+        dtype: "float32", or "bfloat16" for measuring under autocast. latency: whether to time the models at batch 1.
+    """
+
+    dtype: str = "float32"
+    latency: bool = True
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        import torch
+
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Which plan to make: at most one of ratio, flops, latency and file is given; without any, the ratio is 0.3.
+
+    Attributes:
+        ratio: shares of tokens to remove, one for all stages or one for each.
+        flops, latency: share of the dense model's to keep. file: a plan as JSON.
+        search: whether `flops` searches for the plan, instead of pruning all stages alike.
+        stages: layers to prune after, or to choose from; None: the default ones, or all.
+        importance: metric; None: "clip", or all that a search chooses from.
+        align: whether the later layers are aligned; None: yes.
+        sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
+        search_images: images to search on at most.
+    """
+
+    ratio: tuple[float, ...] | None = None
+    flops: float | None = None
+    latency: float | None = None
+    file: str | None = None
+    search: bool = True
+    stages: tuple[int, ...] | None = None
+    importance: str | None = None
+    align: bool | None = None
+    sensitivity: str | None = None
+    by_labels: bool = False
+    search_images: int = SEARCH_IMAGES
+
+    @property
+    def searches(self) -> bool:
+        """Whether the plan comes from a search."""
+        return self.search and (self.flops is not None or self.latency is not None)
+
+    def check(self) -> None:
+        """Check that what is given goes together.
+
+        Raises:
+            InputError: it does not; the message names the arguments of this class, `plan` for `file`.
+        """
+        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "plan": self.file}
+        given = [f"`{name}`" for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)}: expected one of them")
+        own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
+        if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
+            raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
+        if self.latency is not None and not self.search:
+            raise InputError("`latency` is met by a search: leave out `search=False`")
+        if not self.searches and (self.sensitivity is not None or self.by_labels):
+            raise InputError("`sensitivity` and `by_labels` belong to a search: give `flops` or `latency`")
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What a comparison is asked for.
+
+    Attributes:
+        ratios: levels, as shares of tokens to remove at each stage. flops: levels as shares of the FLOPs to keep,
+            instead of these.
+        stages: layers to prune after; None: the default ones.
+        methods: names of methods; None: all, those with a search or a reconstruction if `search` and `reconstruct` say.
+        data: the images. measure: how rows are measured. gap: as for `prune`.
+    """
+
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
+    flops: tuple[float, ...] | None = None
+    stages: tuple[int, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    search: bool = False
+    reconstruct: bool = False
+    data: DataOptions = DataOptions()
+    measure: MeasureOptions = MeasureOptions()
+    gap: str | None = None
+
+    def check(self) -> None:
+        """Check what is given before the model is loaded.
+
+        Raises:
+            InputError: a ratio that is none.
+        """
+        if wrong := [value for value in self.ratios if not 0 <= value < 1]:
+            raise InputError(f"`ratios` {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")
