@@ -104,7 +104,7 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
 
 
 def long_run(folder, images, *more):
-    command = "finetune", folder, "--data", images, "--epochs", 40, "--set", "batch_size=4", "--set", "ema=0.99"
+    command = "finetune", folder, "--data", images, "--epochs", 24, "--set", "batch_size=4", "--set", "ema=0.99"
     return [sys.executable, "-m", "ssmcompress", *map(str, (*command, "--no-latency", "--workers", 1, "-o", *more))]
 
 
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
     kills, generator = 0, np.random.default_rng()
     for _ in range(3):
         process = subprocess.Popen(long_run("pruned", class_folders, "cut", "--resume"), stderr=subprocess.DEVNULL)
-        time.sleep(generator.uniform(4, 9))
+        time.sleep(generator.uniform(4, 7))
         workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         kills += process.poll() is None
         process.kill()

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import GOLDEN, images_of, make_plain_mamba, make_vim
 from onnx import parser
-from onnx_runs import run_file
+from onnx_runs import open_session, run_file
 
 import ssmcompress
 from ssmcompress.errors import InputError, VerificationError
@@ -26,8 +25,7 @@ FORMS_HERE, _ = choose_forms("auto", newest_opset())
 
 
 def run(graph, **inputs):
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {k: v.numpy() for k, v in inputs.items()})[0]
+    return open_session(graph).run(None, {k: v.numpy() for k, v in inputs.items()})[0]
 
 
 def function_model(name, tensors, results=1, form="scan", opset=None):
@@ -52,7 +50,7 @@ def function_model(name, tensors, results=1, form="scan", opset=None):
 
 
 def call(model, tensors):
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return session.run(None, {f"i{k}": t.numpy() for k, t in enumerate(tensors)})
 
 
@@ -130,10 +128,11 @@ def test_onnx_and_torch_agree_for_any_batch(case, make, tmp_path):
         result = verify_onnx(model, graph)
         assert result.passed
         assert (result.top1_agreement, result.mismatches, result.weights) == (100, [], [])
+        session = open_session(graph)
         for batch in (1, 3, 8):
             x = images_of(model, batch, seed=batch)
             with torch.no_grad():
-                np.testing.assert_allclose(run(graph, images=x), model(x).numpy(), atol=1e-4)
+                np.testing.assert_allclose(session.run(None, {"images": x.numpy()})[0], model(x).numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "stride"), [("vim_stride", 4), ("plain_mamba_l1", None), ("plain_mamba_l3", None)])
@@ -280,7 +279,7 @@ def test_kept_positions_are_outputs_where_asked_for(pruned, tmp_path):
         pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(debug_outputs=True, scan="scan")
     )
     assert result.stages == [{"after": 1, "kept": 9, "same": result.images}]
-    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    session = open_session(tmp_path / "m.onnx")
     x = images_of(pruned, 3)
     _, kept = session.run(["logits", "kept_after_1"], {"images": x.numpy()})
     np.testing.assert_array_equal(kept, pruned.trace(x)[1][0].kept.numpy())
