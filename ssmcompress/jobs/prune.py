@@ -215,7 +215,7 @@ def compress(
     processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
     again = FinetuneTarget(target.path, force=True, command=command, inside=target.path)
     name, pruned = snapshots.popitem()
-    parts = {"dense": model, "earlier": report, "name": name}
+    parts = {"dense": model, "earlier": report, "name": name if options.steps else None}
     return tune_folder(pruned, again, options.finetune, options.data, options.measure, **parts)
 
 

@@ -104,7 +104,7 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
 
 
 def long_run(folder, images, *more):
-    command = "finetune", folder, "--data", images, "--epochs", 24, "--set", "batch_size=4", "--set", "ema=0.99"
+    command = "finetune", folder, "--data", images, "--epochs", 40, "--set", "batch_size=4", "--set", "ema=0.99"
     return [sys.executable, "-m", "ssmcompress", *map(str, (*command, "--no-latency", "--workers", 1, "-o", *more))]
 
 
