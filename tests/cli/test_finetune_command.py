@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
     kills, generator = 0, np.random.default_rng()
     for _ in range(3):
         process = subprocess.Popen(long_run("pruned", class_folders, "cut", "--resume"), stderr=subprocess.DEVNULL)
-        time.sleep(generator.uniform(4, 7))
+        time.sleep(generator.uniform(3.5, 6))
         workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         kills += process.poll() is None
         process.kill()
