@@ -10,8 +10,8 @@ import typer
 
 from .._version import __version__
 from . import commands
-from .groups import takes
 from .help import Command, Commands
+from .options import takes
 
 # The order of the commands in the help; others follow by name.
 ORDER = ("inspect", "prune", "report", "evaluate", "export", "verify", "finetune", "benchmark", "compare", "demo")

@@ -1,4 +1,4 @@
-"""Option groups: dataclasses whose fields are options, and `takes`, which spreads them into a command.
+"""Option groups: dataclasses whose fields are options, shared by the commands.
 
 A command names the groups it takes as parameters; what the options of a group mean together is a method of the group.
 The heading of an option in `--help` is its `rich_help_panel`.
@@ -6,18 +6,15 @@ The heading of an option in `--help` is its `rich_help_panel`.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import processes
 from ..errors import InputError
+from .options import BUDGET, FINETUNING, HARDWARE, IMAGES, MODEL_FILE, OUTPUT, PRUNING, option
 from .values import IMPORTANCE_NAMES, GapSource, Precision, parse_numbers, parse_ratios, parse_share, parse_size
 
 if TYPE_CHECKING:
@@ -28,46 +25,10 @@ if TYPE_CHECKING:
 
 # Heavy imports (torch takes two seconds) stay inside the methods, so that --help answers at once.
 
-BUDGET, PRUNING, IMAGES, MODEL_FILE = "Budget", "What to prune", "Images", "Model file"
-FINETUNING, OUTPUT, HARDWARE = "Fine-tuning", "Output", "Hardware"
-PANELS = (BUDGET, PRUNING, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
-
-
-def option(panel: str, *names: str, **settings: Any) -> Any:
-    """An option under a heading of `--help`."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
 
 def complete_importance(incomplete: str) -> list[str]:
     """The metrics whose names begin like that, for completion in a shell."""
     return [name for name in IMPORTANCE_NAMES if name.startswith(incomplete)]
-
-
-def takes(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its option groups as parameters of its own, which is what Typer reads."""
-    hints = get_type_hints(command, include_extras=True)
-    parameters, groups = [], {}
-    for name, parameter in inspect.signature(command).parameters.items():
-        if not dataclasses.is_dataclass(hints[name]):
-            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        fields = get_type_hints(hints[name], include_extras=True)
-        groups[name] = hints[name], [field.name for field in dataclasses.fields(hints[name])]
-        for field in dataclasses.fields(hints[name]):
-            kind, default = inspect.Parameter.KEYWORD_ONLY, field.default
-            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=fields[field.name]))
-
-    @functools.wraps(command)
-    def call(**values: Any) -> None:
-        built = {
-            name: group(**{field: values.pop(field) for field in names}) for name, (group, names) in groups.items()
-        }
-        command(**values, **built)
-
-    call.__signature__ = inspect.Signature(parameters)
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del call.__wrapped__
-    return call
 
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Dense checkpoint (.pth, .pt, .safetensors).")]

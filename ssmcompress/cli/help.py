@@ -10,7 +10,7 @@ import typer
 
 from .. import processes
 from ..errors import SsmCompressError
-from .groups import PANELS
+from .options import PANELS
 from .terminal import arguments, complain, name_options, only_main_prints
 
 INTERRUPTED = 130

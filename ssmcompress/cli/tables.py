@@ -14,6 +14,9 @@ from typing import Any
 from ..errors import VerificationError
 
 WIDTH = 80  # columns, where stdout is not a terminal
+# Characters that the column of names may always take; longer names are folded if figures need the room.
+MIN_NAMES = 18
+PADDING = 2  # characters between two columns
 
 
 def print_json(value: Any) -> None:
@@ -46,11 +49,6 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
         # No markup: names of users' folders are shown as they are.
         console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
         console.print(table)
-
-
-# Characters that the column of names may always take; longer names are folded if figures need the room.
-MIN_NAMES = 18
-PADDING = 2  # characters between two columns
 
 
 def _width() -> int:

@@ -177,7 +177,7 @@ def tune_folder(
 def count_overlap(training: Batches, measured: Batches, data: DataOptions, earlier: Mapping[str, Any]) -> int | None:
     """How many of the measured images something was learnt from; None where that is not known.
 
-    Data sets are changes apart by their names. What an earlier command sampled to calibrate on is not known.
+    Data sets are told apart by their names. What an earlier command sampled to calibrate on is not known.
     """
     if data.eval_data is not None and training.source.name == measured.source.name:
         return len(measured.digests)

@@ -126,13 +126,13 @@ def search_plan(
     latency_range = None
     if request.flops is not None:
         budget = request.flops - reserve
-        tried = trial.run(propose(model, usable, budget, RUN), plan, usable.metrics, budget)
+        trials = trial.run(propose(model, usable, budget, RUN), plan, usable.metrics, budget)
     else:
         budget = request.latency
-        tried, latency_range = _for_latency(model, usable, plan, request.latency, lowest, trial)
-    if not tried:
+        trials, latency_range = _for_latency(model, usable, plan, request.latency, lowest, trial)
+    if not trials:
         raise BudgetError(f"no plan with stages after {','.join(map(str, layers))} comes close to {budget:.1%}")
-    best = tried[0]
+    best = trials[0]
     record = {
         "asked": {"flops": request.flops, "latency": request.latency},
         "reachable": {"flops": lowest, "latency": latency_range["lowest"] if latency_range else None},
@@ -143,7 +143,7 @@ def search_plan(
         "expected": best["expected"],
         "flops": best["flops"],
         "latency": latency_range["reached"] if latency_range else None,
-        "tried": tried,
+        "tried": trials,
         "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begin, 2)},
     }
     stages = tuple(Stage(**stage) for stage in best["stages"])
@@ -152,17 +152,17 @@ def search_plan(
 
 def _read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:
     """The sensitivity of a file, if it was measured for what is asked for now."""
-    found = Sensitivity.read(request.sensitivity)
-    found.check_model(model)
+    sensitivity = Sensitivity.read(request.sensitivity)
+    sensitivity.check_model(model)
     objective = "labels" if request.labels else "kl"
     for what, ours, theirs in (
-        ("alignment", request.alignment, found.alignment),
-        ("objective", objective, found.objective),
-        ("choice about reconstruction", refit, found.refit),
+        ("alignment", request.alignment, sensitivity.alignment),
+        ("objective", objective, sensitivity.objective),
+        ("choice about reconstruction", refit, sensitivity.refit),
     ):
         if ours != theirs:
             raise InputError(f"{request.sensitivity} was measured with another {what}: leave it out to measure anew")
-    return found
+    return sensitivity
 
 
 def _check_range(share: float, lowest: float, what: str) -> None:
@@ -229,11 +229,11 @@ class _Trial:
         self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
     ) -> list[dict[str, Any]]:
         """The plans with their loss on the images, the best first: those proposed, then other metrics for the best."""
-        found: dict[tuple[Stage, ...], dict[str, Any]] = {}
+        results: dict[tuple[Stage, ...], dict[str, Any]] = {}
 
-        def tried(stages: tuple[Stage, ...], expected: float | None) -> None:
-            if stages not in found and remaining_share(self.model, stages) <= budget:
-                found[stages] = {
+        def try_plan(stages: tuple[Stage, ...], expected: float | None) -> None:
+            if stages not in results and remaining_share(self.model, stages) <= budget:
+                results[stages] = {
                     "stages": [stage.to_dict() for stage in stages],
                     "loss": round(self.loss(replace(plan, stages=stages)), 6),
                     "expected": None if expected is None else round(expected, 6),
@@ -241,11 +241,11 @@ class _Trial:
                 }
 
         def best() -> tuple[Stage, ...]:
-            return min(found, key=lambda stages: found[stages]["loss"])
+            return min(results, key=lambda stages: results[stages]["loss"])
 
         for candidate in track(proposed, "running the best plans", len(proposed)):
-            tried(candidate.stages, candidate.expected)
-        if not found:
+            try_plan(candidate.stages, candidate.expected)
+        if not results:
             return []
         for index in range(len(best())):
             stages = best()
@@ -253,8 +253,8 @@ class _Trial:
                 changed = list(stages)
                 if index < len(changed):
                     changed[index] = replace(changed[index], importance=metric)
-                    tried(tuple(changed), None)
-        return sorted(found.values(), key=lambda value: value["loss"])
+                    try_plan(tuple(changed), None)
+        return sorted(results.values(), key=lambda value: value["loss"])
 
     def latency_share(self, plan: Plan) -> float:
         """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
@@ -286,13 +286,13 @@ def _for_latency(
     reached = 0.0
     budget = lowest + (1 - lowest) * (wanted - least) / (1 - least)  # were latency a straight line in the FLOPs
     for _ in track(range(ATTEMPTS), "searching for the latency", ATTEMPTS):
-        tried = trial.run(propose(model, sensitivity, budget, RUN // 4), plan, sensitivity.metrics, budget)
+        trials = trial.run(propose(model, sensitivity, budget, RUN // 4), plan, sensitivity.metrics, budget)
         share = None
-        if tried:
-            stages = tuple(Stage(**stage) for stage in tried[0]["stages"])
+        if trials:
+            stages = tuple(Stage(**stage) for stage in trials[0]["stages"])
             share = trial.latency_share(replace(plan, stages=stages))
         if share is not None and reached < share <= wanted:
-            chosen, reached = tried, share
+            chosen, reached = trials, share
         if share is not None and SLACK[0] * wanted <= share <= SLACK[1] * wanted:
             break
         low, high = (low, budget) if share is not None and share > wanted else (budget, high)

@@ -11,6 +11,7 @@ from ..compression.finetune.loop import finetune
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import StateFile
 from ..compression.reconstruct import reconstruct
+from ..data.batches import Batches
 from ..models.base import TokenModel
 from ..models.checkpoint import serialise, versions
 from ..models.records import MadeBy
@@ -71,15 +72,20 @@ class Reconstruct:
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The reconstructed model; the same model where nothing was pruned or there is nothing to refit by."""
         images = context.calibration
-        if not images.digests:  # the plan came with its calibration, so that nothing was read yet
-            for _ in images:
-                pass
-            images.sync()
-        if not self.required and len(images.digests) < 2:
+        if not self.required and _count_different(images) < 2:
             return model
         name, together = images.source.name, context.distributed
         after = reconstruct(model, context.dense, images, name=name, distributed=together)
         return after if after.find_record("reconstruction") is not None else model
+
+
+def _count_different(images: Batches) -> int:
+    """How many different images there are, over all processes; reads them if nothing has done so before."""
+    if not images.digests:  # the plan came with its calibration
+        for _ in images:
+            pass
+        images.sync()
+    return len(images.digests)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def test_its_records_are_read(folder):
     assert [step.kind for step in model.steps] == kinds
 
 
-def test_a_wrong_delta_is_noticed(folder, tmp_path):
-    """The test above it would fail for a model that is read in another way."""
+def test_another_alignment_gives_other_logits(folder, tmp_path):
+    """So the golden logits tell how a folder is read."""
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / CONFIG_FILE).read_text())
     config["pruning"]["alignment"]["scan"] = not config["pruning"]["alignment"]["scan"]

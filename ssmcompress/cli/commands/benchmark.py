@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from ...errors import InputError
-from ..groups import HARDWARE, Hardware, Printing, Reading, option
+from ..groups import Hardware, Printing, Reading
+from ..options import HARDWARE, option
 from ..tables import show_benchmark
 from ..terminal import progress_bars, say
 from ..values import Precision, parse_numbers

@@ -6,20 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ...errors import InputError
-from ..groups import (
-    BUDGET,
-    OUTPUT,
-    PRUNING,
-    Checkpoint,
-    Hardware,
-    Images,
-    Load,
-    Measure,
-    NoLatency,
-    Printing,
-    Stages,
-    option,
-)
+from ..groups import Checkpoint, Hardware, Images, Load, Measure, NoLatency, Printing, Stages
+from ..options import BUDGET, OUTPUT, PRUNING, option
 from ..tables import print_json, show_comparison
 from ..terminal import command_line, progress_bars, say
 from ..values import parse_numbers, parse_share

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..groups import HARDWARE, OUTPUT, Data, Dense, Force, Load, MaybeModel, Printing, Processor, option
+from ..groups import Data, Dense, Force, Load, MaybeModel, Printing, Processor
 from ..onnx_options import Atol, Provider
+from ..options import HARDWARE, OUTPUT, option
 from ..tables import print_json, show_export, show_when_it_fails
 from ..terminal import find_dense_or_say, progress_bars, say
 from ..values import ScanForm, Stored

@@ -9,19 +9,8 @@ import typer
 
 from ... import processes
 from ...errors import InputError
-from ..groups import (
-    FINETUNING,
-    HARDWARE,
-    OUTPUT,
-    Force,
-    Hardware,
-    Load,
-    Measure,
-    ReportPrinting,
-    Training,
-    TrainingImages,
-    option,
-)
+from ..groups import Force, Hardware, Load, Measure, ReportPrinting, Training, TrainingImages
+from ..options import FINETUNING, HARDWARE, OUTPUT, option
 from ..tables import show_report
 from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_data, say_how_to_resume
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from ... import processes
 from ..groups import (
-    OUTPUT,
     Budget,
     Checkpoint,
     FinetuneToo,
@@ -19,8 +18,8 @@ from ..groups import (
     Output,
     Pruning,
     ReportPrinting,
-    option,
 )
+from ..options import OUTPUT, option
 from ..tables import show_preview, show_report
 from ..terminal import command_line, progress_bars, say, say_about_data, say_how_to_resume
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ..groups import OUTPUT, Force, MaybeModel, ReportPrinting, option
+from ..groups import Force, MaybeModel, ReportPrinting
+from ..options import OUTPUT, option
 from ..tables import show_report
 from ..terminal import say
 
