@@ -1,7 +1,8 @@
-"""Progress reports: the library calls these functions, which do nothing until a front end is set."""
+"""Progress reports: until a front end is set, lines are logged and the rest is not shown."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +12,10 @@ T = TypeVar("T")
 
 
 class FrontEnd:
-    """The interface of a front end; this base class shows nothing."""
+    """The interface of a front end; this base class shows no progress, and logs lines as warnings of "ssmcompress"."""
+
+    def __init__(self) -> None:
+        self.noted: set[str] = set()  # what `note` has printed
 
     def track(self, items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
         """Iterate over `items` and show how many of them are done."""
@@ -22,9 +26,11 @@ class FrontEnd:
 
     def line(self, text: str) -> None:
         """Print `text` so that it stays on the screen."""
+        logging.getLogger("ssmcompress").warning(text)
 
 
 _silent = FrontEnd()
+_held: ContextVar[dict[str, None] | None] = ContextVar("ssmcompress_notes", default=None)
 _front_end: ContextVar[FrontEnd] = ContextVar("ssmcompress_front_end", default=_silent)
 
 
@@ -46,6 +52,30 @@ def status(text: str) -> None:
 def line(text: str) -> None:
     """Print a line that stays on the screen."""
     _front_end.get().line(text)
+
+
+def note(text: str) -> None:
+    """Say what was assumed or left out, and a user should know of the result: a line, printed once.
+
+    A command prints its notes when it has succeeded (`hold_notes`), so that an error is not preceded by them.
+    """
+    if (held := _held.get()) is not None:
+        held[text] = None
+        return
+    front_end = _front_end.get()
+    if text not in front_end.noted:
+        front_end.noted.add(text)
+        front_end.line(text)
+
+
+@contextmanager
+def hold_notes() -> Iterator[dict[str, None]]:
+    """Collect the notes of the body of the with statement instead of printing them; yields them as keys, in order."""
+    token = _held.set({})
+    try:
+        yield _held.get()
+    finally:
+        _held.reset(token)
 
 
 @contextmanager

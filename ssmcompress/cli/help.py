@@ -10,8 +10,9 @@ import typer
 
 from .. import processes
 from ..errors import SsmCompressError
+from ..progress import hold_notes
 from .options import PANELS
-from .terminal import arguments, complain, name_options, only_main_prints
+from .terminal import arguments, complain, is_quiet, name_options, only_main_prints, say
 
 INTERRUPTED = 130
 OTHER = "Other"
@@ -57,7 +58,10 @@ class Commands(typer.core.TyperGroup):
 
     def _main(self, texts, prog_name, standalone_mode, **extra):
         try:
-            code = super().main(texts, prog_name or "ssmcompress", standalone_mode=False, **extra)
+            with hold_notes() as notes:
+                code = super().main(texts, prog_name or "ssmcompress", standalone_mode=False, **extra)
+            for text in notes if not code else ():
+                say(text, is_quiet())
             if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
                 complain("interrupted", code)
         except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it

@@ -1,4 +1,4 @@
-"""What a model is: architecture, size, FLOPs by part and the reachable budget, as JSON."""
+"""What a checkpoint is: architecture, task, origin, size, FLOPs by part and the reachable budget, as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,32 @@ from typing import Any
 
 from ..evaluation.flops import flops, flops_by_part, smallest_share
 from ..models.base import TokenModel
+from ..models.checkpoint import LoadOptions, read_model
 from ..pruning.plan import default_stages
+
+# The commands that take a dense and a pruned model.
+DENSE = ("prune", "compare", "evaluate", "export", "verify", "benchmark")
+PRUNED = ("evaluate", "finetune", "report", "export", "verify", "benchmark")
+
+
+def inspect_file(path: str, options: LoadOptions) -> dict[str, Any]:
+    """Describe the model in a file: `inspect_model`, and what the file says about it.
+
+    Returns:
+        A JSON object with the keys of `inspect_model`, `task`, `writer` (the tool that wrote the file, None if nothing
+        says it), `named` (where the architecture is named, or None) and `commands` (those that take the file).
+
+    Raises:
+        InputError: the file cannot be read, or its model is not supported; the message says what it is.
+    """
+    model, said = read_model(path, options)
+    commands = DENSE if model.plan is None else PRUNED
+    return inspect_model(model) | {
+        "task": "image classification",
+        "writer": said.writer,
+        "named": said.family.where if said.family is not None else None,
+        "commands": list(commands),
+    }
 
 
 def inspect_model(model: TokenModel) -> dict[str, Any]:

@@ -14,17 +14,25 @@ from torch.nn.utils import skip_init
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..errors import InputError
-from ..ops.dispatch import full_precision
 from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
+from .learnt import LearntFrom
+from .precision import cast, check_images, find_weight
 from .records import MadeBy, Record, Source
+from .statements import Statements
 
 StateDict = Mapping[str, Tensor]
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
 CHUNK_BYTES = 1 << 26
+
+
+class Expected(NamedTuple):
+    """An option of published code: the values that a model computes, and what these mean, for messages."""
+
+    values: tuple[Any, ...]
+    meaning: str
 
 
 class Decision(NamedTuple):
@@ -36,22 +44,9 @@ class Decision(NamedTuple):
 
 
 def low_rank(width: int, rank: int, device: torch.device | str | None = None) -> nn.Sequential:
-    """Return a linear map (width) -> (width) of the given rank, without bias, as two layers."""
-    sides = ((width, rank), (rank, width))
-    return nn.Sequential(*(skip_init(nn.Linear, *side, bias=False, device=device or "cpu") for side in sides))
-
-
-def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
-    """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
-
-    On a CPU it runs in float32 even under autocast: on processors with AMX, torch 2.14's bfloat16 convolution of 4 to
-    24 channels with windows of 4 to 16 pixels has errors as large as its result. The convolution is less than 2 % of a
-    Vim's FLOPs.
-    """
-    if images.device.type != "cpu":
-        return projection(images)
-    with full_precision(images.device):
-        return projection(images.to(projection.weight.dtype))
+    """Return a linear map (width) -> (width) of the given rank, without bias, as two float32 layers."""
+    options = {"bias": False, "device": device or "cpu", "dtype": torch.float32}
+    return nn.Sequential(*(skip_init(nn.Linear, *side, **options) for side in ((width, rank), (rank, width))))
 
 
 class Block(nn.Module, abc.ABC):
@@ -102,11 +97,16 @@ class TokenModel(nn.Module, abc.ABC):
         preprocessing, source: the preparation of images and the file that the model comes from; set by `load`.
         made_by: the command and versions that pruned it.
         steps: a record of each later step that changed its weights, in order, one for each kind.
+        learnt: the images that it was learnt from since it was dense; None: as `learnt_from` has it.
     """
 
     architecture: ClassVar[str]
     # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
+    # Options of the published code that the weights do not show, with what this model computes.
+    expected_options: ClassVar[Mapping[str, Expected]] = {}
+    # Beginnings of parameter names that other models have in addition, with what they mean.
+    foreign_keys: ClassVar[Mapping[str, str]] = {}
     # Patterns of parameters with two dimensions that are no matrices, to which weight decay does not apply.
     no_weight_decay: ClassVar[tuple[str, ...]] = ("*pos_embed",)
     # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
@@ -123,6 +123,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.source: Source | None = None
         self.made_by = MadeBy()
         self.steps: tuple[Record, ...] = ()
+        self.learnt: LearntFrom | None = None
 
     def add_record(self, record: Record) -> None:
         """Append the record of a step; it replaces an earlier one of the same kind."""
@@ -147,6 +148,19 @@ class TokenModel(nn.Module, abc.ABC):
         trained_size: tuple[int, int] | None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Infer (config, state dict fitted to its image size) from names and shapes; InputError if that fails."""
+
+    @classmethod
+    def check_identity(cls, config: Any, said: Statements) -> None:
+        """Check that weights of these sizes, of which `said` is said, are this architecture's.
+
+        Raises:
+            InputError: they are another architecture's, or may be.
+        """
+
+    @classmethod
+    def infer_stride(cls, state: StateDict, side: int) -> int | None:
+        """Return the only patch stride with which images of `side` pixels have the model's patches, or None."""
+        return None
 
     @classmethod
     def stride_of(cls, module: nn.Module) -> int | None:
@@ -191,13 +205,8 @@ class TokenModel(nn.Module, abc.ABC):
         """Compute the logits (batch, classes)."""
 
     def check(self, images: Tensor) -> None:
-        """Raise an InputError if the images have another shape than the model takes."""
-        expected = self.config.in_chans, *self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise InputError(
-                f"images {tuple(images.shape)}: expected (batch, {', '.join(map(str, expected))}); load the model with "
-                f"another image_size for other images"
-            )
+        """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
+        check_images(images, (self.config.in_chans, *self.config.image_size), find_weight(self.classifier))
 
     def transform(self) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32."""
@@ -265,7 +274,8 @@ class TokenModel(nn.Module, abc.ABC):
         pruner = self.pruners[name] if name in self.pruners else None
         tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
         if name in self.corrections:
-            correction = self.corrections[name](tokens.pruned_mean())
+            linears = self.corrections[name]
+            correction = linears(cast(tokens.pruned_mean(), linears[0]))
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
         if pruner is None:
             return tokens, None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,96 +19,168 @@ from ..errors import InputError
 from ..files import new_folder, sha256
 from ..pruning.plan import Plan
 from .base import TokenModel, low_rank
+from .inputs import check_model
+from .learnt import ALL, SOME, LearntFrom
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
-from .registry import MODELS, build, recognise
+from .registry import MODELS, build, is_known, normalise_architecture, recognise
 from .rewrite import install
 from .safe_pickle import read_pickle
-from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, read_stride
+from .state_dict import clean, find_state_dict, looks_like_safetensors, read_metadata, read_safetensors, unwrap
+from .statements import Statement, Statements, read_config, read_module, read_statements
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """The arguments of `load`, apart from the model and the device."""
+
+    image_size: int | tuple[int, int] | None = None
+    stride: int | None = None
+    weights: str = "model"
+    unsafe_load: bool = False
+    architecture: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, or None; InputError if `image_size` is neither a side nor a pair."""
+        if self.image_size is None:
+            return None
+        sides = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size, self.image_size)
+        if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+            raise InputError(f"image_size {self.image_size}: expected a whole number of pixels, or (height, width)")
+        return tuple(sides)
+
+
+class Loaded(NamedTuple):
+    """A model, and what its file or module says about it."""
+
+    model: TokenModel
+    said: Statements
+
+
 def load(
-    path: str | Path | nn.Module | Mapping[str, Tensor],
+    path: str | Path | nn.Module | Mapping[str, Any],
     *,
     image_size: int | tuple[int, int] | None = None,
     stride: int | None = None,
     weights: str = "model",
     device: str | torch.device | None = None,
     unsafe_load: bool = False,
+    architecture: str | None = None,
 ) -> TokenModel:
-    """Load a vision state-space model; its architecture is recognised by its weights.
+    """Load a vision state-space model; its architecture is recognised by its weights and by what is said about it.
 
     Args:
-        path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module or its state
-            dict (a Vim of any fork, for instance).
+        path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module (a Vim of any fork, for
+            instance), its state dict, or a checkpoint that `torch.load` has read.
         image_size: side, or (height, width), of the images it will run on, in pixels; the position
             embedding is interpolated. None: the size it was trained at.
         stride: step between patches, in pixels, if they overlap. None: the stride in the file, else the patch
             size.
-        weights: the entry of a training checkpoint to read, "model" or "model_ema"; for the state of our own
-            fine-tuning also "best".
+        weights: the entry of a training checkpoint to read, "model" or "model_ema", or the name of another entry; for
+            the state of our own fine-tuning also "best".
         device: the device of the model. None: the CPU.
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
+        architecture: "vim" or "plain_mamba". Needed only where neither the weights nor anything else says it: a bare
+            state dict of a Vim has the names and shapes of a VideoMamba's.
 
     Returns:
         A module whose forward takes images (B, C, H, W) and returns logits (B, classes), in eval mode and
         float32, with `.config`, `.plan`, `.preprocessing` and `.source`.
 
     Raises:
-        InputError: the file is missing, damaged, unsafe or not a checkpoint.
+        InputError: the file is missing, damaged, unsafe or not a checkpoint; or it is, or may be, another model than
+            those that are supported.
     """
-    if image_size is not None:
-        sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-        if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
-            raise InputError(f"image_size {image_size}: expected a whole number of pixels, or (height, width)")
-        image_size = sides
-    if isinstance(path, nn.Module):
-        path = getattr(path, "module", path)  # unwrap data parallelism
-        state = clean(path.state_dict())
-        trained = path.config.image_size if isinstance(path, TokenModel) else None
-        model = build(state, image_size or trained, stride or recognise(state).stride_of(path), trained_size=trained)
-    elif isinstance(path, Mapping):
-        model = build(clean(path), image_size, stride)
-    else:
-        model = _load_path(Path(path), image_size, stride, weights, unsafe_load)
-    if model.preprocessing is None:
-        model.preprocessing = Preprocessing.default(model.config.in_chans, model.config.image_size)
+    model, _ = read_model(path, LoadOptions(image_size, stride, weights, unsafe_load, architecture))
     return model.to(device or "cpu")
 
 
-def _load_path(path, image_size, stride, weights, unsafe_load) -> TokenModel:
+def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOptions) -> Loaded:
+    """Load a model as `load` does, on the CPU, with what is said about it."""
+    if isinstance(path, nn.Module):
+        loaded = _read_module(getattr(path, "module", path), options)  # unwraps data parallelism
+    elif isinstance(path, Mapping):
+        loaded = _read_content(path, read_statements(path), options)
+    else:
+        loaded = _read_path(Path(path), options)
+    model = loaded.model
+    if model.preprocessing is None:
+        model.preprocessing = Preprocessing.default(model.config.in_chans, model.config.image_size)
+    return loaded
+
+
+def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
+    state = unwrap(clean(module.state_dict()), is_known)
+    if not isinstance(module, TokenModel):
+        stride = options.stride or recognise(state).stride_of(module)
+        return _build(state, read_module(module), replace(options, stride=stride))
+    said = Statements(family=Statement(module.architecture, "its class"))
+    return _build(
+        state, said, replace(options, stride=options.stride or module.config.stride), module.config.image_size
+    )
+
+
+def _build(
+    state: Mapping[str, Tensor], said: Statements, options: LoadOptions, trained_size: tuple[int, int] | None = None
+) -> Loaded:
+    """Build the model; what the caller says of its architecture counts where nothing else than a file name does."""
+    if options.architecture is not None:
+        said.set_family(normalise_architecture(options.architecture), "`architecture`")
+    return Loaded(build(state, options.size or trained_size, options.stride, trained_size, said), said)
+
+
+def _read_content(content: Any, said: Statements, options: LoadOptions) -> Loaded:
+    """Build the model in an unpickled checkpoint."""
+    state, part = find_state_dict(content, options.weights)
+    return _build(unwrap(clean(state), is_known, part), said, options)
+
+
+def _read_path(path: Path, options: LoadOptions) -> Loaded:
     """Load a model from a file or folder; errors begin with its path."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
         raise InputError(f"{path}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
     file = path / WEIGHTS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path}: not a regular file")
     try:
         if file.suffix == ".safetensors" or looks_like_safetensors(file):
-            if weights != "model":
-                raise InputError(f"a safetensors file has no {weights!r} entry")
-            state, texts = read_safetensors(file)
-            if path.is_dir():
-                return _restore(_read_config(path / CONFIG_FILE), state, image_size, stride, path, file)
-            if "ssmcompress" in texts:
-                return _restore(_parse_config(texts["ssmcompress"]), state, image_size, stride, path, file)
+            if options.weights != "model":
+                raise InputError(f"a safetensors file has no {options.weights!r} entry")
+            content, texts = read_safetensors(file)
+            config = _read_config(path / CONFIG_FILE) if path.is_dir() else None
+            text = texts.get("ssmcompress")
         else:
-            content = read_pickle(file, unsafe_load)
-            state = find_state_dict(content, weights)
-            if isinstance(texts := content.get("ssmcompress") if isinstance(content, Mapping) else None, str):
-                return _restore(_parse_config(texts), clean(state), image_size, stride, path, file)
-            stride = stride or read_stride(content)
-        model = build(clean(state), image_size, stride)
+            content, config = read_pickle(file, options.unsafe_load), None
+            text = content.get("ssmcompress") if isinstance(content, Mapping) else None
+        if config is None and isinstance(text, str):
+            config = _parse_config(text)
+        if config is not None and "format_version" in config:
+            state, _ = find_state_dict(content, options.weights)
+            model = _restore(config, clean(state), options, path, file)
+            return Loaded(model, Statements(wrapped=True, writer=_made_by(config)))
+        said = read_statements(content, file) if config is None else read_config(config)
+        loaded = _read_content(content, said, options)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    model.source = Source(str(path.absolute()), sha256(file), weights)
-    return model
+    loaded.model.source = Source(str(path.absolute()), sha256(file), options.weights)
+    return loaded
+
+
+def _made_by(config: Mapping[str, Any]) -> str:
+    """Return the tool that wrote a configuration of ours, with its version if that is recorded."""
+    pruning = config.get("pruning")
+    made = pruning.get("versions") if isinstance(pruning, Mapping) else None
+    version = made.get("ssmcompress") if isinstance(made, Mapping) else None
+    return f"ssmcompress {version}" if isinstance(version, str) else "ssmcompress"
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -126,15 +198,27 @@ def _parse_config(text: str) -> dict[str, Any]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+    """Return the configuration in a folder: ours, or one of another tool, which has no `format_version`."""
     try:
-        return _parse_config(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{CONFIG_FILE} is missing; expected a folder that ssmcompress wrote") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{CONFIG_FILE} is not a text file") from error
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    is_foreign = (
+        isinstance(config, dict)
+        and not {"format_version", "pruning"} & config.keys()
+        and not isinstance(config.get("architecture"), dict)
+        and {"architecture", "architectures", "model_type"} & config.keys()
+    )
+    return config if is_foreign else _parse_config(text)
 
 
-def _restore(config, state, image_size, stride, path: Path, file: Path) -> TokenModel:
+def _restore(config, state, options: LoadOptions, path: Path, file: Path) -> TokenModel:
     """Build the model, pruned or not, that a configuration and its tensors describe."""
     architecture = config["architecture"]
     supported = [model_class.architecture for model_class in MODELS]
@@ -143,15 +227,17 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
     corrections = {k: v for k, v in state.items() if k.startswith("corrections.")}
     probes = {k: v for k, v in state.items() if k.startswith("pruners.")}
-    weights = clean({k: v for k, v in state.items() if not (k in gaps or k in corrections or k in probes)})
+    learnt = {k: v for k, v in state.items() if k in (ALL, SOME)}
+    weights = {k: v for k, v in state.items() if k not in {**gaps, **corrections, **probes, **learnt}}
     try:
         trained = tuple(int(side) for side in architecture["image_size"])
-        stride = stride or int(architecture["stride"])
+        stride = options.stride or int(architecture["stride"])
         if len(trained) != 2 or min(*trained, stride) < 1:
             raise ValueError(f"image_size {trained}, stride {stride}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
-    model = build(weights, image_size or trained, stride, trained_size=trained)
+    said = Statements(family=Statement(architecture["type"], CONFIG_FILE))
+    model = build(weights, options.size or trained, stride, trained, said)
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
@@ -168,6 +254,7 @@ def _restore(config, state, image_size, stride, path: Path, file: Path) -> Token
         _fill_corrections(model, corrections)
         model.plan = plan
         model.steps = steps_from_dict(pruning)
+        model.learnt = LearntFrom.from_tensors(learnt)
     data = config.get("data") if isinstance(config.get("data"), str) else None
     if data is not None and path.is_dir() and os.path.exists(path / data):
         data = str((path / data).absolute())
@@ -196,7 +283,8 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
         if sha256(file) != source.sha256:
             raise InputError(f"the dense model {path} has changed since")
     chosen, weights = (source.path, source.weights) if override is None else (override, "model")
-    dense = load(chosen, image_size=model.config.image_size, stride=model.config.stride, weights=weights)
+    sizes = {"image_size": model.config.image_size, "stride": model.config.stride}
+    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture)
     if dense.plan is not None:
         raise InputError(f"{chosen} is pruned itself; expected a dense model")
     classes, channels = dense.config.num_classes, dense.config.in_chans
@@ -245,20 +333,38 @@ def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> N
 
 
 def read_plan(file: str | Path) -> Plan:
-    """Read a plan from its own JSON, from the output of a dry run, or from the pruning section of a config.json.
+    """Read a plan from its own JSON, from the output of a dry run, or from what a pruned model was saved as.
+
+    Args:
+        file: a JSON file, also a model's config.json or report.json; a model's folder; or a .safetensors file with its
+            configuration.
 
     Raises:
         InputError: a file that cannot be read, or that holds no plan.
     """
+    path = Path(file)
+    path = path / CONFIG_FILE if path.is_dir() else path
+    expected = "expected a pruned model's folder or report, or the JSON of a dry run"
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        embedded = path.suffix == ".safetensors"
+        text = read_metadata(path).get("ssmcompress", "") if embedded else path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}; {expected}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from error
+        raise InputError(f"{file}: not a plan; {expected}") from error
     if isinstance(value, dict):
+        if "agreement" in value and "plan" not in value:  # a report of format 1 has counts of tokens, but no ratios
+            if not (config := path.with_name(CONFIG_FILE)).is_file():
+                raise InputError(f"{file}: a report without its plan; expected the {CONFIG_FILE} next to it")
+            return read_plan(config)
+        if "architecture" in value and value.get("pruning") is None:
+            raise InputError(f"{file}: the model prunes nothing; {expected}")
         value = value.get("plan") or value.get("pruning") or value
-    return Plan.from_dict(value)
+    try:
+        return Plan.from_dict(value)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; {expected}") from error
 
 
 def describe(model: TokenModel) -> dict[str, Any]:
@@ -277,7 +383,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "architecture": {"type": model.architecture, **asdict(model.config)},
-        "preprocessing": asdict(model.preprocessing),
+        "preprocessing": model.preprocessing.to_dict(),
         "data": model.source.data if model.source else None,
         "pruning": pruning,
     }
@@ -296,6 +402,7 @@ def serialise(model: TokenModel, report: str | None = None) -> bytes:
 
     # Not save_file, whose error on a full disk is not an OSError.
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state |= model.learnt.to_tensors() if model.learnt is not None else {}
     metadata = {"format": "pt", "ssmcompress": json.dumps(describe(model))}
     return to_bytes(state, metadata=metadata | ({"ssmcompress_report": report} if report else {}))
 
@@ -317,6 +424,7 @@ def save(
     Raises:
         InputError: the folder exists, or cannot be written.
     """
+    check_model(model)
     folder = Path(folder)
     with new_folder(folder, force) as temporary:
         (temporary / WEIGHTS_FILE).write_bytes(serialise(model))

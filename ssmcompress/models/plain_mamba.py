@@ -20,8 +20,9 @@ from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Block, StateDict, TokenModel, embed_patches
-from .reading import Shapes, infer_grid, resize_grid
+from .base import Block, StateDict, TokenModel
+from .precision import LayerNorm, cast, embed_patches, find_bias, project, widen
+from .reading import NO_HEAD, Shapes, infer_grid, resize_grid
 from .snakes import snakes
 
 STEM_STRIDE = 2
@@ -109,13 +110,14 @@ class PlainMambaMixer(nn.Module):
 
     def delta_bias(self) -> Tensor:
         """Return the bias (d_inner,) of delta. Quirk: the published code adds it in dt_proj and again in the scan."""
-        return 2 * self.dt_proj.bias
+        return 2 * find_bias(self.dt_proj)
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
         """Yield the inputs of the scan of each path, from x (batch, kept, d_inner)."""
         u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
-        delta, bias, A = F.linear(dt, self.dt_proj.weight), self.delta_bias(), -torch.exp(self.A_log.float())
+        (delta, bias), A = project(self.dt_proj, dt), -torch.exp(widen(self.A_log))
+        bias = find_bias(self.dt_proj) if bias is None else self.delta_bias()
         for path in tokens.paths:
             gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
             # Quirk: only u follows the path, while delta, B and C stay in raster order. That is how `order` works.
@@ -141,7 +143,7 @@ def conv_on_grid(
 class PlainMambaBlock(Block):
     def __init__(self, c: PlainMambaConfig, layer: int):
         super().__init__()
-        self.norm = nn.LayerNorm(c.d_model, eps=1e-5)
+        self.norm = LayerNorm(c.d_model, eps=1e-5)
         self.mamba = PlainMambaMixer(c)
         self.dw = None
         if layer in c.dw_layers:
@@ -160,7 +162,7 @@ class PlainMambaBlock(Block):
         if self.dw is not None:
             conv, norm, activation = self.dw
             y = conv_on_grid(features, conv, tokens, self.mamba.grid)
-            features = activation(norm(y.transpose(1, 2)[..., None])[..., 0].transpose(1, 2))
+            features = widen(activation(norm(cast(y.transpose(1, 2)[..., None], norm))[..., 0].transpose(1, 2)))
         return tokens.updated(features, scores)
 
     def deltas(self, tokens: Tokens) -> Tensor:
@@ -180,7 +182,7 @@ class Backbone(nn.Module):
         self.patch_embed = PatchEmbed(c)
         self.pos_embed = nn.Parameter(torch.zeros(1, c.patches, c.d_model))
         self.layers = nn.ModuleList(PlainMambaBlock(c, layer) for layer in range(c.depth))
-        self.ln1 = nn.LayerNorm(c.d_model, eps=1e-6)
+        self.ln1 = LayerNorm(c.d_model, eps=1e-6)
 
 
 class Head(nn.Module):
@@ -227,7 +229,7 @@ class PlainMamba(TokenModel):
 
     def embed(self, images: Tensor) -> Tokens:
         self.check(images)
-        patches = self.backbone.patch_embed(images).flatten(2).transpose(1, 2).float()
+        patches = widen(self.backbone.patch_embed(images).flatten(2).transpose(1, 2))
         orders = tuple(ScanOrder(v, labels=kinds) for v, kinds in zip(self.visits, self.labels, strict=True))
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
 
@@ -235,7 +237,8 @@ class PlainMamba(TokenModel):
         """Classify the mean over the kept tokens; with alignment `pool`, over all tokens as they were last seen."""
         features = self.backbone.ln1(tokens.features)
         if tokens.alignment.pool and tokens.pruned_sum is not None:
-            return self.head.fc((features.sum(1) + tokens.pruned_sum) / tokens.length)
+            total = features.sum(1, dtype=tokens.pruned_sum.dtype) + tokens.pruned_sum
+            return self.head.fc(cast(total / tokens.length, self.head.fc))
         return self.head.fc(features.mean(1))
 
     def memory(self, features: Tensor) -> Tensor:
@@ -296,7 +299,7 @@ class PlainMamba(TokenModel):
     ) -> tuple[PlainMambaConfig, dict[str, Tensor]]:
         # Without mmcv's running averages, which have the names of the weights with underscores for dots.
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
-        shape = Shapes(fitted, "PlainMamba")
+        shape = Shapes(fitted, "PlainMamba", {"head.fc.weight": NO_HEAD})
         depth = shape.count("backbone.layers.")
         d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
         stem = "backbone.patch_embed.stem.0.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,19 +13,28 @@ from .base import StateDict
 
 # In pixels; a typing error must not allocate a position table of terabytes.
 LARGEST_SIDE = 8192
+NO_HEAD = (
+    "this is a backbone without its classifier, and pruning is judged by the classifier's output; load a file with both"
+)
 
 Size = tuple[int, int]
 
 
 class Shapes:
-    """Shapes of the tensors in a state dict, with an InputError for a missing tensor or an unexpected shape."""
+    """Shapes of the tensors in a state dict, with an InputError for a missing tensor or an unexpected shape.
 
-    def __init__(self, state: StateDict, architecture: str):
-        self.state, self.architecture = state, architecture
+    Args:
+        state: the tensors. architecture: its name for messages.
+        hints: parameter name -> what it means that the parameter is missing.
+    """
+
+    def __init__(self, state: StateDict, architecture: str, hints: Mapping[str, str] | None = None):
+        self.state, self.architecture, self.hints = state, architecture, hints or {}
 
     def __call__(self, key: str, ndim: int) -> tuple[int, ...]:
         if key not in self.state:
-            raise InputError(f"looks like a {self.architecture}, but {key!r} is missing")
+            hint = f": {self.hints[key]}" if key in self.hints else ""
+            raise InputError(f"looks like a {self.architecture}, but {key!r} is missing{hint}")
         shape = tuple(self.state[key].shape)
         if len(shape) != ndim or 0 in shape:
             raise InputError(f"{key} is {shape}: expected {ndim} dimensions, none empty")
@@ -76,11 +85,15 @@ def infer_grid(
     else:
         trained = grid_of(image_size) if image_size is not None else (0, 0)
     if min(trained) < 1 or trained[0] * trained[1] != entries:
-        raise InputError(
-            f"pos_embed has a place for {entries} patches, which is "
-            f"{'not the grid of its image size' if trained_size else 'no square grid'}: "
-            f"give the image size it was trained at{advice}"
-        )
+        if trained_size is None and image_size is None:
+            reason = f"which is no square grid: give the image size it was trained at{advice}"
+        else:
+            height, width = trained_size or image_size
+            reason = (
+                f"and images of {height}x{width} pixels have {max(trained[0], 0)}x{max(trained[1], 0)} patches, which "
+                f"is not the grid of its image size: give the size it was trained at{advice}"
+            )
+        raise InputError(f"pos_embed has a place for {entries} patches, {reason}")
     if image_size is None:
         image_size = tuple((count - 1) * stride + patch for count in trained)
     if min(image_size) < patch:

@@ -7,14 +7,32 @@ from torch import Tensor
 
 from ..errors import InputError
 from .base import StateDict, TokenModel
+from .families import FAMILY_NAMES, find_family
 from .plain_mamba import PlainMamba
+from .statements import Statements
 from .vim import VisionMamba
 
 MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba)
 
 
-def recognise(state: StateDict) -> type[TokenModel]:
-    """Return the architecture that these parameter names belong to; InputError if it is none of `MODELS`."""
+def is_known(state: StateDict) -> bool:
+    """Return whether parameter names are those of a supported architecture or of a family with a name."""
+    return find_family(state) is not None or any(model_class.recognises(state) for model_class in MODELS)
+
+
+def recognise(state: StateDict, writer: str | None = None) -> type[TokenModel]:
+    """Return the architecture that these parameter names belong to.
+
+    Raises:
+        InputError: it is none of `MODELS`; the message names it, and the tool `writer` that wrote its file, if known.
+    """
+    if (family := find_family(state)) is not None:
+        origin = f"written by {writer}" if writer else "nothing in the file says what wrote it"
+        supported = ", ".join(m.architecture for m in MODELS)
+        raise InputError(
+            f"{family.name}, {family.task}, {origin}: not supported; this version compresses image classifiers of "
+            f"type {supported}"
+        )
     for model_class in MODELS:
         if model_class.recognises(state):
             return model_class
@@ -23,33 +41,79 @@ def recognise(state: StateDict) -> type[TokenModel]:
     raise InputError(f"no known vision state-space model: found {len(state)} tensors ({names}, ...); {expected}")
 
 
+def normalise_architecture(name: str) -> str:
+    """Return the name of an architecture as `MODELS` has it; InputError for one that is not supported."""
+    key = name.strip().lower().replace("-", "_")
+    supported = {m.architecture.replace("_", ""): m.architecture for m in MODELS}
+    if found := supported.get(key.replace("_", "")):
+        return found
+    others = {known.replace("_", ""): title for known, title, _ in FAMILY_NAMES}
+    title = others.get(key.replace("_", ""))
+    reason = f"{title} is not supported" if title else f"unknown architecture {name!r}"
+    raise InputError(f"`architecture`: {reason}; expected one of {', '.join(supported.values())}")
+
+
 def build(
     state: StateDict,
     image_size: tuple[int, int] | None = None,
     stride: int | None = None,
     trained_size: tuple[int, int] | None = None,
+    said: Statements | None = None,
 ) -> TokenModel:
     """Build the dense float32 model that a state dict belongs to.
 
     Args:
         state: published parameter names -> tensors.
         image_size: (height, width) of the images it will run on; None: the size it was trained at.
-        stride: step between patches in pixels; None: the patch size.
+        stride: step between patches in pixels; None: what `said` says of it, else the patch size.
         trained_size: (height, width) that its position embedding was made for, if that is known.
+        said: what its file or module says about it.
 
     Raises:
-        InputError: the architecture is unknown, or parameters are missing, left over, contradict each other or are
-            not finite.
+        InputError: the architecture is unknown, not certain or not the one that `said` names, an option has another
+            value than the model computes, or parameters are missing, left over, contradict each other or are not
+            finite.
     """
-    model_class = recognise(state)
+    said = said or Statements()
+    model_class = recognise(state, said.writer)
+    _check_statements(model_class, said)
+    stride = stride or said.number("stride", "patch_stride") or _infer_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
     with torch.device("meta"):
         model = model_class(config)
     _check(model, fitted)
+    model_class.check_identity(config, said)
     # Cloned, because the caller's own tensors, of a live module, must not change with the model.
     dtypes = {k: v.dtype for k, v in model.state_dict().items()}
     model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _infer_stride(model_class: type[TokenModel], state: StateDict, said: Statements) -> int | None:
+    side = said.number("input_size", "img_size", "image_size")
+    known = all(key in state and state[key].ndim > 1 for key in ("pos_embed", "patch_embed.proj.weight"))
+    return model_class.infer_stride(state, side) if side and known else None
+
+
+def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
+    """Raise an InputError if something is said about a model that is not so in this architecture."""
+    if said.family is not None and said.family.value != model_class.architecture:
+        title = next(title for key, title, _ in FAMILY_NAMES if key == said.family.value)
+        if said.family.value in [m.architecture for m in MODELS]:
+            raise InputError(
+                f"{said.family.where} says {said.family.value}, but the weights are a {model_class.architecture}'s"
+            )
+        raise InputError(
+            f"{said.family.where} says that the model is a {title}, which is not supported, although its weights fit "
+            f"into a {model_class.architecture}"
+        )
+    for name, expected in model_class.expected_options.items():
+        statement = said.options.get(name)
+        if statement is not None and statement.value not in expected.values:
+            raise InputError(
+                f"{statement.where} says {name}={statement.value!r}: this version supports only a "
+                f"{model_class.architecture} with {expected.meaning}"
+            )
 
 
 def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
@@ -60,7 +124,9 @@ def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
     if missing or extra:
         faults = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in
                   (("missing", missing), ("unknown", extra)) if keys]  # fmt: skip
-        raise InputError(f"the parameters are not those of a {model.architecture}: {'; '.join(faults)}")
+        meaning = next((text for key, text in model.foreign_keys.items() if any(k.startswith(key) for k in extra)), "")
+        meaning = f", which means {meaning}: not supported" if meaning else ""
+        raise InputError(f"the parameters are not those of a {model.architecture}: {'; '.join(faults)}{meaning}")
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise InputError(

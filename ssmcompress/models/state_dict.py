@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..progress import note
 
-# Keys of the weights in checkpoints: of hustvl and DeiT, and of Lightning and mmcv.
-STATE_KEYS = ("model", "state_dict")
+# Entries with the weights: of hustvl and DeiT, of Lightning and mmcv, and of DeepSpeed.
+STATE_KEYS = ("model", "state_dict", "module")
+# Entries with running averages of the weights: of hustvl and DeiT, of timm, and of others.
+AVERAGE_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "model_ema_state_dict", "ema_model")
+# Entries that hold tensors, but not a model's.
+OTHER_KEYS = (
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "scheduler",
+    "optimizer_states",
+    "amp",
+    "amp_scaler",
+    "loss_scaler",
+)
+# Buffers that tools add to the weights of a model: of thop's FLOPs counter, and of torch.optim.swa_utils.
+COUNTERS = re.compile(r"(^|\.)(total_ops|total_params)$|^n_averaged$")
+DEPTH = 4
 
 
 def looks_like_safetensors(file: Path) -> bool:
@@ -47,37 +64,154 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
         raise InputError(f"not a whole safetensors file ({error})") from error
 
 
-def find_state_dict(content: Any, weights: str) -> Mapping[str, Tensor]:
-    """Return the state dict in a checkpoint: its whole content, or its entry `weights`; InputError without one."""
+def find_state_dict(content: Any, weights: str = "model") -> tuple[Mapping[str, Tensor], str]:
+    """Find the state dict in a checkpoint.
+
+    Args:
+        content: an unpickled checkpoint. weights: the entry to read: "model" or "model_ema", which are also found under
+            their other names (`STATE_KEYS`, `AVERAGE_KEYS`), or the name of an entry.
+
+    Returns:
+        The state dict, and the part of it to take as `unwrap` does: `weights` where the whole content is one state
+        dict, and "model" where the state dict is an entry.
+
+    Raises:
+        InputError: there is no such entry, or several that could be meant.
+    """
     if isinstance(content, nn.Module):  # only with unsafe_load
         content = content.state_dict()
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"holds a {type(content).__name__}: expected a state dict or a dict with one in it")
-    if all(isinstance(value, Tensor) for value in content.values()):
-        if weights == "model":
-            return content
+    if not _is_bare(content):
+        return _find_entry(content, weights, DEPTH), "model"
+    if weights != "model" and not any(_inside(content, name) for name in _names(weights)):
         raise InputError(f"a bare state dict has no {weights!r} entry")
-    for key in STATE_KEYS if weights == "model" else (weights,):
-        if isinstance(content.get(key), Mapping):
-            return content[key]
-    keys = ", ".join(str(key) for key in list(content)[:8])
-    raise InputError(f"no weights under {weights!r}: expected a dict of tensors there, found entries {keys}")
+    return content, weights
 
 
-def read_stride(content: Any) -> int | None:
-    """Return the patch stride in the model name of a training run, or None: hustvl names them `..._stride8_...`."""
-    args = content.get("args") if isinstance(content, Mapping) else None
-    name = getattr(args, "model", None)
-    match = re.search(r"stride(\d{1,3})(?!\d)", name) if isinstance(name, str) else None
-    return int(match.group(1)) or None if match else None
+def _names(weights: str) -> tuple[str, ...]:
+    """Return the names of entries and of parts that a name of weights stands for."""
+    return {"model": STATE_KEYS, "model_ema": AVERAGE_KEYS}.get(weights, (weights,))
+
+
+def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> Mapping[str, Tensor]:
+    entries = {
+        key: value.state_dict() if isinstance(value, nn.Module) else value
+        for key, value in content.items()
+        if isinstance(key, str) and key not in OTHER_KEYS and _holds_weights(value, depth)
+    }
+    found = next((key for key in _names(weights) if key in entries), None)
+    others = [key for key in entries if key not in AVERAGE_KEYS]
+    if found is None and weights == "model" and len(others) == 1:
+        found = others[0]
+    if found is None:
+        shown = ", ".join(str(key)[:40] for key in list(content)[:8])
+        advice = f"; `weights` reads one of {', '.join(repr(key[:40]) for key in entries)}" if entries else ""
+        raise InputError(
+            f"no weights under {weights!r}: expected a dict of tensors there, found entries {shown}{advice}"
+        )
+    state = entries[found]
+    if _is_bare(state) or not any(_holds_weights(value, depth - 1) for value in state.values()):
+        return state
+    return _find_entry(state, "model", depth - 1)
+
+
+def _is_bare(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in content.values())
+
+
+def _holds_weights(value: Any, depth: int) -> bool:
+    """Return whether a value is a module, a state dict, or a dict with one in it, at most `depth` levels further in."""
+    if isinstance(value, nn.Module):
+        return True
+    return (
+        depth >= 0
+        and isinstance(value, Mapping)
+        and any(
+            isinstance(key, str) and (isinstance(entry, Tensor) or _holds_weights(entry, depth - 1))
+            for key, entry in value.items()
+        )
+    )
+
+
+def _inside(state: Mapping[Any, Any], name: str) -> dict[str, Any]:
+    """Return the entries whose names begin with `name` and a dot, without these."""
+    return {
+        key.removeprefix(f"{name}."): value
+        for key, value in state.items()
+        if isinstance(key, str) and key.startswith(f"{name}.")
+    }
 
 
 def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Remove the prefixes of wrappers from parameter names; InputError unless all values are plain dense tensors."""
+    """Return the tensors detached, without the marks of compiled modules and counters in their names.
+
+    Raises:
+        InputError: a value is not a plain dense tensor.
+    """
+    cleaned = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise InputError(f"{str(key)[:80]!r} holds a {type(value).__name__}: expected named tensors")
+        if COUNTERS.search(key):
+            continue
         plain = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
         if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise InputError(f"{key[:80]!r} holds no plain dense tensor (it is sparse, nested, expanded or the like)")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v.detach() for k, v in state.items()}
+        cleaned[re.sub(r"(^|\.)_orig_mod\.", r"\1", re.sub(r"^module\.", "", key))] = value.detach()
+    return cleaned
+
+
+def unwrap(
+    state: Mapping[str, Tensor], recognises: Callable[[Mapping[str, Tensor]], bool], weights: str = "model"
+) -> dict[str, Tensor]:
+    """Remove the prefixes that wrappers put before parameter names: `module.`, `model.`, `net.`, `backbone.`, ...
+
+    Args:
+        state: cleaned tensors. recognises: whether names are those of a known model.
+        weights: the part to take where several parts are known models: "model", "model_ema" or its own name.
+
+    Returns:
+        The names without prefixes. Of what lies outside the part, only a head is kept; a line names the rest.
+
+    Raises:
+        InputError: several parts could be meant.
+    """
+    state = dict(state)
+    for _ in range(DEPTH):
+        if weights == "model" and recognises(state):
+            break
+        names = dict.fromkeys(key.partition(".")[0] for key in state if "." in key)
+        insides = {name: _inside(state, name) for name in names}
+        parts = [name for name in names if _is_known(insides[name], recognises)]
+        if weights == "model":
+            parts = [name for name in parts if name not in AVERAGE_KEYS] or parts
+        else:
+            parts = [name for name in parts if name in _names(weights)]
+        if not parts:
+            break
+        if len(parts) > 1:
+            raise InputError(
+                f"holds several models, under the prefixes {', '.join(f'{name}.' for name in parts)}: `weights` "
+                f"chooses one ({', '.join(map(repr, parts))})"
+            )
+        inside = insides[parts[0]]
+        outside = {k: v for k, v in state.items() if not k.startswith(f"{parts[0]}.") and k not in inside}
+        head = {k: v for k, v in outside.items() if k.startswith("head.")}
+        if left_out := [k for k in outside if k not in head]:
+            shown = ", ".join(k[:60] for k in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+            note(f"took the weights under {parts[0]}., and left out {len(left_out)} other tensors ({shown})")
+        state, weights = head | inside, "model"
+    return state
+
+
+def _is_known(state: Mapping[str, Tensor], recognises: Callable[[Mapping[str, Tensor]], bool]) -> bool:
+    """Return whether names are those of a known model, possibly behind further prefixes."""
+    for _ in range(DEPTH):
+        if recognises(state):
+            return True
+        names = {key.partition(".")[0] for key in state}
+        if len(names) != 1:
+            return False
+        state = _inside(state, names.pop())
+    return False

@@ -7,21 +7,30 @@ arXiv 2401.09417; module and parameter names are those of the published checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops import ScanPath, causal_conv1d, gather_tokens, rms_norm, scan_paths
+from ..ops import ScanPath, causal_conv1d, gather_tokens, scan_paths
 from ..ops.selective_scan import step_size
+from ..progress import note
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Block, StateDict, TokenModel, embed_patches
-from .reading import Shapes, infer_grid, resize_grid
+from .base import Block, Expected, StateDict, TokenModel
+from .precision import RMSNorm, embed_patches, find_bias, project, widen
+from .reading import NO_HEAD, Shapes, infer_grid, resize_grid
+from .statements import Statements
 
+EPSILON = 1e-5
+# (d_model, depth) of VideoMamba-M, which no published Vim has, and of VideoMamba-B, whose weights are published as an
+# entry of a checkpoint, as a Vim's are.
+VIDEO_MAMBA_M, VIDEO_MAMBA_B = (576, 32), (768, 24)
+SAME_NAMES = "the weights of a Vim or of a VideoMamba, which have the same names and shapes"
 FORTH_AND_BACK = (ScanOrder(), ScanOrder(reverse=True))
 
 
@@ -91,8 +100,8 @@ class VimMixer(nn.Module):
         u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=reverse)
         dt, B, C = x_proj(u).split(self.split, dim=-1)
         gap = None if gaps is None or not tokens.alignment.scan else (gaps, self.gap_delta[path])
-        delta, A = F.linear(dt, dt_proj.weight), -torch.exp(A_log.float())
-        return ScanPath(u, delta, A, B, C, D, dt_proj.bias, gap, reverse)
+        (delta, bias), A = project(dt_proj, dt), -torch.exp(widen(A_log))
+        return ScanPath(u, delta, A, B, C, D, bias, gap, reverse)
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Return delta after bias and softplus (paths, batch, kept, d_inner), from x (batch, kept, d_inner)."""
@@ -109,20 +118,13 @@ class VimMixer(nn.Module):
         return self.out_proj(y), scores
 
 
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm computed by `ssmcompress.ops.rms_norm`: torch's own takes six passes on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class VimBlock(Block):
     residual_scale = 0.5  # the mean of the two paths
     refitted = (("mixer.x_proj", "mixer.x_proj_b"), ("mixer.out_proj",))
 
     def __init__(self, c: VimConfig):
         super().__init__()
-        self.norm = RMSNorm(c.d_model, eps=1e-5)
+        self.norm = RMSNorm(c.d_model, eps=EPSILON)
         self.mixer = VimMixer(c)
 
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
@@ -134,7 +136,7 @@ class VimBlock(Block):
         return self.mixer.deltas(x, tokens)
 
     def bias_delta(self) -> Tensor:
-        return F.softplus(torch.stack([self.mixer.dt_proj.bias, self.mixer.dt_proj_b.bias]).float())
+        return F.softplus(torch.stack([find_bias(self.mixer.dt_proj), find_bias(self.mixer.dt_proj_b)]).float())
 
     def set_gap_delta(self, delta: Tensor) -> None:
         self.mixer.gap_delta = delta
@@ -153,6 +155,30 @@ class VisionMamba(TokenModel):
     )
 
     no_weight_decay = ("*A_log", "*A_b_log", "*pos_embed", "*cls_token")
+    # Of hustvl's vim/models_mamba.py; all published models have these values.
+    expected_options: ClassVar[Mapping[str, Expected]] = {
+        "if_cls_token": Expected((True,), "one class token"),
+        "use_double_cls_token": Expected((False,), "one class token"),
+        "use_middle_cls_token": Expected((True,), "the class token in the middle of the sequence"),
+        "if_divide_out": Expected((True,), "the sum of both scans divided by two"),
+        "bimamba_type": Expected(("v2",), "bidirectional blocks of type v2"),
+        "if_bimamba": Expected((False,), "bidirectional blocks of type v2"),
+        "if_bidirectional": Expected((False,), "both scans in every layer"),
+        "if_abs_pos_embed": Expected((True,), "a learnt position embedding"),
+        "if_rope": Expected((False,), "no rotary position embedding"),
+        "if_rope_residual": Expected((False,), "no rotary position embedding"),
+        "final_pool_type": Expected(("mean", "none", None), "the class token as its output"),
+        "flip_img_sequences_ratio": Expected((-1, 0), "no random flips of the sequence"),
+        "rms_norm": Expected((True,), "RMSNorm"),
+        "norm_epsilon": Expected((EPSILON,), f"norms with an epsilon of {EPSILON:g}"),
+    }
+    foreign_keys: ClassVar[Mapping[str, str]] = {
+        "rope.": "rotary position embedding",
+        "cls_token_": "several class tokens",
+        "temporal_pos_embedding": "a VideoMamba for video",
+        "pos_embed_cls": "a Mamba-Reg",
+        "fpn": "the neck of a segmentation model",
+    }
 
     def __init__(self, config: VimConfig):
         super().__init__(config)
@@ -161,7 +187,7 @@ class VisionMamba(TokenModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, c.patches + 1, c.d_model))
         self.layers = nn.ModuleList(VimBlock(c) for _ in range(c.depth))
-        self.norm_f = RMSNorm(c.d_model, eps=1e-5)
+        self.norm_f = RMSNorm(c.d_model, eps=EPSILON)
         self.head = nn.Linear(c.d_model, c.num_classes)
 
     @property
@@ -188,7 +214,7 @@ class VisionMamba(TokenModel):
     def embed(self, images: Tensor) -> Tokens:
         c = self.config
         self.check(images)
-        patches = embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2).float()
+        patches = widen(embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2))
         before, after = patches.split([self.protected, c.patches - self.protected], dim=1)
         tokens = torch.cat([before, self.cls_token.expand(images.shape[0], -1, -1), after], dim=1)
         features = tokens + self.pos_embed
@@ -230,6 +256,27 @@ class VisionMamba(TokenModel):
         return self.length * (3 * c.d_model * 4 + (2 * c.d_inner + 2 * path + c.d_model) * size)
 
     @classmethod
+    def check_identity(cls, config: VimConfig, said: Statements) -> None:
+        """Tell a Vim from a VideoMamba, which has its class token in front and does not divide by two."""
+        if said.family is not None:
+            return
+        advice = "give `architecture`: 'vim' if it is a Vim; VideoMamba is not supported yet"
+        if config.d_model == VIDEO_MAMBA_M[0] or config.depth == VIDEO_MAMBA_M[1]:
+            raise InputError(
+                f"{config.depth} layers of width {config.d_model}: the size of VideoMamba-M ({VIDEO_MAMBA_M[1]} layers "
+                f"of width {VIDEO_MAMBA_M[0]}), and of no published Vim; {advice}"
+            )
+        if not said.wrapped or (config.d_model, config.depth) == VIDEO_MAMBA_B:
+            raise InputError(f"{SAME_NAMES}, and nothing in the file says which: {advice}")
+        note(f"taken for a Vim: {SAME_NAMES}, and nothing in the file says which (see `architecture`)")
+
+    @classmethod
+    def infer_stride(cls, state: StateDict, side: int) -> int | None:
+        patch, entries = state["patch_embed.proj.weight"].shape[-1], state["pos_embed"].shape[1] - 1
+        strides = [s for s in range(1, patch + 1) if side >= patch and ((side - patch) // s + 1) ** 2 == entries]
+        return strides[0] if len(strides) == 1 else None
+
+    @classmethod
     def stride_of(cls, module: nn.Module) -> int | None:
         proj = getattr(getattr(module, "patch_embed", None), "proj", None)
         return proj.stride[0] if isinstance(proj, nn.Conv2d) else None
@@ -246,8 +293,14 @@ class VisionMamba(TokenModel):
         stride: int | None,
         trained_size: tuple[int, int] | None,
     ) -> tuple[VimConfig, dict[str, Tensor]]:
-        shape = Shapes(state, "Vim")
+        if {"cls_token_head", "cls_token_tail"} <= state.keys():
+            raise InputError(
+                "a Vim with two class tokens (cls_token_head, cls_token_tail) is not supported: expected one"
+            )
+        shape = Shapes(state, "Vim", MISSING)
         depth = shape.count("layers.")
+        if (count := shape("cls_token", 3)[1]) != 1:
+            raise InputError(f"a Vim with {count} class tokens, as in Mamba-Reg, is not supported: expected one")
         d_model, in_chans, *patch_size = shape("patch_embed.proj.weight", 4)
         d_inner, d_state = shape("layers.0.mixer.A_log", 2)
         patch = patch_size[0]
@@ -278,6 +331,14 @@ class VisionMamba(TokenModel):
         if state["pos_embed"].shape[2] == d_model:  # a contradiction is reported with the other shapes
             fitted["pos_embed"] = resize_pos_embed(state["pos_embed"], trained, config.grid)
         return config, fitted
+
+
+MISSING = {
+    "cls_token": "it has no class token, from which this Vim reads its output, and is not supported",
+    "pos_embed": "it has no learnt position embedding, and is not supported",
+    "head.weight": NO_HEAD,
+    "layers.0.mixer.A_b_log": "it scans in one direction only, and is not supported",
+}
 
 
 def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -31,13 +31,13 @@ def test_inspect_of_published_sizes(tmp_path):
             names = VisionMamba(
                 VimConfig(d_model, 24, 2 * d_model, 16, d_model // 16, 4, 3, 1000, (16, 16), 16, (224, 224))
             ).state_dict()
-        torch.save({k: torch.zeros(v.shape, dtype=torch.float16) for k, v in names.items()}, tmp_path / "v.pth")
-        found = call_json("inspect", tmp_path / "v.pth")["flops"]
+        torch.save({k: torch.zeros(v.shape, dtype=torch.float16) for k, v in names.items()}, tmp_path / "vim.pth")
+        found = call_json("inspect", tmp_path / "vim.pth")["flops"]
         assert found["full"] == pytest.approx(full, rel=5e-3)
         assert found["paper"] == pytest.approx(paper, rel=5e-3)
 
 
 def test_inspect_of_a_single_layer(tmp_path):
-    torch.save(make_vim(depth=1).state_dict(), tmp_path / "v.pth")
+    torch.save({"model": make_vim(depth=1).state_dict()}, tmp_path / "v.pth")
     assert call_json("inspect", tmp_path / "v.pth")["range"] == {"stages": [], "min_percent": 100, "max_percent": 100}
     assert "no place to prune" in refused("prune", tmp_path / "v.pth")

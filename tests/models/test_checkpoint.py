@@ -29,7 +29,7 @@ def same(a, b, images):
 def test_every_container_of_a_state_dict(vim, images, tmp_path):
     state = vim.state_dict()
     files = {
-        "bare.pth": state,
+        "bare-vim.pth": state,
         "training.pth": {"model": state, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=1e-3)},
         "wrapped.pt": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
         "numbers.pth": {
@@ -44,7 +44,7 @@ def test_every_container_of_a_state_dict(vim, images, tmp_path):
         assert same(ssmcompress.load(tmp_path / name), vim, images), name
     torch.save(files["numbers.pth"], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert same(ssmcompress.load(tmp_path / "old.pth"), vim, images)
-    for name in ("bare.safetensors", "renamed.pth"):
+    for name in ("vim.safetensors", "renamed-vim.pth"):
         save_file(state, tmp_path / name)
         assert same(ssmcompress.load(tmp_path / name), vim, images)
 
@@ -60,8 +60,8 @@ def test_averaged_weights_on_request(vim, images, tmp_path):
 
 
 def test_half_precision_weights_are_read_as_float32(vim, tmp_path):
-    torch.save({k: v.half() for k, v in vim.state_dict().items()}, tmp_path / "half.pth")
-    assert next(ssmcompress.load(tmp_path / "half.pth").parameters()).dtype == torch.float32
+    torch.save({k: v.half() for k, v in vim.state_dict().items()}, tmp_path / "vim-half.pth")
+    assert next(ssmcompress.load(tmp_path / "vim-half.pth").parameters()).dtype == torch.float32
 
 
 def test_the_published_name_of_a_finer_model_tells_its_stride(tmp_path):
@@ -135,14 +135,14 @@ def test_the_dense_model_is_found_again_unless_it_changed(vim, images, checkpoin
     ssmcompress.save(ssmcompress.prune(dense, ssmcompress.make_plan(dense)), tmp_path / "m")
     pruned = ssmcompress.load(tmp_path / "m")
     assert same(find_dense(pruned), dense, images)
-    torch.save(make_vim(seed=9).state_dict(), checkpoint)
+    torch.save({"model": make_vim(seed=9).state_dict()}, checkpoint)
     with pytest.raises(InputError, match="has changed since"):
         find_dense(pruned)
     checkpoint.rename(tmp_path / "moved.pt")
     with pytest.raises(InputError, match="is gone"):
         find_dense(pruned)
     assert find_dense(pruned, tmp_path / "moved.pt").plan is None
-    torch.save(make_vim(classes=3).state_dict(), checkpoint)
+    torch.save({"model": make_vim(classes=3).state_dict()}, checkpoint)
     with pytest.raises(InputError, match="3 classes"):
         find_dense(pruned, checkpoint)
 

@@ -35,7 +35,7 @@ def test_golden_logits(name, stride):
 )
 def test_every_size_is_recognised_from_the_weights(sizes):
     made = make_vim(**sizes)
-    found = ssmcompress.load(made.state_dict(), stride=sizes.get("stride"))
+    found = ssmcompress.load(made.state_dict(), architecture="vim", stride=sizes.get("stride"))
     assert found.config == made.config
     x = torch.randn(2, made.config.in_chans, *made.config.image_size)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_other_image_sizes_keep_the_class_token_entry_and_the_layout_of_the_grid
 
 
 def test_other_image_sizes_run(vim):
-    model = ssmcompress.load(vim.state_dict(), image_size=(24, 20))
+    model = ssmcompress.load(vim.state_dict(), architecture="vim", image_size=(24, 20))
     assert model.config.grid == (6, 5)
     assert model.length == 31
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_grid_that_is_not_square_must_be_told():
     state = make_vim(image=(8, 24)).state_dict()
     with pytest.raises(InputError, match="no square grid"):
         ssmcompress.load(state)
-    assert ssmcompress.load(state, image_size=(8, 24)).config.grid == (2, 6)
+    assert ssmcompress.load(state, architecture="vim", image_size=(8, 24)).config.grid == (2, 6)
 
 
 def test_forward_prints_nothing_and_goes_on(vim, images, capfd):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from ..groups import Model, Printing, Reading
+from ..inputs import check_model
 from ..tables import print_json, show_inspection
+from ..terminal import progress_bars
 
 EXAMPLE = "ssmcompress inspect model.pt"
 
 
 def inspect(checkpoint: Model, reading: Reading, printing: Printing) -> None:
     """Show a checkpoint's architecture, size, FLOPs and budget range."""
-    from ...jobs.inspect import inspect_model
+    check_model(checkpoint)
+    from ...jobs.inspect import inspect_file
 
-    result = inspect_model(reading.open(checkpoint))
+    with progress_bars(printing.quiet):
+        result = inspect_file(checkpoint, reading.options())
     if printing.as_json:
         print_json(result)
     else:

@@ -1,0 +1,78 @@
+"""Model families that are not supported, recognised by parameter names, so that an error can name them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+HEAD_OF_SEGMENTATION = "decode_head.conv_seg.weight"
+
+
+class Family(NamedTuple):
+    """A family of models: its name, what its output is, and whether parameter names are those of one."""
+
+    name: str
+    task: str
+    recognises: Callable[[StateDict], bool]
+
+
+CLASSIFICATION, SEGMENTATION, DETECTION = "image classification", "semantic segmentation", "object detection"
+
+
+def _with(*keys: str) -> Callable[[StateDict], bool]:
+    return lambda state: all(key in state for key in keys)
+
+
+def _beginning(*prefixes: str) -> Callable[[StateDict], bool]:
+    return lambda state: all(any(key.startswith(prefix) for key in state) for prefix in prefixes)
+
+
+# In this order: what is built on another family comes before it.
+FAMILIES: tuple[Family, ...] = (
+    Family("UperNet on a Vim backbone", SEGMENTATION, _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.mixer.A_log")),
+    Family(
+        "UperNet on a PlainMamba backbone",
+        SEGMENTATION,
+        _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.mamba.direction_Bs"),
+    ),
+    Family(
+        "UperNet on a VMamba backbone",
+        SEGMENTATION,
+        _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.blocks.0.op.A_logs"),
+    ),
+    Family("a model with a head of mmseg", SEGMENTATION, _with(HEAD_OF_SEGMENTATION)),
+    Family("a detector of mmdet", DETECTION, lambda state: any("rpn_head." in k or "bbox_head." in k for k in state)),
+    Family("VideoMamba", "masked pretraining", _beginning("clip_decoder.", "layers.0.mixer.")),
+    Family("VideoMamba", "video classification", _with("temporal_pos_embedding")),
+    Family("Mamba-Reg", CLASSIFICATION, _with("pos_embed_cls", "layers.0.mixer.A_log")),
+    Family("VMamba, second version (v05_noz)", CLASSIFICATION, _with("layers.0.blocks.0.op.A_logs")),
+    Family("VMamba, first version", CLASSIFICATION, _with("layers.0.blocks.0.self_attention.A_logs")),
+    Family("MambaVision", CLASSIFICATION, _with("patch_embed.conv_down.0.weight")),
+    Family("DeiT or ViT", CLASSIFICATION, _with("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")),
+    Family("a Mamba language model", "text", _with("backbone.embeddings.weight", "backbone.layers.0.mixer.A_log")),
+    Family("a Mamba language model", "text", _with("backbone.embedding.weight", "backbone.layers.0.mixer.A_log")),
+    Family("Swin Transformer", CLASSIFICATION, _with("layers.0.blocks.0.attn.relative_position_bias_table")),
+    Family("ResNet", CLASSIFICATION, _with("conv1.weight", "layer1.0.conv1.weight")),
+)
+
+# Names of architectures, as statements in files spell them, in the order in which they are looked for.
+FAMILY_NAMES: tuple[tuple[str, str, str], ...] = (
+    ("video_mamba", "VideoMamba", r"video[-_ ]?mamba"),
+    ("plain_mamba", "PlainMamba", r"plain[-_ ]?mamba"),
+    ("mamba_vision", "MambaVision", r"mamba[-_ ]?vision"),
+    ("local_vim", "LocalVim", r"local[-_ ]?(vim|vmamba|mamba)"),
+    ("efficient_vmamba", "EfficientVMamba", r"efficient[-_ ]?vmamba"),
+    ("mamba_reg", "Mamba-Reg", r"mamba[-_ ]?(reg|r)(?![a-z])"),
+    ("vmamba", "VMamba", r"vmamba|(?<![a-z])vssm"),
+    ("deit", "DeiT", r"(?<![a-z])deit"),
+    ("vim", "Vim", r"(?<![a-z])vim(?![a-z])|(?<![a-z])vision[-_ ]?mamba"),
+)
+
+
+def find_family(state: StateDict) -> Family | None:
+    """Return the family of models that is not supported and has these parameter names, or None."""
+    return next((family for family in FAMILIES if family.recognises(state)), None)
