@@ -1,4 +1,4 @@
-"""Batches of model inputs, prepared from images or passed by a caller."""
+"""Batches of model inputs, prepared from images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from torch import Tensor
 
 from .. import processes
 from ..errors import InputError
+from .content import digest_picture
 from .images import Images
+
+# Index in the source, prepared image (None: unreadable), digest of its pixels.
+Item = tuple[int, Tensor | None, int]
 
 
 @dataclass(frozen=True)
@@ -30,28 +34,32 @@ class Batch:
 class Batches:
     """Prepared images of a source, in batches that can be iterated repeatedly.
 
-    Unreadable images are skipped. An iteration fills `unreadable` with their indices and `digests` with the hashes of
-    the others, by which the same image is recognised in other data.
+    Unreadable images are skipped. An iteration fills `unreadable` with their indices and `digests` with digests of the
+    others (`ssmcompress.data.content`), by which the same image is recognised in other data.
 
     Attributes:
         source: the images. transform: function from a PIL image to (channels, height, width): `TokenModel.transform()`.
         index: indices of the images to use, in order; None: all of them.
         batch_size: images in a batch, fewer in the last one.
         workers: number of processes that decode images; 0: this process decodes them.
-        unreadable, digests: what the iterations so far have collected.
+        pictures: whether the source gives pictures, not prepared images, whose digests are others.
+        unreadable: indices of the images that could not be read so far.
+        digests: (images of the source,) uint64, 0 for images that were not read so far.
     """
 
     source: Images
-    transform: Callable[[Any], Tensor]
-    index: Sequence[int] | None = None
+    transform: Callable[[Any], Tensor] = field(repr=False)
+    index: Sequence[int] | None = field(default=None, repr=False)
     batch_size: int = 64
     workers: int = 0
-    unreadable: set[int] = field(default_factory=set)
-    digests: set[bytes] = field(default_factory=set)
+    pictures: bool = True
+    unreadable: set[int] = field(default_factory=set, repr=False)
+    digests: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.index is None:
             self.index = range(len(self.source))
+        self.digests = np.zeros(len(self.source), np.uint64)
 
     def unreadable_names(self) -> list[str]:
         """Return readable names of the images that could not be read."""
@@ -61,33 +69,57 @@ class Batches:
         """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
         gathered = processes.all_gather((self.unreadable, self.digests))
         self.unreadable = set().union(*(unreadable for unreadable, _ in gathered))
-        self.digests = set().union(*(digests for _, digests in gathered))
+        self.digests = np.maximum.reduce([digests for _, digests in gathered])
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+    def read_rest(self) -> None:
+        """Read the images that no iteration has read, of all processes, for their digests, and merge these."""
+        self.sync()
+        index = sorted(set().union(*processes.all_gather(list(self.index))) - self.unreadable)
+        rest = processes.shard([i for i in index if not self.digests[i]])
+        self._note(Batches(self.source, skip_picture, rest, self.batch_size, self.workers)._read())
+        self.sync()
+
+    def _note(self, batches: Iterable[list[Item]]) -> None:
+        for items in batches:
+            for i, image, content in items:
+                if image is None:
+                    self.unreadable.add(i)
+                else:
+                    self.digests[i] = content
+
+    def __getitem__(self, row: int) -> Item:
         i = self.index[row]
         try:
-            return i, self.transform(self.source.read(i))
+            picture = self.source.read(i)
+            return i, self.transform(picture), digest_picture(picture)
         except (OSError, ValueError):
-            return i, None
+            return i, None, 0
+
+    def _read(self) -> Iterator[list[Item]]:
+        rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
+        return iter(make_loader(self, rows, self.workers))
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
         empty = True
-        for items in make_loader(self, rows, self.workers):
-            self.unreadable.update(i for i, image in items if image is None)
-            items = [(i, image) for i, image in items if image is not None]
+        for items in self._read():
+            self._note([items])
+            items = [(i, image) for i, image, _ in items if image is not None]
             if not items:
                 continue
             empty = False
             index = [i for i, _ in items]
             labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in index])
-            self.digests.update(digest(image) for _, image in items)
             yield Batch(torch.stack([image for _, image in items]), labels, index)
         if empty and self.index:
             raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
+
+
+def skip_picture(picture: Any) -> Tensor:
+    """A transform for `Batches` that are read for their digests alone: it returns an empty tensor."""
+    return torch.empty(0)
 
 
 def make_loader(
@@ -111,7 +143,7 @@ def make_loader(
 
 
 def digest(image: Tensor) -> bytes:
-    """Return a hash that identifies the same prepared image in other data."""
+    """Return a hash that identifies the same prepared image in other batches."""
     return hashlib.sha1(image.cpu().numpy().tobytes()).digest()
 
 
@@ -126,53 +158,3 @@ class LabelledBatch(NamedTuple):
 
     images: Tensor
     labels: Tensor | None
-
-
-class AnyBatches:
-    """Wraps the data that a caller passed as LabelledBatch items that can be iterated repeatedly.
-
-    Args:
-        data: a tensor of images; or batches, each a tensor, an (images, labels) pair or a `Batch`.
-    """
-
-    def __init__(self, data: Any):
-        if isinstance(data, Tensor):
-            data = data.split(64)
-        self.data = data if isinstance(data, Batches) or _is_sized(data) else list(data)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        for batch in self.data:
-            if isinstance(batch, Tensor):
-                yield LabelledBatch(batch, None)
-            elif isinstance(batch, Batch):
-                yield LabelledBatch(batch.images, batch.labels)
-            else:
-                yield LabelledBatch(batch[0], batch[1])
-
-
-def in_chunks(batches: Iterable[LabelledBatch], size: int) -> Iterator[Tensor]:
-    """Yield the images of `batches` in chunks of `size`; the last may be smaller.
-
-    Results that are computed in chunks are bitwise the same for any batch size: matrix products round by their shape.
-    """
-    pending: list[Tensor] = []
-    for images, _ in batches:
-        if pending and pending[0].shape != images.shape[1:]:
-            raise InputError(f"images {tuple(pending[0].shape)} and {tuple(images.shape[1:])}: expected one size")
-        pending.extend(images)
-        while len(pending) >= size:
-            yield torch.stack(pending[:size])
-            del pending[:size]
-    if pending:
-        yield torch.stack(pending)
-
-
-def _is_sized(data: Any) -> bool:
-    try:
-        len(data)
-    except TypeError:  # an iterator, or a loader of a stream
-        return False
-    return True

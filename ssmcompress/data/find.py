@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from .folders import read_folder
 from .images import Images
-from .shards import read_shards
-from .tables import read_hub, read_tables
+from .local import EXPECTED, open_path
+from .tables import read_hub
 
 PHOTOGRAPH_CROPS = 64
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# owner/name or name, with a split, or a configuration and a split, as `datasets` writes them: `train[:10%]`.
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]+(/[\w.-]+)?)(:(?P<split>[^\s/\\]+))?", re.ASCII)
 
 
 def open_images(name: str | Path, num_classes: int) -> Images:
     """Open the images of a data set, for a head of `num_classes` classes.
 
-    Little of a large data set is kept in memory: names of files, offsets in shards, tables mapped from the disk.
+    Little of a large data set is kept in memory: names of files, offsets in shards, tables mapped from the disk. What
+    could be understood in more than one way is an error, or a line says how it was understood (`ssmcompress.progress`):
+
+    - A class is a folder directly in the data's folder; images at any depth in it count, as in torchvision's
+      ImageFolder. Synset ids are ImageNet's classes for a head of 1,000. Numbers are classes by their value: 0 to K-1,
+      or 1 to K, for K classes, or some numbers below K. Other names are sorted as text, and must be as many as the
+      classes.
+    - Folders without images are no classes, unless they are needed to reach `num_classes`.
+    - Hidden files, macOS's `._` files, `__MACOSX`, `lost+found` and the like are no data. Other files that are left out
+      are named.
+    - Folders, tables or shards named by split (`train`, `test-00000-of-00001.parquet`) are never put together.
+    - The labels of a table are its column `label`, or one of a similar name or of `datasets`' type ClassLabel. Labels
+      that are text are classes as the names of class folders are.
 
     Args:
-        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a tar shard in
-            webdataset's format or a folder of them, or a `datasets` hub name with its split (`owner/name:split`).
+        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a folder that
+            `datasets` saved, a tar shard in webdataset's format or a folder of them; one split of a folder
+            (`folder:test`); or a `datasets` hub name with its split (`owner/name:split`, `owner/name:config:split`).
 
     Raises:
-        InputError: the data does not exist, has no images, or has other classes than the head.
+        InputError: the data does not exist, has no images, does not say which images are meant, or has other classes
+            than the head.
     """
-    path = Path(name)
-    if not path.exists():
-        repo, colon, split = str(name).partition(":")
-        if colon and repo and split:
-            return read_hub(repo, split, num_classes)
-        raise InputError(
-            f"no data at {name}: expected a folder, a parquet, arrow or tar file, or a hub name with :split"
-        )
+    if not str(name).strip():
+        raise InputError("the name of the data is empty")
+    path, split = _local(str(name))
     try:
-        if not path.is_dir() and path.name.endswith(SHARD_SUFFIXES):
-            return read_shards([path], str(name), num_classes)
-        if not path.is_dir():
-            return read_tables([path], str(name), num_classes)
-        if shards := sorted(p for p in path.iterdir() if p.name.endswith(SHARD_SUFFIXES) and p.is_file()):
-            return read_shards(shards, str(name), num_classes)
-        tables = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow") and p.is_file())
-        if tables:
-            return read_tables(tables, str(name), num_classes)
-        return read_folder(path, num_classes)
+        if path is not None:
+            return open_path(path, str(name), split, num_classes)
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
+    hub = HUB_NAME.fullmatch(str(name))
+    if hub and hub["split"]:
+        return read_hub(hub["repo"], hub["split"], num_classes)
+    advice = f"; a data set of the hub needs its split, as {name}:validation" if hub and "/" in str(name) else ""
+    raise InputError(f"no data at {name}: expected {EXPECTED}, or a hub name with :split{advice}")
+
+
+def _local(name: str) -> tuple[Path | None, str | None]:
+    """Return the path that a name means, None if there is none, and the split that follows it after a colon."""
+    whole = os.path.expanduser(name)
+    folder, colon, split = whole.rpartition(":")
+    if os.path.exists(whole):  # a path may itself have a colon
+        return Path(whole), None
+    return (Path(folder), split) if colon and folder and split and os.path.exists(folder) else (None, None)
+
+
+def absolute_name(name: str) -> str:
+    """Return a data set's name as it is found from any working directory."""
+    path, split = _local(name)
+    return name if path is None else str(path.absolute()) + (f":{split}" if split else "")
 
 
 def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed: int = 0) -> Images:
@@ -82,15 +104,23 @@ def find_images(
     Args:
         data: as for `open_images`, or None.
         image_size: (height, width) of the model's images in pixels. num_classes: classes of its head.
-        recorded: an absolute path or a hub name; it is ignored if the path no longer exists.
+        recorded: an absolute path, with a split or without, or a hub name; a path that no longer exists is ignored.
 
     Raises:
         InputError: as `open_images`.
     """
-    if (
-        data is None
-        and recorded is not None
-        and (":" in recorded or (os.path.isabs(recorded) and os.path.exists(recorded)))
-    ):
+    if data is None and recorded and _is_usable(recorded):
         data = recorded
     return photographs(image_size) if data is None else open_images(data, num_classes)
+
+
+def _is_usable(recorded: str) -> bool:
+    """Return whether a recorded name is an absolute path that exists, or a hub name with its split.
+
+    A relative path means other data in another working directory.
+    """
+    path, _ = _local(recorded)
+    if path is not None:
+        return path.is_absolute()
+    hub = HUB_NAME.fullmatch(recorded)
+    return bool(hub and hub["split"])

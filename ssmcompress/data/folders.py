@@ -3,52 +3,68 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
+from ..progress import note
 from .images import Images, decode
-from .labels import class_index
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-
-
-def read_folder(path: Path, num_classes: int) -> Images:
-    """Return the images of a folder, labelled by class folder if it has any; InputError if they cannot be used."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    unlabelled = _image_files(path)
-    by_class = {folder.name: _image_files(folder) for folder in folders}
-    if any(by_class.values()):
-        if unlabelled:
-            raise InputError(f"{path} holds both images and class folders; name one of the two")
-        index = class_index(list(by_class), num_classes, str(path))
-        files = [f"{name}/{file}" for name, files in by_class.items() for file in files]
-        images = _from_files(path, files, tuple(index[name] for name, files in by_class.items() for _ in files))
-        return replace(images, classes=tuple(sorted(index, key=index.get)) if len(index) == num_classes else None)
-    if unlabelled:
-        return _from_files(path, unlabelled, None)
-    nested = [f.name for f in folders if any(p.is_dir() for p in f.iterdir())]
-    hint = f"; did you mean {path / nested[0]}?" if nested else ""
-    raise InputError(f"no images in {path}{hint}")
+from .labels import class_index, is_number, known_classes
+from .listing import Listing, top_of
 
 
-def _image_files(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
+def read_folder(listing: Listing, name: str, num_classes: int) -> Images:
+    """Return the images of a folder, labelled by class folder if it has any; InputError if they cannot be used.
+
+    A class is a folder directly in it, and its images lie in it at any depth, as torchvision's ImageFolder reads them.
+    """
+    tops = Counter(map(top_of, listing.images))
+    flat = tops.pop("", 0)
+    if flat and tops:
+        raise InputError(f"{name} holds both images and class folders ({next(iter(tops))}); name one of the two")
+    if flat:
+        return _from_files(listing.root, name, listing.images)
+    empty = [folder for folder in listing.folders if folder not in tops]
+    index, notes = class_index(list(tops), num_classes, name, empty, _hint(listing, list(tops), num_classes))
+    deeper = [file for file in listing.images if file.count("/") > 1]
+    if deeper:
+        top = top_of(deeper[0])
+        notes.append(f"images in further folders count for their class folder: {len(deeper)} ({deeper[0]} is {top})")
+    for text in notes:
+        note(f"{name}: {text}")
+    labels = tuple(index[top_of(file)] for file in listing.images)
+    return _from_files(listing.root, name, listing.images, labels, known_classes(index, num_classes))
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+def _hint(listing: Listing, tops: Sequence[str], num_classes: int) -> str:
+    """Return advice for a folder whose class folders are not the head's classes."""
+    if all(map(is_number, tops)):
+        return "; if these are some of its classes, add empty folders for the others"
+    inside: dict[str, set[str]] = {top: set() for top in tops}
+    for file in listing.images:
+        top, _, rest = file.partition("/")
+        inside[top].add(top_of(rest))
+    # A folder whose own folders are as many as the classes, alone or in contrast to the folders next to it.
+    fitting = [top for top, folders in inside.items() if "" not in folders and len(folders) == num_classes > 1]
+    if len(tops) == 1 or len(fitting) == 1:
+        return f"; did you mean {listing.root / (fitting or list(tops))[0]}?"
+    return ""
 
 
-def _from_files(path: Path, files: Sequence[str], labels: tuple[int, ...] | None) -> Images:
+def _from_files(
+    root: Path,
+    name: str,
+    files: Sequence[str],
+    labels: tuple[int, ...] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Images:
     # One array of bytes: a million names take 40 MB instead of 400, and worker processes share them.
     names = np.array([os.fsencode(file) for file in files])
 
-    def file_path(i: int) -> Path:
-        return path / os.fsdecode(bytes(names[i]))
+    def path(i: int) -> Path:
+        return root / os.fsdecode(bytes(names[i]))
 
-    return Images(str(path), len(files), lambda i: decode(file_path(i)), lambda i: str(file_path(i)), labels)
+    return Images(name, len(files), lambda i: decode(path(i)), lambda i: str(path(i)), labels, classes=classes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ class Images:
 
     name: str
     size: int
-    read: Callable[[int], Image.Image]
-    describe: Callable[[int], str]
-    labels: tuple[int, ...] | None = None
+    read: Callable[[int], Image.Image] = field(repr=False)
+    describe: Callable[[int], str] = field(repr=False)
+    labels: tuple[int, ...] | None = field(default=None, repr=False)
     stand_in: bool = False
-    classes: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.size
@@ -54,15 +55,23 @@ def decode(source: Any, root: Path | None = None) -> Image.Image:
             source = io.BytesIO(source)
         elif not isinstance(source, Path):
             return Image.fromarray(_to_uint8(np.asarray(source)))
-        with Image.open(source) as image:
-            image.load()
-            return _reduce_depth(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures; PIL refuses huge ones
+            with Image.open(source) as image:
+                image.load()
+                return _reduce_depth(image)
     except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
         raise OSError(f"unreadable image: {error}") from error
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels as uint8; ValueError, which `decode` turns into an OSError, if their scale is unknown."""
+    """Return pixels (height, width[, channels]) as uint8.
+
+    Raises:
+        ValueError: they are no picture, or their scale is unknown; `decode` turns it into an OSError.
+    """
+    if pixels.ndim not in (2, 3):
+        raise ValueError(f"pixels are {pixels.ndim}-dimensional, expected rows and columns")
     if not np.issubdtype(pixels.dtype, np.integer) or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
         raise ValueError(f"pixels are {pixels.dtype}, expected whole numbers from 0 to 255")
     return pixels.astype(np.uint8)

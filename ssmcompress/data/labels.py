@@ -2,29 +2,128 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
 from .images import Images
 
+SYNSET = re.compile(r"n\d{8}", re.ASCII)
 
-def class_index(names: list[str], num_classes: int, where: str) -> dict[str, int]:
-    """Return class name -> class index: by synset id for an ImageNet head, else by sorted name."""
-    if num_classes == 1000 and all(name[:1] == "n" and name[1:].isdecimal() for name in names):
-        from timm.data import ImageNetInfo
 
-        synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
-        unknown = [name for name in names if name not in synsets]
-        if unknown:
-            raise InputError(f"{where}: {', '.join(unknown[:3])} is not one of ImageNet-1k's synsets")
-        return {name: synsets[name] for name in names}
-    if len(names) != num_classes:
+def class_index(
+    names: Sequence[str], num_classes: int, where: str, empty: Sequence[str] = (), hint: str = ""
+) -> tuple[dict[str, int], list[str]]:
+    """Return class name -> class index, and lines on what could have been understood in another way.
+
+    Synset ids are ImageNet's classes where the head has 1,000. Whole numbers are classes by their value: 0 to K-1 or 1
+    to K for K classes, or some numbers below K. Other names are sorted as text, as torchvision's ImageFolder does.
+
+    Args:
+        names: classes that have images. where: the name of the data, for messages.
+        empty: names without images; they count where the classes are the head's only with them.
+        hint: text that follows if the classes are not the head's.
+
+    Raises:
+        InputError: the classes are not the head's, or two names are the same number.
+    """
+    if num_classes == 1000 and any(map(SYNSET.fullmatch, names)):
+        return _by_synset(names, where), _without_images(empty)
+    # Next to folders with numbers, only those with numbers can be classes.
+    every = [*names, *(name for name in empty if is_number(name) or not all(map(is_number, names)))]
+    chosen = next((some for some in (names, every) if len(some) == num_classes), None)
+    notes = _without_images(empty)
+    if chosen is every and len(every) > len(names):
+        added = every[len(names) :]
+        notes = _without_images([name for name in empty if name not in added])
+        notes.append(f"classes, though they have no images: {_some(added)}; without them, there are too few")
+    if all(map(is_number, chosen or names)):
+        # A number without images could be one of the classes: then all later ones would shift.
+        unsure = chosen is names and any(map(is_number, empty))
+        index, lines = _by_number(names if chosen is None else chosen, num_classes, where, unsure)
+        if index:
+            return index, notes + lines
+        chosen = None
+    if chosen is None:
+        without = f" with images and {len(empty)} without" if empty else ""
         raise InputError(
-            f"{where} has {len(names)} classes ({', '.join(names[:3])}, ...), the model has {num_classes} "
-            f"classes; its images cannot be scored"
+            f"{where} has {len(names)} class{'es' if len(names) != 1 else ''}{without} ({_some(names)}), the model has "
+            f"{num_classes} classes; its images cannot be scored{hint}"
         )
-    return {name: i for i, name in enumerate(sorted(names))}
+    ordered = sorted(chosen)
+    natural = sorted(chosen, key=_natural_key)
+    if ordered != natural:
+        i = next(i for i, pair in enumerate(zip(ordered, natural, strict=True)) if pair[0] != pair[1])
+        notes.append(
+            f"classes are sorted as text, as torchvision's ImageFolder sorts them: class {i} is {ordered[i]}; "
+            f"timm's order has {natural[i]} there"
+        )
+    return {name: i for i, name in enumerate(ordered)}, notes
+
+
+def _by_synset(names: Sequence[str], where: str) -> dict[str, int]:
+    from timm.data import ImageNetInfo
+
+    synsets = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+    unknown = [name for name in names if name not in synsets]
+    if unknown:
+        raise InputError(f"{where}: {', '.join(unknown[:3])} is not one of ImageNet-1k's synsets")
+    return {name: synsets[name] for name in names}
+
+
+def _by_number(names: Sequence[str], num_classes: int, where: str, unsure: bool) -> tuple[dict[str, int], list[str]]:
+    """Return number -> class index, and lines on it; ({}, []) if the numbers are not the head's classes."""
+    ordered = sorted(names, key=int)
+    numbers = [int(name) for name in ordered]
+    for i in range(1, len(ordered)):
+        if numbers[i] == numbers[i - 1]:
+            raise InputError(f"{where}: {ordered[i - 1]} and {ordered[i]} are the same number; rename one of them")
+    first, last, complete = numbers[0], numbers[-1], len(numbers) == num_classes
+    # 0 to 9 for a head of 1,000 are the classes of other data; 3, 17 and 998 are some of its classes.
+    run = first <= 1 and last - first + 1 == len(numbers)
+    if last < num_classes and (complete or not run):
+        index = dict(zip(ordered, numbers, strict=True))
+        notes = []
+        if not complete:
+            others = num_classes - len(numbers)
+            notes = [f"the numbers {_some(ordered)} are classes of the model; {others} others have no images"]
+    elif complete and not unsure:
+        index = {name: i for i, name in enumerate(ordered)}
+        notes = [f"classes are in the order of the numbers: {ordered[0]} is class 0, {ordered[-1]} the last one"]
+    else:
+        return {}, []
+    text = sorted(ordered)
+    moved = [name for name, other in zip(ordered, text, strict=True) if name != other]
+    if moved:
+        notes.append(
+            f"numbers are classes by their value: {moved[0]} is class {index[moved[0]]}; sorted as text, as in "
+            f"torchvision's ImageFolder, {len(moved)} of {len(names)} would be other classes"
+        )
+    return index, notes
+
+
+def _without_images(empty: Sequence[str]) -> list[str]:
+    if not empty:
+        return []
+    return [
+        f"no classes, because they have no images: {len(empty)} folder{'s' if len(empty) > 1 else ''} ({_some(empty)})"
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def is_number(name: str) -> bool:
+    """Return whether a class name is a whole number."""
+    return name.isascii() and name.isdecimal() and len(name) <= 18
+
+
+def _natural_key(name: str) -> list[Any]:
+    """Sort key that compares digits as numbers, and letters without their case, as timm's reader of folders does."""
+    parts = re.split(r"(\d+)", name.lower())  # letters at even places, digits at odd ones
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[int, ...] | None:
@@ -34,14 +133,45 @@ def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[in
         return None
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_classes:
-            raise InputError(f"{name}, row {row}: label {value!r}; the model has classes 0 to {num_classes - 1}")
+            one_based = all(isinstance(v, int) and 1 <= v <= num_classes for v in values)
+            hint = "; labels start at 1 here, so subtract 1 from each" if one_based else ""
+            raise InputError(f"{name}, row {row}: label {value!r}; expected classes 0 to {num_classes - 1}{hint}")
     return tuple(values)
 
 
+def text_labels(
+    values: Sequence[str | None], name: str, num_classes: int
+) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None, list[str]]:
+    """Return labels, names of the classes and lines, for labels that are text: numbers, or names of classes."""
+    if all(not v for v in values):
+        return None, None, []
+    missing = next((row for row, v in enumerate(values) if not v), None)
+    if missing is not None:
+        raise InputError(f"{name}, row {missing}: no label, but other rows have one")
+    names = sorted(set(values))
+    if all(map(is_number, names)):
+        return check_labels([int(v) for v in values], name, num_classes), None, []
+    if len(names) != num_classes and not any(map(SYNSET.fullmatch, names)):
+        raise InputError(
+            f"{name}, row 0: label {values[0]!r}; expected classes 0 to {num_classes - 1}, or text for each of the "
+            f"{num_classes} classes, and found {len(names)} ({_some(names)})"
+        )
+    index, notes = class_index(names, num_classes, name)
+    first, last = min(index, key=index.get), max(index, key=index.get)
+    notes = [f"labels are text: {first} is class {index[first]}, ..., {last} is class {index[last]}", *notes]
+    return tuple(index[v] for v in values), known_classes(index, num_classes), notes
+
+
+def known_classes(index: dict[str, int], num_classes: int) -> tuple[str, ...] | None:
+    """Return the names of the head's classes in order, None if some have none."""
+    return tuple(sorted(index, key=index.get)) if len(index) == num_classes else None
+
+
 def class_names(images: Images, num_classes: int) -> tuple[str, ...] | None:
-    """Return the names of a head's classes: ImageNet-1k's for 1,000 synsets or unnamed ones, else the data's."""
-    if num_classes != 1000 or (images.classes and not all(name[1:].isdecimal() for name in images.classes)):
-        return images.classes
+    """Return the names of a head's classes: the data's, or ImageNet-1k's for 1,000 that are synsets or numbers."""
+    names = images.classes
+    if num_classes != 1000 or (names and not all(map(SYNSET.fullmatch, names)) and not all(map(is_number, names))):
+        return names
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()

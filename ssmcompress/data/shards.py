@@ -1,37 +1,46 @@
 """Tar shards in webdataset's format, read in place: they are indexed once, and each image is read on demand.
 
 Unlike a stream of shards, the index can be shuffled as a whole, resumed at any image and divided among processes. The
-members of one sample have the same name up to the first dot: `train/000017.jpg`, `train/000017.cls`.
+members of one sample have the same name up to the first dot, `train/000017.jpg` and `train/000017.cls`, and may lie
+anywhere in their shard.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
-from ..progress import track
+from ..progress import note, track
 from .images import Images, decode
 from .labels import check_labels
+from .listing import IMAGE_SUFFIXES, LeftOut, is_system
 
-IMAGE_MEMBERS = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif"}
-# Members larger than this are not read as labels.
-LABEL_BYTES = 1 << 16
+# Suffixes of labels, as webdataset decodes them: whole numbers in text, or a JSON object with one of these keys.
+NUMBERS, JSON_KEYS = ("cls", "class", "label"), ("label", "cls", "class")
+# Largest .json member that is read for its label; a .cls member has a few bytes.
+LABEL_BYTES = 1 << 24
+# Label of an image without one, and of one whose .json has a label that is no whole number.
+NONE, INVALID = -1, -2
+# Most folders of members that are counted, to say that folders are no labels.
+FOLDERS = 1000
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Positions of images in uncompressed tar files; it takes 20 bytes for each image.
+    """Positions of images in uncompressed tar files; it takes 20 bytes for each image, 28 with labels.
 
     Attributes:
         files: the shards. shard, offset, size: (images,) index into `files`, offset and length in bytes.
         labels: (images,) classes, -1 for images without one; None if no image has one.
+        left_out: members that are not read. folders: folders of images, at most `FOLDERS`.
     """
 
     files: tuple[Path, ...]
@@ -39,6 +48,8 @@ class ShardIndex:
     offset: np.ndarray
     size: np.ndarray
     labels: np.ndarray | None
+    left_out: LeftOut
+    folders: set[str]
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -58,10 +69,23 @@ def read_shards(files: list[Path], name: str, num_classes: int) -> Images:
     """Return the images of tar shards; InputError if there are none, or their labels are not the head's."""
     index = read_index(files)
     if not len(index):
-        raise InputError(f"{name} holds no images: expected members like 000017.jpg, and 000017.cls with the class")
+        found = f"; it holds only {index.left_out}" if index.left_out else ""
+        raise InputError(
+            f"{name} holds no images: expected members like 000017.jpg, and 000017.cls with the class{found}"
+        )
     labels = None
     if index.labels is not None:
+        missing = np.flatnonzero(index.labels == NONE)
+        if len(missing):
+            raise InputError(
+                f"{name}, row {missing[0]}: label -1; {len(missing)} of {len(index)} images have no .cls member, the "
+                f"first in {index.describe(missing[0])}"
+            )
         labels = check_labels(index.labels.tolist(), name, num_classes)
+    index.left_out.tell(name)
+    if labels is None and len(index.folders) > 1:
+        some = ", ".join(sorted(index.folders)[:3])
+        note(f"{name}: the folders of its members ({some}) are not read as classes, so the images count as unlabelled")
     return Images(name, len(index), lambda i: decode(index.read(i)), index.describe, labels)
 
 
@@ -69,59 +93,158 @@ def read_index(files: Sequence[Path]) -> ShardIndex:
     """Index the images of shards.
 
     Raises:
-        InputError: a shard is damaged or compressed, or has a label that is not a whole number.
+        InputError: a shard is damaged or compressed, has a label that is not a whole number, or several images or
+            labels of one sample.
     """
-    columns = {"shard": array("i"), "offset": array("q"), "size": array("q"), "labels": array("q")}
+    left_out, folders = LeftOut(), set()
+    parts = []
     for number, path in enumerate(track(files, "looking through shards", len(files))):
+        members = _Members()
         try:
             with tarfile.open(path, "r:") as tar:
-                _index_shard(tar, path, number, columns)
+                _scan(tar, path, members, left_out, folders)
         except (tarfile.TarError, EOFError) as error:
             message = f"{path}: not a whole uncompressed tar file ({error})"
             raise InputError(f"{message}; a compressed one cannot be read in place: unpack it") from error
-    arrays = {name: np.frombuffer(values, dtype=values.typecode) for name, values in columns.items() if len(values)}
-    if not arrays:
-        empty = np.zeros(0, np.int64)
-        return ShardIndex(tuple(files), empty, empty, empty, None)
-    labels = arrays.pop("labels")
-    return ShardIndex(tuple(files), **arrays, labels=labels if (labels >= 0).any() else None)
+        labels = _join(path, members, left_out)
+        parts.append((np.full(len(labels), number, np.int32), np.array(members.offset), np.array(members.size), labels))
+    shard, offset, size, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ShardIndex(tuple(files), shard, offset, size, labels if (labels != NONE).any() else None, left_out, folders)
 
 
-def _index_shard(tar: tarfile.TarFile, path: Path, number: int, columns: dict[str, array]) -> None:
-    """Append the images of a shard to `columns`. A label may precede or follow its image, but must be next to it."""
-    key, image, label, end = None, None, -1, 0
+@dataclass
+class _Members:
+    """The images of a shard, and its labels by kind of member, each with the key of its sample.
 
-    def finish() -> None:
-        if image is not None:
-            for name, value in zip(columns, (number, *image, label), strict=True):
-                columns[name].append(value)
+    A key is a hash of 8 bytes: names of a million samples would take a hundred times as much as the positions.
+    """
 
+    keys: array = field(default_factory=lambda: array("Q"))
+    offset: array = field(default_factory=lambda: array("q"))
+    size: array = field(default_factory=lambda: array("q"))
+    labels: dict[str, tuple[array, array]] = field(default_factory=dict)
+
+
+def _key(sample: str) -> int:
+    return int.from_bytes(hashlib.blake2b(sample.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Return the sample and the suffix, in lower case, of a member: both sides of the first dot in its own name."""
+    folder, slash, own = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = own.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _read_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Iterate over the members, whole or not, that are no folders.
+
+    Raises:
+        ReadError: a header is damaged, or something follows the last member.
+    """
+    end, name = 0, "the beginning"
     for member in tar:
         tar.members = []  # type: ignore[assignment]  # tarfile would otherwise keep millions of members
-        if not member.isreg():
-            continue
-        end = member.offset_data + member.size
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        if folder + slash + stem != key:
-            finish()
-            key, image, label = folder + slash + stem, None, -1
-        suffix = suffix.lower()
-        if suffix in IMAGE_MEMBERS:
-            image = member.offset_data, member.size
-        elif suffix in ("cls", "json") and member.size <= LABEL_BYTES:
-            label = _read_label(tar.extractfile(member).read(), suffix, f"{path}, {member.name}", label)
-    finish()
+        if member.size < 0 or member.offset < end:
+            raise tarfile.ReadError(f"{member.name} has a damaged header")
+        blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
+        end, name = member.offset_data + blocks * tarfile.BLOCKSIZE, member.name
+        if not member.isdir():
+            yield member
+    # tarfile takes a damaged header for the end of the file, and so does a second file joined to the first.
+    tar.fileobj.seek(end)
+    while rest := tar.fileobj.read(1 << 16):
+        if rest.count(0) != len(rest):
+            raise tarfile.ReadError(f"something other than a member follows {name}")
+
+
+def _scan(tar: tarfile.TarFile, path: Path, members: _Members, left_out: LeftOut, folders: set[str]) -> None:
+    """Collect the images and labels of a shard."""
+    end = 0
+    for member in _read_members(tar):
+        end = max(end, member.offset_data + member.size if member.isreg() else 0)
+        sample, suffix = _split_name(member.name)
+        is_image = f".{suffix}" in IMAGE_SUFFIXES
+        if any(is_system(part) for part in member.name.removeprefix("./").split("/")):
+            if is_image or member.name.lower().endswith(tuple(IMAGE_SUFFIXES)):
+                left_out.add("hidden or system member", member.name)
+        elif not member.isreg() or member.issparse():
+            left_out.add("link or sparse member", member.name)
+        elif is_image:
+            members.keys.append(_key(sample))
+            members.offset.append(member.offset_data)
+            members.size.append(member.size)
+            if len(folders) < FOLDERS:
+                folders.add(sample.rpartition("/")[0])
+        elif suffix in NUMBERS or suffix == "json":
+            if member.size > LABEL_BYTES:
+                raise InputError(f"{path}, {member.name}: {member.size:,} bytes, too large for a label")
+            label = _read_label(tar.extractfile(member).read(), suffix, f"{path}, {member.name}")
+            if label is not None:
+                keys, values = members.labels.setdefault(suffix, (array("Q"), array("q")))
+                keys.append(_key(sample))
+                values.append(label)
+        else:
+            known = suffix.replace(".", "").isalpha() and len(suffix) < 12
+            left_out.add(f".{suffix} member" if known else "other member", member.name)
     if end > path.stat().st_size:
         raise tarfile.ReadError("its last member is cut off")
 
 
-def _read_label(content: bytes, suffix: str, where: str, default: int) -> int:
-    """Return the class in a .cls or a .json member, `default` if a .json has none."""
+def _join(path: Path, members: _Members, left_out: LeftOut) -> np.ndarray:
+    """Return the labels of a shard's images (images,), by their keys; those in .cls members count before .json."""
+    keys = np.array(members.keys)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    _check_distinct(path, ordered, [suffix[1:] for suffix in IMAGE_SUFFIXES])
+    labels = np.full(len(keys), NONE, np.int64)
+    for suffix in sorted(members.labels, key=("json", *NUMBERS[::-1]).index):
+        label_keys, values = map(np.array, members.labels[suffix])
+        _check_distinct(path, np.sort(label_keys), [suffix])
+        at = np.searchsorted(ordered, label_keys)
+        found = np.zeros(len(at), bool)
+        inside = at < len(ordered)
+        found[inside] = ordered[at[inside]] == label_keys[inside]
+        if not found.all():
+            alone = _names(path, label_keys[~found][0], [suffix])
+            left_out.add(f".{suffix} member without an image", alone[0], int((~found).sum()))
+        image, new, old = order[at[found]], values[found], labels[order[at[found]]]
+        differs = (old >= 0) & (new >= 0) & (old != new)
+        if differs.any():
+            names = _names(path, label_keys[found][differs][0], ["json", *NUMBERS])
+            raise InputError(
+                f"{path}: {' and '.join(names[:2])} have different labels; expected the same, or one of them"
+            )
+        labels[image] = np.where(new == NONE, old, new)
+    if (labels == INVALID).any():
+        (name, *_) = _names(path, keys[labels == INVALID][0], ["json"])
+        raise InputError(f"{path}, {name}: no label (expected a whole number in a .json or .cls member)")
+    return labels
+
+
+def _check_distinct(path: Path, ordered: np.ndarray, suffixes: Sequence[str]) -> None:
+    """Raise InputError if a sample has several members with one of `suffixes`."""
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(same):
+        names = _names(path, ordered[same[0]], suffixes)
+        raise InputError(f"{path}: {' and '.join(names[:2])} belong to the same sample; expected only one of them")
+
+
+def _names(path: Path, key: int, suffixes: Sequence[str]) -> list[str]:
+    """Return the names of a sample's members with one of `suffixes`, which the index does not keep."""
+    with tarfile.open(path, "r:") as tar:
+        names = (member.name for member in _read_members(tar) if member.isreg())
+        return [name for name in names if (parts := _split_name(name))[1] in suffixes and _key(parts[0]) == key]
+
+
+def _read_label(content: bytes, suffix: str, where: str) -> int | None:
+    """Return the class in the member of a label: None if a .json has none, `INVALID` if it has another value."""
     try:
         value = json.loads(content)
         if suffix == "json":
-            value = next((value[k] for k in ("label", "cls") if isinstance(value, dict) and k in value), default)
+            value = next((value[k] for k in JSON_KEYS if isinstance(value, dict) and k in value), None)
+            if value is None or not isinstance(value, int) or isinstance(value, bool):
+                return None if value is None else INVALID
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"expected a whole number, found {str(value)[:20]!r}")
         if not -1 <= value < 2**31:

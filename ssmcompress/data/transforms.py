@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import InputError
+from ..progress import note
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,36 +24,46 @@ class Preprocessing:
         mean, std: per channel, on a 0..1 scale.
         crop_pct: share of the side of the resized image that the crop keeps, above 0 to 1.
         interpolation: one of `INTERPOLATIONS`.
+        assumed: whether these are the default values, which neither a file nor the user gave.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str = "bicubic"
+    assumed: bool = field(default=False, compare=False)
 
     @classmethod
     def default(cls, in_chans: int, image_size: tuple[int, int]) -> Preprocessing:
         """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below."""
         crop_pct = 0.875 if min(image_size) >= 224 else 1.0
         if in_chans == 3:
-            return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct)
-        return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct)
+            return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct, assumed=True)
+        return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct, assumed=True)
 
     def changed(self, **changes: Any) -> Preprocessing:
         """Return a copy with fields replaced; None keeps a field, and one number stands for every channel."""
-        values = asdict(self)
+        values = self.to_dict()
         for name, value in changes.items():
             if value is not None:
                 single = name in ("mean", "std") and len(value) == 1
                 values[name] = tuple(value) * len(self.mean) if single else value
+                values["assumed"] = False
         return type(self).from_dict(values, channels=len(self.mean))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
+        values = {"mean": list(self.mean), "std": list(self.std)}
+        values |= {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        return values | ({"assumed": True} if self.assumed else {})
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], channels: int) -> Preprocessing:
         """Return the preprocessing that a JSON object describes; InputError for invalid values."""
         try:
-            mean, std = (tuple(float(v) for v in value[k]) for k in ("mean", "std"))
-            crop_pct, interpolation = float(value["crop_pct"]), str(value["interpolation"])
+            mean, std = (tuple(_parse_number(v) for v in value[k]) for k in ("mean", "std"))
+            crop_pct, interpolation = _parse_number(value["crop_pct"]), str(value["interpolation"])
+            assumed = value.get("assumed", False) is True
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
         if not len(mean) == len(std) == channels:
@@ -60,13 +71,16 @@ class Preprocessing:
         if not all(0 < s < float("inf") for s in std) or not all(abs(m) < float("inf") for m in mean):
             raise InputError(f"mean {mean} and std {std}: expected finite means and positive deviations")
         if not 0.05 <= crop_pct <= 1:
-            raise InputError(f"crop-pct {crop_pct:g}: expected 0.05 to 1")
+            raise InputError(f"`crop_pct` {crop_pct:g}: expected 0.05 to 1")
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
-        return cls(mean, std, crop_pct, interpolation)
+        return cls(mean, std, crop_pct, interpolation, assumed)
 
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
-        """Return a function from a PIL image, in any mode, to (channels, height, width) float32."""
+        """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
+
+        Values that were assumed are noted.
+        """
         channels = len(self.mean)
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels}-channel input; images have 1 or 3 channels")
@@ -81,5 +95,22 @@ class Preprocessing:
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
         )
+        if self.assumed:
+            note(self.describe_assumption())
         mode = "L" if channels == 1 else "RGB"
         return lambda image: to_tensor(image.convert(mode))
+
+    def describe_assumption(self) -> str:
+        """Return a line that says which values were assumed, and which arguments change them."""
+        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"preprocessing is not in the file; assumed: `mean` {mean}, `std` {std}, `crop_pct` {self.crop_pct:g}, "
+            f"`interpolation` {self.interpolation}"
+        )
+
+
+def _parse_number(value: Any) -> float:
+    """Return a number as a float; TypeError for a text or a truth value, which JSON tells apart."""
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"expected a number, found {value!r}")
+    return float(value)

@@ -1,0 +1,177 @@
+"""Batches of one form from whatever a caller of the library has: tensors, loaders, data sets, lists of images."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .batches import Batches, LabelledBatch
+from .items import Transform, as_items, collect_singles, join_batches, parse_item
+from .transforms import Preprocessing
+
+# Most bytes of images of an iterator that are kept in memory: 7,100 images of 224 pixels.
+KEPT_BYTES = 1 << 32
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model takes.
+
+    Attributes:
+        shape: (channels, height, width) of an image; None: any.
+        dtype: dtype of the images.
+        transform: function from a PIL image to an image; None: PIL images are refused.
+        preprocessing: how images are normalised; None: unknown.
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    transform: Transform | None = None
+    preprocessing: Preprocessing | None = None
+
+
+class AnyBatches:
+    """Data that a caller passed, as LabelledBatch items that can be iterated repeatedly.
+
+    The data may come in another order in each iteration, as from a shuffling loader, and be augmented: only sums over
+    all images may be compared between two iterations.
+
+    Args:
+        data: `Batches`; a tensor or array of images (count, channels, height, width), alone or as a pair with labels;
+            an iterable of batches, each a tensor, (images, labels, ...), a dict as the loaders of Hugging Face give
+            it, or a `Batch`; a torch `Dataset`, or an iterable of single images or (image, label) pairs.
+        spec: what the model takes.
+        repeat: whether it is iterated more than once. An iterator is then read into memory, up to `KEPT_BYTES`.
+        labelled: whether labels are read; if not, they may be anything.
+        named: whether the caller gave a name, and so does not see which images are unreadable: a warning names them.
+
+    Attributes:
+        name: name of the data, "images" where it has none.
+        total: the number of batches, 0 if it is unknown.
+
+    Raises:
+        InputError: the data, or a batch in an iteration, is of another kind, shape or dtype.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        spec: InputSpec = InputSpec(),
+        *,
+        repeat: bool = True,
+        labelled: bool = True,
+        named: bool = False,
+    ):
+        self.data, self.spec, self.labelled = as_items(data), spec, labelled
+        self.name = data.source.name if isinstance(data, Batches) else "images"
+        self._seen, self._warn_unreadable = 0, named
+        self._check_range = not isinstance(data, Batches) and spec.preprocessing is not None
+        if repeat and isinstance(self.data, Iterator):
+            self.data = list(self._keep(self))
+        self.total = operator.length_hint(self.data, 0)  # the loader of a stream has a `__len__` that fails
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        count = 0
+        parsed = (parse_item(item, self.spec.transform, self.labelled) for item in self.data)
+        for images, labels in collect_singles(parsed):
+            if not len(images):
+                continue
+            count += len(images)
+            self._check_shape(images)
+            if self._check_range:
+                self._check_range = False
+                warn_about_range(images, self.spec.preprocessing)
+            yield LabelledBatch(images.to(self.spec.dtype), labels)
+        if self._seen and not count:
+            raise InputError(
+                "the data gave images in the first pass and none in the second: pass what can be iterated repeatedly, "
+                "a list, a DataLoader or `Batches`"
+            )
+        self._seen = max(self._seen, count)
+        if self._warn_unreadable and self.data.unreadable:
+            self._warn_unreadable = False
+            names = self.data.unreadable_names()
+            warnings.warn(f"left out {len(names)} unreadable images: {', '.join(names[:3])}", stacklevel=2)
+
+    def read_all(self) -> LabelledBatch:
+        """Return all images and labels as one batch.
+
+        Raises:
+            InputError: there are no images, or more than `KEPT_BYTES` of them.
+        """
+        batches = list(self._keep(self))
+        if not batches:
+            raise InputError("there are no images in the data")
+        return join_batches(batches)
+
+    def _keep(self, batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
+        size = 0
+        for batch in batches:
+            size += batch.images.nbytes
+            if size > KEPT_BYTES:
+                raise InputError(
+                    f"more than {KEPT_BYTES >> 30} GiB of images, which have to be in memory because they are needed "
+                    f"more than once: pass a folder, `Batches` or fewer images"
+                )
+            yield batch
+
+    def _check_shape(self, images: Tensor) -> None:
+        shape, found = self.spec.shape, tuple(images.shape)
+        if shape is None or found[1:] == tuple(shape):
+            return
+        expected = f"expected (batch, {', '.join(map(str, shape))})"
+        if (found[3], *found[1:3]) == tuple(shape):
+            raise InputError(f"images {found}: {expected}, channels first: images.permute(0, 3, 1, 2)")
+        if found[0] == 1 and found[2:] == tuple(shape)[1:] and shape[0] == 1:
+            raise InputError(f"images {found[1:]}: {expected}: add the channels with images[:, None]")
+        raise InputError(f"images {found}: {expected}; load the model with another image_size for other images")
+
+
+def check_classes(labels: Tensor | None, classes: int) -> None:
+    """Raise an InputError if a label is not a class, 0 to `classes` - 1."""
+    if labels is None or not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        advice = "; leave out the labels of unlabelled images" if low < 0 else ""
+        raise InputError(f"label {low if low < 0 else high}: the model has classes 0 to {classes - 1}{advice}")
+
+
+def warn_about_range(images: Tensor, preprocessing: Preprocessing) -> None:
+    """Warn if images (count, channels, height, width) are plainly not normalised: all values 0 to 1, or up to 255."""
+    low, high = float(images.min()), float(images.max())
+    pairs = list(zip(preprocessing.mean, preprocessing.std, strict=True))
+    darkest, brightest = min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
+    # Real images have pixels darker than the mean, which are negative once normalised.
+    # Values that are not finite are reported by the model.
+    if not (0 <= low < high and darkest < -0.25 and (high <= 1 or 10 * brightest < high < math.inf)):
+        return
+    warnings.warn(
+        f"the images have values from {low:.3g} to {high:.3g}, as if they were not normalised: the model takes images "
+        f"scaled to 0..1, minus mean {preprocessing.mean}, divided by std {preprocessing.std}, as model.transform() "
+        f"makes them",
+        stacklevel=2,
+    )
+
+
+def in_chunks(batches: Iterable[LabelledBatch], size: int) -> Iterator[Tensor]:
+    """Yield the images of `batches` in chunks of `size`; the last may be smaller.
+
+    Results that are computed in chunks are bitwise the same for any batch size: matrix products round by their shape.
+    """
+    pending: list[Tensor] = []
+    for images, _ in batches:
+        pending.extend(images)
+        while len(pending) >= size:
+            yield torch.stack(pending[:size])
+            del pending[:size]
+    if pending:
+        yield torch.stack(pending)

@@ -1,0 +1,163 @@
+"""Columns of a table: which one has the images, and which the labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError
+from .labels import SYNSET, check_labels, class_index, is_number, known_classes, text_labels
+
+# Names in lower case, without "_", "-" and spaces; the first ones are the most usual.
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "targets", "class", "cls", "category", "y")
+NUMBERED = ("", "id", "ids", "idx", "index", "number")
+
+
+@dataclass
+class Labels:
+    """The labels of a table.
+
+    Attributes:
+        values: a class for each row, or None. classes: the names of the head's classes in order, or None.
+        notes: lines on what could have been understood in another way.
+    """
+
+    values: tuple[int, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def is_text(feature: Any) -> bool:
+    """Return whether a column of a table holds text."""
+    return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
+
+
+def image_column(table: Any, name: str) -> tuple[str, list[str]]:
+    """Return the column with the images, and lines on other columns with images that are not used.
+
+    Raises:
+        InputError: no column has images, or several do and their names do not say which is meant.
+    """
+    from datasets import Image as ImageFeature
+
+    named = [key for key in table.column_names if _plain(key) in set(map(_plain, IMAGE_COLUMNS))]
+    typed = [key for key, feature in table.features.items() if isinstance(feature, ImageFeature)]
+    candidates = typed or named
+    if not candidates:
+        raise InputError(f"{name} has columns {', '.join(table.column_names)}: expected one with images, called image")
+    chosen = [key for key in candidates if key in named] or candidates
+    if len(chosen) > 1:
+        chosen = [key for key in chosen if _plain(key) == "image"]
+    if len(chosen) != 1:
+        raise InputError(
+            f"{name} has several columns of images ({', '.join(candidates)}); rename the one to use to image"
+        )
+    others = [key for key in candidates if key != chosen[0]]
+    return chosen[0], [f"images are the column {chosen[0]}; {', '.join(others)} not used"] if others else []
+
+
+def read_labels(table: Any, name: str, num_classes: int) -> Labels:
+    """Return the labels in a table, for a head of `num_classes` classes.
+
+    Raises:
+        InputError: labels are not the head's, or several columns could be the labels and differ.
+    """
+    plain, longer = _label_columns(table)
+    columns = plain + longer
+    if not columns:
+        listed = ", ".join(table.column_names)
+        return Labels(notes=[f"none of the columns {listed} is called label or alike; the images count as unlabelled"])
+    labelled: dict[str, Labels] = {}
+    errors = []
+    for column in columns:
+        try:
+            labels = _read_column(table, column, name, num_classes)
+        except InputError as error:
+            errors.append(error)
+        else:
+            labelled |= {column: labels} if labels.values is not None else {}
+    complete = [column for column in labelled if _count(table, column, labelled[column]) == num_classes]
+    # A column with a longer name replaces a `label` that is not the head's only if it has as many classes as the head.
+    usable = [column for column in plain if column in labelled] or (complete if errors else list(labelled))
+    if not usable:
+        if errors:
+            raise errors[0]
+        return Labels()
+    if len({labelled[column].values for column in usable}) > 1:
+        usable = [column for column in usable if column in complete]
+        if len(usable) != 1:
+            raise InputError(
+                f"{name} has several columns of labels ({', '.join(labelled)}), and it is not clear which has the "
+                f"model's {num_classes} classes; leave only one of them in the table"
+            )
+    chosen = labelled[usable[0]]
+    others = [column for column in columns if column != usable[0]]
+    if others:
+        chosen.notes.insert(0, f"labels are the column {usable[0]}; {', '.join(others)} not used")
+    return chosen
+
+
+def _label_columns(table: Any) -> tuple[list[str], list[str]]:
+    """Return the columns that could be the labels: those called label or alike, and those with longer names.
+
+    Columns with the names of classes (`label_name`) count only where there are no others.
+    """
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    plain, longer, texts = [], [], []
+    names = {_plain(name) + end for name in (*LABEL_COLUMNS, "classes", "categories") for end in NUMBERED}
+    names.remove(_plain("fine_label"))
+    for column, feature in table.features.items():
+        if isinstance(feature, ImageFeature):  # a mask
+            continue
+        if _plain(column) in names:
+            plain.append(column)
+        elif isinstance(feature, ClassLabel) or re.search(r"(label|class|category)s?(id|idx|index)?$", _plain(column)):
+            longer.append(column)
+        elif re.search(r"(label|class|category)(name|text|str)s?$", _plain(column)):
+            texts.append(column)
+    return plain, longer or ([] if plain else texts)
+
+
+def _count(table: Any, column: str, labels: Labels) -> int:
+    """Return the number of classes of a column: those it declares, else those that occur."""
+    names = getattr(table.features[column], "names", None)
+    return len(names) if names else len(set(labels.values or ()))
+
+
+def _read_column(table: Any, column: str, name: str, num_classes: int) -> Labels:
+    from datasets import ClassLabel, Value
+
+    feature = table.features[column]
+    if not isinstance(feature, (ClassLabel, Value)):
+        raise InputError(f"{name}: the column {column} does not hold one class for each image")
+    values: Sequence[Any] = list(table[column])
+    if is_text(feature):
+        return Labels(*text_labels(values, name, num_classes))
+    names = getattr(feature, "names", None)
+    if not names or all(v is None or v == -1 for v in values):
+        return Labels(check_labels(values, name, num_classes))
+    index, notes = _declared_index(names, name, num_classes)
+    labels = check_labels(values, name, len(names)) or ()
+    return Labels(tuple(index[names[label]] for label in labels), known_classes(index, num_classes), notes)
+
+
+def _declared_index(names: Sequence[str], name: str, num_classes: int) -> tuple[dict[str, int], list[str]]:
+    """Return class name -> class index for the classes that a table declares in an order of its own.
+
+    That order counts, unless the names are numbers or ImageNet's synsets: `datasets` sorts numbered folders as text.
+    """
+    own = {key: i for i, key in enumerate(names)}
+    synsets = num_classes == 1000 and all(map(SYNSET.fullmatch, names))
+    if len(names) == num_classes and not synsets and not all(map(is_number, names)):
+        return own, []
+    index, notes = class_index(names, num_classes, name)
+    return index, [] if index == own else notes

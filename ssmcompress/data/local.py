@@ -1,0 +1,129 @@
+"""Images at a path: what a file or a folder holds, and which of it is the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import InputError
+from .folders import read_folder
+from .images import Images
+from .listing import Listing, kind_of, list_files, top_of
+from .shards import read_shards
+from .splits import choose_split, split_folders, split_of_file
+from .tables import read_saved, read_tables
+
+EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
+
+
+def open_path(path: Path, name: str, split: str | None, num_classes: int) -> Images:
+    """Return the images of a file or folder.
+
+    Args:
+        name: how the user called the data. split: the split of it that the user asked for, if any.
+
+    Raises:
+        InputError: there are no images, it is not clear which are meant, or they have other classes than the head.
+        OSError: something cannot be read.
+    """
+    if path.is_dir():
+        return _open_folder(path, name, split, num_classes)
+    kind = kind_of(path.name)
+    if split is not None:
+        raise InputError(f"{path} is a file, which has no split {split}; name the file alone")
+    if kind == "shards":
+        return read_shards([path], name, num_classes)
+    if kind == "tables":
+        return read_tables([path], name, num_classes)
+    if kind == "images":
+        raise InputError(f"{path} is a single image; name a folder that holds it")
+    if path.suffix.lower() in (".zip", ".7z", ".rar", ".gz", ".xz", ".bz2", ".zst"):
+        raise InputError(f"{path} is an archive, which cannot be read in place: unpack it and name the folder")
+    raise InputError(f"{path} holds no images that can be read: expected {EXPECTED}")
+
+
+def _open_folder(path: Path, name: str, split: str | None, num_classes: int) -> Images:
+    if (path / "dataset_dict.json").is_file():
+        splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
+        return read_saved(path / choose_split(splits, split, str(path)), name, num_classes)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        if split is not None:
+            raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
+        return read_saved(path, name, num_classes)
+    listing = list_files(path)
+    if split is not None and (listing.tables or listing.shards):  # pictures next to them belong to no split
+        for image in listing.images:
+            listing.left_out.add("image without a split", image)
+        listing.images = []
+    files = [*listing.images, *listing.tables, *listing.shards]
+    tops = sorted({top_of(file) for file in files})
+    if "" not in tops and (folders := split_folders(tops)):
+        if split is None and len(folders) == 1 and listing.images:
+            raise InputError(f"no images in {path} itself; did you mean {path / tops[0]}?")
+        folder = choose_split({top: top for top in folders}, split, str(path))
+        return _open_folder(path / folder, name, None, num_classes)
+    if len(tops) == 1 and "" not in tops and not listing.images:  # such as `data` in a clone of a hub data set
+        listing.left_out.tell(name)
+        return _open_folder(path / tops[0], name, split, num_classes)
+    _choose_split(listing, split)
+    _check_kinds(listing)
+    listing.left_out.tell(name)
+    if listing.images:
+        return read_folder(listing, name, num_classes)
+    read = read_shards if listing.shards else read_tables
+    return read([path / file for file in listing.shards or listing.tables], name, num_classes)
+
+
+def _saved_splits(file: Path) -> list[str]:
+    """Return the splits that dataset_dict.json lists, each a folder next to it."""
+    try:
+        splits = json.loads(file.read_bytes())["splits"]
+        if not splits or not all((file.parent / split).is_dir() and Path(split).name == split for split in splits):
+            raise ValueError("it lists other splits than there are folders")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} does not list the splits of a saved DatasetDict ({error})") from error
+    return splits
+
+
+def _choose_split(listing: Listing, split: str | None) -> None:
+    """Reduce the tables and shards of a folder to those of one split, if their names say splits."""
+    path, groups = listing.root, {}
+    for file in (*listing.tables, *listing.shards):
+        groups.setdefault(split_of_file(file), []).append(file)
+    others = groups.pop(None, [])
+    if not groups:
+        if split is not None:
+            raise InputError(f"{path} has no splits, so none called {split}; name the folder alone")
+        return
+    if others and split is None:
+        raise InputError(
+            f"{path} holds files of a split ({', '.join(sorted(groups))}) and others ({others[0]}); name a split, such "
+            f"as {path}:{min(groups)}, or a file"
+        )
+    chosen = set(choose_split(groups, split, str(path)))
+    for file in others:
+        listing.left_out.add("file of no split", file)
+    listing.tables = [file for file in listing.tables if file in chosen]
+    listing.shards = [file for file in listing.shards if file in chosen]
+
+
+def _check_kinds(listing: Listing) -> None:
+    """Raise InputError unless a folder holds data of one kind in one place."""
+    path = listing.root
+    kinds = {"images": listing.images, "tables": listing.tables, "tar shards": listing.shards}
+    held = {kind: files for kind, files in kinds.items() if files}
+    if not held:
+        raise InputError(f"no images in {path}" + (f"; it holds only {listing.left_out}" if listing.left_out else ""))
+    if len(held) > 1:
+        texts = " and ".join(f"{kind} ({files[0]})" for kind, files in held.items())
+        raise InputError(f"{path} holds {texts}; name one file or folder in it, or move the others out")
+    if len({Path(file).suffix.lower() for file in listing.tables}) > 1:
+        raise InputError(
+            f"{path} holds .parquet and .arrow tables, which may be the same images twice; name one file, or move the "
+            f"others out"
+        )
+    folders = sorted({str(Path(file).parent) for file in (*listing.tables, *listing.shards)})
+    if len(folders) > 1:
+        raise InputError(
+            f"{path} holds {next(iter(held))} in several folders ({', '.join(folders[:3])}); name one of them"
+        )
