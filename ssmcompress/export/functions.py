@@ -6,6 +6,8 @@ paths of 197 tokens, 384 channels, 16 states, batch 1, two cores, onnxruntime 1.
 
 from __future__ import annotations
 
+from functools import partial
+
 from .lowering import DOMAIN
 
 FORMS = ("scan", "linear-attention", "standard")
@@ -19,7 +21,8 @@ def function_text(name: str, opset: int, form: str = "scan") -> str:
         name: name of the node's function. opset: opset of the file. form: how scans are computed, one of `FORMS`.
     """
     kind, *parts = name.split("_")
-    inputs, outputs, lines = _write_scan(parts, form) if kind == "SelectiveScan" else _write_conv(parts)
+    write = {"SelectiveScan": partial(_write_scan, form=form), "CausalConv": _write_conv, **_BATCH_FUNCTIONS}[kind]
+    inputs, outputs, lines = write(parts)
     domains = f'"": {opset}' + (', "com.microsoft": 1' if form == "linear-attention" else "")
     body = "\n".join(f"    {line}" for line in lines)
     head = f'<domain: "{DOMAIN}", opset_import: [{domains}]>'
@@ -229,3 +232,36 @@ def _write_shifted_sum(width: int, channels: int, length: int, back: bool) -> li
             f"sum{d} = Add (sum{d - 1}, term{d})",
         ]
     return [*lines, f"summed = Identity (sum{reach - 1})"]
+
+
+def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Write images as they are, or one image of zeros if there is none.
+
+    onnxruntime's Scan divides by the size of the batch (1.22 to 1.31 end in a SIGFPE), and its LinearAttention cannot
+    reshape an empty batch.
+    """
+    lines = [
+        "batch = Shape <start = 0, end = 1> (images)",
+        "one = Constant <value_ints = [1]> ()",
+        "zero = Constant <value_ints = [0]> ()",
+        "three = Constant <value_ints = [0, 0, 0]> ()",
+        "four = Constant <value_ints = [0, 0, 0, 0]> ()",
+        "lacking = Sub (one, batch)",
+        "added = Max (lacking, zero)",
+        "padding = Concat <axis = 0> (four, added, three)",
+        "filled = Pad (images, padding)",
+    ]
+    return ["images"], ["filled"], lines
+
+
+def _write_trim_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Write the rows of `values` that belong to images: none if there is no image, else all."""
+    lines = [
+        "batch = Shape <start = 0, end = 1> (images)",
+        "zero = Constant <value_ints = [0]> ()",
+        "trimmed = Slice (values, zero, batch)",
+    ]
+    return ["values", "images"], ["trimmed"], lines
+
+
+_BATCH_FUNCTIONS = {"FillBatch": _write_fill_batch, "TrimBatch": _write_trim_batch}

@@ -33,6 +33,7 @@ register_backend("onnx", lowering)
 
 KEPT_PREFIX = "kept_after_"
 FEATURES_PREFIX = "features_after_"
+FILLED = "filled_batch"  # the dimension of the batch inside the graph, which is 1 for an empty batch
 METADATA_KEY = "ssmcompress"
 OLDEST_OPSET = 18  # the oldest opset that torch's exporter writes
 NEWEST_TRACED = 25  # the newest opset that torch's exporter writes
@@ -63,7 +64,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     with use_backend("onnx"), _silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
             _WithIntermediates(model),
-            (torch.zeros(2, config.in_chans, *config.image_size),),
+            (torch.zeros(2, config.in_chans, *config.image_size, dtype=torch.float32, device="cpu"),),
             dynamo=True,
             optimize=False,
             opset_version=min(opset, NEWEST_TRACED),
@@ -79,6 +80,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     _rename_nodes(graph)
     graph.graph.value_info.extend(graph.graph.output[1:])
     del graph.graph.output[1:]
+    _fill_batch(graph)
     _set_opset(graph, opset)
     metadata = {**_remove_paths(describe(model)), "classes": list(classes) if classes else None, "versions": versions()}
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
@@ -100,6 +102,9 @@ def assemble(
 
     graph = onnx.ModelProto()
     graph.CopyFrom(traced)
+    add_outputs(graph, debug_outputs)
+    for output in graph.graph.output:
+        _trim_batch(graph, output)
     opset = next(o.version for o in graph.opset_import if o.domain == "")
     names = {node.op_type for node in graph.graph.node if node.domain == DOMAIN}
     graph.functions.extend(onnx.parser.parse_function(function_text(name, opset, scan)) for name in sorted(names))
@@ -108,7 +113,6 @@ def assemble(
         graph.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     if half:
         _store_half(graph)
-    add_outputs(graph, debug_outputs)
     return graph
 
 
@@ -123,7 +127,8 @@ def add_outputs(graph: onnx.ModelProto, names: Sequence[str]) -> None:
 
 def find_values(graph: onnx.ModelProto, prefix: str) -> list[str]:
     """Return the names of the values that start with `prefix`, in the order of the graph."""
-    return [name for node in graph.graph.node for name in node.output if name.startswith(prefix)]
+    names = (name for node in graph.graph.node for name in node.output)
+    return [name for name in names if isinstance(name, str) and name.startswith(prefix)]  # bytes if they are no UTF-8
 
 
 class _WithIntermediates(nn.Module):
@@ -181,6 +186,39 @@ def _rename_nodes(graph: onnx.ModelProto) -> None:
                  *graph.graph.value_info, *graph.graph.initializer):  # fmt: skip
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+def _fill_batch(graph: onnx.ModelProto) -> None:
+    """Make the graph compute one image of zeros if its batch is empty; `_trim_batch` removes it from an output."""
+    import onnx
+
+    filled = "images/filled"
+    for node in graph.graph.node:
+        node.input[:] = [filled if name == "images" else name for name in node.input]
+    node = onnx.helper.make_node("FillBatch", ["images"], [filled], name="images/FillBatch", domain=DOMAIN)
+    graph.graph.node.insert(0, node)
+    for info in graph.graph.value_info:
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = FILLED
+
+
+def _trim_batch(graph: onnx.ModelProto, output: onnx.ValueInfoProto) -> None:
+    """Remove the row of an image that `_fill_batch` added from an output of the graph."""
+    import onnx
+
+    name = output.name
+    filled = f"filled/{name}"
+    for node in graph.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [filled if value == name else value for value in names]
+    for info in graph.graph.value_info:
+        if info.name == name:
+            info.name = filled
+    batch = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    output.type.tensor_type.shape.dim[0].dim_param = batch
+    node = onnx.helper.make_node("TrimBatch", [filled, "images"], [name], name=f"{name}/TrimBatch", domain=DOMAIN)
+    graph.graph.node.append(node)
 
 
 def _set_opset(graph: onnx.ModelProto, opset: int) -> None:

@@ -68,7 +68,7 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
         return reference.grid_conv2d(x, weight, bias, grid, None, activation)
     kept = x.shape[1]
     rows = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # for a missing token, the row of zeros
-    rows = rows.scatter(1, positions, torch.arange(kept).expand_as(positions))
+    rows = rows.scatter(1, positions, torch.arange(kept, device=positions.device).expand_as(positions))
     full_grid = gather_tokens(F.pad(x, (0, 0, 0, 1)), rows)
     return gather_tokens(reference.grid_conv2d(full_grid, weight, bias, grid, None, activation), positions)
 

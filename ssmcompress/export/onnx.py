@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,12 @@ import torch
 
 from ..data.labels import class_names
 from ..errors import InputError
-from ..evaluation.latency import device_name
+from ..evaluation.latency import device_name, summarize_times
+from ..evaluation.timings import describe_load, system_load
 from ..files import check_target, replace_files
 from ..models.base import TokenModel
+from ..models.inputs import check_model
+from ..models.precision import to_float32
 from ..progress import track
 from .functions import FORMS
 from .graph import KEPT_PREFIX, assemble, find_values, trace
@@ -40,8 +42,9 @@ class Exported(Verification):
             first.
         refused: the reason why each of the other forms was not timed.
         provider: onnxruntime's execution provider, on which the file was timed and verified.
-        latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`}, medians over
-            alternating rounds of calls; None: not measured. latency_settings: the settings of the measurement.
+        latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`, `ms_low`,
+            `ms_high`}, medians and quartiles over alternating rounds of calls; None: not measured.
+        latency_settings: the settings of the measurement, with the `load` of the machine before it.
     """
 
     opset: int = 0
@@ -105,6 +108,8 @@ def export_onnx(
     import onnx
     import onnxruntime
 
+    check_model(model)
+    model, dense = to_float32(model), None if dense is None else to_float32(dense)
     file, provider = Path(file), options.provider
     if not 0 <= options.atol < float("inf"):
         raise InputError(f"atol {options.atol}: expected a number from 0")
@@ -133,6 +138,7 @@ def export_onnx(
         _save(graph, folder / file.name)
         onnx.checker.check_model(str(folder / file.name), full_check=True)
         size = sum(part.stat().st_size for part in folder.iterdir())
+        load = system_load()
         verification = verify_onnx(model, folder / file.name, data=options.data, atol=options.atol, provider=provider)
         rows = (
             _measure_latency(model, folder / file.name, dense, form, opset, provider_name) if options.latency else None
@@ -142,6 +148,7 @@ def export_onnx(
         "torch_threads": torch.get_num_threads(),
         "torch_device": device_name(next(model.parameters()).device),
         "onnxruntime": onnxruntime.__version__,
+        **describe_load(load),
     }
     return Exported(
         **vars(verification),
@@ -205,13 +212,13 @@ def _time_models(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -
     times: dict[tuple[int, str, str], list[float]] = {}
     for batch, name in track([(b, n) for _ in range(2) for b in BATCHES for n in models], "timing", 4 * len(models)):
         (model, file), shape = models[name], (batch, *_image_shape(models[name][0]))
-        images = torch.zeros(shape, device=next(model.parameters()).device)
+        images = torch.zeros(shape, dtype=torch.float32, device=next(model.parameters()).device)
         with torch.inference_mode():
             round_ms = time_repeats(lambda: model(images).cpu(), LATENCY_REPEATS)  # noqa: B023
         times.setdefault((batch, name, "torch"), []).extend(round_ms)
         round_ms = time_round(file, provider, shape, LATENCY_REPEATS)
         times.setdefault((batch, name, "onnxruntime"), []).extend(round_ms)
     return [
-        {"model": name, "by": by, "batch": batch, "ms": statistics.median(values)}
+        {"model": name, "by": by, "batch": batch, **summarize_times(values)}
         for (batch, name, by), values in times.items()
     ]

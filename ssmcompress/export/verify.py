@@ -16,7 +16,10 @@ from torch import Tensor
 from ..data.batches import Batch, Batches
 from ..data.images import Images
 from ..errors import InputError, VerificationError
+from ..files import check_regular
 from ..models.base import Decision, TokenModel
+from ..models.inputs import check_model
+from ..models.precision import to_float32
 from ..progress import track
 from .graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, find_values
 from .runtime import find_provider, open_session, run
@@ -92,6 +95,8 @@ def verify_onnx(
     """
     if not 0 <= atol < float("inf"):
         raise InputError(f"atol {atol}: expected a number from 0")
+    check_model(model)
+    model = to_float32(model)
     images = model.find_images(data)
     file = _OnnxFile(graph, model, find_provider(provider))
     device = next(model.parameters()).device
@@ -157,6 +162,7 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
     import onnx
 
     try:
+        check_regular(Path(file))
         graph = onnx.load(file, load_external_data=False, format="protobuf")
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error

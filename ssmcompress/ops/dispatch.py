@@ -117,7 +117,7 @@ def _try(backend: str) -> bool:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Disable autocast inside an op: products of hundreds of decays are not accurate enough in bfloat16."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()  # autocast, even disabled, doubles the time of torch.export
 

@@ -19,18 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import SCORES
+from ..ops.dispatch import full_precision
+from ..ops.reference import accumulation_dtype
 from .tokens import Tokens
 
 # Larger than the distance of any two linked tokens.
 UNLINKED_DISTANCE = 3.0
 
 
-def random_scores(length: int, seed: int) -> Tensor:
-    """Return a random score (length,) for each position, the same for every image and batch.
+DRAW_BITS = 24  # torch.rand gives multiples of 2 ** -24 in float32
 
-    With a draw for each image, a prediction would depend on the batch of the image.
+
+def draw_random(length: int, seed: int) -> Tensor:
+    """Return a random number (length,) int32 for each position, below 2 ** DRAW_BITS.
+
+    It is the same for every image and batch: with a draw for each image, a prediction would depend on the batch of the
+    image. An integer stays exact in `half()` and `bfloat16()` copies of a model; bfloat16 would have ties.
     """
-    return torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    draw = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    return (draw * 2**DRAW_BITS).int()
+
+
+def random_scores(positions: Tensor, draw: Tensor) -> Tensor:
+    """Return scores (batch, tokens) float32 between 0 and 1 for the tokens at `positions`, from `draw_random`."""
+    return draw[positions].float() * 2.0**-DRAW_BITS
 
 
 def normalize_rms(features: Tensor) -> Tensor:
@@ -46,7 +58,10 @@ def predict_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tens
         probe: (d_model + length,), see `ssmcompress.compression.saliency.fit_probes`.
     """
     width = features.shape[-1]
-    return normalize_rms(features.float()) @ probe[:width] + probe[width:][positions]
+    dtype = accumulation_dtype(features.dtype)
+    features, probe = features.to(dtype), probe.to(dtype)
+    with full_precision(features.device):
+        return normalize_rms(features) @ probe[:width] + probe[width:][positions]
 
 
 def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -58,7 +73,7 @@ def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """
     batch, count, _ = tokens.features.shape
     indices = torch.arange(count, device=tokens.features.device).expand(batch, -1)
-    distances = torch.full((batch, count), UNLINKED_DISTANCE, device=indices.device)
+    distances = torch.full((batch, count), UNLINKED_DISTANCE, dtype=torch.float32, device=indices.device)
     order = indices  # the tokens that may be merged
     if tokens.protected is not None:
         free = indices[:, 1:] - 1
@@ -71,7 +86,8 @@ def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
     def at(index: Tensor) -> Tensor:
         return unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1]))
 
-    cosine, best = (at(even) @ at(odd).transpose(1, 2)).max(-1)
+    with full_precision(unit.device):
+        cosine, best = (at(even) @ at(odd).transpose(1, 2)).max(-1)
     return distances.scatter(1, even, 1 - cosine), indices.scatter(1, even, odd.gather(1, best))
 
 
@@ -99,7 +115,7 @@ class Importance:
 
 IMPORTANCES: dict[str, Importance] = {
     **{name: Importance(lambda tokens, pruner: tokens.scores, block_metric=name) for name in SCORES},
-    "random": Importance(lambda tokens, pruner: pruner.draw[tokens.explicit_positions()], draw=True),
+    "random": Importance(lambda tokens, pruner: random_scores(tokens.explicit_positions(), pruner.draw), draw=True),
     "saliency": Importance(
         lambda tokens, pruner: predict_saliency(tokens.features, tokens.explicit_positions(), pruner.probe),
         probe=True,

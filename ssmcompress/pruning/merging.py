@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dispatch import full_precision
 from .importance import link_pairs
 from .tokens import Tokens
 
@@ -32,12 +33,13 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
         merge: one of `MERGES`.
     """
     batch, count, _ = tokens.features.shape
-    is_kept = torch.zeros(batch, count, dtype=torch.bool, device=index.device).scatter(1, index, True)
+    is_kept = torch.zeros(batch, count, dtype=torch.bool, device=index.device)
+    is_kept = is_kept.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit cannot scatter a bool
     if merge == "ordered":
         partner = link_pairs(tokens)[1]
         sizes = tokens.sizes if tokens.sizes is not None else torch.ones_like(scores)
     else:
-        partner = _find_targets(tokens.features, is_kept, scores)
+        partner = _find_targets(tokens, int(index.shape[1]), is_kept, scores)
         sizes = torch.ones_like(scores)
     indices = torch.arange(count, device=index.device).expand(batch, -1)
     target = torch.where(is_kept, indices, partner)
@@ -49,14 +51,14 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
     return replace(kept, sizes=weight.gather(1, index)) if merge == "ordered" else kept
 
 
-def _find_targets(features: Tensor, is_kept: Tensor, scores: Tensor) -> Tensor:
-    """Return for each token (batch, tokens) the most similar of the kept tokens with the lowest scores."""
-    removed = int((~is_kept[0]).sum())
-    free = is_kept & scores.isfinite()
-    count = min(removed, int(free[0].sum()))
+def _find_targets(tokens: Tokens, kept: int, is_kept: Tensor, scores: Tensor) -> Tensor:
+    """Return for each token (batch, tokens) the most similar of the `kept` tokens with the lowest scores."""
+    features, length = tokens.features, int(tokens.features.shape[1])
+    count = min(length - kept, kept - (tokens.protected is not None))
     if not count:
-        return torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
-    lowest = scores.masked_fill(~free, torch.inf).topk(count, largest=False).indices
+        return torch.arange(length, device=features.device).expand(features.shape[0], -1)
+    lowest = scores.masked_fill(~is_kept, torch.inf).topk(count, largest=False).indices
     unit = F.normalize(features.float(), dim=-1)
     targets = unit.gather(1, lowest[..., None].expand(-1, -1, unit.shape[-1]))
-    return lowest.gather(1, (unit @ targets.transpose(1, 2)).argmax(-1))
+    with full_precision(unit.device):
+        return lowest.gather(1, (unit @ targets.transpose(1, 2)).argmax(-1))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, suggest
 from .alignment import GAP_SOURCES, Alignment
 from .importance import IMPORTANCES
 from .merging import MERGES
@@ -78,10 +79,10 @@ class Calibration:
 
     name: str
     images: int
-    gap_deltas: tuple[Tensor, ...]
-    kept: tuple[Tensor, ...] = ()
-    scores: tuple[Tensor, ...] = ()
-    probes: tuple[Tensor, ...] = ()
+    gap_deltas: tuple[Tensor, ...] = field(repr=False)
+    kept: tuple[Tensor, ...] = field(default=(), repr=False)
+    scores: tuple[Tensor, ...] = field(default=(), repr=False)
+    probes: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,30 @@ class Plan:
     seed: int = 0
     calibration: Calibration | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        """Return a line without tensors: the stages, the alignment, the gap source and the images."""
+        layers: dict[str, list[int]] = {}
+        for stage in self.stages:
+            merged = f", merged {stage.merge}" if stage.merge else ""
+            layers.setdefault(f"{round(stage.ratio, 4)} by {stage.importance}{merged}", []).append(stage.after)
+        removed = [f"{text} after {', '.join(map(str, after))}" for text, after in layers.items()]
+        aligned = [name for name, value in asdict(self.alignment).items() if value]
+        gap = self.gap or "open"
+        if self.calibration is not None:
+            gap += f", calibrated on {self.calibration.images} images of {self.calibration.name}"
+        return f"Plan(remove {'; '.join(removed) or 'nothing'}; align {', '.join(aligned) or 'nothing'}; gap {gap})"
+
     def validate(self, depth: int) -> Plan:
         """Return this plan, or raise an InputError if it is invalid for a model of `depth` layers."""
+        if not isinstance(self.stages, (tuple, list)) or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise InputError(f"`stages` of a plan: expected Stage(after, ratio) values, found {self.stages!r}"[:200])
+        if not isinstance(self.alignment, Alignment):
+            raise InputError(f"`alignment` {self.alignment!r}: expected True, False or an Alignment")
         for stage in self.stages:
+            if not isinstance(stage.after, Integral) or isinstance(stage.after, bool):
+                raise InputError(f"a stage after layer {stage.after!r}: expected the number of a layer, from 1")
+            if not isinstance(stage.ratio, Real) or isinstance(stage.ratio, bool):
+                raise InputError(f"ratio {stage.ratio!r} after layer {stage.after}: expected a share from 0 to below 1")
             if not 1 <= stage.after < depth:
                 raise InputError(
                     f"cannot prune after layer {stage.after}: the model has {depth} layers, "
@@ -116,9 +138,10 @@ class Plan:
                     f"ratio {stage.ratio:g} after layer {stage.after}: expected a share of tokens to remove, "
                     f"at least 0 and below 1"
                 )
-            if stage.importance not in IMPORTANCES:
-                names = ", ".join(name for name, importance in IMPORTANCES.items() if importance.ranks)
-                raise InputError(f"unknown importance {stage.importance!r}: expected one of {names}")
+            if not isinstance(stage.importance, str) or stage.importance not in IMPORTANCES:
+                names = [name for name, importance in IMPORTANCES.items() if importance.ranks]
+                hint = suggest(stage.importance, names)
+                raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(names)}{hint}")
             if stage.merge not in (None, *MERGES):
                 raise InputError(f"unknown merge {stage.merge!r}: expected one of {', '.join(MERGES)}")
             if (stage.importance == "similarity") != (stage.merge == "ordered"):
@@ -127,7 +150,8 @@ class Plan:
                 raise InputError(f"ratio {stage.ratio:g} after layer {stage.after}: merging removes half at most")
         afters = [stage.after for stage in self.stages]
         if afters != sorted(set(afters)):
-            raise InputError(f"stages {afters}: expected layers in rising order, each once")
+            shown = ", ".join(map(str, afters[:10])) + (", ..." if len(afters) > 10 else "")
+            raise InputError(f"stages {shown}: expected layers in rising order, each once")
         if not self.stages:
             raise InputError("a plan without stages prunes nothing")
         if self.gap is not None and self.gap not in GAP_SOURCES:
@@ -166,14 +190,19 @@ class Plan:
         try:
             calibration = value.get("calibration")
             if calibration is not None:
-                tensors = {k: tuple(torch.tensor(t) for t in calibration.get(k, ())) for k in _CALIBRATED}
+                tensors = {k: tuple(_to_float32(t) for t in calibration.get(k, ())) for k in _CALIBRATED}
                 calibration = Calibration(str(calibration["name"]), int(calibration["images"]), **tensors)
             return cls(
                 stages=tuple(
-                    Stage(_parse_int(s["after"]), float(s["ratio"]), str(s.get("importance", "clip")), s.get("merge"))
+                    Stage(
+                        _parse_int(s["after"]),
+                        _parse_share(s["ratio"]),
+                        str(s.get("importance", "clip")),
+                        s.get("merge"),
+                    )
                     for s in value["stages"]
                 ),
-                alignment=Alignment(**{k: bool(v) for k, v in value.get("alignment", {}).items()}),
+                alignment=Alignment(**{k: _parse_bool(v) for k, v in value.get("alignment", {}).items()}),
                 gap=value.get("gap"),
                 seed=_parse_int(value.get("seed", 0)),
                 calibration=calibration,
@@ -183,6 +212,22 @@ class Plan:
 
 
 _CALIBRATED = ("gap_deltas", "kept", "scores", "probes")
+
+
+def _to_float32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def _parse_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected a share, found {str(value)[:20]!r}")
+    return float(value)
+
+
+def _parse_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {str(value)[:20]!r}")
+    return value
 
 
 def _parse_int(value: Any) -> int:

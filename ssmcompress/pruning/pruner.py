@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import topk_tokens
-from .importance import IMPORTANCES, random_scores
+from .importance import IMPORTANCES, draw_random
 from .merging import merge_into_kept
 from .plan import kept_count
 from .tokens import Tokens
@@ -35,7 +35,7 @@ class TokenPruner(nn.Module):
         self.ratio = ratio
         self.metric = metric
         self.merge = merge
-        draw = random_scores(length, seed) if IMPORTANCES[metric].draw else None
+        draw = draw_random(length, seed) if IMPORTANCES[metric].draw else None
         self.register_buffer("draw", draw, persistent=False)
         self.register_buffer("probe", probe)
 
@@ -49,8 +49,10 @@ class TokenPruner(nn.Module):
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:
+            # A NaN, of an image that is not finite, would rank above the infinity.
+            scores = scores.masked_fill(scores.isnan(), -torch.inf)
             scores = scores.masked_fill(positions == tokens.protected, torch.inf)
-        count = kept_count(scores.shape[1], self.ratio, tokens.protected is not None)
+        count = kept_count(int(scores.shape[1]), self.ratio, tokens.protected is not None)
         index = topk_tokens(scores, count)
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
 

@@ -69,7 +69,8 @@ class Tokens:
             before: the tokens that these were selected from.
             memory: function from features (batch, tokens, d_model) to the values to remember, of the same shape.
         """
-        total = memory(before.features).sum(1) - memory(self.features).sum(1)
+        dtype = before.features.dtype  # the remembered values may be narrower
+        total = memory(before.features).sum(1, dtype=dtype) - memory(self.features).sum(1, dtype=dtype)
         return replace(self, pruned_sum=total if before.pruned_sum is None else before.pruned_sum + total)
 
     def pruned_mean(self) -> Tensor:

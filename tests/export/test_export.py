@@ -363,7 +363,7 @@ def test_a_single_nan_is_not_forgotten(pruned, graph, monkeypatch):
 
 
 def test_a_file_of_a_loaded_model_names_no_path(tmp_path):
-    torch.save(make_vim(depth=2).state_dict(), tmp_path / "secret-place.pt")
+    torch.save({"model": make_vim(depth=2).state_dict()}, tmp_path / "secret-place.pt")
     model = ssmcompress.load(tmp_path / "secret-place.pt")
     content = build_onnx(ssmcompress.prune(model, ssmcompress.make_plan(model))).SerializeToString()
     assert b"secret-place" not in content

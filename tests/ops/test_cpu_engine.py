@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from numba import cfunc
+from numba.core import event
 from op_cases import conv_case, grid_case, leaves, scan_case
 
 import ssmcompress
@@ -220,3 +222,32 @@ def test_compiling_is_announced_once(caplog):
         entries._announce()
         entries._announce()
     assert [r.message for r in caplog.records] == ["compiling the CPU kernels (10 to 20 s, kept for later runs)"]
+
+
+def test_only_compiling_is_announced(caplog):
+    """A kernel that is loaded from the cache is not, however long that takes; nor is what another thread compiles."""
+
+    def compile_function():
+        return cfunc("float64(float64)")(lambda x: x + 1)
+
+    def compile_in_another_thread():
+        thread = threading.Thread(target=compile_function)
+        thread.start()
+        thread.join()
+
+    everything()  # so that there is something in the cache
+    for call, announced in (
+        (lambda: entries._compiled.__wrapped__("conv_forward", False), False),
+        (lambda: announce_during(compile_in_another_thread), False),
+        (lambda: announce_during(compile_function), True),
+    ):
+        entries._announce.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="ssmcompress"):
+            call()
+        assert bool(caplog.records) == announced
+
+
+def announce_during(call):
+    with event.install_listener("numba:run_pass", entries._Announcer()):
+        call()

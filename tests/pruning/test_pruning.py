@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ssmcompress
 from ssmcompress.compression.calibrate import mean_deltas
 from ssmcompress.compression.search.equal import plan_for_budget
-from ssmcompress.data.batches import AnyBatches
+from ssmcompress.data.any_batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.evaluation.flops import flops
 from ssmcompress.ops import causal_conv1d, selective_scan

@@ -88,7 +88,8 @@ def norm_forward(x, weight, eps) -> Tensor:
     """Return y (..., channels); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(x, x.shape, x.dtype)
     if y.numel():
-        arrays = [x.reshape(-1, x.shape[-1]), weight, torch.tensor([eps], dtype=torch.float32), y.view(-1, x.shape[-1])]
+        eps = torch.tensor([eps], dtype=torch.float32, device=x.device)  # whatever torch's default device is
+        arrays = [x.reshape(-1, x.shape[-1]), weight, eps, y.view(-1, x.shape[-1])]
         _launch("norm_forward", (), arrays, x.dtype, x.numel())
     return y
 

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from numba import carray, cfunc, float32, int64, types, uint16, uint64, void
+from numba.core import event
 
 from .conv import conv_backward, conv_forward
 from .grid_conv import grid_conv_forward
@@ -131,12 +132,8 @@ def address(kernel: str, half: bool) -> int:
 @cache
 def _compiled(kernel: str, half: bool):
     function = _KERNELS[kernel](uint16 if half else float32, _stamp())
-    announcement = threading.Timer(1.5, _announce)  # loading a cached kernel takes half a second
-    announcement.start()
-    try:
+    with event.install_listener("numba:run_pass", _Announcer()):  # a kernel from the cache runs no compiler pass
         return _made(function)
-    finally:
-        announcement.cancel()
 
 
 def _made(function: Callable):
@@ -145,6 +142,20 @@ def _made(function: Callable):
     except Exception as error:  # no writable folder, a full disk, a damaged file: they cost only time
         _logger.debug("compiled code cannot be kept: %s", error)
         return cfunc(void(types.voidptr))(function)
+
+
+class _Announcer(event.Listener):
+    """Announces that kernels are compiled, when the thread that it was made in runs the first pass of the compiler."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+
+    def on_start(self, event) -> None:
+        if threading.get_ident() == self.thread:
+            _announce()
+
+    def on_end(self, event) -> None:
+        pass
 
 
 @cache

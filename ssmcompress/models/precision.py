@@ -1,0 +1,143 @@
+"""Layers that work in models of any dtype: float32, float64, and their `half()`, `bfloat16()` and quantised copies.
+
+The residual stream, the sums of the norms and the states of the scans are float32, or float64 in a float64 model. The
+weights, and what the linear layers exchange, have the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..ops import rms_norm
+from ..ops.dispatch import full_precision
+from ..ops.reference import accumulation_dtype
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm computed by `ssmcompress.ops.rms_norm`: torch's own takes six passes on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., channels); the result has the dtype of the weight."""
+        return cast(rms_norm(x, self.weight, self.eps), self)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm of inputs that are wider than its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., channels); the result has the dtype of the weight."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return cast(F.layer_norm(x, self.normalized_shape, weight, bias, self.eps), self)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 if it is that."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def cast(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return x in the dtype of a layer's weight, or x itself if the layer has none that is a tensor of numbers."""
+    weight = find_weight(layer)
+    return x if weight is None or weight.dtype == x.dtype or not weight.is_floating_point() else x.to(weight.dtype)
+
+
+def find_weight(layer: nn.Module) -> Tensor | None:
+    """Return the weight of a layer, or None: that of a quantised layer is a method."""
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def find_bias(layer: nn.Module) -> Tensor:
+    """Return the bias of a layer; that of a quantised layer is a method."""
+    return layer.bias() if callable(layer.bias) else layer.bias
+
+
+def project(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the product of a linear layer with x, and the bias that is still to be added to it.
+
+    A layer of any other type than nn.Linear, for example a quantised one or an adapter, adds its bias itself.
+
+    Args:
+        times: how many times the bias is to be added in total.
+    """
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight), linear.bias if times == 1 else times * linear.bias
+    return linear(x), (times - 1) * find_bias(linear)
+
+
+def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
+    """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
+
+    On a CPU it runs in float32 or wider, even under autocast and in a bfloat16 model: on processors with AMX, torch
+    2.14's bfloat16 convolution of 4 to 24 channels with windows of 4 to 16 pixels has errors as large as its result.
+    The convolution is less than 2 % of a Vim's FLOPs.
+    """
+    if images.device.type != "cpu":
+        return projection(images)
+    weight, bias = widen(projection.weight), None if projection.bias is None else widen(projection.bias)
+    with full_precision(images.device):
+        images = images.to(weight.dtype)
+        if weight is projection.weight:
+            return projection(images)
+        return F.conv2d(images, weight, bias, projection.stride, projection.padding)
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """Raise an InputError if layers of a model are quantised: their weights are packed, for a forward pass alone."""
+    packed = next((name for name, module in model.named_modules() if hasattr(module, "_packed_params")), None)
+    if packed is not None:
+        raise InputError(
+            f"the model is quantised ({packed}) and can only be run: do this with the float32 model, and quantise after"
+        )
+
+
+def to_float32(model: Model) -> Model:
+    """Return the model, or a float32 copy if it has weights of another dtype."""
+    wide = all(p.dtype == torch.float32 for p in model.parameters())
+    return model if wide else copy.deepcopy(model).float()
+
+
+def check_images(images: Any, shape: tuple[int, int, int], weight: Tensor | None) -> None:
+    """Raise an InputError unless `images` can be given to a model.
+
+    Args:
+        shape: (channels, height, width) of an image.
+        weight: a weight of the model, which has its dtype and device; None: a quantised model, float32 on the CPU.
+    """
+    size = ", ".join(map(str, shape))
+    if isinstance(images, torch.fx.Proxy):
+        raise InputError("torch.fx cannot trace this model symbolically: use torch.export, or quantize_dynamic")
+    if not isinstance(images, Tensor):
+        advice = "; use torch.from_numpy(images).float()" if isinstance(images, np.ndarray) else ""
+        raise InputError(f"images are a {type(images).__name__}: expected a tensor (batch, {size}){advice}")
+    if images.ndim != 4 or images.shape[1:] != shape:
+        advice = "load the model with another image_size for other images"
+        if images.ndim == 3 and images.shape == shape:
+            advice = "use images[None] for one image"
+        elif images.ndim == 4 and images.shape[1:] == (*shape[1:], shape[0]):
+            advice = "use images.permute(0, 3, 1, 2) for channels that come last"
+        raise InputError(f"images {tuple(images.shape)}: expected (batch, {size}); {advice}")
+    if images.layout != torch.strided:
+        raise InputError(f"images are {images.layout}: expected a dense tensor; use images.to_dense()")
+    dtype, device = (torch.float32, torch.device("cpu")) if weight is None else (weight.dtype, weight.device)
+    if not images.is_floating_point():
+        raise InputError(
+            f"images are {images.dtype}: expected {dtype}, prepared as model.transform() does, not raw pixels"
+        )
+    if images.device != device:
+        raise InputError(f"images are on {images.device}, the model is on {device}: use images.to({str(device)!r})")
+    if images.dtype != dtype and not _is_autocast(device):
+        raise InputError(f"images are {images.dtype}, the model is {dtype}: use images.to({dtype})")
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
