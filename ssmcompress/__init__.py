@@ -3,11 +3,11 @@
     import ssmcompress
 
     model = ssmcompress.load("vim_tiny.pth")                       # images (B, C, H, W) -> logits
-    plan = ssmcompress.calibrate(model, images, ratio=0.3)         # images: a tensor, or batches
+    plan = ssmcompress.calibrate(model, "images", ratio=0.3)       # a folder; or batches, a loader, a tensor
     pruned = ssmcompress.prune(model, plan)                        # a new model; the first is untouched
-    pruned = ssmcompress.reconstruct(pruned, model, images)        # later layers refitted, without training
-    pruned = ssmcompress.finetune(pruned, batches, dense=model).model
-    ssmcompress.evaluate(pruned, batches, dense=model)
+    pruned = ssmcompress.reconstruct(pruned, model, "images")      # later layers refitted, without training
+    pruned = ssmcompress.finetune(pruned, "images", dense=model).model
+    ssmcompress.evaluate(pruned, "images", dense=model)
     ssmcompress.save(pruned, "vim_tiny-r0.30")
     ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
 
@@ -23,68 +23,95 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import ops
-    from .compression.calibrate import calibrate, make_plan
+    from .compression.calibrate import calibrate
     from .compression.finetune.loop import finetune
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
+    from .data.batches import Batches
+    from .data.find import open_images
+    from .errors import BudgetError, InputError, SsmCompressError, VerificationError
+    from .evaluation.flops import flops
     from .evaluation.measure import evaluate
     from .export.onnx import OnnxOptions, export_onnx
     from .export.verify import verify_onnx
     from .jobs.finetune import finetune_folder
+    from .jobs.functions import compare, search
     from .jobs.prune import compress
-    from .models.checkpoint import load, save
-    from .models.rewrite import prune
+    from .models.checkpoint import load, read_plan, save
+    from .models.rewrite import make_plan, prune
     from .pruning.plan import Plan, Stage
 
 _HOME = {
+    "Batches": "data.batches",
+    "BudgetError": "errors",
+    "InputError": "errors",
     "OnnxOptions": "export.onnx",
     "Plan": "pruning.plan",
     "Recipe": "compression.finetune.recipe",
+    "SsmCompressError": "errors",
     "Stage": "pruning.plan",
+    "VerificationError": "errors",
     "calibrate": "compression.calibrate",
+    "compare": "jobs.functions",
     "compress": "jobs.prune",
     "evaluate": "evaluation.measure",
     "export_onnx": "export.onnx",
     "finetune": "compression.finetune.loop",
     "finetune_folder": "jobs.finetune",
+    "flops": "evaluation.flops",
     "load": "models.checkpoint",
-    "make_plan": "compression.calibrate",
+    "make_plan": "models.rewrite",
+    "open_images": "data.find",
     "ops": "ops",
     "prune": "models.rewrite",
+    "read_plan": "models.checkpoint",
     "reconstruct": "compression.reconstruct",
     "save": "models.checkpoint",
+    "search": "jobs.functions",
     "verify_onnx": "export.verify",
 }
 
 __all__ = [
+    "Batches",
+    "BudgetError",
+    "InputError",
     "OnnxOptions",
     "Plan",
     "Recipe",
+    "SsmCompressError",
     "Stage",
+    "VerificationError",
     "__version__",
     "calibrate",
+    "compare",
     "compress",
     "evaluate",
     "export_onnx",
     "finetune",
     "finetune_folder",
+    "flops",
     "load",
     "make_plan",
+    "open_images",
     "ops",
     "prune",
+    "read_plan",
     "reconstruct",
     "save",
+    "search",
     "verify_onnx",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ssmcompress' has no attribute {name!r}")
-    module = import_module(f".{_HOME[name]}", __name__)
-    value = module if name == "ops" else getattr(module, name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to a type checker, every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'ssmcompress' has no attribute {name!r}")
+        module = import_module(f".{_HOME[name]}", __name__)
+        value = module if name == "ops" else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

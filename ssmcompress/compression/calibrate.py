@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,46 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..data.batches import AnyBatches, in_chunks
+from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
-from ..models.rewrite import prune
+from ..models.inputs import as_batches, check_dense
+from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
-from ..pruning.alignment import Alignment
-from ..pruning.plan import Calibration, Plan, Stage, default_stages
+from ..pruning.plan import Calibration, Plan
 from .saliency import fit_probes
-
-
-def make_plan(
-    model: TokenModel,
-    *,
-    stages: Sequence[int] | None = None,
-    ratio: float | Sequence[float] = 0.3,
-    importance: str = "clip",
-    alignment: Alignment | bool = True,
-    seed: int = 0,
-) -> Plan:
-    """Make a plan without images and check it against the model; its gap source is left open.
-
-    Args:
-        stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
-        ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
-        importance: the metric, see `ssmcompress.pruning.importance`.
-        alignment: True for conv and scan, False for neither, or an Alignment.
-        seed: seed of importance `random`.
-
-    Raises:
-        InputError: the model cannot be pruned by these stages, ratios or metric.
-    """
-    depth = len(model.blocks)
-    stages = default_stages(depth) if stages is None else tuple(stages)
-    ratios = tuple(ratio) if isinstance(ratio, Sequence) else (ratio,) * len(stages)
-    if len(ratios) != len(stages):
-        raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
-    if isinstance(alignment, bool):
-        alignment = Alignment(alignment, alignment)
-    pairs = zip(stages, ratios, strict=True)
-    return Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
 
 
 def calibrate(
@@ -58,24 +25,27 @@ def calibrate(
     plan: Plan | None = None,
     *,
     gap: str | None = None,
-    name: str = "images",
+    name: str | None = None,
     distributed: bool = False,
-    **options,
+    **options: Any,
 ) -> Plan:
     """Return a plan with statistics of the model on real images.
 
     The delta of a removed token is unknown in later layers; it is replaced by the mean delta of the layer, dt_proj and
-    channel over all tokens of the calibration images. `images` is iterated several times, so memory does not grow with
-    their number.
+    channel over all tokens of the calibration images. `images` is iterated up to three times, so memory does not grow
+    with their number. A loader may shuffle or augment them: the statistics are sums over all images.
 
     Args:
         model: the dense model.
-        images: a tensor (count, C, H, W) of prepared images, or an iterable over such batches (tensors,
-            (images, labels) pairs, or `ssmcompress.data.batches.Batches`) that can be iterated several times.
+        images: a folder or another name that `ssmcompress.open_images` takes; `Images` or `Batches`; a tensor
+            (count, C, H, W) of prepared images; a DataLoader or any iterable of batches: tensors, (images, ...) or
+            dicts; a data set of torch or of `datasets`. Labels are not used. An iterator is read into memory, up to
+            4 GiB.
         plan: what to prune; None: `make_plan(model, **options)`.
         gap: source of the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else calibrated.
-        name: name of the images in reports.
+        name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
+        options: those of `make_plan`: `stages`, `ratio`, `importance`, `alignment`, `seed`.
 
     Returns:
         The plan with a `calibration`: the mean deltas, and for each stage how often each position was kept and its
@@ -84,20 +54,21 @@ def calibrate(
     Raises:
         InputError: no images, values that are not finite on them, or a plan that does not fit the model.
     """
-    plan = (plan or make_plan(model, **options)).validate(len(model.blocks))
-    batches = AnyBatches(images)
+    check_dense(model)
+    plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
+    batches = as_batches(model, images)
     # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
     deltas = gap_deltas(model, batches, gap, distributed)
     layers = plan.probed_layers
     probes = fit_probes(model, batches, layers, distributed=distributed) if layers else ()
-    plan = replace(plan, gap=gap, calibration=Calibration(name, 0, deltas, probes=probes))
+    plan = replace(plan, gap=gap, calibration=Calibration(name or batches.name, 0, deltas, probes=probes))
     return replace(plan, calibration=_collect_stage_statistics(model, plan, batches, distributed))
 
 
 def gap_deltas(model: TokenModel, images: Any, gap: str, distributed: bool = False) -> tuple[Tensor, ...]:
     """Return the delta of pruned positions by the gap source `gap`, (deltas, d_inner) for each layer."""
-    return mean_deltas(model, AnyBatches(images), distributed) if gap == "calibrated" else bias_deltas(model)
+    return mean_deltas(model, as_batches(model, images), distributed) if gap == "calibrated" else bias_deltas(model)
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
@@ -111,8 +82,8 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
     totals = [
         torch.zeros_like(delta, dtype=_sum_dtype(device)) for delta in (block.bias_delta() for block in model.blocks)
     ]
-    token_count = torch.zeros((), dtype=_sum_dtype(device))
-    for batch in in_chunks(track(batches, "calibrating", len(batches)), model.chunk_size()):
+    token_count = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
+    for batch in in_chunks(track(batches, "calibrating", batches.total), model.chunk_size()):
         token_count += len(batch) * model.length
         for layer, delta in enumerate(_sum_deltas(model, batch)):
             totals[layer] += delta
@@ -147,10 +118,10 @@ def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
 def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
     """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
     pruned = prune(model, plan)
-    kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64)
+    kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64, device="cpu")
     counts, scores = torch.zeros_like(kept), torch.zeros_like(kept)
-    images = torch.zeros((), dtype=torch.float64)
-    for batch in in_chunks(track(batches, "scoring tokens", len(batches)), model.chunk_size()):
+    images = torch.zeros((), dtype=torch.float64, device="cpu")
+    for batch in in_chunks(track(batches, "scoring tokens", batches.total), model.chunk_size()):
         images += len(batch)
         logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
         if not logits.isfinite().all():

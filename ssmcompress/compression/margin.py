@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
+from ..models.precision import check_not_quantised
 
 
 def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
@@ -24,6 +25,7 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
     The margin is the largest logit minus the second largest. Entry 0 is for the features before the first layer, entry
     i for those after layer i. The activations of one layer are held at a time.
     """
+    check_not_quantised(model)
     with torch.no_grad():  # no graph is needed before the first layer
         tokens = model.embed(images)
     with torch.enable_grad():

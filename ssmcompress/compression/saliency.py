@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..data.batches import AnyBatches, in_chunks
+from ..data.any_batches import in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
+from ..models.inputs import as_batches
 from ..progress import track
 from ..pruning.importance import normalize_rms
 from .margin import features_and_gradients
@@ -51,11 +52,11 @@ def fit_probes(
     Raises:
         InputError: no images, or values that are not finite.
     """
-    batches, device = AnyBatches(images), next(model.parameters()).device
+    batches, device = as_batches(model, images), next(model.parameters()).device
     length, width = model.length, model.d_model
     sums = {layer: _RegressionSums(length, width) for layer in layers}
-    count = torch.zeros((), dtype=torch.float64)
-    for chunk in in_chunks(track(batches, "fitting saliency", len(batches)), model.chunk_size()):
+    count = torch.zeros((), dtype=torch.float64, device="cpu")
+    for chunk in in_chunks(track(batches, "fitting saliency", batches.total), model.chunk_size()):
         count += len(chunk)
         features, gradients = features_and_gradients(model, chunk.to(device))
         for layer, rows in sums.items():
@@ -64,7 +65,8 @@ def fit_probes(
         processes.all_reduce_sum(count, *(value for rows in sums.values() for value in rows.values()), device=device)
     if not count:
         raise InputError("no images to calibrate on")
-    probes = [sums[i].solve(float(count)) if i in sums else torch.zeros(0) for i in range(1, len(model.blocks) + 1)]
+    none = torch.zeros(0, dtype=torch.float32, device="cpu")
+    probes = [sums[i].solve(float(count)) if i in sums else none for i in range(1, len(model.blocks) + 1)]
     if not all(probe.isfinite().all() for probe in probes):
         raise InputError(NOT_FINITE)
     return tuple(probes)
@@ -74,10 +76,9 @@ class _RegressionSums:
     """The sums over all rows that determine the regression of one layer, in float64."""
 
     def __init__(self, length: int, width: int):
-        self.gram = torch.zeros(width, width, dtype=torch.float64)
-        self.cross = torch.zeros(width, dtype=torch.float64)
-        self.x = torch.zeros(length, width, dtype=torch.float64)
-        self.y = torch.zeros(length, dtype=torch.float64)
+        shapes = (width, width), (width,), (length, width), (length,)
+        zeros = (torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes)
+        self.gram, self.cross, self.x, self.y = zeros
 
     def values(self) -> tuple[Tensor, ...]:
         """Return all sums, to be added over processes."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..models.base import TokenModel
+from ..models.inputs import check_model
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Stage, token_counts
 
@@ -25,6 +26,7 @@ CONVENTIONS = ("full", "paper")
 
 def flops(model: TokenModel) -> dict[str, float]:
     """Return the GFLOPs of one image for the model as it is, pruned or dense, by convention."""
+    check_model(model)
     return {convention: sum(flops_by_part(model, convention).values()) for convention in CONVENTIONS}
 
 

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.base import TokenModel
+from ..models.precision import check_not_quantised
 from ..ops import use_backend
 from ..progress import track
 from .measure import autocast
+from .timings import Timings, describe_load, quartiles, system_load, within_noise
 
-REPEATS = 7
+REPEATS = 9
 PRODUCTS = "matrix products alone"
 REFERENCE = "with the reference scan"
 
@@ -65,8 +67,15 @@ def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPE
         models: by name, each images (B, C, H, W) -> logits, all on the device of `images`.
         repeats: timed passes of each, after a warm-up pass.
     """
-    times = time_calls({name: lambda m=m: m(images) for name, m in models.items()}, images.device, repeats)
-    return {name: statistics.median(values) for name, values in times.items()}
+    timings = time_models(models, images, repeats)
+    return {name: timings.median(name) for name in models}
+
+
+def time_models(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPEATS) -> Timings:
+    """Time one forward pass of each model, as `latency` does, and return every round."""
+    load = system_load()
+    calls = {name: lambda m=m: m(images) for name, m in models.items()}
+    return Timings(time_calls(calls, images.device, repeats), load)
 
 
 def latency_settings(device: torch.device) -> dict[str, Any]:
@@ -76,9 +85,7 @@ def latency_settings(device: torch.device) -> dict[str, Any]:
 
 def summarize_times(milliseconds: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles, as a JSON value."""
-    low, _, high = (
-        statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else [milliseconds[0]] * 3
-    )
+    low, high = quartiles(milliseconds)
     return {"ms": statistics.median(milliseconds), "ms_low": low, "ms_high": high}
 
 
@@ -95,6 +102,7 @@ def settings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "repeats": repeats,
+        **describe_load(system_load()),
         "versions": versions,
     }
 
@@ -119,26 +127,29 @@ def benchmark(
 
     Returns:
         A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
-        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model, `products_ms` and
-        `times_products`, `reference_ms` and `times_reference` if `reference`, then `peak_mb` and `activations_mb`.
+        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model and whether that is
+        `within_noise`, `products_ms` and `times_products`, `reference_ms` and `times_reference` if `reference`, then
+        `peak_mb` and `activations_mb`.
     """
     device = next(next(iter(models.values())).parameters()).device
     rows = []
     for batch in batch_sizes:
         calls: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
-            images = torch.randn(batch, model.config.in_chans, *model.config.image_size, device=device)
+            images = torch.randn(batch, model.config.in_chans, *model.config.image_size, dtype=torch.float32)
+            images = images.to(device, next(model.parameters()).dtype)
             calls[name] = _make_forward(model, images, dtype)
             calls[f"{name}, {PRODUCTS}"] = _make_products(model, batch, dtype, device)
             if reference:
                 calls[f"{name}, {REFERENCE}"] = _make_forward(model, images, dtype, "reference")
         times = time_calls(calls, device, repeats, f"timing, batch {batch}")
-        first = None
+        first = next(iter(models))
+        first_ms = statistics.median(times[first])
         for name, model in models.items():
             row = {"model": name, "batch": batch, **summarize_times(times[name])}
-            first = first or row["ms"]
             products = statistics.median(times[f"{name}, {PRODUCTS}"])
-            row |= {"images_per_second": 1e3 * batch / row["ms"], "times_faster": first / row["ms"]}
+            row |= {"images_per_second": 1e3 * batch / row["ms"], "times_faster": first_ms / row["ms"]}
+            row["within_noise"] = name != first and within_noise(times[first], times[name])
             row |= {"products_ms": products, "times_products": row["ms"] / products}
             if reference:
                 slow = statistics.median(times[f"{name}, {REFERENCE}"])
@@ -166,6 +177,7 @@ def _make_forward(
 
 def _make_products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Return a call that runs only the matrix products of a forward pass, on inputs that are made beforehand."""
+    check_not_quantised(model)
     weights = [(tokens * batch, weight.detach().to(dtype)) for tokens, weight in model.matrix_products()]
     shapes = {(rows, weight.shape[1]) for rows, weight in weights}
     inputs = {shape: torch.randn(shape, dtype=dtype, device=device) for shape in shapes}

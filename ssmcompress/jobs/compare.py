@@ -10,31 +10,36 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import processes
 from ..compression.calibrate import gap_deltas
 from ..compression.saliency import fit_probes
-from ..data.batches import Batches
+from ..data.signature import compare_signatures, sign_images
 from ..errors import InputError
 from ..evaluation.flops import flops
-from ..evaluation.latency import latency, latency_settings
-from ..evaluation.measure import Evaluation, autocast, measure
-from ..files import write_file
+from ..evaluation.latency import latency_settings, time_models
+from ..evaluation.measure import Evaluation, Logits, autocast, compute_logits, measure
+from ..evaluation.timings import Timings, describe_load
+from ..files import read_text, write_file
 from ..models.base import TokenModel
 from ..models.checkpoint import versions
+from ..models.fingerprint import fingerprint
+from ..models.inputs import check_dense
+from ..models.learnt import LearntFrom
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
-from .images import choose_images
+from .doubts import Subject, doubt_accuracy
+from .images import CalibrationImages, choose_images
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
 from .pictures import draw_pareto
 from .pipeline import Context, run_steps
+from .report_text import describe_overlap
 from .requests import CompareRequest
 from .search import SearchRequest, search_plan
 
@@ -44,12 +49,19 @@ RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.p
 
 
 def compare_methods(
-    model: TokenModel, request: CompareRequest, folder: str | Path, *, command: str = "", force: bool = False
+    model: TokenModel,
+    request: CompareRequest,
+    folder: str | Path,
+    *,
+    command: str = "",
+    force: bool = False,
+    images: CalibrationImages | None = None,
 ) -> dict[str, Any]:
     """Compare methods on a dense model, row by row, in a folder that an interrupted comparison continues in.
 
     Args:
         folder: where to write. command: recorded as how it was made. force: start afresh in a folder that has rows.
+        images: what to calibrate and to measure on; None: as `request.data` says.
 
     Returns:
         The whole comparison, a JSON object.
@@ -58,27 +70,35 @@ def compare_methods(
         InputError: a pruned model, images or a folder that cannot be used.
     """
     methods = choose_methods(request.methods, search=request.search, reconstruct=request.reconstruct)
-    if model.plan is not None:
-        raise InputError("the model is pruned already: compare takes the dense model it came from")
+    check_dense(model)
     if processes.count() > 1:
         raise InputError("compare runs in one process: start it without a launcher")
     ratios = request.ratios
     if request.flops is not None:
         ratios = tuple(ratio_for_flops(model, request.stages, share) for share in request.flops)
-    comparison = Comparison(model, Path(folder), request, command, force)
+    comparison = Comparison(model, Path(folder), request, command, force, images)
     return comparison.run(make_levels(model, request.stages, ratios), methods)
 
 
 class Comparison:
     """Rows of methods and levels on the same images, kept in a folder row by row."""
 
-    def __init__(self, model: TokenModel, folder: Path, request: CompareRequest, command: str, force: bool):
+    def __init__(
+        self,
+        model: TokenModel,
+        folder: Path,
+        request: CompareRequest,
+        command: str,
+        force: bool,
+        images: CalibrationImages | None = None,
+    ):
         self.model, self.folder, self.request, self.stages = model, folder, request, request.stages
         self.data, self.options = request.data, request.measure
-        self.images = choose_images(model, request.data)
+        self.images = images or choose_images(model, request.data)
         self.calibration, self.measured = self.images.calibration, self.images.measured
         self.settings = {
             "model": {"sha256": model.source.sha256 if model.source else None, "depth": len(model.blocks)},
+            "weights": fingerprint(model),
             "image_size": list(model.config.image_size),
             "calibration": {"name": self.calibration.source.name, "images": len(self.calibration.index)},
             "data": {"name": self.measured.source.name, "images": len(self.measured.index)},
@@ -86,12 +106,20 @@ class Comparison:
             "gap": self.images.gap_source(request.gap),
             "seed": request.data.seed,
             "dtype": request.measure.dtype,
-            "preprocessing": json.loads(json.dumps(vars(model.preprocessing))),
+            "preprocessing": {k: v for k, v in model.preprocessing.to_dict().items() if k != "assumed"},
+        }
+        device = next(model.parameters()).device
+        self.settings["timing"] = latency_settings(device) if request.measure.latency else None
+        self.settings["content"] = {
+            "calibration": sign_images(self.calibration),
+            "data": sign_images(self.measured),
         }
         self.command = command
+        self._overlap: int | None = None
         self.rows: list[dict[str, Any]] = self._read_rows(force)
         self._drawn_at = 0.0
-        self._dense: Tensor | None = None
+        self._load: float | None = None
+        self._dense: Logits | None = None
         self._image: Tensor | None = None
         self._deltas: tuple[Tensor, ...] | None = None
         self._probes: tuple[Tensor, ...] | None = None
@@ -104,19 +132,21 @@ class Comparison:
                 raise InputError(f"{self.folder} exists and holds no {RESULT_FILE}; choose another output")
             return []
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-            settings, rows = value["settings"], value["rows"]
+            value = json.loads(read_text(file))
+            settings, rows = dict(value["settings"]), value["rows"]
+            differences = [] if force else _describe_differences(settings, self.settings)
             for row in rows:
                 _check_row(row)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
         if force:
             return []
-        if settings != self.settings:
-            wrong = next(k for k in {**settings, **self.settings} if settings.get(k) != self.settings.get(k))
+        if differences:
             raise InputError(
-                f"{file} was made with another {wrong}; choose another output, or pass `force=True` to start afresh"
+                f"{file} was made with {', '.join(differences)}; choose another output, or pass `force=True` to start "
+                "afresh"
             )
+        self._overlap = value.get("overlap")
         if rows:
             line(f"{len(rows)} rows are there already")
         return rows
@@ -149,8 +179,10 @@ class Comparison:
             "kl": result.kl if method else None,
             "flops": cost,
             "flops_share": cost["full"] / flops(self.model)["full"],
-            "latency_ms": times.get("row"),
-            "latency_share": times["row"] / times["dense"] if times else None,
+            "latency_ms": times.median("row") if times else None,
+            "latency_quartiles_ms": times.quartiles("row") if times else None,
+            "latency_share": times.median("row") / times.median("dense") if times else None,
+            "latency_within_noise": times.within_noise("dense", "row") if times and method else None,
             "stages": [stage.to_dict() for stage in model.plan.stages] if model.plan else [],
             "seconds": round(time.perf_counter() - begin, 2),
         }
@@ -194,25 +226,43 @@ class Comparison:
 
     def evaluate(self, model: TokenModel) -> Evaluation:
         if self._dense is None:
-            self._dense = compute_dense_logits(self.model, self.measured, self.options.torch_dtype)
+            self._dense = compute_logits(self.model, self.measured, self.options.torch_dtype)
         return measure({"dense": self._dense, "row": model}, self.measured, dtype=self.options.torch_dtype)["row"]
 
-    def time(self, model: TokenModel) -> dict[str, float]:
-        """Time the dense model and this one at batch 1, interleaved; milliseconds by name."""
+    def time(self, model: TokenModel) -> Timings | None:
+        """Time the dense model and this one at batch 1, interleaved."""
         if not self.options.latency:
-            return {}
+            return None
         if self._image is None:
             self._image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
         with autocast(self._image.device, self.options.torch_dtype):
-            return latency({"dense": self.model, "row": model}, self._image)
+            times = time_models({"dense": self.model, "row": model}, self._image)
+        if times.load is not None:
+            self._load = max(times.load, self._load or 0.0)
+        return times
+
+    def warnings(self) -> list[str]:
+        """Say so if the dense model is at chance."""
+        top1 = next((row["top1"] for row in self.rows if row["method"] == "dense"), None)
+        subject = Subject.of(self.model, self.measured.source, len(self.measured.index))
+        shared = describe_overlap({"images": len(self.measured.index), "overlap": self._overlap or 0})
+        return doubt_accuracy("the dense model", top1, subject) + ([shared] if shared else [])
+
+    def _count_overlap(self) -> int | None:
+        """How many of the measured images were calibrated on; None before both were read."""
+        if self.calibration.digests.any() and self.measured.digests.any():
+            self._overlap = LearntFrom().add(self.calibration).count(self.measured)
+        return self._overlap
 
     def to_dict(self) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         return {
             "format_version": FORMAT_VERSION,
             "settings": self.settings,
+            "overlap": self._count_overlap(),
             "rows": self.rows,
-            "latency": latency_settings(device) if self.options.latency else None,
+            "warnings": self.warnings(),
+            "latency": {**latency_settings(device), **describe_load(self._load)} if self.options.latency else None,
             "command": self.command,
             "versions": versions(),
         }
@@ -221,12 +271,28 @@ class Comparison:
         """Write the rows so far; the charts, which take 0.3 s, every few seconds or when asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {TABLE_FILE: to_csv(self.rows).encode()}
-        if charts or time.monotonic() - self._drawn_at > CHARTS_EVERY:
+        if charts or (len(self.rows) > 1 and time.monotonic() - self._drawn_at > CHARTS_EVERY):
             files |= {name: draw_pareto(select_measured(self.rows), name.rpartition(".")[2]) for name in CHART_FILES}
             self._drawn_at = time.monotonic()
         files[RESULT_FILE] = json.dumps(self.to_dict(), indent=2).encode() + b"\n"
         for name, content in files.items():
             write_file(self.folder / name, content, force=True)
+
+
+def _describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the settings of two comparisons differ, in words; of images the content counts, not the name."""
+    found = [
+        f"another {key.replace('_', ' ')}"
+        for key in now
+        if key not in ("model", "calibration", "data", "timing", "content") and then.get(key) != now[key]
+    ]
+    if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
+        found.append(f"latency on {old['device']} with {old['threads']} threads")
+    recorded = then.get("content") or {}
+    for key, use in (("calibration", "calibrate"), ("data", "measure")):
+        if difference := compare_signatures(recorded.get(key, {}), now["content"][key]):
+            found.append(f"other images to {use} on ({difference})")
+    return found
 
 
 def _check_row(row: dict[str, Any]) -> None:
@@ -246,16 +312,6 @@ def _check_row(row: dict[str, Any]) -> None:
     float(row["flops"]["full"]), int(row["images"])
     for stage in row["stages"]:
         int(stage["after"]), float(stage["ratio"]), str(stage["importance"])
-
-
-@torch.no_grad()
-def compute_dense_logits(model: TokenModel, batches: Batches, dtype: torch.dtype) -> Tensor:
-    """The logits (images, classes) float32 of the dense model, in the order of the batches."""
-    device, logits = next(model.parameters()).device, []
-    for batch in track(batches, "measuring the dense model", len(batches)):
-        with autocast(device, dtype):
-            logits.append(model(batch.images.to(device)).float().cpu())
-    return torch.cat(logits)
 
 
 def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..compression.calibrate import make_plan
 from ..export.onnx import Exported, OnnxOptions, export_onnx
 from ..models.checkpoint import load
+from ..models.rewrite import make_plan
 from ..progress import line
 from .prune import compress
 from .report import record_export

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .. import processes
-from ..evaluation.measure import evaluate
+from ..evaluation.measure import measure as measure_all
 from ..models.base import TokenModel
+from ..models.learnt import learnt_from
+from .doubts import Subject, find_doubts
 from .images import make_batches
 from .requests import DataOptions, MeasureOptions
 
@@ -14,7 +16,7 @@ from .requests import DataOptions, MeasureOptions
 def evaluate_model(
     model: TokenModel, data: DataOptions, measure: MeasureOptions, dense: TokenModel | None = None
 ) -> dict[str, Any]:
-    """A JSON object with `top1`, `top5`, `images`, `data`, and `agreement` where `dense` is given.
+    """A JSON object with `top1`, `top5`, `images`, `data`, `warnings`, and `agreement` where `dense` is given.
 
     Raises:
         InputError: no images, or images of other classes than the model's.
@@ -22,7 +24,9 @@ def evaluate_model(
     images = model.find_images(data.data)
     batches = make_batches(model, images, processes.shard(range(len(images))), data)
     together = processes.count() > 1
-    result = evaluate(model, batches, dense=dense, dtype=measure.torch_dtype, distributed=together)
+    models = {"model": model} if dense is None else {"dense": dense, "model": model}
+    results = measure_all(models, batches, dtype=measure.torch_dtype, distributed=together)
+    result = results["model"]
     batches.sync()
     value: dict[str, Any] = {
         "top1": result.top1,
@@ -32,8 +36,10 @@ def evaluate_model(
             "name": images.name,
             "images": result.images,
             "labelled": result.labelled,
+            "overlap": None if model.plan is None else learnt_from(model).count(batches),
             "unreadable": batches.unreadable_names(),
         },
+        "warnings": find_doubts(Subject.of(model, images, result.images), results.get("dense"), result),
     }
     if dense is not None:
         value["agreement"] = {"top1": result.agreement, "kl": result.kl}

@@ -11,13 +11,19 @@ from typing import Any
 
 from .. import processes
 from ..compression.finetune.recipe import Recipe
-from ..compression.finetune.state import remove_state
+from ..compression.finetune.state import describe_differences, remove_state
 from ..compression.search.sensitivity import SENSITIVITY_FILE
-from ..data.batches import Batches
+from ..data.batches import Batches, skip_picture
+from ..data.find import open_images
+from ..data.images import Images
+from ..data.signature import sign_images
 from ..errors import InputError
-from ..files import check_target
+from ..files import check_target, read_text
 from ..models.base import TokenModel
 from ..models.checkpoint import CONFIG_FILE, versions
+from ..models.fingerprint import fingerprint
+from ..models.inputs import check_model
+from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..progress import line
 from .folder import Target, write_folder
@@ -59,13 +65,18 @@ class FinetuneTarget(Target):
     @property
     def state(self) -> Path:
         """Where the state of the run is kept while it lasts."""
-        return self.path.with_name(f"{self.path.name}.training.pt")
+        path = self.path if self.path.name else self.path.resolve()  # "." has no name
+        return path.with_name(f"{path.name}.training.pt")
 
     @property
     def may_replace(self) -> bool:
         """Whether a folder that is there may be replaced."""
-        same = self.inside is not None and self.path.exists() and self.path.resolve() == self.inside.resolve()
-        return self.force or (self.resume and same)
+        return self.force or (self.resume and self.in_place)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the folder is the one that the model was read from."""
+        return self.inside is not None and self.path.exists() and self.path.resolve() == self.inside.resolve()
 
     def prepare(self, data: DataOptions) -> None:
         """Check the folder and the state before the long work; with `force`, remove an old state.
@@ -75,7 +86,7 @@ class FinetuneTarget(Target):
         """
         if not processes.is_main():
             return
-        check_target(self.path, self.may_replace, [data.data, data.eval_data])
+        check_target(self.path, self.may_replace, [data.data, data.eval_data], folder=True)
         if self.state.exists() and not self.resume:
             if not self.force:
                 raise InputError(
@@ -108,15 +119,17 @@ def finetune_folder(
         KeyboardInterrupt: after the state was saved.
     """
     target = output if isinstance(output, FinetuneTarget) else FinetuneTarget(Path(output))
+    check_model(model)
     if model.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     if data.data is None:
         raise InputError("fine-tuning needs images to learn from: give `data`")
-    if target.resume and (report := find_finished(target.path, options.recipe, data)) is not None:
+    finished = find_finished(model, target, options, data, dense) if target.resume else None
+    if finished is not None:
         if processes.is_main():
             remove_state(target.state)
         line(f"{target.path} is finished")
-        return report
+        return finished
     earlier = read_earlier(target.inside)
     return tune_folder(model, target, options, data, measure, dense=dense, earlier=earlier)
 
@@ -156,9 +169,12 @@ def tune_folder(
         snapshots = run_steps([Finetune(options.recipe, options.teacher)], context, start=model)
     columns = name_columns(dense, {name or snapshot_name(model): model, **snapshots})
     measured = measure_models(columns, images.measured, measure, together)
-    training.sync()
+    if images.note is not None:
+        line(images.note)
     tuned = measured.models["pruned"]
     tuned.made_by = MadeBy(target.command, versions())
+    run = identify_run(model, training.source, options, data, dense)
+    tuned.add_record(replace(tuned.find_record("finetuning"), run=run))
     sections = {name: earlier.get(name) for name in ("calibration", "reconstruction")}
     sections |= {"search": earlier["search"]} if "search" in earlier else {}
     sections["calibration"] = sections["calibration"] or {"name": None, "images": 0, "unreadable": []}
@@ -166,26 +182,13 @@ def tune_folder(
     files = dict(context.files)
     if target.inside is not None and (sensitivity := target.inside / SENSITIVITY_FILE).is_file():
         files[SENSITIVITY_FILE] = sensitivity.read_bytes()
-    overlap = count_overlap(training, measured.images, data, earlier)
+    sections["files"] = sorted(files)
+    overlap = learnt_from(tuned).count(measured.images)
     report = make_report(measured, overlap, sections, target.command, earlier)
     write_folder(replace(target, force=target.may_replace), measured, report, files)
     if processes.is_main():
         remove_state(target.state)
     return report
-
-
-def count_overlap(training: Batches, measured: Batches, data: DataOptions, earlier: Mapping[str, Any]) -> int | None:
-    """How many of the measured images something was learnt from; None where that is not known.
-
-    Data sets are told apart by their names. What an earlier command sampled to calibrate on is not known.
-    """
-    if data.eval_data is not None and training.source.name == measured.source.name:
-        return len(measured.digests)
-    name, images = measured.source.name, len(measured.digests)
-    before, calibrated = earlier.get("data", {}), (earlier.get("calibration") or {}).get("name")
-    if (before.get("name"), before.get("images")) == (name, images):
-        return before.get("overlap")
-    return None if calibrated == name else 0
 
 
 def snapshot_name(model: TokenModel) -> str:
@@ -209,28 +212,54 @@ def warn_about_classes(training: Batches, num_classes: int) -> None:
         line(f"no image of {len(missing)} classes to learn from: {shown}")
 
 
-def find_finished(output: Path, recipe: Recipe, data: DataOptions) -> dict[str, Any] | None:
-    """The report of a folder that this very run has written, None if it has not.
+def find_finished(
+    model: TokenModel, target: FinetuneTarget, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
+) -> dict[str, Any] | None:
+    """The report of a folder that this very run has written, None if it holds no fine-tuned model.
 
     Raises:
         InputError: another run has written it.
     """
     try:
-        record = json.loads((output / CONFIG_FILE).read_text(encoding="utf-8"))["pruning"]["finetuning"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads(read_text(target.path / CONFIG_FILE))["pruning"]["finetuning"]
+        run = None if record is None else record.get("run")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if record is None:
         return None
-    expected = asdict(recipe) | {"seed": data.seed, "data": data.data}
-    actual = dict(record.get("recipe", {})) | {"seed": record.get("seed"), "data": record.get("name")}
-    # With fewer images than a batch, a step takes them all.
-    expected["batch_size"] = min(expected["batch_size"], actual.get("batch_size", 0))
-    if differences := [name for name in expected if actual.get(name) != expected[name]]:
-        changes = ", ".join(f"{name} {actual.get(name)!r} for {expected[name]!r}" for name in differences[:3])
-        raise InputError(
-            f"{output} holds another fine-tuned model, with {changes}; choose another output or `force=True`"
-        )
-    return read_report(output)[1]
+    way_out = "choose another output or `force=True`"
+    if not isinstance(run, dict):
+        raise InputError(f"{target.path} holds a fine-tuned model that does not say what it was made from; {way_out}")
+    expected = identify_run(model, open_images(data.data, model.config.num_classes), options, data, dense)
+    if target.in_place:  # the model that the run began with was replaced by its result
+        del expected["model"]
+    if differences := describe_differences(run, expected):
+        raise InputError(f"{target.path} holds another fine-tuned model, with {', '.join(differences)}; {way_out}")
+    return read_report(target.path)[1]
+
+
+def identify_run(
+    model: TokenModel, images: Images, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
+) -> dict[str, Any]:
+    """What a fine-tuned folder is made from, for `describe_differences`, a JSON object; read by all processes.
+
+    Args:
+        model: the model to start from. images: those that `data` names to learn from.
+    """
+    measured = None if data.eval_data is None else open_images(data.eval_data, model.config.num_classes)
+    return {
+        "recipe": asdict(options.recipe),
+        "seed": data.seed,
+        "model": fingerprint(model),
+        "dense": None if dense is None else fingerprint(dense),
+        "teacher": options.teacher and dense is not None,
+        "images": _sign(images, data),
+        "eval_images": None if measured is None else _sign(measured, data),
+    }
+
+
+def _sign(images: Images, data: DataOptions) -> dict[str, Any]:
+    return sign_images(Batches(images, skip_picture, None, data.batch_size, data.workers))
 
 
 def read_earlier(folder: Path | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import processes
+from ..data.find import absolute_name
 from ..files import check_target
 from ..models.base import TokenModel
 from ..models.checkpoint import save
@@ -42,7 +43,7 @@ class Target:
         if model.source is not None:
             inputs += [model.source.path, model.source.data]
         if processes.is_main():
-            check_target(self.path, self.force, inputs)
+            check_target(self.path, self.force, inputs, folder=True)
 
 
 def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
@@ -76,7 +77,7 @@ def write_folder(
         return
     pruned, source = measured.models["pruned"], measured.images.source
     if not source.stand_in:
-        pruned.source = replace(pruned.source or Source("", ""), data=_absolute(source.name))
+        pruned.source = replace(pruned.source or Source("", ""), data=absolute_name(source.name))
     content = {
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         PICTURE_FILE: draw_kept_tokens(pruned, measured.sample),
@@ -84,8 +85,3 @@ def write_folder(
         **(files or {}),
     }
     save(pruned, target.path, extra=content, force=target.force)
-
-
-def _absolute(name: str) -> str:
-    """A data set's name as it is found from any working directory."""
-    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import processes
-from ..data.batches import Batches, sample_indices
+from ..data.batches import Batches, sample_indices, skip_picture
 from ..data.find import open_images
 from ..data.images import Images
 from ..errors import InputError
 from ..models.base import TokenModel
+from ..models.learnt import LearntFrom, learnt_from
 from .requests import DataOptions
 
 # One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
+# One in ten images is measured on, at most MEASURED_MOST. To find as many that were not learnt from, LOOKED_SHARE times
+# as many are read, or LOOKED_LEAST.
+MEASURED_MOST, LOOKED_SHARE, LOOKED_LEAST = 5000, 4, 4096
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,15 @@ def choose_images(model: TokenModel, options: DataOptions, training: bool = Fals
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded)."""
+    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded).
+
+    `note` says which of those to measure on were left out, if any were.
+    """
 
     training: Batches
     held_out: Batches | None
     measured: Batches
+    note: str | None = None
 
 
 def split_training_images(model: TokenModel, options: DataOptions) -> TrainingImages:
@@ -101,10 +111,11 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
             raise InputError(
                 f"{images.name} has {len(images)} images: expected two to learn from and one to measure on"
             )
-        others, (train, rest) = images, train_test_split(len(images), options.seed)
+        others, (rest, note) = images, choose_measured(images, learnt_from(model), options)
+        train = sorted(set(range(len(images))) - set(rest))
     else:
         others = open_images(options.eval_data, model.config.num_classes)
-        train, rest = list(range(len(images))), range(len(others))
+        train, rest, note = list(range(len(images))), range(len(others)), None
     count = min(HELD_OUT_MOST, len(train) // HELD_OUT_SHARE)
     held, chosen = sample_indices(len(train), count if count >= HELD_OUT_LEAST else 0, options.seed)
     held_out = processes.shard([train[i] for i in held])
@@ -112,6 +123,7 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
         make_batches(model, images, [train[i] for i in chosen], options),
         make_batches(model, images, held_out, options) if held else None,
         make_batches(model, others, processes.shard(rest), options),
+        note,
     )
 
 
@@ -120,8 +132,43 @@ def train_test_split(size: int, seed: int) -> tuple[list[int], list[int]]:
 
     The same seed gives the same split in every command.
     """
-    test, train = sample_indices(size, min(5000, max(1, size // 10)), seed)
+    test, train = sample_indices(size, _count_measured(size), seed)
     return train, test
+
+
+def _count_measured(size: int) -> int:
+    return min(MEASURED_MOST, max(1, size // 10))
+
+
+def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) -> tuple[list[int], str | None]:
+    """Return the indices of images to measure on, in ascending order, none of them learnt from where that is known.
+
+    They are those that `train_test_split` holds out. Others take the place of those that were learnt from; if there are
+    too few others, there are fewer to measure on. Also returned is a note for the user if any were left out.
+    """
+    count = _count_measured(len(images))
+    order = np.random.default_rng(options.seed).permutation(len(images)).tolist()
+    if not len(learnt.digests):
+        return sorted(order[:count]), None
+    candidates = order[: max(LOOKED_LEAST, LOOKED_SHARE * count)]
+    chosen: list[int] = []
+    step = max(count, options.batch_size)
+    for start in range(0, len(candidates), step):
+        part = candidates[start : start + step]
+        read = Batches(images, skip_picture, processes.shard(part), options.batch_size, options.workers)
+        read.read_rest()
+        chosen += [i for i, known in zip(part, np.isin(read.digests[part], learnt.digests), strict=True) if not known]
+        if len(chosen) >= count:
+            break
+    chosen = chosen[:count]
+    if not chosen:
+        return sorted(order[:count]), f"{len(candidates)} images of {images.name} were all learnt from before"
+    note = None
+    if len(chosen) < count:
+        note = f"measured on {len(chosen)} images, not {count}: others of {images.name} were learnt from before"
+    elif replaced := len(set(order[:count]) - set(chosen)):
+        note = f"measured on {replaced} other images of {images.name} instead of images that were learnt from before"
+    return sorted(chosen), note
 
 
 def make_batches(model: TokenModel, images: Images, index: Sequence[int], options: DataOptions) -> Batches:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import processes
 from ..data.batches import Batches
-from ..evaluation.latency import latency
+from ..evaluation.latency import time_models
 from ..evaluation.measure import Evaluation, autocast, measure
+from ..evaluation.timings import Timings
 from ..models.base import TokenModel
 from .requests import MeasureOptions
 
@@ -24,7 +25,7 @@ class Measured:
         results: by column, of the models that are there.
         images: what they were measured on. sample: (batch, channels, height, width), the first batch of them; None in
             other processes than the main one.
-        milliseconds: latency at batch 1 by column, {} where none was measured.
+        timings: latency at batch 1 by column; None: not measured.
         options: how they were measured.
     """
 
@@ -32,7 +33,7 @@ class Measured:
     results: Mapping[str, Evaluation]
     images: Batches
     sample: Tensor | None
-    milliseconds: Mapping[str, float]
+    timings: Timings | None
     options: MeasureOptions
 
 
@@ -55,11 +56,10 @@ def measure_models(
     results = measure(present, images, dtype=dtype, distributed=distributed)
     images.sync()
     if not processes.is_main():
-        return Measured(models, results, images, None, {}, options)
+        return Measured(models, results, images, None, None, options)
     sample = next(iter(images)).images.to(next(models["pruned"].parameters()).device)
-    milliseconds: dict[str, float] = {}
+    timings = None
     if options.latency:
         with autocast(sample.device, dtype):
-            models_to_time = {name: present[name] for name in ("dense", "pruned") if name in present}
-            milliseconds = latency(models_to_time, sample[:1])
-    return Measured(models, results, images, sample, milliseconds, options)
+            timings = time_models({name: present[name] for name in ("dense", "pruned") if name in present}, sample[:1])
+    return Measured(models, results, images, sample, timings, options)

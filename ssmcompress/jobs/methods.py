@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..compression.search.equal import plan_for_budget
-from ..errors import InputError
+from ..errors import InputError, suggest
 from ..evaluation.flops import remaining_share
 from ..models.base import TokenModel
 from ..pruning.alignment import UNALIGNED, Alignment
@@ -75,7 +75,7 @@ def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bo
         return tuple(m for m in METHODS if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
         if name not in NAMES:
-            raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}")
+            raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}{suggest(name, NAMES)}")
     return tuple(method for method in METHODS if method.name in names)
 
 

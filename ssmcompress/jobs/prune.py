@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import processes
-from ..compression.calibrate import make_plan
 from ..compression.search.equal import plan_for_budget
-from ..compression.search.sensitivity import SENSITIVITY_FILE
+from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..errors import InputError
 from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
 from ..models.checkpoint import read_plan, versions
+from ..models.inputs import check_dense
+from ..models.learnt import add_learnt, learnt_from
 from ..models.records import MadeBy
-from ..models.rewrite import install
+from ..models.rewrite import check_plan, install, make_plan
 from ..progress import line
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, default_stages
@@ -84,7 +85,9 @@ class PruneRequest:
         ratio = plan.ratio if plan.file is not None or searched else plan.ratio or (DEFAULT_RATIO,)
         without_search = plan.flops is not None and not plan.search
         choices = {
-            "plan": Path(plan.file).stem if plan.file else None,
+            "plan": (Path(plan.file).resolve().name if Path(plan.file).is_dir() else Path(plan.file).stem)
+            if plan.file
+            else None,
             "f": plan.flops,
             "t": plan.latency,
             "r": ratio,
@@ -161,7 +164,10 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
     Raises:
         BudgetError: a budget that cannot be reached. InputError: data, plan or output that cannot be used.
     """
+    check_dense(model)
     if request.plan.searches:  # before the long work
+        if request.plan.sensitivity is not None:
+            Sensitivity.read(request.plan.sensitivity)
         target.check(model, request.options.data)
     found = find_plan(model, request)
     return compress(
@@ -171,6 +177,7 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
 
 def preview_request(model: TokenModel, request: PruneRequest) -> dict[str, Any]:
     """What the plan that is asked for would do, as `preview` has it, with the `search` that found it."""
+    check_dense(model)
     found = find_plan(model, request)
     value = preview(model, found.plan)
     return value if found.search is None else {**value, "search": found.search.record}
@@ -204,7 +211,8 @@ def compress(
     Raises:
         InputError: data, plan or output that cannot be used.
     """
-    plan.validate(len(model.blocks))
+    check_dense(model)
+    plan = check_plan(model, plan, {})
     target = Target(Path(output), force, command)
     target.check(model, options.data)
     found = found or FoundPlan(plan)
@@ -246,7 +254,9 @@ def _prune_folder(
     if search is not None:
         sections["search"] = search.record
         files[SENSITIVITY_FILE] = search.sensitivity.to_json().encode()
-    overlap = len(images.measured.digests & calibration.digests)
+        add_learnt(pruned, [search.sensitivity.digests])
+    sections["files"] = sorted(files)
+    overlap = learnt_from(pruned).count(images.measured)
     report = make_report(measured, overlap, sections, target.command)
     write_folder(target, measured, report, files)
     return snapshots, report

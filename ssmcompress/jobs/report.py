@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.batches import Batches
+from ..data.content import hash_contents
 from ..errors import InputError
 from ..evaluation.flops import dense_flops, flops
 from ..evaluation.latency import latency_settings
 from ..evaluation.measure import Evaluation
-from ..files import write_file
+from ..evaluation.timings import Timings, describe_load
+from ..files import read_text, write_file
 from ..models.base import TokenModel
 from ..models.checkpoint import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
 from ..pruning.plan import Plan
 from . import report_text as text
+from .doubts import Subject, find_doubts
 from .measuring import Measured
 
 if TYPE_CHECKING:
+    import torch
+
     from ..export.onnx import Exported
 
 REPORT_FILE = "report.json"
+WANTED = "expected a folder that `ssmcompress prune` wrote, or a .safetensors file that was exported from it"
 
 
 def make_report(
@@ -39,46 +45,63 @@ def make_report(
     Args:
         overlap: how many of the measured images something was learnt from; None: that is not known.
         sections: further sections: `calibration`, `reconstruction` and those of other steps.
-        earlier: the report of a model that this one was made from: what it measured on the same images is copied.
+        earlier: the report of a model that this one was made from: what it measured on images of the same content is
+            copied.
     """
     pruned, result = measured.models["pruned"], measured.results["pruned"]
     blocks = {
-        name: describe_model(model, measured.results[name], measured.milliseconds.get(name))
-        if model is not None
-        else describe_missing(pruned)
+        name: describe_model(name, model, measured) if model is not None else describe_missing(pruned)
         for name, model in measured.models.items()
     }
     data = describe_data(measured.images, result, overlap)
-    if earlier and {**earlier["data"], "overlap": overlap} == data:
+    content = hash_contents(measured.images.digests)
+    if earlier and (earlier.get("content"), earlier.get("dtype")) == (content, measured.options.dtype):
         blocks = {name: earlier[name] for name in text.list_columns(earlier) if name != "pruned"} | blocks
     device = next(pruned.parameters()).device
+    subject = Subject.of(pruned, measured.images.source, result.images)
     return {
         "data": data,
+        "content": content,
         **blocks,
         "agreement": {"top1": result.agreement, "kl": result.kl},
+        "warnings": find_doubts(subject, measured.results.get("dense"), result),
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
+        "plan": pruned.plan.to_dict(tensors=False),
+        "preprocessing": pruned.preprocessing.to_dict(),
         **sections,
         "dtype": measured.options.dtype,
-        "latency": latency_settings(device) if measured.milliseconds else None,
+        "latency": describe_latency(measured.timings, device) if measured.timings else None,
         "command": command,
         "versions": versions(),
     }
 
 
-def describe_model(model: TokenModel, result: Evaluation, milliseconds: float | None) -> dict[str, Any]:
+def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
+    """Describe the model of a column: what was measured, and its cost."""
+    result, timings = measured.results[name], measured.timings
+    timed = timings is not None and name in timings.rounds
     return {
         "top1": result.top1,
         "top5": result.top5,
         "flops": flops(model),
         "params": sum(p.numel() for p in model.parameters()),
-        "latency_ms": milliseconds,
+        "latency_ms": timings.median(name) if timed else None,
+        "latency_quartiles_ms": timings.quartiles(name) if timed else None,
     }
 
 
 def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """Describe a dense model that is gone."""
-    return {"top1": None, "top5": None, "flops": dense_flops(pruned), "params": None, "latency_ms": None}
+    unknown = dict.fromkeys(("top1", "top5", "params", "latency_ms", "latency_quartiles_ms"))
+    return {**unknown, "flops": dense_flops(pruned)}
+
+
+def describe_latency(timings: Timings, device: torch.device) -> dict[str, Any]:
+    """Describe how latency was measured, how busy the machine was, and how much faster the pruned model is."""
+    unknown = dict.fromkeys(("speed_up", "speed_up_quartiles", "within_noise"))
+    compared = timings.compare("dense", "pruned") if "dense" in timings.rounds else unknown
+    return {**latency_settings(device), **describe_load(timings.load), **compared}
 
 
 def describe_data(measured: Batches, result: Evaluation, overlap: int | None) -> dict[str, Any]:
@@ -129,16 +152,20 @@ def list_stages(model: TokenModel) -> list[dict[str, Any]]:
 
 
 def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """(model, its report): of a folder, of a .safetensors file that carries one, or of the newest folder."""
+    """(model, its report): of a folder, its report.json, a .safetensors file with a report, or the newest folder."""
     path = Path(model) if model is not None else find_newest()
+    if path.name == REPORT_FILE and path.is_file():
+        path = path.parent
     file = path / REPORT_FILE if path.is_dir() else path
     try:
-        content = file.read_text(encoding="utf-8") if path.is_dir() else read_metadata(file)["ssmcompress_report"]
+        content = read_text(file) if path.is_dir() else read_metadata(file)["ssmcompress_report"]
         report = json.loads(content, parse_constant=_no_constant)
-    except (FileNotFoundError, KeyError) as error:
-        raise InputError(f"no {REPORT_FILE} in {path}: expected a model that `ssmcompress prune` wrote") from error
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
+    except FileNotFoundError as error:
+        missing = f"no {REPORT_FILE} in {path}" if path.is_dir() else f"{path}: no such file or folder"
+        raise InputError(f"{missing}: {WANTED}") from error
+    except (KeyError, InputError) as error:
+        damaged = path.suffix == ".safetensors" and isinstance(error, InputError)
+        raise InputError(f"{file} {f'is damaged ({error})' if damaged else 'has no report'}: {WANTED}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a report ({error})") from error
     except OSError as error:

@@ -6,6 +6,9 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import escape_control
+from ..evaluation.timings import is_busy
+
 PICTURE_FILE = "kept_tokens.png"
 Report = Mapping[str, Any]
 
@@ -24,6 +27,7 @@ def format_rows(report: Report) -> list[tuple[str, list[str]]]:
         *_flops_rows(models, report, "full"),
         *_flops_rows(models, report, "paper"),
         ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
+        ("  speed-up", [*[""] * (len(models) - 1), _speed_up(report.get("latency") or {})]),
         ("parameters", line("params", "{:,}")),
     ]
     blank = [""] * (len(models) - 1)
@@ -61,7 +65,8 @@ def format_notes(report: Report) -> list[str]:
     stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
     metrics = ", ".join(sorted({s["importance"] for s in report["stages"]}))
     aligned = [name for name in ("conv", "scan") if alignment.get(name)]
-    lines = [
+    lines = [f"warning: {text}" for text in report.get("warnings") or ()]
+    lines += [
         f"kept: {stages} (importance {metrics})",
         f"alignment: {' and '.join(aligned) or 'none'}"
         + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
@@ -74,12 +79,14 @@ def format_notes(report: Report) -> list[str]:
             f"accuracy was not measured: {data['name']} has no labels; agreement with the dense model on "
             f"{data['images']} images"
         )
+    if (used := report.get("preprocessing") or {}).get("assumed"):
+        mean, std = (",".join(f"{value:g}" for value in used[name]) for name in ("mean", "std"))
+        how = f"mean {mean}, std {std}, crop {used['crop_pct']:g}, {used['interpolation']}"
+        lines.append(f"preprocessing was assumed: {how}")
     if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
         lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
-    if data.get("overlap"):
-        lines.append(f"{data['overlap']} of the measured images were also calibrated on")
-    elif data.get("overlap", 0) is None:
-        lines.append("some of the measured images may have been calibrated on before the model was fine-tuned")
+    if overlap := describe_overlap(data):
+        lines.append(overlap)
     if calibration.get("images"):
         use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
         lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
@@ -99,15 +106,70 @@ def format_notes(report: Report) -> list[str]:
             f"difference {onnx['max_difference']:.2g} on {onnx['images']} images, {onnx['top1_agreement']:.1f}% in the "
             "same class"
         )
-        times = {(row["model"], row["by"], row["batch"]): row["ms"] for row in onnx.get("latency") or ()}
-        if times:
-            listed = [
-                f"{name} {ms:.1f}" for (name, by, batch), ms in times.items() if (by, batch) == ("onnxruntime", 1)
-            ]
-            lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms")
-    if timing := report.get("latency"):
-        lines.append(f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}")
-    return lines
+        rows = [row for row in onnx.get("latency") or () if (row["by"], row["batch"]) == ("onnxruntime", 1)]
+        if rows:
+            listed = [f"{row['model']} {row['ms']:.1f}{_spread(row)}" for row in rows]
+            lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms{_overlap_note(rows)}")
+            lines += list_load_notes(onnx.get("latency_settings") or {})
+    return lines + _latency_notes(report)
+
+
+def _latency_notes(report: Report) -> list[str]:
+    """How latency was measured, with its spread, and whether the figures can be trusted."""
+    if not (timing := report.get("latency")):
+        return []
+    spread = [
+        f"{name} {low:.1f}-{high:.1f} ms"
+        for name in ("dense", "pruned")
+        for low, high in [(report.get(name) or {}).get("latency_quartiles_ms") or (None, None)]
+        if low is not None
+    ]
+    line = f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}"
+    lines = [line + (f"; quartiles of {timing['repeats']} rounds: {', '.join(spread)}" if spread else "")]
+    if timing.get("within_noise"):
+        lines.append("the difference in latency is within the noise: the rounds do not tell which model is faster")
+    return lines + list_load_notes(timing)
+
+
+def list_load_notes(timing: Mapping[str, Any]) -> list[str]:
+    """What there is to say about how busy the machine was during a measurement with `load` and `cores`."""
+    load, cores = timing.get("load"), timing.get("cores")
+    if not is_busy(load, cores):
+        return []
+    return [f"the machine was busy when the models were timed, with a load of {load:g} on {cores} cores: times vary"]
+
+
+def _speed_up(timing: Mapping[str, Any]) -> str:
+    """How many times faster the pruned model is; with a tilde, if that is within the noise."""
+    value = timing.get("speed_up")
+    return "" if value is None else f"{'~' if timing.get('within_noise') else ''}{value:.2f}x"
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    """The quartiles of a row of timings, where it has any."""
+    return f" ({row['ms_low']:.1f}-{row['ms_high']:.1f})" if "ms_low" in row else ""
+
+
+def _overlap_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the first and the last of rows of timings differ by no more than their quartiles allow."""
+    first, last = rows[0], rows[-1]
+    if first is last or "ms_low" not in first or "ms_low" not in last:
+        return ""
+    apart = first["ms_low"] > last["ms_high"] or last["ms_low"] > first["ms_high"]
+    return "" if apart else "; the difference is within the noise"
+
+
+def describe_overlap(data: Mapping[str, Any]) -> str | None:
+    """How many of the measured images were learnt from, as a sentence; None if none were."""
+    overlap, images = data.get("overlap", 0), data["images"]
+    if overlap is None:
+        return (
+            f"how many of the {images} measured images were calibrated on or learnt from is not known: the model does "
+            f"not say what it was made on"
+        )
+    if overlap == images:
+        return f"warning: all {images} measured images were learnt from: the figures say nothing about other images"
+    return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
 
 
 def _finetuning_note(tuned: Mapping[str, Any]) -> str:
@@ -141,10 +203,12 @@ def _render(template: str, report: Report, **values: Any) -> str:
         loader=PackageLoader("ssmcompress.jobs"),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
+        finalize=lambda value: escape_control(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["code"] = _mark_code
     return environment.get_template(template).render(
         report=report,
         columns=list_columns(report),
@@ -153,6 +217,16 @@ def _render(template: str, report: Report, **values: Any) -> str:
         fits=format_fits(report),
         **values,
     )
+
+
+def _mark_code(text: str) -> Any:
+    """Escape a text for a web page, with names in backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # an odd backtick, of a file's name, is just a character
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def _cell(value: Any, form: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..compression.search.propose import Candidate, propose
 from ..compression.search.proxy_loss import Collector, average_losses, sum_losses
 from ..compression.search.sensitivity import METRICS, Sensitivity, candidate_layers, measure_sensitivity
 from ..data.batches import Batches, LabelledBatch, sample_indices
+from ..data.content import different
 from ..errors import BudgetError, InputError
 from ..evaluation.flops import corrections_share, remaining_share, smallest_share
 from ..evaluation.latency import latency
@@ -27,7 +28,7 @@ from ..progress import line, track
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Calibration, Plan, Stage
-from .images import CalibrationImages, make_batches
+from .images import CalibrationImages
 from .requests import SEARCH_IMAGES, DataOptions
 
 # Plans that are run before one is chosen.
@@ -65,7 +66,7 @@ class SearchResult:
 
     plan: Plan
     sensitivity: Sensitivity
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
 
 
 def search_plan(
@@ -120,6 +121,8 @@ def search_plan(
             name=trial.name,
             distributed=trial.several,
         )
+        trial.read.sync()
+        sensitivity = replace(sensitivity, digests=different(trial.read.digests))
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
     measured = time.perf_counter() - measuring
     usable = sensitivity.select(request.stages, (request.importance,) if request.importance else None)
@@ -194,7 +197,8 @@ class _Trial:
             raise InputError(f"{self.name} has no labels to judge by")
         index = images.calibration.index
         chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
-        pictures, labels = _read(make_batches(model, images.source, [index[i] for i in chosen], data))
+        self.read = replace(images.calibration, index=[index[i] for i in chosen], unreadable=set())
+        pictures, labels = _read(self.read)
         measured = slice(0, None, 2)
         self.images = pictures[measured][: request.images]
         self.labels = labels[measured][: request.images] if request.labels else None

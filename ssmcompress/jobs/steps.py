@@ -12,8 +12,10 @@ from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import StateFile
 from ..compression.reconstruct import reconstruct
 from ..data.batches import Batches
+from ..data.content import different
 from ..models.base import TokenModel
 from ..models.checkpoint import serialise, versions
+from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..models.rewrite import align, prune
 from ..pruning.alignment import UNALIGNED, Alignment
@@ -37,13 +39,16 @@ class Prune:
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The pruned model; its plan has the calibration."""
-        plan = self.plan
+        # A plan that comes with its calibration does not say which images that was made on.
+        plan, images = self.plan, None
         if plan.calibration is None:
             images = context.calibration
             name, together = images.source.name, context.distributed
             plan = calibrate(model, images, plan, gap=plan.gap, name=name, distributed=together)
             images.sync()
-        return prune(model, replace(plan, alignment=UNALIGNED))
+        pruned = prune(model, replace(plan, alignment=UNALIGNED))
+        pruned.learnt = learnt_from(model).add(images)
+        return pruned
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,11 @@ class Reconstruct:
 
 def _count_different(images: Batches) -> int:
     """How many different images there are, over all processes; reads them if nothing has done so before."""
-    if not images.digests:  # the plan came with its calibration
+    if not images.digests.any():  # the plan came with its calibration
         for _ in images:
             pass
         images.sync()
-    return len(images.digests)
+    return len(different(images.digests))
 
 
 @dataclass(frozen=True)

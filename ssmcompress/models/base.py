@@ -274,8 +274,9 @@ class TokenModel(nn.Module, abc.ABC):
         pruner = self.pruners[name] if name in self.pruners else None
         tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
         if name in self.corrections:
-            linears = self.corrections[name]
-            correction = linears(cast(tokens.pruned_mean(), linears[0]))
+            linear = self.corrections[name]
+            first = linear[0] if isinstance(linear, nn.Sequential) else linear
+            correction = linear(cast(tokens.pruned_mean(), first))
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
         if pruner is None:
             return tokens, None

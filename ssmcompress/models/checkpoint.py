@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..data.transforms import Preprocessing
 from ..errors import InputError
-from ..files import new_folder, sha256
+from ..files import check_regular, new_folder, read_text, sha256
 from ..pruning.plan import Plan
 from .base import TokenModel, low_rank
 from .inputs import check_model
 from .learnt import ALL, SOME, LearntFrom
+from .precision import check_not_quantised
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .registry import MODELS, build, is_known, normalise_architecture, recognise
 from .rewrite import install
@@ -115,6 +116,9 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
 
 
 def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
+    check_not_quantised(module)
+    if isinstance(module, TokenModel) and module.plan is not None:
+        raise InputError("the model is pruned and loaded already: use it, or copy.deepcopy() of it")
     state = unwrap(clean(module.state_dict()), is_known)
     if not isinstance(module, TokenModel):
         stride = options.stride or recognise(state).stride_of(module)
@@ -147,9 +151,8 @@ def _read_path(path: Path, options: LoadOptions) -> Loaded:
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
         raise InputError(f"{path}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
     file = path / WEIGHTS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{path}: not a regular file")
     try:
+        check_regular(file)
         if file.suffix == ".safetensors" or looks_like_safetensors(file):
             if options.weights != "model":
                 raise InputError(f"a safetensors file has no {options.weights!r} entry")
@@ -200,7 +203,7 @@ def _parse_config(text: str) -> dict[str, Any]:
 def _read_config(file: Path) -> dict[str, Any]:
     """Return the configuration in a folder: ours, or one of another tool, which has no `format_version`."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError as error:
         raise InputError(f"{CONFIG_FILE} is missing; expected a folder that ssmcompress wrote") from error
     except UnicodeDecodeError as error:
@@ -240,6 +243,8 @@ def _restore(config, state, options: LoadOptions, path: Path, file: Path) -> Tok
     model = build(weights, options.size or trained, stride, trained, said)
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
+    if options.architecture is not None and normalise_architecture(options.architecture) != model.architecture:
+        raise InputError(f"`architecture` {options.architecture}: {CONFIG_FILE} says {model.architecture}")
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
     pruning = config.get("pruning")
     if pruning is None and corrections:
@@ -253,6 +258,13 @@ def _restore(config, state, options: LoadOptions, path: Path, file: Path) -> Tok
         _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
         model.plan = plan
+        counts = [model.token_counts()[stage.after] for stage in plan.stages]
+        if (
+            options.size in (None, trained)
+            and stride == architecture["stride"]
+            and pruning.get("kept", counts) != counts
+        ):
+            raise InputError(f"{CONFIG_FILE}: its stages keep {counts} tokens, but it says {str(pruning['kept'])[:80]}")
         model.steps = steps_from_dict(pruning)
         model.learnt = LearntFrom.from_tensors(learnt)
     data = config.get("data") if isinstance(config.get("data"), str) else None
@@ -347,10 +359,10 @@ def read_plan(file: str | Path) -> Plan:
     expected = "expected a pruned model's folder or report, or the JSON of a dry run"
     try:
         embedded = path.suffix == ".safetensors"
-        text = read_metadata(path).get("ssmcompress", "") if embedded else path.read_text(encoding="utf-8")
+        text = read_metadata(path).get("ssmcompress", "") if embedded else read_text(path)
         value = json.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; {expected}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}; {expected}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a plan; {expected}") from error
     if isinstance(value, dict):

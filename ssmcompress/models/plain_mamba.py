@@ -26,6 +26,8 @@ from .reading import NO_HEAD, Shapes, infer_grid, resize_grid
 from .snakes import snakes
 
 STEM_STRIDE = 2
+# Quirk: the published code adds the bias of delta in dt_proj, and again in the scan.
+BIASES = 2
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,14 @@ class PlainMambaMixer(nn.Module):
         self.register_buffer("gap_delta", None)  # (1, d_inner) after an earlier layer is pruned
 
     def delta_bias(self) -> Tensor:
-        """Return the bias (d_inner,) of delta. Quirk: the published code adds it in dt_proj and again in the scan."""
-        return 2 * find_bias(self.dt_proj)
+        """Return the bias (d_inner,) of delta."""
+        return BIASES * find_bias(self.dt_proj)
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
         """Yield the inputs of the scan of each path, from x (batch, kept, d_inner)."""
         u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
-        (delta, bias), A = project(self.dt_proj, dt), -torch.exp(widen(self.A_log))
-        bias = find_bias(self.dt_proj) if bias is None else self.delta_bias()
+        (delta, bias), A = project(self.dt_proj, dt, BIASES), -torch.exp(widen(self.A_log))
         for path in tokens.paths:
             gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
             # Quirk: only u follows the path, while delta, B and C stay in raster order. That is how `order` works.
@@ -225,7 +226,7 @@ class PlainMamba(TokenModel):
 
     @property
     def patch_positions(self) -> Tensor:
-        return torch.arange(self.length).view(self.config.grid)
+        return torch.arange(self.length, device="cpu").view(self.config.grid)
 
     def embed(self, images: Tensor) -> Tokens:
         self.check(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from ..errors import InputError
@@ -80,7 +80,7 @@ class Reconstruction:
     kl_before: float
     kl_after: float
     kept: bool
-    fits: tuple[Fit, ...]
+    fits: tuple[Fit, ...] = field(repr=False)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Reconstruction:
@@ -119,6 +119,7 @@ class Finetuning:
         averaged: whether the weights are the running average.
         seconds: wall-clock time. processes: number of processes at the end.
         history: a JSON object for each epoch.
+        run: what the folder was made from, to which `resume` is bound, a JSON object; None where it was not recorded.
     """
 
     kind: ClassVar[str] = "finetuning"
@@ -135,7 +136,8 @@ class Finetuning:
     averaged: bool
     seconds: float
     processes: int
-    history: tuple[dict[str, Any], ...]
+    history: tuple[dict[str, Any], ...] = field(repr=False)
+    run: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Finetuning:
@@ -152,6 +154,7 @@ class Finetuning:
                 name=str(value["name"]),
                 recipe=recipe,
                 history=tuple(dict(entry) for entry in value["history"]),
+                run=None if value.get("run") is None else dict(value["run"]),
                 **{k: int(value[k]) for k in ("images", "held_out", "seed", "steps", "epoch", "processes")},
                 **{k: bool(value[k]) for k in ("labels", "teacher", "averaged")},
                 seconds=float(value["seconds"]),

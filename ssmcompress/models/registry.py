@@ -80,7 +80,7 @@ def build(
     stride = stride or said.number("stride", "patch_stride") or _infer_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class(config).float()  # whatever torch's default dtype is
     _check(model, fitted)
     model_class.check_identity(config, said)
     # Cloned, because the caller's own tensors, of a live module, must not change with the model.

@@ -3,36 +3,115 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
-from ..pruning.plan import Plan
+from ..pruning.plan import Plan, Stage, default_stages
 from ..pruning.pruner import TokenPruner
 from .base import TokenModel
+from .inputs import check_dense, check_model
 
 
-def prune(model: TokenModel, plan: Plan) -> TokenModel:
+def make_plan(
+    model: TokenModel,
+    *,
+    stages: Sequence[int] | None = None,
+    ratio: float | Sequence[float] = 0.3,
+    importance: str = "clip",
+    alignment: Alignment | bool = True,
+    seed: int = 0,
+) -> Plan:
+    """Make a plan without images and check it against the model; its gap source is left open.
+
+    Args:
+        stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
+        ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
+        importance: the metric, see `ssmcompress.pruning.importance`.
+        alignment: True for conv and scan, False for neither, or an Alignment.
+        seed: seed of importance `random`.
+
+    Raises:
+        InputError: the model cannot be pruned by these stages, ratios or metric.
+    """
+    check_model(model)
+    depth = len(model.blocks)
+    stages = default_stages(depth) if stages is None else _list_numbers("stages", stages, "layers")
+    ratios = (ratio,) if isinstance(ratio, Real) else _list_numbers("ratio", ratio, "shares of tokens to remove")
+    ratios = ratios * len(stages) if len(ratios) == 1 else ratios
+    if len(ratios) != len(stages):
+        raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
+    if isinstance(alignment, bool):
+        alignment = Alignment(alignment, alignment)
+    pairs = zip(stages, ratios, strict=True)
+    return Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
+
+
+def _list_numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
+    """Return numbers as a tuple: of a list, an array or a tensor."""
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        values = tuple(values.tolist() if hasattr(values, "tolist") else values)
+        if values and all(isinstance(value, Real) for value in values):
+            return values
+    raise InputError(f"`{name}` {values!r}: expected numbers, {what}")
+
+
+def prune(
+    model: TokenModel,
+    plan: Plan | None = None,
+    *,
+    ratio: float | Sequence[float] | None = None,
+    stages: Sequence[int] | None = None,
+    importance: str | None = None,
+    alignment: Alignment | bool | None = None,
+    seed: int | None = None,
+) -> TokenModel:
     """Return a copy of `model` that prunes by `plan`; `model` is not changed.
 
     Args:
         model: a dense model from `load`.
-        plan: from `calibrate`, or written by hand (with `gap="bias"`, no images are needed).
+        plan: from `calibrate`, `search` or `make_plan`, or written by hand (with `gap="bias"`, no images are needed);
+            also the dict that `Plan.to_dict` made. None: one is made without images of the other arguments, which are
+            those of `make_plan`; the gap deltas then come from the bias.
 
     Raises:
         InputError: the plan does not fit the model, or the model is pruned already.
     """
-    if model.plan is not None:
-        raise InputError("the model is pruned already; prune the dense model it came from")
-    plan.validate(len(model.blocks))
+    check_dense(model)
+    options = {"ratio": ratio, "stages": stages, "importance": importance, "alignment": alignment, "seed": seed}
+    options = {name: value for name, value in options.items() if value is not None}
+    plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
     for layer in plan.probed_layers:
         if plan.probe(layer) is None:
             metric = next(stage.importance for stage in plan.stages if stage.after == layer)
             raise InputError(f"importance {metric!r} after layer {layer} is fitted on images: use calibrate()")
     return install(copy.deepcopy(model), plan)
+
+
+def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any]) -> Plan:
+    """Return a plan that a caller gave for a model; InputError if it is none, or if options for making one came along.
+
+    Args:
+        plan: a Plan, or its dict. options: the arguments that were given for making a plan.
+    """
+    if options:
+        raise InputError(f"`plan` and {', '.join(f'`{name}`' for name in options)}: a plan has that in it")
+    if isinstance(plan, Mapping):
+        plan = Plan.from_dict(plan)
+    if isinstance(plan, Real):
+        raise InputError(f"`plan` is {plan}: pass a share of tokens to remove as ratio={plan}")
+    if isinstance(plan, (str, Path)):
+        raise InputError(f"`plan` is the name {str(plan)!r}: pass the plan, read_plan({str(plan)!r})")
+    if not isinstance(plan, Plan):
+        raise InputError(f"`plan` is a {type(plan).__name__}: expected a plan of make_plan(), calibrate() or search()")
+    return plan.validate(len(model.blocks))
 
 
 def align(model: TokenModel, alignment: Alignment) -> TokenModel:
@@ -72,7 +151,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
         if IMPORTANCES[stage.importance].probe:
             size = model.d_model + model.length
             probe = plan.probe(stage.after)
-            probe = torch.zeros(size) if probe is None else probe.clone()
+            probe = torch.zeros(size, dtype=torch.float32, device="cpu") if probe is None else probe.clone()
             if len(probe) != size:
                 raise InputError(
                     f"the saliency after layer {stage.after} was fitted for {len(probe)} features and positions, the "

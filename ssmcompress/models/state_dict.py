@@ -110,6 +110,8 @@ def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> Mapping
         raise InputError(
             f"no weights under {weights!r}: expected a dict of tensors there, found entries {shown}{advice}"
         )
+    if weights == "model" and (averages := [key for key in entries if key in AVERAGE_KEYS]):
+        note(f"read the weights under {found!r}; the averages under {averages[0]!r} are read with `weights` model_ema")
     state = entries[found]
     if _is_bare(state) or not any(_holds_weights(value, depth - 1) for value in state.values()):
         return state

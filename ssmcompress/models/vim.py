@@ -208,7 +208,7 @@ class VisionMamba(TokenModel):
 
     @property
     def patch_positions(self) -> Tensor:
-        raster = torch.arange(self.config.patches)
+        raster = torch.arange(self.config.patches, device="cpu")
         return (raster + (raster >= self.protected)).view(self.config.grid)
 
     def embed(self, images: Tensor) -> Tokens:

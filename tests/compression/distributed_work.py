@@ -17,7 +17,10 @@ from ssmcompress.compression.finetune.loop import finetune
 from ssmcompress.compression.finetune.recipe import Recipe
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
+from ssmcompress.data.content import different
+from ssmcompress.data.signature import sign_images
 from ssmcompress.evaluation.measure import evaluate
+from ssmcompress.models.learnt import LearntFrom
 
 
 def main(folder: Path) -> None:
@@ -35,7 +38,9 @@ def main(folder: Path) -> None:
     result = {
         "processes": processes.count(),
         "evaluation": vars(found),
-        "digests": len(share.digests),
+        "digests": len(different(share.digests)),
+        "overlap": LearntFrom().add(share).count(share),
+        "signature": sign_images(share),
         "calibration": {
             name: [value.tolist() for value in getattr(plan.calibration, name)]
             for name in ("gap_deltas", "kept", "scores")
@@ -51,6 +56,7 @@ def main(folder: Path) -> None:
     }.items():
         recipe = Recipe(epochs=1, batch_size=14, warmup=0.0, features=0.5, lr=3e-3, **changes)
         tuned = finetune(pruned, everything, dense=dense, recipe=recipe).last
+        result[f"{name} learnt"] = len(tuned.learnt.digests)
         result[name] = {k: v.flatten().tolist() for k, v in tuned.named_parameters()}
     if processes.is_main():
         print(json.dumps(result))

@@ -470,6 +470,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     one, two = found["one"], found["two"]
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert (one["images"], one["digests"]) == (two["images"], two["digests"]) == (33, 33)
+    assert one["overlap"] == two["overlap"] == one["step learnt"] == two["step learnt"] == 33
+    assert one["signature"] == two["signature"]
     assert one["evaluation"] == two["evaluation"]
     for name, values in one["calibration"].items():
         for ours, theirs in zip(values, two["calibration"][name], strict=True):

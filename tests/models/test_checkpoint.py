@@ -187,6 +187,16 @@ def test_a_truncated_file_is_said_to_be_one(vim, tmp_path, share, kind):
         ssmcompress.load(file)
 
 
+def test_one_changed_bit_of_a_weight_is_noticed(vim, tmp_path):
+    torch.save({"model": vim.state_dict()}, tmp_path / "v.pth")
+    content = bytearray((tmp_path / "v.pth").read_bytes())
+    position = content.index(vim.head.weight.detach().numpy().tobytes())
+    content[position] ^= 1
+    (tmp_path / "v.pth").write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged: 1 of \d+ records differ from their check sums"):
+        ssmcompress.load(tmp_path / "v.pth")
+
+
 def edited(vim, **changes):
     state = dict(vim.state_dict())
     for key, value in changes.items():
@@ -260,7 +270,7 @@ def test_paths_that_are_no_models(tmp_path):
         (lambda c: c["pruning"].update(stages=[{"after": 3, "ratio": 0.3}]), "gap deltas do not fit"),
         (lambda c: c["pruning"].update(stages=[{"after": 1, "ratio": "lots"}]), "not a pruning plan"),
         (lambda c: c["preprocessing"].update(std=[0, 0, 0]), "positive deviations"),
-        (lambda c: c["preprocessing"].update(crop_pct=0), "crop-pct"),
+        (lambda c: c["preprocessing"].update(crop_pct=0), "crop_pct"),
         (lambda c: c.update(preprocessing=3), "not a preprocessing block"),
     ],
 )

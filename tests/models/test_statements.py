@@ -1,4 +1,4 @@
-"""What files and live modules say about a model besides its weights: it is read, and what is not supported is refused."""
+"""What files and live modules say about a model besides its weights is read; what is not supported is refused."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.models.checkpoint import LoadOptions, read_model
 from ssmcompress.models.statements import family_of_name, options_of_name
+from ssmcompress.progress import hold_notes
 
 PUBLISHED = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 NAMES = {
@@ -171,9 +172,7 @@ def test_the_size_of_a_video_mamba_that_no_vim_has(width, depth):
     assert ssmcompress.load({"model": state, "arch": "vim_custom"}).config.d_model == width
 
 
-def test_a_vim_in_a_checkpoint_that_does_not_name_it_is_read_with_a_note(vim, caplog):
-    from ssmcompress.progress import hold_notes
-
+def test_a_vim_in_a_checkpoint_that_does_not_name_it_is_read_with_a_note(vim):
     with hold_notes() as notes:
         ssmcompress.load({"model": vim.state_dict()})
     assert "taken for a Vim" in next(iter(notes))
@@ -254,6 +253,15 @@ def test_averages_under_their_other_names(vim, images, key):
     assert torch.equal(ssmcompress.load(content, weights="model_ema")(images), average(images))
     with pytest.raises(InputError, match=f"no weights under 'model'.*`weights` reads one of '{key}'"):
         ssmcompress.load({key: average.state_dict(), "epoch": 1})
+
+
+def test_averages_that_are_not_read_are_noted(vim, images):
+    content = {"model": vim.state_dict(), "model_ema": make_vim(seed=7).state_dict(), "arch": "vim"}
+    with hold_notes() as notes:
+        ssmcompress.load(content)
+    assert list(notes) == [
+        "read the weights under 'model'; the averages under 'model_ema' are read with `weights` model_ema"
+    ]
 
 
 def test_a_teacher_and_a_student_are_asked_about(vim, images):

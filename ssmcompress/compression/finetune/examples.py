@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...data.batches import Batches, make_loader
+from ...data.content import digest_picture
 from ...data.transforms import Preprocessing
 from ...errors import InputError
 from ...models.base import TokenModel
@@ -78,21 +79,25 @@ class Examples:
             if (shutdown := getattr(parts, "_shutdown_workers", None)) is not None:
                 shutdown()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None, int]:
-        """Return (index in the source, image or None, label or -1) for an (epoch, row)."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None, int, int]:
+        """Return (index in the source, image or None, label or -1, digest of its pixels) for an (epoch, row)."""
         epoch, row = key
         source, i = self.training.source, self.training.index[row]
         label = -1 if source.labels is None else source.labels[i]
         with seed_rng(self.seed, epoch, i):
             try:
-                return i, self.transform(source.read(i)), label
+                picture = source.read(i)
+                content = int(self.training.digests[i]) or digest_picture(picture)
+                return i, self.transform(picture), label, content
             except (OSError, ValueError):
-                return i, None, label
+                return i, None, label, 0
 
-    def _make_part(self, items: list[tuple[int, Tensor | None, int]], epoch: int, step: int) -> MicroBatch:
+    def _make_part(self, items: list[tuple[int, Tensor | None, int, int]], epoch: int, step: int) -> MicroBatch:
         """Stack and mix the images that could be read, and encode their labels."""
-        self.training.unreadable.update(i for i, image, _ in items if image is None)
+        self.training.unreadable.update(item[0] for item in items if item[1] is None)
         items = [item for item in items if item[1] is not None]
+        for i, _, _, content in items:
+            self.training.digests[i] = content
         if not items:
             raise InputError(f"every image of a part of a step is unreadable in {self.training.source.name}")
         images, labels = torch.stack([item[1] for item in items]), torch.tensor([item[2] for item in items])

@@ -19,8 +19,13 @@ import torch
 
 from ... import processes
 from ...data.batches import Batches
+from ...data.images import Images
+from ...data.signature import sign_images
 from ...errors import InputError, SsmCompressError
 from ...models.base import TokenModel
+from ...models.fingerprint import fingerprint
+from ...models.inputs import as_batches, check_model, open_training
+from ...models.learnt import add_learnt, find_batches
 from ...models.records import Finetuning
 from ...progress import line, status, track
 from .best import BestWeights
@@ -28,7 +33,7 @@ from .examples import Examples, MicroBatch
 from .losses import teacher_weight
 from .recipe import Recipe
 from .signals import catch_stop_requests
-from .state import StateFile, check_same_run, fingerprint, read_state, write_state
+from .state import StateFile, check_same_run, read_state, write_state
 from .trainer import EpochSums, Trainer
 
 # Writing the state may take one in SAVE_SHARE seconds of a run, and happens at most every SAVE_EVERY seconds.
@@ -44,7 +49,7 @@ class Finetuned(NamedTuple):
 
 def finetune(
     pruned: TokenModel,
-    training: Batches,
+    training: Batches | Images | str | Path,
     *,
     dense: TokenModel | None = None,
     recipe: Recipe = Recipe(),
@@ -60,7 +65,8 @@ def finetune(
 
     Args:
         pruned: the model, on the device to train on.
-        training: the images; the recipe decides how they are batched.
+        training: a folder or another name that `ssmcompress.open_images` takes, `Images` or `Batches`. The recipe
+            decides how the images are batched and augmented, so a DataLoader or a tensor is refused.
         dense: the teacher; None: the labels alone are learnt.
         held_out: batches for choosing the best epoch, as `evaluate` takes them, with a shard in each process; None: the
             last epoch is used.
@@ -77,10 +83,16 @@ def finetune(
         SsmCompressError: values that are not finite; the state is the last one that was good.
         KeyboardInterrupt: after SIGINT or SIGTERM; the state is the one after the last complete step.
     """
+    check_model(pruned, "pruned")
+    if dense is not None:
+        check_model(dense, "dense")
     if pruned.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     if dense is not None and pruned.config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    training = open_training(pruned, training)
+    if held_out is not None:
+        held_out = as_batches(pruned, held_out, labelled=True)
     if dense is None and training.source.labels is None:
         raise InputError(
             f"{training.source.name} has no labels, and there is no dense model to learn from: give either"
@@ -113,16 +125,21 @@ class _Run:
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.sums = EpochSums()
-        self.about = {
-            "data": training.source.name,
-            "images": len(training.index),
-            "seed": seed,
-            "recipe": asdict(recipe),
-            "model": fingerprint(pruned),
-            "teacher": fingerprint(dense) if dense is not None else None,
-        }
+        self.about = self._identify(pruned) if path is not None else {}
         self.saved_at = self.clock_at = time.perf_counter()
         self.save_seconds = 0.0
+
+    def _identify(self, pruned: TokenModel) -> dict[str, Any]:
+        """Return what identifies this run to `describe_differences`; images held out that are tensors are not in it."""
+        held_out = find_batches(self.best.held_out)
+        return {
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "model": fingerprint(pruned),
+            "teacher": fingerprint(self.dense) if self.dense is not None else None,
+            "images": sign_images(self.training),
+            "held_out": sign_images(held_out) if held_out is not None else None,
+        }
 
     def begin(self) -> None:
         """Score the starting weights as well, so the result is never worse than the input."""
@@ -260,6 +277,16 @@ class _Run:
             history=tuple(self.history),
         )
         model.add_record(record)
+        add_learnt(model, self._read_images())
         best = copy.deepcopy(model)
         best.load_state_dict(self.best.weights)
         return Finetuned(best, model)
+
+    def _read_images(self) -> list[Any]:
+        """Return what the weights were trained on and chosen by, read by all processes."""
+        # Those of the epoch in which a resumed run was cut off, and those that were in no step, were not read here.
+        self.training.read_rest()
+        held_out = self.best.held_out
+        if (batches := find_batches(held_out)) is not None:
+            batches.sync()
+        return [self.training] if held_out is None else [self.training, held_out]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, suggest
+from ...files import read_text
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -91,6 +93,8 @@ class Recipe:
         expect("temperature", self.temperature > 0, "above 0")
         expect("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         if self.randaugment:
+            operations = re.search(r"-n(\d+)", self.randaugment)
+            expect("randaugment", not operations or len(operations[1]) < 3, "fewer than 100 operations (-n)")
             from timm.data.auto_augment import rand_augment_transform
 
             try:
@@ -114,7 +118,7 @@ class Recipe:
         for text in assignments:
             name, equals, value = text.partition("=")
             if not equals or name not in types:
-                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(types)}")
+                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(types)}{suggest(name, types)}")
             try:
                 changes[name] = value if types[name] == "str" else json.loads(value)
             except ValueError as error:
@@ -124,16 +128,19 @@ class Recipe:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
         """Read a recipe from JSON. Missing fields are those of `recipe`, a name in `RECIPES`, or of the default one."""
-        try:
-            changes = dict(value)
-        except (TypeError, ValueError) as error:
-            raise InputError("not a recipe: expected a JSON object") from error
+        if not isinstance(value, Mapping):
+            raise InputError(f"not a recipe: expected a JSON object, found a {type(value).__name__}")
+        changes = dict(value)
         base = changes.pop("recipe", "default")
         if not isinstance(base, str) or base not in RECIPES:
-            raise InputError(f"unknown recipe {base!r}: expected one of {', '.join(RECIPES)}")
+            raise InputError(
+                f"unknown recipe {base!r}: expected one of {', '.join(RECIPES)}{suggest(str(base), RECIPES)}"
+            )
         unknown = sorted(map(str, set(changes) - {field.name for field in fields(cls)}))
         if unknown:
-            raise InputError(f"a recipe has no {', '.join(unknown[:3])}: expected {', '.join(asdict(RECIPES[base]))}")
+            names = asdict(RECIPES[base])
+            hint = suggest(unknown[0], names)
+            raise InputError(f"a recipe has no {', '.join(unknown[:3])}: expected {', '.join(names)}{hint}")
         return replace(RECIPES[base], **changes)
 
     @classmethod
@@ -142,11 +149,14 @@ class Recipe:
         if name in RECIPES:
             return RECIPES[name]
         try:
-            return cls.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(read_text(Path(name))))
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         except OSError as error:
-            raise InputError(f"recipe {name}: expected one of {', '.join(RECIPES)}, or a JSON file") from error
+            names = ", ".join(RECIPES)
+            raise InputError(
+                f"recipe {name}: expected one of {names}, or a JSON file{suggest(name, RECIPES)}"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name}: not JSON ({error})") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,12 +11,16 @@ from typing import Any
 
 import torch
 
+from ...data.signature import compare_signatures
 from ...errors import InputError, SsmCompressError
 from ...models.base import TokenModel
 from ...models.checkpoint import describe
 from ...models.safe_pickle import read_pickle
 
-FORMAT = 1
+FORMAT = 2
+# What identifies a run, apart from single values: models and images, and what messages call them.
+MODELS = {"model": "model to start from", "dense": "dense model", "teacher": "dense model to learn from"}
+IMAGES = {"images": "images to learn from", "held_out": "images held out", "eval_images": "images to measure on"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class StateFile:
     Attributes:
         path: the file; it is no longer needed once the result of the run is saved.
         resume: whether to continue from the state in the file, if there is one. The state of a run with another model,
-            recipe, seed or data set is refused.
+            dense model, recipe, seed or content of the images is refused.
     """
 
     path: Path
@@ -67,6 +70,8 @@ def read_state(file: Path) -> dict[str, Any]:
             raise InputError("not the state of a fine-tuning run")
         if content.get("training_format") != FORMAT:
             raise InputError(f"state of format {content.get('training_format')!r}: this version reads {FORMAT}")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except InputError as error:
         raise InputError(f"{file}: {error}; remove it to start afresh") from error
     return content
@@ -82,23 +87,30 @@ def check_same_run(file: Path, stored: Any, expected: Mapping[str, Any]) -> None
     """Raise an InputError that names the differences if a state is of another run.
 
     Args:
-        stored, expected: what identifies the run of the state and the present one, as JSON objects.
+        stored, expected: what identifies the run of the state and the present one, as `describe_differences` takes it.
     """
-    if stored == expected:
-        return
-    names = sorted(k for k in {*stored, *expected} if stored.get(k) != expected.get(k))
-    old, new = ({k: about.get(k) for k in names} for about in (stored, expected))
-    if isinstance(old.get("recipe"), dict) and isinstance(new.get("recipe"), dict):
-        same = {k for k in old["recipe"] if old["recipe"][k] == new["recipe"].get(k)}
-        old["recipe"], new["recipe"] = (
-            {k: v for k, v in recipe.items() if k not in same} for recipe in (old["recipe"], new["recipe"])
-        )
-    raise InputError(f"{file} is of another run, with {old} for {new}; `force=True` starts afresh")
+    if differences := describe_differences(stored if isinstance(stored, Mapping) else {}, expected):
+        raise InputError(f"{file} is of another run, with {', '.join(differences)}; `force=True` starts afresh")
 
 
-def fingerprint(model: TokenModel) -> str:
-    """Return a hash of a model's weights and plan."""
-    digest = hashlib.sha256(json.dumps(model.plan.to_dict(tensors=False) if model.plan else None).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return how two runs differ, in words; an empty list if they do not.
+
+    Args:
+        then, now: what identifies the runs, JSON objects: `recipe`, fingerprints of the models in `MODELS`, signatures
+            of the images in `IMAGES`, and single values. What is not in `now` is not compared.
+    """
+    found = []
+    for name, new in now.items():
+        old = then.get(name)
+        if old == new:
+            continue
+        if name in MODELS:
+            found.append(f"{'another' if old and new else 'no' if new else 'a'} {MODELS[name]}")
+        elif name in IMAGES:
+            found.append(f"other {IMAGES[name]} ({compare_signatures(old, new)})")
+        elif isinstance(new, Mapping):
+            found += describe_differences(old if isinstance(old, Mapping) else {}, new)
+        else:
+            found.append(f"{name} {old!r} for {new!r}")
+    return found

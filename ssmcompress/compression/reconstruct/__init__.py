@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 
-from ...data.batches import AnyBatches
 from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
+from ...models.inputs import as_batches, check_model
+from ...models.learnt import add_learnt, find_batches
 from ...models.records import Reconstruction
 from ...progress import track
 from .layerwise import LayerwiseRefit
@@ -49,18 +50,18 @@ from .layerwise import LayerwiseRefit
 
 @torch.no_grad()
 def reconstruct(
-    pruned: TokenModel, dense: TokenModel, images: Any, *, name: str = "images", distributed: bool = False
+    pruned: TokenModel, dense: TokenModel, images: Any, *, name: str | None = None, distributed: bool = False
 ) -> TokenModel:
     """Return a copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are not changed.
 
-    The result does not depend on how the images are batched.
+    The result does not depend on how the images are batched. It depends on their order, which decides the images that
+    are held out.
 
     Args:
         pruned: a pruned model. dense: the model it was made from.
-        images: a tensor (count, C, H, W) of prepared images, or batches of them (tensors, (images, labels) pairs, or
-            `ssmcompress.data.batches.Batches`), iterated once; a generator is read into memory first. Labels are not
-            used. Duplicates of an image are ignored.
-        name: name of the images in reports.
+        images: as for `ssmcompress.calibrate`. They are iterated once, so an iterator is not read into memory. Labels
+            are not used. Duplicates of an image are ignored.
+        name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, with the same models and
             its own images; their sums are added, and all end with the same weights. If one fails, the others wait for
             it until the group's timeout.
@@ -73,6 +74,8 @@ def reconstruct(
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
         SsmCompressError: no room for temporary files.
     """
+    check_model(pruned, "pruned")
+    check_model(dense, "dense")
     if pruned.plan is None or dense.plan is not None:
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
     if pruned.config != dense.config:
@@ -84,9 +87,10 @@ def reconstruct(
     incomplete = [layer for layer in range(1, len(model.blocks) + 1) if counts[layer - 1] < model.length]
     if not incomplete:
         return model
+    batches = as_batches(dense, images, repeat=False)
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
         run = LayerwiseRefit(dense, model, incomplete, Path(folder), distributed)
-        before = run.start(AnyBatches(images))
+        before = run.start(batches)
         for _ in track(run.refit(), "reconstructing", run.chunks * run.passes()):
             pass
     after = run.kl
@@ -95,5 +99,9 @@ def reconstruct(
     kept = after < before
     if not kept:
         model = copy.deepcopy(pruned)
+    if distributed and (read := find_batches(batches)) is not None:
+        read.sync()
+    add_learnt(model, [batches])
+    name = name or batches.name
     model.add_record(Reconstruction(name, run.images, run.held_out, before, after, kept, tuple(run.fits)))
     return model

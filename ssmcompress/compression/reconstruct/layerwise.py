@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import processes
-from ...data.batches import AnyBatches, LabelledBatch, digest, in_chunks
+from ...data.any_batches import AnyBatches, in_chunks
+from ...data.batches import LabelledBatch, digest
 from ...errors import InputError, SsmCompressError
 from ...evaluation.measure import kl_divergence
 from ...models.base import TokenModel
@@ -88,9 +89,9 @@ class LayerwiseRefit:
 
     def start(self, batches: AnyBatches) -> float:
         """Run both models up to the first layer to be refitted, and return the mean KL of the images held out."""
-        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64)
-        kl = torch.zeros((), dtype=torch.float64)
-        for images in in_chunks(_drop_repeats(track(batches, "looking at images", len(batches))), self.size):
+        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64, device="cpu")
+        kl = torch.zeros((), dtype=torch.float64, device="cpu")
+        for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
             images = images.to(self.device)
             weights = margin_gradients(self.dense, images).cpu()
             self.totals += weights.sum((1, 2), dtype=torch.float64)
@@ -108,7 +109,7 @@ class LayerwiseRefit:
             self.chunks += 1
             self.images += len(images)
             self.held_out += int(held.sum())
-        counts = torch.tensor([self.images, self.held_out])
+        counts = torch.tensor([self.images, self.held_out], device="cpu")
         self.all_reduce_sum(self.totals, kl, counts)
         self.images, self.held_out = counts.tolist()
         if not self.held_out:
@@ -195,7 +196,7 @@ class LayerwiseRefit:
         sums = {pool: LinearSums(classifier, self.device) for pool in choices}
         for k in range(self.chunks):
             logits, tokens = self.dense_logits(k), self.get_tokens(k)
-            ones, held = torch.ones(len(logits), device=self.device), self.held_out_mask(k, len(logits))
+            ones, held = torch.ones_like(logits[:, 0]), self.held_out_mask(k, len(logits))
             for pool, rows in sums.items():
                 with _record(self.pruned, [name]) as records:
                     self.pruned.readout(_set_pool(tokens, pool))
@@ -210,7 +211,7 @@ class LayerwiseRefit:
     def choose_classifier(self, candidates: Sequence[tuple[Fit, bool, dict[str, Tensor]]]) -> Iterator[None]:
         """Choose the classifier (fit, `Alignment.pool`, weights) closest to the dense one on the images held out."""
         classifier = self.pruned.classifier
-        kl = torch.zeros(len(candidates), dtype=torch.float64)
+        kl = torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
         for k in range(self.chunks):
             logits, tokens = self.dense_logits(k), self.get_tokens(k)
             held = self.held_out_mask(k, len(logits))
@@ -281,7 +282,7 @@ def _drop_repeats(batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
     for images, _ in batches:
         rows = []
         for row, image in enumerate(images):
-            value = digest(image)
+            value = digest(image.float())  # numpy has no bfloat16
             if value not in digests:
                 digests.add(value)
                 rows.append(row)

@@ -67,6 +67,8 @@ class LinearSums:
 def full_rank(model: TokenModel, correction: nn.Sequential | None) -> nn.Linear:
     """Return a correction as one matrix; zero for None."""
     width, device = model.d_model, model.classifier.weight.device
-    linear = skip_init(nn.Linear, width, width, bias=False, device=device)
-    linear.weight.copy_(torch.zeros(()) if correction is None else correction[1].weight @ correction[0].weight)
+    linear = skip_init(nn.Linear, width, width, bias=False, device=device, dtype=torch.float32)
+    linear.weight.copy_(
+        torch.zeros_like(linear.weight) if correction is None else correction[1].weight @ correction[0].weight
+    )
     return linear

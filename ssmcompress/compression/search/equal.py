@@ -8,8 +8,8 @@ from typing import Any
 from ...errors import BudgetError
 from ...evaluation.flops import remaining_share, smallest_share
 from ...models.base import TokenModel
+from ...models.rewrite import make_plan
 from ...pruning.plan import Plan, Stage, default_stages, ratio_for_budget
-from ..calibrate import make_plan
 
 
 def plan_for_budget(

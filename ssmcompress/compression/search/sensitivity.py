@@ -11,17 +11,20 @@ import copy
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import processes
 from ...data.batches import LabelledBatch
 from ...errors import NOT_FINITE, InputError
+from ...files import read_text
 from ...models.base import TokenModel
+from ...models.fingerprint import fingerprint
 from ...models.rewrite import install
 from ...progress import track
 from ...pruning.alignment import Alignment
@@ -46,12 +49,13 @@ class Sensitivity:
     """Loss per layer, metric and count of kept tokens, each for a single stage and nothing else pruned.
 
     Attributes:
-        model: {"sha256", "depth", "length"} of the model it was measured on. data: {"name", "images"}.
+        model: {"weights", "depth", "length"} of the model it was measured on. data: {"name", "images"}.
         objective: "kl", mean KL(dense || pruned) in nats per image, or "labels", the cross entropy in excess of the
             dense model's. refit: whether the classifier was refitted for it.
         alignment, gap: as in a plan.
         layers: candidate layers for a stage, from 1. metrics: importance metrics. kept: counts of tokens, decreasing.
         loss: (layers, metrics, kept) float64.
+        digests: digests of the images that the search saw (`ssmcompress.data.content`), ascending; None: unknown.
     """
 
     model: dict[str, Any]
@@ -63,7 +67,8 @@ class Sensitivity:
     layers: tuple[int, ...]
     metrics: tuple[str, ...]
     kept: tuple[int, ...]
-    loss: Tensor
+    loss: Tensor = field(repr=False)
+    digests: np.ndarray | None = None
 
     def to_json(self) -> str:
         """Return the content of a sensitivity file."""
@@ -79,6 +84,7 @@ class Sensitivity:
             "metrics": self.metrics,
             "kept": self.kept,
             "loss": [[[round(v, 7) for v in row] for row in table] for table in self.loss.tolist()],
+            "digests": None if self.digests is None else [f"{v:016x}" for v in self.digests.tolist()],
         }
         return json.dumps(value) + "\n"
 
@@ -88,11 +94,11 @@ class Sensitivity:
         path = Path(file)
         path = path / SENSITIVITY_FILE if path.is_dir() else path
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(read_text(path))
             if value["format_version"] > FORMAT_VERSION:
                 raise InputError(f"{path}: a sensitivity of a newer version of ssmcompress: upgrade it")
             sensitivity = cls(
-                model={k: value["model"][k] for k in ("sha256", "depth", "length")},
+                model={k: value["model"][k] for k in ("depth", "length")} | {"weights": value["model"].get("weights")},
                 data={"name": str(value["data"]["name"]), "images": int(value["data"]["images"])},
                 objective=value["objective"],
                 refit=bool(value["refit"]),
@@ -102,6 +108,7 @@ class Sensitivity:
                 metrics=tuple(str(v) for v in value["metrics"]),
                 kept=tuple(int(v) for v in value["kept"]),
                 loss=torch.tensor(value["loss"], dtype=torch.float64),
+                digests=_parse_digests(value.get("digests")),
             )
             sensitivity._check()
         except OSError as error:
@@ -145,16 +152,23 @@ class Sensitivity:
         ours = identify(model)
         if ours != self.model:
             key = next(k for k in ours if ours[k] != self.model[k])
-            raise InputError(
-                f"the sensitivity was measured on another model ({key} {self.model[key]}, this one has "
-                f"{ours[key]}): leave it out to measure anew"
-            )
+            what = f"on another model ({key} {self.model[key]}, this one has {ours[key]})"
+            if key == "weights":
+                what = "with other weights, another image size or other preprocessing"
+            raise InputError(f"the sensitivity was measured {what}: leave it out to measure anew")
 
 
 def identify(model: TokenModel) -> dict[str, Any]:
     """Return what identifies the model of a sensitivity, as a JSON value."""
-    sha = model.source.sha256 if model.source is not None else None
-    return {"sha256": sha, "depth": len(model.blocks), "length": model.length}
+    return {"depth": len(model.blocks), "length": model.length, "weights": fingerprint(model)}
+
+
+def _parse_digests(value: Any) -> np.ndarray | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise TypeError("digests that are no list")
+    return np.unique(np.array([int(v, 16) for v in value], np.uint64))
 
 
 def candidate_layers(depth: int) -> tuple[int, ...]:

@@ -1,0 +1,90 @@
+"""What repeated timings say: medians, quartiles, whether a difference is more than noise, and how busy the machine was.
+
+Models that are compared are timed in the same rounds, each once a round. A disturbance then hits both, so the times of
+a round are compared with each other: a two-sided sign test over the rounds says whether one model is faster. Of the 9
+rounds of a report, 8 must have the same sign.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .binomial import sign_test
+
+SIGNIFICANT = 0.05
+# The load includes this process, which fills all cores while it measures; the average then exceeds their number a bit.
+OWN_LOAD = 0.5
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Times of several models that were run in the same rounds.
+
+    Attributes:
+        rounds: by name, milliseconds of each round.
+        load: processes that wanted a core, averaged over the minute before; None where the system does not say.
+    """
+
+    rounds: Mapping[str, Sequence[float]]
+    load: float | None = None
+
+    def median(self, name: str) -> float:
+        """Return the median milliseconds of a model."""
+        return statistics.median(self.rounds[name])
+
+    def quartiles(self, name: str) -> list[float]:
+        """Return the lower and the upper quartile of a model's milliseconds."""
+        return quartiles(self.rounds[name])
+
+    def compare(self, slow: str, fast: str) -> dict[str, Any]:
+        """Return how many times faster one model is than another, as a JSON value.
+
+        Returns:
+            `speed_up`, the ratio of the medians; `speed_up_quartiles` of the ratios by round; and `within_noise`.
+        """
+        ratios = [a / b for a, b in zip(self.rounds[slow], self.rounds[fast], strict=True)]
+        return {
+            "speed_up": self.median(slow) / self.median(fast),
+            "speed_up_quartiles": quartiles(ratios),
+            "within_noise": self.within_noise(slow, fast),
+        }
+
+    def within_noise(self, one: str, other: str) -> bool:
+        """Return whether the rounds do not tell which of two models is faster."""
+        return within_noise(self.rounds[one], self.rounds[other])
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the lower and the upper quartile."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def within_noise(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether a sign test over paired times finds no difference at 5 %; fewer than six pairs cannot."""
+    pairs = list(zip(one, other, strict=True))
+    return sign_test(sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)) >= SIGNIFICANT
+
+
+def system_load() -> float | None:
+    """Return the load average of the last minute, or None on a system that has none."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (OSError, AttributeError):  # Windows has no such function
+        return None
+
+
+def describe_load(load: float | None) -> dict[str, Any]:
+    """Return `load` and the number of `cores` of the machine, as a JSON value."""
+    return {"load": load, "cores": os.cpu_count()}
+
+
+def is_busy(load: float | None, cores: int | None) -> bool:
+    """Return whether more processes wanted a core than there are cores."""
+    return load is not None and cores is not None and load > cores + OWN_LOAD

@@ -1,0 +1,133 @@
+"""Jobs as functions for Python: `search` finds a plan for a budget, `compare` sets methods next to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from numbers import Real
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..compression.calibrate import calibrate
+from ..data.batches import Batches, sample_indices
+from ..errors import InputError
+from ..models.base import TokenModel
+from ..models.inputs import check_dense, to_batches
+from ..pruning.alignment import Alignment
+from ..pruning.plan import Plan
+from .compare import compare_methods
+from .images import CalibrationImages
+from .requests import SAMPLES, CompareRequest, DataOptions
+from .search import SearchRequest, search_plan
+
+
+def search(
+    model: TokenModel,
+    data: Any,
+    *,
+    flops: float | None = None,
+    latency: float | None = None,
+    stages: Sequence[int] | None = None,
+    importance: str | None = None,
+    alignment: Alignment | bool = True,
+    reconstruct: bool = True,
+) -> Plan:
+    """Search for the plan that loses least within a budget, and calibrate it.
+
+    Args:
+        model: the dense model.
+        data: as `ssmcompress.calibrate` takes it; 1,024 images of it are used at most. Tensors and loaders are read
+            into memory, up to 4 GiB.
+        flops, latency: share of the dense model's to keep, above 0 and below 1; give one of them.
+        stages, importance: the layers and the metric to choose from; None: all.
+        alignment: as for `make_plan`.
+        reconstruct: whether the model is reconstructed afterwards: plans are then judged for that, and the budget
+            leaves room for the corrections.
+
+    Returns:
+        A plan for `prune`, with its calibration.
+
+    Raises:
+        BudgetError: the budget is out of reach. InputError: arguments or images that cannot be used.
+    """
+    check_dense(model)
+    budgets = {"flops": flops, "latency": latency}
+    if len(given := [name for name, value in budgets.items() if value is not None]) != 1:
+        raise InputError(f"{' and '.join(f'`{name}`' for name in given) or 'no budget'}: give `flops` or `latency`")
+    _check_shares(given[0], (budgets[given[0]],))
+    batches = to_batches(model, data)
+    chosen = sample_indices(len(batches.index), SAMPLES, 0)[0]
+    calibration = _select(batches, chosen)
+    alignment = Alignment(alignment, alignment) if isinstance(alignment, bool) else alignment
+    layers = tuple(stages) if stages is not None else None
+    request = SearchRequest(**budgets, stages=layers, importance=importance, alignment=alignment)
+    images = CalibrationImages(calibration, calibration, len(chosen))
+    plan = search_plan(model, request, images, DataOptions(), gap="calibrated", reconstruct=reconstruct).plan
+    return calibrate(model, calibration, plan, name=batches.source.name)
+
+
+def compare(
+    model: TokenModel,
+    data: Any,
+    *,
+    ratios: Sequence[float] = CompareRequest.ratios,
+    flops: Sequence[float] | None = None,
+    methods: Sequence[str] | None = None,
+    eval_data: Any = None,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Compare methods on a dense model, at the same FLOPs and on the same images.
+
+    Args:
+        data: images to calibrate on, as for `search`; without `eval_data`, half of them at most, and the methods are
+            measured on the others.
+        ratios: shares of the tokens to remove at each stage. flops: shares of the FLOPs to keep, instead of these.
+        methods: names of methods (`ssmcompress.jobs.methods.NAMES`); None: those without search and reconstruction.
+        eval_data: images to measure on, with labels or without.
+        output: folder for the rows, as JSON and CSV, and charts; a comparison that is there is continued. None: nothing
+            is kept.
+        force: start afresh in a folder that has another comparison.
+
+    Returns:
+        A JSON object with the `rows`: for each method and level the `method`, `ratio`, `top1`, `agreement`, `kl`,
+        `flops`, `latency_ms`, ...
+
+    Raises:
+        InputError: arguments, images or a folder that cannot be used.
+    """
+    check_dense(model)
+    for name, values in (("ratios", ratios), ("flops", flops), ("methods", methods)):
+        if isinstance(values, (str, Real)):
+            raise InputError(f"`{name}` {values!r}: expected several, [{values!r}]")
+    _check_shares("flops", flops or ())
+    request = CompareRequest(
+        ratios=tuple(ratios),
+        flops=None if flops is None else tuple(flops),
+        methods=None if methods is None else tuple(methods),
+    )
+    request.check()
+    images = _split(to_batches(model, data), None if eval_data is None else to_batches(model, eval_data))
+    with TemporaryDirectory(prefix="ssmcompress-") as folder:
+        return compare_methods(model, request, folder if output is None else output, force=force, images=images)
+
+
+def _check_shares(name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if not isinstance(value, Real) or not 0 < value < 1:
+            raise InputError(f"`{name}` {value!r}: expected a share of the dense model's to keep, above 0 and below 1")
+
+
+def _split(data: Batches, measured: Batches | None) -> CalibrationImages:
+    """Return images to calibrate on and to measure on; without `measured`, half of `data` at most is calibrated on."""
+    count = len(data.index)
+    if count < (2 if measured is None else 1):
+        raise InputError(f"{data.source.name} has {count} images: expected one to calibrate and one to measure on")
+    chosen, rest = sample_indices(count, min(SAMPLES, count // 2) if measured is None else SAMPLES, 0)
+    measured = _select(data, rest) if measured is None else measured
+    return CalibrationImages(_select(data, chosen), measured, len(chosen))
+
+
+def _select(batches: Batches, rows: Sequence[int]) -> Batches:
+    return replace(batches, index=[batches.index[row] for row in rows], unreadable=set())

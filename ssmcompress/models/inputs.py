@@ -1,0 +1,158 @@
+"""What callers pass to the library: models, and images for a model, brought into one form or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.any_batches import AnyBatches, InputSpec, check_classes
+from ..data.batches import Batches
+from ..data.find import open_images
+from ..data.images import Images
+from ..data.tables import is_table, read_dataset
+from ..errors import InputError
+from .base import TokenModel
+from .precision import check_not_quantised
+
+
+def check_model(model: Any, name: str = "model") -> None:
+    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or quantised; `name` is its name."""
+    if isinstance(model, TokenModel):
+        check_not_quantised(model)
+        return
+    if isinstance(model, (str, Path)):
+        raise InputError(f"`{name}` is the name {str(model)!r}: pass the model, load({str(model)!r})")
+    if isinstance(model, nn.Module):
+        raise InputError(f"`{name}` is a {type(model).__name__} of other code: pass load(...) of it")
+    if isinstance(model, Mapping):
+        raise InputError(f"`{name}` is a dict: pass load(...) of the state dict or checkpoint")
+    raise InputError(f"`{name}` is a {type(model).__name__}: expected a model of ssmcompress.load()")
+
+
+def check_dense(model: Any) -> None:
+    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned already."""
+    check_model(model)
+    if model.plan is not None:
+        origin = f", {model.source.path}" if model.source is not None and model.source.path else ""
+        raise InputError(f"the model is pruned already; expected the dense model that it was made from{origin}")
+
+
+def check_module(model: Any, name: str = "model") -> None:
+    """Raise an InputError if an argument is not a model at all; any `torch.nn.Module` is one."""
+    if not isinstance(model, nn.Module):
+        check_model(model, name)
+
+
+def as_batches(model: nn.Module, data: Any, *, repeat: bool = True, labelled: bool = False) -> AnyBatches:
+    """Return images for a model as batches.
+
+    Args:
+        model: the model that the images are for. Any module will do, unless it has to prepare them.
+        data: what `AnyBatches` takes; or the name of images, as `ssmcompress.open_images` takes it, or `Images`, which
+            are prepared by the model's transform.
+        repeat, labelled: as `AnyBatches` has them.
+
+    Raises:
+        InputError: data that cannot be used.
+    """
+    if isinstance(data, AnyBatches):
+        return data
+    opened = open_batches(model, data)
+    return AnyBatches(
+        data if opened is None else opened, _spec_of(model), repeat=repeat, labelled=labelled, named=opened is not None
+    )
+
+
+def open_batches(model: nn.Module, data: Any) -> Batches | None:
+    """Return the images that `data` names as batches for a model; None if it names none.
+
+    Args:
+        data: a name, as `ssmcompress.open_images` takes it, `Images`, or a data set of the library `datasets`.
+
+    Raises:
+        InputError: images that cannot be opened; or a module that does not say how to prepare them.
+    """
+    table = is_table(data)
+    if not table and not isinstance(data, (str, Path, Images)):
+        return None
+    if not isinstance(model, TokenModel):
+        raise InputError(
+            f"a {type(model).__name__} does not say how to prepare images: pass batches of tensors, or load(...) of it"
+        )
+    if table:
+        data = read_dataset(data, model.config.num_classes)
+    elif not isinstance(data, Images):
+        data = open_images(data, model.config.num_classes)
+    return Batches(data, model.transform())
+
+
+def to_batches(model: TokenModel, data: Any) -> Batches:
+    """Return images for a model as `Batches`; tensors and loaders are read into memory.
+
+    Args:
+        data: as `as_batches` takes it.
+
+    Raises:
+        InputError: data that cannot be used, or more than fits `AnyBatches.read_all`.
+    """
+    batches = data if isinstance(data, Batches) else open_batches(model, data)
+    if batches is not None:
+        return batches
+    images, labels = as_batches(model, data, repeat=False, labelled=True).read_all()
+    check_classes(labels, model.config.num_classes)
+    source = Images(
+        "images",
+        len(images),
+        lambda i: PreparedImage(images[i]),
+        lambda i: f"image {i}",
+        None if labels is None else tuple(labels.tolist()),
+    )
+    return Batches(source, attrgetter("image"), pictures=False)
+
+
+class PreparedImage:
+    """A prepared image (channels, height, width) in the place of a picture; it has what `digest_picture` reads."""
+
+    mode = "RGB"
+
+    def __init__(self, image: Tensor):
+        self.image, self.size = image, tuple(image.shape)
+
+    def tobytes(self) -> bytes:
+        """Return the values, by which the image is recognised in other data."""
+        return self.image.float().numpy().tobytes()
+
+
+def open_training(model: TokenModel, data: Any) -> Batches:
+    """Return the images to train a model on, which are read again and augmented in each epoch.
+
+    Args:
+        data: as `open_batches` takes it, or `Batches`.
+
+    Raises:
+        InputError: other data, or images that cannot be opened.
+    """
+    batches = data if isinstance(data, Batches) else open_batches(model, data)
+    if batches is None:
+        found = repr(data) if data is None else f"a {type(data).__name__}"
+        raise InputError(
+            f"{found} to train on: expected a folder, open_images(...) or `Batches`, because the images are augmented "
+            f"anew in each epoch"
+        )
+    return batches
+
+
+def _spec_of(model: nn.Module) -> InputSpec:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if not isinstance(model, TokenModel):
+        return InputSpec(dtype=dtype)
+    # Made when first needed: timm, which makes it, takes seconds to import.
+    transform = cache(model.transform)
+    shape = model.config.in_chans, *model.config.image_size
+    return InputSpec(shape, dtype, lambda image: transform()(image), model.preprocessing)

@@ -1,0 +1,132 @@
+"""Warnings about accuracy at chance and low agreement."""
+
+import json
+
+import pytest
+import torch
+from command_line import call, call_json
+from conftest import make_vim, write_image
+
+from ssmcompress.evaluation.measure import Evaluation
+from ssmcompress.jobs import report_text
+from ssmcompress.jobs.doubts import Subject, find_doubts, is_at_chance
+
+
+@pytest.mark.parametrize(
+    ("top1", "images", "classes", "expected"),
+    [
+        (0.0, 50, 1000, True),
+        (2.0, 50, 1000, True),  # one of 50 is right now and then
+        (0.1, 50_000, 1000, True),
+        (0.2, 50_000, 1000, False),
+        (10.0, 2000, 10, True),
+        (14.0, 2000, 10, False),
+        (50.0, 200, 2, True),
+        (0.0, 3, 2, False),  # too few images to tell
+        (100 / 3, 3, 2, False),
+        (0.0, 8, 10, False),
+        (100.0, 40, 10, False),
+        (100.0, 40, 1, False),  # one class is always right
+    ],
+)
+def test_what_counts_as_chance(top1, images, classes, expected):
+    assert is_at_chance(top1, images, classes) is expected
+
+
+def dense_at_chance(**facts):
+    (line,) = find_doubts(Subject(10, 100, **facts), Evaluation(100, True, top1=9.0), None)
+    return line
+
+
+def test_likely_causes_follow_from_what_is_known():
+    assert "`mean` and `std`, which were assumed" in dense_at_chance(assumed=True)
+    assert "`mean`" not in dense_at_chance()
+    assert "classes, which are numbered by their names" in dense_at_chance(by_name=True)
+    for line in (dense_at_chance(), dense_at_chance(assumed=True, by_name=True)):
+        assert "the dense model finds the class of 9 % of 100 images" in line
+        assert "`stride` or `architecture`" in line
+
+
+@pytest.mark.parametrize(
+    ("facts", "advice"),
+    [
+        ({"own_images": False}, "give `data`"),
+        ({}, "refit later layers (`reconstruct`"),
+        ({"refitted": True}, "keep more tokens (a lower `ratio`, a higher `flops`), or fine-tune"),
+        ({"refitted": True, "tuned": True}, "fine-tune for more epochs"),
+        ({"pruned": False}, "the dense model that this one was made from"),
+    ],
+    ids=str,
+)
+def test_the_next_lever_is_one_that_was_not_used(facts, advice):
+    subject = Subject(10, 40, **{"pruned": True, **facts})
+    (line,) = find_doubts(subject, None, Evaluation(40, False, agreement=47.5, kl=1.0))
+    assert line.startswith("only 47.5 % of 40 images get the dense model's class")
+    assert advice in line
+
+
+def test_good_figures_and_missing_ones_are_no_reason_to_warn():
+    subject = Subject(10, 40, pruned=True)
+    good = Evaluation(40, True, top1=80.0, agreement=50.0, kl=0.1)
+    assert find_doubts(subject, Evaluation(40, True, top1=82.0), good) == []
+    assert find_doubts(subject, None, Evaluation(40, False)) == []
+
+
+def test_without_the_dense_model_the_model_itself_is_judged():
+    subject = Subject(10, 40, pruned=True)
+    (line,) = find_doubts(subject, None, Evaluation(40, True, top1=10.0))
+    assert line.startswith("the model finds")
+    (line,) = find_doubts(subject, None, Evaluation(40, True, top1=10.0, agreement=20.0))
+    assert line.startswith("only 20 %")  # pruning explains it
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_commands_say_so(checkpoint, class_folders, tmp_path):
+    """A model with random weights is at chance, and so is what is made from it."""
+    plain = call("evaluate", checkpoint, "--data", class_folders).stdout
+    assert "warning: the dense model finds the class" in plain or "warning: the model finds the class" in plain
+    assert "--mean and --std, which were assumed" in plain
+    given = ("--data", class_folders, "--mean", 0.5, "--std", 0.5)
+    quiet = call("evaluate", checkpoint, *given, "--json")
+    assert json.loads(quiet.stdout)["warnings"]
+    assert "warning: " in quiet.stderr
+    assert "--mean" not in quiet.stderr
+    options = ("--data", class_folders, "--eval-data", class_folders, "--no-latency")
+    found = call_json("prune", checkpoint, "--ratio", 0.9, "--no-align", "--no-reconstruct", *options, "-o", "m")
+    assert found["agreement"]["top1"] < 50
+    assert [line.split(" ")[0] for line in found["warnings"]] == ["the", "only"]
+    shown = call("report", "m", "--html", "page.html").stdout
+    assert "refit later layers (--reconstruct" in shown
+    with open("page.html") as page, open("m/README.md") as card:
+        assert "<code>reconstruct</code>" in page.read()
+        assert "warning: only" in card.read()
+    compared = call("compare", checkpoint, *options, "--methods", "naive", "--ratios", "30%")
+    assert "warning: the dense model finds" in compared.stdout
+
+
+def test_a_page_escapes_what_is_not_code():
+    marked = report_text._mark_code("a `mean` <b>")
+    assert marked == "a <code>mean</code> &lt;b&gt;"
+    assert report_text._mark_code("odd ` <") == "odd ` &lt;"
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_default_preprocessing_is_said_once_and_remembered(tmp_path):
+    torch.save(make_vim(depth=2).state_dict(), "vim.pt")
+    for i in range(4):
+        write_image(tmp_path / "images" / f"{i}.png", i)
+    options = ("--data", tmp_path / "images", "--no-latency", "--no-reconstruct")
+    said = call("prune", "vim.pt", *options, "-o", "m").stderr
+    line = "preprocessing is not in the file; assumed: --mean 0.485,0.456,0.406, --std 0.229,0.224,0.225, --crop-pct 1"
+    assert said.count(line) == 1
+    with open("m/config.json") as file:
+        assert json.load(file)["preprocessing"]["assumed"] is True
+    assert "preprocessing was assumed: mean 0.485" in call("report", "m").stdout
+    assert line in call("evaluate", "m", "--data", tmp_path / "images").stderr
+    assert line not in call("evaluate", "m", "--data", tmp_path / "images", "--quiet").stderr
+    given = call("prune", "vim.pt", *options, "--crop-pct", "90%", "-o", "n")
+    assert "assumed" not in given.stderr + given.stdout
+    with open("n/config.json") as file:
+        preprocessing = json.load(file)["preprocessing"]
+    assert preprocessing["crop_pct"] == 0.9
+    assert "assumed" not in preprocessing
