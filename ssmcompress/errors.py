@@ -4,6 +4,8 @@ The command line prints the message as one line on stderr and exits with `exit_c
 library in backticks (`samples`, `force=True`); the command line shows its own options instead (--samples, --force).
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -35,4 +37,15 @@ class VerificationError(SsmCompressError):
         self.result = result
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the most similar of the known names, "" where none is similar."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 NOT_FINITE = "the model's values are not finite on these images: check its weights, and `mean` and `std`"
+
+
+def escape_control(text: str) -> str:
+    """Return a text with its control characters escaped: a file name may hold some that a terminal obeys."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

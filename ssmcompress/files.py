@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,8 +11,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
+from .progress import note
+
+# Files that ssmcompress writes into the folder of a model. A folder's report.json names the others: under `files` those
+# that steps added, under `onnx` the file that was exported into it.
+OWN_FILES = {
+    "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "sensitivity.json",
+    "last.safetensors", "finetuning.png",
+}  # fmt: skip
+SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 
 
 def sha256(path: Path) -> str:
@@ -23,33 +34,56 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+def check_regular(path: Path) -> None:
+    """Raise an OSError if `path` exists and is no regular file: a pipe or a device may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a regular file in UTF-8; OSError or UnicodeDecodeError if it has none."""
+    check_regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = (), *, folder: bool = False) -> None:
     """Check before a long computation that `path` can be written; no file or folder is left behind.
 
     Args:
         path: the file or folder to be written. force: whether an existing one may be replaced.
         inputs: files and folders that are read, which `path` must not be or contain.
+        folder: whether a folder will be written.
 
     Raises:
-        InputError: `path` exists, holds one of the `inputs`, or cannot be written.
+        InputError: `path` exists, holds one of the `inputs` or what ssmcompress did not write, or cannot be written.
     """
     for name in inputs:
         if name is not None and Path(name).exists() and path.exists():
             source = Path(name).resolve()
             if path.resolve() in (source, *source.parents):
                 raise InputError(f"{path} is, or holds, the input {name}; choose another output")
+    if folder and os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"{path} is a file; expected the name of a folder to write")
     with _workplace(path, force):
-        pass
+        if path.is_dir() and (foreign := _list_foreign(path)):
+            raise _foreign_error(path, foreign)
 
 
 @contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that is moved to `path` on success and deleted if the body of the with raises."""
+    """Yield a temporary folder that is moved to `path` on success and deleted if the body of the with raises.
+
+    With `force`, a folder that ssmcompress wrote is replaced as a whole; a note names what else it held. Callers with
+    long work check it with `check_target` before, which refuses files that ssmcompress did not write.
+    """
     with _workplace(path, force) as workplace:
         folder = workplace / "new"
         folder.mkdir()
         yield folder
+        others = sorted([*_list_exported(path), *_list_foreign(path)]) if path.is_dir() else []
         _move(folder, path, workplace, force)
+        if others:
+            note(f"removed {', '.join(str(path / name) for name in others)} with the model that was replaced")
 
 
 def write_file(path: Path, content: bytes, force: bool = False) -> None:
@@ -93,14 +127,47 @@ def _refuse_existing(path: Path, force: bool) -> None:
     if not force:
         raise InputError(f"{path} exists; choose another output or pass `force=True` to replace it")
     if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
-        raise InputError(f"{path} holds files that ssmcompress did not write; `force=True` does not replace those")
+        raise _foreign_error(path, _list_foreign(path))
+
+
+def _foreign_error(folder: Path, names: list[str]) -> InputError:
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return InputError(
+        f"{folder} holds files that ssmcompress did not write ({listed}); `force=True` does not remove those: move "
+        "them away, or choose another output"
+    )
 
 
 def _is_ours(folder: Path) -> bool:
+    return "format_version" in _read_json(folder / "config.json")
+
+
+def _list_foreign(folder: Path) -> list[str]:
+    """Return the names of what ssmcompress did not write in a folder."""
+    names = {entry.name for entry in folder.iterdir()}
+    if not _is_ours(folder):
+        return sorted(names)
+    files = _read_json(folder / "report.json").get("files")
+    added = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+    return sorted(names - OWN_FILES - SYSTEM_FILES - added - _list_exported(folder))
+
+
+def _list_exported(folder: Path) -> set[str]:
+    """Return the names of the ONNX files in a folder that were exported from the model in it."""
+    onnx = _read_json(folder / "report.json").get("onnx")
+    name = onnx.get("file") if isinstance(onnx, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        return set()
+    return {part for part in (name, f"{name}.data") if (folder / part).is_file()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, {} where there is none."""
     try:
-        return "format_version" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        value = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

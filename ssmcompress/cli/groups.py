@@ -14,7 +14,10 @@ import typer
 
 from .. import processes
 from ..errors import InputError
+from .devices import explain_device
+from .inputs import check_inputs, check_model
 from .options import BUDGET, FINETUNING, HARDWARE, IMAGES, MODEL_FILE, OUTPUT, PRUNING, option
+from .terminal import is_quiet, progress_bars
 from .values import IMPORTANCE_NAMES, GapSource, Precision, parse_numbers, parse_ratios, parse_share, parse_size
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from ..jobs.finetune import FinetuneOptions
     from ..jobs.requests import DataOptions, MeasureOptions, PlanRequest
     from ..models.base import TokenModel
+    from ..models.checkpoint import LoadOptions
 
 # Heavy imports (torch takes two seconds) stay inside the methods, so that --help answers at once.
 
@@ -77,7 +81,7 @@ class Hardware(Processor):
             device = torch.device(processes.start(self.device))
             torch.zeros(1, device=device).item()  # a meta device has no values
         except Exception as error:
-            raise InputError(f"--device {self.device}: not available here") from error
+            raise InputError(f"--device {self.device}: {explain_device(self.device, error)}") from error
         # By default torch lets convolutions in float32, and so the patch embedding, round to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         return device
@@ -93,7 +97,13 @@ class Reading:
     stride: Annotated[
         int | None, option(MODEL_FILE, min=1, help="Step between patches in pixels. Default: the patch size.")
     ] = None
-    weights: Annotated[str, option(MODEL_FILE, help="Entry of a training checkpoint: model or model_ema.")] = "model"
+    weights: Annotated[
+        str, option(MODEL_FILE, help="Entry of a checkpoint: model, model_ema, or the name of another one.")
+    ] = "model"
+    architecture: Annotated[
+        str | None,
+        option(MODEL_FILE, help="vim or plain_mamba, where neither the weights nor the rest of the file says it."),
+    ] = None
     unsafe_load: Annotated[
         bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
     ] = False
@@ -104,11 +114,19 @@ class Reading:
         Raises:
             InputError: a file that cannot be read as one.
         """
+        check_model(checkpoint)
         from ..models.checkpoint import load
 
-        size, device = parse_size(self.image_size), hardware.start()
-        options = {"stride": self.stride, "weights": self.weights, "unsafe_load": self.unsafe_load}
-        return load(checkpoint, image_size=size, device=device, **options)
+        options, device = vars(self.options()), hardware.start()
+        with progress_bars(is_quiet()):
+            return load(checkpoint, device=device, **options)
+
+    def options(self) -> LoadOptions:
+        """As the library takes them."""
+        from ..models.checkpoint import LoadOptions
+
+        size = parse_size(self.image_size)
+        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, self.architecture)
 
     @property
     def folder_labels(self) -> dict[str, Any]:
@@ -126,7 +144,7 @@ class Load(Reading):
     ] = None
     std: Annotated[str | None, option(MODEL_FILE, help="Standard deviation of the same.")] = None
     crop_pct: Annotated[
-        float | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps.")
+        str | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps, 0.875 or 87.5%.")
     ] = None
     interpolation: Annotated[str | None, option(MODEL_FILE, help="bicubic, bilinear, nearest or lanczos.")] = None
 
@@ -136,13 +154,11 @@ class Load(Reading):
         Raises:
             InputError: a file that cannot be read as one, or preprocessing that cannot be.
         """
+        mean, std = parse_numbers(self.mean, "--mean"), parse_numbers(self.std, "--std")
+        crop_pct = parse_share(self.crop_pct, "--crop-pct")
         model = super().open(checkpoint, hardware)
-        model.preprocessing = model.preprocessing.changed(
-            mean=parse_numbers(self.mean, "--mean"),
-            std=parse_numbers(self.std, "--std"),
-            crop_pct=self.crop_pct,
-            interpolation=self.interpolation,
-        )
+        changes = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": self.interpolation}
+        model.preprocessing = model.preprocessing.changed(**changes)
         return model
 
 
@@ -169,10 +185,10 @@ class Measure(Batching):
         return MeasureOptions(self.dtype.value, latency)
 
 
-NoLatency = Annotated[bool, option(HARDWARE, "--no-latency", help="Do not time the models at batch 1.")]
+NoLatency = Annotated[bool, option(HARDWARE, "--no-latency", help="Do not time the models.")]
 Data = Annotated[
     str | None,
-    option(IMAGES, help="Folder of (class folders of) images, parquet, arrow or tar file, or hub name:split."),
+    option(IMAGES, help="Folder of (class folders of) images, parquet, arrow or tar file, folder:split or hub:split."),
 ]
 
 
@@ -188,6 +204,14 @@ class TrainingImages:
         int,
         option(IMAGES, min=0, max=2**31 - 1, help="Seed for sampling images and for every other random choice."),
     ] = 0
+
+    def check(self, model: str) -> None:
+        """Check the names of these images, and of the model that they are for, before anything is loaded.
+
+        Raises:
+            InputError: a name that cannot be right.
+        """
+        check_inputs(model, {"--data": self.data, "--eval-data": self.eval_data})
 
     def options(self, batching: Batching) -> DataOptions:
         """As the library takes them."""
@@ -212,7 +236,7 @@ class Budget:
 
     ratio: Annotated[
         str | None,
-        option(BUDGET, help="Share of tokens REMOVED at each stage, or one a stage: 0.3 or 0.2,0.3,0.4. Default 0.3."),
+        option(BUDGET, help="Share of tokens REMOVED at each stage, or one a stage: 30%, 0.3, 20%,30%. Default 0.3."),
     ] = None
     flops: Annotated[
         str | None, option(BUDGET, help="Share of the FLOPs to KEEP, 60%; searches for the plan that loses least.")
@@ -272,7 +296,8 @@ class Pruning(Stages):
         ),
     ] = None
     plan: Annotated[
-        str | None, option(PRUNING, help="JSON file with a plan: --dry-run --json output, or a model's config.json.")
+        str | None,
+        option(PRUNING, help="Plan to use: a pruned model's folder, file or report, or the JSON of --dry-run --json."),
     ] = None
 
     def plan_request(self, budget: Budget) -> PlanRequest:
@@ -281,8 +306,8 @@ class Pruning(Stages):
 
         return PlanRequest(
             ratio=parse_ratios(budget.ratio),
-            flops=parse_share(budget.flops, "--flops"),
-            latency=parse_share(budget.latency, "--latency"),
+            flops=parse_share(budget.flops, "--flops", "the share to keep"),
+            latency=parse_share(budget.latency, "--latency", "the share to keep"),
             file=self.plan,
             search=budget.search,
             stages=parse_numbers(self.stages, "--stages", int),
@@ -315,13 +340,8 @@ class Training:
         ),
     ] = None
     ramp: Annotated[
-        float | None,
-        option(
-            FINETUNING,
-            min=0,
-            max=1,
-            help="Share of the fine-tuning over which pruning rises from nothing to its target.",
-        ),
+        str | None,
+        option(FINETUNING, help="Share of the fine-tuning over which pruning rises from nothing to its target, 50%."),
     ] = None
     tensorboard: Annotated[
         str | None, option(FINETUNING, help="Folder to log the fine-tuning to, for TensorBoard.")
@@ -336,7 +356,7 @@ class Training:
     def _recipe(self, epochs: int | None) -> Recipe:
         from ..compression.finetune.recipe import Recipe
 
-        values = {"epochs": epochs, "ramp": self.ramp}
+        values = {"epochs": epochs, "ramp": parse_share(self.ramp, "--ramp")}
         given = [f"{key}={value}" for key, value in values.items() if value is not None]
         return Recipe.from_name(self.recipe).with_changes([*(self.recipe_changes or []), *given])
 

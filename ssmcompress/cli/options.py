@@ -10,6 +10,8 @@ from typing import Any, get_type_hints
 
 import typer
 
+from ..errors import InputError
+
 BUDGET, PRUNING, IMAGES, MODEL_FILE = "Budget", "What to prune", "Images", "Model file"
 FINETUNING, OUTPUT, HARDWARE = "Fine-tuning", "Output", "Hardware"
 PANELS = (BUDGET, PRUNING, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
@@ -36,6 +38,9 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
+        # An unset variable of a shell gives an empty text, which must not count as the default or the working folder.
+        if empty := [name for name, value in values.items() if isinstance(value, str) and not value.strip()]:
+            raise InputError(f"`{empty[0]}` is empty: give a value, or leave it out")
         built = {
             name: group(**{field: values.pop(field) for field in names}) for name, (group, names) in groups.items()
         }

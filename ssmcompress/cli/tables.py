@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError
+from .terminal import readable
 
 WIDTH = 80  # columns, where stdout is not a terminal
 # Characters that the column of names may always take; longer names are folded if figures need the room.
@@ -22,6 +23,11 @@ PADDING = 2  # characters between two columns
 def print_json(value: Any) -> None:
     """Print the one JSON object that --json promises."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def write(line: str) -> None:
+    """Print a line of text on stdout."""
+    print(readable(line))
 
 
 def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
@@ -37,13 +43,13 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
     width = _width()
     for columns in _fit(header, rows, width):
         table = Table(box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
-        table.add_column(header[0], justify="left", overflow="fold")
+        table.add_column(readable(header[0]), justify="left", overflow="fold")
         for column in columns:
-            table.add_column(header[column], justify="right", no_wrap=True)
+            table.add_column(readable(header[column]), justify="right", no_wrap=True)
         for name, cells in rows:
-            shown = [cells[column - 1] for column in columns]
+            shown = [readable(cells[column - 1]) for column in columns]
             if any(shown) or len(columns) == len(header) - 1:  # a row may have figures in another table alone
-                table.add_row(name, *shown)
+                table.add_row(readable(name), *shown)
         needed = sum(_column_width(header, rows, column) for column in columns)
         widest = _names_width(header, rows, width) + needed
         # No markup: names of users' folders are shown as they are.
@@ -94,7 +100,7 @@ def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) ->
         return
     show_table(["", *report_text.list_columns(report)], report_text.format_rows(report))
     for note in report_text.format_notes(report):
-        print(f"  {note}")
+        write(f"  {note}")
     maps, fits = report_text.format_fits(report)
     if fits and verbose:
         print("\nwhat each refitted map misses of its target on held-out images, before -> after")
@@ -107,10 +113,10 @@ def show_preview(value: dict[str, Any], as_json: bool) -> None:
         print_json(value)
         return
     for stage in value["stages"]:
-        print(f"  after layer {stage['after']}: {stage['kept']} of {stage['of']} tokens, {stage['importance']}")
+        write(f"  after layer {stage['after']}: {stage['kept']} of {stage['of']} tokens, {stage['importance']}")
     for convention in ("full", "paper"):
         dense, pruned = (value[name]["flops"][convention] for name in ("dense", "pruned"))
-        print(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
+        write(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
 
 
 def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
@@ -125,25 +131,39 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         rows = []
         for m in models:
             cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
-            cells += [f"{m['images_per_second']:.1f}", f"{m['times_faster']:.2f}x"]
+            tilde = "~" if m["within_noise"] else ""
+            cells += [f"{m['images_per_second']:.1f}", f"{tilde}{m['times_faster']:.2f}x"]
             cells += [f"{m['products_ms']:.1f}", f"{m['times_products']:.2f}"]
             cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
             rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
         show_table([*header, "peak MB", "one layer's MB"], rows)
-        print("  faster: than the first model. products: the model's matrix products alone, and how many of them the")
-        print(
-            "  forward takes. peak: most memory of tensors at once, beside what the ops of one layer, or of a stem that"
-        )
-        print("  takes more, hand to each other.")
+        print("  faster: than the first model; ~: the difference is within the noise. products: the model's matrix")
+        print("  products alone, and how many of them the forward takes. peak: most memory of tensors at once, beside")
+        print("  what the ops of one layer, or of a stem that takes more, hand to each other.")
         if with_reference:
             print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
         _show_ops(ops)
     s = result["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
-    print(
+    write(
         f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
     )
+    _show_load(s)
+
+
+def _show_load(settings: dict[str, Any]) -> None:
+    """Note a machine that was busy during a measurement."""
+    from ..jobs.report_text import list_load_notes
+
+    for note in list_load_notes(settings):
+        write(f"  {note}")
+
+
+def show_warnings(value: dict[str, Any]) -> None:
+    """Print the warnings of a result, below its table."""
+    for warning in value.get("warnings") or ():
+        write(f"  warning: {warning}")
 
 
 def _show_ops(ops: list[dict[str, Any]]) -> None:
@@ -165,8 +185,8 @@ def _show_ops(ops: list[dict[str, Any]]) -> None:
         header = [f"{'x'.join(map(str, case[0]))}, {case[1]}", "by", "ms", "quartiles", "ns/element", "x reference"]
         show_table([*header, *(["GB/s", "Gexp/s", "x limit"] if limits else [])], rows)
     if limits:
-        print(f"  limit: the slower of {limits['gb_per_s']:.0f} GB/s and {limits['gexp_per_s']:.0f} Gexp/s, which this")
-        print(
+        write(f"  limit: the slower of {limits['gb_per_s']:.0f} GB/s and {limits['gexp_per_s']:.0f} Gexp/s, which this")
+        write(
             "  device reached in a copy and in registers. Read, written and taken: each input, result and element once."
         )
 
@@ -195,7 +215,7 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
     if as_json:
         print_json(verification_json(result, file))
         return
-    print(
+    write(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
         f"{result.top1_agreement:.1f}% in the same class, {result.images} images of {result.data}"
     )
@@ -203,14 +223,14 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
         same = ", ".join(
             f"{s['kept']} after layer {s['after']} ({s['same']} of {result.images})" for s in result.stages
         )
-        print(f"  the same tokens kept, by stage (images): {same}")
+        write(f"  the same tokens kept, by stage (images): {same}")
     if result.rounding:
-        print(
+        write(
             f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, "
             f"{result.rounding['top1_agreement']:.1f}% keep their class"
         )
     if result.ties:
-        print(
+        write(
             f"  {len(result.ties)} images kept other tokens, their scores being equal but for rounding: "
             f"{', '.join(result.ties)}"
         )
@@ -221,19 +241,25 @@ def show_export(result: Any, file: Path, as_json: bool) -> None:
     show_verification(result, file, as_json)
     if as_json:
         return
-    print(f"  {result.bytes / 1e6:.1f} MB, opset {result.opset}, {result.dtype} weights, scan as {result.scan}")
+    write(f"  {result.bytes / 1e6:.1f} MB, opset {result.opset}, {result.dtype} weights, scan as {result.scan}")
     for form, times in result.scan_ms.items():
-        print(f"  {form}: {', '.join(f'{ms:.1f} ms at batch {batch}' for batch, ms in times.items())}")
+        write(f"  {form}: {', '.join(f'{ms:.1f} ms at batch {batch}' for batch, ms in times.items())}")
     for form, why in result.refused.items():
-        print(f"  not {form}: {why}")
+        write(f"  not {form}: {why}")
     if result.latency:
         batches = list(dict.fromkeys(row["batch"] for row in result.latency))
-        found = {(row["model"], row["by"], row["batch"]): row["ms"] for row in result.latency}
+        found = {(row["model"], row["by"], row["batch"]): row for row in result.latency}
         lines = [
-            (f"{model}, {by}", [f"{found[model, by, batch]:.1f} ms" for batch in batches])
+            (f"{model}, {by}", [_spread(found[model, by, batch]) for batch in batches])
             for model, by in dict.fromkeys((row["model"], row["by"]) for row in result.latency)
         ]
-        show_table(["latency", *(f"batch {batch}" for batch in batches)], lines)
+        show_table(["latency in ms (quartiles)", *(f"batch {batch}" for batch in batches)], lines)
+        _show_load(result.latency_settings)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    """A timing with its quartiles."""
+    return f"{row['ms']:.1f} ({row['ms_low']:.1f}-{row['ms_high']:.1f})"
 
 
 def show_inspection(value: dict[str, Any]) -> None:
@@ -241,13 +267,16 @@ def show_inspection(value: dict[str, Any]) -> None:
     about, flops, span = value["architecture"], value["flops"], value["range"]
     size = "x".join(map(str, about["image_size"]))
     counts = f"{value['tokens'][0]} tokens" + (f", {value['tokens'][-1]} at the end" if value["pruned"] else "")
-    print(f"{about['type']}, {about['depth']} layers, images {size}, {counts}, {value['params']:,} parameters")
+    write(f"{about['type']}, {about['depth']} layers, images {size}, {counts}, {value['params']:,} parameters")
+    origin = f"written by {value['writer']}" if value["writer"] else "nothing in the file says what wrote it"
+    write(f"{value['task']}; {origin}" + (f"; named by {value['named']}" if value["named"] else ""))
+    write(f"commands that take it: {', '.join(value['commands'])}")
     full, paper = flops["by_part"], flops["by_part_paper"]
     lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
     lines.append(("total", [f"{flops[convention]:.4g}" for convention in ("full", "paper")]))
     show_table(["GFLOPs of one image", "full", "paper"], lines)
     if span["stages"]:
-        print(
+        write(
             f"  pruning after {','.join(map(str, span['stages']))} leaves {span['min_percent']:.1f}% "
             f"to 100% of the full FLOPs"
         )
@@ -261,7 +290,8 @@ def show_evaluation(value: dict[str, Any]) -> None:
     lines = [(name, [f"{number:.4g} {unit}"]) for name, number, unit in rows if number is not None]
     if lines:
         show_table(["", "model"], lines)
-    print(f"  measured on {value['images']} images of {value['data']['name']}")
+    write(f"  measured on {value['images']} images of {value['data']['name']}")
+    show_warnings(value)
 
 
 def show_comparison(value: dict[str, Any]) -> None:
@@ -269,8 +299,12 @@ def show_comparison(value: dict[str, Any]) -> None:
     show_table(*_comparison_table(value["rows"]))
     print("  agrees: same class as dense; KL from dense in nats; FLOPs as a share of dense")
     about = value["settings"]
-    print(f"  measured on {about['data']['images']} images of {about['data']['name']}")
-    print(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
+    write(f"  measured on {about['data']['images']} images of {about['data']['name']}")
+    write(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
+    if any(row.get("latency_within_noise") for row in value["rows"]):
+        print("  ~: the difference in latency is within the noise")
+    _show_load(value.get("latency") or {})
+    show_warnings(value)
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -291,7 +325,8 @@ def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple
         cells = [f"{row['ratio']:g}", cell(row.get("flops_share") and 100 * row["flops_share"], "{:.1f} %")]
         cells += [cell(row.get("top1"), "{:.2f} %"), cell(row.get("agreement"), "{:.2f} %")]
         cells += [cell(row.get("kl"), "{:.4f}"), cell(row.get("latency_ms"), "{:.1f} ms")]
-        cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], "{:.0f} %"))
+        tilde = "~" if row.get("latency_within_noise") else ""
+        cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], tilde + "{:.0f} %"))
         lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))
     used = [column for column in range(1, len(header)) if any(cells[column - 1] != "-" for _, cells in lines)]
     lines = [(name, [cells[column - 1] for column in used]) for name, cells in lines]

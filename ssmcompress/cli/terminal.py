@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import processes
-from ..errors import InputError
+from ..errors import InputError, escape_control
 from ..progress import FrontEnd, use_front_end
 
 if TYPE_CHECKING:
     from ..models.base import TokenModel
-    from .groups import Printing
 
 OTHERS_WAIT = 3.0  # seconds
+LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters
+STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
 # What makes options of the arguments that a message of the library names: `force=True` becomes --force.
@@ -39,6 +41,14 @@ def only_main_prints() -> Iterator[None]:
         yield
 
 
+def readable(message: str) -> str:
+    """A message with the names of options, without control characters, and without the middle of very long parts."""
+    text = escape_control(name_options.get()(message))
+    return re.sub(
+        rf"\S{{{LONGEST_WORD + 1},}}", lambda m: f"{m.group()[: LONGEST_WORD // 2]}...{m.group()[-20:]}", text
+    )
+
+
 def complain(message: str, code: int) -> int:
     """Print an error as one line, and return the exit code."""
     if number := processes.launched_index():
@@ -46,7 +56,7 @@ def complain(message: str, code: int) -> int:
         # main process, and an error of this process alone is printed here.
         time.sleep(OTHERS_WAIT)
         message = f"process {number}: {message}"
-    print(f"error: {' '.join(name_options.get()(message).split())}", file=sys.stderr)
+    print(f"error: {' '.join(readable(message).split())[:LONGEST_LINE]}", file=sys.stderr)
     return code
 
 
@@ -55,10 +65,15 @@ def command_line() -> str:
     return shlex.join(["ssmcompress", *arguments.get()])
 
 
+def is_quiet() -> bool:
+    """Whether the command that runs was given --quiet."""
+    return "--quiet" in arguments.get()
+
+
 def say(message: str, quiet: bool) -> None:
     """A message for a person, on stderr."""
     if not quiet and not processes.launched_index():
-        print(name_options.get()(message), file=sys.stderr)
+        print(readable(message), file=sys.stderr)
 
 
 @contextmanager
@@ -90,13 +105,14 @@ class _Lines(FrontEnd):
     """Nothing animated: lines on stderr."""
 
     def line(self, text: str) -> None:
-        print(name_options.get()(text), file=sys.stderr, flush=True)
+        print(readable(text), file=sys.stderr, flush=True)
 
 
 class _Bars(FrontEnd):
     """rich's bars, one for each loop that runs, with the status of the innermost one next to it."""
 
     def __init__(self, progress: Any):
+        super().__init__()
         self.progress = progress
         self.running: list[Any] = []
 
@@ -116,7 +132,7 @@ class _Bars(FrontEnd):
             self.progress.update(self.running[-1], status=text)
 
     def line(self, text: str) -> None:
-        self.progress.console.print(name_options.get()(text), markup=False, highlight=False)
+        self.progress.console.print(readable(text), markup=False, highlight=False)
 
 
 @contextmanager
@@ -130,7 +146,7 @@ def say_how_to_resume(state: Path, command: str, quiet: bool) -> Iterator[None]:
         raise
 
 
-def find_dense_or_say(model: TokenModel, dense: str | None, without: str, printing: Printing) -> TokenModel | None:
+def find_dense_or_say(model: TokenModel, dense: str | None, without: str, quiet: bool) -> TokenModel | None:
     """The dense model of a pruned one; where it is gone, say what happens `without` it.
 
     Raises:
@@ -143,14 +159,16 @@ def find_dense_or_say(model: TokenModel, dense: str | None, without: str, printi
     except InputError as error:
         if dense is not None:
             raise
-        say(f"{without}: {error}; give --dense", printing.quiet)
+        say(f"{without}: {error}; give --dense", quiet)
         return None
 
 
 def say_about_images(data: Mapping[str, Any], quiet: bool) -> None:
     """Say what a user should know of the images that were measured on."""
     if not data["labelled"]:
-        say(f"accuracy was not measured: {data['name']} has no labels; give --data", quiet)
+        stand_in = data["name"] == STAND_IN
+        advice = "give --data" if stand_in else "labels are class folders, a column label, or .cls files in tar shards"
+        say(f"accuracy was not measured: {data['name']} has no labels; {advice}", quiet)
     say_unreadable(data["unreadable"], quiet)
 
 
@@ -160,7 +178,15 @@ def say_unreadable(names: Sequence[str], quiet: bool) -> None:
         say(f"skipped {len(names)} unreadable images: {', '.join(names[:3])}", quiet)
 
 
-def say_about_data(report: Mapping[str, Any], quiet: bool) -> None:
-    """Say what a user should know of the images of a report."""
+def say_warnings(result: Mapping[str, Any], quiet: bool) -> None:
+    """Say the warnings of a result that is printed as JSON; tables have them below."""
+    for warning in result.get("warnings") or ():
+        say(f"warning: {warning}", quiet)
+
+
+def say_about_data(report: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
+    """Say what a user should know of a report and its images; its warnings, too, if it is printed as JSON."""
+    if as_json:
+        say_warnings(report, quiet)
     say_about_images(report["data"], quiet)
     say_unreadable(report["calibration"]["unreadable"], quiet)

@@ -53,22 +53,38 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def parse_share(text: str | None, option: str) -> float | None:
-    """0.6 of "60%" or "0.6"; whether that can be reached is for the library to say."""
+def parse_share(text: str | None, option: str, what: str = "a share") -> float | None:
+    """0.6 of "60%" or "0.6"; None for None. The library says whether that can be reached.
+
+    Args:
+        what: the quantity, for the message.
+
+    Raises:
+        InputError: no number, or one of 2 and more without a percent sign, which may be meant as percent.
+    """
     if text is None:
         return None
+    number = text.strip()
+    percent = number.endswith("%")
     try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise InputError(f"{option} {text}: expected the share to keep, as 60% or 0.6") from error
+        value = float(number.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{option} {text}: expected the share to keep, as 60% or 0.6")
+        raise InputError(f"{option} {text}: expected {what}, as 30% or 0.3")
+    if value >= 2 and not percent:
+        raise InputError(f"{option} {text}: expected {what}, as {value:g}% or {value / 100:g}")
     return value
 
 
+def parse_shares(text: str | None, option: str, what: str = "shares") -> tuple[float, ...] | None:
+    """The shares in "20%,30%" or "0.2,0.3"; None for None."""
+    return None if text is None else tuple(parse_share(part, option, what) for part in text.split(","))
+
+
 def parse_ratios(text: str | None) -> tuple[float, ...] | None:
-    """The shares of tokens to remove in "0.3" or "0.2,0.3,0.4"."""
-    values = parse_numbers(text, "--ratio")
+    """The shares of tokens to remove in "0.3", "30%" or "0.2,0.3,0.4"."""
+    values = parse_shares(text, "--ratio", "the share of tokens to remove")
     for value in values or ():
         if not 0 < value < 1:
             raise InputError(f"--ratio {value:g}: expected the share of tokens to remove, above 0 and below 1")

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def test_benchmark_of_models_side_by_side(checkpoint):
-    torch.save(make_vim(depth=2).state_dict(), "other.pth")
+    torch.save({"model": make_vim(depth=2).state_dict()}, "other.pth")
     found = call_json("benchmark", checkpoint, "other.pth", "--batch-sizes", "1,3", "--repeats", 2, "--threads", 1)
     assert [(m["model"], m["batch"]) for m in found["models"]] == [
         (str(checkpoint), 1), ("other.pth", 1), (str(checkpoint), 3), ("other.pth", 3),

@@ -143,7 +143,7 @@ def test_the_options_of_loading_reach_the_loader(vim, tmp_path):
     assert "__builtin__.print" in refused("inspect", tmp_path / "odd.pth")
     assert call_json("inspect", tmp_path / "odd.pth", "--unsafe-load")["params"] > 0
     fine = tmp_path / "fine.pth"
-    torch.save(make_vim(image=(20, 20), stride=2).state_dict(), fine)
+    torch.save({"model": make_vim(image=(20, 20), stride=2).state_dict()}, fine)
     assert call_json("inspect", fine, "--stride", 2)["architecture"]["image_size"] == [20, 20]
     assert call_json("inspect", fine, "--stride", 2, "--image-size", "24x28")["architecture"]["image_size"] == [24, 28]
     write_image(tmp_path / "pictures" / "a.png", 0)

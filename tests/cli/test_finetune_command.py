@@ -31,7 +31,7 @@ def test_finetune_reports_beside_what_it_began_with(pruned_folder, class_folders
     assert found == call_json("report", "tuned")
     before = json.loads((pruned_folder / "report.json").read_text())
     name = "reconstructed" if before["reconstruction"]["kept"] else "aligned"
-    assert (found["data"]["images"], found["data"]["overlap"]) == (2, None)
+    assert (found["data"]["images"], found["data"]["overlap"]) == (2, 0)
     assert found[name]["flops"] == found["pruned"]["flops"] == before["pruned"]["flops"]
     tuned = found["finetuning"]
     assert (tuned["images"], tuned["steps"], tuned["labels"], tuned["teacher"]) == (18, 6, True, True)

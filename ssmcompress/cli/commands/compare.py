@@ -9,8 +9,8 @@ from ...errors import InputError
 from ..groups import Checkpoint, Hardware, Images, Load, Measure, NoLatency, Printing, Stages
 from ..options import BUDGET, OUTPUT, PRUNING, option
 from ..tables import print_json, show_comparison
-from ..terminal import command_line, progress_bars, say
-from ..values import parse_numbers, parse_share
+from ..terminal import command_line, progress_bars, say, say_warnings
+from ..values import parse_numbers, parse_shares
 
 EXAMPLE = "ssmcompress compare model.pt --data images --flops 75%,60% --reconstruct"
 
@@ -42,8 +42,8 @@ def compare(
     """Compare pruning methods on a model: a table, JSON, CSV and a plot."""
     if ratios is not None and flops is not None:
         raise InputError("--ratios and --flops: expected one of them")
-    shares = tuple(parse_share(part, "--flops") for part in flops.split(",")) if flops is not None else None
-    removed = parse_numbers(ratios or "0.1,0.2,0.3,0.5", "--ratios")
+    shares = parse_shares(flops, "--flops", "shares to keep")
+    removed = parse_shares(ratios or "0.1,0.2,0.3,0.5", "--ratios", "shares of tokens to remove")
     names = tuple(name.strip() for name in methods.split(";") if name.strip()) if methods is not None else None
     from ...jobs.requests import CompareRequest
 
@@ -51,6 +51,7 @@ def compare(
     data, measuring = images.options(measure), measure.options(not no_latency)
     request = CompareRequest(removed, shares, where, names, search, reconstruct, data, measuring, gap)
     request.check()
+    images.check(checkpoint)
     from ...jobs.compare import compare_methods
 
     model = load.open(checkpoint, hardware)
@@ -59,6 +60,7 @@ def compare(
         result = compare_methods(model, request, folder, command=command_line(), force=force)
     if printing.as_json:
         print_json(result)
+        say_warnings(result, printing.quiet)
     else:
         show_comparison(result)
     say(f"wrote {folder}/compare.json, compare.csv, pareto.png and pareto.svg", printing.quiet)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..groups import Data, Dense, Force, Load, MaybeModel, Printing, Processor
+from ..groups import Data, Dense, Force, Load, MaybeModel, NoLatency, Printing, Processor
+from ..inputs import check_inputs
 from ..onnx_options import Atol, Provider
-from ..options import HARDWARE, OUTPUT, option
+from ..options import OUTPUT, option
 from ..tables import print_json, show_export, show_when_it_fails
 from ..terminal import find_dense_or_say, progress_bars, say
 from ..values import ScanForm, Stored
@@ -44,9 +45,7 @@ def export(
     data: Data = None,
     dense: Dense = None,
     atol: Atol = 1e-4,
-    latency: Annotated[
-        bool, option(HARDWARE, "--latency/--no-latency", help="Time onnxruntime and torch, dense and pruned.")
-    ] = True,
+    no_latency: NoLatency = False,
     provider: Provider = "cpu",
 ) -> None:
     """Write a model as one file; ONNX is verified in onnxruntime first."""
@@ -54,20 +53,20 @@ def export(
     from ...jobs.report import find_newest
 
     path = model or str(find_newest())
+    check_inputs(path, {"--data": data})
+    loaded, found = load.open(path, processor), None
+    if onnx and (dense is not None or (not no_latency and loaded.plan is not None)):
+        found = find_dense_or_say(loaded, dense, "the dense model was not timed", printing.quiet)
     file = choose_file(path, output, onnx, force)
-    loaded = load.open(path, processor)
     if not onnx:
         export_weights(loaded, path, file, force)
         if printing.as_json:
             print_json({"file": str(file)})
-        say(f"wrote {file}", printing.quiet)
+        say(f"wrote {file}, one file that every command takes as MODEL (--onnx writes an ONNX file)", printing.quiet)
         return
     from ...export.onnx import OnnxOptions
 
-    options = OnnxOptions(data, atol, opset, scan.value, dtype.value, provider, debug_outputs, latency)
-    found = None
-    if dense is not None or (latency and loaded.plan is not None):
-        found = find_dense_or_say(loaded, dense, "the dense model was not timed", printing)
+    options = OnnxOptions(data, atol, opset, scan.value, dtype.value, provider, debug_outputs, not no_latency)
     with progress_bars(printing.quiet), show_when_it_fails(file, printing.as_json):
         result = export_graph(loaded, path, file, options, dense=found, force=force)
     show_export(result, file, printing.as_json)

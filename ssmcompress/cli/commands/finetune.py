@@ -9,8 +9,8 @@ import typer
 
 from ... import processes
 from ...errors import InputError
-from ..groups import Force, Hardware, Load, Measure, ReportPrinting, Training, TrainingImages
-from ..options import FINETUNING, HARDWARE, OUTPUT, option
+from ..groups import Force, Hardware, Load, Measure, NoLatency, ReportPrinting, Training, TrainingImages
+from ..options import FINETUNING, OUTPUT, option
 from ..tables import show_report
 from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_data, say_how_to_resume
 
@@ -41,7 +41,7 @@ def finetune(
         bool, option(OUTPUT, "--resume", help="Continue an interrupted run; a finished one returns at once.")
     ] = False,
     force: Force = False,
-    latency: Annotated[bool, option(HARDWARE, "--latency/--no-latency", help="Time both models at batch 1.")] = True,
+    no_latency: NoLatency = False,
 ) -> None:
     """Train a pruned model with the dense one as teacher, labels, or both."""
     if images.data is None:
@@ -51,16 +51,19 @@ def finetune(
     if resume and force:
         raise InputError("--resume goes on and --force starts afresh: expected one of them")
     options = training.options(epochs, teacher)
+    images.check(model)
     from ...jobs.finetune import FinetuneTarget, finetune_folder
 
     loaded = load.open(model, hardware)
-    found = find_dense_or_say(loaded, dense, "learning from labels alone, agreement will not be measured", printing)
+    found = find_dense_or_say(
+        loaded, dense, "learning from labels alone, agreement will not be measured", printing.quiet
+    )
     target = FinetuneTarget(Path(output), force, command_line(), Path(model), resume)
     again = f"ssmcompress finetune {model} ... -o {output} --resume"
     with progress_bars(printing.quiet), say_how_to_resume(target.state, again, printing.quiet):
-        data, measuring = images.options(measure), measure.options(latency)
+        data, measuring = images.options(measure), measure.options(not no_latency)
         report = finetune_folder(loaded, target, options, data, measuring, dense=found)
     if processes.is_main():
         show_report(report, printing.as_json, printing.verbose)
-        say_about_data(report, printing.quiet)
+        say_about_data(report, printing.as_json, printing.quiet)
         say(f"wrote {output}", printing.quiet)

@@ -47,6 +47,7 @@ def prune(
     plan = pruning.plan_request(budget)
     plan.check()
     gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
+    images.check(checkpoint)
     from ...jobs.finetune import FinetuneTarget
     from ...jobs.prune import CompressOptions, PruneRequest, preview_request, prune_model
 
@@ -67,5 +68,5 @@ def prune(
         show_preview(result, printing.as_json)
         return
     show_report(result, printing.as_json, printing.verbose)
-    say_about_data(result, printing.quiet)
+    say_about_data(result, printing.as_json, printing.quiet)
     say(f"wrote {target.path}", printing.quiet)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..groups import Data, Load, Model, Printing, Processor
+from ..inputs import check_inputs, check_onnx_pair
 from ..onnx_options import Atol, Provider
 from ..tables import show_verification, show_when_it_fails
 from ..terminal import progress_bars
@@ -26,6 +27,8 @@ def verify(
     provider: Provider = "cpu",
 ) -> None:
     """Check in onnxruntime that an ONNX file computes what its model does."""
+    check_onnx_pair(model, file)
+    check_inputs(model, {"--data": data})
     from ...export.verify import verify_onnx
 
     loaded = load.open(model, processor)
