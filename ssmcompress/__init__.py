@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from .jobs.finetune import finetune_folder
     from .jobs.functions import compare, search
     from .jobs.prune import compress
-    from .models.checkpoint import load, read_plan, save
+    from .models.checkpoint import load
     from .models.rewrite import make_plan, prune
+    from .models.saved import read_plan, save
     from .pruning.plan import Plan, Stage
 
 _HOME = {
@@ -64,9 +65,9 @@ _HOME = {
     "open_images": "data.find",
     "ops": "ops",
     "prune": "models.rewrite",
-    "read_plan": "models.checkpoint",
+    "read_plan": "models.saved",
     "reconstruct": "compression.reconstruct",
-    "save": "models.checkpoint",
+    "save": "models.saved",
     "search": "jobs.functions",
     "verify_onnx": "export.verify",
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.base import TokenModel
-from ..models.checkpoint import describe, versions
+from ..models.saved import describe, versions
 from ..ops import register_backend, use_backend
 from . import lowering
 from .functions import function_text

@@ -28,10 +28,10 @@ from ..evaluation.measure import Evaluation, Logits, autocast, compute_logits, m
 from ..evaluation.timings import Timings, describe_load
 from ..files import read_text, write_file
 from ..models.base import TokenModel
-from ..models.checkpoint import versions
 from ..models.fingerprint import fingerprint
 from ..models.inputs import check_dense
 from ..models.learnt import LearntFrom
+from ..models.saved import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
 from .doubts import Subject, doubt_accuracy

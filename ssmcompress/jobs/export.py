@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..export.onnx import Exported, OnnxOptions, export_onnx
 from ..files import check_target, write_file
 from ..models.base import TokenModel
-from ..models.checkpoint import serialise
+from ..models.saved import serialise
 from .report import read_report, record_export
 
 

@@ -20,11 +20,11 @@ from ..data.signature import sign_images
 from ..errors import InputError
 from ..files import check_target, read_text
 from ..models.base import TokenModel
-from ..models.checkpoint import CONFIG_FILE, versions
 from ..models.fingerprint import fingerprint
 from ..models.inputs import check_model
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
+from ..models.saved import CONFIG_FILE, versions
 from ..progress import line
 from .folder import Target, write_folder
 from .images import split_training_images

@@ -12,8 +12,8 @@ from .. import processes
 from ..data.find import absolute_name
 from ..files import check_target
 from ..models.base import TokenModel
-from ..models.checkpoint import save
 from ..models.records import Source
+from ..models.saved import save
 from .measuring import Measured
 from .pictures import draw_kept_tokens
 from .report import REPORT_FILE

@@ -14,11 +14,11 @@ from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..errors import InputError
 from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
-from ..models.checkpoint import read_plan, versions
 from ..models.inputs import check_dense
 from ..models.learnt import add_learnt, learnt_from
 from ..models.records import MadeBy
 from ..models.rewrite import check_plan, install, make_plan
+from ..models.saved import read_plan, versions
 from ..progress import line
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, default_stages

@@ -17,7 +17,7 @@ from ..evaluation.measure import Evaluation
 from ..evaluation.timings import Timings, describe_load
 from ..files import read_text, write_file
 from ..models.base import TokenModel
-from ..models.checkpoint import CONFIG_FILE, versions
+from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
 from ..pruning.plan import Plan
 from . import report_text as text

@@ -14,10 +14,10 @@ from ..compression.reconstruct import reconstruct
 from ..data.batches import Batches
 from ..data.content import different
 from ..models.base import TokenModel
-from ..models.checkpoint import serialise, versions
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..models.rewrite import align, prune
+from ..models.saved import serialise, versions
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan
 from .pictures import draw_history

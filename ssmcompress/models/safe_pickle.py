@@ -68,7 +68,7 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
 
 
 def _check_sums(file: Path) -> None:
-    """Compare the records of a checkpoint with their check sums, which torch.load does not: one changed bit of a weight.
+    """Compare the records of a checkpoint with their check sums, which torch.load does not: a changed bit is noticed.
 
     Raises:
         InputError: some of them differ. If all differ, they were written without sums (`set_crc32_options`).

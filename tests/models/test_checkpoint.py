@@ -120,7 +120,7 @@ def test_nothing_is_overwritten_unless_asked_and_nothing_is_left_on_failure(vim,
     ssmcompress.save(vim, folder, force=True)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
-    monkeypatch.setattr("ssmcompress.models.checkpoint.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("ssmcompress.models.saved.json.dumps", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ssmcompress.save(vim, folder, force=True)
     with pytest.raises(ZeroDivisionError):

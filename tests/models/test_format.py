@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN
 
 import ssmcompress
-from ssmcompress.models.checkpoint import CONFIG_FILE
+from ssmcompress.models.saved import CONFIG_FILE
 
 FOLDERS = sorted((GOLDEN / "format_v1").iterdir())
 

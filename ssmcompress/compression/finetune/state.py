@@ -14,8 +14,8 @@ import torch
 from ...data.signature import compare_signatures
 from ...errors import InputError, SsmCompressError
 from ...models.base import TokenModel
-from ...models.checkpoint import describe
 from ...models.safe_pickle import read_pickle
+from ...models.saved import describe
 
 FORMAT = 2
 # What identifies a run, apart from single values: models and images, and what messages call them.
