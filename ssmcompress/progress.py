@@ -14,9 +14,6 @@ T = TypeVar("T")
 class FrontEnd:
     """The interface of a front end; this base class shows no progress, and logs lines as warnings of "ssmcompress"."""
 
-    def __init__(self) -> None:
-        self.noted: set[str] = set()  # what `note` has printed
-
     def track(self, items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
         """Iterate over `items` and show how many of them are done."""
         return items
@@ -63,8 +60,9 @@ def note(text: str) -> None:
         held[text] = None
         return
     front_end = _front_end.get()
-    if text not in front_end.noted:
-        front_end.noted.add(text)
+    noted = vars(front_end).setdefault("noted", set())  # in the front end: another one shows the note again
+    if text not in noted:
+        noted.add(text)
         front_end.line(text)
 
 

@@ -112,7 +112,6 @@ class _Bars(FrontEnd):
     """rich's bars, one for each loop that runs, with the status of the innermost one next to it."""
 
     def __init__(self, progress: Any):
-        super().__init__()
         self.progress = progress
         self.running: list[Any] = []
 

@@ -203,7 +203,7 @@ def _render(template: str, report: Report, **values: Any) -> str:
         loader=PackageLoader("ssmcompress.jobs"),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
-        finalize=lambda value: escape_control(value) if isinstance(value, str) else value,
+        finalize=lambda value: type(value)(escape_control(value)) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -514,7 +514,7 @@ def test_progress_tells_the_figures(vim, pictures):
         def line(self, text):
             lines.append(text)
 
-    with progress.use_front_end(Front()):
+    with progress.use_front_end(Front()), progress.hold_notes():
         finetune(pruned_of(vim), batches(vim, pictures), dense=vim, recipe=SMALL, held_out=batches(vim, pictures))
     assert len(told) == 8
     assert all(word in told[0] for word in ("loss", "top-1", "images/s"))
