@@ -162,11 +162,6 @@ class TokenModel(nn.Module, abc.ABC):
         """Return the only patch stride with which images of `side` pixels have the model's patches, or None."""
         return None
 
-    @classmethod
-    def stride_of(cls, module: nn.Module) -> int | None:
-        """Return the patch stride in pixels of a live module from other code for this architecture, None if unknown."""
-        return None
-
     @property
     @abc.abstractmethod
     def blocks(self) -> nn.ModuleList: ...

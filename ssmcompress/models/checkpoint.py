@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.transforms import Preprocessing
+from ..data.transforms import INTERPOLATIONS, Preprocessing
 from ..errors import InputError
 from ..files import check_regular, sha256
+from ..progress import note
 from .base import TokenModel
 from .precision import check_not_quantised
 from .records import Source
-from .registry import build, is_known, normalise_architecture, recognise
+from .registry import build, is_known, normalise_architecture
 from .safe_pickle import read_pickle
 from .saved import CONFIG_FILE, WEIGHTS_FILE, find_writer, parse_config, read_config_file, restore
 from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, unwrap
@@ -102,8 +103,21 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
         loaded = _read_path(Path(path), options)
     model = loaded.model
     if model.preprocessing is None:
-        model.preprocessing = Preprocessing.default(model.config.in_chans, model.config.image_size)
+        model.preprocessing = _find_preprocessing(model, loaded.said)
     return loaded
+
+
+def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing:
+    """Return the preprocessing that is said with the model, by mean and std at least, or the default one."""
+    default = Preprocessing.default(model.config.in_chans, model.config.image_size)
+    names = [name for name in ("mean", "std", "crop_pct", "interpolation") if name in said.options]
+    values = {name: said.options[name].value for name in names}
+    if values.get("interpolation") not in INTERPOLATIONS:
+        values.pop("interpolation", None)  # "random", for instance, which is for training
+    if not {"mean", "std"} <= values.keys() or not all(isinstance(values[name], tuple) for name in ("mean", "std")):
+        return default
+    note(f"mean and std of the images are those of {said.options['mean'].where}")
+    return default.changed(**values)
 
 
 def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
@@ -112,8 +126,7 @@ def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
         raise InputError("the model is pruned and loaded already: use it, or copy.deepcopy() of it")
     state = unwrap(clean(module.state_dict()), is_known)
     if not isinstance(module, TokenModel):
-        stride = options.stride or recognise(state).stride_of(module)
-        return _build(state, read_module(module), replace(options, stride=stride))
+        return _build(state, read_module(module), options)
     said = Statements(family=Statement(module.architecture, "its class"))
     return _build(
         state, said, replace(options, stride=options.stride or module.config.stride), module.config.image_size

@@ -22,7 +22,7 @@ from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import Block, StateDict, TokenModel
 from .precision import LayerNorm, cast, embed_patches, find_bias, project, widen
-from .reading import NO_HEAD, Shapes, infer_grid, resize_grid
+from .reading import Shapes, infer_grid, resize_grid
 from .snakes import snakes
 
 STEM_STRIDE = 2
@@ -300,7 +300,7 @@ class PlainMamba(TokenModel):
     ) -> tuple[PlainMambaConfig, dict[str, Tensor]]:
         # Without mmcv's running averages, which have the names of the weights with underscores for dots.
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
-        shape = Shapes(fitted, "PlainMamba", {"head.fc.weight": NO_HEAD})
+        shape = Shapes(fitted, "PlainMamba")
         depth = shape.count("backbone.layers.")
         d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
         stem = "backbone.patch_embed.stem.0.weight"
@@ -323,7 +323,7 @@ class PlainMamba(TokenModel):
             "stem_depth": -(-shape.count("backbone.patch_embed.convs.") // 3),  # convolution, norm, activation
             "stem_window": shape.window(stem),
             "in_chans": in_chans,
-            "num_classes": shape("head.fc.weight", 2)[0],
+            "num_classes": shape.head("head.fc.weight", d_model),
             "patch_size": patch,
             "stride": patch,
         }

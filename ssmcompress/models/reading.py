@@ -13,9 +13,6 @@ from .base import StateDict
 
 # In pixels; a typing error must not allocate a position table of terabytes.
 LARGEST_SIDE = 8192
-NO_HEAD = (
-    "this is a backbone without its classifier, and pruning is judged by the classifier's output; load a file with both"
-)
 
 Size = tuple[int, int]
 
@@ -46,6 +43,19 @@ class Shapes:
         if height != width or width % 2 == 0:
             raise InputError(f"{key} has a window of {(height, width)}: expected a square one of odd sides")
         return width
+
+    def head(self, key: str, width: int) -> int:
+        """Return the number of classes of the classifier `key` (classes, width); InputError if it is missing."""
+        if key in self.state:
+            return self(key, 2)[0]
+        others = [k for k, v in self.state.items() if k.endswith(".weight") and v.ndim == 2 and v.shape[1] == width]
+        others = [k for k in others if not any(part.isdecimal() for part in k.split("."))]
+        reason = (
+            f"its classifier may be {others[0]}: rename that and its bias"
+            if others
+            else "this is a backbone without its classifier, by whose output pruning is judged; load a file with both"
+        )
+        raise InputError(f"looks like a {self.architecture}, but {key!r} is missing: {reason}")
 
     def count(self, prefix: str) -> int:
         """Return the number of layers, from the numbers that follow `prefix` in the names."""

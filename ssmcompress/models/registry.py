@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..progress import note
 from .base import StateDict, TokenModel
 from .families import FAMILY_NAMES, find_family
 from .plain_mamba import PlainMamba
-from .statements import Statements
+from .statements import Statement, Statements
 from .vim import VisionMamba
 
 MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba)
@@ -43,6 +44,8 @@ def recognise(state: StateDict, writer: str | None = None) -> type[TokenModel]:
 
 def normalise_architecture(name: str) -> str:
     """Return the name of an architecture as `MODELS` has it; InputError for one that is not supported."""
+    if not isinstance(name, str):
+        raise InputError(f"`architecture` {name!r}: expected one of {', '.join(repr(m.architecture) for m in MODELS)}")
     key = name.strip().lower().replace("-", "_")
     supported = {m.architecture.replace("_", ""): m.architecture for m in MODELS}
     if found := supported.get(key.replace("_", "")):
@@ -77,7 +80,7 @@ def build(
     said = said or Statements()
     model_class = recognise(state, said.writer)
     _check_statements(model_class, said)
-    stride = stride or said.number("stride", "patch_stride") or _infer_stride(model_class, state, said)
+    stride = stride or _find_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
     with torch.device("meta"):
         model = model_class(config).float()  # whatever torch's default dtype is
@@ -89,10 +92,16 @@ def build(
     return model.requires_grad_(True).eval()
 
 
-def _infer_stride(model_class: type[TokenModel], state: StateDict, said: Statements) -> int | None:
-    side = said.number("input_size", "img_size", "image_size")
-    known = all(key in state and state[key].ndim > 1 for key in ("pos_embed", "patch_embed.proj.weight"))
-    return model_class.infer_stride(state, side) if side and known else None
+def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statements) -> int | None:
+    """Return the patch stride that follows from what is said, with a note if patches overlap; None if nothing is."""
+    if any(key not in state or state[key].ndim < 3 for key in ("pos_embed", "patch_embed.proj.weight")):
+        return None  # not a Vim, or a damaged one
+    found, size = said.number("stride", "patch_stride"), said.number("input_size", "img_size", "image_size")
+    if found is None and size is not None and (stride := model_class.infer_stride(state, size.value)):
+        found = Statement(stride, size.where)
+    if found is not None and found.value != state["patch_embed.proj.weight"].shape[-1]:
+        note(f"patches overlap, with a stride of {found.value} pixels by {found.where}")
+    return found.value if found is not None else None
 
 
 def _check_statements(model_class: type[TokenModel], said: Statements) -> None:

@@ -61,9 +61,9 @@ def read_config_file(file: Path) -> dict[str, Any]:
         config = None
     is_foreign = (
         isinstance(config, dict)
+        and config
         and not {"format_version", "pruning"} & config.keys()
         and not isinstance(config.get("architecture"), dict)
-        and {"architecture", "architectures", "model_type"} & config.keys()
     )
     return config if is_foreign else parse_config(text)
 

@@ -29,8 +29,10 @@ OTHER_KEYS = (
     "amp_scaler",
     "loss_scaler",
 )
-# Buffers that tools add to the weights of a model: of thop's FLOPs counter, and of torch.optim.swa_utils.
-COUNTERS = re.compile(r"(^|\.)(total_ops|total_params)$|^n_averaged$")
+# Buffers that tools add to the weights of a model: of thop's FLOPs counter, of torch.optim.swa_utils, and of mmengine.
+COUNTERS = re.compile(r"(^|\.)(total_ops|total_params)$|^(n_averaged|steps)$")
+# Beginnings of the names of a classifier that lies next to its backbone.
+HEADS = ("head.", "classifier.", "fc.")
 DEPTH = 4
 
 
@@ -83,7 +85,7 @@ def find_state_dict(content: Any, weights: str = "model") -> tuple[Mapping[str, 
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"holds a {type(content).__name__}: expected a state dict or a dict with one in it")
     if not _is_bare(content):
-        return _find_entry(content, weights, DEPTH), "model"
+        return _find_entry(content, weights, DEPTH)
     if weights != "model" and not any(_inside(content, name) for name in _names(weights)):
         raise InputError(f"a bare state dict has no {weights!r} entry")
     return content, weights
@@ -94,7 +96,7 @@ def _names(weights: str) -> tuple[str, ...]:
     return {"model": STATE_KEYS, "model_ema": AVERAGE_KEYS}.get(weights, (weights,))
 
 
-def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> Mapping[str, Tensor]:
+def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> tuple[Mapping[str, Tensor], str]:
     entries = {
         key: value.state_dict() if isinstance(value, nn.Module) else value
         for key, value in content.items()
@@ -104,6 +106,9 @@ def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> Mapping
     others = [key for key in entries if key not in AVERAGE_KEYS]
     if found is None and weights == "model" and len(others) == 1:
         found = others[0]
+    main = next((entries[key] for key in others if any(_inside(entries[key], name) for name in _names(weights))), None)
+    if found is None and main is not None and _is_bare(main):
+        return main, weights  # a part of the main entry
     if found is None:
         shown = ", ".join(str(key)[:40] for key in list(content)[:8])
         advice = f"; `weights` reads one of {', '.join(repr(key[:40]) for key in entries)}" if entries else ""
@@ -114,7 +119,7 @@ def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> Mapping
         note(f"read the weights under {found!r}; the averages under {averages[0]!r} are read with `weights` model_ema")
     state = entries[found]
     if _is_bare(state) or not any(_holds_weights(value, depth - 1) for value in state.values()):
-        return state
+        return state, "model"
     return _find_entry(state, "model", depth - 1)
 
 
@@ -188,6 +193,7 @@ def unwrap(
         parts = [name for name in names if _is_known(insides[name], recognises)]
         if weights == "model":
             parts = [name for name in parts if name not in AVERAGE_KEYS] or parts
+            parts = [name for name in parts if name in STATE_KEYS] or parts
         else:
             parts = [name for name in parts if name in _names(weights)]
         if not parts:
@@ -198,8 +204,10 @@ def unwrap(
                 f"chooses one ({', '.join(map(repr, parts))})"
             )
         inside = insides[parts[0]]
-        outside = {k: v for k, v in state.items() if not k.startswith(f"{parts[0]}.") and k not in inside}
-        head = {k: v for k, v in outside.items() if k.startswith("head.")}
+        outside = {k: v for k, v in state.items() if not k.startswith(f"{parts[0]}.")}
+        head = {k: v for k, v in outside.items() if k.startswith(HEADS)}
+        if head and (inner := [k for k in inside if k.startswith(HEADS)]):
+            raise InputError(f"two classifiers, {next(iter(head))} and {parts[0]}.{inner[0]}: remove one of them")
         if left_out := [k for k in outside if k not in head]:
             shown = ", ".join(k[:60] for k in left_out[:3]) + (", ..." if len(left_out) > 3 else "")
             note(f"took the weights under {parts[0]}., and left out {len(left_out)} other tensors ({shown})")

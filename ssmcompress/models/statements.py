@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,21 @@ from torch import Tensor, nn
 
 from .families import FAMILY_NAMES
 
-# Entries of a checkpoint that describe its model.
-DESCRIPTIONS = ("args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_config", "model_kwargs",
-                "opt", "options", "meta")  # fmt: skip
-# Names under which a description has the name of its model.
+# Entries of a checkpoint that describe its model, and dictionaries in them that do.
+DESCRIPTIONS = ("model", "model_args", "model_config", "model_kwargs", "args", "config", "cfg", "hyper_parameters",
+                "hparams", "opt", "options", "meta", "params", "kwargs", "init_args", "net", "network", "backbone",
+                "encoder", "student", "pretrained_cfg")  # fmt: skip
+# Dictionaries in a description that are about something else.
+ABOUT_OTHERS = re.compile(r"teacher|distill|optim|sched|data|aug|loss|train|eval|val|test|head|neck")
+# Names under which a description has the name of its model, the most telling ones first.
 MODEL_NAMES = ("model", "arch", "architecture", "architectures", "model_name", "model_type", "backbone", "encoder",
                "name", "type")  # fmt: skip
-# The division by two has two spellings in the published code.
-SPELLINGS = {"if_devide_out": "if_divide_out"}
+# Options that mean something else where a dictionary is not known to describe the model.
+GENERAL = {*MODEL_NAMES, "stride", "patch_stride", "input_size", "img_size", "image_size", "mean", "std", "rms_norm"}
+# Spellings in the published code, and those of the Hugging Face hub.
+SPELLINGS = {"if_devide_out": "if_divide_out", "image_mean": "mean", "image_std": "std"}
 DEPTH = 4
+LONGEST_TEXT = 1 << 20  # characters of a configuration
 FILE_NAME = "the name of the file"
 
 
@@ -66,26 +72,33 @@ class Statements:
             self.add_option(option, value, where)
 
     def set_family(self, family: str, where: str) -> None:
-        """Set the architecture that the caller gives; only the name of a file counts for less."""
+        """Set the architecture that the caller gives, in place of what the name of the file says."""
         if self.family is None or self.family.where == FILE_NAME:
             self.family = Statement(family, where)
+        self.options = {name: option for name, option in self.options.items() if option.where != FILE_NAME}
 
-    def number(self, *names: str) -> int | None:
+    def number(self, *names: str) -> Statement | None:
         """Return the first of these options that is a positive whole number, or None."""
-        values = [self.options[name].value for name in names if name in self.options]
-        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+        found = [self.options[name] for name in names if name in self.options]
+        return next(
+            (o for o in found if isinstance(o.value, int) and not isinstance(o.value, bool) and o.value > 0), None
+        )
 
 
 def family_of_name(name: str) -> str | None:
-    """Return the architecture that the name of a model or of a file contains, or None."""
-    return next((key for key, _, pattern in FAMILY_NAMES if re.search(pattern, name.lower())), None)
+    """Return the architecture that the name of a model or of a file contains; None if it has none or several."""
+    name, found = name.lower(), []
+    for key, _, pattern in FAMILY_NAMES:
+        name, count = re.subn(pattern, " ", name)  # a part of another name, as in local_vim, does not count again
+        found += [key] if count else []
+    return found[0] if len(found) == 1 else None
 
 
 def options_of_name(name: str) -> dict[str, Any]:
     """Return the options in a model name of hustvl's form, `vim_tiny_patch16_224_bimambav2_..._with_midclstok_div2`.
 
-    In these names what is left out is said, too: without `div2` the sum of both scans is not divided, and without a
-    class token at the end there is none.
+    In a name of the full form, what is left out is said, too: without `div2` the sum of both scans is not divided, and
+    without a class token there is none.
     """
     name = name.lower()
     options: dict[str, Any] = {}
@@ -95,21 +108,22 @@ def options_of_name(name: str) -> dict[str, Any]:
         options["bimamba_type"] = scans.group(1)
     if pool := re.search(r"final_pool_([a-z]+)", name):
         options["final_pool_type"] = pool.group(1)
-    if re.search(r"(?<!no_)rope", name):
+    if re.search(r"(?<![a-z])(?<!no_)rope(?![a-z])", name):
         options["if_rope"] = True
-    token = r"(?:cls|class)_?(?:tok|token)?(?![a-z])"
-    mentioned = re.search(rf"(?:^|_)(?:[a-z]+_?)??{token}", name)
-    if not mentioned and "abs_pos_embed" not in name:
-        return options
+    is_full = scans is not None and "abs_pos_embed" in name
+    token = r"(?:cls|class)_?tok(?:en)?(?![a-z])"
     if re.search(rf"mid(?:dle)?_?{token}", name):
         options |= {"if_cls_token": True, "use_middle_cls_token": True}
     elif re.search(rf"(?:double|two|2)_?{token}", name):
         options["use_double_cls_token"] = True
-    elif re.search(rf"(?:no|without|wo)_?{token}", name) or not mentioned:
+    elif re.search(rf"(?:no|without|wo)_?{token}", name):
         options["if_cls_token"] = False
-    else:
+    elif re.search(token, name):
         options |= {"if_cls_token": True, "use_middle_cls_token": False}
-    options["if_divide_out"] = re.search(r"div_?2|d[ei]vide", name) is not None
+    elif is_full:
+        options["if_cls_token"] = False
+    if is_full:
+        options["if_divide_out"] = re.search(r"div_?2|d[ei]vide", name) is not None
     return options
 
 
@@ -126,13 +140,7 @@ def read_statements(content: Any, file: Path | None = None) -> Statements:
     if isinstance(content, Mapping):
         said.wrapped = "n_averaged" in content or not all(isinstance(value, Tensor) for value in content.values())
         said.writer = _find_writer(content)
-        for name in ("arch", "model_name", "architecture"):
-            _read_value(name, content.get(name), f"its entry {name}", said)
-        for name in DESCRIPTIONS:
-            _read_description(content.get(name), name, said)
-        for name in ("model", "net", "network", "module"):
-            if isinstance(content.get(name), nn.Module):
-                _read_module(content[name], said)
+        _read_description(content, "", said)
     if file is not None:
         said.add_name(file.name, FILE_NAME)
     return said
@@ -152,65 +160,117 @@ def read_config(config: Mapping[str, Any]) -> Statements:
     return said
 
 
-def _read_description(value: Any, where: str, said: Statements, depth: int = 0) -> None:
-    """Add the statements in arguments or a configuration, and in the dictionaries in it."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, str) and where.rpartition(".")[2] in ("config", "cfg"):
-        value = dict(_read_python(value))
-    if not isinstance(value, Mapping) or depth > DEPTH:
+def _read_description(value: Any, where: str, said: Statements, depth: int = 0, known: bool = True) -> None:
+    """Add the statements in a checkpoint, in its arguments or its configuration, and in what these hold.
+
+    Args:
+        where: the place for messages, "" for the whole checkpoint. depth: of that place.
+        known: whether it describes the model; where it may describe something else, only telling options are read.
+    """
+    values = _to_mapping(value)
+    if values is None or depth > DEPTH:
         return
-    for name, entry in value.items():
-        if not isinstance(name, str):
+    names = [name for name in values if isinstance(name, str)]
+    for name in sorted(names, key=lambda name: MODEL_NAMES.index(name) if name in MODEL_NAMES else len(MODEL_NAMES)):
+        entry, place = values[name], f"{where}.{name}" if where else name
+        if isinstance(entry, nn.Module):
+            _read_module(entry, said)
+        elif isinstance(entry, Tensor) or (not known and name in GENERAL):
             continue
-        place = f"{where}.{name}"
-        if isinstance(entry, (Mapping, argparse.Namespace)) or (name in ("config", "cfg") and isinstance(entry, str)):
+        elif name in DESCRIPTIONS and _to_mapping(entry) is not None:
             _read_description(entry, place, said, depth + 1)
+        elif isinstance(entry, (Mapping, argparse.Namespace)):
+            # The entries of a checkpoint that are not known hold weights, or the state of an optimiser.
+            if where and not ABOUT_OTHERS.search(name.lower()):
+                _read_description(entry, place, said, depth + 1, known=False)
         else:
             _read_value(name, entry, place, said)
 
 
+def _to_mapping(value: Any) -> Mapping[Any, Any] | None:
+    """Return arguments or a configuration as a mapping: also the text of one, or a command line; None for the rest."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        given = [part.lstrip("-").replace("-", "_").partition("=") for part in value]
+        following = [*value[1:], ""]
+        options = zip(value, given, following, strict=True)
+        return {key: text or after for part, (key, _, text), after in options if part.startswith("--")} or None
+    if isinstance(value, str) and ("\n" in value or value.lstrip().startswith("{") or ": " in value or "=" in value):
+        return _read_text(value[:LONGEST_TEXT])
+    return value if isinstance(value, Mapping) else None
+
+
 def _read_value(name: str, value: Any, place: str, said: Statements) -> None:
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if name in MODEL_NAMES and isinstance(value, str):
-        said.add_name(value, f"{place} {value!r}")
+    if name in MODEL_NAMES:
+        for text in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(text, str):
+                said.add_name(text, f"{place} {text[:200]!r}")
     elif isinstance(value, (bool, int, float, str)):
         said.add_option(name, value, place)
+    elif isinstance(value, (list, tuple)) and all(isinstance(part, (int, float)) for part in value):
+        said.add_option(name, tuple(value), place)
 
 
-def _read_python(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the named constants in the text of an mm configuration, of which nothing is executed."""
+def _read_text(text: str) -> Mapping[Any, Any] | None:
+    """Read a configuration in JSON, YAML or Python, as mm's are, of which nothing is executed; None for other text."""
+    import yaml
+
     try:
-        tree = ast.parse(text)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = None
+    if isinstance(value, Mapping):
+        return value
+    found: dict[str, Any] = {}
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg and isinstance(node.value, ast.Constant):
-            yield node.arg, node.value.value
+        return None
+    for node in nodes:
+        pairs: Iterable[tuple[Any, Any]] = ()
+        if isinstance(node, ast.keyword):
+            pairs = [(node.arg, node.value)]
+        elif isinstance(node, ast.Dict):
+            pairs = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
+        for name, constant in pairs:
+            # Several parts of the text have a type; only names of architectures are looked for in them.
+            if isinstance(name, str) and isinstance(constant, ast.Constant) and (name == "type" or name not in GENERAL):
+                known = found.get(name)
+                found[name] = [*known, constant.value] if isinstance(known, list) else [constant.value]
+    return {name: values if name == "type" else values[0] for name, values in found.items()} or None
 
 
 def _read_module(module: nn.Module, said: Statements) -> None:
     """Add the options that the published code keeps as attributes of the model, of its first mixer and its norms."""
-    kind = type(module)
-    layers = getattr(module, "layers", None)
-    block = layers[0] if isinstance(layers, nn.ModuleList) and len(layers) else None
-    mixer = getattr(block, "mixer", None)
+    module = next((inner for inner in module.modules() if _first_mixer(inner) is not None), module)
+    kind, mixer = type(module), _first_mixer(module)
     if "videomamba" in kind.__module__.lower() or (hasattr(mixer, "bimamba") and not hasattr(mixer, "bimamba_type")):
-        said.family = Statement("video_mamba", f"its class {kind.__module__}.{kind.__qualname__}")
+        said.family = said.family or Statement("video_mamba", f"its class {kind.__module__}.{kind.__qualname__}")
     # Words of a class name are told apart by their capitals.
     said.add_name(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__qualname__), f"its class {kind.__qualname__}")
     for part, where in ((module, "its attribute"), (mixer, "its mixers' attribute")):
         for option, value in vars(part).items() if isinstance(part, nn.Module) else ():
             if not option.startswith("_") and isinstance(value, (bool, int, float, str)):
                 said.add_option(option, value, f"{where} {option}")
-    epsilon = getattr(getattr(block, "norm", None), "eps", None)
+    projection = getattr(getattr(module, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d):
+        said.add_option("stride", projection.stride[0], "the stride of its patch_embed.proj")
+    if mixer is None:
+        return
+    epsilon = getattr(getattr(module.layers[0], "norm", None), "eps", None)
     if isinstance(epsilon, float):
         said.add_option("norm_epsilon", epsilon, "its norms' attribute eps")
     if "if_cls_token" in said.options and "use_middle_cls_token" not in said.options:
         said.add_option("use_middle_cls_token", False, "a model without the attribute use_middle_cls_token")
     if hasattr(mixer, "bimamba_type") and "if_divide_out" not in said.options:
         said.add_option("if_divide_out", False, "a mixer without the attribute if_divide_out")
+
+
+def _first_mixer(module: nn.Module) -> nn.Module | None:
+    """Return the mixer of the first layer of a Vim or a VideoMamba, None for any other module."""
+    layers = module._modules.get("layers")  # not an attribute, which a compiled module takes from the one inside
+    return getattr(layers[0], "mixer", None) if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
 def _find_writer(content: Mapping[Any, Any]) -> str | None:
@@ -234,7 +294,13 @@ def _find_writer(content: Mapping[Any, Any]) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return True for "true", None for "none", and so on: what a YAML file or a command line has as text."""
+    """Return True for "true", None for "none", 1e-5 for "1e-5": what a YAML file or a command line has as text."""
     if not isinstance(value, str):
         return value
-    return {"true": True, "false": False, "none": None, "null": None}.get(value.strip().lower(), value)
+    text = value.strip().lower()
+    if text in (words := {"true": True, "false": False, "none": None, "null": None}):
+        return words[text]
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError:
+        return value

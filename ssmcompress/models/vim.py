@@ -23,7 +23,7 @@ from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import Block, Expected, StateDict, TokenModel
 from .precision import RMSNorm, embed_patches, find_bias, project, widen
-from .reading import NO_HEAD, Shapes, infer_grid, resize_grid
+from .reading import Shapes, infer_grid, resize_grid
 from .statements import Statements
 
 EPSILON = 1e-5
@@ -267,19 +267,16 @@ class VisionMamba(TokenModel):
                 f"of width {VIDEO_MAMBA_M[0]}), and of no published Vim; {advice}"
             )
         if not said.wrapped or (config.d_model, config.depth) == VIDEO_MAMBA_B:
-            raise InputError(f"{SAME_NAMES}, and nothing in the file says which: {advice}")
-        note(f"taken for a Vim: {SAME_NAMES}, and nothing in the file says which (see `architecture`)")
+            raise InputError(f"{SAME_NAMES}, and nothing says which: {advice}")
+        note(f"taken for a Vim: {SAME_NAMES}, and nothing says which (see `architecture`)")
 
     @classmethod
     def infer_stride(cls, state: StateDict, side: int) -> int | None:
         patch, entries = state["patch_embed.proj.weight"].shape[-1], state["pos_embed"].shape[1] - 1
-        strides = [s for s in range(1, patch + 1) if side >= patch and ((side - patch) // s + 1) ** 2 == entries]
+        # Images are filled by patches, as in all published models: else any size near theirs would do.
+        fitting = (s for s in range(1, patch + 1) if side >= patch and (side - patch) % s == 0)
+        strides = [s for s in fitting if ((side - patch) // s + 1) ** 2 == entries]
         return strides[0] if len(strides) == 1 else None
-
-    @classmethod
-    def stride_of(cls, module: nn.Module) -> int | None:
-        proj = getattr(getattr(module, "patch_embed", None), "proj", None)
-        return proj.stride[0] if isinstance(proj, nn.Conv2d) else None
 
     @classmethod
     def recognises(cls, state: StateDict) -> bool:
@@ -322,7 +319,7 @@ class VisionMamba(TokenModel):
             dt_rank=shape("layers.0.mixer.dt_proj.weight", 2)[1],
             d_conv=shape("layers.0.mixer.conv1d.weight", 3)[2],
             in_chans=in_chans,
-            num_classes=shape("head.weight", 2)[0],
+            num_classes=shape.head("head.weight", d_model),
             patch_size=tuple(patch_size),
             stride=stride,
             image_size=tuple(image_size),
@@ -336,7 +333,6 @@ class VisionMamba(TokenModel):
 MISSING = {
     "cls_token": "it has no class token, from which this Vim reads its output, and is not supported",
     "pos_embed": "it has no learnt position embedding, and is not supported",
-    "head.weight": NO_HEAD,
     "layers.0.mixer.A_b_log": "it scans in one direction only, and is not supported",
 }
 

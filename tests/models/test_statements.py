@@ -61,6 +61,15 @@ def test_the_name_of_the_model_in_a_training_file_is_read(vim, tmp_path, name, m
         ("args", {"args": argparse.Namespace(norm_epsilon=1e-6)}),
         ("args", {"args": argparse.Namespace(flip_img_sequences_ratio=0.5)}),
         ("arch", {"arch": "videomamba_tiny"}),
+        ("name", {"name": "videomamba_tiny"}),
+        ("use_middle_cls_token", {"use_middle_cls_token": False}),
+        ("args.model", {"args": ["--lr", "0.1", "--model", "videomamba_tiny"]}),
+        ("args.model", {"args": json.dumps({"lr": 0.1, "model": "videomamba_tiny"})}),
+        ("config.model", {"config": "lr: 0.1\nmodel: videomamba_tiny"}),
+        ("params", {"params": {"if_rope": True}}),
+        ("meta.config", {"meta": {"config": "model = dict(backbone={'type': 'Vim', 'use_middle_cls_token': False})"}}),
+        ("config.architectures", {"config": {"architectures": ["Classifier", "VideoMambaModel"]}}),
+        ("config.recipe", {"config": {"recipe": {"if_rope": True, "name": "deit"}}}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -100,6 +109,14 @@ def live(model, mixer=None, **attributes):
     return module
 
 
+class Net(nn.Module):
+    """A wrapper, as users and trainers write them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
 HUSTVL = {"if_cls_token": True, "use_middle_cls_token": True, "use_double_cls_token": False, "if_rope": False,
           "final_pool_type": "mean", "if_bidirectional": False, "flip_img_sequences_ratio": -1.0}  # fmt: skip
 DIVIDED = {"bimamba_type": "v2", "if_divide_out": True}
@@ -129,6 +146,85 @@ def test_a_live_module_that_says_that_it_is_another_model(mixer, attributes, mes
         ssmcompress.load(live(make_vim(), mixer, **{**HUSTVL, **attributes}))
 
 
+WRAPPERS = {
+    "a module around it": Net,
+    "compiled": lambda vim: torch.compile(vim),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "an entry": lambda vim: {"model": vim, "epoch": 1},
+    "a compiled entry": lambda vim: {"model": torch.compile(Net(vim))},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_hide_nothing_of_a_live_module(wrap):
+    fine = make_vim(image=(20, 20), stride=2)
+    assert ssmcompress.load(wrap(live(fine, DIVIDED, **HUSTVL))).config == fine.config
+    with pytest.raises(InputError, match="use_middle_cls_token=False"):
+        ssmcompress.load(wrap(live(make_vim(), DIVIDED, **{**HUSTVL, "use_middle_cls_token": False})))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"args": argparse.Namespace(name="deit_recipe", model="vim_tiny")},
+        {"hyper_parameters": {"teacher": {"name": "videomamba", "if_cls_token": False}, "model": {"name": "vim_tiny"}}},
+        {
+            "config": {
+                "model": {"name": "vim", "norm_epsilon": "1e-5"},
+                "data": {"image_size": 13},
+                "eval": {"stride": 3},
+            }
+        },
+        {"config": {"model": "vim", "recipe": {"name": "deit", "stride": 3}}},
+        {"args": argparse.Namespace(model="vim_tiny", input_size=17)},
+    ],
+)
+def test_what_is_said_of_other_things_does_not_count(vim, content):
+    assert ssmcompress.load({"model": vim.state_dict(), **content}).config == vim.config
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vim_t_midclstok_76p1acc", "vim_cls", "vim_10_class", "vim_two_class", "vim_no_class_weights", "vim_europe",
+     "vim_tropes"],
+)  # fmt: skip
+def test_ordinary_names_say_no_options(vim, tmp_path, name):
+    torch.save(vim.state_dict(), tmp_path / f"{name}.pth")
+    assert ssmcompress.load(tmp_path / f"{name}.pth").config == vim.config
+
+
+@pytest.mark.parametrize("name", ["vim_vs_vmamba.pth", "vim_deit_recipe.pth"])
+def test_a_name_of_several_architectures_says_none(vim, tmp_path, name):
+    torch.save(vim.state_dict(), tmp_path / name)
+    with pytest.raises(InputError, match="nothing says which"):
+        ssmcompress.load(tmp_path / name)
+    assert ssmcompress.load(tmp_path / name, architecture="vim").config == vim.config
+
+
+def test_the_architecture_that_the_caller_gives_counts_for_more_than_the_file_name(vim, tmp_path):
+    file = tmp_path / f"{PUBLISHED.replace('_div2', '')}.pth"
+    torch.save(vim.state_dict(), file)
+    with pytest.raises(InputError, match="the name of the file says if_divide_out=False"):
+        ssmcompress.load(file)
+    assert ssmcompress.load(file, architecture="vim").config == vim.config
+
+
+def test_a_stride_that_is_said_is_noted(tmp_path):
+    made = make_vim(image=(20, 20), stride=2)
+    with hold_notes() as notes:
+        ssmcompress.load({"model": made.state_dict(), "args": argparse.Namespace(model="vim_tiny", input_size=20)})
+    assert list(notes) == ["patches overlap, with a stride of 2 pixels by args.input_size"]
+
+
+def test_mean_and_std_in_the_arguments_are_used(vim):
+    args = argparse.Namespace(model="vim", mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.9, interpolation="random")
+    preprocessing = ssmcompress.load({"model": vim.state_dict(), "args": args}).preprocessing
+    assert (preprocessing.mean, preprocessing.std, preprocessing.crop_pct) == ((0.5,) * 3, (0.25,) * 3, 0.9)
+    assert (preprocessing.interpolation, preprocessing.assumed) == ("bicubic", False)
+    only_crop = argparse.Namespace(model="vim", crop_pct=0.9)
+    assert ssmcompress.load({"model": vim.state_dict(), "args": only_crop}).preprocessing.assumed
+
+
 def test_a_live_module_of_older_code_has_its_class_token_in_front():
     attributes = {k: v for k, v in HUSTVL.items() if k != "use_middle_cls_token"}
     with pytest.raises(InputError, match="without the attribute use_middle_cls_token"):
@@ -147,9 +243,7 @@ def test_a_bare_vim_may_be_a_video_mamba_and_is_asked_about(vim, images, tmp_pat
     torch.save(state, tmp_path / "model.pth")
     save_file(state, tmp_path / "model.safetensors")
     for source in (tmp_path / "model.pth", tmp_path / "model.safetensors", state):
-        with pytest.raises(
-            InputError, match="a Vim or of a VideoMamba.*nothing in the file says which.*`architecture`"
-        ):
+        with pytest.raises(InputError, match="a Vim or of a VideoMamba.*nothing says which.*`architecture`"):
             ssmcompress.load(source)
         assert torch.equal(ssmcompress.load(source, architecture="vim")(images), vim(images))
     torch.save(state, tmp_path / "vim_s_81p6acc.pth")
@@ -172,6 +266,12 @@ def test_the_size_of_a_video_mamba_that_no_vim_has(width, depth):
     assert ssmcompress.load({"model": state, "arch": "vim_custom"}).config.d_model == width
 
 
+def test_the_size_and_container_of_video_mamba_b_are_asked_about(vim, monkeypatch):
+    monkeypatch.setattr("ssmcompress.models.vim.VIDEO_MAMBA_B", (16, 4))
+    with pytest.raises(InputError, match="nothing says which"):
+        ssmcompress.load({"model": vim.state_dict()})
+
+
 def test_a_vim_in_a_checkpoint_that_does_not_name_it_is_read_with_a_note(vim):
     with hold_notes() as notes:
         ssmcompress.load({"model": vim.state_dict()})
@@ -180,10 +280,15 @@ def test_a_vim_in_a_checkpoint_that_does_not_name_it_is_read_with_a_note(vim):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("videomamba", "VideoMamba is not supported"), ("resnet50", "unknown architecture 'resnet50'"), ("", "unknown")],
+    [
+        ("videomamba", "VideoMamba is not supported"),
+        ("resnet50", "unknown architecture 'resnet50'"),
+        ("", "unknown"),
+        (5, "5: expected"),
+    ],
 )
 def test_an_architecture_that_is_not_supported(vim, name, message):
-    with pytest.raises(InputError, match=f"`architecture`: .*{message}.*vim, plain_mamba"):
+    with pytest.raises(InputError, match=f"`architecture`:? .*{message}.*vim'?, '?plain_mamba"):
         ssmcompress.load(vim.state_dict(), architecture=name)
 
 
@@ -274,6 +379,31 @@ def test_a_teacher_and_a_student_are_asked_about(vim, images):
     for content in (entries, {**parts, "n_averaged": torch.tensor(1)}):
         assert torch.equal(ssmcompress.load(content, weights="student")(images), vim(images))
         assert torch.equal(ssmcompress.load(content, weights="teacher")(images), teacher(images))
+
+
+def test_a_teacher_next_to_the_model_in_one_state_dict(vim, images):
+    teacher = make_vim(seed=7)
+    parts = {f"{part}.{k}": v for part, m in (("model", vim), ("teacher", teacher)) for k, v in m.state_dict().items()}
+    with hold_notes() as notes:
+        assert torch.equal(ssmcompress.load({"state_dict": parts})(images), vim(images))
+    assert any("left out 58 other tensors (teacher." in text or "other tensors (teacher." in text for text in notes)
+    assert torch.equal(ssmcompress.load({"state_dict": parts}, weights="teacher")(images), teacher(images))
+
+
+def test_mmengines_count_of_averaged_steps(vim, images):
+    average = make_vim(seed=7)
+    content = {"state_dict": vim.state_dict(), "ema_state_dict": {"steps": torch.tensor(3), **average.state_dict()}}
+    assert torch.equal(ssmcompress.load(content, weights="model_ema")(images), average(images))
+
+
+def test_a_second_classifier_is_asked_about_and_another_name_is_named(vim):
+    backbone = {f"backbone.{k}": v for k, v in vim.state_dict().items()}
+    with pytest.raises(InputError, match=r"two classifiers, head.weight and backbone.head.weight"):
+        ssmcompress.load({"model": {**backbone, "head.weight": torch.zeros(3, 16), "head.bias": torch.zeros(3)}})
+    for model, name in ((vim, "classifier"), (vim, "fc"), (make_plain_mamba(), "head.other")):
+        state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+        with pytest.raises(InputError, match=rf"its classifier may be {name}.weight: rename"):
+            ssmcompress.load({"model": {**state, f"{name}.weight": torch.zeros(3, 16)}})
 
 
 def test_a_backbone_without_its_head_is_named_as_one(vim):
