@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FrontEnd:
-    """The interface of a front end; this base class shows no progress, and logs lines as warnings of "ssmcompress"."""
+    """The interface of a front end; this base class shows no progress, and logs lines to the logger "ssmcompress"."""
 
     def track(self, items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
         """Iterate over `items` and show how many of them are done."""
@@ -23,7 +23,14 @@ class FrontEnd:
 
     def line(self, text: str) -> None:
         """Print `text` so that it stays on the screen."""
-        logging.getLogger("ssmcompress").warning(text)
+        logging.getLogger("ssmcompress").info(text)
+
+    def note(self, text: str) -> None:
+        """Show a note; without a front end, it is logged as a warning, which Python prints by default."""
+        if type(self) is FrontEnd:
+            logging.getLogger("ssmcompress").warning(text)
+        else:
+            self.line(text)
 
 
 _silent = FrontEnd()
@@ -63,7 +70,7 @@ def note(text: str) -> None:
     noted = vars(front_end).setdefault("noted", set())  # in the front end: another one shows the note again
     if text not in noted:
         noted.add(text)
-        front_end.line(text)
+        front_end.note(text)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,24 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
     refuse([(IMAGES, labels)], message)
 
 
+@pytest.mark.parametrize("labelled", [True, False], ids=["evaluate", "calibrate"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        [[IMAGES[:5], IMAGES[5:]]],
+        [(IMAGES[:5].numpy(), IMAGES[5:, :, :8, :8].numpy())],
+        [[IMAGES[:2], IMAGES[2:4], IMAGES[4:6]]],
+        [([IMAGES[:5], IMAGES[5:]], LABELS[:5])],
+        [(IMAGES[0], IMAGES[1])],
+    ],
+    ids=["two views", "another size", "three views", "views and labels", "single images"],
+)
+def test_a_second_view_is_not_dropped(vim, data, labelled):
+    message = r"labels \(.*\) float32: these are images again, .* pass one view of the images, or all as one batch"
+    with pytest.raises(InputError, match=message):
+        ssmcompress.evaluate(vim, data) if labelled else ssmcompress.calibrate(vim, data)
+
+
 def test_labels_of_a_module_of_other_code_are_held_against_its_outputs():
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     assert ssmcompress.evaluate(module, [(IMAGES, LABELS % 4)]).images == 10
@@ -567,3 +586,41 @@ def test_messages_of_the_library_name_arguments_and_not_options():
     assert len(modules) > 50
     found = [(path.name, text) for path in modules for text in messages(path) if re.search(r"(?<![\w-])--[a-z]", text)]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"stages": [np.int64(1), np.int64(3)]},
+        {"ratio": np.float32(0.5)},
+        {"ratio": np.array(0.5)},
+        {"ratio": torch.tensor(0.5)},
+        {"ratio": [np.float64(0.5), 0.25], "stages": np.array([1, 2])},
+        {"ratio": Fraction(1, 3), "seed": np.int64(3)},
+    ],
+    ids=str,
+)
+def test_numbers_of_other_libraries_are_saved_as_numbers(vim, tmp_path, numbers):
+    pruned = ssmcompress.prune(vim, **numbers)
+    plan = ssmcompress.load(ssmcompress.save(pruned, tmp_path / "m")).plan
+    assert plan.stages == pruned.plan.stages
+    assert plan.seed == pruned.plan.seed
+
+
+def test_a_seed_that_is_no_number(vim):
+    with pytest.raises(InputError, match="`seed` '3': expected a whole number"):
+        ssmcompress.prune(vim, ratio=0.3, seed="3")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: ssmcompress.search(m, x, flops=0.6, stages=2), "`stages` 2: expected numbers"),
+        (lambda m, x: ssmcompress.compare(m, x, ratios=["0.3"]), "`ratios` .*expected numbers"),
+        (lambda m, x: ssmcompress.compare(m, x, ratios=[]), "`ratios` is empty"),
+        (lambda m, x: ssmcompress.compare(m, x, flops=[]), "`flops` is empty"),
+    ],
+)
+def test_arguments_of_jobs_that_are_no_numbers(vim, call, message):
+    with pytest.raises(InputError, match=message):
+        call(vim, torch.randn(4, 3, 16, 16))

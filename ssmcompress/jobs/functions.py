@@ -14,6 +14,7 @@ from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.inputs import check_dense, to_batches
+from ..models.rewrite import list_numbers
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan
 from .compare import compare_methods
@@ -60,7 +61,7 @@ def search(
     chosen = sample_indices(len(batches.index), SAMPLES, 0)[0]
     calibration = _select(batches, chosen)
     alignment = Alignment(alignment, alignment) if isinstance(alignment, bool) else alignment
-    layers = tuple(stages) if stages is not None else None
+    layers = list_numbers("stages", stages, "layers") if stages is not None else None
     request = SearchRequest(**budgets, stages=layers, importance=importance, alignment=alignment)
     images = CalibrationImages(calibration, calibration, len(chosen))
     plan = search_plan(model, request, images, DataOptions(), gap="calibrated", reconstruct=reconstruct).plan
@@ -101,9 +102,11 @@ def compare(
     for name, values in (("ratios", ratios), ("flops", flops), ("methods", methods)):
         if isinstance(values, (str, Real)):
             raise InputError(f"`{name}` {values!r}: expected several, [{values!r}]")
+        if values is not None and not len(values):
+            raise InputError(f"`{name}` is empty: expected at least one")
     _check_shares("flops", flops or ())
     request = CompareRequest(
-        ratios=tuple(ratios),
+        ratios=list_numbers("ratios", ratios, "shares of tokens to remove"),
         flops=None if flops is None else tuple(flops),
         methods=None if methods is None else tuple(methods),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ def make_plan(
     """
     check_model(model)
     depth = len(model.blocks)
-    stages = default_stages(depth) if stages is None else _list_numbers("stages", stages, "layers")
-    ratios = (ratio,) if isinstance(ratio, Real) else _list_numbers("ratio", ratio, "shares of tokens to remove")
+    stages = default_stages(depth) if stages is None else list_numbers("stages", stages, "layers")
+    ratio = (ratio,) if isinstance(ratio, Real) else ratio
+    ratios = list_numbers("ratio", ratio, "shares of tokens to remove")
     ratios = ratios * len(stages) if len(ratios) == 1 else ratios
     if len(ratios) != len(stages):
         raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
@@ -54,13 +55,22 @@ def make_plan(
     return Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
 
 
-def _list_numbers(name: str, values: Any, what: str) -> tuple[Any, ...]:
-    """Return numbers as a tuple: of a list, an array or a tensor."""
+def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
+    """Return the numbers in a list, an array or a tensor as Python's; InputError if there are none, or other things."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = (values,) if isinstance(values, Real) and name == "ratio" else values  # an array without dimensions
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
-        values = tuple(values.tolist() if hasattr(values, "tolist") else values)
+        values = tuple(values)
         if values and all(isinstance(value, Real) for value in values):
-            return values
+            return tuple(_to_python(value) for value in values)
     raise InputError(f"`{name}` {values!r}: expected numbers, {what}")
+
+
+def _to_python(value: Real) -> bool | int | float:
+    """Return a number of any library as one that JSON has."""
+    if isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def prune(

@@ -62,7 +62,8 @@ class Stage:
     merge: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "merge" or value is not None}
+        value = {"after": int(self.after), "ratio": float(self.ratio), "importance": self.importance}
+        return value | ({"merge": self.merge} if self.merge is not None else {})
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Plan:
             raise InputError(f"`stages` of a plan: expected Stage(after, ratio) values, found {self.stages!r}"[:200])
         if not isinstance(self.alignment, Alignment):
             raise InputError(f"`alignment` {self.alignment!r}: expected True, False or an Alignment")
+        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
+            raise InputError(f"`seed` {self.seed!r}: expected a whole number")
         for stage in self.stages:
             if not isinstance(stage.after, Integral) or isinstance(stage.after, bool):
                 raise InputError(f"a stage after layer {stage.after!r}: expected the number of a layer, from 1")
@@ -174,7 +177,7 @@ class Plan:
             "stages": [stage.to_dict() for stage in self.stages],
             "alignment": {k: v for k, v in asdict(self.alignment).items() if v or k != "pool"},
             "gap": self.gap,
-            "seed": self.seed,
+            "seed": int(self.seed),
         }
         if self.calibration is not None and tensors:
             value["calibration"] = {
