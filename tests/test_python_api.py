@@ -323,6 +323,10 @@ def test_a_second_view_is_not_dropped(vim, data, labelled):
         ssmcompress.evaluate(vim, data) if labelled else ssmcompress.calibrate(vim, data)
 
 
+def test_masks_in_the_place_of_labels_are_no_second_view(vim):
+    assert ssmcompress.calibrate(vim, [(IMAGES, IMAGES[:, :1])]).calibration.images == 10
+
+
 def test_labels_of_a_module_of_other_code_are_held_against_its_outputs():
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
     assert ssmcompress.evaluate(module, [(IMAGES, LABELS % 4)]).images == 10

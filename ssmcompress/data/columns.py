@@ -67,7 +67,8 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
     """Return the labels in a table, for a head of `num_classes` classes.
 
     Raises:
-        InputError: labels are not the head's, or several columns could be the labels and differ.
+        InputError: labels are not the head's, or several columns could be the labels and differ. Of these, one with as
+            many classes as the head counts, else the one called label.
     """
     plain, longer = _label_columns(table)
     columns = plain + longer
@@ -91,7 +92,7 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
             raise errors[0]
         return Labels()
     if len({labelled[column].values for column in usable}) > 1:
-        usable = [column for column in usable if column in complete]
+        usable = [c for c in usable if c in complete] or [c for c in usable if _plain(c) == "label"]
         if len(usable) != 1:
             raise InputError(
                 f"{name} has several columns of labels ({', '.join(labelled)}), and it is not clear which has the "
@@ -113,8 +114,9 @@ def _label_columns(table: Any) -> tuple[list[str], list[str]]:
     from datasets import Image as ImageFeature
 
     plain, longer, texts = [], [], []
-    names = {_plain(name) + end for name in (*LABEL_COLUMNS, "classes", "categories") for end in NUMBERED}
-    names.remove(_plain("fine_label"))
+    # fine_label has a longer name: next to coarse_label, the classes of the head decide which of the two counts.
+    words = [word for word in (*LABEL_COLUMNS, "classes", "categories") if word != "fine_label"]
+    names = {_plain(word) + end for word in words for end in NUMBERED}
     for column, feature in table.features.items():
         if isinstance(feature, ImageFeature):  # a mask
             continue

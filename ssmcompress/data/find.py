@@ -27,8 +27,8 @@ def open_images(name: str | Path, num_classes: int) -> Images:
 
     - A class is a folder directly in the data's folder; images at any depth in it count, as in torchvision's
       ImageFolder. Synset ids are ImageNet's classes for a head of 1,000. Numbers are classes by their value: 0 to K-1,
-      or 1 to K, for K classes, or some numbers below K. Other names are sorted as text, and must be as many as the
-      classes.
+      or 1 to K, for K classes, or some numbers below K, counted from 0, unless they could mean other classes. Other
+      names are sorted as text, and must be as many as the classes.
     - Folders without images are no classes, unless they are needed to reach `num_classes`.
     - Hidden files, macOS's `._` files, `__MACOSX`, `lost+found` and the like are no data. Other files that are left out
       are named.

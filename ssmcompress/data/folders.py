@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import InputError
 from ..progress import note
 from .images import Images, decode
-from .labels import class_index, is_number, known_classes
+from .labels import SYNSET, class_index, is_number, known_classes, some_names
 from .listing import Listing, top_of
 
 
@@ -28,7 +28,10 @@ def read_folder(listing: Listing, name: str, num_classes: int) -> Images:
     if flat:
         return _from_files(listing.root, name, listing.images)
     empty = [folder for folder in listing.folders if folder not in tops]
-    index, notes = class_index(list(tops), num_classes, name, empty, _hint(listing, list(tops), num_classes))
+    inside = _folders_inside(listing.images)
+    if len(tops) + sum(map(is_number, empty)) != num_classes:
+        _check_numbers(listing.root, name, inside)
+    index, notes = class_index(list(tops), num_classes, name, empty, _hint(listing.root, inside, num_classes))
     deeper = [file for file in listing.images if file.count("/") > 1]
     if deeper:
         top = top_of(deeper[0])
@@ -39,18 +42,41 @@ def read_folder(listing: Listing, name: str, num_classes: int) -> Images:
     return _from_files(listing.root, name, listing.images, labels, known_classes(index, num_classes))
 
 
-def _hint(listing: Listing, tops: Sequence[str], num_classes: int) -> str:
-    """Return advice for a folder whose class folders are not the head's classes."""
-    if all(map(is_number, tops)):
-        return "; if these are some of its classes, add empty folders for the others"
-    inside: dict[str, set[str]] = {top: set() for top in tops}
-    for file in listing.images:
+def _folders_inside(images: Sequence[str]) -> dict[str, set[str]]:
+    """Return class folder -> the folders directly in it that hold its images, "" for images in itself."""
+    inside: dict[str, set[str]] = {}
+    for file in images:
         top, _, rest = file.partition("/")
-        inside[top].add(top_of(rest))
+        inside.setdefault(top, set()).add(top_of(rest))
+    return inside
+
+
+def _check_numbers(root: Path, name: str, inside: dict[str, set[str]]) -> None:
+    """Raise InputError if folders with numbers hold class folders, as the severities of ImageNet-C do.
+
+    Class folders are synsets, or the same names, more than one, in each of several numbers.
+    """
+    names = set().union(*inside.values())
+    same = len(names) > 1 < len(inside) and all(folders == names for folders in inside.values())
+    if all(map(is_number, inside)) and "" not in names and (same or all(map(SYNSET.fullmatch, names))):
+        first = next(iter(inside))
+        raise InputError(
+            f"{name}: the folders with numbers ({some_names(list(inside))}) hold class folders "
+            f"({some_names(sorted(inside[first]))}), and are not classes themselves; did you mean {root / first}?"
+        )
+
+
+def _hint(root: Path, inside: dict[str, set[str]], num_classes: int) -> str:
+    """Return advice for a folder whose class folders are not the head's classes."""
     # A folder whose own folders are as many as the classes, alone or in contrast to the folders next to it.
     fitting = [top for top, folders in inside.items() if "" not in folders and len(folders) == num_classes > 1]
-    if len(tops) == 1 or len(fitting) == 1:
-        return f"; did you mean {listing.root / (fitting or list(tops))[0]}?"
+    if len(fitting) != 1 and all(map(is_number, inside)):
+        return (
+            f"; if these are some of its classes, add empty folders for the others, so that there are 0 to "
+            f"{num_classes - 1}, or 1 to {num_classes}"
+        )
+    if len(inside) == 1 or len(fitting) == 1:
+        return f"; did you mean {root / (fitting or list(inside))[0]}?"
     return ""
 
 

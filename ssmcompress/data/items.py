@@ -118,6 +118,7 @@ def parse_item(item: Any, transform: Transform | None, labelled: bool) -> Parsed
         images = item
     elif isinstance(item, (tuple, list)) and item and (_is_image(item[0]) or _are_singles(item[0])):
         images, labels = item[0], item[1] if len(item) > 1 else None
+        _check_views(images, labels)
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], (tuple, list, Mapping)):
         return join_batches([parse_item(part, transform, labelled)[0] for part in item]), False
     else:
@@ -133,6 +134,21 @@ def _is_image(value: Any) -> bool:
 
 def _is_single(value: Any) -> bool:
     return isinstance(value, Image) or value.ndim == 3
+
+
+def _check_views(images: Any, labels: Any) -> None:
+    """Raise InputError for a second view in the place of the labels, as loaders for contrastive learning give it.
+
+    Masks have another number of dimensions or channels.
+    """
+    pair = (images, labels)
+    if not all(isinstance(v, (Tensor, np.ndarray)) and v.ndim in (3, 4) for v in pair) or images.ndim != labels.ndim:
+        return
+    if images.shape[-3] == labels.shape[-3]:
+        raise InputError(
+            f"labels {tuple(labels.shape)} {_name(labels.dtype)}: these are images again, expected class numbers; pass "
+            f"one view of the images, or all as one batch, torch.cat(views)"
+        )
 
 
 def _are_singles(value: Any) -> bool:

@@ -37,7 +37,7 @@ def class_index(
     if chosen is every and len(every) > len(names):
         added = every[len(names) :]
         notes = _without_images([name for name in empty if name not in added])
-        notes.append(f"classes, though they have no images: {_some(added)}; without them, there are too few")
+        notes.append(f"classes, though they have no images: {some_names(added)}; without them, there are too few")
     if all(map(is_number, chosen or names)):
         # A number without images could be one of the classes: then all later ones would shift.
         unsure = chosen is names and any(map(is_number, empty))
@@ -48,8 +48,8 @@ def class_index(
     if chosen is None:
         without = f" with images and {len(empty)} without" if empty else ""
         raise InputError(
-            f"{where} has {len(names)} class{'es' if len(names) != 1 else ''}{without} ({_some(names)}), the model has "
-            f"{num_classes} classes; its images cannot be scored{hint}"
+            f"{where} has {len(names)} class{'es' if len(names) != 1 else ''}{without} ({some_names(names)}), the "
+            f"model has {num_classes} classes; its images cannot be scored{hint}"
         )
     ordered = sorted(chosen)
     natural = sorted(chosen, key=_natural_key)
@@ -80,14 +80,18 @@ def _by_number(names: Sequence[str], num_classes: int, where: str, unsure: bool)
         if numbers[i] == numbers[i - 1]:
             raise InputError(f"{where}: {ordered[i - 1]} and {ordered[i]} are the same number; rename one of them")
     first, last, complete = numbers[0], numbers[-1], len(numbers) == num_classes
-    # 0 to 9 for a head of 1,000 are the classes of other data; 3, 17 and 998 are some of its classes.
-    run = first <= 1 and last - first + 1 == len(numbers)
-    if last < num_classes and (complete or not run):
+    # 0 to 9 for a head of 1,000 are the classes of other data; 3, 17 and 998 are some of its classes. Most numbers
+    # without 0 could be 1 to K with some missing: then each would be the class after its own.
+    unclear = (first <= 1 and last - first + 1 == len(numbers)) or (first > 0 and 2 * len(numbers) > num_classes)
+    if last < num_classes and (complete or not unclear):
         index = dict(zip(ordered, numbers, strict=True))
         notes = []
         if not complete:
             others = num_classes - len(numbers)
-            notes = [f"the numbers {_some(ordered)} are classes of the model; {others} others have no images"]
+            what = (
+                f"numbers {some_names(ordered)} are classes" if len(ordered) > 1 else f"number {ordered[0]} is a class"
+            )
+            notes = [f"the {what} of the model, counted from 0; {others} others have no images"]
     elif complete and not unsure:
         index = {name: i for i, name in enumerate(ordered)}
         notes = [f"classes are in the order of the numbers: {ordered[0]} is class 0, {ordered[-1]} the last one"]
@@ -106,12 +110,12 @@ def _by_number(names: Sequence[str], num_classes: int, where: str, unsure: bool)
 def _without_images(empty: Sequence[str]) -> list[str]:
     if not empty:
         return []
-    return [
-        f"no classes, because they have no images: {len(empty)} folder{'s' if len(empty) > 1 else ''} ({_some(empty)})"
-    ]
+    folders = f"{len(empty)} folder{'s' if len(empty) > 1 else ''}"
+    return [f"no classes, because they have no images: {folders} ({some_names(empty)})"]
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """Return the first three names as text."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -154,7 +158,7 @@ def text_labels(
     if len(names) != num_classes and not any(map(SYNSET.fullmatch, names)):
         raise InputError(
             f"{name}, row 0: label {values[0]!r}; expected classes 0 to {num_classes - 1}, or text for each of the "
-            f"{num_classes} classes, and found {len(names)} ({_some(names)})"
+            f"{num_classes} classes, and found {len(names)} ({some_names(names)})"
         )
     index, notes = class_index(names, num_classes, name)
     first, last = min(index, key=index.get), max(index, key=index.get)

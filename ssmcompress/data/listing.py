@@ -30,9 +30,10 @@ DESCRIPTIONS = {"readme", "license", "licence", "dataset_info", "dataset_infos",
 def is_system(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or written by a system and not by the user.
 
-    Names that start with `._` are macOS's attributes of another file; `PaxHeaders` are those of tar.
+    Names that start with `._` are macOS's attributes of another file; `PaxHeaders` are those of tar. `.` and `..`
+    in the names of tar members are not hidden.
     """
-    return name.startswith((".", "PaxHeader")) or name.lower() in SYSTEM_NAMES
+    return (name.startswith((".", "PaxHeader")) and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
 
 
 def kind_of(name: str) -> str:
@@ -74,7 +75,7 @@ class LeftOut:
         return ", ".join(texts) + (", ..." if len(self.counts) > len(texts) else "")
 
     def tell(self, where: str) -> None:
-        """Print what is left out, if anything is."""
+        """Note what is left out, if anything is (`ssmcompress.progress.note`)."""
         if self:
             note(f"{where}: left out {self}")
 
@@ -132,7 +133,7 @@ def list_files(root: Path) -> Listing:
                 stack.append(path)
             elif not (entry.is_symlink() or entry.is_file()):  # a pipe or a device: reading it could wait forever
                 listing.left_out.add("special file", path)
-            elif kind := _kind_in_folder(entry.name):
+            elif kind := kind_in_folder(entry.name):
                 here.append((kind, entry.name))
             else:
                 _leave_out(path, listing.left_out)
@@ -165,7 +166,7 @@ def _see_once(root: Path, path: str, seen: dict[tuple[int, int], str]) -> None:
         raise InputError(f"{names} are the same {what}, so its images would count twice; remove one of the links")
 
 
-def _kind_in_folder(name: str) -> str:
+def kind_in_folder(name: str) -> str:
     """Return the kind of a file that is found in a folder: caches, unfinished and metadata tables are no data there."""
     kind = kind_of(name)
     return "" if kind == "tables" and name.startswith(("cache-", "tmp", "metadata.")) else kind

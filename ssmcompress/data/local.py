@@ -8,9 +8,9 @@ from pathlib import Path
 from ..errors import InputError
 from .folders import read_folder
 from .images import Images
-from .listing import Listing, kind_of, list_files, top_of
+from .listing import LeftOut, Listing, kind_of, list_files, top_of
 from .shards import read_shards
-from .splits import choose_split, split_folders, split_of_file
+from .splits import choose_split, find_split, split_folders, split_of_file
 from .tables import read_saved, read_tables
 
 EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
@@ -42,7 +42,8 @@ def open_path(path: Path, name: str, split: str | None, num_classes: int) -> Ima
     raise InputError(f"{path} holds no images that can be read: expected {EXPECTED}")
 
 
-def _open_folder(path: Path, name: str, split: str | None, num_classes: int) -> Images:
+def _open_folder(path: Path, name: str, split: str | None, num_classes: int, inner: bool = False) -> Images:
+    """Return the images of a folder; `inner`: what is left out in it has been told with the folder around it."""
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
         return read_saved(path / choose_split(splits, split, str(path)), name, num_classes)
@@ -51,20 +52,17 @@ def _open_folder(path: Path, name: str, split: str | None, num_classes: int) -> 
             raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
         return read_saved(path, name, num_classes)
     listing = list_files(path)
-    if split is not None and (listing.tables or listing.shards):  # pictures next to them belong to no split
-        for image in listing.images:
-            listing.left_out.add("image without a split", image)
-        listing.images = []
-    files = [*listing.images, *listing.tables, *listing.shards]
-    tops = sorted({top_of(file) for file in files})
-    if "" not in tops and (folders := split_folders(tops)):
-        if split is None and len(folders) == 1 and listing.images:
-            raise InputError(f"no images in {path} itself; did you mean {path / tops[0]}?")
-        folder = choose_split({top: top for top in folders}, split, str(path))
+    if inner:
+        listing.left_out = LeftOut()
+    if folder := _choose_folder(listing, name, split):
         return _open_folder(path / folder, name, None, num_classes)
-    if len(tops) == 1 and "" not in tops and not listing.images:  # such as `data` in a clone of a hub data set
+    if split is not None:
+        _leave_out_images(listing)
+    tops = _tops(listing)
+    # Such as `data` in a clone of a hub data set. A single folder of images could be a class, unless a split is asked.
+    if len(tops) == 1 and "" not in tops and (split is not None or not listing.images):
         listing.left_out.tell(name)
-        return _open_folder(path / tops[0], name, split, num_classes)
+        return _open_folder(path / tops[0], name, split, num_classes, inner=True)
     _choose_split(listing, split)
     _check_kinds(listing)
     listing.left_out.tell(name)
@@ -83,6 +81,53 @@ def _saved_splits(file: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} does not list the splits of a saved DatasetDict ({error})") from error
     return splits
+
+
+def _tops(listing: Listing) -> list[str]:
+    """Return the folders directly in a folder that hold data, and "" if the folder itself does."""
+    return sorted({top_of(file) for file in (*listing.images, *listing.tables, *listing.shards)})
+
+
+def _choose_folder(listing: Listing, name: str, split: str | None) -> str | None:
+    """Return the folder of the split to read, None if the splits are not folders.
+
+    Raises:
+        InputError: it is not clear which folder is meant, or none is the split.
+    """
+    path, tops = listing.root, _tops(listing)
+    folders = {top: top for top in split_folders(top for top in tops if top)}
+    if split is None:
+        if len(folders) == 1 and "" in tops:
+            return None
+        if len(folders) == 1 and listing.images:
+            raise InputError(f"no images in {path} itself; did you mean {path / tops[0]}?")
+        return choose_split(folders, None, str(path)) if folders else None
+    if split in tops:
+        folders[split] = split
+    # Files that say a split, too: train.parquet next to a folder train.
+    named = {file: said for file in (*listing.tables, *listing.shards) if (said := split_of_file(file))}
+    if not folders or (named and not find_split(folders, split)):
+        return None
+    folder = choose_split(folders, split, str(path))
+    for file, said in named.items():
+        if top_of(file) != folder and find_split([said], split):
+            raise InputError(f"{path} holds the split {split} in {folder} and in {file}; name one of them by its path")
+    stray = LeftOut()
+    for file in (*listing.images, *listing.tables, *listing.shards):
+        if not top_of(file) and file not in named:
+            stray.add("image without a split" if kind_of(file) == "images" else "file of no split", file)
+    stray.tell(name)
+    return folder
+
+
+def _leave_out_images(listing: Listing) -> None:
+    """Leave out images that belong to no split: those in no folder, and all next to tables or shards."""
+    images, listing.images = listing.images, []
+    for image in images:
+        if top_of(image) and not (listing.tables or listing.shards):
+            listing.images.append(image)
+        else:
+            listing.left_out.add("image without a split", image)
 
 
 def _choose_split(listing: Listing, split: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -165,7 +166,7 @@ def _scan(tar: tarfile.TarFile, path: Path, members: _Members, left_out: LeftOut
         end = max(end, member.offset_data + member.size if member.isreg() else 0)
         sample, suffix = _split_name(member.name)
         is_image = f".{suffix}" in IMAGE_SUFFIXES
-        if any(is_system(part) for part in member.name.removeprefix("./").split("/")):
+        if any(map(is_system, member.name.split("/"))):
             if is_image or member.name.lower().endswith(tuple(IMAGE_SUFFIXES)):
                 left_out.add("hidden or system member", member.name)
         elif not member.isreg() or member.issparse():
@@ -180,7 +181,9 @@ def _scan(tar: tarfile.TarFile, path: Path, members: _Members, left_out: LeftOut
             if member.size > LABEL_BYTES:
                 raise InputError(f"{path}, {member.name}: {member.size:,} bytes, too large for a label")
             label = _read_label(tar.extractfile(member).read(), suffix, f"{path}, {member.name}")
-            if label is not None:
+            if label is None:
+                left_out.add(".json member without label, cls or class", member.name)
+            else:
                 keys, values = members.labels.setdefault(suffix, (array("Q"), array("q")))
                 keys.append(_key(sample))
                 values.append(label)
@@ -240,13 +243,15 @@ def _names(path: Path, key: int, suffixes: Sequence[str]) -> list[str]:
 def _read_label(content: bytes, suffix: str, where: str) -> int | None:
     """Return the class in the member of a label: None if a .json has none, `INVALID` if it has another value."""
     try:
-        value = json.loads(content)
         if suffix == "json":
+            value = json.loads(content)
             value = next((value[k] for k in JSON_KEYS if isinstance(value, dict) and k in value), None)
             if value is None or not isinstance(value, int) or isinstance(value, bool):
                 return None if value is None else INVALID
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"expected a whole number, found {str(value)[:20]!r}")
+        elif re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", content):  # as webdataset reads it, by int(): 007 is 7
+            value = int(content)
+        else:
+            raise ValueError(f"expected a whole number, found {content[:20].decode(errors='replace')!r}")
         if not -1 <= value < 2**31:
             raise ValueError(f"{value} is no class")
     except (ValueError, RecursionError) as error:

@@ -66,12 +66,16 @@ def choose_split(splits: Mapping[str, T], asked: str | None, where: str) -> T:
         held_out = [name for name in sorted(splits) if _canonical(name) in ("validation", "test")]
         example = max(held_out or splits, key=lambda name: _canonical(name) == "validation")
         raise InputError(f"{where} holds several splits ({names}); name one of them, such as {where}:{example}")
-    if asked in splits:
-        return splits[asked]
-    same = [name for name in splits if _canonical(name) == _canonical(asked)]
+    same = find_split(splits, asked)
     if len(same) == 1:
         return splits[same[0]]
     raise InputError(f"{where} has no split {asked}; it has {names}")
+
+
+def find_split(names: Iterable[str], asked: str) -> list[str]:
+    """Return the names that mean the split that is asked for: itself, else those of the same split."""
+    names = list(names)
+    return [asked] if asked in names else [name for name in names if _canonical(name) == _canonical(asked)]
 
 
 def _canonical(split: str) -> str:

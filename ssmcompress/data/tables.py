@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..progress import note
 from .columns import image_column, is_text, read_labels
 from .images import Images, decode
-from .listing import LeftOut, kind_of
+from .listing import LeftOut, kind_in_folder
 
 # Largest parquet file, in bytes, that is read into memory; larger ones are converted to a memory-mapped arrow file.
 IN_MEMORY = 1 << 28
@@ -60,7 +60,7 @@ def read_saved(path: Path, name: str, num_classes: int) -> Images:
     used = {Path(file["filename"]).name for file in table.cache_files}
     left_out = LeftOut()
     for file in sorted(path.iterdir()):
-        if kind_of(file.name) and file.name not in used:
+        if kind_in_folder(file.name) and file.name not in used:
             left_out.add("file outside of state.json", file.name)
     left_out.tell(name)
     return _from_table(table, name, num_classes, path)

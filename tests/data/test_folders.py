@@ -100,6 +100,78 @@ def test_ten_digits_are_not_the_first_classes_of_a_large_head(data, first):
         open_images(data, 1000)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "classes"),
+    [
+        (set(range(1, 102)) - {57}, 102),  # Flowers-102, where class 102 is missing too
+        (set(range(2, 12)), 12),
+        (set(range(1, 103)) - {57}, 102),
+    ],
+)
+def test_most_numbers_without_0_could_count_from_1(data, numbers, classes):
+    fill(data, *(f"{i}/a.png" for i in numbers))
+    advice = f"add empty folders for the others, so that there are 0 to {classes - 1}, or 1 to {classes}$"
+    with pytest.raises(InputError, match=f"has {len(numbers)} classes.*{advice}"):
+        open_images(data, classes)
+    fill(data, *(f"{i}/" for i in set(range(1, classes + 1)) - numbers))
+    assert labels_by_folder(open_images(data, classes)) == {str(i): i - 1 for i in sorted(numbers, key=str)}
+
+
+def test_most_numbers_with_0_are_these_classes(data, lines):
+    fill(data, *(f"{i}/a.png" for i in range(12) if i not in (3, 11)))
+    assert labels_by_folder(open_images(data, 12))["10"] == 10
+    assert "the numbers 0, 1, 2, ... are classes of the model, counted from 0; 2 others have no images" in lines[0]
+
+
+def test_one_number_is_one_class(data, lines):
+    fill(data, "3/a.png")
+    assert open_images(data, 10).labels == (3,)
+    assert "the number 3 is a class of the model, counted from 0; 9 others" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "inside", "classes"),
+    [
+        ([3], ["n01443537", "n01629819"], 1000),  # ImageNet-C: a severity
+        ([3], ["n01443537"], 1000),
+        ([3, 5], ["n01443537", "n01629819"], 1000),
+        ([1, 2, 3, 4, 5], ["n01443537", "n01629819"], 1000),
+        ([3, 5], ["ant", "bee", "cat"], 100),
+        ([2019, 2021], ["ant", "bee"], 21843),
+    ],
+)
+def test_numbers_that_hold_class_folders_are_not_classes(data, numbers, inside, classes):
+    fill(data, *(f"{i}/{name}/a.png" for i in numbers for name in inside))
+    with pytest.raises(InputError, match=rf"folders with numbers \({numbers[0]}.*did you mean .*/data/{numbers[0]}\?$"):
+        open_images(data, classes)
+
+
+@pytest.mark.parametrize("inside", [["images"], ["x", "y"]])
+def test_numbers_may_hold_further_folders(data, lines, inside):
+    """One folder `images` in each, or folders that are not the same everywhere."""
+    fill(data, *(f"{i}/{inside[i % len(inside)]}/a.png" for i in (3, 6, 7)))
+    assert labels_by_folder(open_images(data, 10)) == {"3": 3, "6": 6, "7": 7}
+
+
+def test_all_numbers_of_the_head_are_classes_whatever_they_hold(data, lines):
+    fill(data, *(f"{i}/{name}/a.png" for i in range(1, 4) for name in ("left", "right")), "0/")
+    assert labels_by_folder(open_images(data, 4)) == {"1": 1, "2": 2, "3": 3}
+    fill(data, "0/left/a.png", "0/right/a.png")
+    assert labels_by_folder(open_images(data, 4)) == {str(i): i for i in range(4)}
+
+
+def test_a_number_whose_folders_are_the_classes_is_named(data):
+    fill(data, *(f"1/{name}/a.png" for name in ("ant", "bee", "cat")), "2/a.png")
+    with pytest.raises(InputError, match="has 2 classes.*did you mean .*/data/1"):
+        open_images(data, 3)
+
+
+def test_an_empty_folder_is_no_class_next_to_numbers(data):
+    fill(data, *(f"{i}/a.png" for i in range(9)), "notes/")
+    with pytest.raises(InputError, match="9 classes with images and 1 without .* the model has 10"):
+        open_images(data, 10)
+
+
 def test_numbers_and_other_names_are_sorted_as_text(data, lines):
     fill(data, "2/a.png", "10/a.png", "cat/a.png")
     assert labels_by_folder(open_images(data, 3)) == {"10": 0, "2": 1, "cat": 2}
@@ -266,6 +338,60 @@ def test_split_folders_are_no_classes(data, names):
     assert open_images(data / names[0], 2).labels == (0, 1)
     with pytest.raises(InputError, match="no split extra"):
         open_images(f"{data}:extra", 2)
+
+
+@pytest.mark.parametrize(("wrong", "split"), [("test1", "test2"), ("val_images", "dev")])
+def test_two_folders_of_the_same_split_are_no_classes(data, wrong, split):
+    fill(data, f"{wrong}/a.png", f"{split}/b.png", f"{split}/c.png")
+    with pytest.raises(InputError, match="several splits"):
+        open_images(data, 2)
+    assert len(open_images(f"{data}:{split}", 2)) == 2
+
+
+def test_names_with_the_same_split_word_are_classes(data):
+    """Folders like `pets-train` are splits only next to another split."""
+    fill(data, "pets-train/a.png", "pets-training/b.png")
+    assert open_images(data, 2).classes == ("pets-train", "pets-training")
+
+
+@pytest.mark.parametrize("outer", ["dogs-vs-cats", "ILSVRC/Data/CLS-LOC"])
+def test_a_split_may_lie_further_in(data, lines, outer):
+    for i, split in enumerate(("train", "val")):
+        fill(data, *(f"{outer}/{split}/{label}/{k}.png" for label in ("ant", "bee") for k in range(i + 1)))
+    fill(data, f"{outer}/Annotations/a.xml", "notes.csv", "preview.png")
+    assert open_images(f"{data}:val", 2).labels == (0, 0, 1, 1)
+    (line,) = lines
+    for part in (f"1 .xml file ({outer}/Annotations/a.xml)", "(notes.csv)", "1 image without a split (preview.png)"):
+        assert part in line
+    with pytest.raises(InputError, match=f"{outer} has no split test; it has train, val"):
+        open_images(f"{data}:test", 2)
+
+
+def test_a_picture_next_to_the_splits_belongs_to_none(data, lines):
+    fill(data, "train/ant/a.png", "train/bee/b.png", "val/a.png", "preview.png", "train/notes.csv")
+    with pytest.raises(InputError, match=r"several splits \(train, val\); name one of them, such as .*data:val"):
+        open_images(data, 2)
+    assert open_images(f"{data}:train", 2).labels == (0, 1)
+    assert sorted(line.partition("left out ")[2] for line in lines) == [
+        "1 .csv file (notes.csv)",
+        "1 image without a split (preview.png)",
+    ]
+
+
+def test_a_picture_next_to_a_single_split(data, lines):
+    fill(data, "train/ant/a.png", "train/bee/b.png", "preview.png")
+    with pytest.raises(InputError, match=r"holds both images and class folders \(train\)"):
+        open_images(data, 2)
+    assert open_images(f"{data}:training", 2).labels == (0, 1)
+    assert "1 image without a split (preview.png)" in lines[0]
+
+
+def test_a_folder_after_the_colon_is_opened_whatever_it_is_called(data):
+    """Office-Home's domains; and a single split next to another folder."""
+    fill(data, *(f"{domain}/{label}/a.png" for domain in ("Art", "Real", "train") for label in ("ant", "bee", "cat")))
+    assert open_images(f"{data}:Real", 3).labels == open_images(f"{data}:train", 3).labels == (0, 1, 2)
+    with pytest.raises(InputError, match="has no splits, so none called real"):
+        open_images(f"{data}:real", 3)
 
 
 def test_val_valid_and_validation_are_the_same_split(data):

@@ -101,6 +101,37 @@ def test_a_number_in_cls_counts_before_a_text_in_json(tmp_path):
     assert open_images(write_shard(tmp_path / "s" / "0.tar", members), num_classes=3).labels == (1,)
 
 
+def test_a_json_without_a_label_is_named(tmp_path, lines):
+    members = [
+        (f"{i}.{end}", png(i) if end == "png" else b'{"class_id": 1}') for i in range(3) for end in ("png", "json")
+    ]
+    assert open_images(write_shard(tmp_path / "s" / "0.tar", members), num_classes=3).labels is None
+    (line,) = lines
+    assert "3 .json members without label, cls or class (0.json, ...)" in line
+
+
+@pytest.mark.parametrize("folder", ["../x/", "./../", "a/./b/", "../../data/"])
+def test_members_below_dots_are_not_hidden(tmp_path, lines, folder):
+    file = write_shard(tmp_path / "s" / "0.tar", [(f"{folder}0.png", png(0)), (f"{folder}0.cls", b"2")])
+    assert open_images(file, num_classes=3).labels == (2,)
+    assert lines == []
+    hidden = write_shard(tmp_path / "h" / "0.tar", [(f"{folder}.x/0.png", png(0)), (f"{folder}0.png", png(1))])
+    assert pixels(open_images(hidden, num_classes=3)) == [decoded(1)]
+
+
+@pytest.mark.parametrize("text", [b"007", b"7", b" 07\n", b"+7", b"0000007\r\n"])
+def test_numbers_in_cls_are_read_as_webdataset_reads_them(tmp_path, text):
+    file = write_shard(tmp_path / "s" / "0.tar", [("0.png", png(0)), ("0.cls", text)])
+    assert open_images(file, num_classes=8).labels == (int(text),)
+
+
+@pytest.mark.parametrize("text", [b"cat", b"1_0", b"7 8", b"7.0", b'"7"', b"", b"\xff7", b"0x7", b"9" * 5000])
+def test_what_is_no_number_in_cls_is_quoted(tmp_path, text):
+    file = write_shard(tmp_path / "s" / "0.tar", [("0.png", png(0)), ("0.cls", text)])
+    with pytest.raises(InputError, match=r"0.cls: no label \(expected a whole number, found '.{0,20}'\)$"):
+        open_images(file, num_classes=80)
+
+
 def test_folders_in_a_shard_are_not_taken_for_labels_in_silence(tmp_path, lines):
     file = write_shard(tmp_path / "s" / "0.tar", [("cat/0.png", png(0)), ("dog/0.png", png(1))])
     assert open_images(file, num_classes=2).labels is None

@@ -116,6 +116,31 @@ def test_images_next_to_tables_are_asked_about(tmp_path, lines):
     assert "1 image without a split (card.png)" in lines[0]
 
 
+def test_a_split_is_a_folder_or_a_file_but_not_both(tmp_path, lines):
+    """A clone may hold pictures for its tests, or of its splits next to the tables."""
+    write(tmp_path / "repo" / "data" / "train-0.parquet", [0])
+    write(tmp_path / "repo" / "data" / "test-0.parquet", [1, 2])
+    (tmp_path / "repo" / "test").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "repo" / "test" / "a.png")
+    with pytest.raises(InputError, match=r"the split test in test and in data/test-0.parquet; name one of them by its"):
+        open_images(f"{tmp_path / 'repo'}:test", 5)
+    assert open_images(tmp_path / "repo" / "data" / "test-0.parquet", 5).labels == (1, 2)
+    assert open_images(f"{tmp_path / 'repo'}:train", 5).labels == (0,)
+    assert "1 image without a split (test/a.png)" in lines[0]
+
+
+def test_tables_next_to_folders_of_splits(tmp_path, lines):
+    for split, labels in (("train", [0]), ("val", [1, 2])):
+        write(tmp_path / "repo" / split / "0000.parquet", labels)
+    write(tmp_path / "repo" / "extra.parquet", [3])
+    write(tmp_path / "repo" / "test.parquet", [4])
+    with pytest.raises(InputError, match="several splits"):
+        open_images(tmp_path / "repo", 5)
+    assert open_images(f"{tmp_path / 'repo'}:validation", 5).labels == (1, 2)
+    assert "1 file of no split (extra.parquet)" in lines[0]
+    assert open_images(f"{tmp_path / 'repo'}:test", 5).labels == (4,)
+
+
 # ---------------------------------------------------------------------------------------------- saved by `datasets`
 
 
@@ -128,7 +153,11 @@ def test_a_saved_data_set_is_what_its_state_says(tmp_path, lines):
     images = open_images(tmp_path / "saved", 5)
     assert images.labels == (3, 1, 2)
     assert greys(images) == [0, 1, 2]
-    assert "files outside of state.json (cache-" in lines[0]
+    assert lines == []  # caches are never data
+    shutil.copy(next((tmp_path / "saved").glob("data-*.arrow")), tmp_path / "saved" / "data-old.arrow")
+    assert open_images(tmp_path / "saved", 5).labels == (3, 1, 2)
+    assert "1 file outside of state.json (data-old.arrow)" in lines.pop()
+    os.unlink(tmp_path / "saved" / "data-old.arrow")
     with pytest.raises(InputError, match="one data set, which has no split test"):
         open_images(f"{tmp_path / 'saved'}:test", 5)
     next((tmp_path / "saved").glob("data-*.arrow")).write_bytes(b"no table")
@@ -146,6 +175,16 @@ def test_a_saved_data_set_dict_asks_for_the_split(tmp_path):
         (tmp_path / "saved" / "dataset_dict.json").write_text(content)
         with pytest.raises(InputError, match="does not list the splits"):
             open_images(tmp_path / "saved", 5)
+
+
+def test_what_lies_around_a_single_folder_is_named_once(tmp_path, lines):
+    table(label=[3, 1]).save_to_disk(tmp_path / "mine" / "saved")
+    for name in ("saved/cache-0123.arrow", "saved/notes.csv", "notes.txt"):
+        (tmp_path / "mine" / name).write_text("text")
+    assert open_images(tmp_path / "mine", 5).labels == (3, 1)
+    (line,) = lines
+    for part in ("(saved/cache-0123.arrow)", "1 .csv file (saved/notes.csv)", "1 .txt file (notes.txt)"):
+        assert part in line
 
 
 def test_caches_without_a_state_are_left_out(tmp_path, lines):
@@ -201,6 +240,34 @@ def test_labels_that_could_each_be_meant_are_asked_about(tmp_path):
         open_images(tmp_path / "a.parquet", 3)
     table(label=[0, 1, 2], target=[0, 1, 2], label_name=["a", "b", "c"]).to_parquet(tmp_path / "a.parquet")
     assert open_images(tmp_path / "a.parquet", 3).labels == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("y", [5, 6, 7]), ("class", [0, 0, 1]), ("category", ["x", "x", "y"]), ("targets", [0.5, 1.5, 2.5])],
+)
+@pytest.mark.parametrize("label", ["label", "Label"])
+def test_the_column_label_counts_before_similar_names(tmp_path, lines, label, name, values):
+    table(**{name: values, label: [0, 1, 2]}).to_parquet(tmp_path / "a.parquet")
+    assert open_images(tmp_path / "a.parquet", 10).labels == (0, 1, 2)
+    assert f"labels are the column {label}; {name} not used" in lines[0]
+
+
+def test_another_column_counts_if_it_alone_has_all_classes(tmp_path):
+    table(label=[0, 1, 1], y=[2, 0, 1]).to_parquet(tmp_path / "a.parquet")
+    assert open_images(tmp_path / "a.parquet", 3).labels == (2, 0, 1)
+    table(target=[0, 1, 1], y=[2, 0, 1]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"several columns of labels \(target, y\)"):  # none is called label
+        open_images(tmp_path / "a.parquet", 10)
+
+
+@pytest.mark.parametrize("fine", ["fine_label", "fine_label_id"])
+def test_fine_and_coarse_labels_are_equals(tmp_path, fine):
+    table(**{fine: [0, 3, 3, 1], "coarse_label": [0, 1, 2, 0]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=rf"several columns of labels \({fine}, coarse_label\)"):
+        open_images(tmp_path / "a.parquet", 20)
+    table(**{fine: [0, 3, 3, 1], "coarse_label": [0, 1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
+    assert open_images(tmp_path / "a.parquet", 4).labels == (0, 1, 2, 3)
 
 
 def test_images_may_have_similar_names_and_masks_are_not_taken_for_them(tmp_path, lines):
