@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ OWN_FILES = {
     "last.safetensors", "finetuning.png",
 }  # fmt: skip
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
+# Files of images, by suffix: those of torchvision's ImageFolder, and .gif.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+TABLE_SUFFIXES = {".parquet", ".arrow"}
+HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that is written: `force=True` replaces an existing file of the same kind only.
+
+    Attributes:
+        name: the kind, for messages. matches: whether a file that begins with these bytes is of this kind.
+    """
+
+    name: str
+    matches: Callable[[bytes], bool]
+
+
+WEB_PAGE = Kind("a web page", lambda head: head.lstrip().lower().startswith((b"<!doctype html", b"<html")))
+# An ONNX file begins with the field of its version; a .safetensors file with the length of a header in JSON.
+ONNX = Kind("an ONNX file", lambda head: head[:1] == b"\x08" and head[8:9] != b"{")
+MODEL = Kind("a model that ssmcompress wrote", lambda head: head[8:9] == b"{" and b'"ssmcompress' in head)
 
 
 def sha256(path: Path) -> str:
@@ -46,16 +69,24 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = (), *, folder: bool = False) -> None:
+def check_target(
+    path: Path,
+    force: bool,
+    inputs: Iterable[str | Path | None] = (),
+    *,
+    folder: bool = False,
+    kind: Kind | None = None,
+) -> None:
     """Check before a long computation that `path` can be written; no file or folder is left behind.
 
     Args:
         path: the file or folder to be written. force: whether an existing one may be replaced.
         inputs: files and folders that are read, which `path` must not be or contain.
-        folder: whether a folder will be written.
+        folder: whether a folder will be written. kind: the kind of the file that will be written.
 
     Raises:
-        InputError: `path` exists, holds one of the `inputs` or what ssmcompress did not write, or cannot be written.
+        InputError: `path` exists, is of another kind, holds one of the `inputs` or what ssmcompress did not write, or
+            cannot be written.
     """
     for name in inputs:
         if name is not None and Path(name).exists() and path.exists():
@@ -64,7 +95,7 @@ def check_target(path: Path, force: bool, inputs: Iterable[str | Path | None] = 
                 raise InputError(f"{path} is, or holds, the input {name}; choose another output")
     if folder and os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{path} is a file; expected the name of a folder to write")
-    with _workplace(path, force):
+    with _workplace(path, force, kind):
         if path.is_dir() and (foreign := _list_foreign(path)):
             raise _foreign_error(path, foreign)
 
@@ -86,21 +117,21 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
             note(f"removed {', '.join(str(path / name) for name in others)} with the model that was replaced")
 
 
-def write_file(path: Path, content: bytes, force: bool = False) -> None:
-    """Write `content` to `path` completely or not at all."""
-    with replace_files(path, force) as folder:
+def write_file(path: Path, content: bytes, force: bool = False, kind: Kind | None = None) -> None:
+    """Write `content` to `path` completely or not at all; with `kind`, a file of another kind is not replaced."""
+    with replace_files(path, force, kind) as folder:
         (folder / path.name).write_bytes(content)
 
 
 @contextmanager
-def replace_files(path: Path, force: bool = False) -> Iterator[Path]:
+def replace_files(path: Path, force: bool = False, kind: Kind | None = None) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved next to `path`, unless the body of the with raises.
 
     The file with the name of `path` is moved last, so that whenever it exists, the files it needs exist too.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file to write")
-    with _workplace(path, force) as workplace:
+    with _workplace(path, force, kind) as workplace:
         folder = workplace / "new"
         folder.mkdir()
         yield folder
@@ -121,11 +152,18 @@ def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:
         raise
 
 
-def _refuse_existing(path: Path, force: bool) -> None:
+def _refuse_existing(path: Path, force: bool, kind: Kind | None = None) -> None:
     if not os.path.lexists(path):
         return
     if not force:
         raise InputError(f"{path} exists; choose another output or pass `force=True` to replace it")
+    if kind is not None and path.name in OWN_FILES and _is_ours(path.parent):
+        raise InputError(f"{path} is part of the model in {path.parent}; choose another output")
+    if kind is not None and path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+        if head and not kind.matches(head):
+            raise InputError(f"{path} is not {kind.name}, so `force=True` does not replace it; choose another output")
     if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
         raise _foreign_error(path, _list_foreign(path))
 
@@ -171,12 +209,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _workplace(path: Path, force: bool) -> Iterator[Path]:
+def _workplace(path: Path, force: bool, kind: Kind | None = None) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; remove it at the end, and its new parents too if they stay empty."""
     parents: list[Path] = []
     workplace = None
     try:
-        _refuse_existing(path, force)
+        _refuse_existing(path, force, kind)
         parents = [p for p in path.absolute().parents if not p.exists()]
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=".ssmcompress-", dir=path.absolute().parent))

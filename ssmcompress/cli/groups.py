@@ -38,7 +38,7 @@ def complete_importance(incomplete: str) -> list[str]:
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Dense checkpoint (.pth, .pt, .safetensors).")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint file, or a folder that prune wrote.")]
 MaybeModel = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Folder or file; without it, the newest under compressed/.")
+    str | None, typer.Argument(metavar="MODEL", help="Folder or file; without it, the newest under compressed/.")
 ]
 Dense = Annotated[
     str | None, option(MODEL_FILE, help="Dense model to compare with. Default: the one that MODEL was made from.")
@@ -66,7 +66,7 @@ class Processor:
 class Hardware(Processor):
     """Where to compute."""
 
-    device: Annotated[str, option(HARDWARE, help="cpu, cuda, cuda:1, ...")] = "cpu"
+    device: Annotated[str, option(HARDWARE, help="cpu, cuda, cuda:1, mps or xpu.")] = "cpu"
 
     def start(self) -> Any:
         """The device to work on, of this process if there are several, with the threads of the CPU set.
@@ -156,6 +156,8 @@ class Load(Reading):
         """
         mean, std = parse_numbers(self.mean, "--mean"), parse_numbers(self.std, "--std")
         crop_pct = parse_share(self.crop_pct, "--crop-pct")
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise InputError(f"--crop-pct {self.crop_pct}: expected a share above 0, at most 100%")
         model = super().open(checkpoint, hardware)
         changes = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": self.interpolation}
         model.preprocessing = model.preprocessing.changed(**changes)
@@ -377,7 +379,8 @@ class FinetuneToo(Training):
             InputError: an option says how to fine-tune, but none says to do it.
         """
         given = {
-            "--recipe": self.recipe != "default", "--set": self.recipe_changes, "--ramp": self.ramp is not None
+            "--recipe": self.recipe != "default", "--set": self.recipe_changes, "--ramp": self.ramp is not None,
+            "--tensorboard": self.tensorboard,
         }  # fmt: skip
         if self.finetune_epochs is not None:
             return self.options(self.finetune_epochs)
@@ -404,6 +407,9 @@ class ReportPrinting(Printing):
 
 
 Force = Annotated[bool, option(OUTPUT, "--force", help="Replace the output if it exists.")]
+ForceFolder = Annotated[
+    bool, option(OUTPUT, "--force", help="Replace the output if it exists, with the ONNX file exported from it.")
+]
 
 
 @dataclass(frozen=True)
@@ -411,7 +417,7 @@ class Output:
     """The folder that is written."""
 
     output: Annotated[str | None, option(OUTPUT, "--output", "-o", help="Folder to write.")] = None
-    force: Force = False
+    force: ForceFolder = False
 
     def path(self, default: Path) -> Path:
         """The folder, as asked or by default."""

@@ -65,7 +65,8 @@ class Commands(typer.core.TyperGroup):
             if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
                 complain("interrupted", code)
         except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it
-            code = complain(f"{error.format_message()} (see ssmcompress --help)", 2)
+            path = error.ctx.command_path if error.ctx is not None else "ssmcompress"
+            code = complain(f"{error.format_message().replace('Value error, ', '')} (see {path} --help)", 2)
         except SsmCompressError as error:
             code = complain(str(error), error.exit_code)
         except (KeyboardInterrupt, typer.Abort):

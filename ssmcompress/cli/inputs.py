@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 MODEL, ONNX, IMAGES, REPORT, OTHER = "a model", "an ONNX file", "images", "a report", "other"
 WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
-TABLES = (".parquet", ".arrow")  # not tar: checkpoints are called .pth.tar, too
+DATA = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)  # not tar: checkpoints are called .pth.tar, too
 TEXTS = (".json", ".html", ".md", ".yaml", ".csv")
 LOOKED_AT = 10_000  # names in a folder, which may hold millions of images
 
@@ -28,7 +28,7 @@ def recognise(name: str) -> str | None:
     if not path.exists():
         return None
     if not path.is_dir():
-        kinds = {WEIGHTS: MODEL, (*PICTURES, *TABLES): IMAGES, TEXTS: REPORT}
+        kinds = {WEIGHTS: MODEL, DATA: IMAGES, TEXTS: REPORT}
         return next((kind for endings, kind in kinds.items() if lower.endswith(endings)), None)
     names = os.listdir(path)
     if "model.safetensors" in names:
@@ -44,14 +44,17 @@ def _holds_images(folder: Path, depth: int) -> bool:
         entries = list(islice(os.scandir(folder), LOOKED_AT))
     except OSError:
         return False
-    if any(entry.name.lower().endswith((*PICTURES, *TABLES, ".tar")) for entry in entries):
+    if any(entry.name.lower().endswith((*DATA, ".tar")) for entry in entries):
         return True
     below = [Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return depth > 0 and any(_holds_images(path, depth - 1) for path in below[:20])
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, advice: str = "") -> None:
     """Check that a name where a model belongs is not that of something else.
+
+    Args:
+        advice: where the command takes images, added to the message about them.
 
     Raises:
         InputError: it is; the message says what it is, and which option or command takes it.
@@ -63,7 +66,7 @@ def check_model(name: str) -> None:
             f"`verify MODEL {name}` checks it, `export MODEL --onnx -o {name}` writes it"
         )
     if kind == IMAGES:
-        raise InputError(f"{name} holds images; expected a checkpoint or a folder that prune wrote (images: --data)")
+        raise InputError(f"{name} holds images; expected a checkpoint or a folder that prune wrote{advice}")
     if kind == REPORT:
         raise InputError(f"{name} is no model; expected a checkpoint or a folder that prune wrote")
 
@@ -82,16 +85,16 @@ def check_inputs(model: str, images: Mapping[str, str | None]) -> None:
     if swapped:
         option, name = swapped[0], given[swapped[0]]
         raise InputError(f"{model} holds images and {option} {name} is a model: swap them, {name} {option} {model}")
-    check_model(model)
+    check_model(model, f" (images: {next(iter(images))})")
     for option, name in given.items():
         kind = recognise(name)
         if kind in (MODEL, ONNX, REPORT):
             what = {MODEL: "is a model", ONNX: "is an ONNX file", REPORT: "is no data set"}[kind]
             raise InputError(f"{option} {name} {what}; expected images: a folder, a parquet, arrow or tar file")
-        if kind is None and not Path(name).exists() and ":" not in name:
-            from ..data.find import open_images
+        if kind is None and not Path(name).exists():
+            from ..data.find import check_name
 
-            open_images(name, 1)  # it raises the error
+            check_name(name)
 
 
 def check_onnx_pair(model: str, file: str) -> None:
@@ -104,3 +107,5 @@ def check_onnx_pair(model: str, file: str) -> None:
         raise InputError(f"{model} is an ONNX file and {file} is not: swap them, {file} {model}")
     if recognise(file) in (MODEL, IMAGES, REPORT):
         raise InputError(f"{file} is no ONNX file; expected the file that `export {model} --onnx` wrote")
+    if not Path(file).exists():
+        raise InputError(f"{file}: no such file; `ssmcompress export {model} --onnx -o {file}` writes it")

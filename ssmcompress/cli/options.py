@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 import typer
@@ -36,11 +37,17 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
             kind, default = inspect.Parameter.KEYWORD_ONLY, field.default
             parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=fields[field.name]))
 
+    by_name = {parameter.name: parameter for parameter in parameters}
+
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        # An unset variable of a shell gives an empty text, which must not count as the default or the working folder.
-        if empty := [name for name, value in values.items() if isinstance(value, str) and not value.strip()]:
-            raise InputError(f"`{empty[0]}` is empty: give a value, or leave it out")
+        for name, text in _texts(values):
+            # An unset variable of a shell gives an empty text, which must not count as the default or the working
+            # folder.
+            if not text.strip():
+                raise InputError(f"{_shown(by_name[name])} is empty: give a value, or leave it out")
+            if re.match(r"[A-Za-z][\w+.-]*://", text):
+                raise InputError(f"{text} is a web address: download the file, and name that")
         built = {
             name: group(**{field: values.pop(field) for field in names}) for name, (group, names) in groups.items()
         }
@@ -50,3 +57,17 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del call.__wrapped__
     return call
+
+
+def _texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for each text among the values of parameters, and in their lists."""
+    for name, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        yield from ((name, text) for text in texts if isinstance(text, str))
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    """Return what a person calls a parameter: an argument is in the help as CKPT or MODEL."""
+    infos = getattr(parameter.annotation, "__metadata__", ())
+    names = [info.metavar for info in infos if isinstance(info, typer.models.ArgumentInfo) and info.metavar]
+    return names[0] if names else f"`{parameter.name}`"

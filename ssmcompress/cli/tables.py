@@ -131,7 +131,7 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         rows = []
         for m in models:
             cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
-            tilde = "~" if m["within_noise"] else ""
+            tilde = {True: "~", None: "?"}.get(m["within_noise"], "")
             cells += [f"{m['images_per_second']:.1f}", f"{tilde}{m['times_faster']:.2f}x"]
             cells += [f"{m['products_ms']:.1f}", f"{m['times_products']:.2f}"]
             cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
@@ -140,6 +140,10 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         print("  faster: than the first model; ~: the difference is within the noise. products: the model's matrix")
         print("  products alone, and how many of them the forward takes. peak: most memory of tensors at once, beside")
         print("  what the ops of one layer, or of a stem that takes more, hand to each other.")
+        if any(m["within_noise"] is None for m in models):
+            from ..evaluation.timings import LEAST_ROUNDS
+
+            print(f"  ?: fewer than {LEAST_ROUNDS} --repeats do not tell whether a difference is within the noise")
         if with_reference:
             print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
@@ -290,7 +294,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
     lines = [(name, [f"{number:.4g} {unit}"]) for name, number, unit in rows if number is not None]
     if lines:
         show_table(["", "model"], lines)
-    write(f"  measured on {value['images']} images of {value['data']['name']}")
+        write(f"  measured on {value['images']} images of {value['data']['name']}")
     show_warnings(value)
 
 

@@ -162,12 +162,19 @@ def find_dense_or_say(model: TokenModel, dense: str | None, without: str, quiet:
         return None
 
 
-def say_about_images(data: Mapping[str, Any], quiet: bool) -> None:
-    """Say what a user should know of the images that were measured on."""
+def say_about_images(data: Mapping[str, Any], quiet: bool, agreement: bool = True) -> None:
+    """Say what a user should know of the images that were measured on.
+
+    Args:
+        agreement: whether agreement with the dense model was measured.
+    """
     if not data["labelled"]:
         stand_in = data["name"] == STAND_IN
         advice = "give --data" if stand_in else "labels are class folders, a column label, or .cls files in tar shards"
-        say(f"accuracy was not measured: {data['name']} has no labels; {advice}", quiet)
+        if agreement:
+            say(f"accuracy was not measured: no labels in {data['name']}; {advice}", quiet)
+        else:
+            say(f"nothing to measure: no labels in {data['name']}, and no dense model to agree with; {advice}", quiet)
     say_unreadable(data["unreadable"], quiet)
 
 

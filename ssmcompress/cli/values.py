@@ -77,9 +77,18 @@ def parse_share(text: str | None, option: str, what: str = "a share") -> float |
     return value
 
 
-def parse_shares(text: str | None, option: str, what: str = "shares") -> tuple[float, ...] | None:
-    """The shares in "20%,30%" or "0.2,0.3"; None for None."""
-    return None if text is None else tuple(parse_share(part, option, what) for part in text.split(","))
+def parse_shares(text: str | None, option: str, what: str = "a share") -> tuple[float, ...] | None:
+    """The shares in "20%,30%" or "0.2,0.3"; None for None.
+
+    Raises:
+        InputError: as `parse_share`; or "0,3", which may be meant as 0.3.
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) == 2 and parts[0].strip() == "0" and parts[1].strip().isdecimal():
+        raise InputError(f"{option} {text}: a comma separates shares; did you mean 0.{parts[1].strip()}?")
+    return tuple(parse_share(part, option, what) for part in parts)
 
 
 def parse_ratios(text: str | None) -> tuple[float, ...] | None:
@@ -87,5 +96,5 @@ def parse_ratios(text: str | None) -> tuple[float, ...] | None:
     values = parse_shares(text, "--ratio", "the share of tokens to remove")
     for value in values or ():
         if not 0 < value < 1:
-            raise InputError(f"--ratio {value:g}: expected the share of tokens to remove, above 0 and below 1")
+            raise InputError(f"--ratio {text}: expected the share of tokens to remove, above 0 and below 1")
     return values

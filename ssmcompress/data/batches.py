@@ -74,11 +74,15 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
 
+    def all_indices(self) -> list[int]:
+        """Return the indices of all processes, each once, in ascending order; every process makes this call."""
+        return sorted(set().union(*processes.all_gather(list(self.index))))
+
     def read_rest(self) -> None:
         """Read the images that no iteration has read, of all processes, for their digests, and merge these."""
         self.sync()
-        index = sorted(set().union(*processes.all_gather(list(self.index))) - self.unreadable)
-        rest = processes.shard([i for i in index if not self.digests[i]])
+        missing = [i for i in self.all_indices() if not self.digests[i] and i not in self.unreadable]
+        rest = processes.shard(missing)
         self._note(Batches(self.source, skip_picture, rest, self.batch_size, self.workers)._read())
         self.sync()
 
@@ -94,7 +98,7 @@ class Batches:
         i = self.index[row]
         try:
             picture = self.source.read(i)
-            return i, self.transform(picture), digest_picture(picture)
+            return i, self.transform(picture), int(self.digests[i]) or digest_picture(picture)
         except (OSError, ValueError):
             return i, None, 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,13 @@ def different(digests: np.ndarray) -> np.ndarray:
     return np.unique(digests[digests != 0])
 
 
-def hash_contents(digests: np.ndarray) -> str:
-    """Return a hash of the images that were read, whatever their order."""
-    return hashlib.sha256(np.sort(digests[digests != 0]).tobytes()).hexdigest()[:16]
+def hash_contents(digests: np.ndarray, labels: Sequence[int] | None) -> str:
+    """Return a hash of the images that were read and of their labels, whatever their order.
+
+    Args:
+        digests: (images,) uint64, 0 for images that were not read. labels: one for each; None: there are none.
+    """
+    read = digests != 0
+    known = np.full(len(digests), -1) if labels is None else np.asarray(labels)
+    pairs = np.stack([digests[read], known[read].astype(np.int64).view(np.uint64)])
+    return hashlib.sha256(pairs[:, np.lexsort(pairs)].tobytes()).hexdigest()[:16]

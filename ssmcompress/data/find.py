@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import InputError
 from .images import Images
-from .local import EXPECTED, open_path
+from .local import EXPECTED, find_reader
 from .tables import read_hub
 
 PHOTOGRAPH_CROPS = 64
@@ -50,13 +50,35 @@ def open_images(name: str | Path, num_classes: int) -> Images:
     path, split = _local(str(name))
     try:
         if path is not None:
-            return open_path(path, str(name), split, num_classes)
+            return find_reader(path, str(name), split)(num_classes)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
-    hub = HUB_NAME.fullmatch(str(name))
+    hub = _parse_hub_name(str(name))
+    return read_hub(hub["repo"], hub["split"], num_classes)
+
+
+def check_name(name: str) -> None:
+    """Check that there is data of this name, with its split, by the names of files alone; the hub is not asked.
+
+    Raises:
+        InputError: there is none.
+    """
+    path, split = _local(name)
+    try:
+        if path is None:
+            _parse_hub_name(name)
+        elif split is not None:
+            find_reader(path, name, split)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
+
+
+def _parse_hub_name(name: str) -> re.Match[str]:
+    """Return the match of a hub name with its split; InputError for any other name."""
+    hub = HUB_NAME.fullmatch(name)
     if hub and hub["split"]:
-        return read_hub(hub["repo"], hub["split"], num_classes)
-    advice = f"; a data set of the hub needs its split, as {name}:validation" if hub and "/" in str(name) else ""
+        return hub
+    advice = f"; a data set of the hub needs its split, as {name}:validation" if hub and "/" in name else ""
     raise InputError(f"no data at {name}: expected {EXPECTED}, or a hub name with :split{advice}")
 
 

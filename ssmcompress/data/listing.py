@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from ..progress import note
 
-# Suffixes of torchvision's ImageFolder, and .gif.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-TABLE_SUFFIXES = {".parquet", ".arrow"}
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Files and folders that operating systems, file managers and archivers write, in lower case.
 SYSTEM_NAMES = {"__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}

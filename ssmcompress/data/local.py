@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
@@ -16,25 +18,26 @@ from .tables import read_saved, read_tables
 EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
 
 
-def open_path(path: Path, name: str, split: str | None, num_classes: int) -> Images:
-    """Return the images of a file or folder.
+def find_reader(path: Path, name: str, split: str | None) -> Callable[[int], Images]:
+    """Return what reads the images of a file or folder, for a number of classes; this looks at names of files alone.
 
     Args:
         name: how the user called the data. split: the split of it that the user asked for, if any.
 
     Raises:
-        InputError: there are no images, it is not clear which are meant, or they have other classes than the head.
+        InputError: there are no images, or it is not clear which are meant. What is returned raises it where the images
+            cannot be read, or have other classes than the head.
         OSError: something cannot be read.
     """
     if path.is_dir():
-        return _open_folder(path, name, split, num_classes)
+        return _find_folder_reader(path, name, split)
     kind = kind_of(path.name)
     if split is not None:
         raise InputError(f"{path} is a file, which has no split {split}; name the file alone")
     if kind == "shards":
-        return read_shards([path], name, num_classes)
+        return partial(read_shards, [path], name)
     if kind == "tables":
-        return read_tables([path], name, num_classes)
+        return partial(read_tables, [path], name)
     if kind == "images":
         raise InputError(f"{path} is a single image; name a folder that holds it")
     if path.suffix.lower() in (".zip", ".7z", ".rar", ".gz", ".xz", ".bz2", ".zst"):
@@ -42,34 +45,34 @@ def open_path(path: Path, name: str, split: str | None, num_classes: int) -> Ima
     raise InputError(f"{path} holds no images that can be read: expected {EXPECTED}")
 
 
-def _open_folder(path: Path, name: str, split: str | None, num_classes: int, inner: bool = False) -> Images:
-    """Return the images of a folder; `inner`: what is left out in it has been told with the folder around it."""
+def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False) -> Callable[[int], Images]:
+    """Return what reads a folder; `inner`: what is left out in it has been told with the folder around it."""
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
-        return read_saved(path / choose_split(splits, split, str(path)), name, num_classes)
+        return partial(read_saved, path / choose_split(splits, split, str(path)), name)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         if split is not None:
             raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
-        return read_saved(path, name, num_classes)
+        return partial(read_saved, path, name)
     listing = list_files(path)
     if inner:
         listing.left_out = LeftOut()
     if folder := _choose_folder(listing, name, split):
-        return _open_folder(path / folder, name, None, num_classes)
+        return _find_folder_reader(path / folder, name, None)
     if split is not None:
         _leave_out_images(listing)
     tops = _tops(listing)
     # Such as `data` in a clone of a hub data set. A single folder of images could be a class, unless a split is asked.
     if len(tops) == 1 and "" not in tops and (split is not None or not listing.images):
         listing.left_out.tell(name)
-        return _open_folder(path / tops[0], name, split, num_classes, inner=True)
+        return _find_folder_reader(path / tops[0], name, split, inner=True)
     _choose_split(listing, split)
     _check_kinds(listing)
     listing.left_out.tell(name)
     if listing.images:
-        return read_folder(listing, name, num_classes)
+        return partial(read_folder, listing, name)
     read = read_shards if listing.shards else read_tables
-    return read([path / file for file in listing.shards or listing.tables], name, num_classes)
+    return partial(read, [path / file for file in listing.shards or listing.tables], name)
 
 
 def _saved_splits(file: Path) -> list[str]:

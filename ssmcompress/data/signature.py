@@ -25,7 +25,7 @@ def sign_images(batches: Batches) -> dict[str, Any]:
     Every process of a group makes this call; the images of all of them are signed together.
     """
     source = batches.source
-    index = sorted(set().union(*processes.all_gather(list(batches.index))))
+    index = batches.all_indices()
     labels = [-1] * len(index) if source.labels is None else [source.labels[i] for i in index]
     chosen = [index[k] for k in sample_indices(len(index), SIGNED, 0)[0]]
     sample = Batches(source, skip_picture, processes.shard(chosen), batches.batch_size, batches.workers)
@@ -52,13 +52,13 @@ def compare_signatures(then: Any, now: Mapping[str, Any] | None) -> str | None:
     if then["images"] != now["images"]:
         return f"{_count(then)} for {_count(now)}"
     if then["content"] != now["content"]:
-        return f"{now['images']} images of other content"
-    return f"{now['images']} images with other labels"
+        return f"{_count(now)} of other content"
+    return f"{_count(now)} with other labels"
 
 
 def _count(signature: Any) -> str:
     count = signature.get("images") if isinstance(signature, Mapping) else None
-    return "no images" if signature is None else f"{count} images"
+    return "no images" if signature is None else f"{count} image{'s' * (count != 1)}"
 
 
 def _hash(values: np.ndarray) -> str:

@@ -25,6 +25,7 @@ class Preprocessing:
         crop_pct: share of the side of the resized image that the crop keeps, above 0 to 1.
         interpolation: one of `INTERPOLATIONS`.
         assumed: whether these are the default values, which neither a file nor the user gave.
+        recorded: whether they were read from a saved model; what was assumed is then no news, and not noted again.
     """
 
     mean: tuple[float, ...]
@@ -32,6 +33,7 @@ class Preprocessing:
     crop_pct: float
     interpolation: str = "bicubic"
     assumed: bool = field(default=False, compare=False)
+    recorded: bool = field(default=False, compare=False)
 
     @classmethod
     def default(cls, in_chans: int, image_size: tuple[int, int]) -> Preprocessing:
@@ -43,13 +45,19 @@ class Preprocessing:
 
     def changed(self, **changes: Any) -> Preprocessing:
         """Return a copy with fields replaced; None keeps a field, and one number stands for every channel."""
-        values = self.to_dict()
-        for name, value in changes.items():
-            if value is not None:
-                single = name in ("mean", "std") and len(value) == 1
-                values[name] = tuple(value) * len(self.mean) if single else value
-                values["assumed"] = False
-        return type(self).from_dict(values, channels=len(self.mean))
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not changes:
+            return self
+        channels = len(self.mean)
+        for name in ("mean", "std"):
+            count = len(changes.get(name, self.mean))
+            if count == 1:
+                changes[name] = tuple(changes.get(name, getattr(self, name))) * channels
+            elif count != channels:
+                typed = ",".join(f"{value:g}" for value in changes[name])
+                model = f"the model has {channels} channel{'s' if channels > 1 else ''}"
+                raise InputError(f"`{name}` {typed}: {count} values, {model}")
+        return type(self).from_dict(self.to_dict() | changes | {"assumed": False}, channels=channels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
@@ -74,12 +82,12 @@ class Preprocessing:
             raise InputError(f"`crop_pct` {crop_pct:g}: expected 0.05 to 1")
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
-        return cls(mean, std, crop_pct, interpolation, assumed)
+        return cls(mean, std, crop_pct, interpolation, assumed, recorded=True)
 
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
 
-        Values that were assumed are noted.
+        Values that were assumed are noted, unless a saved model recorded them.
         """
         channels = len(self.mean)
         if channels not in (1, 3):
@@ -95,7 +103,7 @@ class Preprocessing:
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
         )
-        if self.assumed:
+        if self.assumed and not self.recorded:
             note(self.describe_assumption())
         mode = "L" if channels == 1 else "RGB"
         return lambda image: to_tensor(image.convert(mode))

@@ -128,8 +128,8 @@ def benchmark(
     Returns:
         A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
         `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model and whether that is
-        `within_noise`, `products_ms` and `times_products`, `reference_ms` and `times_reference` if `reference`, then
-        `peak_mb` and `activations_mb`.
+        `within_noise` (None: too few repeats to say so), `products_ms` and `times_products`, `reference_ms` and
+        `times_reference` if `reference`, then `peak_mb` and `activations_mb`.
     """
     device = next(next(iter(models.values())).parameters()).device
     rows = []

@@ -2,11 +2,12 @@
 
 Models that are compared are timed in the same rounds, each once a round. A disturbance then hits both, so the times of
 a round are compared with each other: a two-sided sign test over the rounds says whether one model is faster. Of the 9
-rounds of a report, 8 must have the same sign.
+rounds of a report, 8 must have the same sign. Fewer than `LEAST_ROUNDS` cannot say it, whatever the times are.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 
 from .binomial import sign_test
 
-SIGNIFICANT = 0.05
-# The load includes this process, which fills all cores while it measures; the average then exceeds their number a bit.
+SIGNIFICANT, LEAST_ROUNDS = 0.05, 6
+# What `own_load` misses of this process: it may fill all cores, and then the average exceeds their number a bit.
 OWN_LOAD = 0.5
+LOAD_SECONDS = 60.0  # time constant of the system's load average
+_start = os.times()
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Timings:
 
     Attributes:
         rounds: by name, milliseconds of each round.
-        load: processes that wanted a core, averaged over the minute before; None where the system does not say.
+        load: other processes that wanted a core, averaged over the minute before; None where the system does not say.
     """
 
     rounds: Mapping[str, Sequence[float]]
@@ -53,8 +56,8 @@ class Timings:
             "within_noise": self.within_noise(slow, fast),
         }
 
-    def within_noise(self, one: str, other: str) -> bool:
-        """Return whether the rounds do not tell which of two models is faster."""
+    def within_noise(self, one: str, other: str) -> bool | None:
+        """Return whether the rounds do not tell which of two models is faster; None: there are too few to say so."""
         return within_noise(self.rounds[one], self.rounds[other])
 
 
@@ -66,16 +69,35 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def within_noise(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether a sign test over paired times finds no difference at 5 %; fewer than six pairs cannot."""
+def within_noise(one: Sequence[float], other: Sequence[float]) -> bool | None:
+    """Return whether a sign test over paired times finds no difference at 5 %; None: too few pairs for the test."""
     pairs = list(zip(one, other, strict=True))
+    if len(pairs) < LEAST_ROUNDS:
+        return None
     return sign_test(sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)) >= SIGNIFICANT
 
 
+def quartiles_overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two ranges, each from a lower to an upper quartile, overlap, where rounds are not known."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def own_load() -> float:
+    """Return what this process and those that it has ended contribute to the load average of the last minute.
+
+    It is taken from their CPU time, as if that had been spread evenly since this module was imported.
+    """
+    now = os.times()
+    seconds = now.elapsed - _start.elapsed
+    if seconds <= 0:
+        return 0.0
+    return (sum(now[:4]) - sum(_start[:4])) / seconds * -math.expm1(-seconds / LOAD_SECONDS)
+
+
 def system_load() -> float | None:
-    """Return the load average of the last minute, or None on a system that has none."""
+    """Return the load average of the last minute without `own_load`, or None on a system that has none."""
     try:
-        return round(os.getloadavg()[0], 2)
+        return round(max(0.0, os.getloadavg()[0] - own_load()), 2)
     except (OSError, AttributeError):  # Windows has no such function
         return None
 

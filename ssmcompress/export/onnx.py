@@ -14,7 +14,7 @@ from ..data.labels import class_names
 from ..errors import InputError
 from ..evaluation.latency import device_name, summarize_times
 from ..evaluation.timings import describe_load, system_load
-from ..files import check_target, replace_files
+from ..files import ONNX, check_target, replace_files
 from ..models.base import TokenModel
 from ..models.inputs import check_model
 from ..models.precision import to_float32
@@ -117,7 +117,7 @@ def export_onnx(
         raise InputError(f"scan {options.scan!r}: expected auto, {', '.join(FORMS)}")
     if options.dtype not in DTYPES:
         raise InputError(f"dtype {options.dtype!r}: expected {' or '.join(DTYPES)}")
-    check_target(file, force)
+    check_target(file, force, kind=ONNX)
     opset = newest_opset() if options.opset is None else options.opset
     if opset > newest_opset():
         raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
@@ -134,7 +134,7 @@ def export_onnx(
     form = next(iter(times), forms[0])
     kept = find_values(traced, KEPT_PREFIX) if options.debug_outputs else ()
     graph = assemble(traced, form, options.dtype == "float16", kept)
-    with replace_files(file, force) as folder:
+    with replace_files(file, force, ONNX) as folder:
         _save(graph, folder / file.name)
         onnx.checker.check_model(str(folder / file.name), full_check=True)
         size = sum(part.stat().st_size for part in folder.iterdir())

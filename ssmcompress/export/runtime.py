@@ -85,7 +85,7 @@ def open_session(content: bytes | Path, provider: str = "CPUExecutionProvider", 
     except Exception as error:  # onnxruntime's errors share no base class
         raise InputError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:
-        raise InputError(f"{provider} does not work on this machine")
+        raise InputError(f"{provider} does not work on this machine; without `provider`, the CPU is used")
     return session
 
 

@@ -30,7 +30,7 @@ from ..files import read_text, write_file
 from ..models.base import TokenModel
 from ..models.fingerprint import fingerprint
 from ..models.inputs import check_dense
-from ..models.learnt import LearntFrom
+from ..models.learnt import count_common
 from ..models.saved import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
@@ -44,6 +44,7 @@ from .requests import CompareRequest
 from .search import SearchRequest, search_plan
 
 FORMAT_VERSION = 1
+NOT_COMPARABLE = "prepared images cannot be compared with pictures"
 CHARTS_EVERY = 10.0  # seconds
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
 
@@ -242,16 +243,18 @@ class Comparison:
         return times
 
     def warnings(self) -> list[str]:
-        """Say so if the dense model is at chance."""
+        """Say so if the dense model is at chance, or if images may have been calibrated on and measured on."""
         top1 = next((row["top1"] for row in self.rows if row["method"] == "dense"), None)
         subject = Subject.of(self.model, self.measured.source, len(self.measured.index))
-        shared = describe_overlap({"images": len(self.measured.index), "overlap": self._overlap or 0})
+        comparable = self.calibration.pictures == self.measured.pictures
+        overlap = self._overlap or 0 if comparable else None
+        shared = describe_overlap({"images": len(self.measured.index), "overlap": overlap}, NOT_COMPARABLE)
         return doubt_accuracy("the dense model", top1, subject) + ([shared] if shared else [])
 
     def _count_overlap(self) -> int | None:
         """How many of the measured images were calibrated on; None before both were read."""
         if self.calibration.digests.any() and self.measured.digests.any():
-            self._overlap = LearntFrom().add(self.calibration).count(self.measured)
+            self._overlap = count_common(self.calibration, self.measured)
         return self._overlap
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,13 +282,26 @@ class Comparison:
             write_file(self.folder / name, content, force=True)
 
 
+# What a comparison is bound to by value, and what messages call another one.
+SETTINGS = {
+    "weights": "other weights",
+    "image_size": "another image size",
+    "preprocessing": "other preprocessing",
+    "stages": "other stages",
+    "gap": "another gap source",
+    "seed": "another seed",
+    "dtype": "another dtype",
+}
+
+
 def _describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How the settings of two comparisons differ, in words; of images the content counts, not the name."""
-    found = [
-        f"another {key.replace('_', ' ')}"
-        for key in now
-        if key not in ("model", "calibration", "data", "timing", "content") and then.get(key) != now[key]
-    ]
+    unknown = [key.replace("_", " ") for key in SETTINGS if key not in then]
+    found = [f"an older version of ssmcompress, which did not record {', '.join(unknown)}"] if unknown else []
+    changed = [key for key in SETTINGS if key in then and then[key] != now[key]]
+    if "weights" in changed and {"image_size", "preprocessing"} & {*changed}:
+        changed.remove("weights")  # the fingerprint is of these, too
+    found += [SETTINGS[key] for key in changed]
     if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
         found.append(f"latency on {old['device']} with {old['threads']} threads")
     recorded = then.get("content") or {}

@@ -15,6 +15,8 @@ from ..models.base import TokenModel
 # One-sided probability of three standard deviations of a normal distribution.
 THREE_SIGMA = 0.00135
 LOW_AGREEMENT = 50.0  # percent
+# What is hardly more than chance with more than FEW_CLASSES: a multiple of it, or a share of the images.
+FEW_CLASSES, TIMES_CHANCE, LOW_ACCURACY = 20, 3, 0.03
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Subject:
 
 
 def is_at_chance(top1: float, images: int, classes: int) -> bool:
-    """Return whether an accuracy is no better than that of a guess, on enough images to tell.
+    """Return whether an accuracy is hardly better than that of a guess, on enough images to tell.
 
-    It is not above chance by three standard deviations, and a model that is right half way between chance and always
-    would have done better with the same certainty: 33 images tell for 2 classes, 12 for 10 and 10 for 1,000.
+    With `FEW_CLASSES` or fewer, it is not above chance by three standard deviations. With more, it is at most three
+    times chance or 3 %: a wrong order of the classes leaves some of them in their places, as that of their numbers as
+    strings does with 12 of 1,000. A model that is right half way between chance and always would have done better,
+    with a certainty of three standard deviations: 33 images tell for 2 classes, 12 for 10 and 10 for 1,000.
 
     Args:
         top1: percent of the `images` whose class, one of `classes`, was found.
@@ -66,8 +70,11 @@ def is_at_chance(top1: float, images: int, classes: int) -> bool:
     if classes < 2 or not images:
         return False
     right, chance = round(top1 / 100 * images), 1 / classes
-    useful = (1 + chance) / 2
-    return at_least(right, images, chance) > THREE_SIGMA and at_most(right, images, useful) < THREE_SIGMA
+    if at_most(right, images, (1 + chance) / 2) >= THREE_SIGMA:
+        return False
+    if classes <= FEW_CLASSES:
+        return at_least(right, images, chance) > THREE_SIGMA
+    return right <= images * max(TIMES_CHANCE * chance, LOW_ACCURACY)
 
 
 def find_doubts(subject: Subject, dense: Evaluation | None, pruned: Evaluation | None) -> list[str]:
@@ -77,7 +84,7 @@ def find_doubts(subject: Subject, dense: Evaluation | None, pruned: Evaluation |
         lines += doubt_accuracy("the dense model", dense.top1, subject)
     if pruned is None:
         return lines
-    if dense is None and (pruned.agreement is None or pruned.agreement >= LOW_AGREEMENT):
+    if dense is None:
         lines += doubt_accuracy("the model", pruned.top1, subject)
     return lines + doubt_agreement(pruned.agreement, subject)
 
@@ -88,10 +95,11 @@ def doubt_accuracy(who: str, top1: float | None, subject: Subject) -> list[str]:
         return []
     numbered = ", which are numbered by their names" if subject.by_name else " in the labels"
     causes = ["`mean` and `std`, which were assumed"] if subject.assumed else []
-    causes += [f"the order of the classes{numbered}", "`stride` or `architecture`, if the file does not say them"]
+    causes += [f"the order of the classes{numbered}", "`stride` or `architecture`"]
+    more = "hardly" if top1 > 100 / subject.classes else "no"
     return [
-        f"{who} finds the class of {top1:.4g} % of {subject.images} images, no more than chance with "
-        f"{subject.classes} classes; likely causes: {'; '.join(causes)}"
+        f"{who} finds the class of {top1:.4g} % of {subject.images} images, {more} more than chance with "
+        f"{subject.classes} classes; check {'; '.join(causes)}"
     ]
 
 

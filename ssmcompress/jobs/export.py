@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..export.onnx import Exported, OnnxOptions, export_onnx
-from ..files import check_target, write_file
+from ..files import MODEL, ONNX, check_target, write_file
 from ..models.base import TokenModel
 from ..models.saved import serialise
 from .report import read_report, record_export
+
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path:
@@ -19,17 +21,22 @@ def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path
     By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file.
 
     Raises:
-        InputError: the file exists, cannot be written, or is what is read.
+        InputError: the file exists, cannot be written, is what is read, or has the suffix of another kind.
     """
     path, suffix = Path(model), ".onnx" if onnx else ".safetensors"
     if output is not None:
         file = Path(output)
+        ending = file.suffix.lower()
+        if not onnx and ending == ".onnx":
+            raise InputError(f"{file} is the name of an ONNX file: give `onnx=True`, or a name that ends in {suffix}")
+        if onnx and ending in WEIGHTS_SUFFIXES:
+            raise InputError(f"{file} is not the name of an ONNX file: expected a name that ends in {suffix}")
     elif path.is_dir():
         file = path / f"model{suffix}" if onnx else path.resolve().with_name(path.resolve().name + suffix)
     else:
         same = path.suffix == suffix
         file = path.with_name(f"{path.stem}-export{suffix}") if same else path.with_suffix(suffix)
-    check_target(file, force, [path])
+    check_target(file, force, [path], kind=ONNX if onnx else MODEL)
     return file
 
 
@@ -39,7 +46,7 @@ def export_weights(model: TokenModel, source: str, file: Path, force: bool) -> N
         report = json.dumps(read_report(source)[1])
     except InputError:  # a model without a report is still a model
         report = None
-    write_file(file, serialise(model, report), force)
+    write_file(file, serialise(model, report), force, MODEL)
 
 
 def export_graph(

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import processes
 from ..compression.finetune.recipe import Recipe
-from ..compression.finetune.state import describe_differences, remove_state
+from ..compression.finetune.state import describe_differences, is_state_of, remove_state
 from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches, skip_picture
 from ..data.find import open_images
@@ -25,7 +25,7 @@ from ..models.inputs import check_model
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..models.saved import CONFIG_FILE, versions
-from ..progress import line
+from ..progress import line, note
 from .folder import Target, write_folder
 from .images import split_training_images
 from .measuring import measure_models, name_columns
@@ -124,12 +124,13 @@ def finetune_folder(
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     if data.data is None:
         raise InputError("fine-tuning needs images to learn from: give `data`")
-    finished = find_finished(model, target, options, data, dense) if target.resume else None
-    if finished is not None:
-        if processes.is_main():
-            remove_state(target.state)
-        line(f"{target.path} is finished")
-        return finished
+    if target.resume:
+        run = describe_run(model, options, data, dense)
+        if is_interrupted(target, run):
+            target = replace(target, force=True)  # the run that left the state was allowed to write the folder
+        elif (finished := find_finished(model, target, run, data)) is not None:
+            line(f"{target.path} is finished")
+            return finished
     earlier = read_earlier(target.inside)
     return tune_folder(model, target, options, data, measure, dense=dense, earlier=earlier)
 
@@ -155,6 +156,9 @@ def tune_folder(
     images = split_training_images(model, data)
     training, together = images.training, processes.count() > 1
     warn_about_classes(training, model.config.num_classes)
+    # Before the training, so that images that change meanwhile are not taken for those that were learnt from.
+    measured_on = None if data.eval_data is None else images.measured.source
+    run = describe_run(model, options, data, dense) | sign_run(training.source, measured_on, data)
     context = Context(
         dense,
         training=training,
@@ -169,11 +173,8 @@ def tune_folder(
         snapshots = run_steps([Finetune(options.recipe, options.teacher)], context, start=model)
     columns = name_columns(dense, {name or snapshot_name(model): model, **snapshots})
     measured = measure_models(columns, images.measured, measure, together)
-    if images.note is not None:
-        line(images.note)
     tuned = measured.models["pruned"]
     tuned.made_by = MadeBy(target.command, versions())
-    run = identify_run(model, training.source, options, data, dense)
     tuned.add_record(replace(tuned.find_record("finetuning"), run=run))
     sections = {name: earlier.get(name) for name in ("calibration", "reconstruction")}
     sections |= {"search": earlier["search"]} if "search" in earlier else {}
@@ -209,53 +210,89 @@ def warn_about_classes(training: Batches, num_classes: int) -> None:
     if missing:
         names = training.source.classes
         shown = ", ".join(names[i] if names else str(i) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        line(f"no image of {len(missing)} classes to learn from: {shown}")
+        classes = f"{len(missing)} class{'es' if len(missing) > 1 else ''}"
+        note(f"no image to learn from for {classes}: {shown}")
+
+
+def is_interrupted(target: FinetuneTarget, run: Mapping[str, Any]) -> bool:
+    """Whether there is a state of `run` (`describe_run`), and not because it was ended while it wrote the folder.
+
+    Raises:
+        InputError: the file is no state.
+    """
+    if not is_state_of(target.state, _select_training(run)):
+        return False
+    written = target.path / CONFIG_FILE
+    # A folder that is newer than the state may be another's. In place, the state began with the model that is there.
+    return target.in_place or not written.exists() or written.stat().st_mtime <= target.state.stat().st_mtime
 
 
 def find_finished(
-    model: TokenModel, target: FinetuneTarget, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
+    model: TokenModel, target: FinetuneTarget, run: Mapping[str, Any], data: DataOptions
 ) -> dict[str, Any] | None:
     """The report of a folder that this very run has written, None if it holds no fine-tuned model.
+
+    A state of that run, which is left over if it was ended while it wrote the folder, is removed.
+
+    Args:
+        run: the present one (`describe_run`).
 
     Raises:
         InputError: another run has written it.
     """
     try:
         record = json.loads(read_text(target.path / CONFIG_FILE))["pruning"]["finetuning"]
-        run = None if record is None else record.get("run")
+        written = None if record is None else record.get("run")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if record is None:
         return None
     way_out = "choose another output or `force=True`"
-    if not isinstance(run, dict):
+    if not isinstance(written, dict):
         raise InputError(f"{target.path} holds a fine-tuned model that does not say what it was made from; {way_out}")
-    expected = identify_run(model, open_images(data.data, model.config.num_classes), options, data, dense)
+    classes = model.config.num_classes
+    measured = None if data.eval_data is None else open_images(data.eval_data, classes)
+    expected = {**run, **sign_run(open_images(data.data, classes), measured, data)}
     if target.in_place:  # the model that the run began with was replaced by its result
         del expected["model"]
-    if differences := describe_differences(run, expected):
+    if differences := describe_differences(written, expected):
         raise InputError(f"{target.path} holds another fine-tuned model, with {', '.join(differences)}; {way_out}")
-    return read_report(target.path)[1]
+    report = read_report(target.path)[1]
+    if processes.is_main() and is_state_of(target.state, _select_training({**run, "model": written.get("model")})):
+        remove_state(target.state)
+    return report
 
 
-def identify_run(
-    model: TokenModel, images: Images, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
+def describe_run(
+    model: TokenModel, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
 ) -> dict[str, Any]:
-    """What a fine-tuned folder is made from, for `describe_differences`, a JSON object; read by all processes.
+    """What a fine-tuned folder is made from, apart from the images, for `describe_differences`: a JSON object.
 
     Args:
-        model: the model to start from. images: those that `data` names to learn from.
+        model: the model to start from.
     """
-    measured = None if data.eval_data is None else open_images(data.eval_data, model.config.num_classes)
+    known = None if dense is None else fingerprint(dense)
     return {
         "recipe": asdict(options.recipe),
         "seed": data.seed,
         "model": fingerprint(model),
-        "dense": None if dense is None else fingerprint(dense),
-        "teacher": options.teacher and dense is not None,
-        "images": _sign(images, data),
-        "eval_images": None if measured is None else _sign(measured, data),
+        "dense": known,
+        "teacher": known if options.teacher else None,
     }
+
+
+def _select_training(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `describe_run` a state is bound to: a dense model that does not teach is not in it."""
+    return {name: value for name, value in run.items() if name != "dense"}
+
+
+def sign_run(images: Images, measured: Images | None, data: DataOptions) -> dict[str, Any]:
+    """What images a fine-tuned folder is made from, a JSON object; read by all processes.
+
+    Args:
+        images: those to learn from, all that `data` names. measured: those of `eval_data`.
+    """
+    return {"images": _sign(images, data), "eval_images": None if measured is None else _sign(measured, data)}
 
 
 def _sign(images: Images, data: DataOptions) -> dict[str, Any]:

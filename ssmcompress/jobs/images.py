@@ -14,6 +14,7 @@ from ..data.images import Images
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.learnt import LearntFrom, learnt_from
+from ..progress import note
 from .requests import DataOptions
 
 # One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
@@ -88,15 +89,11 @@ def choose_images(model: TokenModel, options: DataOptions, training: bool = Fals
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded).
-
-    `note` says which of those to measure on were left out, if any were.
-    """
+    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded)."""
 
     training: Batches
     held_out: Batches | None
     measured: Batches
-    note: str | None = None
 
 
 def split_training_images(model: TokenModel, options: DataOptions) -> TrainingImages:
@@ -111,11 +108,11 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
             raise InputError(
                 f"{images.name} has {len(images)} images: expected two to learn from and one to measure on"
             )
-        others, (rest, note) = images, choose_measured(images, learnt_from(model), options)
+        others, rest = images, choose_measured(images, learnt_from(model), options)
         train = sorted(set(range(len(images))) - set(rest))
     else:
         others = open_images(options.eval_data, model.config.num_classes)
-        train, rest, note = list(range(len(images))), range(len(others)), None
+        train, rest = list(range(len(images))), range(len(others))
     count = min(HELD_OUT_MOST, len(train) // HELD_OUT_SHARE)
     held, chosen = sample_indices(len(train), count if count >= HELD_OUT_LEAST else 0, options.seed)
     held_out = processes.shard([train[i] for i in held])
@@ -123,7 +120,6 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
         make_batches(model, images, [train[i] for i in chosen], options),
         make_batches(model, images, held_out, options) if held else None,
         make_batches(model, others, processes.shard(rest), options),
-        note,
     )
 
 
@@ -140,16 +136,17 @@ def _count_measured(size: int) -> int:
     return min(MEASURED_MOST, max(1, size // 10))
 
 
-def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) -> tuple[list[int], str | None]:
+def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) -> list[int]:
     """Return the indices of images to measure on, in ascending order, none of them learnt from where that is known.
 
     They are those that `train_test_split` holds out. Others take the place of those that were learnt from; if there are
-    too few others, there are fewer to measure on. Also returned is a note for the user if any were left out.
+    too few others, there are fewer to measure on, and if there are none, those that were learnt from are measured on.
+    A note says what was left out or could not be.
     """
     count = _count_measured(len(images))
     order = np.random.default_rng(options.seed).permutation(len(images)).tolist()
     if not len(learnt.digests):
-        return sorted(order[:count]), None
+        return sorted(order[:count])
     candidates = order[: max(LOOKED_LEAST, LOOKED_SHARE * count)]
     chosen: list[int] = []
     step = max(count, options.batch_size)
@@ -162,13 +159,22 @@ def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) ->
             break
     chosen = chosen[:count]
     if not chosen:
-        return sorted(order[:count]), f"{len(candidates)} images of {images.name} were all learnt from before"
-    note = None
+        note(
+            f"measured on {_count_images(count)} that the model has learnt from: there is no other among "
+            f"{len(candidates)} of {images.name}"
+        )
+        return sorted(order[:count])
     if len(chosen) < count:
-        note = f"measured on {len(chosen)} images, not {count}: others of {images.name} were learnt from before"
+        found = f"{_count_images(len(chosen))} instead of {count}"
+        note(f"measured on {found}: the model has learnt from the others of {images.name}")
     elif replaced := len(set(order[:count]) - set(chosen)):
-        note = f"measured on {replaced} other images of {images.name} instead of images that were learnt from before"
-    return sorted(chosen), note
+        verb = "replaces one" if replaced == 1 else "replace others"
+        note(f"{replaced} of the measured images of {images.name} {verb} that the model has learnt from")
+    return sorted(chosen)
+
+
+def _count_images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def make_batches(model: TokenModel, images: Images, index: Sequence[int], options: DataOptions) -> Batches:

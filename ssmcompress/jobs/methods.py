@@ -75,7 +75,7 @@ def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bo
         return tuple(m for m in METHODS if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
         if name not in NAMES:
-            raise InputError(f"unknown method {name!r}: expected some of {'; '.join(NAMES)}{suggest(name, NAMES)}")
+            raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
     return tuple(method for method in METHODS if method.name in names)
 
 

@@ -15,7 +15,7 @@ from ..evaluation.flops import dense_flops, flops
 from ..evaluation.latency import latency_settings
 from ..evaluation.measure import Evaluation
 from ..evaluation.timings import Timings, describe_load
-from ..files import read_text, write_file
+from ..files import WEB_PAGE, check_target, read_text, write_file
 from ..models.base import TokenModel
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
@@ -45,8 +45,7 @@ def make_report(
     Args:
         overlap: how many of the measured images something was learnt from; None: that is not known.
         sections: further sections: `calibration`, `reconstruction` and those of other steps.
-        earlier: the report of a model that this one was made from: what it measured on images of the same content is
-            copied.
+        earlier: the report of a model that this one was made from: its columns are copied if `measures_the_same`.
     """
     pruned, result = measured.models["pruned"], measured.results["pruned"]
     blocks = {
@@ -54,27 +53,39 @@ def make_report(
         for name, model in measured.models.items()
     }
     data = describe_data(measured.images, result, overlap)
-    content = hash_contents(measured.images.digests)
-    if earlier and (earlier.get("content"), earlier.get("dtype")) == (content, measured.options.dtype):
+    about = {
+        "content": hash_contents(measured.images.digests, measured.images.source.labels),
+        "dtype": measured.options.dtype,
+        "preprocessing": pruned.preprocessing.to_dict(),
+    }
+    if earlier and measures_the_same(earlier, about):
         blocks = {name: earlier[name] for name in text.list_columns(earlier) if name != "pruned"} | blocks
     device = next(pruned.parameters()).device
     subject = Subject.of(pruned, measured.images.source, result.images)
     return {
         "data": data,
-        "content": content,
+        "content": about["content"],
         **blocks,
         "agreement": {"top1": result.agreement, "kl": result.kl},
         "warnings": find_doubts(subject, measured.results.get("dense"), result),
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
         "plan": pruned.plan.to_dict(tensors=False),
-        "preprocessing": pruned.preprocessing.to_dict(),
+        "preprocessing": about["preprocessing"],
         **sections,
-        "dtype": measured.options.dtype,
+        "dtype": about["dtype"],
         "latency": describe_latency(measured.timings, device) if measured.timings else None,
         "command": command,
         "versions": versions(),
     }
+
+
+def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two reports measure on the same images and labels, prepared in the same way, in the same dtype."""
+    if not isinstance(prepared := earlier.get("preprocessing"), Mapping):
+        return False
+    one, other = ({k: v for k, v in p.items() if k != "assumed"} for p in (prepared, now["preprocessing"]))
+    return one == other and all(earlier.get(name) == now[name] for name in ("content", "dtype"))
 
 
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
@@ -197,9 +208,10 @@ def _no_constant(name: str) -> None:
 
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
     """Write the report of a folder or file as a web page that stands alone."""
+    check_target(file, force, [model], kind=WEB_PAGE)
     picture = model / text.PICTURE_FILE
     page = text.render_html(report, model.name, picture.read_bytes() if picture.is_file() else None)
-    write_file(file, page.encode(), force)
+    write_file(file, page.encode(), force, WEB_PAGE)
 
 
 def find_newest(root: Path = Path("compressed")) -> Path:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import escape_control
-from ..evaluation.timings import is_busy
+from ..evaluation.timings import is_busy, quartiles_overlap
 
 PICTURE_FILE = "kept_tokens.png"
+UNKNOWN_IMAGES = "the model does not say what it was made on"
 Report = Mapping[str, Any]
 
 
@@ -76,7 +77,7 @@ def format_notes(report: Report) -> list[str]:
         lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
     else:
         lines.append(
-            f"accuracy was not measured: {data['name']} has no labels; agreement with the dense model on "
+            f"accuracy was not measured: no labels in {data['name']}; agreement with the dense model on "
             f"{data['images']} images"
         )
     if (used := report.get("preprocessing") or {}).get("assumed"):
@@ -155,18 +156,19 @@ def _overlap_note(rows: Sequence[Mapping[str, Any]]) -> str:
     first, last = rows[0], rows[-1]
     if first is last or "ms_low" not in first or "ms_low" not in last:
         return ""
-    apart = first["ms_low"] > last["ms_high"] or last["ms_low"] > first["ms_high"]
-    return "" if apart else "; the difference is within the noise"
+    overlap = quartiles_overlap(*((row["ms_low"], row["ms_high"]) for row in (first, last)))
+    return "; the difference is within the noise" if overlap else ""
 
 
-def describe_overlap(data: Mapping[str, Any]) -> str | None:
-    """How many of the measured images were learnt from, as a sentence; None if none were."""
+def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> str | None:
+    """How many of the measured images were learnt from, as a sentence; None if none were.
+
+    Args:
+        data: `images` and `overlap`, which is None if it is not known. reason: why it is not.
+    """
     overlap, images = data.get("overlap", 0), data["images"]
     if overlap is None:
-        return (
-            f"how many of the {images} measured images were calibrated on or learnt from is not known: the model does "
-            f"not say what it was made on"
-        )
+        return f"how many of the {images} measured images were calibrated on or learnt from is not known: {reason}"
     if overlap == images:
         return f"warning: all {images} measured images were learnt from: the figures say nothing about other images"
     return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
@@ -174,7 +176,7 @@ def describe_overlap(data: Mapping[str, Any]) -> str | None:
 
 def _finetuning_note(tuned: Mapping[str, Any]) -> str:
     teachers = [name for name in ("labels", "teacher") if tuned[name]]
-    choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else ""
+    choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else " of the last epoch"
     choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"
     choice += ", averaged" if tuned["averaged"] else ""
     choice += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""

@@ -101,8 +101,14 @@ class PlanRequest:
             raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
         if self.latency is not None and not self.search:
             raise InputError("`latency` is met by a search: leave out `search=False`")
-        if not self.searches and (self.sensitivity is not None or self.by_labels):
-            raise InputError("`sensitivity` and `by_labels` belong to a search: give `flops` or `latency`")
+        if not self.search and self.flops is None:
+            raise InputError("`search=False` says how to meet `flops`: give it, or leave out `search=False`")
+        if not self.searches:
+            searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None}
+            searching["search_images"] = self.search_images if self.search_images != SEARCH_IMAGES else None
+            if extra := [f"`{name}`" for name, value in searching.items() if value is not None]:
+                way_out = "give `flops` or `latency`" if self.search else "leave out `search=False`"
+                raise InputError(f"{' and '.join(extra)}: only a search uses that; {way_out}")
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) ->
 
 def _check_range(share: float, lowest: float, what: str) -> None:
     if not lowest <= share < 1:
-        raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves between {lowest:.1%} and 100%")
+        raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves from {lowest:.1%} to below 100%")
 
 
 class _Trial:

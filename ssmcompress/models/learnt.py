@@ -65,6 +65,16 @@ class LearntFrom:
         return cls(different(value.numpy().view(np.uint64)), name == ALL)
 
 
+def count_common(learnt: Batches, measured: Batches) -> int | None:
+    """Return how many images of `measured` are in `learnt`, of those that were read; None if that cannot be told.
+
+    Digests of prepared images are compared with each other, and those of pictures with each other.
+    """
+    if learnt.pictures != measured.pictures:
+        return None
+    return int(np.isin(measured.digests[measured.digests != 0], learnt.digests).sum())
+
+
 def find_batches(data: Any) -> Batches | None:
     """Return the `Batches` that `data` is, or that `AnyBatches` wraps; None for any other data."""
     data = data.data if isinstance(data, AnyBatches) else data

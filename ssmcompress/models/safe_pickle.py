@@ -63,8 +63,19 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
                 f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
                 f"(`unsafe_load=True` reads it all the same, if you trust where it comes from)"
             ) from error
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "nothing in it"
-        raise InputError(f"not a checkpoint, or a damaged one ({reason.splitlines()[0][:80]})") from error
+        raise InputError(f"not a checkpoint, or a damaged one{_describe_start(file)}") from error
+
+
+def _describe_start(file: Path) -> str:
+    """Return " (...)" with what a file begins with, where that is no checkpoint, for an error; else ""."""
+    with open(file, "rb") as content:
+        start = content.read(256)
+    if not start:
+        return " (it is empty)"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return " (it is a web page)"
+    printable = start.decode("latin-1").translate(dict.fromkeys(map(ord, "\t\n\r"))).isprintable()
+    return " (it is a text file)" if printable and start.isascii() else ""
 
 
 def _check_sums(file: Path) -> None:

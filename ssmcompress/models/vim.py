@@ -304,6 +304,8 @@ class VisionMamba(TokenModel):
         if patch != patch_size[1]:
             raise InputError(f"patches of {tuple(patch_size)} pixels: expected square ones")
         stride = stride or patch
+        if stride > patch:
+            raise InputError(f"`stride` {stride}: expected at most {patch}, the patch size; more leaves pixels unread")
 
         def grid_of(size: tuple[int, int]) -> tuple[int, int]:
             return (size[0] - patch) // stride + 1, (size[1] - patch) // stride + 1

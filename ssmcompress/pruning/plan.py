@@ -132,10 +132,9 @@ class Plan:
             if not isinstance(stage.ratio, Real) or isinstance(stage.ratio, bool):
                 raise InputError(f"ratio {stage.ratio!r} after layer {stage.after}: expected a share from 0 to below 1")
             if not 1 <= stage.after < depth:
-                raise InputError(
-                    f"cannot prune after layer {stage.after}: the model has {depth} layers, "
-                    f"so a stage is 1 to {depth - 1}"
-                )
+                stages = "there is no stage" if depth < 2 else "a stage is 1" + f" to {depth - 1}" * (depth > 2)
+                layers = f"{depth} layer{'s' if depth > 1 else ''}"
+                raise InputError(f"cannot prune after layer {stage.after}: the model has {layers}, so {stages}")
             if not 0 <= stage.ratio < 1:
                 raise InputError(
                     f"ratio {stage.ratio:g} after layer {stage.after}: expected a share of tokens to remove, "
@@ -211,7 +210,9 @@ class Plan:
                 calibration=calibration,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-            raise InputError(f"not a pruning plan: {type(error).__name__} {error}") from error
+            reason = f" ({error.args[0]} is missing)" if isinstance(error, KeyError) else ""
+            reason = f" ({error})" if isinstance(error, ValueError) else reason
+            raise InputError(f"not a pruning plan{reason}") from error
 
 
 _CALIBRATED = ("gap_deltas", "kept", "scores", "probes")

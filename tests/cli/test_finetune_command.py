@@ -17,6 +17,7 @@ from command_line import TUNE, call, call_json, refused
 from conftest import write_image
 
 import ssmcompress
+from ssmcompress.compression.finetune import loop
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -100,7 +101,7 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
     for file in (class_folders / "class7").iterdir():
         file.unlink()
     result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
-    assert "no image of 1 classes to learn from: class7" in result.stderr
+    assert "no image to learn from for 1 class: class7" in result.stderr
 
 
 def long_run(folder, images, *more):
@@ -159,6 +160,71 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
     state = torch.load("cut.training.pt", weights_only=True)
     assert state["run"]["step"] > 0
     assert not os.path.exists("cut")
+
+
+def interrupted(monkeypatch, *arguments):
+    """Call a command that gets Ctrl-C after its first step, so that it leaves a state."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "_any_process", lambda self, value: True)
+        return call(*arguments, code=130)
+
+
+def test_a_second_run_in_place_that_is_interrupted_goes_on(pruned_folder, class_folders, monkeypatch):
+    """The folder is the result of the first run, with the same options; the state is of the second one."""
+    options = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "pruned"
+    call(*options, "--force")
+    first = Path("pruned/model.safetensors").read_bytes()
+    interrupted(monkeypatch, *options, "--force")
+    again = call(*options, "--resume")
+    assert "going on after step 1 of 6" in again.stderr
+    assert "is finished" not in again.stderr
+    assert Path("pruned/model.safetensors").read_bytes() != first
+    assert "before" in call_json("report", "pruned")
+    assert not os.path.exists("pruned.training.pt")
+    assert "is finished" in call(*options, "--resume").stderr
+
+
+def test_a_forced_run_that_is_interrupted_replaces_the_older_result(pruned_folder, class_folders, monkeypatch):
+    options = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned"
+    call(*options)
+    changed = *options, "--epochs", 3
+    interrupted(monkeypatch, *changed, "--force")
+    assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 2
+    assert "going on after step 1 of 9" in call(*changed, "--resume").stderr
+    assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 3
+    assert not os.path.exists("tuned.training.pt")
+
+
+def test_a_state_of_another_run_stays_where_the_folder_is_finished(pruned_folder, class_folders, monkeypatch):
+    options = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned"
+    report = call_json(*options)
+    interrupted(monkeypatch, *options, "--seed", 5, "--force")
+    assert call_json(*options, "--resume") == report
+    assert os.path.exists("tuned.training.pt")
+
+
+@pytest.mark.parametrize("output", ["tuned", "pruned"])
+def test_a_run_that_was_ended_while_it_wrote_its_folder_is_finished(pruned_folder, class_folders, monkeypatch, output):
+    options = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", output
+    with monkeypatch.context() as patched:
+        patched.setattr("ssmcompress.jobs.finetune.remove_state", lambda file: None)
+        report = call_json(*options, *(["--force"] if output == "pruned" else []))
+    assert os.path.exists(f"{output}.training.pt")
+    found = call(*options, "--resume", "--json")
+    assert "is finished" in found.stderr
+    assert json.loads(found.stdout) == report
+    assert not os.path.exists(f"{output}.training.pt")
+
+
+def test_a_folder_that_another_command_wrote_meanwhile_is_not_replaced(
+    pruned_folder, checkpoint, class_folders, monkeypatch
+):
+    options = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned"
+    interrupted(monkeypatch, *options)
+    call("prune", checkpoint, "--ratio", 0.3, "--data", class_folders, "--no-latency", "-o", "tuned")
+    later = time.time() + 10
+    os.utime("tuned/config.json", (later, later))
+    assert "exists" in refused(*options, "--resume")
 
 
 def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class_folders):

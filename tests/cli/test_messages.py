@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 # ---------------------------------------------------------------------------------------------------- shares
 
 
-@pytest.mark.parametrize("text", ["30%", "0.3", " 30 % ".strip().replace(" ", ""), ".3", "3e1%"])
+@pytest.mark.parametrize("text", ["30%", "0.3", "30 %", " 30% ", ".3", "3e1%"])
 def test_a_share_as_people_type_it(text):
     assert parse_share(text, "--x") == pytest.approx(0.3)
 
@@ -93,6 +93,8 @@ def taken(pruned_folder):
     [
         (["prune", "DENSE", "-o", "out"], ["--data", "typo"], "no data at typo"),
         (["prune", "DENSE", "-o", "out"], ["--eval-data", "typo"], "no data at typo"),
+        (["prune", "DENSE", "-o", "out"], ["--data", "IMAGES:typo"], "has no splits, so none called typo"),
+        (["compare", "DENSE", "-o", "out"], ["--data", "./typo:test"], "no data at ./typo:test"),
         (["prune", "DENSE", "-o", "out"], ["--plan", "typo.json"], "cannot read typo.json"),
         (["prune", "DENSE", "-o", "out"], ["--flops", "90%", "--sensitivity", "typo.json"], "cannot read typo.json"),
         (["prune", "DENSE", "-o", "out"], ["--finetune-epochs", "1", "--recipe", "typo"], "recipe typo"),
@@ -114,7 +116,9 @@ def test_a_typo_in_an_input_is_reported_before_an_output_that_exists(
     checkpoint, class_folders, taken, command, options, message
 ):
     names = {"DENSE": str(checkpoint), "IMAGES": str(class_folders)}
-    assert message in refused(*(names.get(word, word) for word in (*command, *options)))
+    for key, name in names.items():
+        options = [word.replace(key, name) for word in options]
+    assert message in refused(*(names.get(word, word) for word in command), *options)
     assert (os.listdir("out"), Path("out.onnx").read_text()) == (["mine.txt"], "mine")
 
 
@@ -257,10 +261,17 @@ def test_every_file_that_ssmcompress_writes_may_be_replaced(checkpoint, class_fo
 def test_advice_is_not_what_was_given_already(checkpoint, tmp_path):
     for i in range(4):
         write_image(tmp_path / "plain" / f"{i}.png", i)
-    said = call("evaluate", checkpoint, "--data", tmp_path / "plain").stderr
-    assert "has no labels; labels are class folders, a column label" in said
-    assert "give --data" not in said
-    assert "has no labels; give --data" in call("evaluate", checkpoint).stderr
+    result = call("evaluate", checkpoint, "--data", tmp_path / "plain")
+    nothing = f"nothing to measure: no labels in {tmp_path / 'plain'}, and no dense model to agree with; labels are "
+    assert nothing + "class folders, a column label" in result.stderr
+    assert "give --data" not in result.stderr
+    assert "measured on" not in result.stdout
+    assert "no labels in sample photographs, and no dense model to agree with; give --data" in (
+        call("evaluate", checkpoint).stderr
+    )
+    result = call("evaluate", checkpoint, "--dense", checkpoint)
+    assert "accuracy was not measured: no labels in sample photographs; give --data" in result.stderr
+    assert "measured on" in result.stdout
 
 
 def test_export_without_onnx_says_what_it_wrote(checkpoint):

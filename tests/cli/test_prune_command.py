@@ -131,7 +131,7 @@ def test_bad_ratios(checkpoint, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stages", "4"], "cannot prune after layer 4: the model has 4 layers"),
+        (["--stages", "4"], "cannot prune after layer 4: the model has 4 layers, so a stage is 1 to 3"),
         (["--stages", "0"], "stage is 1 to 3"),
         (["--stages", "a"], "--stages a: expected numbers"),
         (["--stages", "2,1"], "rising order"),

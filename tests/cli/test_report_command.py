@@ -23,6 +23,17 @@ def test_report_as_a_web_page_and_of_the_newest_model(checkpoint):
     call("report", "--html", "report.html", "--force")
 
 
+def test_weights_of_the_last_epoch_are_called_so(checkpoint):
+    call("prune", checkpoint, "--no-latency", "--quiet", "-o", "m")
+    content = json.loads(Path("m/report.json").read_text())
+    content["finetuning"] = {
+        "labels": True, "teacher": False, "held_out": 0, "epoch": 2, "averaged": False, "images": 8, "name": "few",
+        "steps": 4, "seconds": 1.0, "recipe": {"epochs": 2, "batch_size": 4},
+    }  # fmt: skip
+    Path("m/report.json").write_text(json.dumps(content))
+    assert "weights of the last epoch" in " ".join(call("report", "m").stdout.split())
+
+
 @pytest.mark.parametrize("change", [
     lambda r: r.update(data=None), lambda r: r.update(stages=[{}]), lambda r: r["dense"].update(flops=3),
     lambda r: r.update(alignment=[]), lambda r: r["pruned"].update(top1=float("inf")), lambda r: r.clear(),

@@ -18,7 +18,17 @@ from ssmcompress.jobs.doubts import Subject, find_doubts, is_at_chance
         (0.0, 50, 1000, True),
         (2.0, 50, 1000, True),  # one of 50 is right now and then
         (0.1, 50_000, 1000, True),
-        (0.2, 50_000, 1000, False),
+        (0.2, 50_000, 1000, True),
+        (1.2, 50_000, 1000, True),  # numbers sorted as strings: 12 of 1,000 classes keep their places
+        (0.9, 5000, 1000, True),
+        (1.0, 500, 1000, True),
+        (5.0, 20, 1000, False),  # one of 20 is fifty times chance
+        (3.5, 50_000, 1000, False),
+        (5.4, 3680, 37, True),  # 2 of 37
+        (9.0, 3680, 37, False),
+        (0.0, 8, 1000, False),  # too few images to tell
+        (6.0, 2000, 20, True),
+        (10.0, 2000, 20, False),
         (10.0, 2000, 10, True),
         (14.0, 2000, 10, False),
         (50.0, 200, 2, True),
@@ -42,8 +52,10 @@ def test_likely_causes_follow_from_what_is_known():
     assert "`mean` and `std`, which were assumed" in dense_at_chance(assumed=True)
     assert "`mean`" not in dense_at_chance()
     assert "classes, which are numbered by their names" in dense_at_chance(by_name=True)
+    more = find_doubts(Subject(1000, 50_000), Evaluation(50_000, True, top1=1.2), None)
+    assert "1.2 % of 50000 images, hardly more than chance with 1000 classes" in more[0]
     for line in (dense_at_chance(), dense_at_chance(assumed=True, by_name=True)):
-        assert "the dense model finds the class of 9 % of 100 images" in line
+        assert "the dense model finds the class of 9 % of 100 images, no more than chance with 10 classes" in line
         assert "`stride` or `architecture`" in line
 
 
@@ -60,7 +72,7 @@ def test_likely_causes_follow_from_what_is_known():
 )
 def test_the_next_lever_is_one_that_was_not_used(facts, advice):
     subject = Subject(10, 40, **{"pruned": True, **facts})
-    (line,) = find_doubts(subject, None, Evaluation(40, False, agreement=47.5, kl=1.0))
+    (line,) = find_doubts(subject, Evaluation(40, False), Evaluation(40, False, agreement=47.5, kl=1.0))
     assert line.startswith("only 47.5 % of 40 images get the dense model's class")
     assert advice in line
 
@@ -76,7 +88,8 @@ def test_without_the_dense_model_the_model_itself_is_judged():
     subject = Subject(10, 40, pruned=True)
     (line,) = find_doubts(subject, None, Evaluation(40, True, top1=10.0))
     assert line.startswith("the model finds")
-    (line,) = find_doubts(subject, None, Evaluation(40, True, top1=10.0, agreement=20.0))
+    dense, pruned = Evaluation(40, True, top1=80.0), Evaluation(40, True, top1=10.0, agreement=20.0)
+    (line,) = find_doubts(subject, dense, pruned)
     assert line.startswith("only 20 %")  # pruning explains it
 
 
@@ -122,8 +135,9 @@ def test_default_preprocessing_is_said_once_and_remembered(tmp_path):
     with open("m/config.json") as file:
         assert json.load(file)["preprocessing"]["assumed"] is True
     assert "preprocessing was assumed: mean 0.485" in call("report", "m").stdout
-    assert line in call("evaluate", "m", "--data", tmp_path / "images").stderr
-    assert line not in call("evaluate", "m", "--data", tmp_path / "images", "--quiet").stderr
+    assert line not in call("evaluate", "m", "--data", tmp_path / "images").stderr  # it is in the folder now
+    assert line in call("evaluate", "vim.pt", "--data", tmp_path / "images").stderr
+    assert line not in call("evaluate", "vim.pt", "--data", tmp_path / "images", "--quiet").stderr
     given = call("prune", "vim.pt", *options, "--crop-pct", "90%", "-o", "n")
     assert "assumed" not in given.stderr + given.stdout
     with open("n/config.json") as file:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 import ssmcompress
 from ssmcompress.data import Batches, open_images
 from ssmcompress.data.batches import sample_indices
-from ssmcompress.data.content import digest_picture
+from ssmcompress.data.content import digest_picture, hash_contents
 from ssmcompress.errors import InputError
 from ssmcompress.jobs.images import choose_measured, split_training_images, train_test_split
 from ssmcompress.jobs.requests import DataOptions
 from ssmcompress.models.inputs import to_batches
 from ssmcompress.models.learnt import ALL, SOME, LearntFrom
+from ssmcompress.progress import hold_notes
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -172,7 +173,7 @@ def test_finetune_measures_on_images_that_the_earlier_prune_did_not_calibrate_on
     result = call("finetune", "p", "--data", class_folders, *TUNE, "-o", "f", "--json")
     found = json.loads(result.stdout)
     assert (found["data"]["images"], found["data"]["overlap"]) == (1, 0)
-    assert "measured on 1 images, not 2: others of" in result.stderr
+    assert "measured on 1 image instead of 2: the model has learnt from the others of" in result.stderr
     assert len(ssmcompress.load("f").learnt.digests) == 19
     call("prune", checkpoint, "--data", class_folders, *QUICK, "--samples", 10, "-o", "q")
     found = call_json("finetune", "q", "--data", class_folders, *TUNE, "-o", "g")
@@ -181,8 +182,10 @@ def test_finetune_measures_on_images_that_the_earlier_prune_did_not_calibrate_on
 
 def test_where_all_images_were_learnt_from_the_report_says_so(checkpoint, class_folders):
     call("prune", checkpoint, "--data", class_folders, "--eval-data", class_folders, *QUICK, "-o", "p")
-    found = call_json("finetune", "p", "--data", class_folders, *TUNE, "-o", "f")
+    result = call("finetune", "p", "--data", class_folders, *TUNE, "-o", "f", "--json")
+    found = json.loads(result.stdout)
     assert (found["data"]["images"], found["data"]["overlap"]) == (2, 2)
+    assert "measured on 2 images that the model has learnt from: there is no other among 20 of" in result.stderr
     assert "say nothing about other images" in " ".join(call("report", "f").stdout.split())
 
 
@@ -225,19 +228,80 @@ def test_earlier_columns_are_copied_for_images_of_the_same_content_alone(checkpo
     assert {k: same["data"][k] for k in ("name", "images")} == {k: other["data"][k] for k in ("name", "images")}
 
 
+def test_earlier_columns_are_not_copied_if_labels_preprocessing_or_dtype_differ(checkpoint, class_folders):
+    """The same pictures in other classes, another mean, another dtype: the old figures do not belong in the table."""
+    shutil.copytree(class_folders, "measured")
+    call("prune", checkpoint, "--data", class_folders, "--eval-data", "measured", *QUICK, "-o", "p")
+    options = "finetune", "p", "--data", class_folders, "--no-teacher", *TUNE[2:], "--epochs", 1
+    assert "naive" in call_json(*options, "--eval-data", "measured", "-o", "same")
+    assert "naive" not in call_json(*options, "--eval-data", "measured", "--mean", "0.1,0.2,0.3", "-o", "mean")
+    assert "naive" not in call_json(*options, "--eval-data", "measured", "--dtype", "bfloat16", "-o", "dtype")
+    shutil.copytree("measured", "permuted")
+    for label in range(10):
+        shutil.rmtree(f"permuted/class{label}")
+        shutil.copytree(f"measured/class{(label + 1) % 10}", f"permuted/class{label}")
+    assert "naive" not in call_json(*options, "--eval-data", "permuted", "-o", "labels")
+
+
+def test_a_hash_of_images_is_of_pairs_of_content_and_label():
+    digests, labels = np.array([7, 5, 0, 2**64 - 1], np.uint64), [1, 2, 9, 0]
+    order = [3, 1, 0, 2]
+    shuffled = digests[order], [labels[i] for i in order]
+    assert hash_contents(digests, labels) == hash_contents(*shuffled)
+    assert hash_contents(digests, labels) == hash_contents(digests, [1, 2, 4, 0])  # of one that was not read
+    assert hash_contents(digests, labels) != hash_contents(digests, [2, 1, 9, 0])
+    assert hash_contents(digests, labels) != hash_contents(digests, None)
+    assert hash_contents(digests, None) == hash_contents(digests[order], None)
+
+
 def test_the_tenth_is_the_usual_one_where_nothing_of_it_was_learnt_from(vim, class_folders):
     images, options = open_images(class_folders, 10), DataOptions(str(class_folders))
     train, test = train_test_split(20, 0)
-    assert choose_measured(images, LearntFrom(), options) == (test, None)
+    assert choose_measured(images, LearntFrom(), options) == test
     elsewhere = LearntFrom().add(read(vim, class_folders, train[:5]))
-    assert choose_measured(images, elsewhere, options) == (test, None)
+    with hold_notes() as notes:
+        assert choose_measured(images, elsewhere, options) == test
+    assert not notes
     pruned = ssmcompress.prune(vim, ssmcompress.make_plan(vim, ratio=0.4))
     pruned.learnt = LearntFrom().add(read(vim, class_folders, test[:1]))
-    parts = split_training_images(pruned, options)
+    with hold_notes() as notes:
+        parts = split_training_images(pruned, options)
     assert len(parts.measured.index) == 2
     assert not set(parts.measured.index) & {test[0], *parts.training.index}
     assert sorted([*parts.measured.index, *parts.training.index]) == list(range(20))
-    assert "measured on 1 other images" in parts.note
+    said = f"1 of the measured images of {class_folders} replaces one that the model has learnt from"
+    assert said in notes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_is_hashed_once_however_often_it_is_read(vim, class_folders, monkeypatch, workers):
+    batches = Batches(open_images(class_folders, 10), vim.transform(), workers=workers)
+    first = [batch.images for batch in batches]
+    digests = batches.digests.copy()
+    monkeypatch.setattr("ssmcompress.data.batches.digest_picture", lambda picture: pytest.fail("hashed again"))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.cat(first))
+    assert np.array_equal(batches.digests, digests)
+
+
+# --------------------------------------------------------------------------------------------------------- compare
+
+
+@pytest.mark.parametrize("repeated", [0, 2])
+def test_compare_recognises_images_that_are_given_as_tensors(vim, repeated):
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([x[:repeated], x[repeated:] + 1])
+    found = ssmcompress.compare(vim, x, eval_data=other, ratios=[0.4], methods=["naive"])
+    assert found["overlap"] == repeated
+    assert sum("2 of the 8 measured images were also calibrated on" in line for line in found["warnings"]) == (
+        repeated > 0
+    )
+
+
+def test_compare_says_that_it_cannot_tell(vim, class_folders):
+    x = torch.randn(4, 3, 16, 16)
+    found = ssmcompress.compare(vim, str(class_folders), eval_data=x, ratios=[0.4], methods=["naive"])
+    assert found["overlap"] is None
+    assert any("is not known: prepared images cannot be compared with pictures" in line for line in found["warnings"])
 
 
 # ---------------------------------------------------------------------------------------------- search and library

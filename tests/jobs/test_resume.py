@@ -19,6 +19,7 @@ from ssmcompress.compression.search.sensitivity import Sensitivity
 from ssmcompress.data import Batches, open_images
 from ssmcompress.data.signature import SIGNED, compare_signatures, sign_images
 from ssmcompress.errors import InputError
+from ssmcompress.jobs import finetune as job
 from ssmcompress.models.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -174,6 +175,27 @@ def test_a_state_that_does_not_say_its_images_is_refused(vim, class_folders, beg
         finetune(pruned_of(vim), batches(vim, class_folders, range(16)), **begun)
 
 
+def counted(images, reads: list[int]):
+    """The same images, noting each read."""
+    return replace(images, read=lambda i: reads.append(i) or images.read(i))
+
+
+def test_a_run_that_goes_on_does_not_read_again_what_it_read_before(vim, class_folders, begun):
+    """Of 16 images, 10 were in the only step; 16 are read to compare them with those of the state."""
+    reads: list[int] = []
+    images = counted(open_images(class_folders, 10), reads)
+    first = finetune(pruned_of(vim), Batches(images, vim.transform(), range(16)), **begun | {"state": None})
+    reads.clear()
+    again = finetune(pruned_of(vim), Batches(images, vim.transform(), range(16)), **begun)
+    assert len(reads) == 16 + 6
+    assert np.array_equal(again.model.learnt.digests, first.model.learnt.digests)
+    assert len(again.model.learnt.digests) == 20  # with those held out
+    content = torch.load(begun["state"].path, weights_only=True)
+    torch.save(content | {"digests": torch.zeros(3, dtype=torch.int64)}, begun["state"].path)
+    with pytest.raises(InputError, match="damaged"):
+        finetune(pruned_of(vim), Batches(images, vim.transform(), range(16)), **begun)
+
+
 # ------------------------------------------------------------------------------------------------ a finished folder
 
 
@@ -211,6 +233,22 @@ def test_a_finished_folder_is_bound_to_the_content_of_its_images(finished, chang
     found = refuse(*finished)
     assert "tuned holds another fine-tuned model" in found
     assert says in found
+
+
+def test_a_finished_folder_is_bound_to_the_images_from_before_the_training(finished, monkeypatch):
+    """An image that changes while the model is trained is not what the folder was made from."""
+    before = json.loads(Path("tuned/config.json").read_text())["pruning"]["finetuning"]["run"]
+    run_steps = job.run_steps
+
+    def run_and_change(*arguments, **options):
+        result = run_steps(*arguments, **options)
+        change_picture(Path("images"))
+        change_picture(Path("measured"))
+        return result
+
+    monkeypatch.setattr(job, "run_steps", run_and_change)
+    call(*finished[:-3], "-o", "other")
+    assert json.loads(Path("other/config.json").read_text())["pruning"]["finetuning"]["run"] == before
 
 
 @pytest.mark.parametrize(
@@ -272,7 +310,50 @@ def test_a_comparison_goes_on_with_the_same_content_alone(checkpoint, class_fold
     assert "other images to measure on (20 images of other content)" in found
     torch.save({"model": make_vim(seed=3).state_dict()}, checkpoint)
     images = "--data", class_folders, "--eval-data", class_folders
-    assert "another weights" in refuse("compare", checkpoint, *images, *options)
+    assert "compare.json was made with other weights; choose" in refuse("compare", checkpoint, *images, *options)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--mean", "0.1,0.2,0.3"], "other preprocessing"),
+        (["--image-size", 20], "another image size"),
+        (["--seed", 3], "another seed"),
+        (["--stages", 2], "other stages"),
+        (["--dtype", "bfloat16"], "another dtype"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_a_comparison_names_what_differs_once(checkpoint, class_folders, change, says):
+    # Images of their own to measure on, for a seed also chooses others.
+    options = "compare", checkpoint, "--data", class_folders, "--eval-data", class_folders
+    more = "--methods", "naive", "--no-latency", "-o", "c"
+    call(*options, *more, "--ratios", 0.4)
+    assert f"compare.json was made with {says}; choose" in refuse(*options, *more, "--ratios", 0.4, *change)
+
+
+def test_a_comparison_of_an_older_version_is_not_told_other_weights(checkpoint, class_folders):
+    arguments = "compare", checkpoint, "--data", class_folders, "--ratios", 0.4, "--methods", "naive", "--no-latency"
+    call(*arguments, "-o", "c")
+    file = Path("c/compare.json")
+    value = json.loads(file.read_text())
+    del value["settings"]["weights"], value["settings"]["image_size"]
+    file.write_text(json.dumps(value))
+    said = refuse(*arguments, "-o", "c")
+    assert "made with an older version of ssmcompress, which did not record weights, image size; choose" in said
+
+
+def test_a_comparison_remembers_what_was_learnt_from_and_where_it_was_timed(checkpoint, class_folders):
+    images = "--data", class_folders, "--eval-data", class_folders
+    arguments = "compare", checkpoint, *images, "--ratios", 0.4, "--methods", "naive", "-o", "c"
+    first = call_json(*arguments)
+    again = call_json(*arguments)  # nothing is left to measure, so nothing is read
+    assert (again["overlap"], again["warnings"]) == (first["overlap"], first["warnings"])
+    assert again["overlap"] == 20
+    first["settings"]["timing"] |= {"device": "another machine", "threads": 64}
+    Path("c/compare.json").write_text(json.dumps(first))
+    assert "latency on another machine with 64 threads" in refuse(*arguments)
+    call(*arguments, "--no-latency")
 
 
 def test_a_comparison_that_does_not_say_its_images_is_refused(checkpoint, class_folders):
@@ -294,6 +375,10 @@ def test_a_sensitivity_is_bound_to_weights_and_preprocessing(checkpoint, class_f
     torch.save({"model": make_vim(seed=3).state_dict()}, checkpoint)
     assert "measured with other weights" in refuse("prune", checkpoint, *arguments, "-o", "second")
     value = json.loads(Path("first/sensitivity.json").read_text())
+    del value["model"]["weights"]
+    Path("old.json").write_text(json.dumps(value))
+    said = refuse("prune", checkpoint, *arguments[:-1], "old.json", "-o", "second")
+    assert "measured by an older version of ssmcompress, which did not record the weights: leave it out" in said
     for digests in (["zz"], "ab", [str(2**80)], [3]):
         Path("damaged.json").write_text(json.dumps({**value, "digests": digests}))
         with pytest.raises(InputError, match="not a sensitivity"):

@@ -47,6 +47,12 @@ def test_a_live_module_brings_its_stride():
     assert ssmcompress.load(made).config == made.config
 
 
+def test_a_stride_that_leaves_pixels_unread_is_refused():
+    state = make_vim(patch=2, image=(8, 8)).state_dict()
+    with pytest.raises(InputError, match="`stride` 8: expected at most 2, the patch size"):
+        ssmcompress.load(state, architecture="vim", stride=8)
+
+
 def test_other_image_sizes_keep_the_class_token_entry_and_the_layout_of_the_grid():
     rows, columns = torch.meshgrid(torch.linspace(0, 1, 4), torch.linspace(0, 1, 4), indexing="ij")
     table = torch.stack([rows, columns], -1).view(1, 16, 2)

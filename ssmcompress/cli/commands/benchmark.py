@@ -22,7 +22,7 @@ def benchmark(
     hardware: Hardware,
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL...", help="Files and folders. A pruned one alone runs with its dense model."),
+        typer.Argument(metavar="MODEL", help="Files and folders. A pruned one alone runs with its dense model."),
     ] = None,
     batch_sizes: Annotated[str, option(HARDWARE, help="Images at a time, one table row each.")] = "1,8",
     repeats: Annotated[int, option(HARDWARE, min=1, help="Timed runs of each; the runs are interleaved.")] = 7,

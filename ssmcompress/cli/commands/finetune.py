@@ -9,7 +9,7 @@ import typer
 
 from ... import processes
 from ...errors import InputError
-from ..groups import Force, Hardware, Load, Measure, NoLatency, ReportPrinting, Training, TrainingImages
+from ..groups import ForceFolder, Hardware, Load, Measure, NoLatency, ReportPrinting, Training, TrainingImages
 from ..options import FINETUNING, OUTPUT, option
 from ..tables import show_report
 from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_data, say_how_to_resume
@@ -40,7 +40,7 @@ def finetune(
     resume: Annotated[
         bool, option(OUTPUT, "--resume", help="Continue an interrupted run; a finished one returns at once.")
     ] = False,
-    force: Force = False,
+    force: ForceFolder = False,
     no_latency: NoLatency = False,
 ) -> None:
     """Train a pruned model with the dense one as teacher, labels, or both."""

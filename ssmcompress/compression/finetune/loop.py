@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ... import processes
@@ -95,7 +96,8 @@ def finetune(
         held_out = as_batches(pruned, held_out, labelled=True)
     if dense is None and training.source.labels is None:
         raise InputError(
-            f"{training.source.name} has no labels, and there is no dense model to learn from: give either"
+            f"{training.source.name} has no labels, and there is no dense model to learn from: give images with "
+            "labels, or a teacher (`dense`, and not `teacher=False`)"
         )
     if isinstance(state, (str, Path)):
         state = StateFile(Path(state))
@@ -217,10 +219,15 @@ class _Run:
                 "model_ema": average.module.state_dict() if average is not None else None,
                 "optimizer": self.trainer.optimizer.state_dict(),
                 "run": run,
+                "digests": torch.from_numpy(self.training.digests[self._index()].view(np.int64)),
             }
             write_state(self.path, self.trainer.model, entries)
             self.save_seconds = time.perf_counter() - begin
         self.saved_at = time.perf_counter()
+
+    def _index(self) -> list[int]:
+        """Return the indices of the training images, in the order of their digests in the state."""
+        return sorted(self.training.index)
 
     def _save_is_due(self) -> bool:
         return time.perf_counter() - self.saved_at > max(SAVE_EVERY, SAVE_SHARE * self.save_seconds)
@@ -238,7 +245,9 @@ class _Run:
             best.weights, self.step, self.seconds = content["best"], run["step"], run["seconds"]
             self.history, self.sums = list(run["history"]), EpochSums(**run["sums"])
             best.score, best.epoch, best.averaged = run["best"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if (digests := content.get("digests")) is not None:
+                self.training.digests[self._index()] = digests.numpy().view(np.uint64)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{self.path}: damaged ({type(error).__name__} {error}); remove it to start afresh"
             ) from error
@@ -284,7 +293,7 @@ class _Run:
 
     def _read_images(self) -> list[Any]:
         """Return what the weights were trained on and chosen by, read by all processes."""
-        # Those of the epoch in which a resumed run was cut off, and those that were in no step, were not read here.
+        # Images that were in no step, and those that other processes had read before this run was resumed.
         self.training.read_rest()
         held_out = self.best.held_out
         if (batches := find_batches(held_out)) is not None:

@@ -117,8 +117,11 @@ class Recipe:
         changes: dict[str, Any] = {}
         for text in assignments:
             name, equals, value = text.partition("=")
+            if not equals and name in types:
+                raise InputError(f"{text}: expected {name}=VALUE")
             if not equals or name not in types:
-                raise InputError(f"{text}: expected NAME=VALUE with a name of {', '.join(types)}{suggest(name, types)}")
+                hint = suggest(name, types) or "; docs/finetune.md lists the names"
+                raise InputError(f"{text}: expected NAME=VALUE with the name of a value of the recipe{hint}")
             try:
                 changes[name] = value if types[name] == "str" else json.loads(value)
             except ValueError as error:
@@ -139,8 +142,8 @@ class Recipe:
         unknown = sorted(map(str, set(changes) - {field.name for field in fields(cls)}))
         if unknown:
             names = asdict(RECIPES[base])
-            hint = suggest(unknown[0], names)
-            raise InputError(f"a recipe has no {', '.join(unknown[:3])}: expected {', '.join(names)}{hint}")
+            hint = suggest(unknown[0], names) or "; docs/finetune.md lists the names"
+            raise InputError(f"a recipe has no {', '.join(unknown[:3])}{hint}")
         return replace(RECIPES[base], **changes)
 
     @classmethod

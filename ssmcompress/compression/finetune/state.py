@@ -89,17 +89,24 @@ def check_same_run(file: Path, stored: Any, expected: Mapping[str, Any]) -> None
     Args:
         stored, expected: what identifies the run of the state and the present one, as `describe_differences` takes it.
     """
-    if differences := describe_differences(stored if isinstance(stored, Mapping) else {}, expected):
+    if differences := describe_differences(stored, expected):
         raise InputError(f"{file} is of another run, with {', '.join(differences)}; `force=True` starts afresh")
 
 
-def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def is_state_of(file: Path, expected: Mapping[str, Any]) -> bool:
+    """Return whether there is a state and nothing of `expected` differs in it; InputError for any other file."""
+    return file.exists() and not describe_differences(read_state(file)["run"].get("about"), expected)
+
+
+def describe_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
     """Return how two runs differ, in words; an empty list if they do not.
 
     Args:
-        then, now: what identifies the runs, JSON objects: `recipe`, fingerprints of the models in `MODELS`, signatures
-            of the images in `IMAGES`, and single values. What is not in `now` is not compared.
+        then, now: what identifies the runs, JSON objects: `recipe`, fingerprints of the models in `MODELS` or None,
+            signatures of the images in `IMAGES`, and single values. What is not in `now` is not compared; if `then` is
+            something else, nothing is known of that run.
     """
+    then = then if isinstance(then, Mapping) else {}
     found = []
     for name, new in now.items():
         old = then.get(name)
@@ -110,7 +117,7 @@ def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         elif name in IMAGES:
             found.append(f"other {IMAGES[name]} ({compare_signatures(old, new)})")
         elif isinstance(new, Mapping):
-            found += describe_differences(old if isinstance(old, Mapping) else {}, new)
+            found += describe_differences(old, new)
         else:
             found.append(f"{name} {old!r} for {new!r}")
     return found

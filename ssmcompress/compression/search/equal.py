@@ -31,7 +31,7 @@ def plan_for_budget(
     if not least <= budget < 1:
         raise BudgetError(
             f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
-            f"leaves between {least:.1%} and 100%"
+            f"leaves from {least:.1%} to below 100%"
         )
     ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
     return make_plan(model, stages=stages, ratio=ratio, **options)

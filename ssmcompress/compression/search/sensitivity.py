@@ -155,6 +155,8 @@ class Sensitivity:
             what = f"on another model ({key} {self.model[key]}, this one has {ours[key]})"
             if key == "weights":
                 what = "with other weights, another image size or other preprocessing"
+                if self.model[key] is None:
+                    what = "by an older version of ssmcompress, which did not record the weights"
             raise InputError(f"the sensitivity was measured {what}: leave it out to measure anew")
 
 
