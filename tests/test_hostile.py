@@ -14,7 +14,7 @@ from hostile.makers import SHARES, choose, load_makers
 from hostile.worker import run_cases
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory, /proc and named pipes")
-SEED, COUNT = 22, 40
+SEED, COUNT = 22, 16
 PARTS = (("checkpoints", "safetensors", "configs"), ("folders", "tables", "shards"), ("graphs", "arguments"))
 
 

@@ -56,7 +56,7 @@ def test_importing_the_package_imports_nothing_large():
 
 def test_the_package_says_that_it_is_typed():
     assert importlib.resources.files("ssmcompress").joinpath("py.typed").is_file()
-    text = (Path(ssmcompress.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"py.typed"' in text.partition("[tool.setuptools.package-data]")[2].partition("[tool.pytest")[0]
 
 
