@@ -24,9 +24,6 @@ OWN_FILES = {
     "last.safetensors", "finetuning.png",
 }  # fmt: skip
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
-# Files of images, by suffix: those of torchvision's ImageFolder, and .gif.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-TABLE_SUFFIXES = {".parquet", ".arrow"}
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB
 
 

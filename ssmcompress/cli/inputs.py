@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import IMAGE_SUFFIXES, TABLE_SUFFIXES
+from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 MODEL, ONNX, IMAGES, REPORT, OTHER = "a model", "an ONNX file", "images", "a report", "other"
 WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from ..progress import note
+from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Files and folders that operating systems, file managers and archivers write, in lower case.

@@ -18,12 +18,12 @@ from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
+from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
 from .records import MadeBy, Record, Source
 from .statements import Statements
 
-StateDict = Mapping[str, Tensor]
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
 CHUNK_BYTES = 1 << 26
 

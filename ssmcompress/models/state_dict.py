@@ -106,10 +106,10 @@ def _find_entry(content: Mapping[Any, Any], weights: str, depth: int) -> tuple[M
     others = [key for key in entries if key not in AVERAGE_KEYS]
     if found is None and weights == "model" and len(others) == 1:
         found = others[0]
-    main = next((entries[key] for key in others if any(_inside(entries[key], name) for name in _names(weights))), None)
-    if found is None and main is not None and _is_bare(main):
-        return main, weights  # a part of the main entry
     if found is None:
+        for key in others:
+            if _is_bare(entries[key]) and any(_inside(entries[key], name) for name in _names(weights)):
+                return entries[key], weights  # a part of that entry
         shown = ", ".join(str(key)[:40] for key in list(content)[:8])
         advice = f"; `weights` reads one of {', '.join(repr(key[:40]) for key in entries)}" if entries else ""
         raise InputError(

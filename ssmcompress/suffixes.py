@@ -1,0 +1,5 @@
+"""Suffixes of files of images, for the commands and for the data, which imports torch."""
+
+# Those of torchvision's ImageFolder, and .gif.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+TABLE_SUFFIXES = {".parquet", ".arrow"}
