@@ -12,7 +12,7 @@ from .. import processes
 from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
-from ..models.inputs import as_batches, check_dense
+from ..models.inputs import as_batches, check_unpruned
 from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
 from ..pruning.plan import Calibration, Plan
@@ -36,7 +36,7 @@ def calibrate(
     with their number. A loader may shuffle or augment them: the statistics are sums over all images.
 
     Args:
-        model: the dense model.
+        model: the dense or trimmed model.
         images: a folder or another name that `ssmcompress.open_images` takes; `Images` or `Batches`; a tensor
             (count, C, H, W) of prepared images; a DataLoader or any iterable of batches: tensors, (images, ...) or
             dicts; a data set of torch or of `datasets`. Labels are not used. An iterator is read into memory, up to
@@ -54,7 +54,7 @@ def calibrate(
     Raises:
         InputError: no images, values that are not finite on them, or a plan that does not fit the model.
     """
-    check_dense(model)
+    check_unpruned(model)
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
     batches = as_batches(model, images)
     # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.

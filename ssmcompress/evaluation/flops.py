@@ -10,6 +10,11 @@ of the papers, in two variants:
 
 A convolution on a grid counts all taps of its window at each kept token, as the compiled backends compute it; in an
 ONNX file, and where gradients are computed, it covers the whole grid.
+
+A Vim reads out its class token alone, so its last layer is computed for that token (`TokenModel.trace`). `paper`, and
+`full` of a dense model, count all tokens of that layer, as the published code computes them. `full` of a compressed
+model counts what is run here, at batch 1; in a larger batch, whose images keep different numbers of tokens before the
+class token, and in an ONNX file, part of this saving is lost.
 """
 
 from __future__ import annotations
@@ -25,23 +30,37 @@ CONVENTIONS = ("full", "paper")
 
 
 def flops(model: TokenModel) -> dict[str, float]:
-    """Return the GFLOPs of one image for the model as it is, pruned or dense, by convention."""
+    """Return the GFLOPs of one image for the model, by convention: of a dense one as published, else as it is run."""
     check_model(model)
     return {convention: sum(flops_by_part(model, convention).values()) for convention in CONVENTIONS}
 
 
+def flops_as_run(model: TokenModel) -> dict[str, float]:
+    """Return the GFLOPs of one image as they are run here, by convention, also for a dense model."""
+    return {convention: sum(flops_by_part(model, convention, True).values()) for convention in CONVENTIONS}
+
+
 def dense_flops(model: TokenModel) -> dict[str, float]:
-    """Return the GFLOPs of one image without pruning, by convention."""
-    counts = [model.length] * (len(model.blocks) + 1)
-    return {c: sum(model.flops_by_part(counts, c).values()) / 1e9 for c in CONVENTIONS}
+    """Return the GFLOPs of one image of the dense model that a model was made from, as published, by convention."""
+    return {convention: _count_dense(model, convention) / 1e9 for convention in CONVENTIONS}
 
 
-def flops_by_part(model: TokenModel, convention: str = "full") -> dict[str, float]:
+def _count_dense(model: TokenModel, convention: str = "full") -> int:
+    config = model.origin.config if model.origin is not None else model.config
+    counts = [model.length] * (config.depth + 1)
+    return sum(model.count_flops(config, counts, convention, as_run=False).values())
+
+
+def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | None = None) -> dict[str, float]:
     """Return the GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head.
 
     A pruned model can also have the parts scoring and merging, a reconstructed one corrections.
+
+    Args:
+        as_run: count what is run here, or what the published code runs; None: the former for a compressed model.
     """
-    parts = model.flops_by_part(model.token_counts(), convention)
+    as_run = model.plan is not None if as_run is None else as_run
+    parts = model.flops_by_part(model.token_counts(), convention, as_run)
     if model.plan:
         parts = {**parts, **_stage_parts(model, model.plan.stages)}
     if model.corrections:
@@ -50,13 +69,13 @@ def flops_by_part(model: TokenModel, convention: str = "full") -> dict[str, floa
 
 
 def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
-    """Return the FLOPs (`full`) of the dense `model` when pruned at `stages`, as a share of its dense FLOPs."""
+    """Return the FLOPs (`full`) of a dense or trimmed `model` when pruned at `stages`, as a share of the dense FLOPs.
 
-    def count(stages: Sequence[Stage]) -> int:
-        counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
-        return sum(model.flops_by_part(counts, "full").values()) + sum(_stage_parts(model, stages).values())
-
-    return count(stages) / count(())
+    The model is counted as it is run, the dense one as published; so a Vim that prunes nothing has less than 1.
+    """
+    counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
+    run = sum(model.flops_by_part(counts, "full").values()) + sum(_stage_parts(model, stages).values())
+    return run / _count_dense(model)
 
 
 def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
@@ -75,8 +94,8 @@ def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
 
 def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
     """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`."""
-    layers = len(model.blocks) - min(stages)
-    return layers * model.d_model**2 / (flops(model)["full"] * 1e9)
+    layers = len(model.blocks) - min(stages, default=len(model.blocks))
+    return layers * model.d_model**2 / _count_dense(model)
 
 
 def smallest_share(model: TokenModel, stages: Sequence[int]) -> float:

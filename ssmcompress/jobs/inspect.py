@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from ..evaluation.flops import flops, flops_by_part, smallest_share
@@ -41,7 +40,7 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
     stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)
     return {
-        "architecture": {"type": model.architecture, **asdict(model.config)},
+        "architecture": {"type": model.architecture, **model.config.to_dict()},
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": model.token_counts(),
         "flops": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn.utils import skip_init
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
+from ..ops import ScanPath, selective_scan
 from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
@@ -22,6 +24,7 @@ from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
 from .records import MadeBy, Record, Source
+from .sizes import Origin, ScanReading, compact
 from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
@@ -84,6 +87,75 @@ class Block(nn.Module, abc.ABC):
         """Set the delta (deltas, d_inner) with which pruned positions decay the state."""
 
 
+class ScanBlock(Block):
+    """A layer whose scans can lose states, channels and directions; see `ssmcompress.compression.trim`."""
+
+    @property
+    @abc.abstractmethod
+    def channel_maps(self) -> tuple[tuple[str, ...], str]:
+        """Names of the linear layers that read the channels: those inside, and the projection."""
+
+    @property
+    @abc.abstractmethod
+    def scans(self) -> nn.Module:
+        """The module of the scans; it has d_inner, d_state, directions, cut_states, cut_channels, keep_directions."""
+
+    @property
+    def d_inner(self) -> int:
+        """The number of channels."""
+        return self.scans.d_inner
+
+    @property
+    def d_state(self) -> int:
+        """The number of states of each channel."""
+        return self.scans.d_state
+
+    @property
+    def directions(self) -> tuple[int, ...]:
+        """The numbers of the scan paths that the layer has."""
+        return self.scans.directions
+
+    @abc.abstractmethod
+    def read_scans(self, tokens: Tokens) -> list[ScanReading]:
+        """Return the inner values of each set of scan parameters."""
+
+    @abc.abstractmethod
+    def read_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Return for each set of scan parameters the rows of C (d_state, d_inner) and D (d_inner,)."""
+
+    def cut_states(self, index: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keep some of the states, in place.
+
+        Args:
+            index: for each set of scan parameters the states to keep, ascending, as many in all sets.
+            weights: for each set the new rows of C (kept, d_inner), and D (d_inner,).
+        """
+        self.scans.cut_states(index, weights)
+
+    def cut_channels(self, index: Tensor) -> None:
+        """Keep the channels `index`, ascending, in place."""
+        self.scans.cut_channels(index)
+        if self.scans.gap_delta is not None:
+            self.scans.gap_delta = self.scans.gap_delta[:, index]
+
+    def drop_directions(self, directions: tuple[int, ...]) -> None:
+        """Keep the scan paths `directions`, in place."""
+        if self.scans.gap_delta is not None and len(self.scans.gap_delta) == len(self.directions):
+            kept = [row for row, path in enumerate(self.directions) if path in directions]
+            self.scans.gap_delta = self.scans.gap_delta[kept]
+        self.scans.keep_directions(directions)
+
+
+def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
+    """Return the trajectory (batch, tokens, d_inner) of one state on each scan path, in token order."""
+    column, trajectories = slice(state, state + 1), []
+    for u, delta, A, B, _, _, bias, gap, reverse, order in paths:
+        one = torch.ones_like(B[..., column])
+        options = {"delta_bias": bias, "delta_softplus": True, "gap": gap, "reverse": reverse, "order": order}
+        trajectories.append(selective_scan(u, delta, A[:, column], B[..., column].contiguous(), one, **options))
+    return trajectories
+
+
 class TokenModel(nn.Module, abc.ABC):
     """A vision state-space classifier that can drop tokens between its blocks.
 
@@ -98,9 +170,11 @@ class TokenModel(nn.Module, abc.ABC):
         made_by: the command and versions that pruned it.
         steps: a record of each later step that changed its weights, in order, one for each kind.
         learnt: the images that it was learnt from since it was dense; None: as `learnt_from` has it.
+        origin: the dense model that it was trimmed from, or None; a trimmed model has a plan, which may be empty.
     """
 
     architecture: ClassVar[str]
+    config_class: ClassVar[type[Any]]
     # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
     # Options of the published code that the weights do not show, with what this model computes.
@@ -111,6 +185,8 @@ class TokenModel(nn.Module, abc.ABC):
     no_weight_decay: ClassVar[tuple[str, ...]] = ("*pos_embed",)
     # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
     pools: ClassVar[bool] = False
+    # Whether the model reads out the protected token alone, and its blocks take `protected_only`.
+    reads_protected: ClassVar[bool] = False
 
     def __init__(self, config: Any):
         super().__init__()
@@ -124,6 +200,34 @@ class TokenModel(nn.Module, abc.ABC):
         self.made_by = MadeBy()
         self.steps: tuple[Record, ...] = ()
         self.learnt: LearntFrom | None = None
+        self.origin: Origin | None = None
+
+    def mark_compressed(self) -> None:
+        """Make a dense model a compressed one that drops no tokens, and remember the sizes that it has now."""
+        if self.plan is None:
+            self.plan = Plan((), gap="bias")
+        if self.origin is None:
+            self.origin = Origin(self.config, tuple(range(1, len(self.blocks) + 1)))
+
+    def read_sizes(self) -> None:
+        """Set the sizes in `config` to those that the blocks have."""
+        blocks, complete = self.blocks, self.config.PATHS
+        directions = tuple(block.directions for block in blocks)
+        self.config = replace(
+            self.config,
+            depth=len(blocks),
+            d_inner=compact(block.d_inner for block in blocks),
+            d_state=compact(block.d_state for block in blocks),
+            directions=None if all(paths == complete for paths in directions) else directions,
+        )
+
+    def drop_layers(self, layers: Sequence[int]) -> None:
+        """Remove layers (from 1), in place; `mark_compressed` must have been called, and nothing be pruned."""
+        for layer in sorted(layers, reverse=True):
+            del self.blocks[layer - 1]
+        kept = tuple(number for layer, number in enumerate(self.origin.layers, 1) if layer not in layers)
+        self.origin = self.origin._replace(layers=kept)
+        self.read_sizes()
 
     def add_record(self, record: Record) -> None:
         """Append the record of a step; it replaces an earlier one of the same kind."""
@@ -224,9 +328,20 @@ class TokenModel(nn.Module, abc.ABC):
         """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""
         return normalize_rms(features)
 
+    @classmethod
     @abc.abstractmethod
-    def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
-        """Return the FLOPs of one image by part, given `token_counts`; see `ssmcompress.evaluation.flops`."""
+    def count_flops(cls, config: Any, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
+        """Return the FLOPs of one image by part; see `ssmcompress.evaluation.flops`.
+
+        Args:
+            config: sizes of the model. counts: its `token_counts`. convention: "full" or "paper".
+            as_run: count what is executed here, in `full`; else what the published code executes, as `paper` always
+                does, which computes every token of the last layer.
+        """
+
+    def flops_by_part(self, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
+        """Return `count_flops` of this model's sizes."""
+        return self.count_flops(self.config, counts, convention, as_run)
 
     @abc.abstractmethod
     def matrix_products(self) -> list[tuple[int, Tensor]]:
@@ -250,28 +365,44 @@ class TokenModel(nn.Module, abc.ABC):
         return self.trace(images)[0]
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
-        """Compute the logits (batch, classes); return them and the decision of each stage."""
-        tokens, decisions = self.encode(images)
+        """Compute the logits (batch, classes); return them and the decision of each stage.
+
+        Where the protected token alone is read out, the last layer is computed for that token only. The logits are
+        those of `readout(encode(images)[0])`, up to rounding.
+        """
+        tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.reads_protected)
+        if self.reads_protected:
+            tokens, _ = self.step(len(self.blocks), tokens, protected_only=True)
         return self.readout(tokens), decisions
 
     def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
-        """Return the tokens after the last layer, which are read out, and the decision of each stage."""
-        tokens = self.embed(images)
+        """Return all tokens after the last layer, and the decision of each stage."""
+        return self._run(self.embed(images), len(self.blocks))
+
+    def _run(self, tokens: Tokens, layers: int) -> tuple[Tokens, list[Decision]]:
+        """Run the first layers and the stages after them."""
         decisions = []
-        for layer in range(1, len(self.blocks) + 1):
+        for layer in range(1, layers + 1):
             tokens, decision = self.step(layer, tokens)
             decisions += [decision] if decision else []
         return tokens, decisions
 
-    def step(self, layer: int, tokens: Tokens) -> tuple[Tokens, Decision | None]:
-        """Run a layer (from 1) and the stage after it, if any; return the tokens and the decision of the stage."""
+    def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
+        """Run a layer (from 1) and the stage after it, if any; return the tokens and the decision of the stage.
+
+        With `protected_only`, the layer is computed for the protected token alone, which is then the only one left.
+        """
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
-        tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
+        pruned_mean = tokens.pruned_mean() if name in self.corrections else None
+        if protected_only:
+            tokens = self.blocks[layer - 1](tokens, protected_only=True)
+        else:
+            tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
         if name in self.corrections:
             linear = self.corrections[name]
             first = linear[0] if isinstance(linear, nn.Sequential) else linear
-            correction = linear(cast(tokens.pruned_mean(), first))
+            correction = linear(cast(pruned_mean, first))
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
         if pruner is None:
             return tokens, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def describe_preprocessing(model: TokenModel) -> dict[str, Any] | None:
 def fingerprint(model: TokenModel) -> str:
     """Return a hash of a model's weights, architecture, image size, preprocessing and plan."""
     about = {
-        "architecture": [model.architecture, asdict(model.config)],
+        "architecture": [model.architecture, model.config.to_dict()],
         "preprocessing": describe_preprocessing(model),
         "plan": model.plan.to_dict(tensors=False) if model.plan is not None else None,
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,19 @@ def check_dense(model: Any) -> None:
     """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned already."""
     check_model(model)
     if model.plan is not None:
-        origin = f", {model.source.path}" if model.source is not None and model.source.path else ""
-        raise InputError(f"the model is pruned already; expected the dense model that it was made from{origin}")
+        _refuse_pruned(model)
+
+
+def check_unpruned(model: Any) -> None:
+    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or drops tokens already."""
+    check_model(model)
+    if model.plan is not None and model.plan.stages:
+        _refuse_pruned(model)
+
+
+def _refuse_pruned(model: TokenModel) -> NoReturn:
+    origin = f", {model.source.path}" if model.source is not None and model.source.path else ""
+    raise InputError(f"the model is pruned already; expected the dense model that it was made from{origin}")
 
 
 def check_module(model: Any, name: str = "model") -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,23 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops import ScanPath, grid_conv2d, scan_paths
+from ..ops.orders import invert_order
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Block, StateDict, TokenModel
+from .base import ScanBlock, StateDict, TokenModel, read_state
 from .precision import LayerNorm, cast, embed_patches, find_bias, project, widen
-from .reading import Shapes, infer_grid, resize_grid
+from .reading import Shapes, infer_grid, layer_sizes, resize_grid
+from .sizes import (
+    LayeredConfig,
+    LayerSize,
+    PerLayer,
+    ScanReading,
+    compact,
+    slice_depthwise,
+    slice_linear,
+    slice_parameter,
+)
 from .snakes import snakes
 
 STEM_STRIDE = 2
@@ -31,20 +44,24 @@ BIASES = 2
 
 
 @dataclass(frozen=True)
-class PlainMambaConfig:
-    """Sizes of a PlainMamba; all except `image_size` follow from its weights.
+class PlainMambaConfig(LayeredConfig):
+    """Sizes of a PlainMamba; all except `image_size` and `directions` follow from its weights.
 
     Attributes:
+        d_inner, d_state: one number for all layers, or one for each.
+        directions: for each layer the snakes that it scans, 0 to 3; None: all four in all layers.
         stem_width, stem_depth: channels of the stem, and number of 3x3 convolutions after its first one.
         patch_size: side of a patch in pixels. stride: distance between patches, the same.
         window: side of the convolution on the grid.
         dw_layers: layers, from 0, that end in a 3x3 convolution. dw_window: its side.
     """
 
+    PATHS: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
     d_model: int
     depth: int
-    d_inner: int
-    d_state: int
+    d_inner: PerLayer
+    d_state: PerLayer
     dt_rank: int
     window: int
     dw_layers: tuple[int, ...]
@@ -57,6 +74,7 @@ class PlainMambaConfig:
     patch_size: int
     stride: int
     image_size: tuple[int, int]
+    directions: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def stem_grid(self) -> tuple[int, int]:
@@ -96,19 +114,32 @@ class PatchEmbed(nn.Module):
 class PlainMambaMixer(nn.Module):
     """The four scans of a layer along snakes over the grid, summed and gated."""
 
-    def __init__(self, c: PlainMambaConfig):
+    def __init__(self, c: PlainMambaConfig, size: LayerSize):
         super().__init__()
-        self.grid = c.grid
-        self.split = [c.dt_rank, c.d_state, c.d_state]
-        self.in_proj = nn.Linear(c.d_model, 2 * c.d_inner)
-        self.conv2d = nn.Conv2d(c.d_inner, c.d_inner, c.window, padding=c.window // 2, groups=c.d_inner)
-        self.x_proj = nn.Linear(c.d_inner, sum(self.split), bias=False)
-        self.dt_proj = nn.Linear(c.dt_rank, c.d_inner)
-        self.A_log = nn.Parameter(torch.arange(1, c.d_state + 1).log().expand(c.d_inner, -1).clone())
-        self.D = nn.Parameter(torch.ones(c.d_inner))
-        self.direction_Bs = nn.Parameter(torch.zeros(5, c.d_state))  # one row for each kind of step, see `snakes`
-        self.out_proj = nn.Linear(c.d_inner, c.d_model)
+        E, N, self.directions = size
+        self.grid, self.dt_rank = c.grid, c.dt_rank
+        self.in_proj = nn.Linear(c.d_model, 2 * E)
+        self.conv2d = nn.Conv2d(E, E, c.window, padding=c.window // 2, groups=E)
+        self.x_proj = nn.Linear(E, c.dt_rank + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(c.dt_rank, E)
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).log().expand(E, -1).clone())
+        self.D = nn.Parameter(torch.ones(E))
+        self.direction_Bs = nn.Parameter(torch.zeros(5, N))  # one row for each kind of step, see `snakes`
+        self.out_proj = nn.Linear(E, c.d_model)
         self.register_buffer("gap_delta", None)  # (1, d_inner) after an earlier layer is pruned
+
+    @property
+    def split(self) -> list[int]:
+        """The outputs of x_proj: delta's rank, B and C."""
+        return [self.dt_rank, self.d_state, self.d_state]
+
+    @property
+    def d_inner(self) -> int:
+        return self.A_log.shape[0]
+
+    @property
+    def d_state(self) -> int:
+        return self.A_log.shape[1]
 
     def delta_bias(self) -> Tensor:
         """Return the bias (d_inner,) of delta."""
@@ -119,7 +150,7 @@ class PlainMambaMixer(nn.Module):
         u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
         (delta, bias), A = project(self.dt_proj, dt, BIASES), -torch.exp(widen(self.A_log))
-        for path in tokens.paths:
+        for path in (tokens.paths[number] for number in self.directions):
             gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
             # Quirk: only u follows the path, while delta, B and C stay in raster order. That is how `order` works.
             path_B = B + F.embedding(path.labels, self.direction_Bs).to(B.dtype)
@@ -132,6 +163,44 @@ class PlainMambaMixer(nn.Module):
         y, scores = scan_paths(self.paths(x, tokens), z, delta_softplus=True, score=metric)
         return self.out_proj(y), scores
 
+    # ------------------------------------------------------------------------------------------------- trimming
+
+    def read_scans(self, features: Tensor, tokens: Tokens) -> list[ScanReading]:
+        """Return the inner values of the scans, which share their parameters, from normalised features."""
+        x, z = self.in_proj(features).chunk(2, dim=-1)
+        paths = list(self.paths(x, tokens))
+        u, readers = paths[0].u, []
+        for path in paths:
+            # C of step t is computed from the token that is t-th in raster order, not from the one that is visited.
+            steps = invert_order(path.order)
+            readers.append(u[:, steps] if steps.ndim == 1 else u.gather(1, steps[..., None].expand_as(u)))
+        return [ScanReading(partial(read_state, paths), readers, u, F.silu(z), len(paths))]
+
+    def cut_states(self, index: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keep the states `index[0]`, with new rows of C and a new D."""
+        (kept,), ((C, D),) = index, weights
+        dt, B, _ = self.x_proj.weight.detach().split(self.split)
+        rows = torch.cat([dt, B[kept.to(B.device)], C.to(dt)])
+        self.x_proj = slice_linear(self.x_proj, rows=torch.arange(len(rows)))
+        self.x_proj.weight.data.copy_(rows)
+        self.D.data.copy_(D)
+        self.A_log = slice_parameter(self.A_log, columns=kept)
+        self.direction_Bs = slice_parameter(self.direction_Bs, columns=kept)
+
+    def cut_channels(self, index: Tensor) -> None:
+        """Keep the channels `index`, ascending."""
+        self.in_proj = slice_linear(self.in_proj, rows=torch.cat([index, index + self.d_inner]))
+        self.conv2d = slice_depthwise(self.conv2d, index)
+        self.x_proj = slice_linear(self.x_proj, columns=index)
+        self.dt_proj = slice_linear(self.dt_proj, rows=index)
+        self.D = slice_parameter(self.D, rows=index)
+        self.out_proj = slice_linear(self.out_proj, columns=index)
+        self.A_log = slice_parameter(self.A_log, rows=index)
+
+    def keep_directions(self, directions: tuple[int, ...]) -> None:
+        """Keep some of the paths, which have no parameters of their own."""
+        self.directions = directions
+
 
 def conv_on_grid(
     x: Tensor, conv: nn.Conv2d, tokens: Tokens, grid: tuple[int, int], activation: str | None = None
@@ -141,16 +210,30 @@ def conv_on_grid(
     return grid_conv2d(x, conv.weight, conv.bias, grid=grid, positions=positions, activation=activation)
 
 
-class PlainMambaBlock(Block):
+class PlainMambaBlock(ScanBlock):
     def __init__(self, c: PlainMambaConfig, layer: int):
         super().__init__()
         self.norm = LayerNorm(c.d_model, eps=1e-5)
-        self.mamba = PlainMambaMixer(c)
+        self.mamba = PlainMambaMixer(c, c.layers[layer])
         self.dw = None
         if layer in c.dw_layers:
             side = c.dw_window
             conv = nn.Conv2d(c.d_model, c.d_model, side, padding=side // 2, groups=c.d_model, bias=False)
             self.dw = nn.Sequential(conv, nn.BatchNorm2d(c.d_model), nn.GELU())
+
+    @property
+    def scans(self) -> PlainMambaMixer:
+        return self.mamba
+
+    @property
+    def channel_maps(self) -> tuple[tuple[str, ...], str]:
+        return ("mamba.x_proj",), "mamba.out_proj"
+
+    def read_scans(self, tokens: Tokens) -> list[ScanReading]:
+        return self.mamba.read_scans(self.norm(tokens.features), tokens)
+
+    def read_weights(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.mamba.x_proj.weight.detach()[-self.d_state :], self.mamba.D.detach())]
 
     @property
     def refitted(self) -> tuple[tuple[str, ...], ...]:
@@ -196,6 +279,7 @@ class PlainMamba(TokenModel):
     """PlainMamba of any size. `forward`: images (B, C, H, W) -> logits (B, classes)."""
 
     architecture = "plain_mamba"
+    config_class = PlainMambaConfig
     telling_keys = ("backbone.patch_embed.projection.weight", "backbone.layers.0.mamba.direction_Bs", "head.fc.weight")
     no_weight_decay = ("*A_log", "*pos_embed", "*direction_Bs")
     pools = True
@@ -245,26 +329,33 @@ class PlainMamba(TokenModel):
     def memory(self, features: Tensor) -> Tensor:
         return self.backbone.ln1(features)
 
-    def flops_by_part(self, counts: Sequence[int], convention: str) -> dict[str, int]:
+    def read_sizes(self) -> None:
+        super().read_sizes()
+        with_conv = tuple(layer for layer, block in enumerate(self.blocks) if block.dw is not None)
+        self.config = replace(self.config, dw_layers=with_conv)
+
+    @classmethod
+    def count_flops(
+        cls, config: PlainMambaConfig, counts: Sequence[int], convention: str, as_run: bool = True
+    ) -> dict[str, int]:
         """Count all four directions in both conventions; `full` includes the gate, `paper`, as in the papers, does not.
 
         A convolution on the grid costs exactly all taps of its window for each kept token: see `grid_conv2d`.
         """
-        c = self.config
-        E, N, R = c.d_inner, c.d_state, c.dt_rank
-        tokens = sum(counts[:-1])
+        c, R = config, config.dt_rank
         stem_weights = c.in_chans * c.stem_window**2 * c.stem_width + c.stem_depth * 9 * c.stem_width**2
         projection = c.patches * c.stem_width * (c.patch_size // STEM_STRIDE) ** 2 * c.d_model
-        return {
-            "embedding": math.prod(c.stem_grid) * stem_weights + projection,
-            "in_proj": tokens * c.d_model * 2 * E,
-            "conv": tokens * E * c.window**2 + sum(counts[i] for i in c.dw_layers) * c.d_model * c.dw_window**2,
-            "x_proj": tokens * E * (R + 2 * N),
-            "dt_proj": tokens * R * E,
-            "scan": tokens * (4 * (9 * E * N + E) + (E if convention == "full" else 0)),
-            "out_proj": tokens * E * c.d_model,
-            "head": c.num_classes * c.d_model,
-        }
+        parts = dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"), 0)
+        parts["conv"] = sum(counts[i] for i in c.dw_layers) * c.d_model * c.dw_window**2
+        for tokens, (E, N, directions) in zip(counts[:-1], c.layers, strict=True):
+            parts["in_proj"] += tokens * c.d_model * 2 * E
+            parts["conv"] += tokens * E * c.window**2
+            parts["x_proj"] += tokens * E * (R + 2 * N)
+            parts["dt_proj"] += tokens * R * E
+            parts["scan"] += tokens * (len(directions) * (9 * E * N + E) + (E if convention == "full" else 0))
+            parts["out_proj"] += tokens * E * c.d_model
+        embedding = math.prod(c.stem_grid) * stem_weights + projection
+        return {"embedding": embedding, **parts, "head": c.num_classes * c.d_model}
 
     def matrix_products(self) -> list[tuple[int, Tensor]]:
         *counts, _ = self.token_counts()
@@ -281,7 +372,8 @@ class PlainMamba(TokenModel):
     def activation_bytes(self, size: int = 4) -> int:
         c = self.config
         # Residual stream in and out, norm; x and z of in_proj, conv, x_proj, dt_proj, scans, out_proj.
-        inner = 2 * c.d_inner + c.d_inner + c.dt_rank + 2 * c.d_state + 4 * c.d_state + c.d_inner + c.d_inner
+        E, N = max(layer.d_inner for layer in c.layers), max(layer.d_state for layer in c.layers)
+        inner = 2 * E + E + c.dt_rank + 2 * N + 4 * N + E + E
         layer = self.length * (3 * c.d_model * 4 + (inner + c.d_model) * size)
         stem = 2 * math.prod(c.stem_grid) * c.stem_width * size  # input and output of one of its convolutions
         return max(layer, stem)
@@ -302,7 +394,7 @@ class PlainMamba(TokenModel):
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
         shape = Shapes(fitted, "PlainMamba")
         depth = shape.count("backbone.layers.")
-        d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
+        inner_sizes = layer_sizes(shape, depth, "backbone.layers.{}.mamba.A_log")
         stem = "backbone.patch_embed.stem.0.weight"
         stem_width, in_chans, _, _ = shape(stem, 4)
         d_model, _, side, _ = shape("backbone.patch_embed.projection.weight", 4)
@@ -313,8 +405,8 @@ class PlainMamba(TokenModel):
         sizes = {
             "d_model": d_model,
             "depth": depth,
-            "d_inner": d_inner,
-            "d_state": d_state,
+            "d_inner": compact(d_inner for d_inner, _ in inner_sizes),
+            "d_state": compact(d_state for _, d_state in inner_sizes),
             "dt_rank": shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1],
             "window": shape.window("backbone.layers.0.mamba.conv2d.weight"),
             "dw_layers": dw_layers,

@@ -74,6 +74,13 @@ def project(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tenso
     return linear(x), (times - 1) * find_bias(linear)
 
 
+def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    """Return some of the outputs of a linear layer; one of any other type than nn.Linear computes all of them."""
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    return linear(x)[..., rows]
+
+
 def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
     """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
 

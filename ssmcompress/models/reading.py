@@ -67,6 +67,21 @@ class Shapes:
         return count
 
 
+def layer_sizes(shape: Shapes, depth: int, *names: str) -> list[tuple[int, ...]]:
+    """Return (d_inner, d_state) of each layer, the shape of its first parameter among `names` ("layers.{}.A_log").
+
+    A layer without any of them counts as the first layer, and the missing parameter is reported with the others.
+    """
+    sizes: list[tuple[int, ...]] = []
+    for layer in range(depth):
+        present = [key for name in names if (key := name.format(layer)) in shape.state]
+        if present or layer == 0:
+            sizes.append(shape(present[0] if present else names[0].format(0), 2))
+        else:
+            sizes.append(sizes[0])
+    return sizes
+
+
 def infer_grid(
     entries: int,
     patch: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,7 @@ def build(
     stride: int | None = None,
     trained_size: tuple[int, int] | None = None,
     said: Statements | None = None,
+    directions: tuple[tuple[int, ...], ...] | None = None,
 ) -> TokenModel:
     """Build the dense float32 model that a state dict belongs to.
 
@@ -71,6 +74,7 @@ def build(
         stride: step between patches in pixels; None: what `said` says of it, else the patch size.
         trained_size: (height, width) that its position embedding was made for, if that is known.
         said: what its file or module says about it.
+        directions: for each layer the scan paths that it has, which weights do not always show; None: all.
 
     Raises:
         InputError: the architecture is unknown, not certain or not the one that `said` names, an option has another
@@ -82,6 +86,8 @@ def build(
     _check_statements(model_class, said)
     stride = stride or _find_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
+    if directions is not None:
+        config = replace(config, directions=directions)
     with torch.device("meta"):
         model = model_class(config).float()  # whatever torch's default dtype is
     _check(model, fitted)

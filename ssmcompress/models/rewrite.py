@@ -17,7 +17,7 @@ from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage, default_stages
 from ..pruning.pruner import TokenPruner
 from .base import TokenModel
-from .inputs import check_dense, check_model
+from .inputs import check_model, check_unpruned
 
 
 def make_plan(
@@ -86,7 +86,7 @@ def prune(
     """Return a copy of `model` that prunes by `plan`; `model` is not changed.
 
     Args:
-        model: a dense model from `load`.
+        model: a model from `load`, dense or trimmed.
         plan: from `calibrate`, `search` or `make_plan`, or written by hand (with `gap="bias"`, no images are needed);
             also the dict that `Plan.to_dict` made. None: one is made without images of the other arguments, which are
             those of `make_plan`; the gap deltas then come from the bias.
@@ -94,7 +94,7 @@ def prune(
     Raises:
         InputError: the plan does not fit the model, or the model is pruned already.
     """
-    check_dense(model)
+    check_unpruned(model)
     options = {"ratio": ratio, "stages": stages, "importance": importance, "alignment": alignment, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
@@ -121,6 +121,8 @@ def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any]) -> Plan
         raise InputError(f"`plan` is the name {str(plan)!r}: pass the plan, read_plan({str(plan)!r})")
     if not isinstance(plan, Plan):
         raise InputError(f"`plan` is a {type(plan).__name__}: expected a plan of make_plan(), calibrate() or search()")
+    if not plan.stages:
+        raise InputError("a plan without stages prunes nothing")
     return plan.validate(len(model.blocks))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .learnt import ALL, SOME, LearntFrom
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .registry import MODELS, build
 from .rewrite import install
+from .sizes import Origin
 from .state_dict import read_metadata
 from .statements import Statement, Statements
 
@@ -100,7 +101,8 @@ def restore(
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
     said = Statements(family=Statement(architecture["type"], CONFIG_FILE))
-    model = build(weights, size or trained, stride, trained, said)
+    directions = _parse_directions(architecture)
+    model = build(weights, size or trained, stride, trained, said, directions)
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
     model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
@@ -116,12 +118,58 @@ def restore(
         _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
         model.plan = plan
+        model.origin = _parse_origin(model, pruning)
         counts = [model.token_counts()[stage.after] for stage in plan.stages]
         if size in (None, trained) and stride == architecture["stride"] and pruning.get("kept", counts) != counts:
             raise InputError(f"{CONFIG_FILE}: its stages keep {counts} tokens, but it says {str(pruning['kept'])[:80]}")
         model.steps = steps_from_dict(pruning)
         model.learnt = LearntFrom.from_tensors(learnt)
     return model
+
+
+def _parse_directions(architecture: Mapping[str, Any]) -> tuple[tuple[int, ...], ...] | None:
+    """Return the scan paths of each layer that a configuration names; InputError if they are none."""
+    value = architecture.get("directions")
+    if value is None:
+        return None
+    complete = next(m for m in MODELS if m.architecture == architecture["type"]).config_class.PATHS
+    valid = isinstance(value, list) and all(
+        isinstance(layer, list) and layer and all(type(path) is int and path in complete for path in layer)
+        and layer == sorted(set(layer))
+        for layer in value
+    )  # fmt: skip
+    if not valid or ("depth" in architecture and len(value) != architecture["depth"]):
+        raise InputError(f"{CONFIG_FILE}: bad directions {str(value)[:80]}: expected lists of scan paths {complete}")
+    return tuple(tuple(layer) for layer in value)
+
+
+def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | None:
+    """Return the dense model's sizes that a configuration names; None if the model was not trimmed."""
+    value = pruning.get("trimmed_from")
+    if value is None:
+        return None
+    try:
+        layers = tuple(value["layers"])
+        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in value["sizes"].items()}
+        sizes["directions"] = tuple(map(tuple, sizes["directions"])) if sizes.get("directions") else None
+        origin = Origin(replace(model.config, **sizes), layers)
+        depth, numbers = origin.config.depth, [depth for depth in layers if type(depth) is int]
+        ascending = list(layers) == sorted({*numbers}) and 1 <= layers[0] <= layers[-1] <= depth
+        if len(layers) != len(model.blocks) or not ascending:
+            raise ValueError(f"layers {layers}")
+        model.count_flops(origin.config, [1] * (depth + 1), "full")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"{CONFIG_FILE}: bad sizes of the dense model ({type(error).__name__} {error})") from error
+    return origin
+
+
+def _describe_origin(model: TokenModel) -> dict[str, Any]:
+    """Return what `_parse_origin` reads: nothing for a model that was not trimmed."""
+    if model.origin is None:
+        return {}
+    dense, ours = model.origin.config.to_dict(), model.config.to_dict()
+    sizes = {k: dense.get(k) for k in {**ours, **dense} if dense.get(k) != ours.get(k)}
+    return {"trimmed_from": {"layers": list(model.origin.layers), "sizes": sizes}}
 
 
 def find_writer(config: Mapping[str, Any]) -> str:
@@ -147,7 +195,7 @@ def _fill_buffers(model: TokenModel, name: str, tensors: Mapping[str, Tensor], w
 def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
     """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
     width = model.d_model
-    first = min(int(layer) for layer in model.pruners)
+    first = min((int(layer) for layer in model.pruners), default=len(model.blocks))
     remaining = dict(corrections)
     for layer in range(first + 1, len(model.blocks) + 1):
         prefix = f"corrections.{layer}."
@@ -210,6 +258,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         pruning = {
             **model.plan.to_dict(tensors=False),
             "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
+            **_describe_origin(model),
             **steps_to_dict(model.steps),
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},
             "command": model.made_by.command,
@@ -217,7 +266,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         }
     return {
         "format_version": FORMAT_VERSION,
-        "architecture": {"type": model.architecture, **asdict(model.config)},
+        "architecture": {"type": model.architecture, **model.config.to_dict()},
         "preprocessing": model.preprocessing.to_dict(),
         "data": model.source.data if model.source else None,
         "pruning": pruning,

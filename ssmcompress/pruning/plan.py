@@ -154,8 +154,6 @@ class Plan:
         if afters != sorted(set(afters)):
             shown = ", ".join(map(str, afters[:10])) + (", ..." if len(afters) > 10 else "")
             raise InputError(f"stages {shown}: expected layers in rising order, each once")
-        if not self.stages:
-            raise InputError("a plan without stages prunes nothing")
         if self.gap is not None and self.gap not in GAP_SOURCES:
             raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
         return self

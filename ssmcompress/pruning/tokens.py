@@ -80,3 +80,29 @@ class Tokens:
     def protected_index(self) -> Tensor:
         """Return the index (batch,) of the protected token among the kept ones, which are ordered by position."""
         return (self.explicit_positions() < self.protected).sum(1)
+
+    def span_to_protected(self, reverse: bool) -> tuple[Tokens, int]:
+        """Return the tokens of a raster path up to the protected one, and the index of the first of them.
+
+        Images of a batch keep different numbers of tokens on either side, so the span ends at the last of their
+        protected tokens; a scan is causal, and what comes later on the path does not change its result. Where shapes
+        must not depend on values (under torch.compile and torch.export, and on a GPU, which would have to be waited
+        for), the span is the longest that any image can have.
+        """
+        lowest, highest = self._protected_range()
+        rows = slice(lowest, None) if reverse else slice(0, highest + 1)
+        paths = tuple(replace(p, gaps=None if p.gaps is None else p.gaps[:, rows]) for p in self.paths)
+        positions = None if self.positions is None else self.positions[:, rows]
+        part = replace(self, features=self.features[:, rows], positions=positions, paths=paths, scores=None, sizes=None)
+        return part, lowest if reverse else 0
+
+    def _protected_range(self) -> tuple[int, int]:
+        """Return the lowest and the highest index that the protected token of an image has."""
+        if self.positions is None:
+            return self.protected, self.protected
+        count = int(self.features.shape[1])
+        by_value = type(self.positions) is Tensor and self.positions.device.type == "cpu" and count > 0
+        if by_value and len(self.positions) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            index = self.protected_index()
+            return int(index.min()), int(index.max())
+        return max(0, count - (self.length - self.protected)), min(self.protected, count - 1)

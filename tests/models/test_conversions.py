@@ -69,7 +69,8 @@ def test_a_traced_model_computes_the_same_for_other_images_and_batches(any_model
         traced = torch.jit.trace(any_model, images_of(any_model, 3), check_trace=False)
     for batch in (1, 4, 0):
         images = images_of(any_model, batch, seed=10 + batch)
-        assert torch.equal(traced(images), any_model(images))
+        # The last layer of a Vim has a longer span where shapes do not depend on values: another order of rounding.
+        torch.testing.assert_close(traced(images), any_model(images), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

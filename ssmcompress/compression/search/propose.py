@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...evaluation.flops import remaining_share
+from ...evaluation.flops import dense_flops, remaining_share
 from ...models.base import TokenModel
 from ...pruning.plan import Stage, share_removed, token_counts
 from .sensitivity import Sensitivity
@@ -114,15 +114,15 @@ class _Grid:
         self.least = self.loss.min(1)
         # FLOPs are affine in the token count of each layer.
         full = [length] * (depth + 1)
-        dense = sum(model.flops_by_part(full, "full").values())
+        run, dense = sum(model.flops_by_part(full, "full").values()), dense_flops(model)["full"] * 1e9
 
         def weight(layer: int) -> float:
             fewer = full.copy()
             fewer[layer] -= 1
-            return (dense - sum(model.flops_by_part(fewer, "full").values())) / dense
+            return (run - sum(model.flops_by_part(fewer, "full").values())) / dense
 
         self.weights = np.array([weight(layer) for layer in range(depth)])
-        fixed = 1 - length * self.weights.sum()
+        fixed = run / dense - length * self.weights.sum()
         self.unit = max(budget - fixed, 1e-9) / STEPS
         self.tables: dict[tuple[int, int], np.ndarray] = {}
 

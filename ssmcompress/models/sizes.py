@@ -1,0 +1,118 @@
+"""Sizes of layers, which may differ after trimming, and the parts of layers that trimming keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+PerLayer = int | tuple[int, ...]
+
+
+class LayerSize(NamedTuple):
+    """The sizes of one layer: its channels, its states, and the numbers of the scan paths that it has."""
+
+    d_inner: int
+    d_state: int
+    directions: tuple[int, ...]
+
+
+class LayeredConfig:
+    """Base of configurations whose `d_inner` and `d_state` are one number for all layers or one for each.
+
+    `directions` lists the scan paths of each layer, None if every layer has all `PATHS`.
+    """
+
+    PATHS: tuple[int, ...]
+    depth: int
+    d_inner: PerLayer
+    d_state: PerLayer
+    directions: tuple[tuple[int, ...], ...] | None
+
+    @property
+    def layers(self) -> list[LayerSize]:
+        """The sizes of each layer."""
+        directions = self.directions or (self.PATHS,) * self.depth
+        sizes = zip(spread(self.d_inner, self.depth), spread(self.d_state, self.depth), directions, strict=True)
+        return [LayerSize(*size) for size in sizes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object; fields that are None are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class Origin(NamedTuple):
+    """The dense model that a model with fewer states, channels, directions or layers was trimmed from.
+
+    Attributes:
+        config: its configuration. layers: for each layer of the trimmed model its number in the dense one, from 1.
+    """
+
+    config: Any
+    layers: tuple[int, ...]
+
+
+class ScanReading(NamedTuple):
+    """The inner values of one set of scan parameters for a batch, from which C and D can be refitted.
+
+    The result of the set is y_t = (sum over paths p and states n of (C_n . x_p,t) h_p,n,t + times * D u_t) * gate_t.
+
+    Attributes:
+        states: function from a state n to its trajectory h_n on each path, (batch, tokens, d_inner), in token order.
+        readers: for each path x (batch, tokens, d_inner), in token order: what the rows C_n of the projection multiply.
+        u: (batch, tokens, d_inner), what D multiplies. gate: (batch, tokens, d_inner).
+        times: number of times that D u is added.
+    """
+
+    states: Callable[[int], list[Tensor]]
+    readers: list[Tensor]
+    u: Tensor
+    gate: Tensor
+    times: int
+
+
+def spread(value: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Return one value for each layer."""
+    return (value,) * depth if isinstance(value, int) else tuple(value)
+
+
+def compact(values: Iterable[int]) -> PerLayer:
+    """Return the only value if all layers have the same, else all of them."""
+    values = tuple(values)
+    return values[0] if len(set(values)) == 1 else values
+
+
+def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+    """Return a linear layer with some of the outputs (`rows`) and inputs (`columns`) of another one; None keeps all."""
+    weight, bias = linear.weight.detach(), linear.bias
+    weight = weight if rows is None else weight[rows.to(weight.device)]
+    weight = weight if columns is None else weight[:, columns.to(weight.device)]
+    options = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    sliced = skip_init(nn.Linear, weight.shape[1], weight.shape[0], **options)
+    sliced.weight.data.copy_(weight)
+    if bias is not None:
+        sliced.bias.data.copy_(bias.detach() if rows is None else bias.detach()[rows.to(weight.device)])
+    return sliced
+
+
+def slice_depthwise(conv: nn.Conv1d | nn.Conv2d, channels: Tensor) -> nn.Conv1d | nn.Conv2d:
+    """Return a depthwise convolution over some of the channels of another one."""
+    weight, count = conv.weight.detach(), len(channels)
+    index = channels.to(weight.device)
+    options = {"padding": conv.padding, "groups": count, "bias": conv.bias is not None}
+    sliced = skip_init(type(conv), count, count, conv.kernel_size, device=weight.device, dtype=weight.dtype, **options)
+    sliced.weight.data.copy_(weight[index])
+    if conv.bias is not None:
+        sliced.bias.data.copy_(conv.bias.detach()[index])
+    return sliced
+
+
+def slice_parameter(parameter: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Parameter:
+    """Return a parameter with some rows (first axis) and columns (last axis) of another one; None keeps all."""
+    value = parameter.detach()
+    value = value if rows is None else value[rows.to(value.device)]
+    value = value if columns is None else value[..., columns.to(value.device)]
+    return nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
