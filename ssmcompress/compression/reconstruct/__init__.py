@@ -50,7 +50,13 @@ from .layerwise import LayerwiseRefit
 
 @torch.no_grad()
 def reconstruct(
-    pruned: TokenModel, dense: TokenModel, images: Any, *, name: str | None = None, distributed: bool = False
+    pruned: TokenModel,
+    dense: TokenModel,
+    images: Any,
+    *,
+    name: str | None = None,
+    distributed: bool = False,
+    reference: TokenModel | None = None,
 ) -> TokenModel:
     """Return a copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are not changed.
 
@@ -65,10 +71,13 @@ def reconstruct(
         distributed: every process of the default `torch.distributed` group makes this call, with the same models and
             its own images; their sums are added, and all end with the same weights. If one fails, the others wait for
             it until the group's timeout.
+        reference: the model whose inner maps are the targets of those of `pruned`, on the dense model's features: the
+            trimmed model before it lost channels and tokens, whose states are those of `pruned`. None: the dense model;
+            inner maps of another size are then not refitted.
 
     Returns:
-        The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned, the copy has no changes
-        and no record.
+        The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned or trimmed, the copy
+        has no changes and no record.
 
     Raises:
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
@@ -78,18 +87,17 @@ def reconstruct(
     check_model(dense, "dense")
     if pruned.plan is None or dense.plan is not None:
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
-    if pruned.config != dense.config:
+    if (pruned.origin.config if pruned.origin is not None else pruned.config) != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     if next(pruned.parameters()).device != next(dense.parameters()).device:
         raise InputError("the pruned and the dense model are on different devices")
     model = copy.deepcopy(pruned)
-    counts = model.token_counts()
-    incomplete = [layer for layer in range(1, len(model.blocks) + 1) if counts[layer - 1] < model.length]
-    if not incomplete:
+    layers = _find_changed(model, dense)
+    if not layers:
         return model
     batches = as_batches(dense, images, repeat=False)
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
-        run = LayerwiseRefit(dense, model, incomplete, Path(folder), distributed)
+        run = LayerwiseRefit(dense, model, layers, Path(folder), distributed, reference or dense)
         before = run.start(batches)
         for _ in track(run.refit(), "reconstructing", run.chunks * run.passes()):
             pass
@@ -105,3 +113,17 @@ def reconstruct(
     name = name or batches.name
     model.add_record(Reconstruction(name, run.images, run.held_out, before, after, kept, tuple(run.fits)))
     return model
+
+
+def _find_changed(model: TokenModel, dense: TokenModel) -> range:
+    """Return the layers (from 1) from the first one whose result can differ from the dense model's."""
+    depth, counts = len(model.blocks), model.token_counts()
+    numbers = [*(model.origin.layers if model.origin is not None else range(1, depth + 1)), len(dense.blocks) + 1]
+    ours, theirs = model.config.layers, dense.config.layers
+    for layer in range(1, depth + 1):
+        number, following = numbers[layer - 1 : layer + 1]
+        if counts[layer - 1] < model.length or number != layer or following != number + 1:
+            return range(layer, depth + 1)
+        if ours[layer - 1] != theirs[number - 1]:
+            return range(layer, depth + 1)
+    return range(0)

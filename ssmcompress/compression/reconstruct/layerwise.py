@@ -40,12 +40,25 @@ class LayerwiseRefit:
     sizes) before the current layer, and the dense `targets` of the layer's inner maps at the kept tokens.
     """
 
-    def __init__(self, dense: TokenModel, pruned: TokenModel, layers: Sequence[int], folder: Path, distributed: bool):
+    def __init__(
+        self,
+        dense: TokenModel,
+        pruned: TokenModel,
+        layers: Sequence[int],
+        folder: Path,
+        distributed: bool,
+        reference: TokenModel,
+    ):
         self.dense, self.pruned, self.layers, self.folder = dense, pruned, layers, folder
+        self.reference = reference
+        # The dense model's number of each layer, and of the end.
+        numbers = pruned.origin.layers if pruned.origin is not None else range(1, len(pruned.blocks) + 1)
+        self.numbers = (*numbers, len(dense.blocks) + 1)
+        self.counts = pruned.token_counts()
         self.old_corrections = dict(pruned.corrections.items())
         # Corrections have full rank while they are fitted. With them in place, the tokens carry the pruned sum.
         for layer in layers:
-            if pruned.blocks[layer - 1].refitted:
+            if pruned.blocks[layer - 1].refitted and self.counts[layer - 1] < pruned.length:
                 pruned.corrections[str(layer)] = full_rank(pruned, self.old_corrections.get(str(layer)))
         self.device = next(pruned.parameters()).device
         self.distributed = distributed
@@ -100,8 +113,9 @@ class LayerwiseRefit:
                 kl += kl_divergence(self.dense(images[held]).cpu(), self.pruned(images[held]).cpu())
             full, kept = self.dense.embed(images), _set_pool(self.pruned.embed(images), self.pruned.pools)
             self.template = replace(kept, features=kept.features[:1])
-            for layer in range(1, self.layers[0]):
+            for layer in range(1, self.numbers[self.layers[0] - 1]):
                 full, _ = self.dense.step(layer, full)
+            for layer in range(1, self.layers[0]):
                 kept, _ = self.pruned.step(layer, kept)
             self.put("weights", self.chunks, weights)
             self.put("dense", self.chunks, full.features)
@@ -123,6 +137,7 @@ class LayerwiseRefit:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
         for layer in self.layers:
             *inner, projections = self.pruned.blocks[layer - 1].refitted or ((),)
+            inner = [names for group in inner if (names := self.comparable(layer, group))]
             yield from self.advance_dense(layer, [name for group in inner for name in group])
             for names in inner:
                 yield from self.refit_inner(layer, names)
@@ -133,15 +148,40 @@ class LayerwiseRefit:
 
     def passes(self) -> int:
         """Return how many times `refit` passes over the chunks."""
-        return sum(len(self.pruned.blocks[layer - 1].refitted) + 2 for layer in self.layers) + 2
+        inner = sum(bool(self.comparable(x, group)) for x in self.layers for group in self.maps(x)[:-1])
+        return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 2
+
+    def maps(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """Return the names of the linear layers of a layer that are refitted."""
+        return self.pruned.blocks[layer - 1].refitted
+
+    def reference_block(self, layer: int) -> nn.Module:
+        """Return the layer whose inner maps are the targets of those of a layer of the pruned model."""
+        return self.reference.blocks[(self.numbers[layer - 1] if self.reference is self.dense else layer) - 1]
+
+    def comparable(self, layer: int, names: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the inner maps that have as many outputs in the reference."""
+        ours, theirs = self.pruned.blocks[layer - 1], dict(self.reference_block(layer).named_modules())
+        return tuple(
+            name
+            for name in names
+            if name in theirs and theirs[name].out_features == ours.get_submodule(name).out_features
+        )
 
     def advance_dense(self, layer: int, inner: Sequence[str]) -> Iterator[None]:
-        """Run a layer of the dense model, and write the outputs of its inner maps at the kept tokens."""
-        dense = self.dense.blocks[layer - 1]
+        """Run the dense model up to the next layer that is kept; write the inner maps' outputs at the kept tokens."""
+        first, stop = self.numbers[layer - 1 : layer + 1]
+        block = self.reference_block(layer)
         for k in range(self.chunks):
-            with _record(dense, inner) as records:
-                self.put("dense", k, dense(replace(self.template, features=self.get("dense", k))).features)
-            positions = self.get_tokens(k).positions
+            tokens = replace(self.template, features=self.get("dense", k))
+            with _record(block, inner) as records:
+                after = block(tokens) if inner or self.reference is self.dense else tokens
+            done = self.reference is self.dense
+            tokens = after if done else tokens
+            for number in range(first + done, stop):
+                tokens = self.dense.blocks[number - 1](tokens)
+            self.put("dense", k, tokens.features)
+            positions = self.get_tokens(k).explicit_positions()
             self.put("targets", k, {name: gather_tokens(out, positions) for name, (_, out) in records.items()})
             yield
 
@@ -159,7 +199,7 @@ class LayerwiseRefit:
             tokens, targets = self.get_tokens(k), self.get("targets", k)
             with _record(block, names) as records:
                 block(tokens)
-            weights = self.row_weights(k, layer - 1).gather(1, tokens.positions)
+            weights = self.row_weights(k, self.numbers[layer - 1] - 1).gather(1, tokens.explicit_positions())
             for name, rows in sums.items():
                 rows.add(records[name][0], targets[name], weights, self.held_out_mask(k, len(weights)))
             yield
@@ -169,16 +209,21 @@ class LayerwiseRefit:
     def refit_projection(self, layer: int, name: str) -> Iterator[None]:
         """Refit a layer's projection, and its correction, to the dense features after it."""
         block, corrections = self.pruned.blocks[layer - 1], self.pruned.corrections
-        sums = LinearSums(block.get_submodule(name), self.device, corrections[str(layer)], block.residual_scale)
+        correction = corrections[str(layer)] if str(layer) in corrections else None
+        sums = LinearSums(block.get_submodule(name), self.device, correction, block.residual_scale)
         for k in range(self.chunks):
             tokens = self.get_tokens(k)
             with _record(block, [name]) as records:
                 block(tokens)
-            targets = (gather_tokens(self.get("dense", k), tokens.positions) - tokens.features) / block.residual_scale
-            weights = self.row_weights(k, layer).gather(1, tokens.positions)
-            sums.add(records[name][0], targets, weights, self.held_out_mask(k, len(weights)), tokens.pruned_mean())
+            positions = tokens.explicit_positions()
+            targets = (gather_tokens(self.get("dense", k), positions) - tokens.features) / block.residual_scale
+            weights = self.row_weights(k, self.numbers[layer] - 1).gather(1, positions)
+            pruned_mean = None if correction is None else tokens.pruned_mean()
+            sums.add(records[name][0], targets, weights, self.held_out_mask(k, len(weights)), pruned_mean)
             yield
         self.fits.append(self.solve(sums))
+        if correction is None:
+            return
         del corrections[str(layer)]
         if (correction := sums.new_correction or self.old_corrections.get(str(layer))) is not None:
             corrections[str(layer)] = correction
@@ -191,7 +236,7 @@ class LayerwiseRefit:
         """
         classifier, alignment = self.pruned.classifier, self.pruned.alignment
         name = _find_name(self.pruned, classifier)
-        choose = self.pruned.pools and (alignment.conv or alignment.scan)
+        choose = self.pruned.pools and bool(self.pruned.plan.stages) and (alignment.conv or alignment.scan)
         choices = (False, True) if choose else (alignment.pool,)
         sums = {pool: LinearSums(classifier, self.device) for pool in choices}
         for k in range(self.chunks):
