@@ -247,6 +247,14 @@ class Budget:
         str | None,
         option(BUDGET, help="Share of the latency to KEEP at batch 1, 60%, timed here; also searches for the plan."),
     ] = None
+    max_drop: Annotated[
+        float | None,
+        option(BUDGET, help="Points of accuracy (of agreement without labels) that may be LOST; saves most within it."),
+    ] = None
+    axes: Annotated[
+        str | None,
+        option(BUDGET, help="What a search may trim: states,channels,layers,tokens. Default: all that the model has."),
+    ] = None
     search: Annotated[
         bool, option(BUDGET, "--search/--no-search", help="Without: --flops prunes all stages alike by one metric.")
     ] = True
@@ -310,6 +318,10 @@ class Pruning(Stages):
             ratio=parse_ratios(budget.ratio),
             flops=parse_share(budget.flops, "--flops", "the share to keep"),
             latency=parse_share(budget.latency, "--latency", "the share to keep"),
+            max_drop=budget.max_drop,
+            axes=None
+            if budget.axes is None
+            else tuple(part.strip() for part in budget.axes.split(",") if part.strip()),
             file=self.plan,
             search=budget.search,
             stages=parse_numbers(self.stages, "--stages", int),

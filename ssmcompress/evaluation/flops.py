@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from ..models.base import TokenModel
 from ..models.inputs import check_model
+from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Stage, token_counts
 
@@ -49,6 +50,16 @@ def _count_dense(model: TokenModel, convention: str = "full") -> int:
     config = model.origin.config if model.origin is not None else model.config
     counts = [model.length] * (config.depth + 1)
     return sum(model.count_flops(config, counts, convention, as_run=False).values())
+
+
+def flops_of(model: TokenModel, config: LayeredConfig, counts: Sequence[int] | None = None) -> float:
+    """Return the FLOPs (`full`, as run) of a model of the sizes `config`, as a share of the dense FLOPs of `model`.
+
+    Args:
+        counts: tokens of each layer and of the readout (`token_counts`); None: all tokens.
+    """
+    counts = [model.length] * (config.depth + 1) if counts is None else counts
+    return sum(model.count_flops(config, counts, "full").values()) / _count_dense(model)
 
 
 def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | None = None) -> dict[str, float]:

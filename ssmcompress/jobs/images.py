@@ -21,6 +21,9 @@ from .requests import DataOptions
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
 # One in ten images is measured on, at most MEASURED_MOST. To find as many that were not learnt from, LOOKED_SHARE times
 # as many are read, or LOOKED_LEAST.
+# Images to judge a loss by: of 4,096, a difference between two models that disagree on 5 % has a standard error of 0.35
+# points. Fewer than JUDGED_LEAST are not worth more than those of the search.
+JUDGED_MOST, JUDGED_LEAST = 4096, 256
 MEASURED_MOST, LOOKED_SHARE, LOOKED_LEAST = 5000, 4, 4096
 
 
@@ -31,11 +34,13 @@ class CalibrationImages:
     Attributes:
         calibration: this process's share of the images to calibrate on. measured: its share of those to measure on.
         count: images to calibrate on over all processes.
+        judged: images to judge a loss by that are neither of these; None: there are none, or none are needed.
     """
 
     calibration: Batches
     measured: Batches
     count: int
+    judged: Batches | None = None
 
     @property
     def source(self) -> Images:
@@ -51,11 +56,14 @@ class CalibrationImages:
         return asked or planned or ("bias" if self.source.stand_in else "calibrated")
 
 
-def choose_images(model: TokenModel, options: DataOptions, training: bool = False) -> CalibrationImages:
+def choose_images(
+    model: TokenModel, options: DataOptions, training: bool = False, judged: bool = False
+) -> CalibrationImages:
     """Choose images to calibrate on and images to measure on: others of the same data, unless `eval_data` names some.
 
     Args:
         training: whether the same images will be learnt from: then as many as possible are kept for that.
+        judged: whether further images are needed to judge a loss by: at most half of those left, and JUDGED_MOST.
 
     Raises:
         InputError: no images, too few of them, or images of other classes than the model's.
@@ -80,10 +88,17 @@ def choose_images(model: TokenModel, options: DataOptions, training: bool = Fals
         chosen, _ = sample_indices(len(images), options.samples, options.seed)
         others = open_images(options.eval_data, model.config.num_classes)
         rest = range(len(others))
+    further: Sequence[int] = ()
+    if judged:
+        left = sorted(set(range(len(images))) - set(chosen)) if options.eval_data is not None else list(rest)
+        count = min(JUDGED_MOST, len(left) if options.eval_data is not None else len(left) // 2)
+        further = [left[i] for i in sample_indices(len(left), count, options.seed)[0]]
+        rest = rest if options.eval_data is not None else [i for i in rest if i not in {*further}]
     return CalibrationImages(
         make_batches(model, images, processes.shard(chosen), options),
         make_batches(model, others, processes.shard(rest), options),
         len(chosen),
+        make_batches(model, images, further, options) if len(further) >= JUDGED_LEAST else None,
     )
 
 

@@ -30,6 +30,7 @@ class Context:
         state, resume, log: as `ssmcompress.finetune` takes them.
         files: further files for the folder of the result, name -> content, which steps add to.
         seconds: how long each step took, by its name.
+        uncut: the model before it lost channels or tokens, whose inner maps a reconstruction aims at.
     """
 
     dense: TokenModel | None
@@ -44,6 +45,7 @@ class Context:
     log: Callable[[dict[str, float], int], None] | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    uncut: TokenModel | None = None
 
 
 class Step(Protocol):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import processes
 from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
+from ..compression.trim.trims import Trims, build_trimmed, find_trims, read_trims
 from ..errors import InputError
 from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
@@ -22,6 +23,7 @@ from ..models.saved import read_plan, versions
 from ..progress import line
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, default_stages
+from .axes_search import choose_axes, search_axes
 from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
 from .folder import Target, folder_name, write_folder
 from .images import CalibrationImages, choose_images
@@ -30,7 +32,7 @@ from .pipeline import Context, Step, run_steps
 from .report import describe_calibration, describe_reconstruction, list_stages, make_report
 from .requests import DataOptions, MeasureOptions, PlanRequest
 from .search import SearchRequest, SearchResult, search_plan
-from .steps import Reconstruct, pruning_steps
+from .steps import Reconstruct, pruning_steps, trimming_steps
 
 DEFAULT_RATIO = 0.3
 
@@ -81,7 +83,8 @@ class PruneRequest:
     def folder(self, checkpoint: str) -> Path:
         """The default folder for the result: what differs from the defaults is in its name."""
         plan, options = self.plan, self.options
-        searched = plan.file is None and (plan.flops is not None or plan.latency is not None)
+        budgets = (plan.flops, plan.latency, plan.max_drop)
+        searched = plan.file is None and any(value is not None for value in budgets)
         ratio = plan.ratio if plan.file is not None or searched else plan.ratio or (DEFAULT_RATIO,)
         without_search = plan.flops is not None and not plan.search
         choices = {
@@ -90,6 +93,8 @@ class PruneRequest:
             else None,
             "f": plan.flops,
             "t": plan.latency,
+            "d": plan.max_drop,
+            "axes-": "+".join(plan.axes) if plan.axes else None,
             "r": ratio,
             "s": plan.stages,
             "": plan.importance if plan.importance != "clip" else None,
@@ -108,11 +113,16 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class FoundPlan:
-    """A plan, the search that found it, and the images that were chosen for that; None where there were none."""
+    """What to do, the search that found it, and the images that were chosen for that; None where there were none.
+
+    Attributes:
+        plan: what to do with tokens; without stages, nothing. trims: what else is trimmed.
+    """
 
     plan: Plan
     search: SearchResult | None = None
     images: CalibrationImages | None = None
+    trims: Trims = Trims()
 
 
 def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
@@ -123,12 +133,17 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
     """
     asked, options = request.plan, request.options
     if asked.file is not None:
-        return FoundPlan(read_plan(asked.file).validate(len(model.blocks)))
+        trims = read_trims(asked.file)
+        return FoundPlan(read_plan(asked.file).validate(trims.apply_to(model.config).depth), trims=trims)
     if asked.searches:
-        images = choose_images(model, options.data, options.finetune is not None)
+        images = choose_images(model, options.data, options.finetune is not None, asked.max_drop is not None)
         gap, reconstruct = images.gap_source(options.gap), images.wants_reconstruction(options.reconstruct)
-        result = search_plan(model, _search_request(asked), images, options.data, gap=gap, reconstruct=reconstruct)
-        return FoundPlan(result.plan, result, images)
+        wanted = _search_request(asked, choose_axes(model, asked.axes, images))
+        if wanted.axes == ("tokens",) and asked.max_drop is None:
+            result = search_plan(model, wanted, images, options.data, gap=gap, reconstruct=reconstruct)
+        else:
+            result = search_axes(model, wanted, images, options.data, gap=gap, repair=reconstruct)
+        return FoundPlan(result.plan, result, images, result.trims)
     parts = {"importance": asked.importance or "clip", "alignment": asked.align is not False}
     parts |= {"stages": asked.stages, "seed": options.data.seed}
     if asked.flops is None:
@@ -143,7 +158,7 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
     return FoundPlan(plan_for_budget(model, asked.flops, reserve=reserve, **parts), images=images)
 
 
-def _search_request(request: PlanRequest) -> SearchRequest:
+def _search_request(request: PlanRequest, axes: tuple[str, ...]) -> SearchRequest:
     """What the search for a plan is asked for."""
     aligned = request.align is not False
     return SearchRequest(
@@ -155,6 +170,8 @@ def _search_request(request: PlanRequest) -> SearchRequest:
         labels=request.by_labels,
         sensitivity=request.sensitivity,
         images=request.search_images,
+        axes=axes,
+        max_drop=request.max_drop,
     )
 
 
@@ -179,7 +196,7 @@ def preview_request(model: TokenModel, request: PruneRequest) -> dict[str, Any]:
     """What the plan that is asked for would do, as `preview` has it, with the `search` that found it."""
     check_dense(model)
     found = find_plan(model, request)
-    value = preview(model, found.plan)
+    value = preview(model, found.plan, found.trims)
     return value if found.search is None else {**value, "search": found.search.record}
 
 
@@ -212,12 +229,13 @@ def compress(
         InputError: data, plan or output that cannot be used.
     """
     check_dense(model)
-    plan = check_plan(model, plan, {})
+    found = found or FoundPlan(plan)
+    if plan.stages or (not found.trims and found.search is None):
+        plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)
     target = Target(Path(output), force, command)
     target.check(model, options.data)
-    found = found or FoundPlan(plan)
     images = found.images or choose_images(model, options.data, options.finetune is not None)
-    snapshots, report = _prune_folder(model, plan, images, target, options, found.search)
+    snapshots, report = _prune_folder(model, replace(found, plan=plan), images, target, options)
     if options.finetune is None:
         return report
     processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
@@ -229,25 +247,32 @@ def compress(
 
 def _prune_folder(
     model: TokenModel,
-    plan: Plan,
+    found: FoundPlan,
     images: CalibrationImages,
     target: Target,
     options: CompressOptions,
-    search: SearchResult | None,
 ) -> tuple[dict[str, TokenModel], dict[str, Any]]:
     """Write the pruned folder; returns the snapshots, the last of which is in it, and its report."""
     calibration, together = images.calibration, processes.count() > 1
+    plan, search = found.plan, found.search
     plan = Plan(plan.stages, plan.alignment, images.gap_source(options.gap, plan.gap), plan.seed)
     refit = (
         Reconstruct(required=bool(options.reconstruct)) if images.wants_reconstruction(options.reconstruct) else None
     )
     context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
-    snapshots = run_steps([*pruning_steps(plan, refit), *options.steps], context)
+    trimming = trimming_steps(found.trims, search.chains if search is not None else {})
+    steps = [*trimming, *pruning_steps(plan, refit), *options.steps]
+    # Of a trimmed model, what is not repaired yet is one column: the figures of each step would not fit.
+    before = [step.name for step in steps if not isinstance(step, Reconstruct)][-1:]
+    snapshots = run_steps(steps, context, keep=before if trimming else None)
+    if not snapshots:
+        snapshots = {"unchanged": mark_unchanged(model)}
     measured = measure_models(name_columns(model, snapshots), images.measured, options.measure, together)
     pruned = measured.models["pruned"]
     pruned.made_by = MadeBy(target.command, versions())
     sections = {
         "calibration": describe_calibration(pruned.plan, calibration),
+        "trims": find_trims(pruned.steps).to_dict(),
         "reconstruction": describe_reconstruction(pruned, context.seconds.get("reconstructed", 0.0)),
     }
     files = dict(context.files)
@@ -262,12 +287,24 @@ def _prune_folder(
     return snapshots, report
 
 
-def preview(model: TokenModel, plan: Plan) -> dict[str, Any]:
+def mark_unchanged(model: TokenModel) -> TokenModel:
+    """A copy of a dense model as a compressed one: it is run as it is, because that meets the budget."""
+    unchanged = copy.deepcopy(model)
+    unchanged.learnt = learnt_from(model)
+    unchanged.mark_compressed()
+    return unchanged
+
+
+def preview(model: TokenModel, plan: Plan, trims: Trims = Trims()) -> dict[str, Any]:
     """What a plan would do to a model, without images: a JSON object that is itself read as a plan."""
     dense = flops(model)
-    pruned = install(copy.deepcopy(model), Plan(plan.stages, plan.alignment, seed=plan.seed))
+    pruned = mark_unchanged(model)
+    if trims:
+        pruned = build_trimmed(model, trims)
+    install(pruned, Plan(plan.stages, plan.alignment, seed=plan.seed))
     return {
         "plan": plan.to_dict(),
+        **({"trims": trims.to_dict()} if trims else {}),
         "stages": list_stages(pruned),
         "dense": {"flops": dense},
         "pruned": {"flops": flops(pruned)},

@@ -19,7 +19,7 @@ from ..files import WEB_PAGE, check_target, read_text, write_file
 from ..models.base import TokenModel
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
-from ..pruning.plan import Plan
+from ..pruning.plan import Calibration, Plan
 from . import report_text as text
 from .doubts import Subject, find_doubts
 from .measuring import Measured
@@ -127,7 +127,7 @@ def describe_data(measured: Batches, result: Evaluation, overlap: int | None) ->
 
 def describe_calibration(plan: Plan, calibration: Batches) -> dict[str, Any]:
     """Describe the calibration, with the share of images that kept each position at each stage, and its mean score."""
-    statistics = plan.calibration
+    statistics = plan.calibration or Calibration(calibration.source.name, len(calibration.index), ())
     return {
         "name": statistics.name,
         "images": statistics.images,

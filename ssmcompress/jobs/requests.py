@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 SAMPLES = 1024
+AXES = ("states", "channels", "layers", "tokens")
 SEARCH_IMAGES = 512
 
 
@@ -56,11 +57,13 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Which plan to make: at most one of ratio, flops, latency and file is given; without any, the ratio is 0.3.
+    """Which plan to make: at most one of ratio, flops, latency, max_drop and file; without any, the ratio is 0.3.
 
     Attributes:
         ratio: shares of tokens to remove, one for all stages or one for each.
         flops, latency: share of the dense model's to keep. file: a plan as JSON.
+        max_drop: percentage points that may be lost.
+        axes: what a search may trim, among "states", "channels", "layers" and "tokens"; None: all that the model has.
         search: whether `flops` searches for the plan, instead of pruning all stages alike.
         stages: layers to prune after, or to choose from; None: the default ones, or all.
         importance: metric; None: "clip", or all that a search chooses from.
@@ -72,6 +75,8 @@ class PlanRequest:
     ratio: tuple[float, ...] | None = None
     flops: float | None = None
     latency: float | None = None
+    max_drop: float | None = None
+    axes: tuple[str, ...] | None = None
     file: str | None = None
     search: bool = True
     stages: tuple[int, ...] | None = None
@@ -84,7 +89,7 @@ class PlanRequest:
     @property
     def searches(self) -> bool:
         """Whether the plan comes from a search."""
-        return self.search and (self.flops is not None or self.latency is not None)
+        return self.search and any(value is not None for value in (self.flops, self.latency, self.max_drop))
 
     def check(self) -> None:
         """Check that what is given goes together.
@@ -92,19 +97,28 @@ class PlanRequest:
         Raises:
             InputError: it does not; the message names the arguments of this class, `plan` for `file`.
         """
-        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "plan": self.file}
+        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "max_drop": self.max_drop}
+        ways["plan"] = self.file
         given = [f"`{name}`" for name, value in ways.items() if value is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)}: expected one of them")
         own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
         if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
             raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
-        if self.latency is not None and not self.search:
-            raise InputError("`latency` is met by a search: leave out `search=False`")
+        for name, value in (("latency", self.latency), ("max_drop", self.max_drop)):
+            if value is not None and not self.search:
+                raise InputError(f"`{name}` is met by a search: leave out `search=False`")
+        if self.max_drop is not None and not 0 < self.max_drop < 100:
+            raise InputError(f"`max_drop` {self.max_drop:g}: expected percentage points, above 0 and below 100")
+        if self.axes is not None:
+            if unknown := [axis for axis in self.axes if axis not in AXES]:
+                raise InputError(f"`axes` {unknown[0]!r}: expected some of {', '.join(AXES)}")
+            if not self.axes:
+                raise InputError(f"`axes` is empty: expected some of {', '.join(AXES)}")
         if not self.search and self.flops is None:
             raise InputError("`search=False` says how to meet `flops`: give it, or leave out `search=False`")
         if not self.searches:
-            searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None}
+            searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None, "axes": self.axes}
             searching["search_images"] = self.search_images if self.search_images != SEARCH_IMAGES else None
             if extra := [f"`{name}`" for name, value in searching.items() if value is not None]:
                 way_out = "give `flops` or `latency`" if self.search else "leave out `search=False`"

@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .. import processes
-from ..compression.calibrate import gap_deltas
-from ..compression.saliency import fit_probes
-from ..compression.search.propose import Candidate, propose
-from ..compression.search.proxy_loss import Collector, average_losses, sum_losses
+from ..compression.search.propose import propose
 from ..compression.search.sensitivity import METRICS, Sensitivity, candidate_layers, measure_sensitivity
-from ..data.batches import Batches, LabelledBatch, sample_indices
+from ..compression.trim.trims import Trims
+from ..data.batches import LabelledBatch
 from ..data.content import different
 from ..errors import BudgetError, InputError
 from ..evaluation.flops import corrections_share, remaining_share, smallest_share
-from ..evaluation.latency import latency
 from ..models.base import TokenModel
-from ..models.rewrite import prune
-from ..progress import line, track
-from ..pruning.alignment import Alignment
+from ..progress import line, note, track
 from ..pruning.importance import IMPORTANCES
-from ..pruning.plan import MAX_RATIO, Calibration, Plan, Stage
+from ..pruning.plan import MAX_RATIO, Plan, Stage
 from .images import CalibrationImages
-from .requests import SEARCH_IMAGES, DataOptions
+from .requests import DataOptions
+from .trial import SearchRequest, Trial
 
 # Plans that are run before one is chosen.
 RUN = 12
 # Tries to meet a latency, and where in the request it is to come out: timings differ by a few percent.
 ATTEMPTS = 8
-REPEATS = 31
 SLACK = (0.955, 0.99)
 
 
 @dataclass(frozen=True)
-class SearchRequest:
-    """What a search is asked for.
+class SearchResult:
+    """What a search found, the sensitivities that it was found with, and a JSON object that describes the search.
 
     Attributes:
-        flops, latency: share of the dense model's to keep; exactly one of them.
-        stages, importance: the layers and the metric to choose from; None: all.
-        alignment: as in a plan. labels: judge by labels, not by the dense model's outputs.
-        sensitivity: file measured earlier, or None. images: to measure on at most.
+        plan: what to do with tokens; without stages, nothing. trims: what else is trimmed.
+        chains: what the steps of the trims reuse, by their names.
     """
-
-    flops: float | None = None
-    latency: float | None = None
-    stages: tuple[int, ...] | None = None
-    importance: str | None = None
-    alignment: Alignment = Alignment()
-    labels: bool = False
-    sensitivity: str | None = None
-    images: int = SEARCH_IMAGES
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """A plan, the sensitivities that it was found with, and a JSON object that describes the search."""
 
     plan: Plan
     sensitivity: Sensitivity
     record: dict[str, Any] = field(repr=False)
+    trims: Trims = Trims()
+    chains: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def search_plan(
@@ -93,39 +69,19 @@ def search_plan(
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
     """
     begin = time.perf_counter()
-    sensitivity = _read_sensitivity(model, request, reconstruct) if request.sensitivity is not None else None
-    depth = len(model.blocks)
-    candidates = sensitivity.layers if sensitivity else candidate_layers(depth)
-    layers = tuple(request.stages or candidates)
-    if not layers:
-        raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
-    Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
-    metrics = (request.importance,) if request.importance else sensitivity.metrics if sensitivity else METRICS
+    sensitivity = read_sensitivity(model, request, reconstruct) if request.sensitivity is not None else None
+    layers = choose_layers(model, request, sensitivity)
     reserve = corrections_share(model, layers) if reconstruct else 0.0
     lowest = smallest_share(model, layers) + reserve
     if request.flops is not None:
-        line(f"reachable: {lowest:.1%} to 100% of the FLOPs")
+        highest = remaining_share(model, ())
+        line(f"reachable: {lowest:.1%} to {highest:.1%} of the FLOPs")
         _check_range(request.flops, lowest, "FLOPs")
-    trial = _Trial(model, request, images, data, gap=gap, refit=reconstruct)
-    line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
-    plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
-    measuring = time.perf_counter()
-    if sensitivity is None:
-        sensitivity = measure_sensitivity(
-            model,
-            LabelledBatch(trial.images, trial.labels),
-            plan=plan,
-            layers=layers,
-            metrics=metrics,
-            refit=reconstruct,
-            name=trial.name,
-            distributed=trial.several,
-        )
-        trial.read.sync()
-        sensitivity = replace(sensitivity, digests=different(trial.read.digests))
-        line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
-    measured = time.perf_counter() - measuring
+    trial = Trial(model, request, images, data, gap=gap, refit=reconstruct)
+    plan, sensitivity, measured = measure_tokens(trial, layers, sensitivity)
     usable = sensitivity.select(request.stages, (request.importance,) if request.importance else None)
+    if request.flops is not None and request.flops - reserve >= highest:
+        return nothing_to_do(request, sensitivity, highest, lowest)
     latency_range = None
     if request.flops is not None:
         budget = request.flops - reserve
@@ -153,7 +109,62 @@ def search_plan(
     return SearchResult(Plan(stages, request.alignment, seed=data.seed), sensitivity, record)
 
 
-def _read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:
+def nothing_to_do(request: SearchRequest, sensitivity: Sensitivity, share: float, lowest: float) -> SearchResult:
+    """The result where the model as it is run is within the budget: no tokens are dropped."""
+    note(f"the model takes {share:.1%} of its published FLOPs as it is run: nothing needs to be dropped")
+    record = {
+        "asked": {"flops": request.flops, "latency": request.latency},
+        "reachable": {"flops": lowest, "latency": None},
+        "objective": sensitivity.objective,
+        "refit": sensitivity.refit,
+        "data": sensitivity.data,
+        **{"loss": 0.0, "expected": 0.0, "flops": share, "latency": None, "tried": []},
+        "seconds": {"sensitivity": 0.0, "all": 0.0},
+    }
+    return SearchResult(Plan((), request.alignment), sensitivity, record)
+
+
+def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensitivity | None) -> tuple[int, ...]:
+    """Return the layers after which a search may drop tokens.
+
+    Raises:
+        InputError: there are none, or those asked for are not layers of the model.
+    """
+    depth = len(model.blocks)
+    layers = tuple(request.stages or (sensitivity.layers if sensitivity else candidate_layers(depth)))
+    if not layers:
+        raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
+    Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
+    return layers
+
+
+def measure_tokens(
+    trial: Trial, layers: tuple[int, ...], sensitivity: Sensitivity | None
+) -> tuple[Plan, Sensitivity, float]:
+    """Measure the sensitivity of tokens unless that was done; returns a plan without stages, it, and the seconds."""
+    request = trial.request
+    metrics = (request.importance,) if request.importance else sensitivity.metrics if sensitivity else METRICS
+    line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
+    plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
+    measuring = time.perf_counter()
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(
+            trial.model,
+            LabelledBatch(trial.images, trial.labels),
+            plan=plan,
+            layers=layers,
+            metrics=metrics,
+            refit=trial.refit,
+            name=trial.name,
+            distributed=trial.several,
+        )
+        trial.read.sync()
+        sensitivity = replace(sensitivity, digests=different(trial.read.digests))
+        line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
+    return plan, sensitivity, time.perf_counter() - measuring
+
+
+def read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:
     """The sensitivity of a file, if it was measured for what is asked for now."""
     sensitivity = Sensitivity.read(request.sensitivity)
     sensitivity.check_model(model)
@@ -173,112 +184,11 @@ def _check_range(share: float, lowest: float, what: str) -> None:
         raise BudgetError(f"{share:.1%} of the {what} is out of reach: pruning leaves from {lowest:.1%} to below 100%")
 
 
-class _Trial:
-    """The images of a search, and plans run on them."""
-
-    def __init__(
-        self,
-        model: TokenModel,
-        request: SearchRequest,
-        images: CalibrationImages,
-        data: DataOptions,
-        *,
-        gap: str,
-        refit: bool,
-    ):
-        self.model, self.seed, self.request, self.refit = model, data.seed, request, refit
-        self.several = processes.count() > 1
-        if self.several and request.latency is not None:
-            raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
-        if images.count < processes.count():
-            raise InputError(f"{images.count} images to search on in {processes.count()} processes: expected one each")
-        self.name = images.source.name
-        if request.labels and images.source.labels is None:
-            raise InputError(f"{self.name} has no labels to judge by")
-        index = images.calibration.index
-        chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
-        self.read = replace(images.calibration, index=[index[i] for i in chosen], unreadable=set())
-        pictures, labels = _read(self.read)
-        measured = slice(0, None, 2)
-        self.images = pictures[measured][: request.images]
-        self.labels = labels[measured][: request.images] if request.labels else None
-        self.others = pictures[1::2] if len(pictures) > 1 else pictures
-        self.gap = gap if request.alignment.scan else "bias"
-        self.dense: Tensor | None = None
-        self.device, self.size = next(model.parameters()).device, model.chunk_size()
-
-    def fit(self, layers: Sequence[int]) -> Plan:
-        """A plan without stages, calibrated on the images that are not measured on."""
-        model = self.model
-        deltas = gap_deltas(model, self.others, self.gap, self.several)
-        probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
-        calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
-        return Plan((), self.request.alignment, self.gap, self.seed, calibration)
-
-    @torch.no_grad()
-    def loss(self, plan: Plan) -> float:
-        """Mean loss of a plan that is run."""
-        if self.dense is None:
-            self.dense = torch.cat([self.model(part.to(self.device)).cpu() for part in self.images.split(self.size)])
-        pruned = prune(self.model, plan)
-        with Collector(pruned) as received:
-            for part in self.images.split(self.size):
-                pruned(part.to(self.device))
-        add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
-        features = received.take()
-        total = sum_losses(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
-        return float(average_losses([total], len(self.images), add)[0])
-
-    def run(
-        self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
-    ) -> list[dict[str, Any]]:
-        """The plans with their loss on the images, the best first: those proposed, then other metrics for the best."""
-        results: dict[tuple[Stage, ...], dict[str, Any]] = {}
-
-        def try_plan(stages: tuple[Stage, ...], expected: float | None) -> None:
-            if stages not in results and remaining_share(self.model, stages) <= budget:
-                results[stages] = {
-                    "stages": [stage.to_dict() for stage in stages],
-                    "loss": round(self.loss(replace(plan, stages=stages)), 6),
-                    "expected": None if expected is None else round(expected, 6),
-                    "flops": round(remaining_share(self.model, stages), 6),
-                }
-
-        def best() -> tuple[Stage, ...]:
-            return min(results, key=lambda stages: results[stages]["loss"])
-
-        for candidate in track(proposed, "running the best plans", len(proposed)):
-            try_plan(candidate.stages, candidate.expected)
-        if not results:
-            return []
-        for index in range(len(best())):
-            stages = best()
-            for metric in metrics:
-                changed = list(stages)
-                if index < len(changed):
-                    changed[index] = replace(changed[index], importance=metric)
-                    try_plan(tuple(changed), None)
-        return sorted(results.values(), key=lambda value: value["loss"])
-
-    def latency_share(self, plan: Plan) -> float:
-        """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
-        models = {"dense": self.model, "pruned": prune(self.model, plan)}
-        times = latency(models, self.images[:1].to(self.device), REPEATS)
-        return times["pruned"] / times["dense"]
-
-
-def _read(batches: Batches) -> tuple[Tensor, Tensor | None]:
-    """All images, prepared, and their labels."""
-    read = list(batches)
-    labels = None if read[0].labels is None else torch.cat([batch.labels for batch in read])
-    return torch.cat([batch.images for batch in read]), labels
-
-
 # ------------------------------------------------------------------------------------------------------ latency
 
 
 def _for_latency(
-    model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: _Trial
+    model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: Trial
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
     fewest = Stage(sensitivity.layers[0], MAX_RATIO, sensitivity.metrics[0])

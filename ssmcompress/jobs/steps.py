@@ -1,16 +1,20 @@
-"""The steps of a compression: prune, align, reconstruct, fine-tune."""
+"""The steps of a compression: drop layers and directions, trim states and channels, prune, align, repair, fine-tune."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from ..compression.calibrate import calibrate
 from ..compression.finetune.loop import finetune
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import StateFile
 from ..compression.reconstruct import reconstruct
+from ..compression.trim.channels import ChannelChains, trim_channels
+from ..compression.trim.layers import drop_directions, drop_layers
+from ..compression.trim.states import StateChains, trim_states
+from ..compression.trim.trims import Trims
 from ..data.batches import Batches
 from ..data.content import different
 from ..models.base import TokenModel
@@ -23,8 +27,86 @@ from ..pruning.plan import Plan
 from .pictures import draw_history
 from .pipeline import Context, Step
 
+# Images that states and channels are trimmed on.
+STATE_IMAGES, CHANNEL_IMAGES = 128, 256
 LAST_FILE = "last.safetensors"
 HISTORY_FILE = "finetuning.png"
+
+
+@dataclass(frozen=True)
+class DropLayers:
+    """Drop whole layers.
+
+    Attributes:
+        layers: their numbers, from 1.
+    """
+
+    layers: tuple[int, ...]
+    name: ClassVar[str] = "layers"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The model without these layers."""
+        return drop_layers(model, self.layers) if self.layers else model
+
+
+@dataclass(frozen=True)
+class DropDirections:
+    """Drop scan paths of some layers.
+
+    Attributes:
+        directions: (layer, paths) pairs, layers from 1.
+    """
+
+    directions: tuple[tuple[int, tuple[int, ...]], ...]
+    name: ClassVar[str] = "directions"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The model without these paths."""
+        return drop_directions(model, dict(self.directions)) if self.directions else model
+
+
+@dataclass(frozen=True)
+class TrimStates:
+    """Trim the states of the scans on `context.calibration`, in closed form.
+
+    Attributes:
+        n: what each layer keeps, one number or one for each. chains: those of the model, if they were computed before.
+    """
+
+    n: int | tuple[int, ...]
+    chains: StateChains | None = field(default=None, repr=False, compare=False)
+    name: ClassVar[str] = "states"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The trimmed model, or the same one if nothing was trimmed."""
+        images = None if self.chains is not None else _first(context.calibration, STATE_IMAGES)
+        after = trim_states(model, self.n, images, chains=self.chains, name=context.calibration.source.name)
+        return after if after.config != model.config else model
+
+
+@dataclass(frozen=True)
+class TrimChannels:
+    """Trim the channels of the layers on `context.calibration`, in closed form.
+
+    Attributes:
+        e: what each layer keeps, one number or one for each. chains: those of the model, if they were computed before.
+    """
+
+    e: int | tuple[int, ...]
+    chains: ChannelChains | None = field(default=None, repr=False, compare=False)
+    name: ClassVar[str] = "channels"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The trimmed model, or the same one if nothing was trimmed."""
+        images = None if self.chains is not None else _first(context.calibration, CHANNEL_IMAGES)
+        after = trim_channels(model, self.e, images, chains=self.chains, name=context.calibration.source.name)
+        context.uncut = context.uncut or model
+        return after if after.config != model.config else model
+
+
+def _first(images: Batches, count: int) -> Batches:
+    """The first images, as batches of their own."""
+    return replace(images, index=list(images.index)[:count], unreadable=set())
 
 
 @dataclass(frozen=True)
@@ -41,6 +123,7 @@ class Prune:
         """The pruned model; its plan has the calibration."""
         # A plan that comes with its calibration does not say which images that was made on.
         plan, images = self.plan, None
+        context.uncut = context.uncut or model
         if plan.calibration is None:
             images = context.calibration
             name, together = images.source.name, context.distributed
@@ -80,7 +163,8 @@ class Reconstruct:
         if not self.required and _count_different(images) < 2:
             return model
         name, together = images.source.name, context.distributed
-        after = reconstruct(model, context.dense, images, name=name, distributed=together)
+        reference = context.uncut or model if model.origin is not None else None
+        after = reconstruct(model, context.dense, images, name=name, distributed=together, reference=reference)
         return after if after.find_record("reconstruction") is not None else model
 
 
@@ -123,9 +207,27 @@ class Finetune:
         return best
 
 
+def trimming_steps(trims: Trims, chains: Mapping[str, Any]) -> Sequence[Step]:
+    """The steps that trim a model, in the order in which each can use what the one before left.
+
+    Args:
+        chains: those that were computed before, by the names of the steps.
+    """
+    steps: list[Step] = []
+    if trims.directions:
+        steps.append(DropDirections(trims.directions))
+    if trims.layers:
+        steps.append(DropLayers(trims.layers))
+    if trims.states is not None:
+        steps.append(TrimStates(trims.states, chains.get("states")))
+    if trims.channels is not None:
+        steps.append(TrimChannels(trims.channels, chains.get("channels")))
+    return steps
+
+
 def pruning_steps(plan: Plan, reconstruct: Reconstruct | None) -> Sequence[Step]:
     """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given."""
-    steps: list[Step] = [Prune(plan)]
-    if plan.alignment != UNALIGNED:
+    steps: list[Step] = [Prune(plan)] if plan.stages else []
+    if plan.stages and plan.alignment != UNALIGNED:
         steps.append(Align(plan.alignment))
     return steps if reconstruct is None else [*steps, reconstruct]

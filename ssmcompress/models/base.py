@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +23,7 @@ from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
 from .records import MadeBy, Record, Source
-from .sizes import Origin, ScanReading, compact
+from .sizes import LayerSize, Origin, ScanReading
 from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
@@ -211,15 +210,8 @@ class TokenModel(nn.Module, abc.ABC):
 
     def read_sizes(self) -> None:
         """Set the sizes in `config` to those that the blocks have."""
-        blocks, complete = self.blocks, self.config.PATHS
-        directions = tuple(block.directions for block in blocks)
-        self.config = replace(
-            self.config,
-            depth=len(blocks),
-            d_inner=compact(block.d_inner for block in blocks),
-            d_state=compact(block.d_state for block in blocks),
-            directions=None if all(paths == complete for paths in directions) else directions,
-        )
+        sizes = {i: LayerSize(b.d_inner, b.d_state, b.directions) for i, b in enumerate(self.blocks, 1)}
+        self.config = self.config.with_layers(sizes)
 
     def drop_layers(self, layers: Sequence[int]) -> None:
         """Remove layers (from 1), in place; `mark_compressed` must have been called, and nothing be pruned."""

@@ -8,7 +8,7 @@ by a comment: the order of delta, B and C, the bias of delta, and D.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -75,6 +75,10 @@ class PlainMambaConfig(LayeredConfig):
     stride: int
     image_size: tuple[int, int]
     directions: tuple[tuple[int, ...], ...] | None = None
+
+    def with_layers(self, sizes: Mapping[int, LayerSize]) -> PlainMambaConfig:
+        with_conv = tuple(layer for layer, number in enumerate(sizes) if number - 1 in self.dw_layers)
+        return replace(super().with_layers(sizes), dw_layers=with_conv)
 
     @property
     def stem_grid(self) -> tuple[int, int]:
@@ -329,10 +333,10 @@ class PlainMamba(TokenModel):
     def memory(self, features: Tensor) -> Tensor:
         return self.backbone.ln1(features)
 
-    def read_sizes(self) -> None:
-        super().read_sizes()
-        with_conv = tuple(layer for layer, block in enumerate(self.blocks) if block.dw is not None)
-        self.config = replace(self.config, dw_layers=with_conv)
+    def drop_layers(self, layers: Sequence[int]) -> None:
+        kept = [number for number in range(1, len(self.blocks) + 1) if number not in layers]
+        self.config = self.config.with_layers({number: self.config.layers[number - 1] for number in kept})
+        super().drop_layers(layers)
 
     @classmethod
     def count_flops(

@@ -105,11 +105,12 @@ def prune(
     return install(copy.deepcopy(model), plan)
 
 
-def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any]) -> Plan:
+def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: int | None = None) -> Plan:
     """Return a plan that a caller gave for a model; InputError if it is none, or if options for making one came along.
 
     Args:
         plan: a Plan, or its dict. options: the arguments that were given for making a plan.
+        depth: layers that the model will have when the plan is carried out; None: as many as it has.
     """
     if options:
         raise InputError(f"`plan` and {', '.join(f'`{name}`' for name in options)}: a plan has that in it")
@@ -123,7 +124,7 @@ def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any]) -> Plan
         raise InputError(f"`plan` is a {type(plan).__name__}: expected a plan of make_plan(), calibrate() or search()")
     if not plan.stages:
         raise InputError("a plan without stages prunes nothing")
-    return plan.validate(len(model.blocks))
+    return plan.validate(len(model.blocks) if depth is None else depth)
 
 
 def align(model: TokenModel, alignment: Alignment) -> TokenModel:

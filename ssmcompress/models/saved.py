@@ -32,6 +32,7 @@ from .statements import Statement, Statements
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+PLAN_EXPECTED = "expected a pruned model's folder or report, or the JSON of a dry run"
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -225,29 +226,39 @@ def read_plan(file: str | Path) -> Plan:
     Raises:
         InputError: a file that cannot be read, or that holds no plan.
     """
+    value = read_plan_file(file)
+    if isinstance(value, dict):
+        if "architecture" in value and value.get("pruning") is None:
+            raise InputError(f"{file}: the model prunes nothing; {PLAN_EXPECTED}")
+        value = value.get("plan") or value.get("pruning") or value
+    try:
+        return Plan.from_dict(value)
+    except InputError as error:
+        raise InputError(f"{file}: {error}; {PLAN_EXPECTED}") from error
+
+
+def read_plan_file(file: str | Path) -> Any:
+    """Return the JSON value in a file that `read_plan` reads.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
     path = Path(file)
     path = path / CONFIG_FILE if path.is_dir() else path
-    expected = "expected a pruned model's folder or report, or the JSON of a dry run"
     try:
         embedded = path.suffix == ".safetensors"
         text = read_metadata(path).get("ssmcompress", "") if embedded else read_text(path)
         value = json.loads(text)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; {expected}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}; {PLAN_EXPECTED}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a plan; {expected}") from error
-    if isinstance(value, dict):
-        if "agreement" in value and "plan" not in value:  # a report of format 1 has counts of tokens, but no ratios
-            if not (config := path.with_name(CONFIG_FILE)).is_file():
-                raise InputError(f"{file}: a report without its plan; expected the {CONFIG_FILE} next to it")
-            return read_plan(config)
-        if "architecture" in value and value.get("pruning") is None:
-            raise InputError(f"{file}: the model prunes nothing; {expected}")
-        value = value.get("plan") or value.get("pruning") or value
-    try:
-        return Plan.from_dict(value)
-    except InputError as error:
-        raise InputError(f"{file}: {error}; {expected}") from error
+        raise InputError(f"{file}: not a plan; {PLAN_EXPECTED}") from error
+    if isinstance(value, dict) and "agreement" in value and "plan" not in value:
+        # A report of format 1 has counts of tokens, but no ratios.
+        if not (config := path.with_name(CONFIG_FILE)).is_file():
+            raise InputError(f"{file}: a report without its plan; expected the {CONFIG_FILE} next to it")
+        return read_plan_file(config)
+    return value
 
 
 def describe(model: TokenModel) -> dict[str, Any]:

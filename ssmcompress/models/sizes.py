@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -38,6 +38,17 @@ class LayeredConfig:
         directions = self.directions or (self.PATHS,) * self.depth
         sizes = zip(spread(self.d_inner, self.depth), spread(self.d_state, self.depth), directions, strict=True)
         return [LayerSize(*size) for size in sizes]
+
+    def with_layers(self, sizes: Mapping[int, LayerSize]) -> LayeredConfig:
+        """Return this configuration with other sizes of some of its layers, by their number from 1, and no others."""
+        directions = tuple(size.directions for size in sizes.values())
+        return replace(
+            self,
+            depth=len(sizes),
+            d_inner=compact(size.d_inner for size in sizes.values()),
+            d_state=compact(size.d_state for size in sizes.values()),
+            directions=None if all(paths == self.PATHS for paths in directions) else directions,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON object; fields that are None are left out."""

@@ -203,7 +203,8 @@ class VimMixer(nn.Module):
         """Keep the states `index` of each direction, with new rows of C and a new D."""
         for path, kept, (C, D) in zip(self.directions, index, weights, strict=True):
             _, x_proj, _, A_log, old = self.parameters_of(path)
-            dt, B, _ = x_proj.weight.detach().split(self.split)
+            # Not `split`: the first direction is cut already when the second one is.
+            dt, B, _ = x_proj.weight.detach().split([self.dt_rank, A_log.shape[1], A_log.shape[1]])
             rows = torch.cat([dt, B[kept.to(B.device)], C.to(dt)])
             new = slice_linear(x_proj, rows=torch.arange(len(rows)))
             new.weight.data.copy_(rows)

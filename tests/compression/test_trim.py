@@ -195,6 +195,30 @@ def test_states_with_new_weights_err_less_than_any_with_their_old_ones(model):
         assert all(new < 0.9 * old for new, old in zip(refitted, plain, strict=True))
 
 
+@pytest.mark.parametrize("trim", [partial(trim_states, n=2), partial(trim_channels, e=16)])
+def test_what_changes_the_decision_counts_more(vim, images, trim, monkeypatch):
+    vim = one_set(vim)
+    weighted = trim(vim, images=images)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            LayerInputs, "weights", lambda self, chunk, layer: torch.ones_like(self.gradients[chunk][layer])
+        )
+        equal = trim(vim, images=images)
+    # After the last layer, only the class token is read.
+    assert errors_after(vim, weighted, images)[-1] < 0.9 * errors_after(vim, equal, images)[-1]
+
+
+def test_the_bias_makes_up_for_what_dropped_channels_add_on_average(plain_mamba):
+    images = images_of(plain_mamba, 7)
+    trimmed = trim_channels(plain_mamba, 8, images)
+    old_bias = copy.deepcopy(trimmed)
+    for block, old in zip(old_bias.blocks, plain_mamba.blocks, strict=True):
+        name = f"{block.channel_maps[1]}.bias"
+        block.get_parameter(name).data.copy_(old.get_parameter(name))
+    pairs = zip(errors_after(plain_mamba, trimmed, images), errors_after(plain_mamba, old_bias, images), strict=True)
+    assert all(new < 0.97 * old for new, old in pairs)
+
+
 def test_where_memory_is_short_states_of_little_energy_are_left_out_first(model, monkeypatch):
     monkeypatch.setattr(states_module, "drop_blocks", partial(drop_blocks, ridge=1e-7))
     monkeypatch.setattr(states_module, "MOST_BYTES", 3 * 8 * (3 * 32) ** 2)  # for two states and D
@@ -338,11 +362,11 @@ def test_directions_that_cannot_be_dropped_are_refused(vim, directions):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The bundled model, 24 images to fit on and 60 others to judge by."""
+    """The bundled model, 16 images to fit on and 60 others to judge by."""
     model = ssmcompress.load(BUNDLED)
     images = ssmcompress.open_images(BUNDLED / "images.parquet", 10)
-    prepared = torch.cat([batch.images for batch in ssmcompress.Batches(images, model.transform(), range(84))])
-    return model, prepared[:24], prepared[24:]
+    prepared = torch.cat([batch.images for batch in ssmcompress.Batches(images, model.transform(), range(76))])
+    return model, prepared[:16], prepared[16:]
 
 
 @torch.no_grad()

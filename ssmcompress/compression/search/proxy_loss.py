@@ -75,6 +75,14 @@ def sum_losses(
     return float(F.nll_loss(ours, labels, reduction="sum") - F.nll_loss(theirs, labels, reduction="sum"))
 
 
+def measure_loss(logits: Tensor, dense: Tensor, labels: Tensor | None = None) -> float:
+    """Return the mean loss of logits (images, classes), as `sum_losses` has it without a refit."""
+    ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
+    if labels is None:
+        return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+    return float(F.nll_loss(ours, labels) - F.nll_loss(theirs, labels))
+
+
 def _fit_change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:
     """Return the ridge regression (width + 1, classes) of what is missing in the logits, on the classifier's inputs."""
     gram, cross = rows.T @ rows, rows.T @ missing

@@ -31,6 +31,7 @@ from ...pruning.alignment import Alignment
 from ...pruning.importance import IMPORTANCES
 from ...pruning.plan import MAX_RATIO, Plan, Stage, kept_count, share_removed
 from ...pruning.pruner import TokenPruner
+from .axes import Option
 from .proxy_loss import Collector, average_losses, sum_losses
 
 FORMAT_VERSION = 1
@@ -56,6 +57,8 @@ class Sensitivity:
         layers: candidate layers for a stage, from 1. metrics: importance metrics. kept: counts of tokens, decreasing.
         loss: (layers, metrics, kept) float64.
         digests: digests of the images that the search saw (`ssmcompress.data.content`), ascending; None: unknown.
+        axes: what the other axes cost, each alone (`ssmcompress.compression.search.axes`). Then there may be no losses of
+            tokens, and no layers, metrics and counts.
     """
 
     model: dict[str, Any]
@@ -69,6 +72,15 @@ class Sensitivity:
     kept: tuple[int, ...]
     loss: Tensor = field(repr=False)
     digests: np.ndarray | None = None
+    axes: tuple[Option, ...] = ()
+
+    @classmethod
+    def empty(
+        cls, model: dict[str, Any], data: dict[str, Any], objective: str, refit: bool, alignment: Alignment, gap: str
+    ) -> Sensitivity:
+        """Return a sensitivity without losses of tokens."""
+        nothing = torch.zeros(0, 0, 0, dtype=torch.float64)
+        return cls(model, data, objective, refit, alignment, gap, (), (), (), nothing)
 
     def to_json(self) -> str:
         """Return the content of a sensitivity file."""
@@ -86,6 +98,8 @@ class Sensitivity:
             "loss": [[[round(v, 7) for v in row] for row in table] for table in self.loss.tolist()],
             "digests": None if self.digests is None else [f"{v:016x}" for v in self.digests.tolist()],
         }
+        if self.axes:
+            value["axes"] = [option.to_dict() for option in self.axes]
         return json.dumps(value) + "\n"
 
     @classmethod
@@ -107,8 +121,9 @@ class Sensitivity:
                 layers=tuple(int(v) for v in value["layers"]),
                 metrics=tuple(str(v) for v in value["metrics"]),
                 kept=tuple(int(v) for v in value["kept"]),
-                loss=torch.tensor(value["loss"], dtype=torch.float64),
+                loss=_parse_losses(value["loss"]),
                 digests=_parse_digests(value.get("digests")),
+                axes=tuple(map(Option.from_dict, value.get("axes", ()))),
             )
             sensitivity._check()
         except OSError as error:
@@ -122,7 +137,8 @@ class Sensitivity:
     def _check(self) -> None:
         """Raise a ValueError if the fields do not fit together."""
         depth, length = self.model["depth"], self.model["length"]
-        if tuple(self.loss.shape) != (len(self.layers), len(self.metrics), len(self.kept)) or not self.loss.numel():
+        sizes = (len(self.layers), len(self.metrics), len(self.kept))
+        if tuple(self.loss.shape) != sizes or not (self.loss.numel() or (self.axes and not any(sizes))):
             raise ValueError(f"losses {tuple(self.loss.shape)} for its layers, metrics and counts")
         if not self.loss.isfinite().all() or self.objective not in OBJECTIVES:
             raise ValueError("losses that are not finite, or of an unknown objective")
@@ -163,6 +179,11 @@ class Sensitivity:
 def identify(model: TokenModel) -> dict[str, Any]:
     """Return what identifies the model of a sensitivity, as a JSON value."""
     return {"depth": len(model.blocks), "length": model.length, "weights": fingerprint(model)}
+
+
+def _parse_losses(value: Any) -> Tensor:
+    losses = torch.tensor(value, dtype=torch.float64)
+    return losses if losses.numel() else losses.reshape(0, 0, 0)
 
 
 def _parse_digests(value: Any) -> np.ndarray | None:

@@ -1,0 +1,131 @@
+"""What is trimmed off a model, apart from tokens: a value that a report, a plan and the steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import InputError
+from ...models.base import TokenModel
+from ...models.records import Record, StepRecord, steps_from_dict
+from ...models.saved import read_plan_file
+from ...models.sizes import LayeredConfig, LayerSize, Origin, spread
+
+
+@dataclass(frozen=True)
+class Trims:
+    """What is trimmed off a dense model.
+
+    Attributes:
+        states, channels: what each layer keeps at most, one number or one for each layer that remains; None: all.
+        layers: numbers, from 1, of the layers that are dropped.
+        directions: (layer, paths) pairs: the scan paths that a layer loses. Layers are those of the dense model.
+    """
+
+    states: int | tuple[int, ...] | None = None
+    channels: int | tuple[int, ...] | None = None
+    layers: tuple[int, ...] = ()
+    directions: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != Trims()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that lose something; directions belong to layers."""
+        used = {"states": self.states, "channels": self.channels, "layers": self.layers or self.directions}
+        return tuple(axis for axis, value in used.items() if value)
+
+    def apply_to(self, config: LayeredConfig) -> LayeredConfig:
+        """Return the configuration of the trimmed model."""
+        dropped, kept = dict(self.directions), []
+        for number, size in enumerate(config.layers, 1):
+            if number not in self.layers:
+                directions = tuple(path for path in size.directions if path not in dropped.get(number, ()))
+                kept.append((number, LayerSize(size.d_inner, size.d_state, directions)))
+        states, channels = (spread(most or 1 << 30, len(kept)) for most in (self.states, self.channels))
+        sizes: dict[int, LayerSize] = {}
+        for (number, size), N, E in zip(kept, states, channels, strict=True):
+            sizes[number] = size._replace(d_inner=min(E, size.d_inner), d_state=min(N, size.d_state))
+        return config.with_layers(sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object, without what is not trimmed."""
+        value = {
+            "states": _to_json(self.states),
+            "channels": _to_json(self.channels),
+            "layers": list(self.layers),
+            "directions": {str(layer): list(paths) for layer, paths in self.directions},
+        }
+        return {key: part for key, part in value.items() if part}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Trims:
+        """Return the trims that `to_dict` wrote; InputError for another value."""
+        try:
+            directions = {int(k): tuple(map(_parse, v)) for k, v in value.get("directions", {}).items()}
+            return cls(
+                states=_parse_counts(value.get("states")),
+                channels=_parse_counts(value.get("channels")),
+                layers=tuple(map(_parse, value.get("layers", ()))),
+                directions=tuple(sorted(directions.items())),
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"not what is trimmed off a model: {type(error).__name__} {error}") from error
+
+
+def find_trims(steps: Sequence[Record]) -> Trims:
+    """Return what the records of a model's steps say was trimmed."""
+    values = {step.kind: step.values for step in steps if isinstance(step, StepRecord)}
+    return Trims.from_dict(
+        {
+            "states": values.get("states", {}).get("n"),
+            "channels": values.get("channels", {}).get("e"),
+            "layers": values.get("layers", {}).get("layers", ()),
+            "directions": values.get("directions", {}).get("directions", {}),
+        }
+    )
+
+
+def read_trims(file: str | Path) -> Trims:
+    """Read what was trimmed from the files that `read_plan` reads; nothing where they do not say."""
+    value = read_plan_file(file)
+    if not isinstance(value, Mapping):
+        return Trims()
+    if isinstance(value.get("trims"), Mapping):
+        return Trims.from_dict(value["trims"])
+    pruning = value.get("pruning")
+    return find_trims(steps_from_dict(pruning)) if isinstance(pruning, Mapping) else Trims()
+
+
+def build_trimmed(model: TokenModel, trims: Trims) -> TokenModel:
+    """Return a model of the sizes that trims leave of a dense one, without weights."""
+    with torch.device("meta"):
+        trimmed = type(model)(trims.apply_to(model.config))
+    trimmed.preprocessing = model.preprocessing
+    layers = tuple(number for number in range(1, len(model.blocks) + 1) if number not in trims.layers)
+    trimmed.origin = Origin(model.config, layers)
+    trimmed.mark_compressed()
+    return trimmed
+
+
+def _to_json(counts: int | tuple[int, ...] | None) -> int | list[int] | None:
+    return list(counts) if isinstance(counts, tuple) else counts
+
+
+def _parse(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 20:
+        raise ValueError(f"expected a whole number, found {str(value)[:20]!r}")
+    return value
+
+
+def _parse_counts(value: Any) -> int | tuple[int, ...] | None:
+    if value is None or isinstance(value, int):
+        return None if value is None else _parse(value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"expected numbers, found {str(value)[:20]!r}")
+    return tuple(map(_parse, value))

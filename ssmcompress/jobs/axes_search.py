@@ -1,0 +1,458 @@
+"""A budget over several axes: what each costs is measured once, and the best few combinations are run to choose one.
+
+A combination is run as it would be carried out: its states and channels are trimmed, its tokens pruned, and the result
+is reconstructed, on fewer images. Its loss is measured on images that nothing was fitted on. Pruning tokens alone, and
+any single axis that meets the budget, are always among those that are run where they can reach it, so that the search
+falls back to what a model allows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import processes
+from ..compression.calibrate import calibrate
+from ..compression.reconstruct import reconstruct
+from ..compression.search.axes import Option, list_axes, measure_axes, run
+from ..compression.search.combine import Combination, combine
+from ..compression.search.propose import Candidate, fill_budget, propose
+from ..compression.search.proxy_loss import measure_loss
+from ..compression.search.sensitivity import Sensitivity, identify
+from ..compression.trim.channels import channel_chains, cut_channels
+from ..compression.trim.layers import drop_directions, drop_layers
+from ..compression.trim.states import cut_states, state_chains
+from ..compression.trim.trims import Trims
+from ..data.batches import LabelledBatch
+from ..data.content import different
+from ..errors import BudgetError, InputError
+from ..evaluation.flops import corrections_share, flops, flops_of, remaining_share, smallest_share
+from ..evaluation.latency import latency
+from ..models.base import TokenModel
+from ..models.rewrite import prune
+from ..progress import line, note, track
+from ..pruning.plan import MAX_RATIO, Plan, Stage
+from .images import CalibrationImages
+from .requests import AXES, DataOptions
+from .search import SearchResult, choose_layers, measure_tokens, read_sensitivity
+from .steps import CHANNEL_IMAGES, STATE_IMAGES
+from .trial import REPEATS, SearchRequest, Trial, read_all
+
+# Different images that a search needs.
+LEAST_IMAGES = 16
+# Combinations that are run for a budget, and images that each is reconstructed on.
+RUN = 3
+FIT_IMAGES = 256
+# Images for the metrics of a model that is only timed.
+PROBE_IMAGES = 64
+# Budgets for which plans for tokens are proposed, as shares of the range.
+TOKEN_BUDGETS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15)
+# Steps of the bisections for a loss and for a latency.
+DROP_STEPS = 5
+LATENCY_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    """A combination that was run.
+
+    Attributes:
+        combination: with the stages that fill the budget. flops: share of the dense FLOPs, corrections included.
+        loss: on the images of the search, in nats. model: the compressed model.
+    """
+
+    combination: Combination
+    flops: float
+    loss: float
+    model: TokenModel
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "trims": self.combination.trims.to_dict(),
+            "stages": [stage.to_dict() for stage in self.combination.stages],
+            "loss": round(self.loss, 6),
+            "expected": round(self.combination.expected, 6),
+            "flops": round(self.flops, 6),
+        }
+
+
+def choose_axes(model: TokenModel, asked: Sequence[str] | None, images: CalibrationImages) -> tuple[str, ...]:
+    """Return the axes of a search: those asked for, else all that the model has.
+
+    Unless asked for, nothing but tokens is trimmed in several processes, and where there are too few images to refit
+    by: a stand-in for the user's own, or fewer than LEAST_IMAGES.
+
+    Raises:
+        InputError: an axis that the model does not have, or several processes for more than tokens.
+    """
+    tokens = ("tokens",) if len(model.blocks) > 1 else ()
+    possible = (*list_axes(model), *tokens)
+    if asked is None:
+        few = images.source.stand_in or images.count < LEAST_IMAGES
+        return tokens if tokens and (few or processes.count() > 1) else possible
+    for axis in asked:
+        if axis not in possible:
+            raise InputError(f"`axes`: this model has no {axis} to trim; expected some of {', '.join(possible)}")
+    if processes.count() > 1 and tuple(asked) != ("tokens",):
+        raise InputError(f"`axes` {', '.join(asked)}: in several processes, only tokens are searched for")
+    return tuple(axis for axis in AXES if axis in asked)
+
+
+def search_axes(
+    model: TokenModel,
+    request: SearchRequest,
+    images: CalibrationImages,
+    data: DataOptions,
+    *,
+    gap: str,
+    repair: bool,
+) -> SearchResult:
+    """Search over the axes of the request for what loses least within a budget, or saves most within a loss.
+
+    Args:
+        images: the images to calibrate on. data: how they were chosen and are read.
+        gap: gap source. repair: whether the model will be reconstructed.
+
+    Raises:
+        BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
+    """
+    begin = time.perf_counter()
+    search = AxesSearch(model, request, images, data, gap=gap, repair=repair)
+    seconds = search.measure()
+    lowest, highest = search.range()
+    if request.flops is not None:
+        line(f"reachable with {', '.join(request.axes)}: {lowest:.1%} to {highest:.1%} of the FLOPs")
+        if not lowest <= request.flops < 1:
+            raise BudgetError(
+                f"{request.flops:.1%} of the FLOPs is out of reach: {', '.join(request.axes)} leave from "
+                f"{lowest:.1%} to below 100%"
+            )
+        runs, found = search.for_flops(request.flops), {}
+    elif request.latency is not None:
+        runs, found = search.for_latency(request.latency, lowest, highest)
+    else:
+        runs, found = search.for_drop(request.max_drop, lowest, highest)
+    best = min(runs, key=lambda run: run.loss)
+    search.tell(best, runs)
+    trims, stages = best.combination.trims, best.combination.stages
+    record = {
+        "asked": {"flops": request.flops, "latency": request.latency, "max_drop": request.max_drop},
+        "reachable": {"flops": lowest, "latency": found.get("lowest")},
+        "objective": "labels" if request.labels else "kl",
+        "refit": repair,
+        "data": search.sensitivity.data,
+        "axes": [option.to_dict() for option in search.options] + search.describe_tokens(),
+        "trims": trims.to_dict(),
+        "loss": best.loss,
+        "expected": best.combination.expected,
+        "flops": best.flops,
+        "latency": found.get("reached"),
+        "drop": found.get("drop"),
+        "tried": [run.to_dict() for run in sorted(runs, key=lambda run: run.loss)],
+        "seconds": {"sensitivity": round(seconds, 2), "all": round(time.perf_counter() - begin, 2)},
+    }
+    chains = search.chains_of(trims)
+    return SearchResult(Plan(stages, request.alignment, seed=data.seed), search.sensitivity, record, trims, chains)
+
+
+class AxesSearch:
+    """One search: its images, what was measured, and what was computed for the combinations run so far."""
+
+    def __init__(
+        self,
+        model: TokenModel,
+        request: SearchRequest,
+        images: CalibrationImages,
+        data: DataOptions,
+        *,
+        gap: str,
+        repair: bool,
+    ):
+        self.model, self.request, self.repair = model, request, repair
+        read = read_sensitivity(model, request, repair) if request.sensitivity is not None else None
+        self.trial = Trial(model, request, images, data, gap=gap, refit=repair)
+        if (count := len(different(self.trial.read.digests))) < LEAST_IMAGES:
+            raise InputError(
+                f"{count} different images to search on: expected at least {LEAST_IMAGES}, or `axes` tokens alone"
+            )
+        self.judged = images.judged
+        self.layers = choose_layers(model, request, read) if "tokens" in request.axes else ()
+        self.sensitivity: Sensitivity | None = read
+        self.options: tuple[Option, ...] = ()
+        self.plans: list[Candidate] = []
+        self.chains: dict[tuple[str, Trims], Any] = {}
+        self.dense_logits: Tensor | None = None
+        self.tried: dict[tuple[Trims, tuple[Stage, ...]], Run] = {}
+
+    # ------------------------------------------------------------------------------------------------- measuring
+
+    def measure(self) -> float:
+        """Measure what each axis costs, except what a file has; return the seconds."""
+        start, trial, axes = time.perf_counter(), self.trial, self.request.axes
+        if "tokens" in axes:
+            _, self.sensitivity, _ = measure_tokens(trial, self.layers, self.sensitivity)
+        if self.sensitivity is None:
+            source = {"name": trial.name, "images": len(trial.images)}
+            objective = "labels" if self.request.labels else "kl"
+            self.sensitivity = Sensitivity.empty(
+                identify(self.model), source, objective, self.repair, self.request.alignment, trial.gap
+            )
+        known = self.sensitivity.axes
+        wanted = [axis for axis in axes if axis != "tokens"]
+        if missing := [axis for axis in wanted if not any(option.axis == axis for option in known)]:
+            batch = LabelledBatch(trial.images, trial.labels)
+            known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
+            trial.read.sync()
+            self.sensitivity = replace(self.sensitivity, axes=known, digests=different(trial.read.digests))
+        self.options = tuple(option for option in known if option.axis in wanted)
+        if "tokens" in axes:
+            self.plans = self.propose_tokens()
+        return time.perf_counter() - start
+
+    def chains_for_axis(self, axis: str) -> Any:
+        """Return the chains of the dense model for an axis."""
+        return self.state_chains(Trims()) if axis == "states" else self.channel_chains(Trims())
+
+    def propose_tokens(self) -> list[Candidate]:
+        """Return the best plan for tokens of the dense model at each of several budgets."""
+        usable = self.usable()
+        lowest, highest = smallest_share(self.model, self.layers), remaining_share(self.model, ())
+        budgets = [lowest + share * (highest - lowest) for share in TOKEN_BUDGETS]
+        return [best[0] for budget in budgets if (best := propose(self.model, usable, budget, 1))]
+
+    def usable(self) -> Sensitivity:
+        """Return the sensitivity of the layers and the metric that may be used."""
+        request = self.request
+        return self.sensitivity.select(request.stages, (request.importance,) if request.importance else None)
+
+    def range(self) -> tuple[float, float]:
+        """Return the lowest and the highest share of the FLOPs within reach."""
+        trims = [c.trims for c in combine(self.model, self.options, [])]
+        smallest = min(trims, key=lambda t: remaining_of(self.model, t))
+        lowest = remaining_of(self.model, smallest)
+        if self.layers:
+            stage = Stage(self.layers[0], MAX_RATIO)
+            fewest = [c for c in combine(self.model, self.options, [Candidate((stage,), 0.0)]) if c.stages]
+            lowest = min([lowest, *(c.flops + self.reserve(c) for c in fewest)])
+        return lowest, remaining_share(self.model, ())
+
+    def reserve(self, combination: Combination) -> float:
+        """Return the share of the FLOPs to leave to the corrections of a combination."""
+        if not combination.stages or not self.repair:
+            return 0.0
+        return corrections_share(self.model, [stage.after for stage in combination.stages])
+
+    # --------------------------------------------------------------------------------------------------- running
+
+    def best_for(self, budget: float) -> list[Combination]:
+        """Return the combinations to run for a budget: the best few, and the best one of each axis alone."""
+        within = [c for c in combine(self.model, self.options, self.plans) if c.flops + self.reserve(c) <= budget]
+        extra = [self.fill_tokens(budget)] if self.layers else []
+        within = sorted([*within, *(c for c in extra if c is not None)], key=lambda c: (c.expected, c.flops))
+        chosen = within[:RUN]
+        for axis in self.request.axes:
+            alone = next((c for c in within if c.axes == (axis,)), None)
+            if alone is not None and alone not in chosen:
+                chosen.append(alone)
+        return chosen
+
+    def fill_tokens(self, budget: float) -> Combination | None:
+        """Return the best plan for tokens alone at this budget, if it is within reach."""
+        budget -= corrections_share(self.model, self.layers) if self.repair else 0.0
+        best = propose(self.model, self.usable(), budget, 1) if budget > 0 else []
+        if not best:
+            return None
+        share = remaining_share(self.model, best[0].stages)
+        return Combination(Trims(), best[0].stages, share, best[0].expected)
+
+    def for_flops(self, budget: float) -> list[Run]:
+        """Run the best combinations for a budget."""
+        chosen = self.best_for(budget)
+        if not chosen:
+            raise BudgetError(f"no combination of {', '.join(self.request.axes)} comes to {budget:.1%} of the FLOPs")
+        runs = [self.run(c, budget) for c in track(chosen, "running the best combinations", len(chosen))]
+        return [run for run in runs if run is not None]
+
+    def run(self, combination: Combination, budget: float) -> Run | None:
+        """Carry out a combination as far as the budget allows, and measure its loss; None if it takes too much."""
+        trimmed = self.trim(combination.trims)
+        stages = combination.stages
+        if stages:
+            stages = fill_budget(trimmed, stages, budget - self.reserve(combination)) or ()
+            if not stages:
+                return None
+        key = (combination.trims, stages)
+        if key not in self.tried:
+            model = self.compress(trimmed, combination.trims, stages)
+            logits = run(model, self.trial.images)
+            loss = measure_loss(logits, self.dense(), self.trial.labels)
+            share = flops(model)["full"] / flops(self.model)["full"]
+            self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
+        return self.tried[key] if self.tried[key].flops <= budget else None
+
+    def compress(self, trimmed: TokenModel, trims: Trims, stages: tuple[Stage, ...]) -> TokenModel:
+        """Return a trimmed model pruned at these stages and reconstructed on a part of the images."""
+        fitted, model = self.trial.others[:FIT_IMAGES], trimmed
+        if stages:
+            plan = Plan(stages, self.request.alignment, self.trial.gap, self.trial.seed)
+            model = prune(trimmed, calibrate(trimmed, fitted, plan, gap=self.trial.gap))
+        if not self.repair or (not trims and not stages):
+            return model
+        uncut = self.trim(replace(trims, channels=None))
+        return reconstruct(model, self.model, fitted, reference=uncut if trims else None)
+
+    def trim(self, trims: Trims) -> TokenModel:
+        """Return the model with what is trimmed, before reconstruction."""
+        model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
+        if trims.states is not None:
+            model = cut_states(model, self.state_chains(trims), trims.states)
+        if trims.channels is not None:
+            model = cut_channels(model, self.channel_chains(trims), trims.channels)
+        return model
+
+    def state_chains(self, trims: Trims) -> Any:
+        """Return the chains of the states of a model without what `trims` drops."""
+        key = ("states", replace(trims, states=None, channels=None))
+        if key not in self.chains:
+            self.chains[key] = state_chains(self.trim(key[1]), self.trial.others[:STATE_IMAGES])
+        return self.chains[key]
+
+    def channel_chains(self, trims: Trims) -> Any:
+        """Return the chains of the channels of a model without what `trims` drops, its states included."""
+        key = ("channels", replace(trims, channels=None))
+        if key not in self.chains:
+            self.chains[key] = channel_chains(self.trim(key[1]), self.trial.others[:CHANNEL_IMAGES])
+        return self.chains[key]
+
+    def chains_of(self, trims: Trims) -> dict[str, Any]:
+        """Return the chains that the steps of these trims can use again, by the names of the steps."""
+        keys = {"states": replace(trims, states=None, channels=None), "channels": replace(trims, channels=None)}
+        return {axis: self.chains[axis, key] for axis, key in keys.items() if (axis, key) in self.chains}
+
+    def dense(self) -> Tensor:
+        """Return the dense model's logits of the images to search on."""
+        if self.dense_logits is None:
+            self.dense_logits = run(self.model, self.trial.images)
+        return self.dense_logits
+
+    # ---------------------------------------------------------------------------------------- latency and loss
+
+    def for_latency(self, wanted: float, lowest: float, highest: float) -> tuple[list[Run], dict[str, Any]]:
+        """Find the share of the FLOPs whose best combination takes at most the wanted share of the latency."""
+        low, high, budget = lowest, highest, lowest + wanted * (highest - lowest)
+        least, found, kept = 1.0, None, highest
+        for _ in track(range(LATENCY_STEPS), "searching for the latency", LATENCY_STEPS):
+            if not (best := self.best_for(budget)):
+                low = budget
+                budget = (low + high) / 2
+                continue
+            share = self.latency_share(best[0], budget)
+            least = min(least, share)
+            if share <= wanted and (found is None or share > found):
+                found, kept = share, budget
+            low, high = (budget, high) if share <= wanted else (low, budget)
+            budget = (low + high) / 2
+        if found is None:
+            raise BudgetError(
+                f"{wanted:.1%} of the latency is out of reach: the least that was found is {least:.1%}; "
+                f"the machine may be busy"
+            )
+        return self.for_flops(kept), {"lowest": least, "reached": found}
+
+    def latency_share(self, combination: Combination, budget: float) -> float:
+        """Return the latency at batch 1 of a combination without reconstruction, as a share of the dense model's."""
+        model = self.trim(combination.trims)
+        if combination.stages:
+            stages = fill_budget(model, combination.stages, budget - self.reserve(combination)) or combination.stages
+            plan = Plan(stages, self.request.alignment, "bias", self.trial.seed)
+            model = prune(model, calibrate(model, self.trial.others[:PROBE_IMAGES], plan, gap="bias"))
+        times = latency({"dense": self.model, "pruned": model}, self.trial.images[:1].to(self.trial.device), REPEATS)
+        return times["pruned"] / times["dense"]
+
+    def for_drop(self, most: float, lowest: float, highest: float) -> tuple[list[Run], dict[str, Any]]:
+        """Find the fewest FLOPs that lose at most `most` percentage points on images that nothing was fitted on."""
+        images, labels = self.trial.images, self.trial.all_labels
+        if self.judged is not None:
+            images, labels = read_all(self.judged)
+        dense = run(self.model, images)
+        good: tuple[Run, float] | None = None
+        least = None
+        low, high = lowest, highest
+        for _ in track(range(DROP_STEPS), "searching for the loss", DROP_STEPS):
+            budget = (low + high) / 2
+            runs = self.for_flops(budget) if self.best_for(budget) else []
+            best = min(runs, key=lambda run: run.loss, default=None)
+            drop = None if best is None else drop_of(run(best.model, images), dense, labels)
+            if drop is not None:
+                line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(images)} images")
+                least = min([d for d in (least, drop) if d is not None])
+            if drop is not None and drop <= most:
+                if good is None or best.flops < good[0].flops:
+                    good = best, drop
+                high = budget
+            else:
+                low = budget
+        if good is None:
+            shown = "nothing could be run" if least is None else f"the least that was lost is {least:.2f} points"
+            raise BudgetError(
+                f"a loss of at most {most:g} points is out of reach below {high:.1%} of the FLOPs: {shown}"
+            )
+        return [good[0]], {"drop": {"points": round(good[1], 4), "images": len(images), "labels": labels is not None}}
+
+    # --------------------------------------------------------------------------------------------------- telling
+
+    def describe_tokens(self) -> list[dict[str, Any]]:
+        """Return what tokens alone cost, as the options of the other axes have it."""
+        return [
+            {
+                "axis": "tokens",
+                "stages": [stage.to_dict() for stage in plan.stages],
+                "flops": round(remaining_share(self.model, plan.stages), 6),
+                "loss": round(plan.expected, 7),
+            }
+            for plan in self.plans
+        ]
+
+    def tell(self, best: Run, runs: Sequence[Run]) -> None:
+        """Say which axes were used, and which of those asked for gained nothing."""
+        used = best.combination.axes
+        line(f"chosen: {describe_combination(best.combination)}, {best.flops:.1%} of the FLOPs")
+        if unused := [axis for axis in self.request.axes if axis not in used and axis != "tokens"]:
+            if used == ("tokens",):
+                note(
+                    f"on this model tokens alone lose least at {best.flops:.1%} of the FLOPs: {', '.join(unused)} kept"
+                )
+
+
+def describe_combination(combination: Combination) -> str:
+    """Describe a combination in words."""
+    trims, parts = combination.trims, []
+    if trims.states is not None:
+        parts.append(f"{trims.states} states")
+    if trims.channels is not None:
+        parts.append(f"{trims.channels} channels")
+    if trims.layers:
+        parts.append(f"without layers {','.join(map(str, trims.layers))}")
+    if trims.directions:
+        parts.append(f"without {sum(len(paths) for _, paths in trims.directions)} scan directions")
+    if combination.stages:
+        parts.append(f"tokens dropped after {','.join(str(stage.after) for stage in combination.stages)}")
+    return ", ".join(parts) or "nothing trimmed"
+
+
+def remaining_of(model: TokenModel, trims: Trims) -> float:
+    """Return the share of the dense FLOPs that trims leave."""
+    return flops_of(model, trims.apply_to(model.config))
+
+
+def drop_of(logits: Tensor, dense: Tensor, labels: Tensor | None) -> float:
+    """Return the percentage points lost: of accuracy with labels, else of agreement with the dense model."""
+    ours, theirs = logits.argmax(1), dense.argmax(1)
+    if labels is None:
+        return 100.0 * float((ours != theirs).double().mean())
+    return 100.0 * float(((theirs == labels).double() - (ours == labels).double()).mean())

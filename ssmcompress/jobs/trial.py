@@ -1,0 +1,157 @@
+"""The images of a search, and plans and models that are tried on them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import processes
+from ..compression.calibrate import gap_deltas
+from ..compression.saliency import fit_probes
+from ..compression.search.propose import Candidate
+from ..compression.search.proxy_loss import Collector, average_losses, sum_losses
+from ..data.batches import Batches, sample_indices
+from ..errors import InputError
+from ..evaluation.flops import remaining_share
+from ..evaluation.latency import latency
+from ..models.base import TokenModel
+from ..models.rewrite import prune
+from ..progress import track
+from ..pruning.alignment import Alignment
+from ..pruning.plan import Calibration, Plan, Stage
+from .images import CalibrationImages
+from .requests import SEARCH_IMAGES, DataOptions
+
+REPEATS = 31
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What a search is asked for.
+
+    Attributes:
+        flops, latency: share of the dense model's to keep; one of them at most.
+        stages, importance: the layers and the metric to choose from; None: all.
+        alignment: as in a plan. labels: judge by labels, not by the dense model's outputs.
+        sensitivity: file measured earlier, or None. images: to measure on at most.
+        axes: what may be trimmed, among "states", "channels", "layers" and "tokens".
+        max_drop: percentage points that may be lost, instead of `flops` and `latency`; with axes other than tokens.
+    """
+
+    flops: float | None = None
+    latency: float | None = None
+    stages: tuple[int, ...] | None = None
+    importance: str | None = None
+    alignment: Alignment = Alignment()
+    labels: bool = False
+    sensitivity: str | None = None
+    images: int = SEARCH_IMAGES
+    axes: tuple[str, ...] = ("tokens",)
+    max_drop: float | None = None
+
+
+class Trial:
+    """The images of a search, and plans run on them."""
+
+    def __init__(
+        self,
+        model: TokenModel,
+        request: SearchRequest,
+        images: CalibrationImages,
+        data: DataOptions,
+        *,
+        gap: str,
+        refit: bool,
+    ):
+        self.model, self.seed, self.request, self.refit = model, data.seed, request, refit
+        self.several = processes.count() > 1
+        if self.several and request.latency is not None:
+            raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
+        if images.count < processes.count():
+            raise InputError(f"{images.count} images to search on in {processes.count()} processes: expected one each")
+        self.name = images.source.name
+        if request.labels and images.source.labels is None:
+            raise InputError(f"{self.name} has no labels to judge by")
+        index = images.calibration.index
+        chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
+        self.read = replace(images.calibration, index=[index[i] for i in chosen], unreadable=set())
+        pictures, labels = read_all(self.read)
+        measured = slice(0, None, 2)
+        self.images = pictures[measured][: request.images]
+        self.all_labels = None if labels is None else labels[measured][: request.images]
+        self.labels = self.all_labels if request.labels else None
+        self.others = pictures[1::2] if len(pictures) > 1 else pictures
+        self.gap = gap if request.alignment.scan else "bias"
+        self.dense: Tensor | None = None
+        self.device, self.size = next(model.parameters()).device, model.chunk_size()
+
+    def fit(self, layers: Sequence[int]) -> Plan:
+        """A plan without stages, calibrated on the images that are not measured on."""
+        model = self.model
+        deltas = gap_deltas(model, self.others, self.gap, self.several)
+        probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
+        calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
+        return Plan((), self.request.alignment, self.gap, self.seed, calibration)
+
+    @torch.no_grad()
+    def loss(self, plan: Plan) -> float:
+        """Mean loss of a plan that is run."""
+        if self.dense is None:
+            self.dense = torch.cat([self.model(part.to(self.device)).cpu() for part in self.images.split(self.size)])
+        pruned = prune(self.model, plan)
+        with Collector(pruned) as received:
+            for part in self.images.split(self.size):
+                pruned(part.to(self.device))
+        add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
+        features = received.take()
+        total = sum_losses(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
+        return float(average_losses([total], len(self.images), add)[0])
+
+    def run(
+        self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
+    ) -> list[dict[str, Any]]:
+        """The plans with their loss on the images, the best first: those proposed, then other metrics for the best."""
+        results: dict[tuple[Stage, ...], dict[str, Any]] = {}
+
+        def try_plan(stages: tuple[Stage, ...], expected: float | None) -> None:
+            if stages not in results and remaining_share(self.model, stages) <= budget:
+                results[stages] = {
+                    "stages": [stage.to_dict() for stage in stages],
+                    "loss": round(self.loss(replace(plan, stages=stages)), 6),
+                    "expected": None if expected is None else round(expected, 6),
+                    "flops": round(remaining_share(self.model, stages), 6),
+                }
+
+        def best() -> tuple[Stage, ...]:
+            return min(results, key=lambda stages: results[stages]["loss"])
+
+        for candidate in track(proposed, "running the best plans", len(proposed)):
+            try_plan(candidate.stages, candidate.expected)
+        if not results:
+            return []
+        for index in range(len(best())):
+            stages = best()
+            for metric in metrics:
+                changed = list(stages)
+                if index < len(changed):
+                    changed[index] = replace(changed[index], importance=metric)
+                    try_plan(tuple(changed), None)
+        return sorted(results.values(), key=lambda value: value["loss"])
+
+    def latency_share(self, plan: Plan) -> float:
+        """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
+        models = {"dense": self.model, "pruned": prune(self.model, plan)}
+        times = latency(models, self.images[:1].to(self.device), REPEATS)
+        return times["pruned"] / times["dense"]
+
+
+def read_all(batches: Batches) -> tuple[Tensor, Tensor | None]:
+    """All images, prepared, and their labels."""
+    read = list(batches)
+    labels = None if read[0].labels is None else torch.cat([batch.labels for batch in read])
+    return torch.cat([batch.images for batch in read]), labels
