@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .compression.finetune.loop import finetune
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
+    from .compression.trim.channels import trim_channels
+    from .compression.trim.layers import drop_directions, drop_layers
+    from .compression.trim.states import trim_states
     from .data.batches import Batches
     from .data.find import open_images
     from .errors import BudgetError, InputError, SsmCompressError, VerificationError
@@ -55,6 +58,8 @@ _HOME = {
     "calibrate": "compression.calibrate",
     "compare": "jobs.functions",
     "compress": "jobs.prune",
+    "drop_directions": "compression.trim.layers",
+    "drop_layers": "compression.trim.layers",
     "evaluate": "evaluation.measure",
     "export_onnx": "export.onnx",
     "finetune": "compression.finetune.loop",
@@ -69,6 +74,8 @@ _HOME = {
     "reconstruct": "compression.reconstruct",
     "save": "models.saved",
     "search": "jobs.functions",
+    "trim_channels": "compression.trim.channels",
+    "trim_states": "compression.trim.states",
     "verify_onnx": "export.verify",
 }
 
@@ -86,6 +93,8 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
+    "drop_directions",
+    "drop_layers",
     "evaluate",
     "export_onnx",
     "finetune",
@@ -100,6 +109,8 @@ __all__ = [
     "reconstruct",
     "save",
     "search",
+    "trim_channels",
+    "trim_states",
     "verify_onnx",
 ]
 

@@ -4,6 +4,8 @@ One multiply-add is one FLOP in linear and convolution layers. The scan counts 9
 per token and channel for D and one for the gate. Norms, activations and biases are not counted. That is the convention
 of the papers, in two variants:
 
+A correction of the class token reads sums over all tokens: one FLOP for each token and feature.
+
 - `full`: everything that is executed, so both directions of a Vim. Reports show this one by default.
 - `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base), all four of a
   PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3). Use it only to compare with the papers.
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..models.base import TokenModel
+from ..models.class_corrections import choose_segments, count_inputs
 from ..models.inputs import check_model
 from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
@@ -74,8 +77,8 @@ def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | No
     parts = model.flops_by_part(model.token_counts(), convention, as_run)
     if model.plan:
         parts = {**parts, **_stage_parts(model, model.plan.stages)}
-    if model.corrections:
-        parts = {**parts, "corrections": sum(weight.numel() for weight in model.corrections.parameters())}
+    if (count := _count_corrections(model)) > 0:
+        parts = {**parts, "corrections": count}
     return {part: count / 1e9 for part, count in parts.items()}
 
 
@@ -103,10 +106,24 @@ def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
     return parts
 
 
+def _count_corrections(model: TokenModel) -> int:
+    """Return the FLOPs of the corrections: their maps, and the sums that those of the class token read."""
+    maps = (*model.corrections.parameters(), *model.class_corrections.parameters())
+    layers, counts = [int(layer) for layer in model.class_corrections], model.token_counts()
+    stages = [stage.after for stage in model.plan.stages if stage.after < max(layers, default=0)] if model.plan else []
+    summed = sum(counts[layer - 1] for layer in layers) + sum(counts[after - 1] + counts[after] for after in stages)
+    return sum(weight.numel() for weight in maps) + summed * model.d_model
+
+
 def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
     """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`."""
-    layers = len(model.blocks) - min(stages, default=len(model.blocks))
-    return layers * model.d_model**2 / _count_dense(model)
+    layers, width = len(model.blocks) - min(stages, default=len(model.blocks)), model.d_model
+    count = layers * width**2  # two factors of half the rank
+    if model.protected is not None:
+        inputs = count_inputs(width, choose_segments(model.length, width))
+        count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)
+        count += len(set(stages)) * 2 * model.length * width
+    return count / _count_dense(model)
 
 
 def smallest_share(model: TokenModel, stages: Sequence[int]) -> float:

@@ -176,7 +176,8 @@ class AxesSearch:
         self.model, self.request, self.repair = model, request, repair
         read = read_sensitivity(model, request, repair) if request.sensitivity is not None else None
         self.trial = Trial(model, request, images, data, gap=gap, refit=repair)
-        if (count := len(different(self.trial.read.digests))) < LEAST_IMAGES:
+        self.digests = different(self.trial.read.digests)
+        if (count := len(self.digests)) < LEAST_IMAGES:
             raise InputError(
                 f"{count} different images to search on: expected at least {LEAST_IMAGES}, or `axes` tokens alone"
             )
@@ -207,8 +208,7 @@ class AxesSearch:
         if missing := [axis for axis in wanted if not any(option.axis == axis for option in known)]:
             batch = LabelledBatch(trial.images, trial.labels)
             known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
-            trial.read.sync()
-            self.sensitivity = replace(self.sensitivity, axes=known, digests=different(trial.read.digests))
+            self.sensitivity = replace(self.sensitivity, axes=known, digests=self.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
         if "tokens" in axes:
             self.plans = self.propose_tokens()
@@ -319,14 +319,16 @@ class AxesSearch:
         """Return the chains of the states of a model without what `trims` drops."""
         key = ("states", replace(trims, states=None, channels=None))
         if key not in self.chains:
-            self.chains[key] = state_chains(self.trim(key[1]), self.trial.others[:STATE_IMAGES])
+            chains = state_chains(self.trim(key[1]), self.trial.others[:STATE_IMAGES])
+            self.chains[key] = replace(chains, batches=self.digests)
         return self.chains[key]
 
     def channel_chains(self, trims: Trims) -> Any:
         """Return the chains of the channels of a model without what `trims` drops, its states included."""
         key = ("channels", replace(trims, channels=None))
         if key not in self.chains:
-            self.chains[key] = channel_chains(self.trim(key[1]), self.trial.others[:CHANNEL_IMAGES])
+            chains = channel_chains(self.trim(key[1]), self.trial.others[:CHANNEL_IMAGES])
+            self.chains[key] = replace(chains, batches=self.digests)
         return self.chains[key]
 
     def chains_of(self, trims: Trims) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
+from .class_corrections import add_to_protected
 from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
@@ -164,6 +165,7 @@ class TokenModel(nn.Module, abc.ABC):
             not change.
         corrections: linear maps of low rank by layer, also outside the blocks. Each maps the mean of the tokens pruned
             so far to a vector that is added to all kept tokens after that layer. Reconstruction creates them.
+        class_corrections: `ClassCorrection` by layer, outside the blocks too, for the protected token alone.
         plan: the plan that `prune` applied, None for a dense model.
         preprocessing, source: the preparation of images and the file that the model comes from; set by `load`.
         made_by: the command and versions that pruned it.
@@ -192,6 +194,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.config = config
         self.pruners = nn.ModuleDict()
         self.corrections = nn.ModuleDict()
+        self.class_corrections = nn.ModuleDict()
         self.alignment = Alignment()
         self.plan: Plan | None = None
         self.preprocessing: Preprocessing | None = None
@@ -387,6 +390,10 @@ class TokenModel(nn.Module, abc.ABC):
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None
+        class_correction = self.class_corrections[name] if name in self.class_corrections else None
+        if class_correction is not None:
+            summary = tokens.summarise(self.memory, class_correction.segments)
+            before = tokens.protected_features()
         if protected_only:
             tokens = self.blocks[layer - 1](tokens, protected_only=True)
         else:
@@ -396,9 +403,14 @@ class TokenModel(nn.Module, abc.ABC):
             first = linear[0] if isinstance(linear, nn.Sequential) else linear
             correction = linear(cast(pruned_mean, first))
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
+        if class_correction is not None:
+            update = tokens.protected_features() - before
+            tokens = add_to_protected(tokens, class_correction(update, summary))
         if pruner is None:
             return tokens, None
         kept = pruner(tokens)
         if tokens.alignment.pool or any(int(later) > layer for later in self.corrections):
             kept = kept.with_pruned_sum(tokens, self.memory)
+        if later := [correction for key, correction in self.class_corrections.items() if int(key) > layer]:
+            kept = kept.with_pruned_segments(tokens, self.memory, later[0].segments)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

@@ -406,7 +406,8 @@ class VisionMamba(TokenModel):
                 continue
             inner = [layer for path in reversed(m.directions) for layer in m.parameters_of(path)[1:3]]
             products += [(count, layer.weight) for layer in (m.in_proj, *inner, m.out_proj)]
-        products += [(1, weight) for weight in self.corrections.parameters()]
+        corrections = (*self.corrections.parameters(), *self.class_corrections.parameters())
+        products += [(1, weight) for weight in corrections]
         return [*products, (1, self.head.weight)]
 
     def activation_bytes(self, size: int = 4) -> int:

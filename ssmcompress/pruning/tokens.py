@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops import gather_tokens
+from ..ops.dispatch import full_precision
 from .alignment import Alignment, KeptPath, ScanOrder
 
 
@@ -24,6 +25,7 @@ class Tokens:
         scores: (batch, kept) importance, if the last block was asked for it; else None.
         alignment: which ops of the blocks compensate for pruned positions.
         pruned_sum: (batch, d_model) sum of the remembered values of pruned tokens, if the model needs it; else None.
+        pruned_segments: (batch, segments, d_model) the same for each segment of the positions; see `segment_sums`.
         sizes: (batch, kept) number of tokens that each one stands for, if merging needs it; else None.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; computed from `positions` once for all blocks up to the next stage.
@@ -36,6 +38,7 @@ class Tokens:
     scores: Tensor | None = None
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
+    pruned_segments: Tensor | None = None
     sizes: Tensor | None = None
     orders: tuple[ScanOrder, ...] = ()
     paths: tuple[KeptPath, ...] | None = None
@@ -73,9 +76,48 @@ class Tokens:
         total = memory(before.features).sum(1, dtype=dtype) - memory(self.features).sum(1, dtype=dtype)
         return replace(self, pruned_sum=total if before.pruned_sum is None else before.pruned_sum + total)
 
+    def with_pruned_segments(self, before: Tokens, memory: Callable[[Tensor], Tensor], segments: int) -> Tokens:
+        """Return these tokens with an updated `pruned_segments`; arguments as for `with_pruned_sum`."""
+        total = before.segment_sums(memory(before.features), segments) - self.segment_sums(
+            memory(self.features), segments
+        )
+        return replace(
+            self, pruned_segments=total if before.pruned_segments is None else before.pruned_segments + total
+        )
+
+    def segment_sums(self, values: Tensor, segments: int) -> Tensor:
+        """Sum the values (batch, kept, n) of the tokens over each of `segments` equal parts of all positions.
+
+        Returns:
+            (batch, segments, n) in the dtype of the features.
+        """
+        # A product with a matrix of zeros and ones: it adds in the same order on every run, and exports to ONNX.
+        index = self.explicit_positions() * segments // self.length
+        member = index[:, None] == torch.arange(segments, device=index.device)[:, None]
+        dtype = self.features.dtype
+        with full_precision(index.device):
+            return member.to(dtype) @ values.to(dtype)
+
+    def summarise(self, memory: Callable[[Tensor], Tensor], segments: int) -> Tensor:
+        """Return what is known of all tokens, (batch, segments * (d_model + 1)).
+
+        For each segment of the positions that is the sum of the tokens' remembered values, the pruned ones as they
+        were last seen, and the number of tokens that are kept.
+        """
+        values = memory(self.features)
+        ones = torch.ones_like(values[..., :1])
+        sums, counts = self.segment_sums(torch.cat([values, ones], dim=-1), segments).split([values.shape[-1], 1], -1)
+        if self.pruned_segments is not None:
+            sums = sums + self.pruned_segments
+        return torch.cat([sums.flatten(1), counts.flatten(1)], dim=1)
+
     def pruned_mean(self) -> Tensor:
         """Return the mean (batch, d_model) of the remembered values of the pruned tokens; zero if there are none."""
         return self.pruned_sum / max(1, self.length - self.features.shape[1])
+
+    def protected_features(self) -> Tensor:
+        """Return the features (batch, d_model) of the protected token."""
+        return gather_tokens(self.features, self.protected_index()[:, None])[:, 0]
 
     def protected_index(self) -> Tensor:
         """Return the index (batch,) of the protected token among the kept ones, which are ordered by position."""

@@ -163,7 +163,9 @@ def test_the_dense_model_is_followed_more_closely_on_images_not_used(dense, prun
 def test_no_weight_is_worse_than_the_old_one_on_the_images_held_out(rebuilt):
     fits = record_of(rebuilt).fits
     assert [fit.weight for fit in fits] == [
-        f"layers.{i}.mixer.{name}" for i in (1, 2, 3) for name in ("x_proj", "x_proj_b", "out_proj")
+        f"layers.{i}.{name}"
+        for i in (1, 2, 3)
+        for name in ("mixer.x_proj", "mixer.x_proj_b", "mixer.out_proj", "class_correction")
     ] + ["head"]
     assert all(fit.after <= fit.before for fit in fits)
     assert sum(fit.after < fit.before for fit in fits) >= 5
@@ -176,7 +178,7 @@ def test_arguments_layers_before_the_first_stage_and_parameter_names_stay(dense,
     assert same_weights(dense, kept[1])
     assert all(parameter.grad is None for parameter in dense.parameters())
     before, after = pruned.state_dict(), rebuilt.state_dict()
-    assert before.keys() == {k for k in after if not k.startswith("corrections.")}
+    assert before.keys() == {k for k in after if not k.startswith(("corrections.", "class_corrections."))}
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed <= {f"{fit.weight}.{kind}" for fit in record_of(rebuilt).fits for kind in ("weight", "bias")}
 
@@ -275,6 +277,8 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
 
 def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
     """What the model computes, step by step: of all pruned so far the mean, each scaled to a mean square of 1."""
+    rebuilt = copy.deepcopy(rebuilt)
+    rebuilt.class_corrections.clear()
     layer = max(map(int, rebuilt.corrections))
     with torch.no_grad():
         tokens, lost = rebuilt.embed(many[:4]), []
@@ -382,7 +386,7 @@ def test_models_that_do_not_belong_together_are_refused(dense, pruned, many):
 
 
 def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, monkeypatch):
-    from ssmcompress.compression.reconstruct import linear as module
+    from ssmcompress.compression.reconstruct import split_rows as module
 
     def worse(fitted, held_out, weight, groups):
         return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)
@@ -413,6 +417,13 @@ def test_a_folder_keeps_it(rebuilt, many, tmp_path):
 
 def test_corrections_are_counted(pruned, rebuilt):
     added = sum(2 * 16 * correction[0].out_features for correction in rebuilt.corrections.values())
+    # Maps from the update, and the sums and the number of tokens of five segments, then the sums: in the layers, and at
+    # the stages over the tokens before and after.
+    added += sum((16 + 5 * 17 + 16) * correction[0].out_features for correction in rebuilt.class_corrections.values())
+    counts = rebuilt.token_counts()
+    added += 16 * (
+        sum(counts[int(layer) - 1] for layer in rebuilt.class_corrections) + counts[0] + 2 * counts[1] + counts[2]
+    )
     assert 0 < added <= corrections_share(pruned, (1, 2)) * flops(make_vim())["full"] * 1e9
     assert flops_by_part(rebuilt)["corrections"] == added / 1e9
     assert flops(rebuilt)["full"] == pytest.approx(flops(pruned)["full"] + added / 1e9)
@@ -456,6 +467,8 @@ def test_a_damaged_record(rebuilt, tmp_path, value):
 def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
     rebuilt = copy.deepcopy(rebuilt)
     rebuilt.add_record(replace(record_of(rebuilt), name="/home/somebody/images"))
+    assert rebuilt.corrections
+    assert rebuilt.class_corrections
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
     assert b"somebody" not in (tmp_path / "m.onnx").read_bytes()
     for batch in (1, 3):

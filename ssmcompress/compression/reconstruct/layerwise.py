@@ -23,21 +23,31 @@ from ...ops import gather_tokens
 from ...progress import track
 from ...pruning.tokens import Tokens
 from ..margin import margin_gradients
+from .class_corrections import ClassRows, ClassSums, empty_correction
+from .copies import make_copies
 from .linear import LinearSums, full_rank
+from .split_rows import Split
 
 # One in HELD_OUT images is held out.
 HELD_OUT = 5
 # Least weight of a row, relative to the mean weight of the layer's rows: rows that are not read out still decide which
 # tokens are kept later. Values between 1e-4 and 0.5 made no difference (0.3 points).
 LEAST_WEIGHT = 1e-3
+# The fields of `Tokens` that change from layer to layer.
+TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes")
 
 
 class LayerwiseRefit:
     """Runs a dense and a pruned model layer by layer on the same images, and refits the layers of the pruned one.
 
-    The images are processed in chunks, which are identified by their number. `folder` has for each chunk the `weights`
-    of all rows (layers + 1, images, tokens), the `dense` features and the `pruned` (features, positions, pruned sum,
-    sizes) before the current layer, and the dense `targets` of the layer's inner maps at the kept tokens.
+    The images are processed in chunks, which are identified by their number; altered copies of the images to fit on are
+    chunks of their own. `folder` has for each chunk the `weights` of all rows (layers + 1, images, tokens), the `dense`
+    features and the `pruned` tokens before the current layer, the dense `targets` of the layer's inner maps at the kept
+    tokens, and what the fit of its `class` correction needs.
+
+    Args:
+        layers: the layers to refit, from 1. folder: an empty folder for values of chunks.
+        distributed, reference: as for `reconstruct`. copies: number of altered copies of each image.
     """
 
     def __init__(
@@ -48,9 +58,10 @@ class LayerwiseRefit:
         folder: Path,
         distributed: bool,
         reference: TokenModel,
+        copies: int = 0,
     ):
         self.dense, self.pruned, self.layers, self.folder = dense, pruned, layers, folder
-        self.reference = reference
+        self.reference, self.copies = reference, copies
         # The dense model's number of each layer, and of the end.
         numbers = pruned.origin.layers if pruned.origin is not None else range(1, len(pruned.blocks) + 1)
         self.numbers = (*numbers, len(dense.blocks) + 1)
@@ -60,10 +71,14 @@ class LayerwiseRefit:
         for layer in layers:
             if pruned.blocks[layer - 1].refitted and self.counts[layer - 1] < pruned.length:
                 pruned.corrections[str(layer)] = full_rank(pruned, self.old_corrections.get(str(layer)))
+                if pruned.protected is not None and str(layer) not in pruned.class_corrections:
+                    pruned.class_corrections[str(layer)] = empty_correction(pruned)
         self.device = next(pruned.parameters()).device
         self.distributed = distributed
         self.size = dense.chunk_size()
-        self.chunks = self.images = self.held_out = 0
+        self.images = self.rows = self.held_out = 0
+        self.splits: list[Split] = []
+        self.generator = torch.Generator().manual_seed(0)
         self.kl = 0.0
         self.fits: list[Fit] = []
 
@@ -85,18 +100,16 @@ class LayerwiseRefit:
 
     def get_tokens(self, chunk: int) -> Tokens:
         """Read the pruned model's tokens before the current layer."""
-        features, positions, pruned_sum, sizes = self.get("pruned", chunk)
-        fields = {"features": features, "positions": positions, "pruned_sum": pruned_sum, "sizes": sizes}
-        return replace(self.template, **fields, paths=None)
+        return replace(self.template, **dict(zip(TOKENS, self.get("pruned", chunk), strict=True)), paths=None)
 
     def put_tokens(self, chunk: int, tokens: Tokens) -> None:
         """Write the pruned model's tokens before the next layer."""
-        self.put("pruned", chunk, (tokens.features, tokens.positions, tokens.pruned_sum, tokens.sizes))
+        self.put("pruned", chunk, tuple(getattr(tokens, name) for name in TOKENS))
 
-    def held_out_mask(self, chunk: int, count: int) -> Tensor:
-        """Return (count,) whether each image of a chunk is held out; the second image is, so that two are enough."""
-        index = chunk * self.size + torch.arange(count, device=self.device)
-        return index % HELD_OUT == 1
+    @property
+    def chunks(self) -> int:
+        """The number of chunks."""
+        return len(self.splits)
 
     # ------------------------------------------------------------------------------------------------- the passes
 
@@ -106,32 +119,40 @@ class LayerwiseRefit:
         kl = torch.zeros((), dtype=torch.float64, device="cpu")
         for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
             images = images.to(self.device)
-            weights = margin_gradients(self.dense, images).cpu()
-            self.totals += weights.sum((1, 2), dtype=torch.float64)
-            held = self.held_out_mask(self.chunks, len(images))
+            # The second image is held out, so that two are enough.
+            held = (self.images + torch.arange(len(images), device=self.device)) % HELD_OUT == 1
             if held.any():
                 kl += kl_divergence(self.dense(images[held]).cpu(), self.pruned(images[held]).cpu())
-            full, kept = self.dense.embed(images), _set_pool(self.pruned.embed(images), self.pruned.pools)
-            self.template = replace(kept, features=kept.features[:1])
-            for layer in range(1, self.numbers[self.layers[0] - 1]):
-                full, _ = self.dense.step(layer, full)
-            for layer in range(1, self.layers[0]):
-                kept, _ = self.pruned.step(layer, kept)
-            self.put("weights", self.chunks, weights)
-            self.put("dense", self.chunks, full.features)
-            self.put_tokens(self.chunks, kept)
-            self.chunks += 1
             self.images += len(images)
             self.held_out += int(held.sum())
-        counts = torch.tensor([self.images, self.held_out], device="cpu")
+            self.add_chunk(images, Split(held))
+            for _ in range(0 if held.all() else self.copies):
+                self.add_chunk(make_copies(images[~held], self.generator), Split(held[~held], copies=True))
+        counts = torch.tensor([self.images, self.rows, self.held_out], device="cpu")
         self.all_reduce_sum(self.totals, kl, counts)
-        self.images, self.held_out = counts.tolist()
+        self.images, self.rows, self.held_out = counts.tolist()
         if not self.held_out:
             raise InputError(
                 f"{self.images} different images: reconstruction needs at least 2, one to fit and one to check on "
                 f"(or leave it out, `reconstruct=False`)"
             )
         return float(kl) / self.held_out
+
+    def add_chunk(self, images: Tensor, split: Split) -> None:
+        """Run both models on images up to the first layer to be refitted, and write what they have there."""
+        chunk, weights = self.chunks, margin_gradients(self.dense, images).cpu()
+        self.totals += weights.sum((1, 2), dtype=torch.float64)
+        full, kept = self.dense.embed(images), _set_pool(self.pruned.embed(images), self.pruned.pools)
+        self.template = replace(kept, features=kept.features[:1])
+        for layer in range(1, self.numbers[self.layers[0] - 1]):
+            full, _ = self.dense.step(layer, full)
+        for layer in range(1, self.layers[0]):
+            kept, _ = self.pruned.step(layer, kept)
+        self.put("weights", chunk, weights)
+        self.put("dense", chunk, full.features)
+        self.put_tokens(chunk, kept)
+        self.rows += len(images)
+        self.splits.append(split)
 
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
@@ -194,14 +215,14 @@ class LayerwiseRefit:
     def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
         """Refit maps of a layer that do not feed each other to their outputs in the dense model."""
         block = self.pruned.blocks[layer - 1]
-        sums = {name: LinearSums(block.get_submodule(name), self.device) for name in names}
+        sums = {name: LinearSums(block.get_submodule(name), self.device, self.copies > 0) for name in names}
         for k in range(self.chunks):
             tokens, targets = self.get_tokens(k), self.get("targets", k)
             with _record(block, names) as records:
                 block(tokens)
             weights = self.row_weights(k, self.numbers[layer - 1] - 1).gather(1, tokens.explicit_positions())
             for name, rows in sums.items():
-                rows.add(records[name][0], targets[name], weights, self.held_out_mask(k, len(weights)))
+                rows.add(records[name][0], targets[name], weights, self.splits[k])
             yield
         for rows in sums.values():
             self.fits.append(self.solve(rows))
@@ -210,16 +231,20 @@ class LayerwiseRefit:
         """Refit a layer's projection, and its correction, to the dense features after it."""
         block, corrections = self.pruned.blocks[layer - 1], self.pruned.corrections
         correction = corrections[str(layer)] if str(layer) in corrections else None
-        sums = LinearSums(block.get_submodule(name), self.device, correction, block.residual_scale)
+        has_class = str(layer) in self.pruned.class_corrections
+        scale = block.residual_scale
+        sums = LinearSums(block.get_submodule(name), self.device, self.copies > 0, correction, scale)
         for k in range(self.chunks):
             tokens = self.get_tokens(k)
             with _record(block, [name]) as records:
                 block(tokens)
-            positions = tokens.explicit_positions()
-            targets = (gather_tokens(self.get("dense", k), positions) - tokens.features) / block.residual_scale
-            weights = self.row_weights(k, self.numbers[layer] - 1).gather(1, positions)
+            inputs, dense, positions = records[name][0], self.get("dense", k), tokens.explicit_positions()
+            targets, weights = gather_tokens(dense, positions), self.row_weights(k, self.numbers[layer] - 1)
+            targets = (targets - tokens.features) / scale
             pruned_mean = None if correction is None else tokens.pruned_mean()
-            sums.add(records[name][0], targets, weights, self.held_out_mask(k, len(weights)), pruned_mean)
+            sums.add(inputs, targets, weights.gather(1, positions), self.splits[k], pruned_mean)
+            if has_class:
+                self.put("class", k, tuple(ClassRows.read(self.pruned, tokens, inputs, dense, weights)))
             yield
         self.fits.append(self.solve(sums))
         if correction is None:
@@ -227,6 +252,24 @@ class LayerwiseRefit:
         del corrections[str(layer)]
         if (correction := sums.new_correction or self.old_corrections.get(str(layer))) is not None:
             corrections[str(layer)] = correction
+        if has_class:
+            self.refit_class(layer, name)
+
+    def refit_class(self, layer: int, name: str) -> None:
+        """Fit the class token's own correction after a layer whose projection `name` has just been refitted."""
+        block, key = self.pruned.blocks[layer - 1], str(layer)
+        correction = self.pruned.corrections[key] if key in self.pruned.corrections else None
+        sums = ClassSums(self.pruned, self.device, self.copies > 0)
+        for k in range(self.chunks):
+            rows = ClassRows(*self.get("class", k))
+            sums.add(rows, block.get_submodule(name), block.residual_scale, correction, self.splits[k])
+        self.all_reduce_sum(*sums.rows.sums())
+        result, class_correction = sums.refit()
+        del self.pruned.class_corrections[key]
+        if class_correction is not None:
+            self.pruned.class_corrections[key] = class_correction
+        label = f"{_find_name(self.pruned, block)}.class_correction"
+        self.fits.append(Fit(label, result.ridges, result.before, result.after))
 
     def refit_classifier(self) -> Iterator[None]:
         """Refit the classifier to the dense logits.
@@ -238,14 +281,14 @@ class LayerwiseRefit:
         name = _find_name(self.pruned, classifier)
         choose = self.pruned.pools and bool(self.pruned.plan.stages) and (alignment.conv or alignment.scan)
         choices = (False, True) if choose else (alignment.pool,)
-        sums = {pool: LinearSums(classifier, self.device) for pool in choices}
+        sums = {pool: LinearSums(classifier, self.device, self.copies > 0) for pool in choices}
         for k in range(self.chunks):
             logits, tokens = self.dense_logits(k), self.get_tokens(k)
-            ones, held = torch.ones_like(logits[:, 0]), self.held_out_mask(k, len(logits))
+            ones = torch.ones_like(logits[:, 0])
             for pool, rows in sums.items():
                 with _record(self.pruned, [name]) as records:
                     self.pruned.readout(_set_pool(tokens, pool))
-                rows.add(records[name][0], logits, ones, held)
+                rows.add(records[name][0], logits, ones, self.splits[k])
             yield
         old, candidates = copy.deepcopy(classifier.state_dict()), []
         for pool, rows in sums.items():
@@ -258,8 +301,7 @@ class LayerwiseRefit:
         classifier = self.pruned.classifier
         kl = torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
         for k in range(self.chunks):
-            logits, tokens = self.dense_logits(k), self.get_tokens(k)
-            held = self.held_out_mask(k, len(logits))
+            logits, tokens, held = self.dense_logits(k), self.get_tokens(k), self.splits[k].held
             for choice, (_, pool, weights) in enumerate(candidates):
                 classifier.load_state_dict(weights)
                 outputs = self.pruned.readout(_set_pool(tokens, pool))
@@ -285,14 +327,13 @@ class LayerwiseRefit:
 
     def row_weights(self, chunk: int, layer: int) -> Tensor:
         """Return the weights (images, tokens) of the rows after `layer`, relative to the layer's mean."""
-        mean = float(self.totals[layer]) / (self.images * self.dense.length)
+        mean = float(self.totals[layer]) / (self.rows * self.dense.length)
         weights = self.get("weights", chunk)[layer]
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
     def solve(self, sums: LinearSums) -> Fit:
         """Refit a linear layer by its sums over all processes, in place, and return the record."""
-        for rows in (sums.fitted, sums.held_out):
-            self.all_reduce_sum(rows.gram, rows.cross, rows.power)
+        self.all_reduce_sum(*sums.rows.sums())
         result = sums.refit()
         return Fit(_find_name(self.pruned, sums.linear), result.ridges, result.before, result.after)
 

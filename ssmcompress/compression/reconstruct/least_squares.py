@@ -51,6 +51,9 @@ class Rows:
         self.cross += weighted.T @ t
         self.power += (w[:, None] * t.square()).sum()
 
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.gram + other.gram, self.cross + other.cross, self.power + other.power)
+
     def error(self, weight: Tensor) -> float:
         """Return the sum of w |weight x - t|^2 for a weight (outputs, inputs)."""
         W = weight.T
@@ -83,7 +86,9 @@ def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
     Returns:
         (outputs, inputs).
     """
-    return weight + torch.linalg.solve(rows.gram + penalty.diag(), rows.cross - rows.gram @ weight.T).T
+    matrix, target = rows.gram + penalty.diag(), rows.cross - rows.gram @ weight.T
+    factor, failed = torch.linalg.cholesky_ex(matrix)  # twice as fast as a solver for any matrix
+    return weight + (torch.linalg.solve(matrix, target) if failed else torch.cholesky_solve(target, factor)).T
 
 
 def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | None = None) -> Refit:
@@ -121,23 +126,27 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
     return best
 
 
-def reduce_rank(full: Refit, fitted: Rows, held_out: Rows, columns: int) -> tuple[Refit, Tensor, Tensor]:
-    """Replace the last columns of a refit's weight by the product of two low-rank factors.
+def reduce_rank(
+    full: Refit, fitted: Rows, held_out: Rows, columns: int, base: Tensor | None = None
+) -> tuple[Refit, Tensor, Tensor]:
+    """Replace the last columns of a refit's weight by the product of two low-rank factors, added to `base` if given.
 
-    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, at most half the columns,
-    because more would cost more than the whole matrix. The factors span the principal directions of what the columns
-    add to the outputs.
+    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, at most half the columns or
+    half the outputs, because more would cost about as much as the whole matrix. The factors span the principal
+    directions of what the columns add to the outputs.
 
     Returns:
         The refit with the product in its weight, then the factors, (outputs, rank) and (rank, columns).
     """
     part, gram = full.weight[:, -columns:], fitted.gram[-columns:, -columns:]
+    base = torch.zeros_like(part) if base is None else base
+    part = part - base
     directions = torch.linalg.eigh(part @ gram @ part.T).eigenvectors.flip(1)
-    rank, most = 1, max(1, columns // 2)
+    rank, most = 1, max(1, min(part.shape) // 2)
     while True:
         outwards = directions[:, :rank]
         inwards = outwards.T @ part
-        weight = torch.cat([full.weight[:, :-columns], outwards @ inwards], dim=1)
+        weight = torch.cat([full.weight[:, :-columns], base + outwards @ inwards], dim=1)
         after = held_out.error(weight) / float(held_out.power)
         if rank == most or full.before - after >= KEPT_GAIN * (full.before - full.after):
             return replace(full, weight=weight, after=after), outwards, inwards

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,11 +32,11 @@ class ChannelChains:
 
     Attributes:
         layers: a chain for each layer.
-        batches: the images, read; `images`: their number.
+        batches: the images, read, or their digests; `images`: their number.
     """
 
     layers: tuple[ChannelChain, ...]
-    batches: AnyBatches
+    batches: AnyBatches | np.ndarray
     images: int
 
     def cost(self, layer: int, e: int) -> float:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,11 +66,11 @@ class StateChains:
 
     Attributes:
         layers: for each layer a chain for each of its sets of scan parameters.
-        batches: the images, read; `images`: their number.
+        batches: the images, read, or their digests; `images`: their number.
     """
 
     layers: tuple[tuple[StateChain, ...], ...]
-    batches: AnyBatches
+    batches: AnyBatches | np.ndarray
     images: int
 
     def loss(self, layer: int, n: int) -> float:

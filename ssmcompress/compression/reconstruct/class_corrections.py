@@ -1,0 +1,103 @@
+"""The fit of the class token's own corrections, see `ssmcompress.models.class_corrections`.
+
+The map of a layer is fitted after its projection, on one row an image: what the class token's features still miss of
+the dense model's. Its inputs need no further pass over the images: the update that the refitted projection makes
+follows from what the projection receives, which the pass before has recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...models.base import TokenModel
+from ...models.class_corrections import ClassCorrection, choose_segments
+from ...ops import gather_tokens
+from ...pruning.tokens import Tokens
+from .least_squares import Refit, reduce_rank
+from .split_rows import Split, SplitRows
+
+
+class ClassRows(NamedTuple):
+    """What is recorded of the class token of each image of a chunk, before the projection of a layer is refitted.
+
+    Attributes:
+        inputs: (images, n), what the projection receives. summary: (images, segments * (d_model + 1)).
+        pruned_mean: (images, d_model). wanted: (images, d_model), the update that leads to the dense features.
+        weights: (images,).
+    """
+
+    inputs: Tensor
+    summary: Tensor
+    pruned_mean: Tensor
+    wanted: Tensor
+    weights: Tensor
+
+    @classmethod
+    def read(cls, model: TokenModel, tokens: Tokens, inputs: Tensor, dense: Tensor, weights: Tensor) -> ClassRows:
+        """Record the rows.
+
+        Args:
+            tokens: the pruned model's tokens before the layer. inputs: (images, kept, n), what its projection receives.
+            dense: (images, tokens, d_model), the dense features after the layer. weights: (images, tokens).
+        """
+        protected = model.protected
+        return cls(
+            gather_tokens(inputs, tokens.protected_index()[:, None])[:, 0],
+            tokens.summarise(model.memory, choose_segments(model.length, model.d_model)),
+            tokens.pruned_mean(),
+            dense[:, protected] - tokens.protected_features(),
+            weights[:, protected],
+        )
+
+
+class ClassSums:
+    """Sums over the rows of a layer's class token, and the correction that they determine.
+
+    Args:
+        copies: whether there are rows of altered copies.
+    """
+
+    def __init__(self, model: TokenModel, device: torch.device, copies: bool):
+        self.width, self.segments, self.device = model.d_model, choose_segments(model.length, model.d_model), device
+        self.groups = [self.width, self.segments * (self.width + 1)]
+        self.rows = SplitRows(sum(self.groups), self.width, device, copies)
+
+    def add(self, rows: ClassRows, projection: nn.Linear, scale: float, correction: nn.Module | None, split: Split):
+        """Add the rows of a chunk.
+
+        Args:
+            projection: the refitted projection. scale: its factor. correction: the new correction of all tokens.
+        """
+        update = scale * projection(rows.inputs)
+        if correction is not None:
+            update = update + correction(rows.pruned_mean)
+        inputs = torch.cat([update.to(rows.summary.dtype), rows.summary], dim=1)
+        self.rows.add(inputs, rows.wanted, rows.weights, split)
+
+    def refit(self) -> tuple[Refit, ClassCorrection | None]:
+        """Return the fit and the correction, or None if none helps on the images held out."""
+        # The map from the same inputs to the update that is wanted; without a correction that is the update itself.
+        old = torch.eye(self.width, sum(self.groups)).to(self.rows.fitted.gram)
+        result, fitted = self.rows.refit(old, self.groups)
+        if not result.ridges:
+            return result, None
+        reduced, outwards, inwards = reduce_rank(result, fitted, self.rows.held_out, sum(self.groups), old)
+        if reduced.after >= result.before:  # the rank is too low for any gain
+            return replace(result, ridges=(), after=result.before), None
+        correction = ClassCorrection(self.width, self.segments, len(inwards), self.device)
+        correction[0].weight.copy_(inwards)
+        correction[1].weight.copy_(outwards)
+        return reduced, correction
+
+
+def empty_correction(model: TokenModel) -> ClassCorrection:
+    """Return a correction of nothing; with it in place, tokens carry what the fit of a layer needs."""
+    segments, device = choose_segments(model.length, model.d_model), model.classifier.weight.device
+    correction = ClassCorrection(model.d_model, segments, 1, device)
+    for linear in correction:
+        nn.init.zeros_(linear.weight)
+    return correction

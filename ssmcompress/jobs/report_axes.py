@@ -1,0 +1,167 @@
+"""Axes in a report for people: what was trimmed, what each axis of a search costs alone, and what was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+AXES_FILE = "axes.png"
+# Layers and directions that a short table lists; there are three for each layer of a Vim.
+FEW_LAYERS = 6
+Report = Mapping[str, Any]
+Rows = list[tuple[str, list[str]]]
+
+
+def format_trims(trims: Mapping[str, Any]) -> str:
+    """What was trimmed in words: "3 of 8 states, 96 of 128 channels, without layer 4"; "" for nothing.
+
+    Args:
+        trims: from `describe_trims`; without `dense`, the sizes of the dense model are left out.
+    """
+    dense, parts = trims.get("dense") or {}, []
+    for axis in ("states", "channels"):
+        if (kept := trims.get(axis)) is not None:
+            of = f" of {_range(dense[axis])}" if axis in dense else ""
+            by_layer = f" ({', '.join(f'{n:d}' for n in kept)} by layer)" if _differ(kept) else ""
+            parts.append(f"{_range(kept)}{of} {axis}{by_layer}")
+    if layers := trims.get("layers"):
+        of = f" of {dense['layers']:d}" if "layers" in dense else ""
+        parts.append(f"without layer{'s' if len(layers) > 1 else ''} {', '.join(f'{n:d}' for n in layers)}{of}")
+    parts += [
+        f"layer {layer} without scan direction{'s' if len(paths) > 1 else ''} {', '.join(f'{n:d}' for n in paths)}"
+        for layer, paths in (trims.get("directions") or {}).items()
+    ]
+    return ", ".join(parts)
+
+
+def list_trim_notes(report: Report) -> list[str]:
+    """What was trimmed and on which images, as sentences; none where nothing was."""
+    trims = report.get("trims") or {}
+    if not (what := format_trims(trims)):
+        return [] if report["stages"] else ["nothing was dropped or trimmed: the model runs as it is"]
+    lines = [f"trimmed: {what}"]
+    fitted = trims.get("fitted_on") or {}
+    by_name: dict[str, dict[str, int]] = {}
+    for axis, images in fitted.items():
+        by_name.setdefault(str(images["name"]), {})[axis] = images["images"]
+    for name, counts in by_name.items():
+        lines.append(f"{', '.join(f'{axis} on {count:d}' for axis, count in counts.items())} images of {name}")
+    return lines
+
+
+def has_axes(report: Report) -> bool:
+    """Whether the search of a report measured axes."""
+    return bool((report.get("search") or {}).get("axes"))
+
+
+def format_axes(report: Report, whole: bool = True) -> tuple[list[str], Rows]:
+    """What each axis leaves and loses alone, a table: (header, rows); no rows where it was not measured.
+
+    States, channels and tokens are listed from the most kept to the fewest, layers from the least loss for what it
+    saves.
+
+    Args:
+        whole: list all layers and directions, not only the first FEW_LAYERS.
+    """
+    header = ["each axis alone", "FLOPs left", "loss, nats"]
+    if not has_axes(report):
+        return header, []
+    dense = (report.get("trims") or {}).get("dense") or {}
+    axes: dict[str, list[Mapping[str, Any]]] = {}
+    for option in report["search"]["axes"]:
+        axes.setdefault(str(option["axis"]), []).append(option)
+    rows: Rows = []
+    for axis, options in axes.items():
+        options = sorted(options, key=_cost_of_layer if axis == "layers" else lambda option: -option["flops"])
+        shown = options if whole or axis != "layers" else options[:FEW_LAYERS]
+        rows += [(_name_option(option, dense), [_percent(option["flops"]), _nats(option["loss"])]) for option in shown]
+        if len(shown) < len(options):
+            rows.append((f"layers: {len(options) - len(shown)} others lose more", ["", ""]))
+    return header, rows
+
+
+def format_tried(report: Report) -> tuple[list[str], Rows]:
+    """The combinations that a search ran, the chosen one first, a table; no rows for a search over tokens alone."""
+    header = ["combinations run", "FLOPs left", "loss, nats", "expected"]
+    tried = report["search"]["tried"] if has_axes(report) else []
+    rows = [
+        (_name_combination(run), [_percent(run["flops"]), _nats(run["loss"]), _nats(run["expected"])]) for run in tried
+    ]
+    return header, [
+        (f"{name} (chosen)", cells) if number == 0 else (name, cells) for number, (name, cells) in enumerate(rows)
+    ]
+
+
+def list_search_notes(report: Report) -> list[str]:
+    """What a search over axes was asked for, and what it found, as sentences."""
+    if not has_axes(report):
+        return []
+    search = report["search"]
+    asked, data, axes = search["asked"], search["data"], dict.fromkeys(option["axis"] for option in search["axes"])
+    found = f"{_percent(search['flops'])} of the FLOPs at a loss of {_nats(search['loss'])} nats"
+    about = f"searched over {', '.join(axes)} on {data['images']} images of {data['name']}"
+    if asked.get("max_drop") is not None and (drop := search.get("drop")):
+        what = "points of top-1" if drop["labels"] else "% of the dense model's classes"
+        wish = f"at most {asked['max_drop']:g} {what} lost; {drop['points']:.2f} lost on {drop['images']} images"
+    elif asked.get("latency") is not None:
+        wish = f"at most {_percent(asked['latency'])} of the latency; {_percent(search['latency'])} before repair"
+    elif asked.get("flops") is not None:
+        wish = f"at most {_percent(asked['flops'])} of the FLOPs, of which {_percent(search['reachable']['flops'])} "
+        wish += "can be reached"
+    else:
+        return [f"{about}: {found}"]
+    return [f"{about}: {found}", f"asked for {wish}"]
+
+
+def _name_option(option: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """The name of one way to trim one axis."""
+    axis = str(option["axis"])
+    if axis == "tokens":
+        return f"tokens: {_name_stages(option['stages'])}"
+    trims = option["trims"]
+    if axis in ("states", "channels"):
+        return f"{axis}: {_range(trims[axis])}" + (f" of {_range(dense[axis])}" if axis in dense else "")
+    if trims.get("layers"):
+        return f"layers: without {', '.join(f'{n:d}' for n in trims['layers'])}"
+    return f"layers: {format_trims(trims).removeprefix('layer ')}"
+
+
+def _name_combination(run: Mapping[str, Any]) -> str:
+    """The name of a combination that was run."""
+    parts = [format_trims(run["trims"])]
+    parts += [f"tokens {_name_stages(run['stages'])}"] if run["stages"] else []
+    return ", ".join(part for part in parts if part) or "nothing trimmed"
+
+
+def _name_stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The share of the tokens that is left after each of several layers."""
+    left, shares = 1.0, []
+    for stage in stages:
+        left *= 1 - stage["ratio"]
+        shares.append(f"{100 * left:.0f}")
+    layers = ", ".join(f"{stage['after']:d}" for stage in stages)
+    return f"{', '.join(shares)} % after layer{'s' if len(stages) > 1 else ''} {layers}"
+
+
+def _cost_of_layer(option: Mapping[str, Any]) -> float:
+    """The loss of an option for what it saves."""
+    return max(0.0, option["loss"]) / max(1 - option["flops"], 1e-9)
+
+
+def _differ(counts: int | Sequence[int]) -> bool:
+    return not isinstance(counts, int) and len(set(counts)) > 1
+
+
+def _range(counts: int | Sequence[int]) -> str:
+    """One number for all layers, or the least and the most of them."""
+    values = [counts] if isinstance(counts, int) else counts
+    least, most = min(values), max(values)
+    return f"{least:d}" if least == most else f"{least:d} to {most:d}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _nats(loss: float) -> str:
+    return f"{loss:.5f}"

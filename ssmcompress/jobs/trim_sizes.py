@@ -1,0 +1,44 @@
+"""The sizes of a model in reports: those of its layers, and what was trimmed off those of the dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..compression.trim.trims import Trims, find_trims
+from ..models.base import TokenModel
+from ..models.sizes import LayeredConfig, compact
+
+
+def describe_trims(model: TokenModel, trims: Trims | None = None) -> dict[str, Any]:
+    """Describe what was trimmed off a model, a JSON object that is itself read as `Trims`.
+
+    Args:
+        trims: what was trimmed; None: what the records of its steps say.
+
+    Returns:
+        `states`, `channels`, `layers` and `directions` as `Trims.to_dict` has them; `dense`, the sizes of the dense
+        model; where states or channels were trimmed, `fitted_on`, by axis the `name` and number of `images` used.
+    """
+    trims = find_trims(model.steps) if trims is None else trims
+    records = {axis: model.find_record(axis) for axis in ("states", "channels")}
+    fitted = {a: {key: r.values[key] for key in ("name", "images")} for a, r in records.items() if r is not None}
+    value = {
+        **trims.to_dict(),
+        "dense": describe_sizes(model.origin.config if model.origin is not None else model.config),
+    }
+    return {**value, "fitted_on": fitted} if fitted else value
+
+
+def describe_sizes(config: LayeredConfig) -> dict[str, Any]:
+    """Return `states`, `channels` and `directions` of a layer, lists where layers differ, and the number of `layers`."""
+    sizes = config.layers
+    counts = {
+        "states": [size.d_state for size in sizes],
+        "channels": [size.d_inner for size in sizes],
+        "directions": [len(size.directions) for size in sizes],
+    }
+    return {**{name: _to_json(compact(values)) for name, values in counts.items()}, "layers": len(sizes)}
+
+
+def _to_json(value: int | tuple[int, ...]) -> int | list[int]:
+    return list(value) if isinstance(value, tuple) else value
