@@ -21,7 +21,7 @@ from .progress import note
 # that steps added, under `onnx` the file that was exported into it.
 OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "sensitivity.json",
-    "last.safetensors", "finetuning.png",
+    "last.safetensors", "finetuning.png", "axes.png",
 }  # fmt: skip
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB

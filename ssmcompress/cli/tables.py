@@ -92,7 +92,7 @@ def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> li
 
 
 def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) -> None:
-    """Print a report; with `verbose` also what each refitted map misses."""
+    """Print a report; with `verbose` also what each refitted map misses, and all layers in the table of the axes."""
     from ..jobs import report_text
 
     if as_json:
@@ -105,6 +105,17 @@ def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) ->
     if fits and verbose:
         print("\nwhat each refitted map misses of its target on held-out images, before -> after")
         show_table(["", *maps], fits)
+    _show_axes(report, verbose)
+
+
+def _show_axes(report: dict[str, Any], verbose: bool = False) -> None:
+    """Print what each axis costs alone, and the combinations that a search ran, if there was one over axes."""
+    from ..jobs import report_axes
+
+    for header, rows in (report_axes.format_axes(report, whole=verbose), report_axes.format_tried(report)):
+        if rows:
+            print()
+            show_table(header, rows)
 
 
 def show_preview(value: dict[str, Any], as_json: bool) -> None:
@@ -112,11 +123,16 @@ def show_preview(value: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(value)
         return
+    from ..jobs.report_axes import format_trims
+
+    if trimmed := format_trims(value.get("trims") or {}):
+        write(f"  trimmed: {trimmed}")
     for stage in value["stages"]:
         write(f"  after layer {stage['after']}: {stage['kept']} of {stage['of']} tokens, {stage['importance']}")
     for convention in ("full", "paper"):
         dense, pruned = (value[name]["flops"][convention] for name in ("dense", "pruned"))
         write(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
+    _show_axes(value)
 
 
 def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
@@ -275,6 +291,14 @@ def show_inspection(value: dict[str, Any]) -> None:
     origin = f"written by {value['writer']}" if value["writer"] else "nothing in the file says what wrote it"
     write(f"{value['task']}; {origin}" + (f"; named by {value['named']}" if value["named"] else ""))
     write(f"commands that take it: {', '.join(value['commands'])}")
+    from ..jobs.report_axes import format_trims
+    from ..jobs.report_text import describe_flops_as_run
+
+    if trimmed := format_trims(value["trims"]):
+        write(f"trimmed: {trimmed}")
+    if differing := {name: counts for name, counts in value["sizes"].items() if isinstance(counts, list)}:
+        header = ["layer", *map(str, range(1, value["sizes"]["layers"] + 1))]
+        show_table(header, [(name, [str(count) for count in counts]) for name, counts in differing.items()])
     full, paper = flops["by_part"], flops["by_part_paper"]
     lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
     lines.append(("total", [f"{flops[convention]:.4g}" for convention in ("full", "paper")]))
@@ -284,6 +308,11 @@ def show_inspection(value: dict[str, Any]) -> None:
             f"  pruning after {','.join(map(str, span['stages']))} leaves {span['min_percent']:.1f}% "
             f"to 100% of the full FLOPs"
         )
+    if not math.isclose(flops["full"], flops["as_run"]):
+        write(f"  {describe_flops_as_run(flops['full'], flops['as_run'], 'the model')}")
+    if span["axes"]:
+        ranges = ", ".join(f"{axis} {percent:.1f}%" for axis, percent in span["axes"].items())
+        write(f"  a search leaves at least, of the full FLOPs: {ranges}")
 
 
 def show_evaluation(value: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from ..compression.trim.trims import Trims
 from ..data.batches import LabelledBatch
 from ..data.content import different
 from ..errors import BudgetError, InputError
-from ..evaluation.flops import corrections_share, flops, flops_of, remaining_share, smallest_share
+from ..evaluation.flops import corrections_share, flops, flops_as_run, flops_of, remaining_share, smallest_share
 from ..evaluation.latency import latency
 from ..models.base import TokenModel
 from ..models.rewrite import prune
@@ -291,7 +291,7 @@ class AxesSearch:
             model = self.compress(trimmed, combination.trims, stages)
             logits = run(model, self.trial.images)
             loss = measure_loss(logits, self.dense(), self.trial.labels)
-            share = flops(model)["full"] / flops(self.model)["full"]
+            share = flops_as_run(model)["full"] / flops(self.model)["full"]
             self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
         return self.tried[key] if self.tried[key].flops <= budget else None
 

@@ -1,27 +1,29 @@
 """Methods next to each other on one model and its images: every row runs the same code with another list of steps.
 
 A row is the plan of a method (`ssmcompress.jobs.methods`), carried out by the steps of the method and measured against
-the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens allow.
+the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens, states, channels,
+layers or patches allow. All shares are of the FLOPs of the dense model as published, at its own image size.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import processes
 from ..compression.calibrate import gap_deltas
 from ..compression.saliency import fit_probes
-from ..data.signature import compare_signatures, sign_images
-from ..errors import InputError
+from ..compression.smaller_image import resize_batches
+from ..compression.trim.trims import find_trims
+from ..data.batches import Batches
+from ..data.signature import sign_images
+from ..errors import BudgetError, InputError
 from ..evaluation.flops import flops
 from ..evaluation.latency import latency_settings, time_models
 from ..evaluation.measure import Evaluation, Logits, autocast, compute_logits, measure
@@ -34,11 +36,14 @@ from ..models.learnt import count_common
 from ..models.saved import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
+from .compare_axes import AxisModels
+from .compare_rows import check_row, describe_differences, select_measured, to_csv
 from .doubts import Subject, doubt_accuracy
 from .images import CalibrationImages, choose_images
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
 from .pictures import draw_pareto
 from .pipeline import Context, run_steps
+from .prune import mark_unchanged
 from .report_text import describe_overlap
 from .requests import CompareRequest
 from .search import SearchRequest, search_plan
@@ -77,8 +82,11 @@ def compare_methods(
     ratios = request.ratios
     if request.flops is not None:
         ratios = tuple(ratio_for_flops(model, request.stages, share) for share in request.flops)
+    levels = make_levels(model, request.stages, ratios)
+    if request.flops is not None:
+        levels = [replace(level, asked=share) for level, share in zip(levels, request.flops, strict=True)]
     comparison = Comparison(model, Path(folder), request, command, force, images)
-    return comparison.run(make_levels(model, request.stages, ratios), methods)
+    return comparison.run(levels, methods)
 
 
 class Comparison:
@@ -124,6 +132,8 @@ class Comparison:
         self._image: Tensor | None = None
         self._deltas: tuple[Tensor, ...] | None = None
         self._probes: tuple[Tensor, ...] | None = None
+        sensitivity = folder / "sensitivity-axes.json"
+        self._axes = AxisModels(model, self.images, request.data, self.settings["gap"], sensitivity)
 
     def _read_rows(self, force: bool) -> list[dict[str, Any]]:
         """Read the rows that an earlier run of the same comparison left."""
@@ -135,9 +145,9 @@ class Comparison:
         try:
             value = json.loads(read_text(file))
             settings, rows = dict(value["settings"]), value["rows"]
-            differences = [] if force else _describe_differences(settings, self.settings)
+            differences = [] if force else describe_differences(settings, self.settings)
             for row in rows:
-                _check_row(row)
+                check_row(row)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
         if force:
@@ -170,10 +180,10 @@ class Comparison:
         row: dict[str, Any] = {"method": method.name if method else "dense", "ratio": level.ratio}
         try:
             model = self.build(method, level) if method else self.model
-        except InputError as error:  # this method cannot do that; the others can
+        except (InputError, BudgetError) as error:  # this method cannot do that; the others can
             return {**row, "images": None, "failed": str(error)}
         result, times, cost = self.evaluate(model), self.time(model), flops(model)
-        return row | {
+        row |= {
             "images": result.images,
             "top1": result.top1,
             "agreement": result.agreement if method else None,
@@ -187,12 +197,21 @@ class Comparison:
             "stages": [stage.to_dict() for stage in model.plan.stages] if model.plan else [],
             "seconds": round(time.perf_counter() - begin, 2),
         }
+        if trims := find_trims(model.steps).to_dict():
+            row["trims"] = trims
+        if not self._has_dense_size(model):
+            row["image_size"] = list(model.config.image_size)
+        return row
 
     def build(self, method: Method, level: Level) -> TokenModel:
         """The model of a row."""
+        if method.axis is not None:
+            return self._axes.build(method.axis, level.budget)
         plan = self.plan(method, level)
         if method.reconstructed and self.calibration.source.stand_in:
             raise InputError("reconstruction needs images of your own")
+        if not plan.stages:  # the model as it is run is within the budget of a search
+            return mark_unchanged(self.model)
         plan = replace(plan, calibration=self.calibrate(plan))
         context = Context(self.model, self.calibration, seed=self.data.seed)
         *_, model = run_steps(method.steps(plan), context, keep=()).values()
@@ -228,7 +247,20 @@ class Comparison:
     def evaluate(self, model: TokenModel) -> Evaluation:
         if self._dense is None:
             self._dense = compute_logits(self.model, self.measured, self.options.torch_dtype)
-        return measure({"dense": self._dense, "row": model}, self.measured, dtype=self.options.torch_dtype)["row"]
+        dense = self._dense if self._has_dense_size(model) else _InOrder(self._dense.values, self._dense.samples)
+        models, images = {"dense": dense, "row": model}, self._images_for(model)
+        result = measure(models, images, dtype=self.options.torch_dtype)["row"]
+        if result.images != len(dense.values):
+            raise InputError("the images cannot be read a second time")
+        return result
+
+    def _has_dense_size(self, model: TokenModel) -> bool:
+        """Return whether a model takes images of the dense model's size."""
+        return model.config.image_size == self.model.config.image_size
+
+    def _images_for(self, model: TokenModel) -> Batches:
+        """Return the images to measure on at the size that a model takes."""
+        return self.measured if self._has_dense_size(model) else resize_batches(self.measured, self.model, model)
 
     def time(self, model: TokenModel) -> Timings | None:
         """Time the dense model and this one at batch 1, interleaved."""
@@ -236,8 +268,12 @@ class Comparison:
             return None
         if self._image is None:
             self._image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
+        run = model
+        if not self._has_dense_size(model):
+            image = next(iter(self._images_for(model))).images[:1].to(self._image.device)
+            run = _WithImage(model, image)
         with autocast(self._image.device, self.options.torch_dtype):
-            times = time_models({"dense": self.model, "row": model}, self._image)
+            times = time_models({"dense": self.model, "row": run}, self._image)
         if times.load is not None:
             self._load = max(times.load, self._load or 0.0)
         return times
@@ -282,69 +318,20 @@ class Comparison:
             write_file(self.folder / name, content, force=True)
 
 
-# What a comparison is bound to by value, and what messages call another one.
-SETTINGS = {
-    "weights": "other weights",
-    "image_size": "another image size",
-    "preprocessing": "other preprocessing",
-    "stages": "other stages",
-    "gap": "another gap source",
-    "seed": "another seed",
-    "dtype": "another dtype",
-}
+@dataclass(frozen=True)
+class _InOrder(Logits):
+    """Logits of images that come in the same order at another size, by which they cannot be recognised."""
+
+    def of(self, images: Tensor, start: int) -> Tensor:
+        return self.values[start : start + len(images)]
 
 
-def _describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How the settings of two comparisons differ, in words; of images the content counts, not the name."""
-    unknown = [key.replace("_", " ") for key in SETTINGS if key not in then]
-    found = [f"an older version of ssmcompress, which did not record {', '.join(unknown)}"] if unknown else []
-    changed = [key for key in SETTINGS if key in then and then[key] != now[key]]
-    if "weights" in changed and {"image_size", "preprocessing"} & {*changed}:
-        changed.remove("weights")  # the fingerprint is of these, too
-    found += [SETTINGS[key] for key in changed]
-    if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
-        found.append(f"latency on {old['device']} with {old['threads']} threads")
-    recorded = then.get("content") or {}
-    for key, use in (("calibration", "calibrate"), ("data", "measure")):
-        if difference := compare_signatures(recorded.get(key, {}), now["content"][key]):
-            found.append(f"other images to {use} on ({difference})")
-    return found
+class _WithImage(nn.Module):
+    """A model that is run on an image of its own size, whatever image it is called with."""
 
+    def __init__(self, model: nn.Module, image: Tensor):
+        super().__init__()
+        self.model, self.image = model, image
 
-def _check_row(row: dict[str, Any]) -> None:
-    """Check a row that was read from a file.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    if not isinstance(row["method"], str) or isinstance(row["ratio"], bool):
-        raise TypeError("a row without a method and a ratio")
-    float(row["ratio"])
-    if row.get("failed"):
-        return
-    for name in ("top1", "agreement", "kl", "flops_share", "latency_ms", "latency_share"):
-        if row[name] is not None:
-            float(row[name])
-    float(row["flops"]["full"]), int(row["images"])
-    for stage in row["stages"]:
-        int(stage["after"]), float(stage["ratio"]), str(stage["importance"])
-
-
-def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of methods that reached their level."""
-    return [row for row in rows if not row.get("failed")]
-
-
-COLUMNS = ("method", "ratio", "flops_full", "flops_share", "top1", "agreement", "kl", "latency_ms", "latency_share")
-
-
-def to_csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Format one line for each row: `COLUMNS`, images and stages."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "images", "stages", "failed"])
-    for row in rows:
-        values = {**row, "flops_full": (row.get("flops") or {}).get("full")}
-        stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
-        writer.writerow([*(values.get(column) for column in COLUMNS), row["images"], stages, row.get("failed")])
-    return text.getvalue()
+    def forward(self, _: Tensor) -> Tensor:
+        return self.model(self.image)

@@ -27,6 +27,7 @@ from .pipeline import Context, run_steps
 from .report import make_report, read_report
 from .requests import DataOptions, MeasureOptions
 from .steps import Finetune
+from .trim_sizes import TRIMMED
 
 
 def finetune_folder(
@@ -131,6 +132,8 @@ def snapshot_name(model: TokenModel) -> str:
         return "before"
     if (refit := model.find_record("reconstruction")) is not None and refit.kept:
         return "reconstructed"
+    if not model.plan.stages:
+        return TRIMMED
     return "aligned" if model.plan.alignment.conv or model.plan.alignment.scan else "naive"
 
 

@@ -15,8 +15,9 @@ from ..models.base import TokenModel
 from ..models.records import Source
 from ..models.saved import save
 from .measuring import Measured
-from .pictures import draw_kept_tokens
+from .pictures import draw_axes, draw_kept_tokens
 from .report import REPORT_FILE
+from .report_axes import AXES_FILE, has_axes
 from .report_text import PICTURE_FILE, render_card
 from .requests import DataOptions
 
@@ -66,7 +67,9 @@ def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
 def write_folder(
     target: Target, measured: Measured, report: Mapping[str, Any], files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the folder of `measured.models["pruned"]`: the model, its report, a model card and a picture.
+    """Write the folder of `measured.models["pruned"]`: the model, its report, a model card and pictures.
+
+    There is a picture of kept tokens if the model drops any, and a chart of the axes if a search measured them.
 
     Only the main process writes. The model then names the images it was measured on as its own, unless they stood in.
 
@@ -78,10 +81,13 @@ def write_folder(
     pruned, source = measured.models["pruned"], measured.images.source
     if not source.stand_in:
         pruned.source = replace(pruned.source or Source("", ""), data=absolute_name(source.name))
+    pictures = {PICTURE_FILE: draw_kept_tokens(pruned, measured.sample)} if pruned.plan.stages else {}
+    pictures |= {AXES_FILE: draw_axes(report["search"])} if has_axes(report) else {}
+    card = render_card(report, target.path.name, PICTURE_FILE in pictures, AXES_FILE in pictures)
     content = {
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
-        PICTURE_FILE: draw_kept_tokens(pruned, measured.sample),
-        "README.md": render_card(report, target.path.name, picture=True).encode(errors="replace"),
+        "README.md": card.encode(errors="replace"),
+        **pictures,
         **(files or {}),
     }
     save(pruned, target.path, extra=content, force=target.force)

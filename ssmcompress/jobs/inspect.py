@@ -1,13 +1,17 @@
-"""What a checkpoint is: architecture, task, origin, size, FLOPs by part and the reachable budget, as JSON."""
+"""What a checkpoint is: architecture, task, origin, size, FLOPs by part and the reachable budgets, as JSON."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..evaluation.flops import flops, flops_by_part, smallest_share
+from ..compression.search.axes import Option, list_axes, list_options
+from ..compression.search.combine import combine
+from ..compression.search.propose import Candidate
+from ..evaluation.flops import flops, flops_as_run, flops_by_part, flops_of, smallest_share
 from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
-from ..pruning.plan import default_stages
+from ..pruning.plan import MAX_RATIO, Stage, default_stages
+from .trim_sizes import describe_sizes, describe_trims
 
 # The commands that take a dense and a pruned model.
 DENSE = ("prune", "compare", "evaluate", "export", "verify", "benchmark")
@@ -35,7 +39,13 @@ def inspect_file(path: str, options: LoadOptions) -> dict[str, Any]:
 
 
 def inspect_model(model: TokenModel) -> dict[str, Any]:
-    """A JSON object: `architecture`, `params`, `tokens` by layer, `flops` in GFLOPs, `range` of budgets, `pruned`."""
+    """Describe a model, without images.
+
+    Returns:
+        A JSON object: `architecture`, `params`, `tokens` by layer; `sizes` of the layers and what was trimmed, `trims`;
+        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here; `range`, percentages of the full FLOPs that
+        can be left; `pruned`.
+    """
     depth = len(model.blocks)
     stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)
@@ -43,11 +53,39 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
         "architecture": {"type": model.architecture, **model.config.to_dict()},
         "params": sum(p.numel() for p in model.parameters()),
         "tokens": model.token_counts(),
+        "sizes": describe_sizes(model.config),
+        "trims": describe_trims(model),
         "flops": {
             **flops(model),
+            "as_run": flops_as_run(model)["full"],
             "by_part": flops_by_part(model, "full"),
             "by_part_paper": flops_by_part(model, "paper"),
         },
-        "range": {"stages": stages, "min_percent": lowest, "max_percent": 100.0},
+        "range": {
+            "stages": stages,
+            "min_percent": lowest,
+            "max_percent": 100.0,
+            "axes": list_ranges(model) if model.plan is None else {},
+        },
         "pruned": model.plan is not None,
     }
+
+
+def list_ranges(model: TokenModel) -> dict[str, float]:
+    """Return the smallest percentage of a dense model's FLOPs that a search can leave along each axis alone.
+
+    With several axes, `all` has what they leave together.
+    """
+    axes = list_axes(model)
+    options = [
+        Option(axis, trims, flops_of(model, trims.apply_to(model.config)), 0.0)
+        for axis, trims in list_options(model, axes)
+    ]
+    # What trims fewer states or channels leaves more, whatever else is trimmed.
+    least = [min((o for o in options if o.axis == axis), key=lambda o: o.flops) for axis in axes if axis != "layers"]
+    least += [option for option in options if option.axis == "layers"]
+    plans = [Candidate((Stage(1, MAX_RATIO),), 0.0)] if len(model.blocks) > 1 else []
+    ranges = {axis: combine(model, [o for o in least if o.axis == axis], []) for axis in axes}
+    ranges |= {"tokens": combine(model, [], plans)} if plans else {}
+    ranges |= {"all": combine(model, least, plans)} if len(ranges) > 1 else {}
+    return {axis: round(100 * min(c.flops for c in found), 2) for axis, found in ranges.items()}

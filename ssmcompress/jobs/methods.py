@@ -11,6 +11,7 @@ from ..evaluation.flops import remaining_share
 from ..models.base import TokenModel
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from .compare_axes import ALL, IMAGE
 from .pipeline import Step
 from .steps import Reconstruct, pruning_steps
 
@@ -25,6 +26,7 @@ class Method:
         importance: the metric that ranks tokens. alignment: as in a plan. merge: as in a stage.
         searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
             refitted.
+        axis: what is trimmed instead of tokens, as `compare_axes.AxisModels.build` has it; None: tokens, by a plan.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Method:
     merge: str | None = None
     searched: bool = False
     reconstructed: bool = False
+    axis: str | None = None
 
     def steps(self, plan: Plan) -> Sequence[Step]:
         """What the method does with a plan."""
@@ -55,6 +58,13 @@ def _methods() -> tuple[Method, ...]:
     ]
     again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
     rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
+    rows += [
+        Method(f"{axis}, reconstructed", reconstructed=True, axis=axis) for axis in ("states", "channels", "layers")
+    ]
+    rows += [
+        Method("all axes", searched=True, reconstructed=True, axis=ALL),
+        Method("smaller image", axis=IMAGE),
+    ]
     return tuple(rows)
 
 
@@ -66,13 +76,16 @@ def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bo
     """The methods with these names, in the order of `METHODS`.
 
     Args:
-        names: None: all of them. search, reconstruct: whether those with a search or a reconstruction are among all.
+        names: None: all of them. search, reconstruct: whether those with a search or a reconstruction are among all;
+            those of other axes than tokens, and the smaller image, are if both are true.
 
     Raises:
         InputError: an unknown name.
     """
     if names is None:
-        return tuple(m for m in METHODS if (search or not m.searched) and (reconstruct or not m.reconstructed))
+        both = search and reconstruct
+        tokens = (m for m in METHODS if m.axis is None or both)
+        return tuple(m for m in tokens if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
         if name not in NAMES:
             raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
@@ -81,10 +94,21 @@ def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bo
 
 @dataclass(frozen=True)
 class Level:
-    """How much is pruned: a ratio at each default stage, and the share of the dense FLOPs that leaves."""
+    """How much is pruned.
+
+    Attributes:
+        ratio: share of tokens to remove at each default stage. flops: the share of the dense FLOPs that leaves.
+        asked: the share of the FLOPs that was asked for, of which whole tokens can fall short; None: none was.
+    """
 
     ratio: float
     flops: float
+    asked: float | None = None
+
+    @property
+    def budget(self) -> float:
+        """The share of the FLOPs for methods that do not go by tokens."""
+        return self.flops if self.asked is None else self.asked
 
 
 def make_levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:

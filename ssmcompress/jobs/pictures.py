@@ -1,4 +1,4 @@
-"""Pictures: the tokens that a pruned model keeps, the history of a fine-tuning, and methods compared."""
+"""Pictures: the tokens that a pruned model keeps, what each axis costs, a fine-tuning, and methods compared."""
 
 from __future__ import annotations
 
@@ -45,6 +45,59 @@ def draw_kept_tokens(model: TokenModel, images: Tensor, rows: int = 4) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def draw_axes(search: Mapping[str, Any]) -> bytes:
+    """Draw a PNG with the loss over the FLOPs left, a line for each axis alone, and the combinations that were run.
+
+    Layers and directions have a point each, with a line through those that lose least. The chosen combination has a
+    star.
+
+    Args:
+        search: the section of a report, with `axes`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for option in search["axes"]:
+        points.setdefault(option["axis"], []).append((100 * option["flops"], option["loss"]))
+    tried = [(100 * run["flops"], run["loss"]) for run in search["tried"]]
+    chosen = 100 * search["flops"], search["loss"]
+    positive = [loss for line in (*points.values(), tried, [chosen]) for _, loss in line if loss > 0]
+    floor = min(positive, default=1e-6)  # a loss of zero or less has no place on a logarithmic axis
+
+    def place(line: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+        return [share for share, _ in line], [max(loss, floor) for _, loss in line]
+
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, (axis, line) in enumerate(points.items()):
+        style = {"color": f"C{number}", "marker": "osD^"[number % 4], "markersize": 5}
+        if axis == "layers":
+            axes.plot(*place(line), **style, linestyle="", alpha=0.35)
+            line = _least_loss(line)
+        axes.plot(*place(sorted(line)), **style, linewidth=1.2, label=f"{axis} alone")
+    axes.plot(*place(tried), "x", color="black", alpha=0.6, label="combinations run")
+    axes.plot(*place([chosen]), "*", color="black", markersize=15, label=f"chosen: {chosen[0]:.1f} %")
+    if (budget := search["asked"].get("flops")) is not None:
+        axes.axvline(100 * budget, linestyle=":", color="grey", label="budget")
+    axes.set(xlabel="FLOPs left (full), %", ylabel="loss, nats", xlim=(0, 100), yscale="log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _least_loss(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (FLOPs, loss) that no other one beats in both."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 def draw_history(finetuning: Finetuning) -> bytes:

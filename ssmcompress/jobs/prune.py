@@ -11,7 +11,7 @@ from typing import Any
 from .. import processes
 from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
-from ..compression.trim.trims import Trims, build_trimmed, find_trims, read_trims
+from ..compression.trim.trims import Trims, build_trimmed, read_trims
 from ..errors import InputError
 from ..evaluation.flops import corrections_share, flops, smallest_share
 from ..models.base import TokenModel
@@ -33,6 +33,7 @@ from .report import describe_calibration, describe_reconstruction, list_stages, 
 from .requests import DataOptions, MeasureOptions, PlanRequest
 from .search import SearchRequest, SearchResult, search_plan
 from .steps import Reconstruct, pruning_steps, trimming_steps
+from .trim_sizes import TRIMMED, describe_trims
 
 DEFAULT_RATIO = 0.3
 
@@ -261,10 +262,13 @@ def _prune_folder(
     )
     context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
     trimming = trimming_steps(found.trims, search.chains if search is not None else {})
-    steps = [*trimming, *pruning_steps(plan, refit), *options.steps]
+    steps = [*trimming, *pruning_steps(plan, refit)]
     # Of a trimmed model, what is not repaired yet is one column: the figures of each step would not fit.
     before = [step.name for step in steps if not isinstance(step, Reconstruct)][-1:]
-    snapshots = run_steps(steps, context, keep=before if trimming else None)
+    keep = [*before, Reconstruct.name, *(step.name for step in options.steps)] if trimming else None
+    snapshots = run_steps([*steps, *options.steps], context, keep=keep)
+    if trimming and before[0] == trimming[-1].name:
+        snapshots = {TRIMMED if name == before[0] else name: trimmed for name, trimmed in snapshots.items()}
     if not snapshots:
         snapshots = {"unchanged": mark_unchanged(model)}
     measured = measure_models(name_columns(model, snapshots), images.measured, options.measure, together)
@@ -272,7 +276,6 @@ def _prune_folder(
     pruned.made_by = MadeBy(target.command, versions())
     sections = {
         "calibration": describe_calibration(pruned.plan, calibration),
-        "trims": find_trims(pruned.steps).to_dict(),
         "reconstruction": describe_reconstruction(pruned, context.seconds.get("reconstructed", 0.0)),
     }
     files = dict(context.files)
@@ -304,7 +307,7 @@ def preview(model: TokenModel, plan: Plan, trims: Trims = Trims()) -> dict[str, 
     install(pruned, Plan(plan.stages, plan.alignment, seed=plan.seed))
     return {
         "plan": plan.to_dict(),
-        **({"trims": trims.to_dict()} if trims else {}),
+        **({"trims": describe_trims(pruned, trims)} if trims else {}),
         "stages": list_stages(pruned),
         "dense": {"flops": dense},
         "pruned": {"flops": flops(pruned)},

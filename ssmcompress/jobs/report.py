@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.batches import Batches
 from ..data.content import hash_contents
 from ..errors import InputError
-from ..evaluation.flops import dense_flops, flops
+from ..evaluation.flops import dense_flops, flops, flops_as_run, flops_of
 from ..evaluation.latency import latency_settings
 from ..evaluation.measure import Evaluation
 from ..evaluation.timings import Timings, describe_load
@@ -23,6 +24,7 @@ from ..pruning.plan import Calibration, Plan
 from . import report_text as text
 from .doubts import Subject, find_doubts
 from .measuring import Measured
+from .trim_sizes import describe_dense, describe_trims
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,7 @@ def make_report(
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
         "plan": pruned.plan.to_dict(tensors=False),
+        "trims": describe_trims(pruned),
         "preprocessing": about["preprocessing"],
         **sections,
         "dtype": about["dtype"],
@@ -89,23 +92,36 @@ def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 
 
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
-    """Describe the model of a column: what was measured, and its cost."""
+    """Describe the model of a column: what was measured, and its cost.
+
+    `flops_as_run` has the GFLOPs (`full`) as they are run here, where the published code takes more; `sizes`, of the
+    dense model, those of its layers.
+    """
     result, timings = measured.results[name], measured.timings
     timed = timings is not None and name in timings.rounds
-    return {
+    value = {
         "top1": result.top1,
         "top5": result.top5,
         "flops": flops(model),
+        **_as_run(flops(model)["full"], flops_as_run(model)["full"]),
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": timings.median(name) if timed else None,
         "latency_quartiles_ms": timings.quartiles(name) if timed else None,
     }
+    return {**value, "sizes": describe_dense(model)} if name == "dense" else value
 
 
 def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """Describe a dense model that is gone."""
     unknown = dict.fromkeys(("top1", "top5", "params", "latency_ms", "latency_quartiles_ms"))
-    return {**unknown, "flops": dense_flops(pruned)}
+    published = dense_flops(pruned)
+    share = flops_of(pruned, pruned.origin.config if pruned.origin is not None else pruned.config)
+    as_run = _as_run(published["full"], share * published["full"])
+    return {**unknown, "flops": published, **as_run, "sizes": describe_dense(pruned)}
+
+
+def _as_run(published: float, ours: float) -> dict[str, float]:
+    return {} if math.isclose(published, ours) else {"flops_as_run": ours}
 
 
 def describe_latency(timings: Timings, device: torch.device) -> dict[str, Any]:
@@ -183,6 +199,7 @@ def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     try:
         text.format_rows(report), text.format_notes(report), text.format_fits(report)
+        text.format_axes(report), text.format_tried(report)
         json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
@@ -209,8 +226,8 @@ def _no_constant(name: str) -> None:
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
     """Write the report of a folder or file as a web page that stands alone."""
     check_target(file, force, [model], kind=WEB_PAGE)
-    picture = model / text.PICTURE_FILE
-    page = text.render_html(report, model.name, picture.read_bytes() if picture.is_file() else None)
+    pictures = (model / name for name in (text.PICTURE_FILE, text.AXES_FILE))
+    page = text.render_html(report, model.name, *(file.read_bytes() if file.is_file() else None for file in pictures))
     write_file(file, page.encode(), force, WEB_PAGE)
 
 

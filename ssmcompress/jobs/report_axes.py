@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 AXES_FILE = "axes.png"
@@ -45,7 +45,11 @@ def list_trim_notes(report: Report) -> list[str]:
     for axis, images in fitted.items():
         by_name.setdefault(str(images["name"]), {})[axis] = images["images"]
     for name, counts in by_name.items():
-        lines.append(f"{', '.join(f'{axis} on {count:d}' for axis, count in counts.items())} images of {name}")
+        if len(set(counts.values())) == 1:
+            lines.append(f"{' and '.join(counts)} trimmed on {next(iter(counts.values())):d} images of {name}")
+        else:
+            each = " and ".join(f"{axis} on {count:d}" for axis, count in counts.items())
+            lines.append(f"trimmed: {each} images of {name}")
     return lines
 
 
@@ -66,17 +70,18 @@ def format_axes(report: Report, whole: bool = True) -> tuple[list[str], Rows]:
     header = ["each axis alone", "FLOPs left", "loss, nats"]
     if not has_axes(report):
         return header, []
-    dense = (report.get("trims") or {}).get("dense") or {}
+    dense = (report.get("dense") or {}).get("sizes") or {}
     axes: dict[str, list[Mapping[str, Any]]] = {}
+    cost = _layer_cost(report)
     for option in report["search"]["axes"]:
         axes.setdefault(str(option["axis"]), []).append(option)
     rows: Rows = []
     for axis, options in axes.items():
-        options = sorted(options, key=_cost_of_layer if axis == "layers" else lambda option: -option["flops"])
+        options = sorted(options, key=cost if axis == "layers" else lambda option: -option["flops"])
         shown = options if whole or axis != "layers" else options[:FEW_LAYERS]
         rows += [(_name_option(option, dense), [_percent(option["flops"]), _nats(option["loss"])]) for option in shown]
         if len(shown) < len(options):
-            rows.append((f"layers: {len(options) - len(shown)} others lose more", ["", ""]))
+            rows.append((f"layers: {len(options) - len(shown)} others lose more for what they save", ["", ""]))
     return header, rows
 
 
@@ -143,9 +148,11 @@ def _name_stages(stages: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(shares)} % after layer{'s' if len(stages) > 1 else ''} {layers}"
 
 
-def _cost_of_layer(option: Mapping[str, Any]) -> float:
-    """The loss of an option for what it saves."""
-    return max(0.0, option["loss"]) / max(1 - option["flops"], 1e-9)
+def _layer_cost(report: Report) -> Callable[[Mapping[str, Any]], float]:
+    """A function from an option to its loss for what it saves of the FLOPs that the dense model takes as it is run."""
+    dense = report["dense"]
+    share = dense["flops_as_run"] / dense["flops"]["full"] if "flops_as_run" in dense else 1.0
+    return lambda option: max(0.0, option["loss"]) / max(share - option["flops"], 1e-9)
 
 
 def _differ(counts: int | Sequence[int]) -> bool:

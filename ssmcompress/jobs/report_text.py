@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import escape_control
 from ..evaluation.timings import is_busy, quartiles_overlap
+from .report_axes import AXES_FILE, format_axes, format_tried, list_search_notes, list_trim_notes
+from .report_steps import list_repair_notes, list_stage_notes
 
 PICTURE_FILE = "kept_tokens.png"
 UNKNOWN_IMAGES = "the model does not say what it was made on"
@@ -41,7 +43,8 @@ def list_columns(report: Report) -> list[str]:
     """The models that a report compares, the last of them the one that it is about.
 
     `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones
-    before it was fine-tuned, `before` one that had been fine-tuned already; other steps have names of their own.
+    before it was fine-tuned, `before` one that had been fine-tuned already, `trimmed` one without states, channels,
+    layers or directions before it was reconstructed; other steps have names of their own.
     """
     names = [name for name, value in report.items() if isinstance(value, dict) and isinstance(value.get("flops"), dict)]
     return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
@@ -61,18 +64,10 @@ def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]
 
 
 def format_notes(report: Report) -> list[str]:
-    """What the figures were measured on, and how the model was pruned, in sentences."""
+    """What the figures were measured on, and how the model was compressed, in sentences."""
     data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
-    stages = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in report["stages"])
-    metrics = ", ".join(sorted({s["importance"] for s in report["stages"]}))
-    aligned = [name for name in ("conv", "scan") if alignment.get(name)]
     lines = [f"warning: {text}" for text in report.get("warnings") or ()]
-    lines += [
-        f"kept: {stages} (importance {metrics})",
-        f"alignment: {' and '.join(aligned) or 'none'}"
-        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
-        + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
-    ]
+    lines += [*list_trim_notes(report), *list_stage_notes(report)]
     if data["labelled"]:
         lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
     else:
@@ -88,19 +83,10 @@ def format_notes(report: Report) -> list[str]:
         lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
     if overlap := describe_overlap(data):
         lines.append(overlap)
-    if calibration.get("images"):
+    if calibration.get("images") and report["stages"]:
         use = "calibrated" if alignment.get("gap") == "calibrated" else "kept tokens counted"
         lines.append(f"{use} on {calibration['images']} images of {calibration['name']}")
-    if refit := report.get("reconstruction"):
-        new = sum(bool(fit["ridges"]) for fit in refit["fits"])
-        lines.append(
-            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
-            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
-            f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
-            + ("" if refit["kept"] else ", no closer: the old weights were kept")
-        )
-    if tuned := report.get("finetuning"):
-        lines.append(_finetuning_note(tuned))
+    lines += list_repair_notes(report)
     if onnx := report.get("onnx"):
         lines.append(
             f"ONNX ({onnx['file']}): opset {onnx['opset']}, {onnx['dtype']} weights, scan as {onnx['scan']}; largest "
@@ -112,7 +98,21 @@ def format_notes(report: Report) -> list[str]:
             listed = [f"{row['model']} {row['ms']:.1f}{_spread(row)}" for row in rows]
             lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms{_overlap_note(rows)}")
             lines += list_load_notes(onnx.get("latency_settings") or {})
-    return lines + _latency_notes(report)
+    return lines + _list_flops_notes(report) + list_search_notes(report) + _latency_notes(report)
+
+
+def _list_flops_notes(report: Report) -> list[str]:
+    """What the dense model takes here, where that is less than the published code takes."""
+    published, ours = report["dense"]["flops"]["full"], report["dense"].get("flops_as_run")
+    return [] if ours is None else [describe_flops_as_run(published, ours, "the dense model")]
+
+
+def describe_flops_as_run(published: float, ours: float, name: str) -> str:
+    """The GFLOPs of a model as it is run here, compared with those of the published code, as a sentence."""
+    return (
+        f"{name} takes {ours:.4g} GFLOPs as it is run here ({ours / published - 1:+.1%}): its last layer is computed "
+        "for the class token alone"
+    )
 
 
 def _latency_notes(report: Report) -> list[str]:
@@ -174,31 +174,19 @@ def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> s
     return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
 
 
-def _finetuning_note(tuned: Mapping[str, Any]) -> str:
-    teachers = [name for name in ("labels", "teacher") if tuned[name]]
-    choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else " of the last epoch"
-    choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"
-    choice += ", averaged" if tuned["averaged"] else ""
-    choice += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
-    return (
-        f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
-        f"{' and '.join(teachers)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
-        f"{tuned['seconds']:.0f} s; weights{choice}"
-    )
+def render_html(report: Report, title: str, picture: bytes | None, chart: bytes | None = None) -> str:
+    """A web page that stands alone, with the picture of kept tokens and the chart of the axes inside it."""
+    images = [base64.b64encode(image).decode() if image else None for image in (picture, chart)]
+    return _render("report.html", report, title=title, picture=images[0], chart=images[1])
 
 
-def render_html(report: Report, title: str, picture: bytes | None) -> str:
-    """A web page that stands alone, the picture of kept tokens inside it."""
-    image = base64.b64encode(picture).decode() if picture else None
-    return _render("report.html", report, title=title, picture=image)
+def render_card(report: Report, title: str, picture: bool, chart: bool = False) -> str:
+    """The README.md of a compressed model's folder, with links to the pictures that are in it."""
+    files = (PICTURE_FILE if picture else None, AXES_FILE if chart else None)
+    return _render("card.md", report, whole=False, title=title, picture=files[0], chart=files[1])
 
 
-def render_card(report: Report, title: str, picture: bool) -> str:
-    """The README.md of a compressed model's folder."""
-    return _render("card.md", report, title=title, picture=PICTURE_FILE if picture else None)
-
-
-def _render(template: str, report: Report, **values: Any) -> str:
+def _render(template: str, report: Report, whole: bool = True, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -217,6 +205,8 @@ def _render(template: str, report: Report, **values: Any) -> str:
         rows=format_rows(report),
         notes=format_notes(report),
         fits=format_fits(report),
+        axes=format_axes(report, whole),
+        tried=format_tried(report),
         **values,
     )
 

@@ -80,7 +80,7 @@ def search_plan(
     trial = Trial(model, request, images, data, gap=gap, refit=reconstruct)
     plan, sensitivity, measured = measure_tokens(trial, layers, sensitivity)
     usable = sensitivity.select(request.stages, (request.importance,) if request.importance else None)
-    if request.flops is not None and request.flops - reserve >= highest:
+    if request.flops is not None and request.flops >= highest:
         return nothing_to_do(request, sensitivity, highest, lowest)
     latency_range = None
     if request.flops is not None:
@@ -131,7 +131,7 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
         InputError: there are none, or those asked for are not layers of the model.
     """
     depth = len(model.blocks)
-    layers = tuple(request.stages or (sensitivity.layers if sensitivity else candidate_layers(depth)))
+    layers = tuple(request.stages or (sensitivity.layers if _has_tokens(sensitivity) else candidate_layers(depth)))
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
@@ -143,11 +143,14 @@ def measure_tokens(
 ) -> tuple[Plan, Sensitivity, float]:
     """Measure the sensitivity of tokens unless that was done; returns a plan without stages, it, and the seconds."""
     request = trial.request
-    metrics = (request.importance,) if request.importance else sensitivity.metrics if sensitivity else METRICS
-    line(f"{sensitivity.data['images'] if sensitivity else len(trial.images)} images to search on, of {trial.name}")
+    known = sensitivity.metrics if _has_tokens(sensitivity) else METRICS
+    metrics = (request.importance,) if request.importance else known
+    images = sensitivity.data["images"] if _has_tokens(sensitivity) else len(trial.images)
+    line(f"{images} images to search on, of {trial.name}")
     plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
     measuring = time.perf_counter()
-    if sensitivity is None:
+    if not _has_tokens(sensitivity):
+        known = sensitivity.axes if sensitivity is not None else ()
         sensitivity = measure_sensitivity(
             trial.model,
             LabelledBatch(trial.images, trial.labels),
@@ -159,9 +162,14 @@ def measure_tokens(
             distributed=trial.several,
         )
         trial.read.sync()
-        sensitivity = replace(sensitivity, digests=different(trial.read.digests))
+        sensitivity = replace(sensitivity, axes=known, digests=different(trial.read.digests))
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
     return plan, sensitivity, time.perf_counter() - measuring
+
+
+def _has_tokens(sensitivity: Sensitivity | None) -> bool:
+    """Return whether a sensitivity has losses of tokens, not of other axes alone."""
+    return sensitivity is not None and bool(sensitivity.layers)
 
 
 def read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:

@@ -160,6 +160,8 @@ class Reconstruct:
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The reconstructed model; the same model where nothing was pruned or there is nothing to refit by."""
         images = context.calibration
+        if model.plan is None:
+            return model
         if not self.required and _count_different(images) < 2:
             return model
         name, together = images.source.name, context.distributed

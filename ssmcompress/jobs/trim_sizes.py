@@ -8,6 +8,9 @@ from ..compression.trim.trims import Trims, find_trims
 from ..models.base import TokenModel
 from ..models.sizes import LayeredConfig, compact
 
+# What reports call a trimmed model that drops no tokens, before it is reconstructed.
+TRIMMED = "trimmed"
+
 
 def describe_trims(model: TokenModel, trims: Trims | None = None) -> dict[str, Any]:
     """Describe what was trimmed off a model, a JSON object that is itself read as `Trims`.
@@ -17,20 +20,24 @@ def describe_trims(model: TokenModel, trims: Trims | None = None) -> dict[str, A
 
     Returns:
         `states`, `channels`, `layers` and `directions` as `Trims.to_dict` has them; `dense`, the sizes of the dense
-        model; where states or channels were trimmed, `fitted_on`, by axis the `name` and number of `images` used.
+        model; where states or channels were trimmed, `fitted_on`, by axis the `name` and number of `images` used. {} if
+        the model was not trimmed.
     """
     trims = find_trims(model.steps) if trims is None else trims
+    if not trims:
+        return {}
     records = {axis: model.find_record(axis) for axis in ("states", "channels")}
     fitted = {a: {key: r.values[key] for key in ("name", "images")} for a, r in records.items() if r is not None}
-    value = {
-        **trims.to_dict(),
-        "dense": describe_sizes(model.origin.config if model.origin is not None else model.config),
-    }
-    return {**value, "fitted_on": fitted} if fitted else value
+    return {**trims.to_dict(), "dense": describe_dense(model), **({"fitted_on": fitted} if fitted else {})}
+
+
+def describe_dense(model: TokenModel) -> dict[str, Any]:
+    """Return `describe_sizes` of the dense model that a model was made from, or that it is."""
+    return describe_sizes(model.origin.config if model.origin is not None else model.config)
 
 
 def describe_sizes(config: LayeredConfig) -> dict[str, Any]:
-    """Return `states`, `channels` and `directions` of a layer, lists where layers differ, and the number of `layers`."""
+    """Return `states`, `channels` and `directions` of a layer, lists if layers differ, and the number of `layers`."""
     sizes = config.layers
     counts = {
         "states": [size.d_state for size in sizes],

@@ -78,25 +78,24 @@ class Tokens:
 
     def with_pruned_segments(self, before: Tokens, memory: Callable[[Tensor], Tensor], segments: int) -> Tokens:
         """Return these tokens with an updated `pruned_segments`; arguments as for `with_pruned_sum`."""
-        total = before.segment_sums(memory(before.features), segments) - self.segment_sums(
-            memory(self.features), segments
-        )
+        total = before.segment_sums(memory, segments)[0] - self.segment_sums(memory, segments)[0]
         return replace(
             self, pruned_segments=total if before.pruned_segments is None else before.pruned_segments + total
         )
 
-    def segment_sums(self, values: Tensor, segments: int) -> Tensor:
-        """Sum the values (batch, kept, n) of the tokens over each of `segments` equal parts of all positions.
+    def segment_sums(self, memory: Callable[[Tensor], Tensor], segments: int) -> tuple[Tensor, Tensor]:
+        """Sum the remembered values of the tokens over each of `segments` equal parts of all positions.
 
         Returns:
-            (batch, segments, n) in the dtype of the features.
+            The sums (batch, segments, d_model) and the numbers of tokens (batch, segments), in the dtype of the
+            features.
         """
         # A product with a matrix of zeros and ones: it adds in the same order on every run, and exports to ONNX.
-        index = self.explicit_positions() * segments // self.length
-        member = index[:, None] == torch.arange(segments, device=index.device)[:, None]
-        dtype = self.features.dtype
+        index, dtype = self.explicit_positions() * segments // self.length, self.features.dtype
+        member = (index[:, None] == torch.arange(segments, device=index.device)[:, None]).to(dtype)
+        values = memory(self.features).to(dtype)
         with full_precision(index.device):
-            return member.to(dtype) @ values.to(dtype)
+            return member @ values, member.sum(-1)
 
     def summarise(self, memory: Callable[[Tensor], Tensor], segments: int) -> Tensor:
         """Return what is known of all tokens, (batch, segments * (d_model + 1)).
@@ -104,12 +103,10 @@ class Tokens:
         For each segment of the positions that is the sum of the tokens' remembered values, the pruned ones as they
         were last seen, and the number of tokens that are kept.
         """
-        values = memory(self.features)
-        ones = torch.ones_like(values[..., :1])
-        sums, counts = self.segment_sums(torch.cat([values, ones], dim=-1), segments).split([values.shape[-1], 1], -1)
+        sums, counts = self.segment_sums(memory, segments)
         if self.pruned_segments is not None:
             sums = sums + self.pruned_segments
-        return torch.cat([sums.flatten(1), counts.flatten(1)], dim=1)
+        return torch.cat([sums.flatten(1), counts], dim=1)
 
     def pruned_mean(self) -> Tensor:
         """Return the mean (batch, d_model) of the remembered values of the pruned tokens; zero if there are none."""

@@ -1,4 +1,4 @@
-"""`ssmcompress compare`: pruning methods on one model."""
+"""`ssmcompress compare`: methods of compression on one model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,18 @@ def compare(
     ] = None,
     flops: Annotated[str | None, option(BUDGET, help="Levels as shares of the FLOPs to KEEP: 75%,60%,50%.")] = None,
     methods: Annotated[
-        str | None, option(PRUNING, help="Only these, with semicolons between them: 'naive; clip, aligned; R-MeeTo'.")
+        str | None, option(PRUNING, help="Only these, with semicolons between them: 'naive; clip, aligned; all axes'.")
     ] = None,
     search: Annotated[bool, option(PRUNING, "--search", help="Also the plans that a search finds.")] = False,
-    reconstruct: Annotated[bool, option(PRUNING, "--reconstruct", help="Also with later layers refitted.")] = False,
+    reconstruct: Annotated[
+        bool,
+        option(
+            PRUNING,
+            "--reconstruct",
+            help="Also with later layers refitted; with --search also states, channels or layers trimmed, all axes "
+            "together, and a smaller image.",
+        ),
+    ] = False,
     output: Annotated[
         str | None, option(OUTPUT, "--output", "-o", help="Folder to write; a comparison in it is continued.")
     ] = None,

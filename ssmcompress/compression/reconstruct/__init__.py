@@ -54,7 +54,8 @@ from ...models.records import Reconstruction
 from ...progress import track
 from .layerwise import LayerwiseRefit
 
-# Altered copies of each image.
+# Altered copies of each image. On two small Vims and 1,024 images, with 0, 1 and 3 of them: KL from the dense model on
+# 4,000 other images 0.060, 0.056 and unknown; 0.049, 0.048 and 0.052; in 1, 2 and 4 times the time.
 COPIES = 0
 
 

@@ -57,7 +57,7 @@ class Sensitivity:
         layers: candidate layers for a stage, from 1. metrics: importance metrics. kept: counts of tokens, decreasing.
         loss: (layers, metrics, kept) float64.
         digests: digests of the images that the search saw (`ssmcompress.data.content`), ascending; None: unknown.
-        axes: what the other axes cost, each alone (`ssmcompress.compression.search.axes`). Then there may be no losses of
+        axes: what the other axes cost alone (`ssmcompress.compression.search.axes`). Then there may be no losses of
             tokens, and no layers, metrics and counts.
     """
 

@@ -1,0 +1,96 @@
+"""The rows of a comparison as JSON and CSV, and the settings that all rows of a folder share."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..compression.trim.trims import Trims
+from ..data.signature import compare_signatures
+
+# What a comparison is bound to by value, and what messages call another one.
+SETTINGS = {
+    "weights": "other weights",
+    "image_size": "another image size",
+    "preprocessing": "other preprocessing",
+    "stages": "other stages",
+    "gap": "another gap source",
+    "seed": "another seed",
+    "dtype": "another dtype",
+}
+
+
+def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the settings of two comparisons differ, in words; of images the content counts, not the name."""
+    unknown = [key.replace("_", " ") for key in SETTINGS if key not in then]
+    found = [f"an older version of ssmcompress, which did not record {', '.join(unknown)}"] if unknown else []
+    changed = [key for key in SETTINGS if key in then and then[key] != now[key]]
+    if "weights" in changed and {"image_size", "preprocessing"} & {*changed}:
+        changed.remove("weights")  # the fingerprint is of these, too
+    found += [SETTINGS[key] for key in changed]
+    if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
+        found.append(f"latency on {old['device']} with {old['threads']} threads")
+    recorded = then.get("content") or {}
+    for key, use in (("calibration", "calibrate"), ("data", "measure")):
+        if difference := compare_signatures(recorded.get(key, {}), now["content"][key]):
+            found.append(f"other images to {use} on ({difference})")
+    return found
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Check a row that was read from a file.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none; InputError is one of the last.
+    """
+    if not isinstance(row["method"], str) or isinstance(row["ratio"], bool):
+        raise TypeError("a row without a method and a ratio")
+    float(row["ratio"])
+    if row.get("failed"):
+        return
+    for name in ("top1", "agreement", "kl", "flops_share", "latency_ms", "latency_share"):
+        if row[name] is not None:
+            float(row[name])
+    float(row["flops"]["full"]), int(row["images"])
+    for stage in row["stages"]:
+        int(stage["after"]), float(stage["ratio"]), str(stage["importance"])
+    Trims.from_dict(row.get("trims", {}))
+    for side in row.get("image_size", ()):
+        int(side)
+
+
+def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of methods that reached their level."""
+    return [row for row in rows if not row.get("failed")]
+
+
+COLUMNS = ("method", "ratio", "flops_full", "flops_share", "top1", "agreement", "kl", "latency_ms", "latency_share")
+
+
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """Format one line for each row: `COLUMNS`, images, stages, what failed, trims and the image size."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, "images", "stages", "failed", "trims", "image_size"])
+    for row in rows:
+        values = {**row, "flops_full": (row.get("flops") or {}).get("full")}
+        stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
+        size = "x".join(str(side) for side in row.get("image_size", ()))
+        more = [row["images"], stages, row.get("failed"), _format_trims(row.get("trims", {})), size]
+        writer.writerow([*(values.get(column) for column in COLUMNS), *more])
+    return text.getvalue()
+
+
+def _format_trims(trims: Mapping[str, Any]) -> str:
+    """Return trims in one cell: "states:2 channels:64,64,32 layers:3,5 directions:4/1"."""
+    cells = []
+    for axis, value in trims.items():
+        if axis == "directions":
+            numbers = [f"{layer}/{'+'.join(map(str, paths))}" for layer, paths in value.items()]
+        else:
+            numbers = [str(number) for number in (value if isinstance(value, list) else [value])]
+        same = axis in ("states", "channels") and len(set(numbers)) == 1
+        cells.append(f"{axis}:{','.join(numbers[:1] if same else numbers)}")
+    return " ".join(cells)

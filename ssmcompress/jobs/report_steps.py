@@ -1,0 +1,54 @@
+"""The steps of a compression in a report for people, as sentences: stages, reconstruction and fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Report = Mapping[str, Any]
+
+
+def list_stage_notes(report: Report) -> list[str]:
+    """Which tokens are kept, and what is aligned to that; nothing for a model that drops none."""
+    if not (stages := report["stages"]):
+        return []
+    alignment = report["alignment"]
+    kept = "; ".join(f"{s['kept']} of {s['of']} tokens after layer {s['after']}" for s in stages)
+    metrics = ", ".join(sorted({s["importance"] for s in stages}))
+    aligned = [name for name in ("conv", "scan") if alignment.get(name)]
+    return [
+        f"kept: {kept} (importance {metrics})",
+        f"alignment: {' and '.join(aligned) or 'none'}"
+        + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
+        + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
+    ]
+
+
+def list_repair_notes(report: Report) -> list[str]:
+    """How the weights were reconstructed and fine-tuned, where they were."""
+    lines = []
+    if refit := report.get("reconstruction"):
+        new = sum(bool(fit["ridges"]) for fit in refit["fits"])
+        lines.append(
+            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
+            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
+            f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
+            + ("" if refit["kept"] else ", no closer: the old weights were kept")
+        )
+    if tuned := report.get("finetuning"):
+        lines.append(_describe_finetuning(tuned))
+    return lines
+
+
+def _describe_finetuning(tuned: Mapping[str, Any]) -> str:
+    """On what and how weights were fine-tuned, and which were chosen."""
+    teachers = [name for name in ("labels", "teacher") if tuned[name]]
+    choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else " of the last epoch"
+    choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"
+    choice += ", averaged" if tuned["averaged"] else ""
+    choice += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
+    return (
+        f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
+        f"{' and '.join(teachers)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "
+        f"{tuned['seconds']:.0f} s; weights{choice}"
+    )

@@ -1,0 +1,292 @@
+"""A budget over several axes: what is measured, how it is combined, what is run, and what the folder holds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from command_line import call, call_json, refused
+from conftest import images_of, make_plain_mamba, make_vim, write_image
+
+import ssmcompress
+from ssmcompress.compression.search.axes import Option, list_axes, list_options, measure_axes
+from ssmcompress.compression.search.combine import combine, move_stages
+from ssmcompress.compression.search.propose import Candidate
+from ssmcompress.compression.search.sensitivity import Sensitivity
+from ssmcompress.compression.trim.trims import Trims
+from ssmcompress.data.batches import LabelledBatch
+from ssmcompress.errors import InputError
+from ssmcompress.evaluation.flops import flops, flops_of, remaining_share
+from ssmcompress.jobs.axes_search import drop_of
+from ssmcompress.pruning.plan import Stage
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+QUICK = ("--search-images", 16, "--no-latency")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Ten classes of eight images each, enough for all axes."""
+    for number in range(80):
+        write_image(tmp_path / "many" / f"class{number % 10}" / f"{number}.png", seed=number)
+    return tmp_path / "many"
+
+
+def share(report):
+    return report["pruned"]["flops"]["full"] / report["dense"]["flops"]["full"]
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def test_every_axis_has_options_that_save_flops(model):
+    options = list_options(model, list_axes(model))
+    assert {axis for axis, _ in options} == {"states", "channels", "layers"}
+    full = flops_of(model, model.config)
+    for _, trims in options:
+        assert 0 < flops_of(model, trims.apply_to(model.config)) < full
+
+
+def test_a_model_without_room_has_no_such_axis():
+    model = make_vim(depth=1, d_model=4, d_state=1)
+    assert list_axes(model) == ()
+
+
+@pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
+def test_sizes_of_trims_are_those_of_the_trimmed_model(make):
+    model = make(depth=4)
+    last = model.config.PATHS[-1]
+    trims = Trims(states=2, channels=24, layers=(2,), directions=((1, (0,)), (4, (last,))))
+    images = images_of(model, 4)
+    trimmed = ssmcompress.drop_layers(ssmcompress.drop_directions(model, dict(trims.directions)), trims.layers)
+    trimmed = ssmcompress.trim_channels(ssmcompress.trim_states(trimmed, 2, images), 24, images)
+    assert trims.apply_to(model.config) == trimmed.config
+    assert flops(trimmed)["full"] / flops(model)["full"] == pytest.approx(flops_of(model, trimmed.config))
+    assert trimmed.origin.layers == (1, 3, 4)
+
+
+def test_trims_survive_json():
+    trims = Trims((1, 2, 3), 24, (2,), ((1, (0,)), (4, (1,))))
+    assert Trims.from_dict(json.loads(json.dumps(trims.to_dict()))) == trims
+    assert Trims.from_dict({}) == Trims()
+    assert not Trims()
+    for value in ({"states": "two"}, {"channels": [1, -2]}, {"layers": 5}, {"directions": [1]}, {"states": True}):
+        with pytest.raises(InputError, match="not what is trimmed"):
+            Trims.from_dict(value)
+
+
+def test_what_an_axis_costs_alone_is_measured_against_the_dense_model(vim):
+    images = images_of(vim, 12)
+    chains = {"states": lambda: None}
+    found = measure_axes(vim, LabelledBatch(images, None), ["layers"], chains.get, refit=False)
+    dense = vim(images).log_softmax(1)
+    for option in found:
+        dropped = dict(option.trims.directions)
+        other = ssmcompress.drop_layers(ssmcompress.drop_directions(vim, dropped), option.trims.layers)
+        expected = torch.nn.functional.kl_div(
+            other(images).log_softmax(1), dense, reduction="batchmean", log_target=True
+        )
+        assert option.loss == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    assert sum(bool(option.trims.layers) for option in found) == 4
+    assert sum(bool(option.trims.directions) for option in found) == 8
+
+
+# ----------------------------------------------------------------------------------------------------- combining
+
+
+def made_options(model, losses):
+    options = []
+    for (axis, trims), loss in zip(list_options(model, ("states", "channels", "layers")), losses, strict=False):
+        options.append(Option(axis, trims, flops_of(model, trims.apply_to(model.config)), loss))
+    return options
+
+
+def test_the_axis_that_loses_least_is_used_first():
+    model = make_vim(depth=8, d_state=8, d_model=32)
+    options = [replace(o, loss=0.0 if o.axis == "states" else 5.0) for o in made_options(model, [0.0] * 99)]
+    budget = 0.9 * remaining_share(model, ())
+    first = next(c for c in combine(model, options, []) if c.flops <= budget)
+    assert first.axes == ("states",)
+    assert first.expected == 0
+
+
+def test_losses_add_up_and_flops_are_those_of_the_sizes():
+    model = make_vim(depth=8, d_state=8, d_model=32)
+    options = made_options(model, [0.01 * (k + 1) for k in range(99)])
+    tokens = Candidate((Stage(3, 0.5),), 0.5)
+    by_key = {(c.trims, bool(c.stages)): c for c in combine(model, options, [tokens])}
+    states, channels = options[1], next(o for o in options if o.axis == "channels")
+    both = by_key[Trims(states=states.trims.states, channels=channels.trims.channels), True]
+    assert both.expected == pytest.approx(states.loss + channels.loss + 0.5)
+    config = both.trims.apply_to(model.config)
+    assert flops_of(model, config, [17] * 3 + [9] * 6) == pytest.approx(both.flops)
+
+
+def test_more_saved_never_counts_as_less_lost():
+    """A measured loss can fall by chance where more is trimmed."""
+    model = make_vim(depth=2, d_state=8, d_model=16)
+    counts = [trims for axis, trims in list_options(model, ("states",)) if axis == "states"]
+    losses = [0.3, 0.1] + [0.4] * (len(counts) - 2)
+    options = [
+        Option("states", t, flops_of(model, t.apply_to(model.config)), v) for t, v in zip(counts, losses, strict=True)
+    ]
+    found = {c.trims.states: c.expected for c in combine(model, options, [])}
+    assert found[counts[1].states] == 0.3
+
+
+def test_stages_move_with_dropped_layers():
+    stages = (Stage(2, 0.3), Stage(5, 0.3))
+    assert [s.after for s in move_stages(stages, (1, 4), 6)] == [1, 3]
+    assert move_stages(stages, (3, 4, 5), 5) is None  # both after the second
+    assert move_stages(stages, (1, 2), 6) is None  # before the first
+    assert move_stages((Stage(5, 0.3),), (6,), 5) is None  # after the last
+
+
+def test_points_lost_are_of_accuracy_with_labels_and_of_agreement_without():
+    dense = torch.eye(4)[[0, 1, 2, 3]]
+    other = torch.eye(4)[[0, 1, 3, 2]]
+    labels = torch.tensor([0, 1, 3, 0])
+    assert drop_of(other, dense, None) == 50
+    assert drop_of(other, dense, labels) == -25
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_budget_is_met_by_all_axes_and_the_folder_reloads(checkpoint, folders):
+    report = call_json("prune", checkpoint, "--flops", "60%", "--data", folders, *QUICK, "-o", "m")
+    assert share(report) <= 0.6
+    search = report["search"]
+    assert {entry["axis"] for entry in search["axes"]} == {"states", "channels", "layers", "tokens"}
+    assert search["tried"][0]["loss"] == min(entry["loss"] for entry in search["tried"])
+    model = ssmcompress.load("m")
+    assert flops(model)["full"] == report["pruned"]["flops"]["full"]
+    assert model.plan.stages == tuple(Stage(**stage) for stage in search["tried"][0]["stages"])
+    # Another budget, from the same measurement; the same one, by the plan of the folder.
+    again = call_json("prune", checkpoint, "--flops", "50%", "--data", folders, *QUICK, "--sensitivity", "m", "-o", "n")
+    measured = [[e for e in found["axes"] if e["axis"] != "tokens"] for found in (search, again["search"])]
+    assert measured[0] == measured[1]
+    assert share(again) <= 0.5
+    for source in ("m", "m/report.json"):
+        planned = call_json(
+            "prune", checkpoint, "--plan", source, "--data", folders, "--no-latency", "--force", "-o", "p"
+        )
+        assert planned["trims"] == report["trims"]
+        assert ssmcompress.load("p").config == model.config
+
+
+@pytest.mark.parametrize("axis", ["states", "channels", "layers", "tokens"])
+def test_one_axis_leaves_the_others_as_they_are(checkpoint, folders, axis):
+    budget = {"states": 0.7, "channels": 0.6, "layers": 0.75, "tokens": 0.6}[axis]
+    report = call_json("prune", checkpoint, "--flops", budget, "--axes", axis, "--data", folders, *QUICK, "-o", "m")
+    assert share(report) <= budget
+    model, dense = ssmcompress.load("m"), ssmcompress.load(checkpoint)
+    changed = {
+        "states": model.config.d_state != dense.config.d_state,
+        "channels": model.config.d_inner != dense.config.d_inner,
+        "layers": model.config.depth != dense.config.depth or model.config.directions is not None,
+        "tokens": bool(model.plan.stages),
+    }
+    assert [name for name, value in changed.items() if value] == [axis]
+
+
+def test_uniform_sizes_are_an_ordinary_checkpoint(checkpoint, folders):
+    call("prune", checkpoint, "--flops", "55%", "--axes", "states,channels", "--data", folders, *QUICK, "-o", "m")
+    model = ssmcompress.load("m")
+    torch.save({"model": model.state_dict()}, "plain.pt")
+    plain = ssmcompress.load("plain.pt")
+    assert plain.plan is None
+    assert plain.origin is None
+    images = images_of(model, 3)
+    assert torch.equal(plain(images), model(images))
+
+
+def test_a_model_that_is_cheap_enough_as_it_is_run_stays_as_it_is(checkpoint, folders):
+    highest = remaining_share(ssmcompress.load(checkpoint), ())
+    for axes in ((), ("--axes", "tokens")):
+        report = call_json(
+            "prune", checkpoint, "--flops", highest, *axes, "--data", folders, *QUICK, "-o", "m", "--force"
+        )
+        assert report["stages"] == []
+        assert report["trims"] == {}
+        assert report["agreement"]["top1"] == 100
+
+
+def test_few_images_or_stand_ins_trim_tokens_alone(checkpoint, class_folders):
+    """States and channels are refitted, for which a stand-in for the user's images does not serve."""
+    for data in (("--data", class_folders), ()):
+        report = call_json("prune", checkpoint, "--flops", "60%", *data, *QUICK, "-o", "m", "--force")
+        assert report["trims"] == {}
+        assert report["stages"]
+
+
+def test_a_loss_is_kept_on_images_that_nothing_was_fitted_on(checkpoint, folders):
+    report = call_json("prune", checkpoint, "--max-drop", "30", "--data", folders, *QUICK, "-o", "m")
+    assert report["search"]["drop"]["points"] <= 30
+    assert report["search"]["asked"]["max_drop"] == 30
+    assert share(report) < remaining_share(ssmcompress.load(checkpoint), ())
+    for number, file in enumerate(sorted(folders.rglob("*.png"))):
+        file.rename(folders / f"{number}.png")  # without labels, the classes of the dense model count
+    options = ("--axes", "layers", "--data", folders, *QUICK)
+    done = call("prune", checkpoint, "--max-drop", "0.001", *options, code=3)
+    assert "0.001 points is out of reach" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--axes", "states,heads", "--flops", "60%"), "expected some of states, channels, layers, tokens"),
+        (("--axes", "states"), "only a search uses that"),
+        (("--flops", "60%", "--max-drop", "1"), "expected one of them"),
+        (("--max-drop", "0"), "above 0 and below 100"),
+        (("--max-drop", "1", "--no-search"), "met by a search"),
+        (("--flops", "60%", "--axes", "states", "--search-images", "4"), "expected at least 16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(checkpoint, folders, arguments, message):
+    assert message in refused("prune", checkpoint, "--data", folders, "--samples", 12, *arguments, "--no-latency")
+
+
+def test_out_of_reach_names_the_axes_and_the_range(checkpoint, folders):
+    done = call("prune", checkpoint, "--flops", "20%", "--axes", "states", "--data", folders, *QUICK, code=3)
+    assert "states leave from" in done.stderr
+
+
+def test_an_axis_that_the_model_does_not_have_is_refused(tmp_path, folders):
+    torch.save({"model": make_vim(d_state=1).state_dict()}, tmp_path / "lean.pt")
+    line = refused("prune", tmp_path / "lean.pt", "--flops", "60%", "--axes", "states", "--data", folders, *QUICK)
+    assert "no states to trim" in line
+
+
+def test_a_sensitivity_of_axes_alone_is_read_back(checkpoint, folders):
+    call("prune", checkpoint, "--flops", "70%", "--axes", "states", "--data", folders, *QUICK, "-o", "m")
+    found = Sensitivity.read("m")
+    assert found.layers == ()
+    assert {option.axis for option in found.axes} == {"states"}
+    assert Sensitivity.read("m").to_json() == found.to_json()
+    report = call_json(
+        "prune", checkpoint, "--flops", "60%", "--data", folders, "--sensitivity", "m", *QUICK, "-o", "n"
+    )
+    assert {entry["axis"] for entry in report["search"]["axes"]} == {"states", "channels", "layers", "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["pruning"]["trimmed_from"].update(layers=[1, 1, 2, 3]), "bad sizes of the dense model"),
+        (lambda c: c["pruning"]["trimmed_from"].update(sizes={"d_state": "8"}), "bad sizes of the dense model"),
+        (lambda c: c["pruning"].update(trimmed_from=7), "bad sizes of the dense model"),
+        (lambda c: c["architecture"].update(directions=[[0, 1]]), "bad directions"),
+        (lambda c: c["architecture"].update(directions=[[0], [1], [0, 1], []]), "bad directions"),
+        (lambda c: c["architecture"].update(directions=[[0], [1], [0, 1], [2]]), "bad directions"),
+    ],
+)
+def test_a_damaged_configuration_of_a_trimmed_model_is_refused(vim, images, tmp_path, change, message):
+    ssmcompress.save(ssmcompress.trim_states(vim, 2, images), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        ssmcompress.load(tmp_path / "m")
