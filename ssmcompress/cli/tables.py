@@ -124,6 +124,7 @@ def show_preview(value: dict[str, Any], as_json: bool) -> None:
         print_json(value)
         return
     from ..jobs.report_axes import format_trims
+    from ..jobs.report_text import list_flops_notes
 
     if trimmed := format_trims(value.get("trims") or {}):
         write(f"  trimmed: {trimmed}")
@@ -132,6 +133,8 @@ def show_preview(value: dict[str, Any], as_json: bool) -> None:
     for convention in ("full", "paper"):
         dense, pruned = (value[name]["flops"][convention] for name in ("dense", "pruned"))
         write(f"  GFLOPs ({convention}): {dense:.4g} -> {pruned:.4g} ({pruned / dense - 1:+.1%})")
+    for note in list_flops_notes(value):
+        write(f"  {note}")
     _show_axes(value)
 
 

@@ -49,6 +49,8 @@ RUN = 3
 FIT_IMAGES = 256
 # Images for the metrics of a model that is only timed.
 PROBE_IMAGES = 64
+# Images that tokens are measured on if they are one of several axes: it takes most of the time of the measurement.
+TOKEN_IMAGES = 256
 # Budgets for which plans for tokens are proposed, as shares of the range.
 TOKEN_BUDGETS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15)
 # Steps of the bisections for a loss and for a latency.
@@ -196,7 +198,8 @@ class AxesSearch:
         """Measure what each axis costs, except what a file has; return the seconds."""
         start, trial, axes = time.perf_counter(), self.trial, self.request.axes
         if "tokens" in axes:
-            _, self.sensitivity, _ = measure_tokens(trial, self.layers, self.sensitivity)
+            most = TOKEN_IMAGES if len(axes) > 1 else None
+            _, self.sensitivity, _ = measure_tokens(trial, self.layers, self.sensitivity, most)
         if self.sensitivity is None:
             source = {"name": trial.name, "images": len(trial.images)}
             objective = "labels" if self.request.labels else "kl"

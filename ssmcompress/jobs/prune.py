@@ -13,7 +13,7 @@ from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
 from ..errors import InputError
-from ..evaluation.flops import corrections_share, flops, smallest_share
+from ..evaluation.flops import corrections_share, flops, flops_as_run, smallest_share
 from ..models.base import TokenModel
 from ..models.inputs import check_dense
 from ..models.learnt import add_learnt, learnt_from
@@ -29,11 +29,11 @@ from .folder import Target, folder_name, write_folder
 from .images import CalibrationImages, choose_images
 from .measuring import measure_models, name_columns
 from .pipeline import Context, Step, run_steps
-from .report import describe_calibration, describe_reconstruction, list_stages, make_report
+from .report import describe_as_run, describe_calibration, describe_reconstruction, list_stages, make_report
 from .requests import DataOptions, MeasureOptions, PlanRequest
 from .search import SearchRequest, SearchResult, search_plan
 from .steps import Reconstruct, pruning_steps, trimming_steps
-from .trim_sizes import TRIMMED, describe_trims
+from .trim_sizes import TRIMMED, describe_dense, describe_trims
 
 DEFAULT_RATIO = 0.3
 
@@ -309,6 +309,10 @@ def preview(model: TokenModel, plan: Plan, trims: Trims = Trims()) -> dict[str, 
         "plan": plan.to_dict(),
         **({"trims": describe_trims(pruned, trims)} if trims else {}),
         "stages": list_stages(pruned),
-        "dense": {"flops": dense},
+        "dense": {
+            "flops": dense,
+            **describe_as_run(dense["full"], flops_as_run(model)["full"]),
+            "sizes": describe_dense(model),
+        },
         "pruned": {"flops": flops(pruned)},
     }

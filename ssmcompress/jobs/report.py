@@ -103,7 +103,7 @@ def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str
         "top1": result.top1,
         "top5": result.top5,
         "flops": flops(model),
-        **_as_run(flops(model)["full"], flops_as_run(model)["full"]),
+        **describe_as_run(flops(model)["full"], flops_as_run(model)["full"]),
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": timings.median(name) if timed else None,
         "latency_quartiles_ms": timings.quartiles(name) if timed else None,
@@ -116,11 +116,12 @@ def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     unknown = dict.fromkeys(("top1", "top5", "params", "latency_ms", "latency_quartiles_ms"))
     published = dense_flops(pruned)
     share = flops_of(pruned, pruned.origin.config if pruned.origin is not None else pruned.config)
-    as_run = _as_run(published["full"], share * published["full"])
+    as_run = describe_as_run(published["full"], share * published["full"])
     return {**unknown, "flops": published, **as_run, "sizes": describe_dense(pruned)}
 
 
-def _as_run(published: float, ours: float) -> dict[str, float]:
+def describe_as_run(published: float, ours: float) -> dict[str, float]:
+    """`flops_as_run`, the GFLOPs of a model as it is run here, where they are not those of the published code."""
     return {} if math.isclose(published, ours) else {"flops_as_run": ours}
 
 

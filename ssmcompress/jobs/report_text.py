@@ -98,10 +98,10 @@ def format_notes(report: Report) -> list[str]:
             listed = [f"{row['model']} {row['ms']:.1f}{_spread(row)}" for row in rows]
             lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms{_overlap_note(rows)}")
             lines += list_load_notes(onnx.get("latency_settings") or {})
-    return lines + _list_flops_notes(report) + list_search_notes(report) + _latency_notes(report)
+    return lines + list_flops_notes(report) + list_search_notes(report) + _latency_notes(report)
 
 
-def _list_flops_notes(report: Report) -> list[str]:
+def list_flops_notes(report: Report) -> list[str]:
     """What the dense model takes here, where that is less than the published code takes."""
     published, ours = report["dense"]["flops"]["full"], report["dense"].get("flops_as_run")
     return [] if ours is None else [describe_flops_as_run(published, ours, "the dense model")]

@@ -139,13 +139,17 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
 
 
 def measure_tokens(
-    trial: Trial, layers: tuple[int, ...], sensitivity: Sensitivity | None
+    trial: Trial, layers: tuple[int, ...], sensitivity: Sensitivity | None, most: int | None = None
 ) -> tuple[Plan, Sensitivity, float]:
-    """Measure the sensitivity of tokens unless that was done; returns a plan without stages, it, and the seconds."""
+    """Measure the sensitivity of tokens unless that was done; returns a plan without stages, it, and the seconds.
+
+    Args:
+        most: images to measure on at most; None: all of the trial.
+    """
     request = trial.request
     known = sensitivity.metrics if _has_tokens(sensitivity) else METRICS
     metrics = (request.importance,) if request.importance else known
-    images = sensitivity.data["images"] if _has_tokens(sensitivity) else len(trial.images)
+    images = sensitivity.data["images"] if _has_tokens(sensitivity) else len(trial.images[:most])
     line(f"{images} images to search on, of {trial.name}")
     plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
     measuring = time.perf_counter()
@@ -153,7 +157,7 @@ def measure_tokens(
         known = sensitivity.axes if sensitivity is not None else ()
         sensitivity = measure_sensitivity(
             trial.model,
-            LabelledBatch(trial.images, trial.labels),
+            LabelledBatch(trial.images[:most], None if trial.labels is None else trial.labels[:most]),
             plan=plan,
             layers=layers,
             metrics=metrics,

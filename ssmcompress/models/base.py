@@ -14,12 +14,12 @@ from torch.nn.utils import skip_init
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..ops import ScanPath, selective_scan
+from ..ops import ScanPath, gather_tokens, selective_scan
 from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
-from .class_corrections import add_to_protected
+from .class_corrections import add_at
 from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
@@ -392,8 +392,8 @@ class TokenModel(nn.Module, abc.ABC):
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None
         class_correction = self.class_corrections[name] if name in self.class_corrections else None
         if class_correction is not None:
-            summary = tokens.summarise(self.memory, class_correction.segments)
-            before = tokens.protected_features()
+            summary, place = tokens.summarise(class_correction.segments), tokens.protected_index()[:, None]
+            before = gather_tokens(tokens.features, place)
         if protected_only:
             tokens = self.blocks[layer - 1](tokens, protected_only=True)
         else:
@@ -404,13 +404,14 @@ class TokenModel(nn.Module, abc.ABC):
             correction = linear(cast(pruned_mean, first))
             tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
         if class_correction is not None:
-            update = tokens.protected_features() - before
-            tokens = add_to_protected(tokens, class_correction(update, summary))
+            place = torch.zeros_like(place) if protected_only else place
+            update = (gather_tokens(tokens.features, place) - before)[:, 0]
+            tokens = add_at(tokens, place, class_correction(update, summary))
         if pruner is None:
             return tokens, None
         kept = pruner(tokens)
         if tokens.alignment.pool or any(int(later) > layer for later in self.corrections):
             kept = kept.with_pruned_sum(tokens, self.memory)
         if later := [correction for key, correction in self.class_corrections.items() if int(key) > layer]:
-            kept = kept.with_pruned_segments(tokens, self.memory, later[0].segments)
+            kept = kept.with_pruned_segments(tokens, later[0].segments)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)

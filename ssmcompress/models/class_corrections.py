@@ -55,7 +55,8 @@ class ClassCorrection(nn.Sequential):
         return super().forward(cast(torch.cat([update, summary], dim=1), self[0]))
 
 
-def add_to_protected(tokens: Tokens, correction: Tensor) -> Tokens:
-    """Add a correction (batch, width) to the protected token."""
-    protected = tokens.explicit_positions() == tokens.protected
-    return tokens.updated(tokens.features + protected[..., None] * correction[:, None], tokens.scores)
+def add_at(tokens: Tokens, place: Tensor, correction: Tensor) -> Tokens:
+    """Add a correction (batch, width) to the token at the index `place` (batch, 1) of each image."""
+    index = place[..., None].expand(-1, -1, tokens.features.shape[-1])
+    features = tokens.features.scatter_add(1, index, correction[:, None].to(tokens.features.dtype))
+    return tokens.updated(features, tokens.scores)

@@ -12,6 +12,9 @@ from ..ops import gather_tokens
 from ..ops.dispatch import full_precision
 from .alignment import Alignment, KeptPath, ScanOrder
 
+# Added to a mean square, as the norms of the layers do.
+EPSILON = 1e-5
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -25,7 +28,9 @@ class Tokens:
         scores: (batch, kept) importance, if the last block was asked for it; else None.
         alignment: which ops of the blocks compensate for pruned positions.
         pruned_sum: (batch, d_model) sum of the remembered values of pruned tokens, if the model needs it; else None.
-        pruned_segments: (batch, segments, d_model) the same for each segment of the positions; see `segment_sums`.
+        pruned_segments: (batch, segments, d_model) sums over the pruned tokens as `segment_sums` has them, if the model
+            needs them; else None.
+        members: (batch, segments, kept) whether each segment has each token, for as long as the positions are these.
         sizes: (batch, kept) number of tokens that each one stands for, if merging needs it; else None.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; computed from `positions` once for all blocks up to the next stage.
@@ -39,6 +44,7 @@ class Tokens:
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
     pruned_segments: Tensor | None = None
+    members: Tensor | None = None
     sizes: Tensor | None = None
     orders: tuple[ScanOrder, ...] = ()
     paths: tuple[KeptPath, ...] | None = None
@@ -63,7 +69,8 @@ class Tokens:
         features = gather_tokens(self.features, index)
         positions = self.explicit_positions().gather(1, index)
         sizes = None if self.sizes is None else self.sizes.gather(1, index)
-        return replace(self, features=features, positions=positions, paths=None, scores=None, sizes=sizes)
+        changed = {"features": features, "positions": positions, "sizes": sizes}
+        return replace(self, **changed, paths=None, scores=None, members=None)
 
     def with_pruned_sum(self, before: Tokens, memory: Callable[[Tensor], Tensor]) -> Tokens:
         """Return these tokens with an updated `pruned_sum`.
@@ -76,34 +83,40 @@ class Tokens:
         total = memory(before.features).sum(1, dtype=dtype) - memory(self.features).sum(1, dtype=dtype)
         return replace(self, pruned_sum=total if before.pruned_sum is None else before.pruned_sum + total)
 
-    def with_pruned_segments(self, before: Tokens, memory: Callable[[Tensor], Tensor], segments: int) -> Tokens:
-        """Return these tokens with an updated `pruned_segments`; arguments as for `with_pruned_sum`."""
-        total = before.segment_sums(memory, segments)[0] - self.segment_sums(memory, segments)[0]
-        return replace(
-            self, pruned_segments=total if before.pruned_segments is None else before.pruned_segments + total
-        )
+    def with_pruned_segments(self, before: Tokens, segments: int) -> Tokens:
+        """Return these tokens, which were selected from `before`, with an updated `pruned_segments`."""
+        kept = replace(self, members=self.find_members(segments))
+        total = before.segment_sums(segments)[0] - kept.segment_sums(segments)[0]
+        total = total if before.pruned_segments is None else before.pruned_segments + total
+        return replace(kept, pruned_segments=total)
 
-    def segment_sums(self, memory: Callable[[Tensor], Tensor], segments: int) -> tuple[Tensor, Tensor]:
-        """Sum the remembered values of the tokens over each of `segments` equal parts of all positions.
+    def find_members(self, segments: int) -> Tensor:
+        """Return (batch, segments, kept) whether each segment has each token, as zeros and ones."""
+        index = self.explicit_positions() * segments // self.length
+        member = index[:, None] == torch.arange(segments, device=index.device)[:, None]
+        return member.to(self.features.dtype)
+
+    def segment_sums(self, segments: int) -> tuple[Tensor, Tensor]:
+        """Sum the features, scaled to a mean square of 1, over each of `segments` equal parts of all positions.
 
         Returns:
             The sums (batch, segments, d_model) and the numbers of tokens (batch, segments), in the dtype of the
             features.
         """
-        # A product with a matrix of zeros and ones: it adds in the same order on every run, and exports to ONNX.
-        index, dtype = self.explicit_positions() * segments // self.length, self.features.dtype
-        member = (index[:, None] == torch.arange(segments, device=index.device)[:, None]).to(dtype)
-        values = memory(self.features).to(dtype)
-        with full_precision(index.device):
-            return member @ values, member.sum(-1)
+        # A product with a matrix of scales and zeros: it adds in the same order on every run, exports to ONNX, and
+        # needs no scaled copy of the features, which took as long as the rest.
+        members = self.find_members(segments) if self.members is None else self.members
+        with full_precision(members.device):
+            scale = torch.rsqrt(self.features.square().mean(-1) + EPSILON)
+            return (members * scale[:, None]) @ self.features, members.sum(-1)
 
-    def summarise(self, memory: Callable[[Tensor], Tensor], segments: int) -> Tensor:
+    def summarise(self, segments: int) -> Tensor:
         """Return what is known of all tokens, (batch, segments * (d_model + 1)).
 
-        For each segment of the positions that is the sum of the tokens' remembered values, the pruned ones as they
-        were last seen, and the number of tokens that are kept.
+        For each segment of the positions that is the sum of the tokens' scaled features, the pruned ones as they were
+        last seen, and the number of tokens that are kept.
         """
-        sums, counts = self.segment_sums(memory, segments)
+        sums, counts = self.segment_sums(segments)
         if self.pruned_segments is not None:
             sums = sums + self.pruned_segments
         return torch.cat([sums.flatten(1), counts], dim=1)
@@ -111,10 +124,6 @@ class Tokens:
     def pruned_mean(self) -> Tensor:
         """Return the mean (batch, d_model) of the remembered values of the pruned tokens; zero if there are none."""
         return self.pruned_sum / max(1, self.length - self.features.shape[1])
-
-    def protected_features(self) -> Tensor:
-        """Return the features (batch, d_model) of the protected token."""
-        return gather_tokens(self.features, self.protected_index()[:, None])[:, 0]
 
     def protected_index(self) -> Tensor:
         """Return the index (batch,) of the protected token among the kept ones, which are ordered by position."""

@@ -252,3 +252,9 @@ def test_methods_of_other_axes_may_use_all_of_the_flops_that_are_asked_for(vim):
     level = make_levels(vim, None, [0.3])[0]
     assert level.budget == level.flops
     assert replace(level, asked=0.75).budget == 0.75
+
+
+def test_a_search_that_need_not_drop_anything_has_a_row(vim):
+    """A ratio so small that no token is dropped."""
+    row = ssmcompress.compare(vim, images_of(vim, 8), ratios=[0.01], methods=["search"])["rows"][-1]
+    assert (row["agreement"], row["stages"]) == (100.0, [])

@@ -72,7 +72,9 @@ def test_the_section_is_what_the_steps_did_and_is_read_as_trims():
 def test_a_preview_has_the_sizes_of_the_dense_model():
     model = make_vim()
     value = preview(model, make_plan(model, stages=(2,)), Trims(states=2))
-    assert value["trims"] == {"states": 2, "dense": {"states": 4, "channels": 32, "directions": 2, "layers": 4}}
+    assert value["trims"] == {"states": 2, "dense": value["dense"]["sizes"]}
+    assert value["dense"]["sizes"] == {"states": 4, "channels": 32, "directions": 2, "layers": 4}
+    assert value["dense"]["flops_as_run"] < value["dense"]["flops"]["full"]
 
 
 def searched(**changes):

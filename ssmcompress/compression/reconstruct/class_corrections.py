@@ -44,12 +44,12 @@ class ClassRows(NamedTuple):
             tokens: the pruned model's tokens before the layer. inputs: (images, kept, n), what its projection receives.
             dense: (images, tokens, d_model), the dense features after the layer. weights: (images, tokens).
         """
-        protected = model.protected
+        protected, place = model.protected, tokens.protected_index()[:, None]
         return cls(
-            gather_tokens(inputs, tokens.protected_index()[:, None])[:, 0],
-            tokens.summarise(model.memory, choose_segments(model.length, model.d_model)),
+            gather_tokens(inputs, place)[:, 0],
+            tokens.summarise(choose_segments(model.length, model.d_model)),
             tokens.pruned_mean(),
-            dense[:, protected] - tokens.protected_features(),
+            dense[:, protected] - gather_tokens(tokens.features, place)[:, 0],
             weights[:, protected],
         )
 

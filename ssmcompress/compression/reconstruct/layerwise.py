@@ -100,7 +100,8 @@ class LayerwiseRefit:
 
     def get_tokens(self, chunk: int) -> Tokens:
         """Read the pruned model's tokens before the current layer."""
-        return replace(self.template, **dict(zip(TOKENS, self.get("pruned", chunk), strict=True)), paths=None)
+        values = dict(zip(TOKENS, self.get("pruned", chunk), strict=True))
+        return replace(self.template, **values, paths=None, members=None)
 
     def put_tokens(self, chunk: int, tokens: Tokens) -> None:
         """Write the pruned model's tokens before the next layer."""
