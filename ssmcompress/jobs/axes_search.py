@@ -1,8 +1,8 @@
 """A budget over several axes: what each costs is measured once, and the best few combinations are run to choose one.
 
 A combination is run as it would be carried out: its states and channels are trimmed, its tokens pruned, and the result
-is reconstructed, on fewer images. Its loss is measured on images that nothing was fitted on. A single axis that meets the
-budget, such as tokens alone, is among those that are run if it is expected to come close to the best combination.
+is reconstructed, on fewer images. Its loss is measured on images that nothing was fitted on. A single axis that meets
+the budget, such as tokens alone, is among those that are run if it is expected to come close to the best combination.
 """
 
 from __future__ import annotations
@@ -434,9 +434,7 @@ class AxesSearch:
         unused = [axis for axis in self.request.axes if axis not in used]
         if unused and len(used) == 1:
             others = " and ".join([", ".join(unused[:-1]), unused[-1]] if len(unused) > 1 else unused)
-            note(
-                f"on this model {used[0]} alone lose least at {best.flops:.1%} of the FLOPs; {others} stay as they are"
-            )
+            note(f"on this model {used[0]} alone lose least at {best.flops:.1%} of the FLOPs; {others} are left")
 
 
 def describe_combination(combination: Combination) -> str:
