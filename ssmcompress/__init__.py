@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .export.onnx import OnnxOptions, export_onnx
     from .export.verify import verify_onnx
     from .jobs.finetune import finetune_folder
-    from .jobs.functions import compare, search
+    from .jobs.functions import compare, fit_budget, search
     from .jobs.prune import compress
     from .models.checkpoint import load
     from .models.rewrite import make_plan, prune
@@ -64,6 +64,7 @@ _HOME = {
     "export_onnx": "export.onnx",
     "finetune": "compression.finetune.loop",
     "finetune_folder": "jobs.finetune",
+    "fit_budget": "jobs.functions",
     "flops": "evaluation.flops",
     "load": "models.checkpoint",
     "make_plan": "models.rewrite",
@@ -99,6 +100,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "finetune_folder",
+    "fit_budget",
     "flops",
     "load",
     "make_plan",

@@ -9,48 +9,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from .. import processes
-from ..compression.calibrate import calibrate
-from ..compression.reconstruct import reconstruct
 from ..compression.search.axes import Option, list_axes, measure_axes, run
 from ..compression.search.combine import Combination, combine
-from ..compression.search.propose import Candidate, fill_budget, propose
-from ..compression.search.proxy_loss import measure_loss
+from ..compression.search.propose import Candidate, propose
 from ..compression.search.sensitivity import Sensitivity, identify
-from ..compression.trim.channels import channel_chains, cut_channels
-from ..compression.trim.layers import drop_directions, drop_layers
-from ..compression.trim.states import cut_states, state_chains
 from ..compression.trim.trims import Trims
 from ..data.batches import LabelledBatch
-from ..data.content import different
 from ..errors import BudgetError, InputError
-from ..evaluation.flops import corrections_share, flops, flops_as_run, flops_of, remaining_share, smallest_share
-from ..evaluation.latency import latency
+from ..evaluation.flops import corrections_share, flops_of, remaining_share, smallest_share
 from ..models.base import TokenModel
-from ..models.rewrite import prune
 from ..progress import line, note, track
 from ..pruning.plan import MAX_RATIO, Plan, Stage
+from .axes_trial import AxesTrial, Run
 from .images import CalibrationImages
 from .requests import AXES, DataOptions
 from .search import SearchResult, choose_layers, measure_tokens, read_sensitivity
-from .steps import CHANNEL_IMAGES, STATE_IMAGES
-from .trial import REPEATS, SearchRequest, Trial, read_all
+from .trial import SearchRequest, Trial, read_all
 
 # Different images that a search needs.
 LEAST_IMAGES = 16
-# Combinations that are run for a budget, and images that each is reconstructed on.
+# Combinations that are run for a budget.
 RUN = 3
-FIT_IMAGES = 256
 # An axis alone is run where it is expected to lose at most CLOSE times as much as the best combination, or next to
 # nothing, in nats: the expected losses of the bundled model at 50 % were within a factor of 1.3 of those measured.
 CLOSE, NEGLIGIBLE = 4.0, 1e-3
-# Images for the metrics of a model that is only timed.
-PROBE_IMAGES = 64
 # Images that the options of an axis are measured on; for tokens, if they are one of several axes, which takes most of
 # the time of the measurement.
 AXIS_IMAGES, TOKEN_IMAGES = 256, 128
@@ -59,31 +47,6 @@ TOKEN_BUDGETS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15)
 # Steps of the bisections for a loss and for a latency.
 DROP_STEPS = 5
 LATENCY_STEPS = 6
-
-
-@dataclass(frozen=True)
-class Run:
-    """A combination that was run.
-
-    Attributes:
-        combination: with the stages that fill the budget. flops: share of the dense FLOPs, corrections included.
-        loss: on the images of the search, in nats. model: the compressed model.
-    """
-
-    combination: Combination
-    flops: float
-    loss: float
-    model: TokenModel
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        return {
-            "trims": self.combination.trims.to_dict(),
-            "stages": [stage.to_dict() for stage in self.combination.stages],
-            "loss": round(self.loss, 6),
-            "expected": round(self.combination.expected, 6),
-            "flops": round(self.flops, 6),
-        }
 
 
 def choose_axes(model: TokenModel, asked: Sequence[str] | None, images: CalibrationImages) -> tuple[str, ...]:
@@ -145,6 +108,7 @@ def search_axes(
     best = min(runs, key=lambda run: run.loss)
     search.tell(best, runs)
     trims, stages = best.combination.trims, best.combination.stages
+    alignment, aligned = search.runs.choose_alignment(best)
     record = {
         "asked": {"flops": request.flops, "latency": request.latency, "max_drop": request.max_drop},
         "reachable": {"flops": lowest, "latency": found.get("lowest")},
@@ -159,10 +123,11 @@ def search_axes(
         "latency": found.get("reached"),
         "drop": found.get("drop"),
         "tried": [run.to_dict() for run in sorted(runs, key=lambda run: run.loss)],
+        "alignments": aligned,
         "seconds": {"sensitivity": round(seconds, 2), "all": round(time.perf_counter() - begin, 2)},
     }
-    chains = search.chains_of(trims)
-    return SearchResult(Plan(stages, request.alignment, seed=data.seed), search.sensitivity, record, trims, chains)
+    chains = search.runs.chains_of(trims)
+    return SearchResult(Plan(stages, alignment, seed=data.seed), search.sensitivity, record, trims, chains)
 
 
 class AxesSearch:
@@ -181,8 +146,8 @@ class AxesSearch:
         self.model, self.request, self.repair = model, request, repair
         read = read_sensitivity(model, request, repair) if request.sensitivity is not None else None
         self.trial = Trial(model, request, images, data, gap=gap, refit=repair)
-        self.digests = different(self.trial.read.digests)
-        if (count := len(self.digests)) < LEAST_IMAGES:
+        self.runs = AxesTrial(self.trial, repair)
+        if (count := len(self.runs.digests)) < LEAST_IMAGES:
             raise InputError(
                 f"{count} different images to search on: expected at least {LEAST_IMAGES}, or `axes` tokens alone"
             )
@@ -191,9 +156,6 @@ class AxesSearch:
         self.sensitivity: Sensitivity | None = read
         self.options: tuple[Option, ...] = ()
         self.plans: list[Candidate] = []
-        self.chains: dict[tuple[str, Trims], Any] = {}
-        self.dense_logits: Tensor | None = None
-        self.tried: dict[tuple[Trims, tuple[Stage, ...]], Run] = {}
 
     # ------------------------------------------------------------------------------------------------- measuring
 
@@ -215,7 +177,7 @@ class AxesSearch:
             few = slice(0, AXIS_IMAGES)
             batch = LabelledBatch(trial.images[few], None if trial.labels is None else trial.labels[few])
             known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
-            self.sensitivity = replace(self.sensitivity, axes=known, digests=self.digests)
+            self.sensitivity = replace(self.sensitivity, axes=known, digests=self.runs.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
         if "tokens" in axes:
             self.plans = self.propose_tokens()
@@ -223,7 +185,7 @@ class AxesSearch:
 
     def chains_for_axis(self, axis: str) -> Any:
         """Return the chains of the dense model for an axis."""
-        return self.state_chains(Trims()) if axis == "states" else self.channel_chains(Trims())
+        return self.runs.state_chains(Trims()) if axis == "states" else self.runs.channel_chains(Trims())
 
     def propose_tokens(self) -> list[Candidate]:
         """Return the best plan for tokens of the dense model at each of several budgets."""
@@ -245,20 +207,14 @@ class AxesSearch:
         if self.layers:
             stage = Stage(self.layers[0], MAX_RATIO)
             fewest = [c for c in combine(self.model, self.options, [Candidate((stage,), 0.0)]) if c.stages]
-            lowest = min([lowest, *(c.flops + self.reserve(c) for c in fewest)])
+            lowest = min([lowest, *(c.flops + self.runs.reserve(c) for c in fewest)])
         return lowest, remaining_share(self.model, ())
-
-    def reserve(self, combination: Combination) -> float:
-        """Return the share of the FLOPs to leave to the corrections of a combination."""
-        if not combination.stages or not self.repair:
-            return 0.0
-        return corrections_share(self.model, [stage.after for stage in combination.stages])
 
     # --------------------------------------------------------------------------------------------------- running
 
     def best_for(self, budget: float) -> list[Combination]:
         """Return the combinations to run for a budget: the best few, and those of one axis alone that come close."""
-        within = [c for c in combine(self.model, self.options, self.plans) if c.flops + self.reserve(c) <= budget]
+        within = [c for c in combine(self.model, self.options, self.plans) if c.flops + self.runs.reserve(c) <= budget]
         extra = [self.fill_tokens(budget)] if self.layers else []
         within = sorted([*within, *(c for c in extra if c is not None)], key=lambda c: (c.expected, c.flops))
         chosen = within[:RUN]
@@ -282,72 +238,10 @@ class AxesSearch:
         chosen = self.best_for(budget)
         if not chosen:
             raise BudgetError(f"no combination of {', '.join(self.request.axes)} comes to {budget:.1%} of the FLOPs")
-        runs = [self.run(c, budget) for c in track(chosen, "running the best combinations", len(chosen))]
-        return [run for run in runs if run is not None]
-
-    def run(self, combination: Combination, budget: float) -> Run | None:
-        """Carry out a combination as far as the budget allows, and measure its loss; None if it takes too much."""
-        trimmed = self.trim(combination.trims)
-        stages = combination.stages
-        if stages:
-            stages = fill_budget(trimmed, stages, budget - self.reserve(combination)) or ()
-            if not stages:
-                return None
-        key = (combination.trims, stages)
-        if key not in self.tried:
-            model = self.compress(trimmed, combination.trims, stages)
-            logits = run(model, self.trial.images)
-            loss = measure_loss(logits, self.dense(), self.trial.labels)
-            share = flops_as_run(model)["full"] / flops(self.model)["full"]
-            self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
-        return self.tried[key] if self.tried[key].flops <= budget else None
-
-    def compress(self, trimmed: TokenModel, trims: Trims, stages: tuple[Stage, ...]) -> TokenModel:
-        """Return a trimmed model pruned at these stages and reconstructed on a part of the images."""
-        fitted, model = self.trial.others[:FIT_IMAGES], trimmed
-        if stages:
-            plan = Plan(stages, self.request.alignment, self.trial.gap, self.trial.seed)
-            model = prune(trimmed, calibrate(trimmed, fitted, plan, gap=self.trial.gap))
-        if not self.repair or (not trims and not stages):
-            return model
-        uncut = self.trim(replace(trims, channels=None))
-        return reconstruct(model, self.model, fitted, reference=uncut if trims else None)
-
-    def trim(self, trims: Trims) -> TokenModel:
-        """Return the model with what is trimmed, before reconstruction."""
-        model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
-        if trims.states is not None:
-            model = cut_states(model, self.state_chains(trims), trims.states)
-        if trims.channels is not None:
-            model = cut_channels(model, self.channel_chains(trims), trims.channels)
-        return model
-
-    def state_chains(self, trims: Trims) -> Any:
-        """Return the chains of the states of a model without what `trims` drops."""
-        key = ("states", replace(trims, states=None, channels=None))
-        if key not in self.chains:
-            chains = state_chains(self.trim(key[1]), self.trial.others[:STATE_IMAGES])
-            self.chains[key] = replace(chains, batches=self.digests)
-        return self.chains[key]
-
-    def channel_chains(self, trims: Trims) -> Any:
-        """Return the chains of the channels of a model without what `trims` drops, its states included."""
-        key = ("channels", replace(trims, channels=None))
-        if key not in self.chains:
-            chains = channel_chains(self.trim(key[1]), self.trial.others[:CHANNEL_IMAGES])
-            self.chains[key] = replace(chains, batches=self.digests)
-        return self.chains[key]
-
-    def chains_of(self, trims: Trims) -> dict[str, Any]:
-        """Return the chains that the steps of these trims can use again, by the names of the steps."""
-        keys = {"states": replace(trims, states=None, channels=None), "channels": replace(trims, channels=None)}
-        return {axis: self.chains[axis, key] for axis, key in keys.items() if (axis, key) in self.chains}
-
-    def dense(self) -> Tensor:
-        """Return the dense model's logits of the images to search on."""
-        if self.dense_logits is None:
-            self.dense_logits = run(self.model, self.trial.images)
-        return self.dense_logits
+        tried = [self.runs.run(c, budget) for c in track(chosen, "running the best combinations", len(chosen))]
+        if not (within := [run for run in tried if run is not None]):
+            raise BudgetError(f"no combination that was run comes to {budget:.1%} of the FLOPs, corrections included")
+        return within
 
     # ---------------------------------------------------------------------------------------- latency and loss
 
@@ -360,7 +254,7 @@ class AxesSearch:
                 low = budget
                 budget = (low + high) / 2
                 continue
-            share = self.latency_share(best[0], budget)
+            share = self.runs.latency_share(best[0], budget)
             least = min(least, share)
             if share <= wanted and (found is None or share > found):
                 found, kept = share, budget
@@ -373,16 +267,6 @@ class AxesSearch:
             )
         return self.for_flops(kept), {"lowest": least, "reached": found}
 
-    def latency_share(self, combination: Combination, budget: float) -> float:
-        """Return the latency at batch 1 of a combination without reconstruction, as a share of the dense model's."""
-        model = self.trim(combination.trims)
-        if combination.stages:
-            stages = fill_budget(model, combination.stages, budget - self.reserve(combination)) or combination.stages
-            plan = Plan(stages, self.request.alignment, "bias", self.trial.seed)
-            model = prune(model, calibrate(model, self.trial.others[:PROBE_IMAGES], plan, gap="bias"))
-        times = latency({"dense": self.model, "pruned": model}, self.trial.images[:1].to(self.trial.device), REPEATS)
-        return times["pruned"] / times["dense"]
-
     def for_drop(self, most: float, lowest: float, highest: float) -> tuple[list[Run], dict[str, Any]]:
         """Find the fewest FLOPs that lose at most `most` percentage points on images that nothing was fitted on."""
         images, labels = self.trial.images, self.trial.all_labels
@@ -394,8 +278,10 @@ class AxesSearch:
         low, high = lowest, highest
         for _ in track(range(DROP_STEPS), "searching for the loss", DROP_STEPS):
             budget = (low + high) / 2
-            runs = self.for_flops(budget) if self.best_for(budget) else []
-            best = min(runs, key=lambda run: run.loss, default=None)
+            try:
+                best = min(self.for_flops(budget), key=lambda run: run.loss)
+            except BudgetError:
+                best = None
             drop = None if best is None else drop_of(run(best.model, images), dense, labels)
             if drop is not None:
                 line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(images)} images")

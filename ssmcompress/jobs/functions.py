@@ -14,13 +14,19 @@ from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.inputs import check_dense, to_batches
+from ..models.learnt import add_learnt
 from ..models.rewrite import list_numbers
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan
+from .axes_search import choose_axes, search_axes
 from .compare import compare_methods
-from .images import CalibrationImages
-from .requests import SAMPLES, CompareRequest, DataOptions
-from .search import SearchRequest, search_plan
+from .images import JUDGED_LEAST, JUDGED_MOST, CalibrationImages
+from .pipeline import Context, run_steps
+from .prune import mark_unchanged
+from .requests import SAMPLES, CompareRequest, DataOptions, PlanRequest
+from .search import search_plan
+from .steps import Reconstruct, pruning_steps, trimming_steps
+from .trial import SearchRequest
 
 
 def search(
@@ -66,6 +72,50 @@ def search(
     images = CalibrationImages(calibration, calibration, len(chosen))
     plan = search_plan(model, request, images, DataOptions(), gap="calibrated", reconstruct=reconstruct).plan
     return calibrate(model, calibration, plan, name=batches.source.name)
+
+
+def fit_budget(
+    model: TokenModel,
+    data: Any,
+    *,
+    flops: float | None = None,
+    latency: float | None = None,
+    max_drop: float | None = None,
+    axes: Sequence[str] | None = None,
+) -> TokenModel:
+    """Compress a dense model to a budget along several axes, and reconstruct it; the argument is not changed.
+
+    Args:
+        model: the dense model.
+        data: as `ssmcompress.calibrate` takes it; 1,024 images of it are used at most, and with `max_drop` 4,096 others
+            to judge by. Tensors and loaders are read into memory, up to 4 GiB.
+        flops, latency: share of the dense model's to keep, above 0 and below 1. max_drop: percentage points that may be
+            lost. Give one of them.
+        axes: what may be trimmed, among "states", "channels", "layers" and "tokens"; None: all that the model has.
+
+    Raises:
+        BudgetError: the budget is out of reach. InputError: arguments or images that cannot be used.
+    """
+    check_dense(model)
+    request = PlanRequest(flops=flops, latency=latency, max_drop=max_drop, axes=None if axes is None else tuple(axes))
+    request.check()
+    if not request.searches:
+        raise InputError("no budget: give `flops`, `latency` or `max_drop`")
+    for name, share in (("flops", flops), ("latency", latency)):
+        _check_shares(name, () if share is None else (share,))
+    batches = to_batches(model, data)
+    chosen, rest = sample_indices(len(batches.index), SAMPLES, 0)
+    judged = _select(batches, rest[:JUDGED_MOST]) if max_drop is not None and len(rest) >= JUDGED_LEAST else None
+    calibration = _select(batches, chosen)
+    images = CalibrationImages(calibration, calibration, len(chosen), judged)
+    wanted = SearchRequest(flops, latency, choose_alignment=True, max_drop=max_drop)
+    wanted = replace(wanted, axes=choose_axes(model, request.axes, images))
+    result = search_axes(model, wanted, images, DataOptions(), gap="calibrated", repair=True)
+    context = Context(model, images.calibration)
+    steps = [*trimming_steps(result.trims, result.chains), *pruning_steps(result.plan, Reconstruct(required=False))]
+    *_, compressed = [mark_unchanged(model), *run_steps(steps, context, keep=()).values()]
+    add_learnt(compressed, [result.sensitivity.digests])
+    return compressed
 
 
 def compare(

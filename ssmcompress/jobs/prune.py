@@ -168,6 +168,7 @@ def _search_request(request: PlanRequest, axes: tuple[str, ...]) -> SearchReques
         stages=request.stages,
         importance=request.importance,
         alignment=Alignment(aligned, aligned),
+        choose_alignment=request.align is None,
         labels=request.by_labels,
         sensitivity=request.sensitivity,
         images=request.search_images,

@@ -92,6 +92,8 @@ def search_plan(
     if not trials:
         raise BudgetError(f"no plan with stages after {','.join(map(str, layers))} comes close to {budget:.1%}")
     best = trials[0]
+    stages = tuple(Stage(**stage) for stage in best["stages"])
+    alignment, aligned = trial.choose_alignment(replace(plan, stages=stages))
     record = {
         "asked": {"flops": request.flops, "latency": request.latency},
         "reachable": {"flops": lowest, "latency": latency_range["lowest"] if latency_range else None},
@@ -103,10 +105,10 @@ def search_plan(
         "flops": best["flops"],
         "latency": latency_range["reached"] if latency_range else None,
         "tried": trials,
+        "alignments": aligned,
         "seconds": {"sensitivity": round(measured, 2), "all": round(time.perf_counter() - begin, 2)},
     }
-    stages = tuple(Stage(**stage) for stage in best["stages"])
-    return SearchResult(Plan(stages, request.alignment, seed=data.seed), sensitivity, record)
+    return SearchResult(Plan(stages, alignment, seed=data.seed), sensitivity, record)
 
 
 def nothing_to_do(request: SearchRequest, sensitivity: Sensitivity, share: float, lowest: float) -> SearchResult:

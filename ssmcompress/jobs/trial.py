@@ -22,12 +22,16 @@ from ..evaluation.latency import latency
 from ..models.base import TokenModel
 from ..models.rewrite import prune
 from ..progress import track
-from ..pruning.alignment import Alignment
+from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Calibration, Plan, Stage
 from .images import CalibrationImages
 from .requests import SEARCH_IMAGES, DataOptions
 
 REPEATS = 31
+# Alignments that a search chooses from. On the bundled model at 60 % of the FLOPs, the convolution alone left a KL of
+# 0.061 after reconstruction, and both ops 0.066; on a smaller Vim the convolution alone left 0.066, and both 0.063. The
+# order was the same before reconstruction.
+ALIGNMENTS = (Alignment(True, True), Alignment(True, False), Alignment(False, True), UNALIGNED)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class SearchRequest:
     Attributes:
         flops, latency: share of the dense model's to keep; one of them at most.
         stages, importance: the layers and the metric to choose from; None: all.
-        alignment: as in a plan. labels: judge by labels, not by the dense model's outputs.
+        alignment: as in a plan. choose_alignment: whether the images choose it for the best plan, among all.
+        labels: judge by labels, not by the dense model's outputs.
         sensitivity: file measured earlier, or None. images: to measure on at most.
         axes: what may be trimmed, among "states", "channels", "layers" and "tokens".
         max_drop: percentage points that may be lost, instead of `flops` and `latency`; with axes other than tokens.
@@ -48,6 +53,7 @@ class SearchRequest:
     stages: tuple[int, ...] | None = None
     importance: str | None = None
     alignment: Alignment = Alignment()
+    choose_alignment: bool = False
     labels: bool = False
     sensitivity: str | None = None
     images: int = SEARCH_IMAGES
@@ -142,6 +148,14 @@ class Trial:
                     changed[index] = replace(changed[index], importance=metric)
                     try_plan(tuple(changed), None)
         return sorted(results.values(), key=lambda value: value["loss"])
+
+    def choose_alignment(self, plan: Plan) -> tuple[Alignment, list[dict[str, Any]]]:
+        """Return the alignment with the least loss for a plan, and the losses of all as a JSON value."""
+        if not self.request.choose_alignment or not plan.stages:
+            return self.request.alignment, []
+        losses = [(self.loss(replace(plan, alignment=alignment)), alignment) for alignment in ALIGNMENTS]
+        best = min(losses, key=lambda pair: pair[0])[1]
+        return best, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
 
     def latency_share(self, plan: Plan) -> float:
         """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""

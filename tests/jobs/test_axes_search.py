@@ -290,3 +290,47 @@ def test_a_damaged_configuration_of_a_trimmed_model_is_refused(vim, images, tmp_
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         ssmcompress.load(tmp_path / "m")
+
+
+def test_the_alignment_is_chosen_on_images_unless_it_is_given(checkpoint, folders):
+    options = (
+        "prune",
+        checkpoint,
+        "--flops",
+        "60%",
+        "--axes",
+        "tokens",
+        "--data",
+        folders,
+        *QUICK,
+        "--force",
+        "-o",
+        "m",
+    )
+    report = call_json(*options)
+    losses = {(entry["conv"], entry["scan"]): entry["loss"] for entry in report["search"]["alignments"]}
+    assert len(losses) == 4
+    chosen = (report["alignment"]["conv"], report["alignment"]["scan"])
+    assert losses[chosen] == min(losses.values())
+    for option, expected in (("--align", True), ("--no-align", False)):
+        report = call_json(*options, option)
+        assert report["search"]["alignments"] == []
+        assert (report["alignment"]["conv"], report["alignment"]["scan"]) == (expected, expected)
+
+
+@pytest.mark.parametrize("axes", [None, ["states", "channels"]])
+def test_a_budget_in_python(vim, axes):
+    images = images_of(vim, 64)
+    compressed = ssmcompress.fit_budget(vim, images, flops=0.5, axes=axes)
+    assert flops(compressed)["full"] <= 0.5 * flops(vim)["full"]
+    assert compressed.find_record("reconstruction") is not None
+    assert vim.plan is None
+    ssmcompress.save(compressed, "m")
+    assert torch.equal(ssmcompress.load("m")(images[:3]), compressed(images[:3]))
+
+
+def test_a_budget_in_python_needs_one_budget(vim):
+    with pytest.raises(InputError, match="no budget"):
+        ssmcompress.fit_budget(vim, images_of(vim, 32))
+    with pytest.raises(InputError, match="expected one of them"):
+        ssmcompress.fit_budget(vim, images_of(vim, 32), flops=0.5, max_drop=1.0)

@@ -1,0 +1,169 @@
+"""Combinations of axes carried out on the images of a search: trimmed, pruned, reconstructed, measured, timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..compression.calibrate import calibrate
+from ..compression.reconstruct import reconstruct
+from ..compression.search.axes import run
+from ..compression.search.combine import Combination
+from ..compression.search.propose import fill_budget
+from ..compression.search.proxy_loss import measure_loss
+from ..compression.trim.channels import channel_chains, cut_channels
+from ..compression.trim.layers import drop_directions, drop_layers
+from ..compression.trim.states import cut_states, state_chains
+from ..compression.trim.trims import Trims
+from ..data.content import different
+from ..evaluation.flops import corrections_share, flops, flops_as_run
+from ..evaluation.latency import latency
+from ..models.base import TokenModel
+from ..models.rewrite import prune
+from ..pruning.alignment import Alignment
+from ..pruning.plan import Plan, Stage
+from .steps import CHANNEL_IMAGES, STATE_IMAGES
+from .trial import ALIGNMENTS, REPEATS, Trial
+
+# Images that a combination is reconstructed on, and images for the metrics of a model that is only timed.
+FIT_IMAGES, PROBE_IMAGES = 256, 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """A combination that was run.
+
+    Attributes:
+        combination: with the stages that fill the budget. flops: share of the dense FLOPs, corrections included.
+        loss: on the images of the search, in nats. model: the compressed model.
+    """
+
+    combination: Combination
+    flops: float
+    loss: float
+    model: TokenModel
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "trims": self.combination.trims.to_dict(),
+            "stages": [stage.to_dict() for stage in self.combination.stages],
+            "loss": round(self.loss, 6),
+            "expected": round(self.combination.expected, 6),
+            "flops": round(self.flops, 6),
+        }
+
+
+class AxesTrial:
+    """Carries out combinations on the images of a `Trial`, and keeps what several of them need.
+
+    Args:
+        trial: the images, and the dense model. repair: whether models are reconstructed.
+    """
+
+    def __init__(self, trial: Trial, repair: bool):
+        self.trial, self.repair = trial, repair
+        self.model, self.request = trial.model, trial.request
+        self.digests = different(trial.read.digests)
+        self.chains: dict[tuple[str, Trims], Any] = {}
+        self.dense_logits: Tensor | None = None
+        self.tried: dict[tuple[Trims, tuple[Stage, ...]], Run] = {}
+
+    def reserve(self, combination: Combination) -> float:
+        """Return the share of the FLOPs to leave to the corrections of a combination."""
+        if not combination.stages or not self.repair:
+            return 0.0
+        return corrections_share(self.model, [stage.after for stage in combination.stages])
+
+    def run(self, combination: Combination, budget: float) -> Run | None:
+        """Carry out a combination as far as the budget allows, and measure its loss; None if it takes too much."""
+        trimmed = self.trim(combination.trims)
+        stages = combination.stages
+        if stages:
+            stages = fill_budget(trimmed, stages, budget - self.reserve(combination)) or ()
+            if not stages:
+                return None
+        key = (combination.trims, stages)
+        if key not in self.tried:
+            model = self.compress(trimmed, combination.trims, stages, self.request.alignment)
+            logits = run(model, self.trial.images)
+            loss = measure_loss(logits, self.dense(), self.trial.labels)
+            share = flops_as_run(model)["full"] / flops(self.model)["full"]
+            self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
+        return self.tried[key] if self.tried[key].flops <= budget else None
+
+    def choose_alignment(self, best: Run) -> tuple[Alignment, list[dict[str, Any]]]:
+        """Return the alignment with the least loss for a run's stages, and the losses of all as a JSON value."""
+        trims, stages = best.combination.trims, best.combination.stages
+        if not self.request.choose_alignment or not stages:
+            return self.request.alignment, []
+        losses = []
+        for alignment in ALIGNMENTS:
+            loss = best.loss
+            if alignment != self.request.alignment:
+                model = self.compress(self.trim(trims), trims, stages, alignment)
+                loss = measure_loss(run(model, self.trial.images), self.dense(), self.trial.labels)
+            losses.append((loss, alignment))
+        chosen = min(losses, key=lambda pair: pair[0])[1]
+        return chosen, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
+
+    def compress(
+        self, trimmed: TokenModel, trims: Trims, stages: tuple[Stage, ...], alignment: Alignment
+    ) -> TokenModel:
+        """Return a trimmed model pruned at these stages and reconstructed on a part of the images."""
+        fitted, model = self.trial.others[:FIT_IMAGES], trimmed
+        if stages:
+            plan = Plan(stages, alignment, self.trial.gap, self.trial.seed)
+            model = prune(trimmed, calibrate(trimmed, fitted, plan, gap=self.trial.gap))
+        if not self.repair or (not trims and not stages):
+            return model
+        uncut = self.trim(replace(trims, channels=None))
+        return reconstruct(model, self.model, fitted, reference=uncut if trims else None)
+
+    def trim(self, trims: Trims) -> TokenModel:
+        """Return the model with what is trimmed, before reconstruction."""
+        model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
+        if trims.states is not None:
+            model = cut_states(model, self.state_chains(trims), trims.states)
+        if trims.channels is not None:
+            model = cut_channels(model, self.channel_chains(trims), trims.channels)
+        return model
+
+    def state_chains(self, trims: Trims) -> Any:
+        """Return the chains of the states of a model without what `trims` drops."""
+        key = ("states", replace(trims, states=None, channels=None))
+        if key not in self.chains:
+            chains = state_chains(self.trim(key[1]), self.trial.others[:STATE_IMAGES])
+            self.chains[key] = replace(chains, batches=self.digests)
+        return self.chains[key]
+
+    def channel_chains(self, trims: Trims) -> Any:
+        """Return the chains of the channels of a model without what `trims` drops, its states included."""
+        key = ("channels", replace(trims, channels=None))
+        if key not in self.chains:
+            chains = channel_chains(self.trim(key[1]), self.trial.others[:CHANNEL_IMAGES])
+            self.chains[key] = replace(chains, batches=self.digests)
+        return self.chains[key]
+
+    def chains_of(self, trims: Trims) -> dict[str, Any]:
+        """Return the chains that the steps of these trims can use again, by the names of the steps."""
+        keys = {"states": replace(trims, states=None, channels=None), "channels": replace(trims, channels=None)}
+        return {axis: self.chains[axis, key] for axis, key in keys.items() if (axis, key) in self.chains}
+
+    def dense(self) -> Tensor:
+        """Return the dense model's logits of the images to search on."""
+        if self.dense_logits is None:
+            self.dense_logits = run(self.model, self.trial.images)
+        return self.dense_logits
+
+    def latency_share(self, combination: Combination, budget: float) -> float:
+        """Return the latency at batch 1 of a combination without reconstruction, as a share of the dense model's."""
+        model = self.trim(combination.trims)
+        if combination.stages:
+            stages = fill_budget(model, combination.stages, budget - self.reserve(combination)) or combination.stages
+            plan = Plan(stages, self.request.alignment, "bias", self.trial.seed)
+            model = prune(model, calibrate(model, self.trial.others[:PROBE_IMAGES], plan, gap="bias"))
+        times = latency({"dense": self.model, "pruned": model}, self.trial.images[:1].to(self.trial.device), REPEATS)
+        return times["pruned"] / times["dense"]
