@@ -70,7 +70,7 @@ def users_folder(folder: Path) -> Iterator[None]:
         if not Path("model.pt").exists():
             torch.save({"model": make_vim().state_dict()}, "model.pt")
             for label in range(10):
-                for i in range(2):
+                for i in range(4):
                     write_image(Path("images") / f"class{label}" / f"{i}.png", seed=10 * label + i)
             write_image(Path("photo.jpg"), seed=0, size=(40, 30))
             Path("examples").symlink_to(ROOT / "examples")

@@ -50,7 +50,7 @@ def dense_flops(model: TokenModel) -> dict[str, float]:
 
 
 def _count_dense(model: TokenModel, convention: str = "full") -> int:
-    config = model.origin.config if model.origin is not None else model.config
+    config = model.dense_config
     counts = [model.length] * (config.depth + 1)
     return sum(model.count_flops(config, counts, convention, as_run=False).values())
 

@@ -177,7 +177,7 @@ class AxesSearch:
             few = slice(0, AXIS_IMAGES)
             batch = LabelledBatch(trial.images[few], None if trial.labels is None else trial.labels[few])
             known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
-            self.sensitivity = replace(self.sensitivity, axes=known, digests=self.runs.digests)
+            self.sensitivity = replace(self.sensitivity, axes=known).seen(self.runs.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
         if "tokens" in axes:
             self.plans = self.propose_tokens()

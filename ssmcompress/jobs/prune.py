@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import processes
+from ..compression.reconstruct.layerwise import RefitOptions
 from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
@@ -258,9 +259,11 @@ def _prune_folder(
     calibration, together = images.calibration, processes.count() > 1
     plan, search = found.plan, found.search
     plan = Plan(plan.stages, plan.alignment, images.gap_source(options.gap, plan.gap), plan.seed)
-    refit = (
-        Reconstruct(required=bool(options.reconstruct)) if images.wants_reconstruction(options.reconstruct) else None
-    )
+    refit = None
+    if images.wants_reconstruction(options.reconstruct):
+        # Corrections of the class token cost little in FLOPs, but time; a latency was searched for without them.
+        timed = search is not None and search.record["asked"]["latency"] is not None
+        refit = Reconstruct(bool(options.reconstruct), RefitOptions(class_corrections=not timed))
     context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
     trimming = trimming_steps(found.trims, search.chains if search is not None else {})
     steps = [*trimming, *pruning_steps(plan, refit)]

@@ -162,12 +162,14 @@ def describe_alignment(model: TokenModel) -> dict[str, Any]:
 
 
 def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    """Describe the reconstruction, with the seconds it took and the rank of the correction of each layer."""
+    """Describe the reconstruction, with the seconds it took and the ranks of each layer's corrections."""
     record = model.find_record("reconstruction")
     if record is None:
         return None
     ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
-    return {**asdict(record), "seconds": round(seconds, 2), "correction_ranks": ranks}
+    class_ranks = {layer: correction[0].out_features for layer, correction in model.class_corrections.items()}
+    found = {"correction_ranks": ranks, "class_correction_ranks": class_ranks}
+    return {**asdict(record), "seconds": round(seconds, 2), **found}
 
 
 def list_stages(model: TokenModel) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..compression.search.propose import propose
-from ..compression.search.sensitivity import METRICS, Sensitivity, candidate_layers, measure_sensitivity
+from ..compression.search.sensitivity import METRICS, NO_DIGESTS, Sensitivity, candidate_layers, measure_sensitivity
 from ..compression.trim.trims import Trims
 from ..data.batches import LabelledBatch
 from ..data.content import different
@@ -156,7 +156,7 @@ def measure_tokens(
     plan = trial.fit(layers if any(IMPORTANCES[metric].probe for metric in metrics) else ())
     measuring = time.perf_counter()
     if not _has_tokens(sensitivity):
-        known = sensitivity.axes if sensitivity is not None else ()
+        known, seen = (sensitivity.axes, sensitivity.digests) if sensitivity is not None else ((), NO_DIGESTS)
         sensitivity = measure_sensitivity(
             trial.model,
             LabelledBatch(trial.images[:most], None if trial.labels is None else trial.labels[:most]),
@@ -168,7 +168,7 @@ def measure_tokens(
             distributed=trial.several,
         )
         trial.read.sync()
-        sensitivity = replace(sensitivity, axes=known, digests=different(trial.read.digests))
+        sensitivity = replace(sensitivity, axes=known, digests=seen).seen(different(trial.read.digests))
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
     return plan, sensitivity, time.perf_counter() - measuring
 

@@ -11,6 +11,7 @@ from ..compression.finetune.loop import finetune
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import StateFile
 from ..compression.reconstruct import reconstruct
+from ..compression.reconstruct.layerwise import RefitOptions
 from ..compression.trim.channels import ChannelChains, trim_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import StateChains, trim_states
@@ -152,9 +153,11 @@ class Reconstruct:
 
     Attributes:
         required: whether fewer than two different images are an error; if not, the model then stays as it is.
+        options: what else is fitted.
     """
 
     required: bool = True
+    options: RefitOptions = RefitOptions()
     name: ClassVar[str] = "reconstructed"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
@@ -166,7 +169,9 @@ class Reconstruct:
             return model
         name, together = images.source.name, context.distributed
         reference = context.uncut or model if model.origin is not None else None
-        after = reconstruct(model, context.dense, images, name=name, distributed=together, reference=reference)
+        after = reconstruct(
+            model, context.dense, images, name=name, distributed=together, reference=reference, options=self.options
+        )
         return after if after.find_record("reconstruction") is not None else model
 
 

@@ -76,8 +76,9 @@ class Trial:
     ):
         self.model, self.seed, self.request, self.refit = model, data.seed, request, refit
         self.several = processes.count() > 1
-        if self.several and request.latency is not None:
-            raise InputError("a latency is searched for in one process: start ssmcompress without a launcher")
+        for name, value in (("a latency", request.latency), ("a loss (`max_drop`)", request.max_drop)):
+            if self.several and value is not None:
+                raise InputError(f"{name} is searched for in one process: start ssmcompress without a launcher")
         if images.count < processes.count():
             raise InputError(f"{images.count} images to search on in {processes.count()} processes: expected one each")
         self.name = images.source.name

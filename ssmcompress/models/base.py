@@ -204,6 +204,11 @@ class TokenModel(nn.Module, abc.ABC):
         self.learnt: LearntFrom | None = None
         self.origin: Origin | None = None
 
+    @property
+    def dense_config(self) -> Any:
+        """The configuration of the dense model that this one was made from, or is."""
+        return self.origin.config if self.origin is not None else self.config
+
     def mark_compressed(self) -> None:
         """Make a dense model a compressed one that drops no tokens, and remember the sizes that it has now."""
         if self.plan is None:

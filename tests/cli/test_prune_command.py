@@ -28,8 +28,11 @@ def test_prune_on_labelled_images_reports_everything(checkpoint, class_folders):
     for name in ("dense", "naive", "pruned"):
         assert 0 <= found[name]["top1"] <= found[name]["top5"] <= 100
     assert found["pruned"]["flops"]["full"] < found["dense"]["flops"]["full"]
-    ranks = found["reconstruction"]["correction_ranks"].values()
-    assert found["pruned"]["params"] == found["dense"]["params"] + sum(2 * 16 * rank for rank in ranks)
+    fitted = found["reconstruction"]
+    added = sum(2 * 16 * rank for rank in fitted["correction_ranks"].values())
+    # Those of the class token read its update, and the sum and the number of tokens of each of five segments.
+    added += sum((16 + 5 * 17 + 16) * rank for rank in fitted["class_correction_ranks"].values())
+    assert found["pruned"]["params"] == found["dense"]["params"] + added
     assert min(found["pruned"]["latency_ms"], found["dense"]["latency_ms"]) > 0
     assert 0 <= found["agreement"]["top1"] <= 100 <= 100 + found["agreement"]["kl"]
     assert found["command"].startswith(f"ssmcompress prune {checkpoint} --ratio 0.5")

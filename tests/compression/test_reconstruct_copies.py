@@ -6,6 +6,7 @@ from conftest import make_vim
 
 import ssmcompress
 from ssmcompress.compression.reconstruct.copies import make_copies
+from ssmcompress.compression.reconstruct.layerwise import RefitOptions
 from ssmcompress.errors import InputError
 
 
@@ -44,7 +45,7 @@ def models():
 
 def test_copies_are_fitted_on_and_the_images_held_out_decide(models):
     pruned, dense, images = models
-    alone, more = (ssmcompress.reconstruct(pruned, dense, images, copies=n) for n in (0, 2))
+    alone, more = (ssmcompress.reconstruct(pruned, dense, images, options=RefitOptions(copies=n)) for n in (0, 2))
     records = [model.find_record("reconstruction") for model in (alone, more)]
     assert [(r.images, r.held_out, r.kl_before) for r in records] == [(70, 14, records[0].kl_before)] * 2
     # The first weight has the same inputs in both, so the choice among more cannot be worse.
@@ -54,15 +55,15 @@ def test_copies_are_fitted_on_and_the_images_held_out_decide(models):
 
 def test_the_result_is_the_same_for_any_batches(models):
     pruned, dense, images = models
-    whole = ssmcompress.reconstruct(pruned, dense, images, copies=1).state_dict()
-    parts = ssmcompress.reconstruct(pruned, dense, images.split(9), copies=1).state_dict()
+    whole = ssmcompress.reconstruct(pruned, dense, images, options=RefitOptions(copies=1)).state_dict()
+    parts = ssmcompress.reconstruct(pruned, dense, images.split(9), options=RefitOptions(copies=1)).state_dict()
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
 def test_two_images_are_enough(models):
     pruned, dense, images = models
-    found = ssmcompress.reconstruct(pruned, dense, images[:2], copies=2)
+    found = ssmcompress.reconstruct(pruned, dense, images[:2], options=RefitOptions(copies=2))
     assert found(images).isfinite().all()
 
 
@@ -70,4 +71,4 @@ def test_two_images_are_enough(models):
 def test_a_number_of_copies_that_is_none_is_refused(models, copies):
     pruned, dense, images = models
     with pytest.raises(InputError, match="`copies`"):
-        ssmcompress.reconstruct(pruned, dense, images, copies=copies)
+        ssmcompress.reconstruct(pruned, dense, images, options=RefitOptions(copies=copies))

@@ -89,7 +89,7 @@ def finetune(
         check_model(dense, "dense")
     if pruned.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
-    if dense is not None and pruned.config != dense.config:
+    if dense is not None and pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     training = open_training(pruned, training)
     if held_out is not None:

@@ -52,11 +52,7 @@ from ...models.inputs import as_batches, check_model
 from ...models.learnt import add_learnt, find_batches
 from ...models.records import Reconstruction
 from ...progress import track
-from .layerwise import LayerwiseRefit
-
-# Altered copies of each image. On two small Vims and 1,024 images, with 0, 1 and 3 of them: KL from the dense model on
-# 4,000 other images 0.060, 0.056 and unknown; 0.049, 0.048 and 0.052; in 1, 2 and 4 times the time.
-COPIES = 0
+from .layerwise import LayerwiseRefit, RefitOptions
 
 
 @torch.no_grad()
@@ -68,7 +64,7 @@ def reconstruct(
     name: str | None = None,
     distributed: bool = False,
     reference: TokenModel | None = None,
-    copies: int = COPIES,
+    options: RefitOptions = RefitOptions(),
 ) -> TokenModel:
     """Return a copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are not changed.
 
@@ -86,9 +82,7 @@ def reconstruct(
         reference: the model whose inner maps are the targets of those of `pruned`, on the dense model's features: the
             trimmed model before it lost channels and tokens, whose states are those of `pruned`. None: the dense model;
             inner maps of another size are then not refitted.
-        copies: number of altered copies of each image to fit on in addition, mirrored at random and shifted by up to a
-            14th of the side. A weight is fitted to them only if that is better on the images held out, which are not
-            altered. Time grows with their number.
+        options: what else is fitted, and on what.
 
     Returns:
         The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned or trimmed, the copy
@@ -98,13 +92,14 @@ def reconstruct(
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
         SsmCompressError: no room for temporary files.
     """
+    copies = options.copies
     if isinstance(copies, bool) or not isinstance(copies, int) or copies < 0:
         raise InputError(f"`copies` is {copies!r}: expected the number of altered copies of each image, 0 or more")
     check_model(pruned, "pruned")
     check_model(dense, "dense")
     if pruned.plan is None or dense.plan is not None:
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
-    if (pruned.origin.config if pruned.origin is not None else pruned.config) != dense.config:
+    if pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     if next(pruned.parameters()).device != next(dense.parameters()).device:
         raise InputError("the pruned and the dense model are on different devices")
@@ -114,7 +109,7 @@ def reconstruct(
         return model
     batches = as_batches(dense, images, repeat=False)
     with TemporaryDirectory(prefix="ssmcompress-", ignore_cleanup_errors=True) as folder:
-        run = LayerwiseRefit(dense, model, layers, Path(folder), distributed, reference or dense, copies)
+        run = LayerwiseRefit(dense, model, layers, Path(folder), distributed, reference or dense, options)
         before = run.start(batches)
         for _ in track(run.refit(), "reconstructing", run.chunks * run.passes()):
             pass

@@ -81,7 +81,7 @@ class ClassSums:
     def refit(self) -> tuple[Refit, ClassCorrection | None]:
         """Return the fit and the correction, or None if none helps on the images held out."""
         # The map from the same inputs to the update that is wanted; without a correction that is the update itself.
-        old = torch.eye(self.width, sum(self.groups)).to(self.rows.fitted.gram)
+        old = torch.eye(self.width, sum(self.groups), device="cpu").to(self.rows.fitted.gram)
         result, fitted = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None

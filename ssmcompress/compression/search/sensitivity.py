@@ -45,6 +45,9 @@ OBJECTIVES = ("kl", "labels")
 MOST_LAYERS = 12
 
 
+NO_DIGESTS = np.zeros(0, np.uint64)
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """Loss per layer, metric and count of kept tokens, each for a single stage and nothing else pruned.
@@ -80,7 +83,11 @@ class Sensitivity:
     ) -> Sensitivity:
         """Return a sensitivity without losses of tokens."""
         nothing = torch.zeros(0, 0, 0, dtype=torch.float64)
-        return cls(model, data, objective, refit, alignment, gap, (), (), (), nothing)
+        return cls(model, data, objective, refit, alignment, gap, (), (), (), nothing, NO_DIGESTS)
+
+    def seen(self, digests: np.ndarray) -> Sensitivity:
+        """Return the same sensitivity, of which further images were seen."""
+        return replace(self, digests=None if self.digests is None else np.union1d(self.digests, digests))
 
     def to_json(self) -> str:
         """Return the content of a sensitivity file."""

@@ -83,8 +83,8 @@ def find_trims(steps: Sequence[Record]) -> Trims:
     values = {step.kind: step.values for step in steps if isinstance(step, StepRecord)}
     return Trims.from_dict(
         {
-            "states": values.get("states", {}).get("n"),
-            "channels": values.get("channels", {}).get("e"),
+            "states": _compact(values.get("states", {}).get("n")),
+            "channels": _compact(values.get("channels", {}).get("e")),
             "layers": values.get("layers", {}).get("layers", ()),
             "directions": values.get("directions", {}).get("directions", {}),
         }
@@ -111,6 +111,12 @@ def build_trimmed(model: TokenModel, trims: Trims) -> TokenModel:
     trimmed.origin = Origin(model.config, layers)
     trimmed.mark_compressed()
     return trimmed
+
+
+def _compact(counts: Any) -> Any:
+    """Return the only number of a list of counts if all layers have the same."""
+    same = isinstance(counts, list) and len({*map(str, counts)}) == 1
+    return counts[0] if same else counts
 
 
 def _to_json(counts: int | tuple[int, ...] | None) -> int | list[int] | None:
