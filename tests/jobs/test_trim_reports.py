@@ -64,7 +64,7 @@ def test_the_section_is_what_the_steps_did_and_is_read_as_trims():
     section = describe_trims(trimmed)
     assert section["dense"] == {"states": 4, "channels": 32, "directions": 2, "layers": 4}
     assert section["fitted_on"] == {"states": {"name": "few", "images": 4}}
-    assert Trims.from_dict(section) == Trims((2, 2, 2), None, (3,), ((1, (1,)),))
+    assert Trims.from_dict(section) == Trims(2, None, (3,), ((1, (1,)),))
     assert describe_sizes(trimmed.config) == {"states": 2, "channels": 32, "directions": [1, 2, 2], "layers": 3}
     assert describe_trims(model) == {}
 
