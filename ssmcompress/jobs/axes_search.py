@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import processes
@@ -20,7 +21,8 @@ from ..compression.search.combine import Combination, combine
 from ..compression.search.propose import Candidate, propose
 from ..compression.search.sensitivity import Sensitivity, identify
 from ..compression.trim.trims import Trims
-from ..data.batches import LabelledBatch
+from ..data.batches import Batches, LabelledBatch
+from ..data.content import different
 from ..errors import BudgetError, InputError
 from ..evaluation.flops import corrections_share, flops_of, remaining_share, smallest_share
 from ..models.base import TokenModel
@@ -30,7 +32,7 @@ from .axes_trial import AxesTrial, Run
 from .images import CalibrationImages
 from .requests import AXES, DataOptions
 from .search import SearchResult, choose_layers, measure_tokens, read_sensitivity
-from .trial import SearchRequest, Trial, read_all
+from .trial import SearchRequest, Trial
 
 # Different images that a search needs.
 LEAST_IMAGES = 16
@@ -60,6 +62,8 @@ def choose_axes(model: TokenModel, asked: Sequence[str] | None, images: Calibrat
     """
     tokens = ("tokens",) if len(model.blocks) > 1 else ()
     possible = (*list_axes(model), *tokens)
+    if processes.count() > 1 and not tokens:
+        raise InputError("in several processes, only tokens are searched for, and this model has one layer")
     if asked is None:
         few = images.source.stand_in or images.count < LEAST_IMAGES
         return tokens if tokens and (few or processes.count() > 1) else possible
@@ -108,7 +112,8 @@ def search_axes(
     best = min(runs, key=lambda run: run.loss)
     search.tell(best, runs)
     trims, stages = best.combination.trims, best.combination.stages
-    alignment, aligned = search.runs.choose_alignment(best)
+    # A loss that was asked for was judged with this alignment.
+    alignment, aligned = (request.alignment, []) if request.max_drop is not None else search.runs.choose_alignment(best)
     record = {
         "asked": {"flops": request.flops, "latency": request.latency, "max_drop": request.max_drop},
         "reachable": {"flops": lowest, "latency": found.get("lowest")},
@@ -149,7 +154,8 @@ class AxesSearch:
         self.runs = AxesTrial(self.trial, repair)
         if (count := len(self.runs.digests)) < LEAST_IMAGES:
             raise InputError(
-                f"{count} different images to search on: expected at least {LEAST_IMAGES}, or `axes` tokens alone"
+                f"{count} different images to search on: expected at least {LEAST_IMAGES}; give more images"
+                + ("" if request.max_drop is not None else ", or drop tokens alone (`axes`)")
             )
         self.judged = images.judged
         self.layers = choose_layers(model, request, read) if "tokens" in request.axes else ()
@@ -236,6 +242,7 @@ class AxesSearch:
     def for_flops(self, budget: float) -> list[Run]:
         """Run the best combinations for a budget."""
         chosen = self.best_for(budget)
+        self.runs.tried.clear()  # each holds a model
         if not chosen:
             raise BudgetError(f"no combination of {', '.join(self.request.axes)} comes to {budget:.1%} of the FLOPs")
         tried = [self.runs.run(c, budget) for c in track(chosen, "running the best combinations", len(chosen))]
@@ -265,14 +272,17 @@ class AxesSearch:
                 f"{wanted:.1%} of the latency is out of reach: the least that was found is {least:.1%}; "
                 f"the machine may be busy"
             )
-        return self.for_flops(kept), {"lowest": least, "reached": found}
+        timed = self.runs.run(self.best_for(kept)[0], kept)
+        if timed is None:
+            raise BudgetError(f"no combination that was timed fits {kept:.1%} of the FLOPs, corrections included")
+        return [timed], {"lowest": least, "reached": found}
 
     def for_drop(self, most: float, lowest: float, highest: float) -> tuple[list[Run], dict[str, Any]]:
         """Find the fewest FLOPs that lose at most `most` percentage points on images that nothing was fitted on."""
-        images, labels = self.trial.images, self.trial.all_labels
-        if self.judged is not None:
-            images, labels = read_all(self.judged)
-        dense = run(self.model, images)
+        source = self.judged if self.judged is not None else (self.trial.images, self.trial.all_labels)
+        dense, labels = run_all(self.model, source)
+        if self.judged is not None:  # the result is chosen by them
+            self.sensitivity = self.sensitivity.seen(different(self.judged.digests))
         good: tuple[Run, float] | None = None
         least = None
         low, high = lowest, highest
@@ -282,9 +292,9 @@ class AxesSearch:
                 best = min(self.for_flops(budget), key=lambda run: run.loss)
             except BudgetError:
                 best = None
-            drop = None if best is None else drop_of(run(best.model, images), dense, labels)
+            drop = None if best is None else drop_of(run_all(best.model, source)[0], dense, labels)
             if drop is not None:
-                line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(images)} images")
+                line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(dense)} images")
                 least = min([d for d in (least, drop) if d is not None])
             if drop is not None and drop <= most:
                 if good is None or best.flops < good[0].flops:
@@ -297,7 +307,7 @@ class AxesSearch:
             raise BudgetError(
                 f"a loss of at most {most:g} points is out of reach below {high:.1%} of the FLOPs: {shown}"
             )
-        return [good[0]], {"drop": {"points": round(good[1], 4), "images": len(images), "labels": labels is not None}}
+        return [good[0]], {"drop": {"points": round(good[1], 4), "images": len(dense), "labels": labels is not None}}
 
     # --------------------------------------------------------------------------------------------------- telling
 
@@ -342,6 +352,14 @@ def describe_combination(combination: Combination) -> str:
 def remaining_of(model: TokenModel, trims: Trims) -> float:
     """Return the share of the dense FLOPs that trims leave."""
     return flops_of(model, trims.apply_to(model.config))
+
+
+def run_all(model: TokenModel, source: Batches | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Return the logits (images, classes) of all images, and their labels if they have any."""
+    if isinstance(source, tuple):
+        return run(model, source[0]), source[1]
+    logits, labels = zip(*((run(model, batch.images), batch.labels) for batch in source), strict=True)
+    return torch.cat(logits), None if labels[0] is None else torch.cat(labels)
 
 
 def drop_of(logits: Tensor, dense: Tensor, labels: Tensor | None) -> float:

@@ -16,7 +16,7 @@ from ..compression.search.proxy_loss import measure_loss
 from ..compression.trim.channels import channel_chains, cut_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import cut_states, state_chains
-from ..compression.trim.trims import Trims
+from ..compression.trim.trims import Trims, fit_counts
 from ..data.content import different
 from ..evaluation.flops import corrections_share, flops, flops_as_run
 from ..evaluation.latency import latency
@@ -126,9 +126,11 @@ class AxesTrial:
         """Return the model with what is trimmed, before reconstruction."""
         model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
         if trims.states is not None:
-            model = cut_states(model, self.state_chains(trims), trims.states)
+            n = fit_counts(trims.states, [block.d_state for block in model.blocks])
+            model = cut_states(model, self.state_chains(trims), n)
         if trims.channels is not None:
-            model = cut_channels(model, self.channel_chains(trims), trims.channels)
+            e = fit_counts(trims.channels, [block.d_inner for block in model.blocks])
+            model = cut_channels(model, self.channel_chains(trims), e)
         return model
 
     def state_chains(self, trims: Trims) -> Any:

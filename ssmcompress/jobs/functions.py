@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..compression.calibrate import calibrate
+from ..compression.reconstruct.layerwise import RefitOptions
 from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..models.base import TokenModel
@@ -97,6 +98,8 @@ def fit_budget(
         BudgetError: the budget is out of reach. InputError: arguments or images that cannot be used.
     """
     check_dense(model)
+    if isinstance(axes, str):
+        raise InputError(f"`axes` {axes!r}: expected several, [{axes!r}]")
     request = PlanRequest(flops=flops, latency=latency, max_drop=max_drop, axes=None if axes is None else tuple(axes))
     request.check()
     if not request.searches:
@@ -110,9 +113,13 @@ def fit_budget(
     images = CalibrationImages(calibration, calibration, len(chosen), judged)
     wanted = SearchRequest(flops, latency, choose_alignment=True, max_drop=max_drop)
     wanted = replace(wanted, axes=choose_axes(model, request.axes, images))
-    result = search_axes(model, wanted, images, DataOptions(), gap="calibrated", repair=True)
+    if wanted.axes == ("tokens",) and max_drop is None:
+        result = search_plan(model, wanted, images, DataOptions(), gap="calibrated", reconstruct=True)
+    else:
+        result = search_axes(model, wanted, images, DataOptions(), gap="calibrated", repair=True)
     context = Context(model, images.calibration)
-    steps = [*trimming_steps(result.trims, result.chains), *pruning_steps(result.plan, Reconstruct(required=False))]
+    refit = Reconstruct(False, RefitOptions(class_corrections=latency is None))
+    steps = [*trimming_steps(result.trims, result.chains), *pruning_steps(result.plan, refit)]
     *_, compressed = [mark_unchanged(model), *run_steps(steps, context, keep=()).values()]
     add_learnt(compressed, [result.sensitivity.digests])
     return compressed

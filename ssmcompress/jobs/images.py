@@ -19,11 +19,11 @@ from .requests import DataOptions
 
 # One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
-# One in ten images is measured on, at most MEASURED_MOST. To find as many that were not learnt from, LOOKED_SHARE times
-# as many are read, or LOOKED_LEAST.
 # Images to judge a loss by: of 4,096, a difference between two models that disagree on 5 % has a standard error of 0.35
 # points. Fewer than JUDGED_LEAST are not worth more than those of the search.
 JUDGED_MOST, JUDGED_LEAST = 4096, 256
+# One in ten images is measured on, at most MEASURED_MOST. To find as many that were not learnt from, LOOKED_SHARE times
+# as many are read, or LOOKED_LEAST.
 MEASURED_MOST, LOOKED_SHARE, LOOKED_LEAST = 5000, 4, 4096
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -108,8 +109,8 @@ class PlanRequest:
         for name, value in (("latency", self.latency), ("max_drop", self.max_drop)):
             if value is not None and not self.search:
                 raise InputError(f"`{name}` is met by a search: leave out `search=False`")
-        if self.max_drop is not None and not 0 < self.max_drop < 100:
-            raise InputError(f"`max_drop` {self.max_drop:g}: expected percentage points, above 0 and below 100")
+        if self.max_drop is not None and (not isinstance(self.max_drop, Real) or not 0 < self.max_drop < 100):
+            raise InputError(f"`max_drop` {self.max_drop}: expected percentage points, above 0 and below 100")
         if self.axes is not None:
             if unknown := [axis for axis in self.axes if axis not in AXES]:
                 raise InputError(f"`axes` {unknown[0]!r}: expected some of {', '.join(AXES)}")
@@ -121,7 +122,7 @@ class PlanRequest:
             searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None, "axes": self.axes}
             searching["search_images"] = self.search_images if self.search_images != SEARCH_IMAGES else None
             if extra := [f"`{name}`" for name, value in searching.items() if value is not None]:
-                way_out = "give `flops` or `latency`" if self.search else "leave out `search=False`"
+                way_out = "give `flops`, `latency` or `max_drop`" if self.search else "leave out `search=False`"
                 raise InputError(f"{' and '.join(extra)}: only a search uses that; {way_out}")
 
 

@@ -15,9 +15,10 @@ from ..compression.reconstruct.layerwise import RefitOptions
 from ..compression.trim.channels import ChannelChains, trim_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import StateChains, trim_states
-from ..compression.trim.trims import Trims
+from ..compression.trim.trims import Trims, fit_counts
 from ..data.batches import Batches
 from ..data.content import different
+from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
@@ -80,8 +81,10 @@ class TrimStates:
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The trimmed model, or the same one if nothing was trimmed."""
+        _check_alone(context)
         images = None if self.chains is not None else _first(context.calibration, STATE_IMAGES)
-        after = trim_states(model, self.n, images, chains=self.chains, name=context.calibration.source.name)
+        n = fit_counts(self.n, [block.d_state for block in model.blocks])
+        after = trim_states(model, n, images, chains=self.chains, name=context.calibration.source.name)
         return after if after.config != model.config else model
 
 
@@ -99,10 +102,18 @@ class TrimChannels:
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
         """The trimmed model, or the same one if nothing was trimmed."""
+        _check_alone(context)
         images = None if self.chains is not None else _first(context.calibration, CHANNEL_IMAGES)
-        after = trim_channels(model, self.e, images, chains=self.chains, name=context.calibration.source.name)
+        e = fit_counts(self.e, [block.d_inner for block in model.blocks])
+        after = trim_channels(model, e, images, chains=self.chains, name=context.calibration.source.name)
         context.uncut = context.uncut or model
         return after if after.config != model.config else model
+
+
+def _check_alone(context: Context) -> None:
+    """Raise an InputError in several processes, whose sums over images are not added."""
+    if context.distributed:
+        raise InputError("states and channels are trimmed in one process: start ssmcompress without a launcher")
 
 
 def _first(images: Batches, count: int) -> Batches:

@@ -78,7 +78,8 @@ class PlainMambaConfig(LayeredConfig):
 
     def with_layers(self, sizes: Mapping[int, LayerSize]) -> PlainMambaConfig:
         with_conv = tuple(layer for layer, number in enumerate(sizes) if number - 1 in self.dw_layers)
-        return replace(super().with_layers(sizes), dw_layers=with_conv)
+        dw_window = self.dw_window if with_conv else 0
+        return replace(super().with_layers(sizes), dw_layers=with_conv, dw_window=dw_window)
 
     @property
     def stem_grid(self) -> tuple[int, int]:

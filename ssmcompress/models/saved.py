@@ -33,6 +33,7 @@ from .statements import Statement, Statements
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+MOST_LAYERS = 4096  # of a dense model, in a configuration that may be damaged
 PLAN_EXPECTED = "expected a pruned model's folder or report, or the JSON of a dry run"
 
 
@@ -159,8 +160,10 @@ def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | Non
         ascending = list(layers) == sorted({*numbers}) and 1 <= layers[0] <= layers[-1] <= depth
         if len(layers) != len(model.blocks) or not ascending:
             raise ValueError(f"layers {layers}")
+        if not depth <= MOST_LAYERS or min(min(size[:2]) for size in origin.config.layers) < 1:
+            raise ValueError(f"{depth} layers, or sizes below 1")
         model.count_flops(origin.config, [1] * (depth + 1), "full")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise InputError(f"{CONFIG_FILE}: bad sizes of the dense model ({type(error).__name__} {error})") from error
     return origin
 

@@ -43,7 +43,7 @@ def prune(
     no_latency: NoLatency = False,
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
 ) -> None:
-    """Prune tokens of a dense model and write the result with a report."""
+    """Trim tokens, and within a budget also states, channels and layers, of a dense model; write it with a report."""
     plan = pruning.plan_request(budget)
     plan.check()
     gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()

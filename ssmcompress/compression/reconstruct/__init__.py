@@ -101,6 +101,12 @@ def reconstruct(
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
     if pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    if reference is not None:
+        check_model(reference, "reference")
+        numbers = [m.origin.layers if m.origin is not None else tuple(range(1, len(m.blocks) + 1))
+                   for m in (reference, pruned)]  # fmt: skip
+        if reference.dense_config != dense.config or numbers[0] != numbers[1]:
+            raise InputError("`reference` was not trimmed from `dense`, or has other layers than `pruned`")
     if next(pruned.parameters()).device != next(dense.parameters()).device:
         raise InputError("the pruned and the dense model are on different devices")
     model = copy.deepcopy(pruned)

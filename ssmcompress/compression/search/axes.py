@@ -117,6 +117,8 @@ def measure_axes(
     with torch.no_grad():
         dense = run(model, data.images)
     for axis, trims in track(options, "measuring axes", len(options)):
+        if trims.states is not None and trims.states > chains("states").most:
+            continue  # more states than can be refitted in the memory that is free
         trimmed = _trim(model, trims, chains)
         loss = average_loss(trimmed, data, dense, refit=refit)
         if loss != loss:

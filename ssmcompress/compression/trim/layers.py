@@ -42,6 +42,10 @@ def drop_layers(model: TokenModel, layers: Sequence[int]) -> TokenModel:
         numbers = [smaller.origin.layers[layer - 1] for layer in chosen]
         numbers += earlier.values["layers"] if earlier is not None else []
         smaller.drop_layers(chosen)
+        for kind, key in (("states", "n"), ("channels", "e")):  # what earlier steps left in the layers that remain
+            if (record := smaller.find_record(kind)) is not None and isinstance(record.values.get(key), list):
+                left = [count for layer, count in enumerate(record.values[key], 1) if layer not in chosen]
+                smaller.add_record(StepRecord(kind, {**record.values, key: left}))
         smaller.add_record(StepRecord("layers", {"layers": sorted(numbers)}))
     return smaller
 

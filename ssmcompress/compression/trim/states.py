@@ -73,6 +73,11 @@ class StateChains:
     batches: AnyBatches | np.ndarray
     images: int
 
+    @property
+    def most(self) -> int:
+        """The most states, fewer than all, that every scan can keep."""
+        return min(max(chain.steps) for sets in self.layers for chain in sets)
+
     def loss(self, layer: int, n: int) -> float:
         """Return the error of a layer, from 1, with n states, relative to the power of its scans' outputs.
 

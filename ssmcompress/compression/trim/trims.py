@@ -42,6 +42,7 @@ class Trims:
 
     def apply_to(self, config: LayeredConfig) -> LayeredConfig:
         """Return the configuration of the trimmed model."""
+        self._check(config)
         dropped, kept = dict(self.directions), []
         for number, size in enumerate(config.layers, 1):
             if number not in self.layers:
@@ -52,6 +53,26 @@ class Trims:
         for (number, size), N, E in zip(kept, states, channels, strict=True):
             sizes[number] = size._replace(d_inner=min(E, size.d_inner), d_state=min(N, size.d_state))
         return config.with_layers(sizes)
+
+    def _check(self, config: LayeredConfig) -> None:
+        """Raise an InputError for trims that a model of these sizes cannot have."""
+        numbers = range(1, config.depth + 1)
+        for layer in (*self.layers, *(layer for layer, _ in self.directions)):
+            if layer not in numbers:
+                raise InputError(f"trims: layer {layer} of a model of {config.depth} layers")
+        if len(set(self.layers)) >= config.depth:
+            raise InputError(f"trims: all {config.depth} layers are dropped; expected one to remain")
+        for layer, paths in self.directions:
+            present = config.layers[layer - 1].directions
+            if not set(paths) < set(present):
+                raise InputError(f"trims: scan paths {list(paths)} of layer {layer}, which has {list(present)}")
+        left = config.depth - len(set(self.layers))
+        for name, counts in (("states", self.states), ("channels", self.channels)):
+            values = counts if isinstance(counts, tuple) else (1 if counts is None else counts,)
+            if isinstance(counts, tuple) and len(counts) != left:
+                raise InputError(f"trims: {len(counts)} numbers of {name}, expected one for each of {left} layers")
+            if min(values) < 1:
+                raise InputError(f"trims: {min(values)} {name}, expected at least 1")
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object, without what is not trimmed."""
@@ -117,6 +138,11 @@ def _compact(counts: Any) -> Any:
     """Return the only number of a list of counts if all layers have the same."""
     same = isinstance(counts, list) and len({*map(str, counts)}) == 1
     return counts[0] if same else counts
+
+
+def fit_counts(most: int | tuple[int, ...], sizes: Sequence[int]) -> int | tuple[int, ...]:
+    """Return the most that layers keep, one number or one for each, not above what a layer has."""
+    return min(most, max(sizes)) if isinstance(most, int) else most
 
 
 def _to_json(counts: int | tuple[int, ...] | None) -> int | list[int] | None:
