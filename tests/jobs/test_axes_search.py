@@ -16,7 +16,7 @@ from ssmcompress.compression.search.sensitivity import Sensitivity
 from ssmcompress.compression.trim.trims import Trims
 from ssmcompress.data.batches import LabelledBatch
 from ssmcompress.errors import InputError
-from ssmcompress.evaluation.flops import flops, flops_of, remaining_share
+from ssmcompress.evaluation.flops import flops, flops_as_run, flops_of, remaining_share
 from ssmcompress.jobs.axes_search import drop_of
 from ssmcompress.pruning.plan import Stage
 
@@ -334,3 +334,50 @@ def test_a_budget_in_python_needs_one_budget(vim):
         ssmcompress.fit_budget(vim, images_of(vim, 32))
     with pytest.raises(InputError, match="expected one of them"):
         ssmcompress.fit_budget(vim, images_of(vim, 32), flops=0.5, max_drop=1.0)
+
+
+def test_a_latency_is_that_of_the_model_that_is_returned(checkpoint, folders, monkeypatch):
+    def by_flops(models, images, repeats):
+        return {name: flops_as_run(model)["full"] for name, model in models.items()}
+
+    monkeypatch.setattr("ssmcompress.jobs.axes_trial.latency", by_flops)
+    options = ("--axes", "states,channels", "--data", folders, *QUICK)
+    report = call_json("prune", checkpoint, "--latency", "70%", *options, "-o", "m")
+    dense = flops_as_run(ssmcompress.load(checkpoint))["full"]
+    assert report["search"]["latency"] == pytest.approx(report["pruned"]["flops"]["full"] / dense)
+    assert 0.4 < report["search"]["latency"] <= 0.7
+    done = call("prune", checkpoint, "--latency", "5%", *options, "-o", "n", code=3)
+    assert "out of reach" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("trims", "message"),
+    [
+        ({"layers": [9]}, "layer 9 of a model of 4 layers"),
+        ({"layers": [1, 2, 3, 4]}, "expected one to remain"),
+        ({"directions": {"1": [0, 1]}}, "which has"),
+        ({"states": [2, 2]}, "expected one for each of 4 layers"),
+        ({"channels": 0}, "at least 1"),
+    ],
+)
+def test_trims_of_a_plan_that_do_not_fit_are_refused(checkpoint, folders, trims, message):
+    with open("plan.json", "w") as file:
+        json.dump({"stages": [], "trims": trims}, file)
+    for options in ((), ("--dry-run",)):
+        assert message in refused("prune", checkpoint, "--plan", "plan.json", "--data", folders, *options)
+
+
+def test_a_plan_of_per_layer_sizes_and_a_dropped_layer_is_carried_out_again(vim, checkpoint, folders):
+    images = images_of(vim, 8)
+    trimmed = ssmcompress.drop_layers(ssmcompress.trim_states(vim, [2, 3, 2, 4], images), [3])
+    ssmcompress.save(trimmed, "first")
+    call("prune", checkpoint, "--plan", "first", "--data", folders, "--no-latency", "-o", "m")
+    assert ssmcompress.load("m").config.d_state == (2, 3, 4) == trimmed.config.d_state
+
+
+def test_images_that_a_loss_was_judged_by_are_noted(vim, tmp_path):
+    for number in range(1300):
+        write_image(tmp_path / "images" / f"{number}.png", seed=number)
+    compressed = ssmcompress.fit_budget(vim, str(tmp_path / "images"), max_drop=60, axes=["layers"])
+    assert len(compressed.learnt.digests) == 1300
+    assert compressed.learnt.complete
