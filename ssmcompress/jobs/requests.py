@@ -122,7 +122,7 @@ class PlanRequest:
             searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None, "axes": self.axes}
             searching["search_images"] = self.search_images if self.search_images != SEARCH_IMAGES else None
             if extra := [f"`{name}`" for name, value in searching.items() if value is not None]:
-                way_out = "give `flops`, `latency` or `max_drop`" if self.search else "leave out `search=False`"
+                way_out = "give `flops` or `latency`, or `max_drop`" if self.search else "leave out `search=False`"
                 raise InputError(f"{' and '.join(extra)}: only a search uses that; {way_out}")
 
 
