@@ -24,7 +24,7 @@ from ..compression.trim.trims import Trims
 from ..data.batches import Batches, LabelledBatch
 from ..data.content import different
 from ..errors import BudgetError, InputError
-from ..evaluation.flops import corrections_share, flops_of, remaining_share, smallest_share
+from ..evaluation.flops import corrections_share, remaining_share, smallest_share
 from ..models.base import TokenModel
 from ..progress import line, note, track
 from ..pruning.plan import MAX_RATIO, Plan, Stage
@@ -110,7 +110,7 @@ def search_axes(
     else:
         runs, found = search.for_drop(request.max_drop, lowest, highest)
     best = min(runs, key=lambda run: run.loss)
-    search.tell(best, runs)
+    search.tell(best)
     trims, stages = best.combination.trims, best.combination.stages
     # A loss that was asked for was judged with this alignment.
     alignment, aligned = (request.alignment, []) if request.max_drop is not None else search.runs.choose_alignment(best)
@@ -207,9 +207,7 @@ class AxesSearch:
 
     def range(self) -> tuple[float, float]:
         """Return the lowest and the highest share of the FLOPs within reach."""
-        trims = [c.trims for c in combine(self.model, self.options, [])]
-        smallest = min(trims, key=lambda t: remaining_of(self.model, t))
-        lowest = remaining_of(self.model, smallest)
+        lowest = min(combination.flops for combination in combine(self.model, self.options, []))
         if self.layers:
             stage = Stage(self.layers[0], MAX_RATIO)
             fewest = [c for c in combine(self.model, self.options, [Candidate((stage,), 0.0)]) if c.stages]
@@ -323,7 +321,7 @@ class AxesSearch:
             for plan in self.plans
         ]
 
-    def tell(self, best: Run, runs: Sequence[Run]) -> None:
+    def tell(self, best: Run) -> None:
         """Say which axes were used, and which of those asked for gained nothing."""
         used = best.combination.axes
         line(f"chosen: {describe_combination(best.combination)}, {best.flops:.1%} of the FLOPs")
@@ -347,11 +345,6 @@ def describe_combination(combination: Combination) -> str:
     if combination.stages:
         parts.append(f"tokens dropped after {','.join(str(stage.after) for stage in combination.stages)}")
     return ", ".join(parts) or "nothing trimmed"
-
-
-def remaining_of(model: TokenModel, trims: Trims) -> float:
-    """Return the share of the dense FLOPs that trims leave."""
-    return flops_of(model, trims.apply_to(model.config))
 
 
 def run_all(model: TokenModel, source: Batches | tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

@@ -114,8 +114,7 @@ def measure_axes(
         InputError: values that are not finite.
     """
     found, options = [], list_options(model, axes)
-    with torch.no_grad():
-        dense = run(model, data.images)
+    dense = run(model, data.images)
     for axis, trims in track(options, "measuring axes", len(options)):
         if trims.states is not None and trims.states > chains("states").most:
             continue  # more states than can be refitted in the memory that is free
