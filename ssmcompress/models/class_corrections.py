@@ -7,6 +7,8 @@ as they were last seen.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -32,6 +34,19 @@ def count_inputs(width: int, segments: int) -> int:
     return width + segments * (width + 1)
 
 
+class ClassBefore(NamedTuple):
+    """What a correction needs of the tokens before its layer.
+
+    Attributes:
+        features: (batch, 1, width) of the class token. summary: `Tokens.summarise`.
+        place: (batch, 1, width) index of the class token, for `gather`.
+    """
+
+    features: Tensor
+    summary: Tensor
+    place: Tensor
+
+
 class ClassCorrection(nn.Sequential):
     """A linear map of low rank to the correction of the class token after a layer, as two float32 layers.
 
@@ -52,11 +67,20 @@ class ClassCorrection(nn.Sequential):
             update: (batch, width), what the layer added to the class token.
             summary: (batch, segments * (width + 1)), `Tokens.summarise` of the tokens before the layer.
         """
-        return super().forward(cast(torch.cat([update, summary], dim=1), self[0]))
+        inwards, outwards = self
+        return outwards(inwards(cast(torch.cat([update, summary], dim=1), inwards)))
 
+    def read(self, tokens: Tokens) -> ClassBefore:
+        """Return what the correction needs of the tokens before the layer, while they are still in the cache."""
+        place = tokens.find_layout(self.segments).place
+        return ClassBefore(tokens.features.gather(1, place), tokens.summarise(self.segments), place)
 
-def add_at(tokens: Tokens, place: Tensor, correction: Tensor) -> Tokens:
-    """Add a correction (batch, width) to the token at the index `place` (batch, 1) of each image."""
-    index = place[..., None].expand(-1, -1, tokens.features.shape[-1])
-    features = tokens.features.scatter_add(1, index, correction[:, None].to(tokens.features.dtype))
-    return tokens.updated(features, tokens.scores)
+    def correct(self, features: Tensor, before: ClassBefore) -> Tensor:
+        """Return the features (batch, kept, width) after the layer with those of the class token corrected.
+
+        If they are of one token, it is the class token.
+        """
+        alone = features.shape[1] == 1
+        update = (features if alone else features.gather(1, before.place)) - before.features
+        correction = self(update[:, 0], before.summary)[:, None].to(features.dtype)
+        return features + correction if alone else features.scatter_add(1, before.place, correction)

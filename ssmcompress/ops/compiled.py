@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from . import reference
 from .operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
 from .reference import gather_tokens, topk_tokens
 
-__all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "selective_scan", "topk_tokens"]
+__all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "segment_sums", "selective_scan", "topk_tokens"]
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
@@ -59,6 +61,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _as(x.dtype, _norm(_as(_common(x), x), _float(weight), eps))
 
 
+def segment_sums(x, index, segments, eps, sums, sign) -> Tensor:
+    """See `ssmcompress.ops.segment_sums`. Inputs that need gradients go to torch."""
+    if wants_gradient(x, sums):
+        return reference.segment_sums(x, index, segments, eps, sums, sign)
+    return _segment_sums(_as(_common(x), x), _as(torch.int64, index), _float(sums), segments, eps, sign)
+
+
 def _common(*activations: Tensor | None) -> torch.dtype:
     """Return bfloat16 if all tensors are, else float32, which represents every narrower dtype."""
     dtypes = {t.dtype for t in activations if t is not None}
@@ -77,7 +86,12 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 def _kernel(name: str) -> Callable[..., Any]:
     """Return a kernel of `cpu`, imported at the first call because the import takes a second."""
-    return lambda *arguments: getattr(import_module(".cpu", __package__), name)(*arguments)
+    return lambda *arguments: getattr(_import_cpu(), name)(*arguments)
+
+
+@cache
+def _import_cpu() -> ModuleType:
+    return import_module(".cpu", __package__)
 
 
 # u, delta, z, add and dy are float32 or bfloat16, all the same; the rest is float32. The gap is one tensor, or steps
@@ -126,4 +140,10 @@ _norm = operator(
     _kernel("norm_forward"),
     ["cpu"],
     lambda x, *others: empty_like(x, x),
+)
+_segment_sums = operator(
+    "segment_sums(Tensor x, Tensor index, Tensor? sums, int segments, float eps, int sign) -> Tensor",
+    _kernel("segment_sums"),
+    ["cpu"],
+    lambda x, index, sums, segments, *others: x.new_empty(x.shape[0], segments * (x.shape[2] + 1), dtype=torch.float32),
 )

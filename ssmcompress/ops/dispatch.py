@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 # A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
-# have `scan_paths`, which is otherwise composed of its `selective_scan`.
+# have `scan_paths`, which is otherwise composed of its `selective_scan`, and `segment_sums`, which is otherwise that of
+# the reference.
 FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import full_precision
 from .orders import invert_order, to_scan_order
 
 
@@ -102,6 +103,26 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssmcompress.ops.rms_norm`."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def segment_sums(x, index, segments, eps, sums, sign) -> Tensor:
+    """See `ssmcompress.ops.segment_sums`.
+
+    A product with a matrix of scales and zeros: it adds in the same order on every run, exports to ONNX, and needs no
+    normalised copy of the tokens, with which (8, 108, 64) took a sixth longer.
+    """
+    x = x.to(accumulation_dtype(x.dtype))
+    with full_precision(x.device):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt()
+        members = F.embedding(index, torch.eye(segments, dtype=x.dtype, device=x.device))
+        scaled = (members * (sign * scale)).transpose(1, 2)
+        if sums is None:
+            result = scaled @ x
+        else:
+            before = sums[:, : segments * x.shape[2]].unflatten(1, (segments, -1))
+            result = torch.baddbmm(before.to(x.dtype), scaled, x)
+        return torch.cat([result.flatten(1), members.sum(1)], dim=1)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .grid_conv import grid_conv_forward
 from .memory import keep_freed_memory
 from .norm import norm_forward
 from .scan import scan_backward, scan_forward
+from .segments import segment_sums
 from .vector import array_at
 
 COLUMNS = 7
@@ -106,6 +107,18 @@ def _norm_forward(a, stamp):
     return entry
 
 
+def _segment_sums(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        segment_sums(
+            t[0], uint64(t[0, 1]), t[0, 2], array_at(t, 1, a), array_at(t, 2, int64), array_at(t, 3, float32),
+            array_at(t, 4, float32), array_at(t, 5, float32),
+        )  # fmt: skip
+
+    return entry
+
+
 _KERNELS: dict[str, Callable] = {
     "scan_forward": _scan_forward,
     "scan_backward": _scan_backward,
@@ -113,6 +126,7 @@ _KERNELS: dict[str, Callable] = {
     "conv_backward": _conv_backward,
     "grid_conv_forward": _grid_conv_forward,
     "norm_forward": _norm_forward,
+    "segment_sums": _segment_sums,
 }
 _addresses: dict[tuple[str, bool], int] = {}
 _compiling = threading.Lock()

@@ -25,11 +25,17 @@ def run(function: int, pointer: int, threads: int) -> None:
     if threads > 1 and (openmp := _openmp()) is not None:
         openmp(function, pointer, threads, 0)
         return
-    task = _TASK(function)
+    task = _find_task(function)
     others = [_pool(os.getpid()).submit(task, pointer) for _ in range(threads - 1)]
     task(pointer)
     for other in others:
         other.result()
+
+
+@cache
+def _find_task(function: int):
+    """Return the C function at an address; kernels stay where they are."""
+    return _TASK(function)
 
 
 _forked = False

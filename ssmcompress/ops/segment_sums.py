@@ -1,0 +1,43 @@
+"""Sums of normalised tokens over segments: what is known of all tokens where only the class token is corrected."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .dispatch import select
+
+
+def segment_sums(
+    x: Tensor,
+    index: Tensor,
+    segments: int,
+    eps: float,
+    sums: Tensor | None = None,
+    sign: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum tokens, each divided by sqrt(mean(x^2) + eps), over the segments that they lie in.
+
+    A backend without this op runs that of the reference. On one thread of the CPU, (8, 108, 64) in 14 segments takes
+    46 us, and 94 by the operations of the reference; (1, 108, 64) takes 32 and 59.
+
+    Args:
+        x: (batch, tokens, channels). index: (batch, tokens) int64, the segment of each token, below `segments`.
+        sums: the result of another call, whose sums are added to, or None. sign: 1 to add the tokens, -1 to subtract.
+        backend: "cpu", "reference", or None for the best one available.
+
+    Returns:
+        (batch, segments * (channels + 1)) float32, or float64 if `x` is that: the sums of each segment, and after those
+        of all segments the number of tokens of `x` in each.
+
+    Raises:
+        ValueError: the shapes do not match, or the backend is unknown.
+    """
+    if x.ndim != 3 or index.shape != x.shape[:2]:
+        raise ValueError(f"segment_sums: expected index {tuple(x.shape[:2])}, found {tuple(index.shape)}")
+    shape = (x.shape[0], segments * (x.shape[2] + 1))
+    if sums is not None and sums.shape != shape:
+        raise ValueError(f"segment_sums: expected sums {shape}, found {tuple(sums.shape)}")
+    run = getattr(select(backend, x), "segment_sums", reference.segment_sums)
+    return run(x, index, segments, eps, sums, sign)
