@@ -1,6 +1,7 @@
 """Corrections of the class token: what they compute, where they are exact, and what is kept of them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import ssmcompress
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
+from ssmcompress.models.base import low_rank
 from ssmcompress.models.class_corrections import MAX_INPUTS, ClassCorrection, choose_segments, count_inputs
 from ssmcompress.models.rewrite import prune
 
@@ -94,6 +96,21 @@ def test_the_last_layer_computed_for_the_class_token_alone_gives_the_same(correc
     for batch in (images[:1], images[1:]):  # each image by itself
         rows = slice(0, 1) if len(batch) == 1 else slice(1, None)
         torch.testing.assert_close(model(batch), model(images)[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_dropped_tokens_follows_from_their_sums_in_segments(corrected):
+    """Corrections of all tokens read that mean, and no second sum is made for them."""
+    model, images = copy.deepcopy(corrected[0]), corrected[1]
+    model.corrections["4"] = low_rank(16, 2)
+    without_stages = copy.deepcopy(model)
+    without_stages.pruners.clear()
+    tokens, expected = model.embed(images), None
+    for layer in (1, 2):
+        every = replace(without_stages.step(layer, tokens)[0], pruned_sum=expected)
+        tokens, _ = model.step(layer, tokens)
+        expected = tokens.with_pruned_sum(every, model.memory).pruned_sum
+        torch.testing.assert_close(tokens.pruned_sum, expected, rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 1
 
 
 def test_narrow_models_and_autocast_compute_it_too(corrected):

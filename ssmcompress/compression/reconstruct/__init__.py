@@ -82,7 +82,7 @@ def reconstruct(
         reference: the model whose inner maps are the targets of those of `pruned`, on the dense model's features: the
             trimmed model before it lost channels and tokens, whose states are those of `pruned`. None: the dense model;
             inner maps of another size are then not refitted.
-        options: what else is fitted, and on what.
+        options: what else is fitted.
 
     Returns:
         The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned or trimmed, the copy
@@ -92,15 +92,14 @@ def reconstruct(
         InputError: fewer than two different images, values that are not finite, or models that do not belong together.
         SsmCompressError: no room for temporary files.
     """
-    copies = options.copies
-    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 0:
-        raise InputError(f"`copies` is {copies!r}: expected the number of altered copies of each image, 0 or more")
     check_model(pruned, "pruned")
     check_model(dense, "dense")
     if pruned.plan is None or dense.plan is not None:
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
     if pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    if not dense.is_residual:
+        raise InputError("a model with rotary positions cannot be reconstructed: leave it out, `reconstruct=False`")
     if reference is not None:
         check_model(reference, "reference")
         numbers = [m.origin.layers if m.origin is not None else tuple(range(1, len(m.blocks) + 1))

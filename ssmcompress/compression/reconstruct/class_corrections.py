@@ -18,7 +18,7 @@ from ...models.class_corrections import ClassCorrection, choose_segments
 from ...ops import gather_tokens
 from ...pruning.tokens import Tokens
 from .least_squares import Refit, reduce_rank
-from .split_rows import Split, SplitRows
+from .split_rows import SplitRows
 
 
 class ClassRows(NamedTuple):
@@ -55,37 +55,34 @@ class ClassRows(NamedTuple):
 
 
 class ClassSums:
-    """Sums over the rows of a layer's class token, and the correction that they determine.
+    """Sums over the rows of a layer's class token, and the correction that they determine."""
 
-    Args:
-        copies: whether there are rows of altered copies.
-    """
-
-    def __init__(self, model: TokenModel, device: torch.device, copies: bool):
+    def __init__(self, model: TokenModel, device: torch.device):
         self.width, self.segments, self.device = model.d_model, choose_segments(model.length, model.d_model), device
         self.groups = [self.width, self.segments * (self.width + 1)]
-        self.rows = SplitRows(sum(self.groups), self.width, device, copies)
+        self.rows = SplitRows(sum(self.groups), self.width, device)
 
-    def add(self, rows: ClassRows, projection: nn.Linear, scale: float, correction: nn.Module | None, split: Split):
+    def add(self, rows: ClassRows, projection: nn.Linear, scale: float, correction: nn.Module | None, held: Tensor):
         """Add the rows of a chunk.
 
         Args:
             projection: the refitted projection. scale: its factor. correction: the new correction of all tokens.
+            held: (images,), whether an image is held out.
         """
         update = scale * projection(rows.inputs)
         if correction is not None:
             update = update + correction(rows.pruned_mean)
         inputs = torch.cat([update.to(rows.summary.dtype), rows.summary], dim=1)
-        self.rows.add(inputs, rows.wanted, rows.weights, split)
+        self.rows.add(inputs, rows.wanted, rows.weights, held)
 
     def refit(self) -> tuple[Refit, ClassCorrection | None]:
         """Return the fit and the correction, or None if none helps on the images held out."""
         # The map from the same inputs to the update that is wanted; without a correction that is the update itself.
         old = torch.eye(self.width, sum(self.groups), device="cpu").to(self.rows.fitted.gram)
-        result, fitted = self.rows.refit(old, self.groups)
+        result = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None
-        reduced, outwards, inwards = reduce_rank(result, fitted, self.rows.held_out, sum(self.groups), old)
+        reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, sum(self.groups), old)
         if reduced.after >= result.before:  # the rank is too low for any gain
             return replace(result, ridges=(), after=result.before), None
         correction = ClassCorrection(self.width, self.segments, len(inwards), self.device)

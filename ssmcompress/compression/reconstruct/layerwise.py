@@ -16,17 +16,15 @@ from ... import processes
 from ...data.any_batches import AnyBatches, in_chunks
 from ...data.batches import LabelledBatch, digest
 from ...errors import InputError, SsmCompressError
-from ...evaluation.measure import kl_divergence
 from ...models.base import TokenModel
 from ...models.records import Fit
 from ...ops import gather_tokens
 from ...progress import track
-from ...pruning.tokens import Tokens
+from ...pruning.tokens import Dropped, Tokens
 from ..margin import margin_gradients
 from .class_corrections import ClassRows, ClassSums, empty_correction
-from .copies import make_copies
+from .levels import LevelSums, has_levels
 from .linear import LinearSums, full_rank
-from .split_rows import Split
 
 # One in HELD_OUT images is held out.
 HELD_OUT = 5
@@ -39,28 +37,23 @@ TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes")
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """What is fitted besides the weights, and on what.
+    """What is fitted besides the weights.
 
     Attributes:
-        copies: number of altered copies of each image to fit on in addition, mirrored at random and shifted by up to a
-            14th of the side. A weight is fitted to them only if that is better on the images held out, which are not
-            altered. Time grows with their number. One copy left 9 % less divergence on the bundled Vim, and nothing on
-            a smaller one, so there are none by default.
         class_corrections: whether the class token of later layers gets corrections of its own. On the bundled Vim they
-            take 0.2 % of the FLOPs and, because their operations are many and small, about 10 % of the time.
+            take 0.2 % of the FLOPs and, because their operations are many and small, 5 % of the time at batch size 8
+            and 9 % at batch size 1.
     """
 
-    copies: int = 0
     class_corrections: bool = True
 
 
 class LayerwiseRefit:
     """Runs a dense and a pruned model layer by layer on the same images, and refits the layers of the pruned one.
 
-    The images are processed in chunks, which are identified by their number; altered copies of the images to fit on are
-    chunks of their own. `folder` has for each chunk the `weights` of all rows (layers + 1, images, tokens), the `dense`
-    features and the `pruned` tokens before the current layer, the dense `targets` of the layer's inner maps at the kept
-    tokens, and what the fit of its `class` correction needs.
+    The images are processed in chunks, which are identified by their number. `folder` has for each chunk the `weights`
+    of all rows (layers + 1, images, tokens), the `dense` features and the `pruned` tokens before the current layer, the
+    dense `targets` of the layer's inner maps at the kept tokens, and what the fit of its `class` correction needs.
 
     Args:
         layers: the layers to refit, from 1. folder: an empty folder for values of chunks.
@@ -78,7 +71,7 @@ class LayerwiseRefit:
         options: RefitOptions = RefitOptions(),
     ):
         self.dense, self.pruned, self.layers, self.folder = dense, pruned, layers, folder
-        self.reference, self.copies = reference, options.copies
+        self.reference = reference
         # The dense model's number of each layer, and of the end.
         numbers = pruned.origin.layers if pruned.origin is not None else range(1, len(pruned.blocks) + 1)
         self.numbers = (*numbers, len(dense.blocks) + 1)
@@ -98,8 +91,7 @@ class LayerwiseRefit:
         self.distributed = distributed
         self.size = dense.chunk_size()
         self.images = self.rows = self.held_out = 0
-        self.splits: list[Split] = []
-        self.generator = torch.Generator().manual_seed(0)
+        self.held: list[Tensor] = []  # for each chunk (images,), whether an image is held out
         self.kl = 0.0
         self.fits: list[Fit] = []
 
@@ -121,17 +113,20 @@ class LayerwiseRefit:
 
     def get_tokens(self, chunk: int) -> Tokens:
         """Read the pruned model's tokens before the current layer."""
-        values = dict(zip(TOKENS, self.get("pruned", chunk), strict=True))
-        return replace(self.template, **values, paths=None, members=None)
+        *values, dropped = self.get("pruned", chunk)
+        values = dict(zip(TOKENS, values, strict=True))
+        groups = None if dropped is None else tuple(Dropped(*group) for group in dropped)
+        return replace(self.template, **values, dropped=groups, paths=None, summary=None, layout=None)
 
     def put_tokens(self, chunk: int, tokens: Tokens) -> None:
         """Write the pruned model's tokens before the next layer."""
-        self.put("pruned", chunk, tuple(getattr(tokens, name) for name in TOKENS))
+        dropped = None if tokens.dropped is None else tuple(map(tuple, tokens.dropped))
+        self.put("pruned", chunk, (*(getattr(tokens, name) for name in TOKENS), dropped))
 
     @property
     def chunks(self) -> int:
         """The number of chunks."""
-        return len(self.splits)
+        return len(self.held)
 
     # ------------------------------------------------------------------------------------------------- the passes
 
@@ -144,12 +139,10 @@ class LayerwiseRefit:
             # The second image is held out, so that two are enough.
             held = (self.images + torch.arange(len(images), device=self.device)) % HELD_OUT == 1
             if held.any():
-                kl += kl_divergence(self.dense(images[held]).cpu(), self.pruned(images[held]).cpu())
+                kl += self.distance(self.dense.raw_outputs(images[held]), self.pruned.raw_outputs(images[held]))
             self.images += len(images)
             self.held_out += int(held.sum())
-            self.add_chunk(images, Split(held))
-            for _ in range(0 if held.all() else self.copies):
-                self.add_chunk(make_copies(images[~held], self.generator), Split(held[~held], copies=True))
+            self.add_chunk(images, held)
         counts = torch.tensor([self.images, self.rows, self.held_out], device="cpu")
         self.all_reduce_sum(self.totals, kl, counts)
         self.images, self.rows, self.held_out = counts.tolist()
@@ -160,21 +153,27 @@ class LayerwiseRefit:
             )
         return float(kl) / self.held_out
 
-    def add_chunk(self, images: Tensor, split: Split) -> None:
+    def distance(self, dense: Tensor, output: Tensor) -> Tensor:
+        """Return the distance of outputs from the dense model's in nats, summed over the images, float64 on the CPU."""
+        return self.pruned.task.distance(dense.cpu().double(), output.cpu().double()).sum()
+
+    def add_chunk(self, images: Tensor, held: Tensor) -> None:
         """Run both models on images up to the first layer to be refitted, and write what they have there."""
         chunk, weights = self.chunks, margin_gradients(self.dense, images).cpu()
         self.totals += weights.sum((1, 2), dtype=torch.float64)
         full, kept = self.dense.embed(images), _set_pool(self.pruned.embed(images), self.pruned.pools)
-        self.template = replace(kept, features=kept.features[:1])
+        self.template = replace(kept, features=kept.features[:1], dropped=None)
         for layer in range(1, self.numbers[self.layers[0] - 1]):
             full, _ = self.dense.step(layer, full)
         for layer in range(1, self.layers[0]):
             kept, _ = self.pruned.step(layer, kept)
         self.put("weights", chunk, weights)
+        if self.dense.levels:
+            self.put("images", chunk, images)
         self.put("dense", chunk, full.features)
         self.put_tokens(chunk, kept)
         self.rows += len(images)
-        self.splits.append(split)
+        self.held.append(held)
 
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
@@ -187,7 +186,27 @@ class LayerwiseRefit:
             for projection in projections:
                 yield from self.refit_projection(layer, projection)
             yield from self.advance_pruned(layer)
-        yield from self.refit_classifier()
+        yield from self.refit_levels() if self.dense.levels else self.refit_classifier()
+
+    def refit_levels(self) -> Iterator[None]:
+        """Fit the maps of the output levels, and measure the model on the images held out."""
+        sums = None
+        for k in range(self.chunks):
+            images = self.get("images", k)
+            dense, pruned = (model.encode(images)[0].levels for model in (self.dense, self.pruned))
+            sums = sums or LevelSums(self.pruned, pruned)
+            sums.add(dense, pruned, self.held[k])
+            yield
+        if has_levels(self.pruned):
+            self.fits += sums.install(self.pruned, self.distributed)
+        kl = torch.zeros((), dtype=torch.float64, device="cpu")
+        for k in range(self.chunks):
+            images = self.get("images", k)[self.held[k]]
+            if len(images):
+                kl += self.distance(self.dense.raw_outputs(images), self.pruned.raw_outputs(images))
+            yield
+        self.all_reduce_sum(kl)
+        self.kl = float(kl) / self.held_out
 
     def passes(self) -> int:
         """Return how many times `refit` passes over the chunks."""
@@ -217,9 +236,9 @@ class LayerwiseRefit:
         block = self.reference_block(layer)
         for k in range(self.chunks):
             tokens = replace(self.template, features=self.get("dense", k))
-            with _record(block, inner) as records:
-                after = block(tokens) if inner or self.reference is self.dense else tokens
             done = self.reference is self.dense
+            with _record(block, inner) as records:
+                after = block(tokens) if inner or done else tokens
             tokens = after if done else tokens
             for number in range(first + done, stop):
                 tokens = self.dense.blocks[number - 1](tokens)
@@ -237,14 +256,14 @@ class LayerwiseRefit:
     def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
         """Refit maps of a layer that do not feed each other to their outputs in the dense model."""
         block = self.pruned.blocks[layer - 1]
-        sums = {name: LinearSums(block.get_submodule(name), self.device, self.copies > 0) for name in names}
+        sums = {name: LinearSums(block.get_submodule(name), self.device) for name in names}
         for k in range(self.chunks):
             tokens, targets = self.get_tokens(k), self.get("targets", k)
             with _record(block, names) as records:
                 block(tokens)
             weights = self.row_weights(k, self.numbers[layer - 1] - 1).gather(1, tokens.explicit_positions())
             for name, rows in sums.items():
-                rows.add(records[name][0], targets[name], weights, self.splits[k])
+                rows.add(records[name][0], targets[name], weights, self.held[k])
             yield
         for rows in sums.values():
             self.fits.append(self.solve(rows))
@@ -255,7 +274,7 @@ class LayerwiseRefit:
         correction = corrections[str(layer)] if str(layer) in corrections else None
         has_class = str(layer) in self.pruned.class_corrections
         scale = block.residual_scale
-        sums = LinearSums(block.get_submodule(name), self.device, self.copies > 0, correction, scale)
+        sums = LinearSums(block.get_submodule(name), self.device, correction, scale)
         for k in range(self.chunks):
             tokens = self.get_tokens(k)
             with _record(block, [name]) as records:
@@ -264,7 +283,7 @@ class LayerwiseRefit:
             targets, weights = gather_tokens(dense, positions), self.row_weights(k, self.numbers[layer] - 1)
             targets = (targets - tokens.features) / scale
             pruned_mean = None if correction is None else tokens.pruned_mean()
-            sums.add(inputs, targets, weights.gather(1, positions), self.splits[k], pruned_mean)
+            sums.add(inputs, targets, weights.gather(1, positions), self.held[k], pruned_mean)
             if has_class:
                 self.put("class", k, tuple(ClassRows.read(self.pruned, tokens, inputs, dense, weights)))
             yield
@@ -281,10 +300,10 @@ class LayerwiseRefit:
         """Fit the class token's own correction after a layer whose projection `name` has just been refitted."""
         block, key = self.pruned.blocks[layer - 1], str(layer)
         correction = self.pruned.corrections[key] if key in self.pruned.corrections else None
-        sums = ClassSums(self.pruned, self.device, self.copies > 0)
+        sums = ClassSums(self.pruned, self.device)
         for k in range(self.chunks):
             rows = ClassRows(*self.get("class", k))
-            sums.add(rows, block.get_submodule(name), block.residual_scale, correction, self.splits[k])
+            sums.add(rows, block.get_submodule(name), block.residual_scale, correction, self.held[k])
         self.all_reduce_sum(*sums.rows.sums())
         result, class_correction = sums.refit()
         del self.pruned.class_corrections[key]
@@ -303,14 +322,14 @@ class LayerwiseRefit:
         name = _find_name(self.pruned, classifier)
         choose = self.pruned.pools and bool(self.pruned.plan.stages) and (alignment.conv or alignment.scan)
         choices = (False, True) if choose else (alignment.pool,)
-        sums = {pool: LinearSums(classifier, self.device, self.copies > 0) for pool in choices}
+        sums = {pool: LinearSums(classifier, self.device) for pool in choices}
         for k in range(self.chunks):
             logits, tokens = self.dense_logits(k), self.get_tokens(k)
             ones = torch.ones_like(logits[:, 0])
             for pool, rows in sums.items():
                 with _record(self.pruned, [name]) as records:
                     self.pruned.readout(_set_pool(tokens, pool))
-                rows.add(records[name][0], logits, ones, self.splits[k])
+                rows.add(records[name][0], logits, ones, self.held[k])
             yield
         old, candidates = copy.deepcopy(classifier.state_dict()), []
         for pool, rows in sums.items():
@@ -323,11 +342,11 @@ class LayerwiseRefit:
         classifier = self.pruned.classifier
         kl = torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
         for k in range(self.chunks):
-            logits, tokens, held = self.dense_logits(k), self.get_tokens(k), self.splits[k].held
+            logits, tokens, held = self.dense_logits(k), self.get_tokens(k), self.held[k]
             for choice, (_, pool, weights) in enumerate(candidates):
                 classifier.load_state_dict(weights)
                 outputs = self.pruned.readout(_set_pool(tokens, pool))
-                kl[choice] += kl_divergence(logits[held].cpu(), outputs[held].cpu())
+                kl[choice] += self.distance(logits[held], outputs[held])
             yield
         self.all_reduce_sum(kl)
         best = int(kl.argmin())

@@ -51,9 +51,6 @@ class Rows:
         self.cross += weighted.T @ t
         self.power += (w[:, None] * t.square()).sum()
 
-    def __add__(self, other: Rows) -> Rows:
-        return Rows(self.gram + other.gram, self.cross + other.cross, self.power + other.power)
-
     def error(self, weight: Tensor) -> float:
         """Return the sum of w |weight x - t|^2 for a weight (outputs, inputs)."""
         W = weight.T

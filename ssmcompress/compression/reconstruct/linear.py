@@ -10,14 +10,14 @@ from torch.nn.utils import skip_init
 
 from ...models.base import TokenModel, low_rank
 from .least_squares import Refit, reduce_rank
-from .split_rows import Split, SplitRows
+from .split_rows import SplitRows
 
 
 class LinearSums:
     """Sums over the rows of a linear layer; a bias is one more input, which is always 1.
 
     Args:
-        copies: whether there are rows of altered copies. correction: the full-rank correction that is refitted too.
+        correction: the full-rank correction that is refitted too.
         scale: factor of the layer's output in what the correction is added to.
     """
 
@@ -25,7 +25,6 @@ class LinearSums:
         self,
         linear: nn.Linear,
         device: torch.device,
-        copies: bool = False,
         correction: nn.Linear | None = None,
         scale: float = 1.0,
     ):
@@ -34,32 +33,32 @@ class LinearSums:
         self.groups = [linear.in_features + (linear.bias is not None)]
         if correction is not None:
             self.groups.append(correction.in_features)
-        self.rows = SplitRows(sum(self.groups), linear.out_features, device, copies)
+        self.rows = SplitRows(sum(self.groups), linear.out_features, device)
 
     def add(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor, split: Split, pruned_mean: Tensor | None = None
+        self, inputs: Tensor, targets: Tensor, weights: Tensor, held: Tensor, pruned_mean: Tensor | None = None
     ) -> None:
         """Add the rows of a chunk.
 
         Args:
             inputs: (images, ..., n). targets: (images, ..., m). weights: (images, ...).
-            split: how the images are used.
+            held: (images,), whether an image is held out.
             pruned_mean: (images, d_model), the input of the correction, if there is one.
         """
         if self.linear.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
         if pruned_mean is not None:
             inputs = torch.cat([inputs, pruned_mean[:, None].expand(-1, inputs.shape[1], -1)], dim=-1)
-        self.rows.add(inputs, targets, weights, split)
+        self.rows.add(inputs, targets, weights, held)
 
     def refit(self) -> Refit:
         """Refit the layer in place; a new correction is then in `new_correction`, as two low-rank factors."""
         weight, bias = self.linear.weight, self.linear.bias
         old = [weight] + ([] if bias is None else [bias[:, None]])
         old += [] if self.correction is None else [self.correction.weight / self.scale]
-        result, fitted = self.rows.refit(torch.cat(old, dim=1), self.groups)
+        result = self.rows.refit(torch.cat(old, dim=1), self.groups)
         if len(result.ridges) == 2 and result.ridges[1] is not None:
-            reduced, outwards, inwards = reduce_rank(result, fitted, self.rows.held_out, self.groups[1])
+            reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, self.groups[1])
             if reduced.after >= result.before:  # the rank is too low for any gain
                 return replace(result, ridges=(), after=result.before)
             self.new_correction = low_rank(self.groups[1], len(inwards), weight.device)

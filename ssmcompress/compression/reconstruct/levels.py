@@ -1,0 +1,135 @@
+"""Maps of dropped and kept tokens to the output levels of the dense model, for models that read out every position.
+
+A segmentation model reads each token at several layers, the output levels. Of a dropped token it has the value that was
+last seen, which is stale; that of a kept token is changed, too, because others are gone. In each level, the tokens that
+one stage dropped, and those that are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in
+closed form to the dense model's values at the same positions on unlabelled images. A fifth of the images is held out:
+they choose the ridge, and a group keeps its values if no map helps on them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from ... import processes
+from ...data.any_batches import in_chunks
+from ...errors import InputError
+from ...models.base import TokenModel
+from ...models.inputs import as_batches, check_model
+from ...models.learnt import add_learnt, find_batches
+from ...models.level_maps import LevelMap
+from ...models.records import Fit, StepRecord
+from ...ops import gather_tokens
+from ...progress import track
+from ...pruning.tokens import Level
+from .linear import LinearSums
+
+# One in HELD_OUT images is held out, as in reconstruction.
+HELD_OUT = 5
+
+
+def has_levels(model: TokenModel) -> bool:
+    """Return whether a model reads out levels, and drops tokens before the last of them."""
+    return hasattr(model, "level_maps") and model.plan is not None and bool(model.plan.stages)
+
+
+@torch.no_grad()
+def map_levels(
+    pruned: TokenModel, dense: TokenModel, images: Any, *, name: str | None = None, distributed: bool = False
+) -> TokenModel:
+    """Return a copy of `pruned` with maps of its output levels to those of `dense`; the arguments are not changed.
+
+    Args:
+        pruned: a pruned segmentation model. dense: the model it was made from.
+        images: as for `ssmcompress.calibrate`, without labels. They are iterated once.
+        name: name of the images in reports; None: their own.
+        distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
+
+    Returns:
+        The model, with a record of kind "level_maps" in its `steps`.
+
+    Raises:
+        InputError: a model without output levels or without stages, or fewer than two images.
+    """
+    check_model(pruned, "pruned")
+    check_model(dense, "dense")
+    if not has_levels(pruned):
+        raise InputError("output levels are mapped in a segmentation model that drops tokens: prune one first")
+    model = copy.deepcopy(pruned)
+    batches = as_batches(dense, images, repeat=False)
+    device, run = next(model.parameters()).device, None
+    for chunk in in_chunks(track(batches, "mapping output levels", batches.total), dense.chunk_size()):
+        ours = model.encode(chunk.to(device))[0].levels
+        theirs = dense.encode(chunk.to(device))[0].levels
+        run = run or LevelSums(model, ours)
+        run.add(theirs, ours)
+    if run is None or run.images < 2:
+        raise InputError("output levels are mapped on at least 2 images, one to fit and one to check on")
+    fits = run.install(model, distributed)
+    if distributed and (read := find_batches(batches)) is not None:
+        read.sync()
+    add_learnt(model, [batches])
+    values = {"name": name or batches.name, "images": run.images, "fits": [asdict(fit) for fit in fits]}
+    model.add_record(StepRecord("level_maps", values))
+    return model
+
+
+def _identity(width: int, device: torch.device) -> nn.Linear:
+    """Return the linear layer of [x; c], each of `width` features, whose output is x."""
+    linear = skip_init(nn.Linear, 2 * width, width, device=device, dtype=torch.float32)
+    linear.weight.copy_(torch.eye(width, 2 * width))
+    linear.bias.zero_()
+    return linear
+
+
+class LevelSums:
+    """Sums over the tokens of each group of each level, by which the maps of a pruned model are fitted.
+
+    Args:
+        model: the pruned model. levels: its levels on some images, which show the groups that there are.
+    """
+
+    def __init__(self, model: TokenModel, levels: Sequence[Level]):
+        device, width = next(model.parameters()).device, model.d_model
+        self.sums = [[LinearSums(_identity(width, device), device) for _ in level.groups()] for level in levels]
+        self.images = 0
+
+    def add(self, dense: Sequence[Level], levels: Sequence[Level], held: Tensor | None = None) -> None:
+        """Add the levels of images: of the dense model, and of the pruned one without its maps.
+
+        Args:
+            held: (images,), whether an image is held out; None: one in `HELD_OUT`.
+        """
+        count = len(levels[0].values)
+        if held is None:
+            held = (self.images + torch.arange(count, device=levels[0].values.device)) % HELD_OUT == 1
+        self.images += count
+        for target, level, sums in zip(dense, levels, self.sums, strict=True):
+            positions = [*(group.positions for group in level.dropped), level.positions]
+            context = level.values.mean(1)
+            for values, places, rows in zip(level.groups(), positions, sums, strict=True):
+                targets = target.values if places is None else gather_tokens(target.values, places)
+                inputs = torch.cat([values, context[:, None].expand_as(values)], dim=-1)
+                rows.add(inputs, targets, torch.ones_like(values[..., 0]), held)
+
+    def install(self, model: TokenModel, distributed: bool = False) -> list[Fit]:
+        """Fit the maps and put them into the model, in place of earlier ones; return what they bring."""
+        fits = []
+        for number, sums in enumerate(self.sums, 1):
+            parts = nn.ModuleList()
+            for group, rows in enumerate(sums):
+                if distributed:
+                    processes.all_reduce_sum(*rows.rows.sums(), device=rows.linear.weight.device)
+                result = rows.refit()
+                name = f"level {number}, {'kept' if group + 1 == len(sums) else f'dropped by stage {group + 1}'}"
+                fits.append(Fit(name, result.ridges, result.before, result.after))
+                parts.append(LevelMap.from_linear(rows.linear) if result.ridges else nn.Identity())
+            model.level_maps[str(number)] = parts
+        return fits
