@@ -320,10 +320,12 @@ def show_inspection(value: dict[str, Any]) -> None:
 
 def show_evaluation(value: dict[str, Any]) -> None:
     """Print what was measured."""
-    agreement = value.get("agreement", {})
-    rows = [("top-1", value["top1"], "%"), ("top-5", value["top5"], "%")]
-    rows += [("same class as dense", agreement.get("top1"), "%"), ("KL from dense", agreement.get("kl"), "nats")]
-    lines = [(name, [f"{number:.4g} {unit}"]) for name, number, unit in rows if number is not None]
+    from ..tasks import find_task
+
+    sections = {False: value, True: value.get("agreement", {})}
+    figures = find_task(value.get("task")).figures
+    rows = [(figure, sections[figure.compared].get(figure.report_key)) for figure in figures]
+    lines = [(figure.title, [f"{number:.4g} {figure.unit}"]) for figure, number in rows if number is not None]
     if lines:
         show_table(["", "model"], lines)
         write(f"  measured on {value['images']} images of {value['data']['name']}")
@@ -332,8 +334,13 @@ def show_evaluation(value: dict[str, Any]) -> None:
 
 def show_comparison(value: dict[str, Any]) -> None:
     """Print the rows of a comparison."""
-    show_table(*_comparison_table(value["rows"]))
-    print("  agrees: same class as dense; KL from dense in nats; FLOPs as a share of dense")
+    from ..jobs.compare_rows import list_figures
+    from ..tasks import find_task
+
+    task = find_task(value.get("task"))
+    show_table(*_comparison_table(value["rows"], task))
+    explained = "; ".join(figure.explain_column() for figure in list_figures(task) if figure.compared)
+    print(f"  {explained}; FLOPs as a share of dense")
     about = value["settings"]
     write(f"  measured on {about['data']['images']} images of {about['data']['name']}")
     write(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
@@ -343,24 +350,25 @@ def show_comparison(value: dict[str, Any]) -> None:
     show_warnings(value)
 
 
-def _comparison_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def _comparison_table(rows: list[dict[str, Any]], task: Any) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """(header, lines), by level and then from best to worst."""
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
 
-    header = ["", "ratio", "FLOPs", "top-1", "agrees", "KL", "latency", "of dense"]
-    labelled = any(row.get("top1") is not None for row in rows)
+    figures = [figure for figure in task.figures if figure.column]
+    header = ["", "ratio", "FLOPs", *(figure.column for figure in figures), "latency", "of dense"]
+    labelled = any(row.get(task.quality) is not None for row in rows)
 
     def rank(row: dict[str, Any]) -> tuple[float, float]:
-        quality = row.get("top1") if labelled else row.get("agreement")
+        quality = row.get(task.quality if labelled else task.likeness)
         return row["ratio"], -(100.0 if quality is None and not row.get("failed") else quality or -1.0)
 
     lines = []
     for row in sorted(rows, key=rank):
         cells = [f"{row['ratio']:g}", cell(row.get("flops_share") and 100 * row["flops_share"], "{:.1f} %")]
-        cells += [cell(row.get("top1"), "{:.2f} %"), cell(row.get("agreement"), "{:.2f} %")]
-        cells += [cell(row.get("kl"), "{:.4f}"), cell(row.get("latency_ms"), "{:.1f} ms")]
+        cells += [cell(row.get(figure.name), figure.cell_form) for figure in figures]
+        cells.append(cell(row.get("latency_ms"), "{:.1f} ms"))
         tilde = "~" if row.get("latency_within_noise") else ""
         cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], tilde + "{:.0f} %"))
         lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))

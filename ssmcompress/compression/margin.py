@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..models.precision import check_not_quantised
+from ..pruning.tokens import Level, Tokens
 
 
 def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
@@ -22,23 +25,28 @@ def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
 def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return every token's features and the gradients of the margin by them, each (images, tokens, d_model).
 
-    The margin is the largest logit minus the second largest. Entry 0 is for the features before the first layer, entry
-    i for those after layer i. The activations of one layer are held at a time.
+    The margin is `Task.margin`, for a classifier the largest logit minus the second largest. Entry 0 is for the
+    features before the first layer, entry i for those after layer i. The activations of one layer are held at a time.
     """
     check_not_quantised(model)
     with torch.no_grad():  # no graph is needed before the first layer
         tokens = model.embed(images)
     with torch.enable_grad():
-        states = [tokens.features.detach().requires_grad_()]
-        for block in model.blocks:
-            after = checkpoint(
-                lambda x, block=block: block(tokens.updated(x)).features, states[-1], use_reentrant=False
-            )
+        states, levels = [tokens.features.detach().requires_grad_()], []
+        for layer in range(1, len(model.blocks) + 1):
+            after, *level = checkpoint(_run_layer, model, layer, tokens, states[-1], use_reentrant=False)
             states.append(after)
-        logits = model.readout(tokens.updated(states[-1]))
+            levels += [Level(None, values) for values in level]
+        logits = model.readout(replace(tokens.updated(states[-1]), levels=tuple(levels)))
         if not logits.isfinite().all():
             raise InputError(NOT_FINITE)
-        best = logits.topk(min(2, logits.shape[1]), dim=1).values
-        margin = 2 * best[:, 0] - best.sum(1)
-        gradients = torch.autograd.grad(margin.sum(), states)
+        # A model that reads out updates does not read the residual stream after its last layer.
+        margin = model.task.margin(logits).sum()
+        gradients = torch.autograd.grad(margin, states, allow_unused=True, materialize_grads=True)
     return [state.detach() for state in states], list(gradients)
+
+
+def _run_layer(model: TokenModel, layer: int, tokens: Tokens, features: Tensor) -> tuple[Tensor, ...]:
+    """Return the features after a layer of a dense model, and its output level if it has one."""
+    after = model.observe(layer, model.blocks[layer - 1](tokens.updated(features)))
+    return after.features, *(level.values for level in after.levels)

@@ -112,7 +112,7 @@ def _count_corrections(model: TokenModel) -> int:
     layers, counts = [int(layer) for layer in model.class_corrections], model.token_counts()
     stages = [stage.after for stage in model.plan.stages if stage.after < max(layers, default=0)] if model.plan else []
     summed = sum(counts[layer - 1] for layer in layers) + sum(counts[after - 1] + counts[after] for after in stages)
-    return sum(weight.numel() for weight in maps) + summed * model.d_model
+    return sum(weight.numel() for weight in maps) + summed * model.d_model + model.count_level_maps()
 
 
 def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
@@ -123,6 +123,7 @@ def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
         inputs = count_inputs(width, choose_segments(model.length, width))
         count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)
         count += len(set(stages)) * 2 * model.length * width
+    count += model.levels * (model.length + len(set(stages)) + 1) * width**2  # every token, and a mean for each group
     return count / _count_dense(model)
 
 

@@ -8,35 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import processes
-from ..data.any_batches import check_classes
 from ..errors import NOT_FINITE, InputError
+from ..models.base import TokenModel
 from ..models.inputs import as_batches, check_module
 from ..progress import track
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of one model.
-
-    Attributes:
-        images: number of images. labelled: whether they have labels.
-        top1, top5: accuracy in percent, None without labels (top5 also for five classes or fewer).
-        agreement: percent of images that get the dense model's class, None without a dense model.
-        kl: mean KL(dense || this) in nats per image, None without a dense model.
-        loss: mean cross entropy of the labels in nats per image, None without labels.
-    """
-
-    images: int
-    labelled: bool
-    top1: float | None = None
-    top5: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    loss: float | None = None
+from ..tasks import CLASSIFICATION, Evaluation, Task
 
 
 def evaluate(
@@ -50,7 +29,8 @@ def evaluate(
     """Measure a model on images.
 
     Args:
-        model: images (B, C, H, W) -> logits (B, classes). A module of other code is measured, too.
+        model: images (B, C, H, W) -> its outputs, logits (B, classes) of a classifier. A module of other code is
+            measured, too, as a classifier.
         data: the images, with labels or without: a folder or another name that `ssmcompress.open_images` takes, for a
             model from `load`; `Images` or `Batches`; a tensor of prepared images, alone or as (images, labels); a
             DataLoader, or any iterable of batches: tensors, (images, labels, ...) or dicts; a data set of torch or of
@@ -87,7 +67,8 @@ def measure(
     """
     modules = {name: model for name, model in models.items() if not isinstance(model, Logits)}
     earlier = {name: model for name, model in models.items() if isinstance(model, Logits)}
-    tallies, start, labelled = {name: _Tally() for name in models}, 0, None
+    task, classes = _find_task(*modules.values())
+    meters, start, labelled = {name: task.meter(classes) for name in models}, 0, None
     batches = as_batches(next(iter(modules.values())), data, repeat=False, labelled=True)
     for images, labels in track(batches, "measuring", batches.total):
         logits = {name: values.of(images, start) for name, values in earlier.items()}
@@ -99,14 +80,39 @@ def measure(
             device = next(model.parameters()).device
             with autocast(device, dtype):
                 logits[name] = model(images.to(device)).float().cpu()
-        check_classes(labels, next(iter(logits.values())).shape[1])
-        for name, tally in tallies.items():
-            tally.add(logits[name], labels, logits["dense"] if name != "dense" and "dense" in logits else None)
+        dense = logits.get("dense")
+        _check_outputs(logits)
+        if labels is not None:
+            task.check_target(labels, next(iter(logits.values())).shape[1])
+        for name, meter in meters.items():
+            meter.add(logits[name], labels, dense if name != "dense" else None)
     if distributed:
         device = next(next(iter(modules.values())).parameters()).device
-        for tally in tallies.values():
-            processes.all_reduce_sum(tally.sums, device=device)
-    return {name: tally.result() for name, tally in tallies.items()}
+        for meter in meters.values():
+            processes.all_reduce_sum(meter.sums, device=device)
+    if not all(meter.images for meter in meters.values()):
+        raise InputError("no images to measure on")
+    return {name: meter.result() for name, meter in meters.items()}
+
+
+def _find_task(*models: nn.Module) -> tuple[Task, int | None]:
+    """Return the task of models that are measured together, and their number of classes, None for other code's."""
+    known = [model for model in models if isinstance(model, TokenModel)]
+    return (known[0].task, known[0].config.num_classes) if known else (CLASSIFICATION, None)
+
+
+def _check_outputs(outputs: Mapping[str, Tensor]) -> None:
+    """Raise an InputError for outputs (images, classes, ...) that are not finite, or of other classes than the dense
+    model's.
+    """
+    dense = outputs.get("dense")
+    for output in outputs.values():
+        if not output.isfinite().all():
+            raise InputError(NOT_FINITE)
+        if dense is not None and dense.shape != output.shape:
+            raise InputError(
+                f"the dense model has {dense.shape[1]} classes and the model {output.shape[1]}: expected the same"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,55 +164,3 @@ def _sample_values(images: Tensor) -> Tensor:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return an autocast context to `dtype` on `device`, or one that does nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
-def kl_divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(dense || this) in nats, summed over the images, for logits (images, classes); float64."""
-    ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
-    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
-
-
-class _Tally:
-    """Sums over batches in float64, so that figures depend neither on the batch size nor on the number of processes."""
-
-    def __init__(self):
-        self.sums = torch.zeros(8, dtype=torch.float64)
-
-    def add(self, logits: Tensor, labels: Tensor | None, dense: Tensor | None) -> None:
-        """Add a batch: logits of the model and of the dense one (images, classes), labels (images,)."""
-        if not logits.isfinite().all():
-            raise InputError(NOT_FINITE)
-        images, classes = logits.shape
-        if dense is not None and dense.shape != logits.shape:
-            raise InputError(f"the dense model has {dense.shape[1]} classes and the model {classes}: expected the same")
-        correct1 = correct5 = loss = same = kl = 0.0
-        if labels is not None:
-            best = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-            correct1, correct5 = int(best[:, 0].sum()), int(best.sum())
-            loss = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        if dense is not None:
-            same = int((logits.argmax(1) == dense.argmax(1)).sum())
-            kl = float(kl_divergence(dense, logits))
-        labelled, compared = images * (labels is not None), images * (dense is not None)
-        correct5 = correct5 if classes > 5 else -images  # a negative count stands for no top-5
-        values = [images, labelled, correct1, correct5, loss, compared, same, kl]
-        self.sums += torch.tensor(values, dtype=torch.float64)
-
-    def result(self) -> Evaluation:
-        """Return the figures of all images; InputError if there were none."""
-        images, labelled, correct1, correct5, loss, compared, same, kl = self.sums.tolist()
-        if not images:
-            raise InputError("no images to measure on")
-
-        def percent(count: float, defined: bool) -> float | None:
-            return round(100 * count / images, 4) if defined else None
-
-        return Evaluation(
-            images=int(images),
-            labelled=bool(labelled),
-            top1=percent(correct1, bool(labelled)),
-            top5=percent(correct5, bool(labelled) and correct5 >= 0),
-            agreement=percent(same, bool(compared)),
-            kl=round(kl / images, 6) if compared else None,
-            loss=round(loss / images, 6) if labelled else None,
-        )

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .binomial import sign_test
+from ..tasks.binomial import sign_test
 
 SIGNIFICANT, LEAST_ROUNDS = 0.05, 6
 # What `own_load` misses of this process: it may fill all cores, and then the average exceeds their number a bit.

@@ -40,7 +40,7 @@ class Verification:
     Attributes:
         images: number of images run through both. data: name of their data set.
         max_difference: the largest difference of a logit, over the images whose kept tokens are the same.
-        top1_agreement: percent of all images that get the same class from both.
+        top1_agreement: percent of all images, or of their pixels, that get the same class from both.
         ties: names of images that kept other tokens because two scores are equal up to rounding.
         mismatches: names of images that kept other tokens for any other reason.
         atol: the largest allowed max_difference.
@@ -206,9 +206,9 @@ class _Comparison:
     """The figures of a `Verification`, accumulated over batches."""
 
     def __init__(self, model: TokenModel, kept: Sequence[str]):
-        self.kept = kept
-        self.max_difference, self.same_class, self.count = 0.0, 0, 0
-        self.max_rounding, self.same_class_rounded = 0.0, 0
+        self.kept, self.task = kept, model.task
+        self.max_difference, self.same, self.count = 0.0, 0.0, 0
+        self.max_rounding, self.same_rounded = 0.0, 0.0
         self.ties: list[str] = []
         self.mismatches: list[str] = []
         self.stages = [{"after": int(layer), "kept": 0, "same": 0} for layer in model.pruners]
@@ -217,8 +217,8 @@ class _Comparison:
         """Add a batch: logits (images, classes) of the file, the rounded model and the model, and the kept tokens."""
         for row, name in enumerate(names):
             self.count += 1
-            self.same_class += int(logits[row].argmax() == expected[row].argmax())
-            self.same_class_rounded += int(original[row].argmax() == expected[row].argmax())
+            self.same += self._agreement(expected[row], logits[row])
+            self.same_rounded += self._agreement(expected[row], original[row])
             self.max_rounding = float(np.maximum(self.max_rounding, np.abs(original[row] - expected[row]).max()))
             verdict = compare_kept(decisions, kept, row) if self.kept else "same"
             if verdict == "same":
@@ -230,17 +230,21 @@ class _Comparison:
                 stage["kept"] = theirs.shape[1]
                 stage["same"] += int(set(decision.kept[row].tolist()) == set(theirs[row].tolist()))
 
+    def _agreement(self, ours: np.ndarray, theirs: np.ndarray) -> float:
+        """Return the share of the decisions of one image that two outputs have in common."""
+        return float(self.task.agreement(torch.from_numpy(ours)[None], torch.from_numpy(theirs)[None]))
+
     def result(self, data: str, atol: float, weights: list[str] | None, rounded: bool) -> Verification:
         """Return the figures of all batches; `rounded`: whether the file rounds weights."""
         rounding = {
             "max_difference": self.max_rounding,
-            "top1_agreement": 100 * self.same_class_rounded / self.count,
+            "top1_agreement": 100 * self.same_rounded / self.count,
         }
         return Verification(
             images=self.count,
             data=data,
             max_difference=self.max_difference,
-            top1_agreement=100 * self.same_class / self.count,
+            top1_agreement=100 * self.same / self.count,
             ties=self.ties,
             mismatches=self.mismatches,
             atol=atol,

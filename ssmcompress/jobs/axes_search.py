@@ -28,6 +28,7 @@ from ..evaluation.flops import corrections_share, remaining_share, smallest_shar
 from ..models.base import TokenModel
 from ..progress import line, note, track
 from ..pruning.plan import MAX_RATIO, Plan, Stage
+from ..tasks import Evaluation, Task
 from .axes_trial import AxesTrial, Run
 from .images import CalibrationImages
 from .requests import AXES, DataOptions
@@ -94,7 +95,7 @@ def search_axes(
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
     """
     begin = time.perf_counter()
-    search = AxesSearch(model, request, images, data, gap=gap, repair=repair)
+    search = AxesSearch(Trial(model, request, images, data, gap=gap, refit=repair), images.judged)
     seconds = search.measure()
     lowest, highest = search.range()
     if request.flops is not None:
@@ -136,28 +137,23 @@ def search_axes(
 
 
 class AxesSearch:
-    """One search: its images, what was measured, and what was computed for the combinations run so far."""
+    """One search: its images, what was measured, and what was computed for the combinations run so far.
 
-    def __init__(
-        self,
-        model: TokenModel,
-        request: SearchRequest,
-        images: CalibrationImages,
-        data: DataOptions,
-        *,
-        gap: str,
-        repair: bool,
-    ):
-        self.model, self.request, self.repair = model, request, repair
-        read = read_sensitivity(model, request, repair) if request.sensitivity is not None else None
-        self.trial = Trial(model, request, images, data, gap=gap, refit=repair)
-        self.runs = AxesTrial(self.trial, repair)
+    Args:
+        trial: the model, the request, and the images to search on. judged: images to judge a loss by, or None.
+    """
+
+    def __init__(self, trial: Trial, judged: Batches | None):
+        self.trial, self.judged = trial, judged
+        model, request = trial.model, trial.request
+        self.model, self.request, self.repair = model, request, trial.refit
+        read = read_sensitivity(model, request, trial.refit) if request.sensitivity is not None else None
+        self.runs = AxesTrial(trial, trial.refit)
         if (count := len(self.runs.digests)) < LEAST_IMAGES:
             raise InputError(
                 f"{count} different images to search on: expected at least {LEAST_IMAGES}; give more images"
                 + ("" if request.max_drop is not None else ", or drop tokens alone (`axes`)")
             )
-        self.judged = images.judged
         self.layers = choose_layers(model, request, read) if "tokens" in request.axes else ()
         self.sensitivity: Sensitivity | None = read
         self.options: tuple[Option, ...] = ()
@@ -290,7 +286,7 @@ class AxesSearch:
                 best = min(self.for_flops(budget), key=lambda run: run.loss)
             except BudgetError:
                 best = None
-            drop = None if best is None else drop_of(run_all(best.model, source)[0], dense, labels)
+            drop = None if best is None else drop_of(self.model.task, run_all(best.model, source)[0], dense, labels)
             if drop is not None:
                 line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(dense)} images")
                 least = min([d for d in (least, drop) if d is not None])
@@ -355,9 +351,14 @@ def run_all(model: TokenModel, source: Batches | tuple[Tensor, Tensor | None]) -
     return torch.cat(logits), None if labels[0] is None else torch.cat(labels)
 
 
-def drop_of(logits: Tensor, dense: Tensor, labels: Tensor | None) -> float:
-    """Return the percentage points lost: of accuracy with labels, else of agreement with the dense model."""
-    ours, theirs = logits.argmax(1), dense.argmax(1)
+def drop_of(task: Task, logits: Tensor, dense: Tensor, labels: Tensor | None) -> float:
+    """Return the percentage points lost: of the task's quality with labels, else of its likeness to the dense model."""
+
+    def measure(output: Tensor) -> Evaluation:
+        meter = task.meter(output.shape[1])
+        meter.add(output, labels, dense)
+        return meter.result()
+
     if labels is None:
-        return 100.0 * float((ours != theirs).double().mean())
-    return 100.0 * float(((theirs == labels).double() - (ours == labels).double()).mean())
+        return 100.0 - measure(logits).figures[task.likeness]
+    return measure(dense).figures[task.quality] - measure(logits).figures[task.quality]

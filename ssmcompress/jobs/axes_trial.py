@@ -12,7 +12,6 @@ from ..compression.reconstruct import reconstruct
 from ..compression.search.axes import run
 from ..compression.search.combine import Combination
 from ..compression.search.propose import fill_budget
-from ..compression.search.proxy_loss import measure_loss
 from ..compression.trim.channels import channel_chains, cut_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import cut_states, state_chains
@@ -24,6 +23,7 @@ from ..models.base import TokenModel
 from ..models.rewrite import prune
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan, Stage
+from ..tasks.base import mean_loss
 from .steps import CHANNEL_IMAGES, STATE_IMAGES
 from .trial import ALIGNMENTS, REPEATS, Trial
 
@@ -89,7 +89,7 @@ class AxesTrial:
         if key not in self.tried:
             model = self.compress(trimmed, combination.trims, stages, self.request.alignment)
             logits = run(model, self.trial.images)
-            loss = measure_loss(logits, self.dense(), self.trial.labels)
+            loss = mean_loss(self.model.task, logits, self.dense(), self.trial.labels)
             share = flops_as_run(model)["full"] / flops(self.model)["full"]
             self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
         return self.tried[key] if self.tried[key].flops <= budget else None
@@ -104,7 +104,7 @@ class AxesTrial:
             loss = best.loss
             if alignment != self.request.alignment:
                 model = self.compress(self.trim(trims), trims, stages, alignment)
-                loss = measure_loss(run(model, self.trial.images), self.dense(), self.trial.labels)
+                loss = mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
             losses.append((loss, alignment))
         chosen = min(losses, key=lambda pair: pair[0])[1]
         return chosen, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]

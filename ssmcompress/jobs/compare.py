@@ -26,7 +26,7 @@ from ..data.signature import sign_images
 from ..errors import BudgetError, InputError
 from ..evaluation.flops import flops
 from ..evaluation.latency import latency_settings, time_models
-from ..evaluation.measure import Evaluation, Logits, autocast, compute_logits, measure
+from ..evaluation.measure import Logits, autocast, compute_logits, measure
 from ..evaluation.timings import Timings, describe_load
 from ..files import read_text, write_file
 from ..models.base import TokenModel
@@ -36,8 +36,9 @@ from ..models.learnt import count_common
 from ..models.saved import versions
 from ..progress import line, track
 from ..pruning.plan import Calibration, Plan, default_stages
+from ..tasks import Evaluation
 from .compare_axes import AxisModels
-from .compare_rows import check_row, describe_differences, select_measured, to_csv
+from .compare_rows import check_row, describe_differences, list_figures, select_measured, to_csv
 from .doubts import Subject, doubt_accuracy
 from .images import CalibrationImages, choose_images
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
@@ -102,6 +103,7 @@ class Comparison:
         images: CalibrationImages | None = None,
     ):
         self.model, self.folder, self.request, self.stages = model, folder, request, request.stages
+        self.task = model.task
         self.data, self.options = request.data, request.measure
         self.images = images or choose_images(model, request.data)
         self.calibration, self.measured = self.images.calibration, self.images.measured
@@ -147,7 +149,7 @@ class Comparison:
             settings, rows = dict(value["settings"]), value["rows"]
             differences = [] if force else describe_differences(settings, self.settings)
             for row in rows:
-                check_row(row)
+                check_row(row, self.task)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
         if force:
@@ -183,11 +185,13 @@ class Comparison:
         except (InputError, BudgetError) as error:  # this method cannot do that; the others can
             return {**row, "images": None, "failed": str(error)}
         result, times, cost = self.evaluate(model), self.time(model), flops(model)
+        figures = {
+            figure.name: result.figures[figure.name] if method or not figure.compared else None
+            for figure in list_figures(self.task)
+        }
         row |= {
             "images": result.images,
-            "top1": result.top1,
-            "agreement": result.agreement if method else None,
-            "kl": result.kl if method else None,
+            **figures,
             "flops": cost,
             "flops_share": cost["full"] / flops(self.model)["full"],
             "latency_ms": times.median("row") if times else None,
@@ -280,12 +284,14 @@ class Comparison:
 
     def warnings(self) -> list[str]:
         """Say so if the dense model is at chance, or if images may have been calibrated on and measured on."""
-        top1 = next((row["top1"] for row in self.rows if row["method"] == "dense"), None)
+        dense = next((row for row in self.rows if row["method"] == "dense"), None)
         subject = Subject.of(self.model, self.measured.source, len(self.measured.index))
         comparable = self.calibration.pictures == self.measured.pictures
         overlap = self._overlap or 0 if comparable else None
         shared = describe_overlap({"images": len(self.measured.index), "overlap": overlap}, NOT_COMPARABLE)
-        return doubt_accuracy("the dense model", top1, subject) + ([shared] if shared else [])
+        figures = {figure.name: dense[figure.name] for figure in list_figures(self.task)} if dense else {}
+        result = Evaluation(dense["images"], True, **figures) if dense else None
+        return doubt_accuracy("the dense model", result, subject) + ([shared] if shared else [])
 
     def _count_overlap(self) -> int | None:
         """How many of the measured images were calibrated on; None before both were read."""
@@ -297,6 +303,7 @@ class Comparison:
         device = next(self.model.parameters()).device
         return {
             "format_version": FORMAT_VERSION,
+            "task": self.task.name,
             "settings": self.settings,
             "overlap": self._count_overlap(),
             "rows": self.rows,
@@ -309,9 +316,10 @@ class Comparison:
     def write(self, charts: bool = False) -> None:
         """Write the rows so far; the charts, which take 0.3 s, every few seconds or when asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files = {TABLE_FILE: to_csv(self.rows).encode()}
+        files = {TABLE_FILE: to_csv(self.rows, self.task).encode()}
         if charts or (len(self.rows) > 1 and time.monotonic() - self._drawn_at > CHARTS_EVERY):
-            files |= {name: draw_pareto(select_measured(self.rows), name.rpartition(".")[2]) for name in CHART_FILES}
+            rows = select_measured(self.rows)
+            files |= {name: draw_pareto(rows, name.rpartition(".")[2], self.task) for name in CHART_FILES}
             self._drawn_at = time.monotonic()
         files[RESULT_FILE] = json.dumps(self.to_dict(), indent=2).encode() + b"\n"
         for name, content in files.items():

@@ -96,7 +96,7 @@ class AxisModels:
         """Return the layers, from 1, by the loss of the model without each, the least loss first; measured once."""
         if self.ranking is None:
             pictures, _ = read_all(_first(self.images.calibration, SEARCH_IMAGES))
-            dense, numbers = run(self.model, pictures), range(1, len(self.model.blocks) + 1)
+            dense, numbers = run(self.model, pictures), self.model.droppable_layers
             losses = {
                 number: average_loss(
                     drop_layers(self.model, (number,)), LabelledBatch(pictures, None), dense, refit=True

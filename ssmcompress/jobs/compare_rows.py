@@ -9,6 +9,7 @@ from typing import Any
 
 from ..compression.trim.trims import Trims
 from ..data.signature import compare_signatures
+from ..tasks import Figure, Task
 
 # What a comparison is bound to by value, and what messages call another one.
 SETTINGS = {
@@ -39,7 +40,12 @@ def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return found
 
 
-def check_row(row: dict[str, Any]) -> None:
+def list_figures(task: Task) -> tuple[Figure, ...]:
+    """The figures of a task that a comparison has columns for."""
+    return tuple(figure for figure in task.figures if figure.column)
+
+
+def check_row(row: dict[str, Any], task: Task) -> None:
     """Check a row that was read from a file.
 
     Raises:
@@ -50,7 +56,7 @@ def check_row(row: dict[str, Any]) -> None:
     float(row["ratio"])
     if row.get("failed"):
         return
-    for name in ("top1", "agreement", "kl", "flops_share", "latency_ms", "latency_share"):
+    for name in (*(figure.name for figure in list_figures(task)), "flops_share", "latency_ms", "latency_share"):
         if row[name] is not None:
             float(row[name])
     float(row["flops"]["full"]), int(row["images"])
@@ -66,20 +72,19 @@ def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if not row.get("failed")]
 
 
-COLUMNS = ("method", "ratio", "flops_full", "flops_share", "top1", "agreement", "kl", "latency_ms", "latency_share")
-
-
-def to_csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Format one line for each row: `COLUMNS`, images, stages, what failed, trims and the image size."""
+def to_csv(rows: Iterable[dict[str, Any]], task: Task) -> str:
+    """Format one line for each row: its figures and cost, images, stages, what failed, trims and the image size."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "images", "stages", "failed", "trims", "image_size"])
+    figures = [figure.name for figure in list_figures(task)]
+    columns = ["method", "ratio", "flops_full", "flops_share", *figures, "latency_ms", "latency_share"]
+    writer.writerow([*columns, "images", "stages", "failed", "trims", "image_size"])
     for row in rows:
         values = {**row, "flops_full": (row.get("flops") or {}).get("full")}
         stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
         size = "x".join(str(side) for side in row.get("image_size", ()))
         more = [row["images"], stages, row.get("failed"), _format_trims(row.get("trims", {})), size]
-        writer.writerow([*(values.get(column) for column in COLUMNS), *more])
+        writer.writerow([*(values.get(column) for column in columns), *more])
     return text.getvalue()
 
 

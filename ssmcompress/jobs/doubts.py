@@ -8,15 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.images import Images
-from ..evaluation.binomial import at_least, at_most
-from ..evaluation.measure import Evaluation
 from ..models.base import TokenModel
+from ..tasks import CLASSIFICATION, Evaluation, Task
 
-# One-sided probability of three standard deviations of a normal distribution.
-THREE_SIGMA = 0.00135
 LOW_AGREEMENT = 50.0  # percent
-# What is hardly more than chance with more than FEW_CLASSES: a multiple of it, or a share of the images.
-FEW_CLASSES, TIMES_CHANCE, LOW_ACCURACY = 20, 3, 0.03
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class Subject:
     """What is known of a model and of the images that it was measured on.
 
     Attributes:
-        classes: of its head. images: number of images measured on.
+        task: what its outputs mean. classes: of its head. images: number of images measured on.
         assumed: whether mean and standard deviation are default values. by_name: whether classes are numbered by name.
         own_images: whether the images are the user's, not sample photographs.
         pruned: whether it prunes. refitted: whether its later layers were reconstructed. tuned: whether it was
@@ -39,6 +34,7 @@ class Subject:
     pruned: bool = False
     refitted: bool = False
     tuned: bool = False
+    task: Task = CLASSIFICATION
 
     @classmethod
     def of(cls, model: TokenModel, images: Images, count: int) -> Subject:
@@ -53,63 +49,38 @@ class Subject:
             pruned=model.plan is not None,
             refitted=refit is not None and refit.kept,
             tuned=model.find_record("finetuning") is not None,
+            task=model.task,
         )
-
-
-def is_at_chance(top1: float, images: int, classes: int) -> bool:
-    """Return whether an accuracy is hardly better than that of a guess, on enough images to tell.
-
-    With `FEW_CLASSES` or fewer, it is not above chance by three standard deviations. With more, it is at most three
-    times chance or 3 %: a wrong order of the classes leaves some of them in their places, as that of their numbers as
-    strings does with 12 of 1,000. A model that is right half way between chance and always would have done better,
-    with a certainty of three standard deviations: 33 images tell for 2 classes, 12 for 10 and 10 for 1,000.
-
-    Args:
-        top1: percent of the `images` whose class, one of `classes`, was found.
-    """
-    if classes < 2 or not images:
-        return False
-    right, chance = round(top1 / 100 * images), 1 / classes
-    if at_most(right, images, (1 + chance) / 2) >= THREE_SIGMA:
-        return False
-    if classes <= FEW_CLASSES:
-        return at_least(right, images, chance) > THREE_SIGMA
-    return right <= images * max(TIMES_CHANCE * chance, LOW_ACCURACY)
 
 
 def find_doubts(subject: Subject, dense: Evaluation | None, pruned: Evaluation | None) -> list[str]:
     """Return the warnings about the figures of a dense model and of the one pruned from it; None: not measured."""
     lines = []
     if dense is not None:
-        lines += doubt_accuracy("the dense model", dense.top1, subject)
+        lines += doubt_accuracy("the dense model", dense, subject)
     if pruned is None:
         return lines
     if dense is None:
-        lines += doubt_accuracy("the model", pruned.top1, subject)
-    return lines + doubt_agreement(pruned.agreement, subject)
+        lines += doubt_accuracy("the model", pruned, subject)
+    return lines + doubt_agreement(pruned, subject)
 
 
-def doubt_accuracy(who: str, top1: float | None, subject: Subject) -> list[str]:
-    """Return a warning if an accuracy in percent is at chance, with its likely causes; None: not measured."""
-    if top1 is None or not is_at_chance(top1, subject.images, subject.classes):
+def doubt_accuracy(who: str, result: Evaluation | None, subject: Subject) -> list[str]:
+    """Return a warning if the accuracy is at chance, with its likely causes; None: not measured."""
+    if result is None or not subject.task.is_at_chance(result, subject.classes):
         return []
-    numbered = ", which are numbered by their names" if subject.by_name else " in the labels"
     causes = ["`mean` and `std`, which were assumed"] if subject.assumed else []
-    causes += [f"the order of the classes{numbered}", "`stride` or `architecture`"]
-    more = "hardly" if top1 > 100 / subject.classes else "no"
-    return [
-        f"{who} finds the class of {top1:.4g} % of {subject.images} images, {more} more than chance with "
-        f"{subject.classes} classes; check {'; '.join(causes)}"
-    ]
+    causes += [*subject.task.causes_of_chance(subject.by_name), "`stride` or `architecture`"]
+    return [f"{who} {subject.task.describe_chance(result, subject.classes)}; check {'; '.join(causes)}"]
 
 
-def doubt_agreement(agreement: float | None, subject: Subject) -> list[str]:
-    """Return a warning if fewer than half of the images keep the dense model's class, with what to try next."""
-    if agreement is None or agreement >= LOW_AGREEMENT:
+def doubt_agreement(result: Evaluation, subject: Subject) -> list[str]:
+    """Return a warning if fewer than half of the decisions are the dense model's, with what to try next."""
+    likeness = result.figures.get(subject.task.likeness)
+    if likeness is None or likeness >= LOW_AGREEMENT:
         return []
-    return [
-        f"only {agreement:.4g} % of {subject.images} images get the dense model's class; to lose less, {_next(subject)}"
-    ]
+    shown = subject.task.describe_likeness(likeness, result.images)
+    return [f"{shown}; to lose less, {_next(subject)}"]
 
 
 def _next(subject: Subject) -> str:

@@ -16,12 +16,12 @@ from .requests import DataOptions, MeasureOptions
 def evaluate_model(
     model: TokenModel, data: DataOptions, measure: MeasureOptions, dense: TokenModel | None = None
 ) -> dict[str, Any]:
-    """A JSON object with `top1`, `top5`, `images`, `data`, `warnings`, and `agreement` where `dense` is given.
+    """A JSON object with the figures of the task, `images`, `data`, `warnings`, and `agreement` where `dense` is given.
 
     Raises:
         InputError: no images, or images of other classes than the model's.
     """
-    images = model.find_images(data.data)
+    images = model.find_images(data.data, reduce_zero_label=data.reduce_zero_label)
     batches = make_batches(model, images, processes.shard(range(len(images))), data)
     together = processes.count() > 1
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
@@ -29,8 +29,8 @@ def evaluate_model(
     result = results["model"]
     batches.sync()
     value: dict[str, Any] = {
-        "top1": result.top1,
-        "top5": result.top5,
+        "task": model.task.name,
+        **model.task.describe(result, compared=False),
         "images": result.images,
         "data": {
             "name": images.name,
@@ -42,5 +42,5 @@ def evaluate_model(
         "warnings": find_doubts(Subject.of(model, images, result.images), results.get("dense"), result),
     }
     if dense is not None:
-        value["agreement"] = {"top1": result.agreement, "kl": result.kl}
+        value["agreement"] = model.task.describe(result, compared=True)
     return value

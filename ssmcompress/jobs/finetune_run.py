@@ -12,7 +12,6 @@ from .. import processes
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import describe_differences, is_state_of, remove_state
 from ..data.batches import Batches, skip_picture
-from ..data.find import open_images
 from ..data.images import Images
 from ..data.signature import sign_images
 from ..errors import InputError
@@ -21,6 +20,7 @@ from ..models.base import TokenModel
 from ..models.fingerprint import fingerprint
 from ..models.saved import CONFIG_FILE
 from .folder import Target
+from .images import open_for
 from .report import read_report
 from .requests import DataOptions
 
@@ -122,9 +122,8 @@ def find_finished(
     way_out = "choose another output or `force=True`"
     if not isinstance(written, dict):
         raise InputError(f"{target.path} holds a fine-tuned model that does not say what it was made from; {way_out}")
-    classes = model.config.num_classes
-    measured = None if data.eval_data is None else open_images(data.eval_data, classes)
-    expected = {**run, **sign_run(open_images(data.data, classes), measured, data)}
+    measured = None if data.eval_data is None else open_for(model, data.eval_data, data)
+    expected = {**run, **sign_run(open_for(model, data.data, data), measured, data)}
     if target.in_place:  # the model that the run began with was replaced by its result
         del expected["model"]
     if differences := describe_differences(written, expected):

@@ -70,7 +70,7 @@ def choose_images(
     """
     if options.samples < 1:
         raise InputError(f"samples {options.samples}: expected at least 1")
-    images = model.find_images(options.data)
+    images = model.find_images(options.data, reduce_zero_label=options.reduce_zero_label)
     if options.eval_data is None:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
@@ -86,7 +86,7 @@ def choose_images(
         others = images
     else:
         chosen, _ = sample_indices(len(images), options.samples, options.seed)
-        others = open_images(options.eval_data, model.config.num_classes)
+        others = open_for(model, options.eval_data, options)
         rest = range(len(others))
     further: Sequence[int] = ()
     if judged:
@@ -95,10 +95,10 @@ def choose_images(
         further = [left[i] for i in sample_indices(len(left), count, options.seed)[0]]
         rest = rest if options.eval_data is not None else [i for i in rest if i not in {*further}]
     return CalibrationImages(
-        make_batches(model, images, processes.shard(chosen), options),
+        make_batches(model, images, processes.shard(chosen), options, fixed=True),
         make_batches(model, others, processes.shard(rest), options),
         len(chosen),
-        make_batches(model, images, further, options) if len(further) >= JUDGED_LEAST else None,
+        make_batches(model, images, further, options, fixed=True) if len(further) >= JUDGED_LEAST else None,
     )
 
 
@@ -117,7 +117,7 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
     Raises:
         InputError: too few images, or images of other classes than the model's.
     """
-    images = open_images(options.data, model.config.num_classes)
+    images = open_for(model, options.data, options)
     if options.eval_data is None:
         if len(images) < 3:
             raise InputError(
@@ -126,7 +126,7 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
         others, rest = images, choose_measured(images, learnt_from(model), options)
         train = sorted(set(range(len(images))) - set(rest))
     else:
-        others = open_images(options.eval_data, model.config.num_classes)
+        others = open_for(model, options.eval_data, options)
         train, rest = list(range(len(images))), range(len(others))
     count = min(HELD_OUT_MOST, len(train) // HELD_OUT_SHARE)
     held, chosen = sample_indices(len(train), count if count >= HELD_OUT_LEAST else 0, options.seed)
@@ -192,6 +192,15 @@ def _count_images(count: int) -> str:
     return f"{count} image{'s' * (count != 1)}"
 
 
-def make_batches(model: TokenModel, images: Images, index: Sequence[int], options: DataOptions) -> Batches:
-    """The images at `index`, prepared for the model."""
-    return Batches(images, model.transform(), index, options.batch_size, options.workers)
+def open_for(model: TokenModel, data: str, options: DataOptions) -> Images:
+    """The images that `data` names, with labels as the task of a model has them."""
+    kind = {"task": model.task, "reduce_zero_label": options.reduce_zero_label}
+    return open_images(data, model.config.num_classes, **kind)
+
+
+def make_batches(
+    model: TokenModel, images: Images, index: Sequence[int], options: DataOptions, fixed: bool = False
+) -> Batches:
+    """The images at `index`, prepared for the model; `fixed`: all of one size, to fit something on them."""
+    transform = model.fixed_transform() if fixed else model.transform()
+    return Batches(images, transform, index, options.batch_size, options.workers)

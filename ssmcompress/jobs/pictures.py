@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.base import TokenModel
 from ..models.records import Finetuning
+from ..tasks import Task
 
 SIDE = 168  # pixels of an image in the picture
 GAP = 6
@@ -100,7 +101,7 @@ def _least_loss(points: Sequence[tuple[float, float]]) -> list[tuple[float, floa
     return best
 
 
-def draw_history(finetuning: Finetuning) -> bytes:
+def draw_history(finetuning: Finetuning, task: Task) -> bytes:
     """Draw a PNG with the loss of every epoch, and what was measured after it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -112,10 +113,13 @@ def draw_history(finetuning: Finetuning) -> bytes:
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [entry["loss"] for entry in finetuning.history], "o-", label="training")
     left.set(xlabel="epoch", ylabel="loss of augmented images")
-    right.plot(epochs, [entry["top1"] for entry in finetuning.history], "o-", label="top-1, augmented images")
-    for key, name in (("top1", "top-1, held out"), ("agreement", "same class as dense, held out")):
-        if any(values.get(key) is not None for values in held):
-            right.plot(epochs, [values.get(key) for values in held], "o-", label=name)
+    hits = task.figure(task.hits)
+    accuracies = [entry[hits.name] for entry in finetuning.history]
+    right.plot(epochs, accuracies, "o-", label=f"{hits.title}, augmented images")
+    for measured in (task.figure(task.quality), task.figure(task.likeness)):
+        if any(entry.get(measured.name) is not None for entry in held):
+            values = [entry.get(measured.name) for entry in held]
+            right.plot(epochs, values, "o-", label=f"{measured.title}, held out")
     right.axvline(finetuning.epoch, linestyle=":", color="grey", label="chosen")
     right.set(xlabel="epoch", ylabel="%")
     right.legend(fontsize="small")
@@ -126,16 +130,18 @@ def draw_history(finetuning: Finetuning) -> bytes:
     return buffer.getvalue()
 
 
-def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
-    """Draw accuracy, or without labels agreement, over the FLOPs left, a line for each method; a PNG or SVG (`kind`).
+def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str, task: Task) -> bytes:
+    """Draw the task's quality, or without labels its likeness to the dense model, over the FLOPs left: a line a method.
 
     Args:
-        rows: those of a comparison, each with `method`, `flops_share`, `top1` and `agreement`.
+        rows: those of a comparison, each with `method`, `flops_share` and the figures of the task. kind: png or svg.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    key = "top1" if any(row["top1"] is not None for row in rows) else "agreement"
+    labelled = any(row[task.quality] is not None for row in rows)
+    shown = task.figure(task.quality if labelled else task.likeness)
+    key = shown.name
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row[key] is not None:
@@ -156,7 +162,7 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str) -> bytes:
             "linestyle": "-" if number < 10 else "--",
         }
         axes.plot(*zip(*sorted(line), strict=True), **style, label=method, markersize=5, linewidth=1)
-    axes.set(xlabel="FLOPs left (full), %", ylabel="top-1, %" if key == "top1" else "same class as dense, %")
+    axes.set(xlabel="FLOPs left (full), %", ylabel=f"{shown.title}, {shown.unit}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small")
     buffer = io.BytesIO()

@@ -14,13 +14,13 @@ from ..data.content import hash_contents
 from ..errors import InputError
 from ..evaluation.flops import dense_flops, flops, flops_as_run, flops_of
 from ..evaluation.latency import latency_settings
-from ..evaluation.measure import Evaluation
 from ..evaluation.timings import Timings, describe_load
 from ..files import WEB_PAGE, check_target, read_text, write_file
 from ..models.base import TokenModel
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
 from ..pruning.plan import Calibration, Plan
+from ..tasks import Evaluation
 from . import report_text as text
 from .doubts import Subject, find_doubts
 from .measuring import Measured
@@ -56,7 +56,7 @@ def make_report(
     }
     data = describe_data(measured.images, result, overlap)
     about = {
-        "content": hash_contents(measured.images.digests, measured.images.source.labels),
+        "content": hash_contents(measured.images.digests, measured.images.content_labels()),
         "dtype": measured.options.dtype,
         "preprocessing": pruned.preprocessing.to_dict(),
     }
@@ -68,7 +68,8 @@ def make_report(
         "data": data,
         "content": about["content"],
         **blocks,
-        "agreement": {"top1": result.agreement, "kl": result.kl},
+        "task": pruned.task.name,
+        "agreement": pruned.task.describe(result, compared=True),
         "warnings": find_doubts(subject, measured.results.get("dense"), result),
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
@@ -100,8 +101,7 @@ def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str
     result, timings = measured.results[name], measured.timings
     timed = timings is not None and name in timings.rounds
     value = {
-        "top1": result.top1,
-        "top5": result.top5,
+        **model.task.describe(result, compared=False),
         "flops": flops(model),
         **describe_as_run(flops(model)["full"], flops_as_run(model)["full"]),
         "params": sum(p.numel() for p in model.parameters()),
@@ -113,7 +113,8 @@ def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str
 
 def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """Describe a dense model that is gone."""
-    unknown = dict.fromkeys(("top1", "top5", "params", "latency_ms", "latency_quartiles_ms"))
+    unknown = pruned.task.describe(None, compared=False)
+    unknown |= dict.fromkeys(("params", "latency_ms", "latency_quartiles_ms"))
     published = dense_flops(pruned)
     share = flops_of(pruned, pruned.origin.config if pruned.origin is not None else pruned.config)
     as_run = describe_as_run(published["full"], share * published["full"])

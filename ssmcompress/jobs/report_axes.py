@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..tasks import find_task
+
 AXES_FILE = "axes.png"
 # Layers and directions that a short table lists; there are three for each layer of a Vim.
 FEW_LAYERS = 6
@@ -106,7 +108,8 @@ def list_search_notes(report: Report) -> list[str]:
     found = f"{_percent(search['flops'])} of the FLOPs at a loss of {_nats(search['loss'])} nats"
     about = f"searched over {', '.join(axes)} on {data['images']} images of {data['name']}"
     if asked.get("max_drop") is not None and (drop := search.get("drop")):
-        what = "points of top-1" if drop["labels"] else "% of the dense model's classes"
+        task = find_task(report.get("task"))
+        what = f"points of {task.figure(task.quality).title}" if drop["labels"] else task.lost_likeness
         wish = f"at most {asked['max_drop']:g} {what} lost; {drop['points']:.2f} lost on {drop['images']} images"
     elif asked.get("latency") is not None:
         wish = f"at most {_percent(asked['latency'])} of the latency; {_percent(search['latency'])} before repair"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import escape_control
 from ..evaluation.timings import is_busy, quartiles_overlap
+from ..tasks import find_task
 from .report_axes import AXES_FILE, format_axes, format_tried, list_search_notes, list_trim_notes
 from .report_steps import list_repair_notes, list_stage_notes
 
@@ -19,14 +20,13 @@ Report = Mapping[str, Any]
 def format_rows(report: Report) -> list[tuple[str, list[str]]]:
     """The table: (quantity, a cell for each of `columns`)."""
     models = [report[name] for name in list_columns(report)]
-    agreement = report.get("agreement") or {}
+    agreement, task = report.get("agreement") or {}, find_task(report.get("task"))
 
     def line(key: str, form: str) -> list[str]:
         return [_cell(model.get(key), form) for model in models]
 
     table = [
-        ("top-1", line("top1", "{:.2f} %")),
-        ("top-5", line("top5", "{:.2f} %")),
+        *((figure.title, line(figure.report_key, figure.form)) for figure in task.figures_of(compared=False)),
         *_flops_rows(models, report, "full"),
         *_flops_rows(models, report, "paper"),
         ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
@@ -34,8 +34,8 @@ def format_rows(report: Report) -> list[tuple[str, list[str]]]:
         ("parameters", line("params", "{:,}")),
     ]
     blank = [""] * (len(models) - 1)
-    table.append(("same class as dense", [*blank, _cell(agreement.get("top1"), "{:.2f} %")]))
-    table.append(("KL from dense", [*blank, _cell(agreement.get("kl"), "{:.4f} nats")]))
+    for figure in task.figures_of(compared=True):
+        table.append((figure.title, [*blank, _cell(agreement.get(figure.report_key), figure.form)]))
     return [(name, cells) for name, cells in table if any(cell not in ("", "-") for cell in cells)]
 
 

@@ -27,6 +27,7 @@ class DataOptions:
         samples: number of images to calibrate on at most.
         seed: seed of the choice of images.
         batch_size: images at a time; changes no result. workers: processes that decode them; 0: the main process does.
+        reduce_zero_label: whether 0 in a mask is an ignored pixel and classes count from 1; None: as the data says.
     """
 
     data: str | None = None
@@ -35,6 +36,7 @@ class DataOptions:
     seed: int = 0
     batch_size: int = 64
     workers: int = 0
+    reduce_zero_label: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import StateFile
 from ..compression.reconstruct import reconstruct
 from ..compression.reconstruct.layerwise import RefitOptions
+from ..compression.reconstruct.levels import has_levels, map_levels
 from ..compression.trim.channels import ChannelChains, trim_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import StateChains, trim_states
@@ -159,6 +160,21 @@ class Align:
 
 
 @dataclass(frozen=True)
+class MapLevels:
+    """Map the tokens of a segmentation model to the dense output levels on `context.calibration`, in closed form."""
+
+    name: ClassVar[str] = "mapped"
+
+    def __call__(self, model: TokenModel, context: Context) -> TokenModel:
+        """The model with the maps; the same model where nothing is pruned, or there are fewer than two images."""
+        images = context.calibration
+        if not has_levels(model) or _count_different(images) < 2:
+            return model
+        name, together = images.source.name, context.distributed
+        return map_levels(model, context.dense, images, name=name, distributed=together)
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Refit the later layers to the dense model on `context.calibration`, in closed form.
 
@@ -221,7 +237,7 @@ class Finetune:
         )
         last.made_by = MadeBy(context.command, versions())
         context.files[LAST_FILE] = serialise(last)
-        context.files[HISTORY_FILE] = draw_history(best.find_record("finetuning"))
+        context.files[HISTORY_FILE] = draw_history(best.find_record("finetuning"), best.task)
         return best
 
 
@@ -243,9 +259,15 @@ def trimming_steps(trims: Trims, chains: Mapping[str, Any]) -> Sequence[Step]:
     return steps
 
 
-def pruning_steps(plan: Plan, reconstruct: Reconstruct | None) -> Sequence[Step]:
-    """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given."""
+def pruning_steps(plan: Plan, reconstruct: Reconstruct | None, levels: bool = True) -> Sequence[Step]:
+    """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given.
+
+    Args:
+        levels: whether the output levels of a segmentation model are mapped before it is reconstructed.
+    """
     steps: list[Step] = [Prune(plan)] if plan.stages else []
     if plan.stages and plan.alignment != UNALIGNED:
         steps.append(Align(plan.alignment))
+    if levels and reconstruct is not None:
+        steps.append(MapLevels())
     return steps if reconstruct is None else [*steps, reconstruct]

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import processes
 from ..compression.calibrate import gap_deltas
 from ..compression.saliency import fit_probes
+from ..compression.search.axes import run
 from ..compression.search.propose import Candidate
 from ..compression.search.proxy_loss import Collector, average_losses, sum_losses
 from ..data.batches import Batches, sample_indices
@@ -82,7 +83,7 @@ class Trial:
         if images.count < processes.count():
             raise InputError(f"{images.count} images to search on in {processes.count()} processes: expected one each")
         self.name = images.source.name
-        if request.labels and images.source.labels is None:
+        if request.labels and not images.source.labelled:
             raise InputError(f"{self.name} has no labels to judge by")
         index = images.calibration.index
         chosen = sample_indices(len(index), min(len(index), 2 * request.images), data.seed)[0]
@@ -109,14 +110,13 @@ class Trial:
     def loss(self, plan: Plan) -> float:
         """Mean loss of a plan that is run."""
         if self.dense is None:
-            self.dense = torch.cat([self.model(part.to(self.device)).cpu() for part in self.images.split(self.size)])
+            self.dense = run(self.model, self.images)
         pruned = prune(self.model, plan)
-        with Collector(pruned) as received:
-            for part in self.images.split(self.size):
-                pruned(part.to(self.device))
+        with Collector(pruned) as collector:
+            run(pruned, self.images)
         add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
-        features = received.take()
-        total = sum_losses(pruned.classifier, features, self.dense, self.labels, refit=self.refit, add=add)
+        collected = collector.take(self.dense, self.labels)
+        total = sum_losses(pruned, collected, self.dense, self.labels, refit=self.refit, add=add)
         return float(average_losses([total], len(self.images), add)[0])
 
     def run(

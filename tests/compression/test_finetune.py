@@ -30,6 +30,7 @@ from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation.measure import evaluate
 from ssmcompress.models.records import Finetuning
+from ssmcompress.tasks import CLASSIFICATION
 
 TESTS = Path(__file__).parent
 SMALL = Recipe(epochs=2, batch_size=10, lr=1e-3, lr_images=10, ema=0.0)
@@ -125,19 +126,22 @@ def test_the_teacher_is_followed_at_its_temperature():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, generator=generator).unbind()
     expected = F.kl_div(F.log_softmax(ours / 3, 1), F.softmax(theirs / 3, 1), reduction="none").sum(1) * 9
-    torch.testing.assert_close(distillation_loss(ours, theirs, 3.0), expected)
-    torch.testing.assert_close(distillation_loss(ours, ours, 3.0), torch.zeros(5))
+    torch.testing.assert_close(distillation_loss(CLASSIFICATION, ours, theirs, 3.0), expected)
+    torch.testing.assert_close(distillation_loss(CLASSIFICATION, ours, ours, 3.0), torch.zeros(5))
 
 
 def test_what_there_is_has_all_the_weight():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, generator=generator).unbind()
     targets = F.one_hot(torch.arange(5), 7).float()
-    labels, teacher = F.cross_entropy(ours, torch.arange(5), reduction="none"), distillation_loss(ours, theirs)
+    labels, teacher = (
+        F.cross_entropy(ours, torch.arange(5), reduction="none"),
+        distillation_loss(CLASSIFICATION, ours, theirs),
+    )
     recipe = Recipe(teacher=0.25)
-    torch.testing.assert_close(objective(recipe, ours, targets, theirs), 0.75 * labels + 0.25 * teacher)
-    torch.testing.assert_close(objective(recipe, ours, targets), labels)
-    torch.testing.assert_close(objective(recipe, ours, None, theirs), teacher)
+    torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, targets, theirs), 0.75 * labels + 0.25 * teacher)
+    torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, targets), labels)
+    torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, None, theirs), teacher)
 
 
 def test_features_are_compared_at_the_kept_positions(pictures):

@@ -7,7 +7,6 @@ import torch
 
 from ssmcompress.cli.tables import show_benchmark
 from ssmcompress.evaluation import timings
-from ssmcompress.evaluation.binomial import at_least, at_most, sign_test
 from ssmcompress.evaluation.latency import benchmark, settings, time_models
 from ssmcompress.evaluation.timings import (
     Timings,
@@ -18,6 +17,7 @@ from ssmcompress.evaluation.timings import (
     within_noise,
 )
 from ssmcompress.jobs.report_text import _overlap_note
+from ssmcompress.tasks.binomial import at_least, at_most, sign_test
 
 
 def test_tails_of_the_binomial_distribution():

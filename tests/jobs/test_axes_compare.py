@@ -15,12 +15,12 @@ from ssmcompress.compression.trim.trims import Trims
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import flops, flops_of, remaining_share
-from ssmcompress.evaluation.measure import kl_divergence
 from ssmcompress.jobs.compare_axes import AxisModels, choose_trims
 from ssmcompress.jobs.images import CalibrationImages, choose_images
 from ssmcompress.jobs.methods import METHODS, choose_methods, make_levels
 from ssmcompress.jobs.requests import DataOptions
 from ssmcompress.models.inputs import to_batches
+from ssmcompress.tasks import CLASSIFICATION
 
 AXIS_METHODS = [method.name for method in METHODS if method.axis is not None]
 
@@ -119,7 +119,7 @@ def test_the_classifier_of_a_smaller_image_is_refitted_to_the_dense_logits(make)
     assert resized.shape[2:] == size
     with torch.no_grad():
         dense = model(images[300:])
-        before, after = (float(kl_divergence(dense, m(resized))) for m in (plain, small))
+        before, after = (float(CLASSIFICATION.distance(dense, m(resized)).sum()) for m in (plain, small))
     assert after < 0.8 * before
 
 
@@ -217,7 +217,7 @@ def test_a_smaller_image_is_compared_with_the_dense_model_on_the_same_images(vim
             for m in (vim, small)
         )
     assert row["agreement"] == pytest.approx(100 * float((dense.argmax(1) == ours.argmax(1)).float().mean()))
-    assert row["kl"] == pytest.approx(float(kl_divergence(dense, ours)) / 20, abs=1e-5)
+    assert row["kl"] == pytest.approx(float(CLASSIFICATION.distance(dense, ours).mean()), abs=1e-5)
     labels = torch.tensor(pictures.measured.source.labels)
     assert row["top1"] == pytest.approx(100 * float((ours.argmax(1) == labels).float().mean()))
 

@@ -19,6 +19,7 @@ from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import flops, flops_as_run, flops_of, remaining_share
 from ssmcompress.jobs.axes_search import drop_of
 from ssmcompress.pruning.plan import Stage
+from ssmcompress.tasks import CLASSIFICATION
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -147,8 +148,8 @@ def test_points_lost_are_of_accuracy_with_labels_and_of_agreement_without():
     dense = torch.eye(4)[[0, 1, 2, 3]]
     other = torch.eye(4)[[0, 1, 3, 2]]
     labels = torch.tensor([0, 1, 3, 0])
-    assert drop_of(other, dense, None) == 50
-    assert drop_of(other, dense, labels) == -25
+    assert drop_of(CLASSIFICATION, other, dense, None) == 50
+    assert drop_of(CLASSIFICATION, other, dense, labels) == -25
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -222,7 +223,8 @@ def test_few_images_or_stand_ins_trim_tokens_alone(checkpoint, class_folders):
 
 
 def test_a_loss_is_kept_on_images_that_nothing_was_fitted_on(checkpoint, folders):
-    report = call_json("prune", checkpoint, "--max-drop", "30", "--data", folders, *QUICK, "-o", "m")
+    quick = ("--axes", "channels,layers", "--data", folders, *QUICK)
+    report = call_json("prune", checkpoint, "--max-drop", "30", *quick, "-o", "m")
     assert report["search"]["drop"]["points"] <= 30
     assert report["search"]["asked"]["max_drop"] == 30
     assert share(report) < remaining_share(ssmcompress.load(checkpoint), ())
@@ -265,10 +267,9 @@ def test_a_sensitivity_of_axes_alone_is_read_back(checkpoint, folders):
     assert found.layers == ()
     assert {option.axis for option in found.axes} == {"states"}
     assert Sensitivity.read("m").to_json() == found.to_json()
-    report = call_json(
-        "prune", checkpoint, "--flops", "60%", "--data", folders, "--sensitivity", "m", *QUICK, "-o", "n"
-    )
-    assert {entry["axis"] for entry in report["search"]["axes"]} == {"states", "channels", "layers", "tokens"}
+    again = ("--axes", "states,layers", "--sensitivity", "m", "--data", folders, *QUICK)
+    report = call_json("prune", checkpoint, "--flops", "60%", *again, "-o", "n")
+    assert {entry["axis"] for entry in report["search"]["axes"]} == {"states", "layers"}
 
 
 @pytest.mark.parametrize(

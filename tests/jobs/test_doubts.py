@@ -7,9 +7,9 @@ import torch
 from command_line import call, call_json
 from conftest import make_vim, write_image
 
-from ssmcompress.evaluation.measure import Evaluation
 from ssmcompress.jobs import report_text
-from ssmcompress.jobs.doubts import Subject, find_doubts, is_at_chance
+from ssmcompress.jobs.doubts import Subject, find_doubts
+from ssmcompress.tasks import CLASSIFICATION, Evaluation
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ from ssmcompress.jobs.doubts import Subject, find_doubts, is_at_chance
     ],
 )
 def test_what_counts_as_chance(top1, images, classes, expected):
-    assert is_at_chance(top1, images, classes) is expected
+    assert CLASSIFICATION.is_at_chance(Evaluation(images, True, top1=top1), classes) is expected
 
 
 def dense_at_chance(**facts):

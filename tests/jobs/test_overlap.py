@@ -311,7 +311,7 @@ def test_images_of_an_earlier_search_count(checkpoint, class_folders, tmp_path):
     """The sensitivity was measured on other images than the model is calibrated on."""
     for i in range(20):
         write_image(tmp_path / "others" / f"class{i % 10}" / f"{i}.png", 100 + i)
-    budget = "--flops", "75%", "--no-latency"
+    budget = "--flops", "75%", "--axes", "tokens", "--no-latency"
     call("prune", checkpoint, *budget, "--data", tmp_path / "others", "-o", "first")
     found = call_json(
         "prune", checkpoint, *budget, "--data", class_folders, "--eval-data", tmp_path / "others",

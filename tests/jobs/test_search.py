@@ -501,7 +501,10 @@ def test_the_search_beats_the_default_schedule_on_the_bundled_model(tmp_path):
     images = tmp_path / "images.parquet"
     Dataset.from_parquet(str(BUNDLED / "images.parquet"), cache_dir=str(tmp_path)).select(range(500)).to_parquet(images)
     kl = {}
-    for name, extra in (("search", ["--stages", "1,2,3", "--search-images", 64]), ("default", ["--no-search"])):
+    for name, extra in (
+        ("search", ["--axes", "tokens", "--stages", "1,2,3", "--search-images", 64]),
+        ("default", ["--no-search"]),
+    ):
         given = ["--data", images, "--flops", "50%", "--samples", 200, "--no-latency", "--json"]
         result = run("prune", BUNDLED, *given, *extra, "-o", tmp_path / name)
         assert result.exit_code == 0, result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class BestWeights:
         if self.held_out is not None:
             models = candidates | ({"dense": self.dense} if self.dense is not None else {})
             results = measure(models, self.held_out, distributed=processes.count() > 1)
-            figures = {name: asdict(results[name]) for name in candidates}
+            figures = {name: results[name].to_dict() for name in candidates}
         scores = {name: self._compute_score(figures.get(name)) for name in candidates}
         name = min(scores, key=scores.__getitem__)
         if scores[name] < self.score or self.weights is None or self.held_out is None:

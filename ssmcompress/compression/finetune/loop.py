@@ -94,7 +94,7 @@ def finetune(
     training = open_training(pruned, training)
     if held_out is not None:
         held_out = as_batches(pruned, held_out, labelled=True)
-    if dense is None and training.source.labels is None:
+    if dense is None and not training.source.labelled:
         raise InputError(
             f"{training.source.name} has no labels, and there is no dense model to learn from: give images with "
             "labels, or a teacher (`dense`, and not `teacher=False`)"
@@ -119,10 +119,11 @@ class _Run:
 
     def __init__(self, pruned, training, dense, recipe, held_out, seed, path):
         self.training, self.dense, self.recipe, self.seed, self.path = training, dense, recipe, seed, path
+        self.task = pruned.task
         self.examples = Examples(pruned, training, recipe, seed, (processes.index(), processes.count()))
         self.steps = recipe.epochs * self.examples.steps
         self.trainer = Trainer(pruned, dense, recipe, self.examples.batch_size, self.steps)
-        weight = teacher_weight(recipe, dense is not None, training.source.labels is not None)
+        weight = teacher_weight(recipe, dense is not None, training.source.labelled)
         self.best = BestWeights(held_out, dense, weight)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []
@@ -158,8 +159,8 @@ class _Run:
                 if not (self.sums.finite and math.isfinite(self.sums.total)):
                     self._fail_not_finite()
                 self.step += 1
-                figures = self.sums.figures() | {"lr": self.trainer.optimizer.param_groups[0]["lr"]}
-                status(self.sums.text())
+                figures = self.sums.figures(self.task) | {"lr": self.trainer.optimizer.param_groups[0]["lr"]}
+                status(self.sums.text(self.task))
                 log(figures, self.step)
                 epoch_done = self.step % self.examples.steps == 0
                 if epoch_done:
@@ -192,10 +193,12 @@ class _Run:
         name, held = self.best.update(self.trainer.candidates(), epoch)
         entry = {"epoch": epoch, "step": self.step, **figures, "held_out": held, "averaged": name == "average"}
         self.history.append(entry | {"seconds": round(self.seconds, 2)})
-        texts = [self.sums.text()]
+        texts = [self.sums.text(self.task)]
         if held:
-            texts += [f"held out: top-1 {held['top1']:.2f} %"] if held["labelled"] else []
-            texts += [f"same class as dense {held['agreement']:.2f} %"] if held["agreement"] is not None else []
+            quality, likeness = (self.task.figure(name) for name in (self.task.quality, self.task.likeness))
+            for prefix, figure in (("held out: ", quality), ("", likeness)):
+                if held[figure.name] is not None:
+                    texts.append(f"{prefix}{figure.title} {figure.form.format(held[figure.name])}")
         texts.append(f"{self.seconds / self.step * (self.steps - self.step) / 60:.0f} min left")
         line(f"epoch {epoch} of {self.recipe.epochs}: {', '.join(texts)}")
         self.sums = EpochSums()
@@ -274,7 +277,7 @@ class _Run:
             name=self.training.source.name,
             images=len(self.training.index),
             held_out=(self.history[-1]["held_out"] or {}).get("images", 0),
-            labels=self.training.source.labels is not None,
+            labels=self.training.source.labelled,
             teacher=self.dense is not None,
             recipe={**asdict(self.recipe), "batch_size": self.examples.batch_size},
             seed=self.seed,

@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...tasks import Task
 from .recipe import Recipe
 
 
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return (images,) KL(teacher || model) in nats at a temperature, times its square.
+def distillation_loss(task: Task, logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return (images,) the distance from the teacher in nats at a temperature, times its square.
 
     This is the distillation loss of Hinton et al. (arXiv 1503.02531).
 
     Args:
-        logits, teacher: (images, classes).
+        logits, teacher: outputs (images, classes, ...) of models for `task`.
     """
-    ours, theirs = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher))
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2
+    return task.distance(teacher.float(), logits.float(), temperature) * temperature**2
 
 
 def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
@@ -27,6 +27,7 @@ def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
 
 
 def objective(
+    task: Task,
     recipe: Recipe,
     logits: Tensor,
     targets: Tensor | None,
@@ -37,16 +38,16 @@ def objective(
     """Return (images,) the loss of each image.
 
     Args:
-        logits, teacher: (images, classes); no teacher: the labels have all the weight.
-        targets: (images, classes) class probabilities from the labels; None: the teacher has all the weight.
+        logits, teacher: (images, classes, ...); no teacher: the labels have all the weight.
+        targets: from the labels, as `task.loss` takes them; None: the teacher has all the weight.
         features, teacher_features: (images, kept, d_model) of the last layer, at the same positions.
     """
     weight = teacher_weight(recipe, teacher is not None, targets is not None)
     total = torch.zeros(len(logits), device=logits.device)
     if weight > 0:
-        total = total + weight * distillation_loss(logits, teacher, recipe.temperature)
+        total = total + weight * distillation_loss(task, logits, teacher, recipe.temperature)
     if weight < 1:
-        total = total - (1 - weight) * (targets * F.log_softmax(logits.float(), dim=1)).sum(1)
+        total = total + (1 - weight) * task.loss(logits.float(), targets)
     if features is not None:
         total = total + recipe.features * feature_distance(features, teacher_features)
     return total

@@ -14,6 +14,7 @@ from ... import processes
 from ...evaluation.measure import autocast
 from ...models.base import TokenModel
 from ...ops import gather_tokens
+from ...tasks import Task
 from .examples import MicroBatch
 from .losses import objective, teacher_weight
 from .recipe import Recipe
@@ -33,7 +34,7 @@ class Student(nn.Module):
 
 
 class StepResult(NamedTuple):
-    """Sums over the images of a step: loss, correct classes, images; whether the loss and the gradients are finite."""
+    """Sums over the images of a step: loss, accuracy, images; whether the loss and the gradients are finite."""
 
     loss: float
     right: float
@@ -56,15 +57,17 @@ class EpochSums:
         self.total, self.right, self.images = self.total + step.loss, self.right + step.right, self.images + step.images
         self.finite = self.finite and step.finite
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, task: Task) -> dict[str, float]:
         """Return the figures of the augmented images, by name."""
         rate = self.images / self.seconds
-        return {"loss": self.total / self.images, "top1": 100 * self.right / self.images, "images_per_second": rate}
+        accuracy = 100 * self.right / self.images
+        return {"loss": self.total / self.images, task.hits: accuracy, "images_per_second": rate}
 
-    def text(self) -> str:
+    def text(self, task: Task) -> str:
         """Return the figures for a progress line."""
-        figures = self.figures()
-        return f"loss {figures['loss']:.4f}, top-1 {figures['top1']:.1f} %, {figures['images_per_second']:.0f} images/s"
+        figures, name = self.figures(task), task.figure(task.hits).title
+        accuracy, rate = figures[task.hits], figures["images_per_second"]
+        return f"loss {figures['loss']:.4f}, {name} {accuracy:.1f} %, {rate:.0f} images/s"
 
 
 class Trainer:
@@ -142,7 +145,7 @@ class Trainer:
         return result
 
     def _compute_losses(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return (images,) the objective of each image, and how many get the most likely class of their target."""
+        """Return (images,) the objective of each image, and the sum of their accuracies."""
         images = part.images.to(self.device)
         targets = None if part.targets is None else part.targets.to(self.device)
         teacher = teacher_features = None
@@ -157,9 +160,11 @@ class Trainer:
             teacher_features = gather_tokens(teacher_features, positions)
         else:
             features = teacher_features = None
-        losses = objective(self.recipe, logits, targets, teacher, features, teacher_features)
-        reference = teacher if targets is None else targets
-        return losses, (logits.detach().argmax(1) == reference.argmax(1)).sum()
+        task = self.model.task
+        losses = objective(task, self.recipe, logits, targets, teacher, features, teacher_features)
+        logits = logits.detach()
+        right = task.agreement(teacher, logits) if targets is None else task.accuracy(logits, targets)
+        return losses, right.sum()
 
     def set_ratios(self, step: int | None) -> None:
         """Set the pruning ratios of a step, which rise over the recipe's ramp; None: the final ones."""

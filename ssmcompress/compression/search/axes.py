@@ -84,7 +84,7 @@ def list_options(model: TokenModel, axes: Sequence[str]) -> list[tuple[str, Trim
         counts = {max(1, round(most * share / CHANNELS_STEP)) * CHANNELS_STEP for share in CHANNEL_SHARES}
         options += [("channels", Trims(channels=count)) for count in sorted(counts, reverse=True) if count < most]
     if "layers" in axes and len(sizes) > 1:
-        options += [("layers", Trims(layers=(number,))) for number in range(1, len(sizes) + 1)]
+        options += [("layers", Trims(layers=(number,))) for number in model.droppable_layers]
         options += [
             ("layers", Trims(directions=((number, (path,)),)))
             for number, size in enumerate(sizes, 1)
@@ -137,17 +137,17 @@ def _trim(model: TokenModel, trims: Trims, chains: Callable[[str], Any]) -> Toke
 
 @torch.no_grad()
 def run(model: TokenModel, images: Tensor) -> Tensor:
-    """Return the logits (images, classes) of a model on the CPU."""
+    """Return the outputs (images, ...) by which a model is compared with another one, on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).cpu() for part in images.split(model.chunk_size())])
+    return torch.cat([model.raw_outputs(part.to(device)).cpu() for part in images.split(model.chunk_size())])
 
 
 @torch.no_grad()
 def average_loss(model: TokenModel, data: LabelledBatch, dense: Tensor, *, refit: bool) -> float:
     """Return the mean loss of a model on images, see `sum_losses`."""
-    with Collector(model) as received:
+    with Collector(model) as collector:
         run(model, data.images)
-    total = sum_losses(model.classifier, received.take(), dense, data.labels, refit=refit)
+    total = sum_losses(model, collector.take(dense, data.labels), dense, data.labels, refit=refit)
     return total / len(data.images)
 
 

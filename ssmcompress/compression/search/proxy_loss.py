@@ -16,35 +16,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.base import TokenModel
+from ...tasks.base import image_losses
 
 # Ridge strength, relative to the mean squared input of the classifier.
 RIDGE = 1e-2
 
 
 class Collector:
-    """Collects the inputs of a model's classifier, (images, width), over all runs in the body of the with statement."""
+    """Collects what runs of a model in the body of the with statement are judged by.
+
+    That is (images, width), the input of the classifier if it is a linear layer, which can then be refitted; else the
+    outputs of the classifier are judged at once, since there is one for each pixel.
+    """
 
     def __init__(self, model: TokenModel):
-        self.model = model
-        self.inputs: list[Tensor] = []
+        self.model, self.refits = model, isinstance(model.classifier, nn.Linear)
+        self.parts: list[Tensor] = []
 
     def __enter__(self) -> Collector:
-        self.hook = self.model.classifier.register_forward_hook(lambda _, args, __: self.inputs.append(args[0].cpu()))
+        def collect(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.parts.append((inputs[0] if self.refits else output).cpu())
+
+        self.hook = self.model.classifier.register_forward_hook(collect)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.hook.remove()
 
-    def take(self) -> Tensor:
-        """Return the inputs since the last call."""
-        inputs = torch.cat(self.inputs)
-        self.inputs.clear()
-        return inputs
+    def take(self, dense: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Return what was collected since the last call: the inputs, or the loss of each image, (images,).
+
+        Args:
+            dense: outputs of the dense model on the same images. labels: of these images, or None.
+        """
+        values = torch.cat(self.parts)
+        self.parts.clear()
+        if self.refits or dense is None:
+            return values
+        return image_losses(self.model.task, values, dense, labels)
 
 
 def sum_losses(
-    classifier: nn.Linear,
-    features: Tensor,
+    model: TokenModel,
+    collected: Tensor,
     dense: Tensor,
     labels: Tensor | None = None,
     *,
@@ -57,10 +71,13 @@ def sum_losses(
     dense logits on the other half.
 
     Args:
-        features: (images, width) inputs of the classifier. dense: (images, classes) logits of the dense model.
+        collected: what `Collector.take` returned. dense: (images, classes) logits of the dense model.
         labels: (images,), for the cross entropy; None: KL.
         add: function that sums tensors over processes, in place, if each of them has its own images.
     """
+    if not isinstance(model.classifier, nn.Linear):
+        return float(collected.sum())
+    classifier, features = model.classifier, collected
     weight, bias = classifier.weight.detach().cpu(), classifier.bias
     logits = F.linear(features, weight, None if bias is None else bias.detach().cpu()).double()
     if refit:
@@ -69,18 +86,7 @@ def sum_losses(
         changes = [_fit_change(rows[half], dense.double()[half] - logits[half], add) for half in halves]
         for half, change in zip(halves, reversed(changes), strict=True):
             logits[half] += rows[half] @ change
-    ours, theirs = logits.log_softmax(1), dense.double().log_softmax(1)
-    if labels is None:
-        return float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-    return float(F.nll_loss(ours, labels, reduction="sum") - F.nll_loss(theirs, labels, reduction="sum"))
-
-
-def measure_loss(logits: Tensor, dense: Tensor, labels: Tensor | None = None) -> float:
-    """Return the mean loss of logits (images, classes), as `sum_losses` has it without a refit."""
-    ours, theirs = logits.double().log_softmax(1), dense.double().log_softmax(1)
-    if labels is None:
-        return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
-    return float(F.nll_loss(ours, labels) - F.nll_loss(theirs, labels))
+    return float(image_losses(model.task, logits, dense, labels).sum())
 
 
 def _fit_change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:

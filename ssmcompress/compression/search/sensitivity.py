@@ -251,9 +251,10 @@ def measure_sensitivity(
         for start, row, column in track(steps, "measuring sensitivity", len(steps)):
             if (row, column) == (0, 0):
                 states = [work.embed(images[start : start + size].to(device))]
-                for block in work.blocks:
-                    states.append(block(states[-1]))
+                for number, block in enumerate(work.blocks, 1):
+                    states.append(work.observe(number, block(states[-1])))
                 logits.append(work.readout(states[-1]).cpu())
+                targets = None if labels is None else labels[start : start + size]
                 collector.take()
                 if not logits[-1].isfinite().all():
                     raise InputError(NOT_FINITE)
@@ -266,16 +267,15 @@ def measure_sensitivity(
                     tokens = states[layer]
                     if pruner.block_metric is not None:
                         tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.block_metric)
+                        tokens = work.observe(layer, tokens)
                 pruned = pruner(tokens)
-                for block in work.blocks[layer:]:
-                    pruned = block(pruned)
+                for number, block in enumerate(work.blocks[layer:], layer + 1):
+                    pruned = work.observe(number, block(pruned))
                 work.readout(pruned)
-                cells[row, column, k].append(collector.take())
+                cells[row, column, k].append(collector.take(logits[-1], targets))
     add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None
     dense = torch.cat(logits)
-    totals = [
-        sum_losses(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()
-    ]
+    totals = [sum_losses(work, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()]
     loss = average_losses(totals, len(images), add).view(len(layers), len(metrics), len(kept))
     if not loss.isfinite().all():
         raise InputError(NOT_FINITE)
