@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .batches import Batches, LabelledBatch
+from .dense import DensePreprocessing
 from .items import Transform, as_items, collect_singles, join_batches, parse_item
 from .transforms import Preprocessing
 
@@ -26,16 +28,23 @@ class InputSpec:
     """What a model takes.
 
     Attributes:
-        shape: (channels, height, width) of an image; None: any.
+        shape: (channels, height, width) of an image, None for a side of any length; None: any.
         dtype: dtype of the images.
         transform: function from a PIL image to an image; None: PIL images are refused.
         preprocessing: how images are normalised; None: unknown.
+        task: what the model is for; for segmentation, labels are masks, and batches may differ in size.
     """
 
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int | None, ...] | None = None
     dtype: torch.dtype = torch.float32
     transform: Transform | None = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: Preprocessing | DensePreprocessing | None = None
+    task: Task = CLASSIFICATION
+
+    @property
+    def dense(self) -> bool:
+        """Whether labels are masks."""
+        return self.task.name == SEGMENTATION.name
 
 
 class AnyBatches:
@@ -70,7 +79,7 @@ class AnyBatches:
         labelled: bool = True,
         named: bool = False,
     ):
-        self.data, self.spec, self.labelled = as_items(data), spec, labelled
+        self.data, self.spec, self.labelled = as_items(data, spec.dense), spec, labelled
         self.name = data.source.name if isinstance(data, Batches) else "images"
         self._seen, self._warn_unreadable = 0, named
         self._check_range = not isinstance(data, Batches) and spec.preprocessing is not None
@@ -80,8 +89,9 @@ class AnyBatches:
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         count = 0
-        parsed = (parse_item(item, self.spec.transform, self.labelled) for item in self.data)
-        for images, labels in collect_singles(parsed):
+        dense = self.spec.dense
+        parsed = (parse_item(item, self.spec.transform, self.labelled, dense) for item in self.data)
+        for images, labels in collect_singles(parsed, dense):
             if not len(images):
                 continue
             count += len(images)
@@ -125,27 +135,22 @@ class AnyBatches:
 
     def _check_shape(self, images: Tensor) -> None:
         shape, found = self.spec.shape, tuple(images.shape)
-        if shape is None or found[1:] == tuple(shape):
+        if shape is None or _fits(found[1:], shape):
             return
-        expected = f"expected (batch, {', '.join(map(str, shape))})"
-        if (found[3], *found[1:3]) == tuple(shape):
+        sides = (side or name for side, name in zip(shape, ("channels", "height", "width"), strict=True))
+        expected = f"expected (batch, {', '.join(map(str, sides))})"
+        if _fits((found[3], *found[1:3]), shape):
             raise InputError(f"images {found}: {expected}, channels first: images.permute(0, 3, 1, 2)")
-        if found[0] == 1 and found[2:] == tuple(shape)[1:] and shape[0] == 1:
+        if found[0] == 1 and shape[0] == 1 and _fits(found[2:], shape[1:]):
             raise InputError(f"images {found[1:]}: {expected}: add the channels with images[:, None]")
         raise InputError(f"images {found}: {expected}; load the model with another image_size for other images")
 
 
-def check_classes(labels: Tensor | None, classes: int) -> None:
-    """Raise an InputError if a label is not a class, 0 to `classes` - 1."""
-    if labels is None or not len(labels):
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        advice = "; leave out the labels of unlabelled images" if low < 0 else ""
-        raise InputError(f"label {low if low < 0 else high}: the model has classes 0 to {classes - 1}{advice}")
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return all(side in (None, size) for size, side in zip(found, shape, strict=True))
 
 
-def warn_about_range(images: Tensor, preprocessing: Preprocessing) -> None:
+def warn_about_range(images: Tensor, preprocessing: Preprocessing | DensePreprocessing) -> None:
     """Warn if images (count, channels, height, width) are plainly not normalised: all values 0 to 1, or up to 255."""
     low, high = float(images.min()), float(images.max())
     pairs = list(zip(preprocessing.mean, preprocessing.std, strict=True))
@@ -163,12 +168,15 @@ def warn_about_range(images: Tensor, preprocessing: Preprocessing) -> None:
 
 
 def in_chunks(batches: Iterable[LabelledBatch], size: int) -> Iterator[Tensor]:
-    """Yield the images of `batches` in chunks of `size`; the last may be smaller.
+    """Yield the images of `batches` in chunks of `size`; the last may be smaller, and the last before another shape.
 
     Results that are computed in chunks are bitwise the same for any batch size: matrix products round by their shape.
     """
     pending: list[Tensor] = []
     for images, _ in batches:
+        if pending and images.shape[1:] != pending[0].shape:
+            yield torch.stack(pending)
+            pending.clear()
         pending.extend(images)
         while len(pending) >= size:
             yield torch.stack(pending[:size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +15,37 @@ from torch import Tensor
 
 from .. import processes
 from ..errors import InputError
-from .content import digest_picture
+from .content import digest_mask, digest_picture
 from .images import Images
+from .masks import describe_sizes
 
-# Index in the source, prepared image (None: unreadable), digest of its pixels.
-Item = tuple[int, Tensor | None, int]
+
+class Item(NamedTuple):
+    """An image that was read.
+
+    Attributes:
+        index: its index in the source. image: prepared; None: unreadable. digest: of its pixels.
+        mask: class numbers (height, width), where the source has masks, with their digest.
+        error: what is wrong with the mask, as the process that reads it cannot raise an error of one line.
+    """
+
+    index: int
+    image: Tensor | None
+    digest: int
+    mask: Tensor | None = None
+    mask_digest: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (batch, channels, height, width), labels (batch,) or None, and the index of each image in its source."""
+    """Images, their labels, and their places in the source.
+
+    Attributes:
+        images: (batch, channels, height, width).
+        labels: (batch,), or masks (batch, mask height, mask width) uint8, or None.
+        index: the index of each image in its source.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -37,14 +59,21 @@ class Batches:
     Unreadable images are skipped. An iteration fills `unreadable` with their indices and `digests` with digests of the
     others (`ssmcompress.data.content`), by which the same image is recognised in other data.
 
+    Where the source has masks, prepared images and masks may differ in size. Consecutive images whose images and masks
+    have the same sizes share a batch, so there may be more than `len()` batches. A mask that cannot be used raises an
+    InputError, and is never skipped.
+
     Attributes:
         source: the images. transform: function from a PIL image to (channels, height, width): `TokenModel.transform()`.
+            Its method `pair`, if it has one, prepares an image and its mask; without, masks stay as they are.
         index: indices of the images to use, in order; None: all of them.
         batch_size: images in a batch, fewer in the last one.
         workers: number of processes that decode images; 0: this process decodes them.
         pictures: whether the source gives pictures, not prepared images, whose digests are others.
+        labelled: whether masks are read, if the source has any.
         unreadable: indices of the images that could not be read so far.
-        digests: (images of the source,) uint64, 0 for images that were not read so far.
+        digests: (images of the source,) uint64, 0 for images that were not read so far. mask_digests: likewise, of
+            the masks.
     """
 
     source: Images
@@ -55,11 +84,26 @@ class Batches:
     pictures: bool = True
     unreadable: set[int] = field(default_factory=set, repr=False)
     digests: np.ndarray = field(init=False, repr=False)
+    mask_digests: np.ndarray = field(init=False, repr=False)
+    labelled: bool = True
 
     def __post_init__(self):
         if self.index is None:
             self.index = range(len(self.source))
         self.digests = np.zeros(len(self.source), np.uint64)
+        self.mask_digests = np.zeros(len(self.source), np.uint64)
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether an iteration reads masks."""
+        return self.labelled and self.source.masks is not None
+
+    def content_labels(self) -> Sequence[int] | np.ndarray | None:
+        """Return what stands for the labels in a hash of the content: labels, digests of masks, None without either.
+
+        Digests are 0 for masks that were not read.
+        """
+        return self.mask_digests if self.source.masks is not None else self.source.labels
 
     def unreadable_names(self) -> list[str]:
         """Return readable names of the images that could not be read."""
@@ -67,9 +111,10 @@ class Batches:
 
     def sync(self) -> None:
         """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
-        gathered = processes.all_gather((self.unreadable, self.digests))
-        self.unreadable = set().union(*(unreadable for unreadable, _ in gathered))
-        self.digests = np.maximum.reduce([digests for _, digests in gathered])
+        gathered = processes.all_gather((self.unreadable, self.digests, self.mask_digests))
+        unreadable, digests, masks = zip(*gathered, strict=True)
+        self.unreadable = set().union(*unreadable)
+        self.digests, self.mask_digests = np.maximum.reduce(digests), np.maximum.reduce(masks)
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -83,42 +128,81 @@ class Batches:
         self.sync()
         missing = [i for i in self.all_indices() if not self.digests[i] and i not in self.unreadable]
         rest = processes.shard(missing)
-        self._note(Batches(self.source, skip_picture, rest, self.batch_size, self.workers)._read())
+        others = Batches(self.source, skip_picture, rest, self.batch_size, self.workers, labelled=self.labelled)
+        for items in others._read():
+            self._note(items)
         self.sync()
 
-    def _note(self, batches: Iterable[list[Item]]) -> None:
-        for items in batches:
-            for i, image, content in items:
-                if image is None:
-                    self.unreadable.add(i)
-                else:
-                    self.digests[i] = content
+    def _note(self, items: Iterable[Item]) -> None:
+        for item in items:
+            if item.error is not None:
+                raise InputError(item.error)
+            if item.image is None:
+                self.unreadable.add(item.index)
+                continue
+            self.digests[item.index] = item.digest
+            if item.mask is not None:
+                self.mask_digests[item.index] = item.mask_digest
 
     def __getitem__(self, row: int) -> Item:
         i = self.index[row]
         try:
             picture = self.source.read(i)
-            return i, self.transform(picture), int(self.digests[i]) or digest_picture(picture)
+            digest = int(self.digests[i]) or digest_picture(picture)
+            if not self.reads_masks:
+                return Item(i, self.transform(picture), digest)
         except (OSError, ValueError):
-            return i, None, 0
+            return Item(i, None, 0)
+        try:
+            mask = self.source.masks(i)
+            size = (picture.height, picture.width) if self.pictures else mask.shape
+            if mask.shape != size:
+                raise InputError(f"{self.source.describe(i)}, its mask: {describe_sizes(mask.shape, size)}")
+        except InputError as error:
+            return Item(i, None, 0, error=str(error))
+        try:
+            pair = getattr(self.transform, "pair", None)
+            image, target = (self.transform(picture), torch.from_numpy(mask)) if pair is None else pair(picture, mask)
+        except (OSError, ValueError):
+            return Item(i, None, 0)
+        return Item(i, image, digest, target, int(self.mask_digests[i]) or digest_mask(mask))
 
     def _read(self) -> Iterator[list[Item]]:
         rows = [range(k, min(k + self.batch_size, len(self.index))) for k in range(0, len(self.index), self.batch_size)]
         return iter(make_loader(self, rows, self.workers))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _readable(self) -> Iterator[list[Item]]:
+        """Yield the images of each batch that can be read; InputError if all are read and none can be."""
         empty = True
         for items in self._read():
-            self._note([items])
-            items = [(i, image) for i, image, _ in items if image is not None]
-            if not items:
-                continue
-            empty = False
-            index = [i for i, _ in items]
-            labels = None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in index])
-            yield Batch(torch.stack([image for _, image in items]), labels, index)
+            self._note(items)
+            items = [item for item in items if item.image is not None]
+            empty = empty and not items
+            yield items
         if empty and self.index:
             raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
+
+    def __iter__(self) -> Iterator[Batch]:
+        chunks = self._readable()
+        if self.reads_masks:
+            chunks = iter([itertools.chain.from_iterable(chunks)])
+        for chunk in chunks:
+            for items in self._same_shapes(chunk):
+                index = [item.index for item in items]
+                if self.reads_masks:
+                    labels = torch.stack([item.mask for item in items])
+                else:
+                    labels = (
+                        None if self.source.labels is None else torch.tensor([self.source.labels[i] for i in index])
+                    )
+                yield Batch(torch.stack([item.image for item in items]), labels, index)
+
+    def _same_shapes(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        """Yield consecutive images of the same shapes, at most `batch_size`."""
+        shapes = itertools.groupby(items, lambda item: (item.image.shape, item.mask is not None and item.mask.shape))
+        for _, group in shapes:
+            while part := list(itertools.islice(group, self.batch_size)):
+                yield part
 
 
 def skip_picture(picture: Any) -> Tensor:
@@ -158,7 +242,7 @@ def sample_indices(size: int, count: int, seed: int) -> tuple[list[int], list[in
 
 
 class LabelledBatch(NamedTuple):
-    """Prepared images (batch, channels, height, width), and their labels (batch,) or None."""
+    """Prepared images (batch, channels, height, width), and their labels (batch,), masks (batch, ., .) or None."""
 
     images: Tensor
     labels: Tensor | None

@@ -1,4 +1,4 @@
-"""Columns of a table: which one has the images, and which the labels."""
+"""Columns of a table: which one has the images, and which the labels or masks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError
 from .labels import SYNSET, check_labels, class_index, is_number, known_classes, text_labels
 
 # Names in lower case, without "_", "-" and spaces; the first ones are the most usual.
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "targets", "class", "cls", "category", "y")
+# Columns of masks; `label` only if it holds pictures.
+MASK_COLUMNS = ("annotation", "annotations", "mask", "masks", "label", "labels", "segmentation", "segmentation_mask")
 NUMBERED = ("", "id", "ids", "idx", "index", "number")
 
 
@@ -61,6 +65,61 @@ def image_column(table: Any, name: str) -> tuple[str, list[str]]:
         )
     others = [key for key in candidates if key != chosen[0]]
     return chosen[0], [f"images are the column {chosen[0]}; {', '.join(others)} not used"] if others else []
+
+
+def mask_column(table: Any, name: str) -> tuple[str | None, list[str]]:
+    """Return the column with the masks of the images, None if there is none, and lines on it.
+
+    Raises:
+        InputError: several columns could be the masks.
+    """
+    names = set(map(_plain, MASK_COLUMNS))
+    columns = [column for column in table.column_names if _plain(column) in names and _holds_masks(table, column)]
+    chosen = columns if len(columns) < 2 else [column for column in columns if _plain(column) == "annotation"]
+    if columns and len(chosen) != 1:
+        raise InputError(
+            f"{name} has several columns of masks ({', '.join(columns)}); rename the one to use to annotation"
+        )
+    if not columns:
+        listed = ", ".join(table.column_names)
+        lines = [
+            f"none of the columns {listed} holds masks, called annotation or alike; the images count as unlabelled"
+        ]
+        return None, lines
+    others = [column for column in columns if column != chosen[0]]
+    return chosen[0], [f"masks are the column {chosen[0]}; {', '.join(others)} not used"] if others else []
+
+
+def _holds_masks(table: Any, column: str) -> bool:
+    """Return whether a column holds pictures, encoded or as rows of numbers, or names of their files."""
+    from datasets import Image as ImageFeature
+    from datasets import Value
+
+    feature = table.features[column]
+    if isinstance(feature, ImageFeature):
+        return True
+    if isinstance(feature, Value):  # text in a column called label names a class
+        return "binary" in feature.dtype or (is_text(feature) and _plain(column) not in ("label", "labels"))
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    inner = getattr(feature, "feature", None)
+    return type(feature).__name__ == "Array2D" or type(inner).__name__ in ("List", "LargeList", "Sequence")
+
+
+def find_missing(table: Any, column: str) -> np.ndarray:
+    """Return the rows in which a column of pictures is empty, ascending."""
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    parts = []
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        values = batch[column]
+        fields = [values]
+        if types.is_struct(values.type):  # bytes, or the path of a file; both are null where the whole is
+            fields = [pc.struct_field(values, field.name) for field in values.type if field.name in ("bytes", "path")]
+        missing = [pc.is_null(field).to_numpy() for field in fields]
+        parts.append(np.logical_and.reduce(missing))
+    return np.flatnonzero(np.concatenate(parts))
 
 
 def read_labels(table: Any, name: str, num_classes: int) -> Labels:

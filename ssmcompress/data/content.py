@@ -23,16 +23,24 @@ def digest_picture(picture: Any) -> int:
     return int.from_bytes(value.digest()[:8], "little") or 1
 
 
+def digest_mask(mask: np.ndarray) -> int:
+    """Return a digest of class numbers (height, width) uint8, from 1 to 2^64 - 1."""
+    value = hashlib.sha1(f"{mask.shape}".encode(), usedforsecurity=False)
+    value.update(np.ascontiguousarray(mask).tobytes())
+    return int.from_bytes(value.digest()[:8], "little") or 1
+
+
 def different(digests: np.ndarray) -> np.ndarray:
     """Return the digests without repetitions, in ascending order; zeros stand for images that were not read."""
     return np.unique(digests[digests != 0])
 
 
-def hash_contents(digests: np.ndarray, labels: Sequence[int] | None) -> str:
+def hash_contents(digests: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> str:
     """Return a hash of the images that were read and of their labels, whatever their order.
 
     Args:
-        digests: (images,) uint64, 0 for images that were not read. labels: one for each; None: there are none.
+        digests: (images,) uint64, 0 for images that were not read.
+        labels: one for each, or the digest of its mask (`Batches.content_labels`); None: there are none.
     """
     read = digests != 0
     known = np.full(len(digests), -1) if labels is None else np.asarray(labels)

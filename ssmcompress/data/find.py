@@ -10,8 +10,11 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..tasks import CLASSIFICATION, Task
 from .images import Images
 from .local import EXPECTED, find_reader
+from .masks import make_rules
+from .pairs import find_pair_reader
 from .tables import read_hub
 
 PHOTOGRAPH_CROPS = 64
@@ -19,7 +22,9 @@ PHOTOGRAPH_CROPS = 64
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]+(/[\w.-]+)?)(:(?P<split>[^\s/\\]+))?", re.ASCII)
 
 
-def open_images(name: str | Path, num_classes: int) -> Images:
+def open_images(
+    name: str | Path, num_classes: int, *, task: Task = CLASSIFICATION, reduce_zero_label: bool | None = None
+) -> Images:
     """Open the images of a data set, for a head of `num_classes` classes.
 
     Little of a large data set is kept in memory: names of files, offsets in shards, tables mapped from the disk. What
@@ -36,25 +41,41 @@ def open_images(name: str | Path, num_classes: int) -> Images:
     - The labels of a table are its column `label`, or one of a similar name or of `datasets`' type ClassLabel. Labels
       that are text are classes as the names of class folders are.
 
+    For segmentation, images have masks instead of labels, pictures of one channel whose values are class numbers (of a
+    picture with a palette, the indices), and 255 for pixels without a class:
+
+    - In folders, images/ and annotations/ next to each other have files of the same names, also below folders of
+      splits: ADE20K's layout, by its folder and split (`ADEChallengeData2016:validation`) or by the folder of the
+      images. Masks are PNG files.
+    - The masks of a table are its column `annotation`, `mask`, `label` or `segmentation`, if it holds pictures.
+    - In other data images count as unlabelled, whatever labels they have.
+    - An image without a mask, a mask of another size or of several channels, and an unreadable one are errors. All are
+      checked when the data is opened, if there are up to 4,000; else, and the labels in every case, when they are read.
+
     Args:
         name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a folder that
             `datasets` saved, a tar shard in webdataset's format or a folder of them; one split of a folder
             (`folder:test`); or a `datasets` hub name with its split (`owner/name:split`, `owner/name:config:split`).
+        task: what the images are for, `model.task`.
+        reduce_zero_label: for segmentation, whether the labels of masks count from 1, and 0 is ignored. None: this is
+            so for ADE20K, recognised by the names of its files or columns, and not for other data.
 
     Raises:
         InputError: the data does not exist, has no images, does not say which images are meant, or has other classes
             than the head.
     """
+    masks = make_rules(task, num_classes, reduce_zero_label)
     if not str(name).strip():
         raise InputError("the name of the data is empty")
     path, split = _local(str(name))
     try:
         if path is not None:
-            return find_reader(path, str(name), split)(num_classes)
+            reader = None if masks is None else find_pair_reader(path, str(name), split)
+            return (reader or find_reader(path, str(name), split))(num_classes, masks)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
     hub = _parse_hub_name(str(name))
-    return read_hub(hub["repo"], hub["split"], num_classes)
+    return read_hub(hub["repo"], hub["split"], num_classes, masks)
 
 
 def check_name(name: str) -> None:
@@ -67,7 +88,7 @@ def check_name(name: str) -> None:
     try:
         if path is None:
             _parse_hub_name(name)
-        elif split is not None:
+        elif split is not None and find_pair_reader(path, name, split) is None:
             find_reader(path, name, split)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or name}: {error.strerror or error}") from error
@@ -119,7 +140,13 @@ def photographs(image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed
 
 
 def find_images(
-    data: str | Path | None, image_size: tuple[int, int], num_classes: int, recorded: str | None = None
+    data: str | Path | None,
+    image_size: tuple[int, int],
+    num_classes: int,
+    recorded: str | None = None,
+    *,
+    task: Task = CLASSIFICATION,
+    reduce_zero_label: bool | None = None,
 ) -> Images:
     """Return the images to use with a model: `data`, else those recorded with it, else sample photographs.
 
@@ -127,13 +154,16 @@ def find_images(
         data: as for `open_images`, or None.
         image_size: (height, width) of the model's images in pixels. num_classes: classes of its head.
         recorded: an absolute path, with a split or without, or a hub name; a path that no longer exists is ignored.
+        task, reduce_zero_label: as `open_images` takes them.
 
     Raises:
         InputError: as `open_images`.
     """
     if data is None and recorded and _is_usable(recorded):
         data = recorded
-    return photographs(image_size) if data is None else open_images(data, num_classes)
+    if data is None:
+        return photographs(image_size)
+    return open_images(data, num_classes, task=task, reduce_zero_label=reduce_zero_label)
 
 
 def _is_usable(recorded: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,21 @@ from ..progress import note
 from .images import Images, decode
 from .labels import SYNSET, class_index, is_number, known_classes, some_names
 from .listing import Listing, top_of
+from .masks import MaskRules
 
 
-def read_folder(listing: Listing, name: str, num_classes: int) -> Images:
+def read_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
     """Return the images of a folder, labelled by class folder if it has any; InputError if they cannot be used.
 
     A class is a folder directly in it, and its images lie in it at any depth, as torchvision's ImageFolder reads them.
+
+    Args:
+        masks: for models that need masks; the images are then unlabelled, whatever folders they are in.
     """
+    if masks is not None:
+        if any(map(top_of, listing.images)):
+            note(f"{name}: folders are not read as classes, the model needs masks; the images count as unlabelled")
+        return _from_files(listing.root, name, listing.images)
     tops = Counter(map(top_of, listing.images))
     flat = tops.pop("", 0)
     if flat and tops:
@@ -87,10 +95,12 @@ def _from_files(
     labels: tuple[int, ...] | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> Images:
+    path = file_paths(root, files)
+    return Images(name, len(files), lambda i: decode(path(i)), lambda i: str(path(i)), labels, classes=classes)
+
+
+def file_paths(root: Path, files: Sequence[str]) -> Callable[[int], Path]:
+    """Return a function from an index to the path of that file; `files` are relative to `root`."""
     # One array of bytes: a million names take 40 MB instead of 400, and worker processes share them.
     names = np.array([os.fsencode(file) for file in files])
-
-    def path(i: int) -> Path:
-        return root / os.fsdecode(bytes(names[i]))
-
-    return Images(name, len(files), lambda i: decode(path(i)), lambda i: str(path(i)), labels, classes=classes)
+    return lambda i: root / os.fsdecode(bytes(names[i]))

@@ -1,4 +1,4 @@
-"""Images: a list of images with or without labels, each read on demand."""
+"""Images: a list of images with or without labels or masks, each read on demand."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Images:
         read: function from an index to a PIL image; it raises OSError for an unreadable image.
         describe: function from an index to a name of that image for messages.
         labels: a class index for each image, or None.
+        masks: function from an index to the class numbers of the pixels (height, width) uint8, 255 for pixels without a
+            class; it raises InputError for a mask that cannot be used. None: there are none.
         stand_in: whether these are sample images, used because the user gave none.
         classes: the names of the classes, in order, if they are known.
     """
@@ -33,6 +35,12 @@ class Images:
     labels: tuple[int, ...] | None = field(default=None, repr=False)
     stand_in: bool = False
     classes: tuple[str, ...] | None = field(default=None, repr=False)
+    masks: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels or masks."""
+        return self.labels is not None or self.masks is not None
 
     def __len__(self) -> int:
         return self.size
@@ -49,19 +57,30 @@ class Images:
 def decode(source: Any, root: Path | None = None) -> Image.Image:
     """Return a PIL image from a path, encoded bytes, a `datasets` image or an array; OSError if it is unreadable."""
     try:
-        if isinstance(source, dict):
-            source = source.get("bytes") or (root or Path()) / source["path"]
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
-        elif not isinstance(source, Path):
-            return Image.fromarray(_to_uint8(np.asarray(source)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures; PIL refuses huge ones
-            with Image.open(source) as image:
-                image.load()
-                return _reduce_depth(image)
+        source = find_source(source, root)
+        if isinstance(source, np.ndarray):
+            return Image.fromarray(_to_uint8(source))
+        return _reduce_depth(load(source))
     except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
         raise OSError(f"unreadable image: {error}") from error
+
+
+def find_source(source: Any, root: Path | None) -> Path | io.BytesIO | np.ndarray:
+    """Return what an image is read from: a path, encoded bytes, a `datasets` image, whose path is below `root`."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or (root or Path()) / source["path"]
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source if isinstance(source, Path) else np.asarray(source)
+
+
+def load(source: Path | io.BytesIO) -> Image.Image:
+    """Return the PIL image in a file, in its own mode; PIL's decoders raise many kinds of errors for a damaged one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures; PIL refuses huge ones
+        with Image.open(source) as image:
+            image.load()
+            return image
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:

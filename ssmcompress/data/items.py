@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .batches import Batch, Batches, LabelledBatch
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, MASK_COLUMNS
 
 # Images in a batch where the data has no batches of its own.
 BATCH_SIZE = 64
@@ -24,8 +24,8 @@ Transform = Callable[[Any], Tensor]
 Parsed = tuple[LabelledBatch, bool]
 
 
-def as_items(data: Any) -> Any:
-    """Return an iterable of batches or single images for the data that a caller passed."""
+def as_items(data: Any, dense: bool = False) -> Any:
+    """Return an iterable of batches or single images for the data that a caller passed; `dense`: labels are masks."""
     if isinstance(data, Batches):
         return data
     if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
@@ -38,7 +38,7 @@ def as_items(data: Any) -> Any:
         if data.ndim != 4:
             raise InputError(f"a tensor {tuple(data.shape)}: expected images (count, channels, height, width)")
         return data.split(BATCH_SIZE)
-    if _is_pair(data):
+    if _is_pair(data, dense):
         images, labels = _to_images(data[0], None), data[1]
         starts = range(0, len(images), BATCH_SIZE)
         if labels is not None and len(labels) != len(images):
@@ -67,18 +67,23 @@ class _Rows:
         return (self.data[i] for i in range(len(self.data)))
 
 
-def _is_pair(data: Any) -> bool:
+def _is_pair(data: Any, dense: bool) -> bool:
     """Return whether data is (images, labels): images of four dimensions, and what is no batch of images."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or getattr(data[0], "ndim", 0) != 4:
         return False
     if isinstance(data[1], (Tensor, np.ndarray)):
-        return data[1].ndim < 3
+        return data[1].ndim < (4 if dense else 3)
     return data[1] is None or (isinstance(data[1], list) and not any(map(_is_image, data[1])))
 
 
-def collect_singles(parsed: Iterable[Parsed]) -> Iterator[LabelledBatch]:
-    """Yield batches as they are, and single images in batches of `BATCH_SIZE`."""
-    for single, group in itertools.groupby(parsed, lambda pair: pair[1]):
+def collect_singles(parsed: Iterable[Parsed], dense: bool = False) -> Iterator[LabelledBatch]:
+    """Yield batches as they are, and single images in batches of `BATCH_SIZE`; `dense`: of each shape apart."""
+
+    def kind(pair: Parsed) -> tuple[Any, ...]:
+        (images, labels), single = pair
+        return single, *((images.shape, labels is not None and labels.shape) if dense and single else ())
+
+    for (single, *_), group in itertools.groupby(parsed, kind):
         batches = (batch for batch, _ in group)
         if not single:
             yield from batches
@@ -93,18 +98,22 @@ def join_batches(parts: Sequence[LabelledBatch]) -> LabelledBatch:
         sizes = sorted({tuple(batch.images.shape[1:]) for batch in parts})
         raise InputError(f"images of {sizes[0]} and {sizes[1]}: expected one size")
     labels = [batch.labels for batch in parts if batch.labels is not None]
+    if len(shapes := {values.shape[1:] for values in labels}) > 1:
+        sizes = sorted(map(tuple, shapes))
+        raise InputError(f"masks of {sizes[0]} and {sizes[1]}: expected one size")
     if 0 < len(labels) < len(parts):
         raise InputError("some images have labels and others have none: expected labels for all or for none")
     return LabelledBatch(torch.cat([batch.images for batch in parts]), torch.cat(labels) if labels else None)
 
 
-def parse_item(item: Any, transform: Transform | None, labelled: bool) -> Parsed:
+def parse_item(item: Any, transform: Transform | None, labelled: bool, dense: bool = False) -> Parsed:
     """Return the images and labels of an item, and whether it is a single image.
 
     Args:
         item: a tensor or array; (images, labels, ...); a dict, a `Batch`, or a list of single images or pairs.
         transform: function from a PIL image to a tensor; None: PIL images are refused.
         labelled: whether labels are read; if not, they may be anything.
+        dense: whether labels are masks, (images, height, width), or (height, width) of a single image.
 
     Raises:
         InputError: another kind of item, or images or labels of another shape or dtype.
@@ -113,19 +122,21 @@ def parse_item(item: Any, transform: Transform | None, labelled: bool) -> Parsed
     if isinstance(item, (Batch, LabelledBatch)):
         images, labels = item.images, item.labels
     elif isinstance(item, Mapping):
-        images, labels = _from_mapping(item, labelled)
+        images, labels = _from_mapping(item, labelled, dense)
     elif isinstance(item, list) and _are_singles(item) and len(item) > 1:
         images = item
     elif isinstance(item, (tuple, list)) and item and (_is_image(item[0]) or _are_singles(item[0])):
         images, labels = item[0], item[1] if len(item) > 1 else None
-        _check_views(images, labels)
+        if not (dense and _is_integer(labels)):
+            _check_views(images, labels)
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], (tuple, list, Mapping)):
-        return join_batches([parse_item(part, transform, labelled)[0] for part in item]), False
+        return join_batches([parse_item(part, transform, labelled, dense)[0] for part in item]), False
     else:
         images = item
     single = _is_image(images) and _is_single(images)
     images = _to_images(images, transform)
-    return LabelledBatch(images, _to_labels(labels, len(images)) if labelled else None), single
+    to_labels = _to_masks if dense else _to_labels
+    return LabelledBatch(images, to_labels(labels, len(images)) if labelled else None), single
 
 
 def _is_image(value: Any) -> bool:
@@ -156,20 +167,19 @@ def _are_singles(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_image(v) and _is_single(v) for v in value)
 
 
-def _from_mapping(item: Mapping[Any, Any], labelled: bool) -> tuple[Any, Any]:
+def _from_mapping(item: Mapping[Any, Any], labelled: bool, dense: bool) -> tuple[Any, Any]:
     """Return the images and labels of a dict: a batch of a loader, or a row of a data set."""
     keys = {str(key).lower(): key for key in item}
     images = [key for key in ("pixel_values", *IMAGE_COLUMNS) if key in keys]
-    labels = [key for key in LABEL_COLUMNS if key in keys]
+    labels = [key for key in (MASK_COLUMNS if dense else LABEL_COLUMNS) if key in keys]
     if not images:
         raise InputError(
             f"a batch with {', '.join(map(str, item)) or 'nothing in it'}: expected images under one of the names "
             f"{', '.join(IMAGE_COLUMNS)}"
         )
     if labelled and len(labels) > 1:
-        raise InputError(
-            f"a batch with {' and '.join(labels)}: expected one of them, the labels of the model's classes"
-        )
+        what = "masks" if dense else "labels of the model's classes"
+        raise InputError(f"a batch with {' and '.join(labels)}: expected one of them, the {what}")
     return item[keys[images[0]]], item[keys[labels[0]]] if labels else None
 
 
@@ -235,6 +245,45 @@ def _to_labels(value: Any, count: int) -> Tensor | None:
     if len(labels) != count:
         raise InputError(f"{len(labels)} labels for {count} images: expected one for each")
     return labels.long().cpu()
+
+
+def _to_masks(value: Any, count: int) -> Tensor | None:
+    """Return masks (count, height, width) on the CPU, uint8 if they are that, else int64, or None.
+
+    Args:
+        value: those, or (count, 1, height, width), or (height, width) of a single image; a PIL image, a list of these.
+    """
+    if value is None or (isinstance(value, (list, tuple)) and value and all(v is None for v in value)):
+        return None
+    if isinstance(value, (list, tuple)):
+        parts = [_to_masks(v, 1) for v in value]
+        if any(part is None for part in parts):
+            raise InputError("some images have masks and others have none: expected masks for all or for none")
+        return (
+            join_batches([LabelledBatch(torch.empty(len(part), 0), part) for part in parts]).labels if parts else None
+        )
+    if isinstance(value, Image):
+        value = np.array(value)
+    if isinstance(value, np.ndarray):
+        value = _to_tensor(value)
+    shape = tuple(getattr(value, "shape", ()))
+    if _is_integer(value):
+        if value.ndim == 2 and count == 1:
+            value = value[None]
+        if value.ndim == 4 and value.shape[1] == 1:
+            value = value[:, 0]
+        if value.ndim == 3 and len(value) == count:
+            return value.cpu() if value.dtype == torch.uint8 else value.cpu().long()
+    found = f"{shape} {_name(value.dtype)}" if isinstance(value, Tensor) else type(value).__name__
+    raise InputError(f"masks {found}: expected class numbers, ({count}, height, width) integers")
+
+
+def _is_integer(value: Any) -> bool:
+    """Return whether value is a tensor or an array of whole numbers."""
+    if isinstance(value, np.ndarray):
+        return np.issubdtype(value.dtype, np.integer)
+    real = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    return real and value.dtype != torch.bool
 
 
 def _name(dtype: torch.dtype) -> str:

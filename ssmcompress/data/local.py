@@ -11,14 +11,17 @@ from ..errors import InputError
 from .folders import read_folder
 from .images import Images
 from .listing import LeftOut, Listing, kind_of, list_files, top_of
+from .masks import MaskRules
 from .shards import read_shards
 from .splits import choose_split, find_split, split_folders, split_of_file
 from .tables import read_saved, read_tables
 
+# What opens images, for a number of classes, and for what masks mean where they are read.
+Reader = Callable[[int, MaskRules | None], Images]
 EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
 
 
-def find_reader(path: Path, name: str, split: str | None) -> Callable[[int], Images]:
+def find_reader(path: Path, name: str, split: str | None) -> Reader:
     """Return what reads the images of a file or folder, for a number of classes; this looks at names of files alone.
 
     Args:
@@ -45,7 +48,7 @@ def find_reader(path: Path, name: str, split: str | None) -> Callable[[int], Ima
     raise InputError(f"{path} holds no images that can be read: expected {EXPECTED}")
 
 
-def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False) -> Callable[[int], Images]:
+def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False) -> Reader:
     """Return what reads a folder; `inner`: what is left out in it has been told with the folder around it."""
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}

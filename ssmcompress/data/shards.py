@@ -23,6 +23,7 @@ from ..progress import note, track
 from .images import Images, decode
 from .labels import check_labels
 from .listing import IMAGE_SUFFIXES, LeftOut, is_system
+from .masks import LABELS_NOT_READ, MaskRules
 
 # Suffixes of labels, as webdataset decodes them: whole numbers in text, or a JSON object with one of these keys.
 NUMBERS, JSON_KEYS = ("cls", "class", "label"), ("label", "cls", "class")
@@ -66,8 +67,12 @@ class ShardIndex:
         return f"{self.files[self.shard[i]]}, at byte {self.offset[i]}"
 
 
-def read_shards(files: list[Path], name: str, num_classes: int) -> Images:
-    """Return the images of tar shards; InputError if there are none, or their labels are not the head's."""
+def read_shards(files: list[Path], name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
+    """Return the images of tar shards; InputError if there are none, or their labels are not the head's.
+
+    Args:
+        masks: for models that need masks, which shards do not have; the images are then unlabelled.
+    """
     index = read_index(files)
     if not len(index):
         found = f"; it holds only {index.left_out}" if index.left_out else ""
@@ -75,7 +80,9 @@ def read_shards(files: list[Path], name: str, num_classes: int) -> Images:
             f"{name} holds no images: expected members like 000017.jpg, and 000017.cls with the class{found}"
         )
     labels = None
-    if index.labels is not None:
+    if index.labels is not None and masks is not None:
+        note(f"{name}: {LABELS_NOT_READ}")
+    elif index.labels is not None:
         missing = np.flatnonzero(index.labels == NONE)
         if len(missing):
             raise InputError(
@@ -84,7 +91,7 @@ def read_shards(files: list[Path], name: str, num_classes: int) -> Images:
             )
         labels = check_labels(index.labels.tolist(), name, num_classes)
     index.left_out.tell(name)
-    if labels is None and len(index.folders) > 1:
+    if labels is None and masks is None and len(index.folders) > 1:
         some = ", ".join(sorted(index.folders)[:3])
         note(f"{name}: the folders of its members ({some}) are not read as classes, so the images count as unlabelled")
     return Images(name, len(index), lambda i: decode(index.read(i)), index.describe, labels)

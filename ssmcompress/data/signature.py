@@ -20,7 +20,8 @@ def sign_images(batches: Batches) -> dict[str, Any]:
 
     It has the number of images, a hash of their indices and labels, and a hash of the pixels of up to `SIGNED` of them,
     chosen at random but always the same ones. So a change of any label or of the order is noticed, and a change of
-    pixels in any of up to `SIGNED` images; in larger data it is noticed unless it concerns few images.
+    pixels in any of up to `SIGNED` images; in larger data it is noticed unless it concerns few images. Masks, which
+    take as long to read as images, are signed as pixels are, those of the same images.
 
     Every process of a group makes this call; the images of all of them are signed together.
     """
@@ -30,9 +31,12 @@ def sign_images(batches: Batches) -> dict[str, Any]:
     chosen = [index[k] for k in sample_indices(len(index), SIGNED, 0)[0]]
     sample = Batches(source, skip_picture, processes.shard(chosen), batches.batch_size, batches.workers)
     sample.read_rest()
+    known = np.array([index, labels], np.int64).ravel()
+    if source.masks is not None:
+        known = np.concatenate([known, sample.mask_digests[chosen].view(np.int64)])
     return {
         "images": len(index),
-        "labels": _hash(np.array([index, labels], np.int64)),
+        "labels": _hash(known),
         "content": _hash(sample.digests[chosen]),
     }
 

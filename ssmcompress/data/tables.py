@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..progress import note
-from .columns import image_column, is_text, read_labels
+from ..tasks import CLASSIFICATION, Task
+from .columns import find_missing, image_column, is_text, mask_column, read_labels
 from .images import Images, decode
+from .labels import some_names
 from .listing import LeftOut, kind_in_folder
+from .masks import Header, MaskRules, check_pairs, decide_rules, make_rules, read_header, read_mask
 
+# Columns of ADE20K on the hub, `scene_parse_150`.
+ADE_COLUMNS = {"image", "annotation", "scene_category"}
 # Largest parquet file, in bytes, that is read into memory; larger ones are converted to a memory-mapped arrow file.
 IN_MEMORY = 1 << 28
 
 
-def read_tables(files: Sequence[Path], name: str, num_classes: int) -> Images:
+def read_tables(files: Sequence[Path], name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
     """Return the rows of parquet or arrow files, concatenated.
+
+    Args:
+        masks: what masks mean, for models that need them; None: a row has one label.
 
     Raises:
         InputError: a file is damaged, tables have different columns, or there are no images or other labels than the
             head's.
     """
-    return _from_table(_read_tables(files), name, num_classes, files[0].parent)
+    return _from_table(_read_tables(files), name, num_classes, files[0].parent, masks)
 
 
 def _read_tables(files: Sequence[Path]) -> Any:
@@ -48,7 +56,7 @@ def _read_tables(files: Sequence[Path]) -> Any:
         raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
 
 
-def read_saved(path: Path, name: str, num_classes: int) -> Images:
+def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
     """Return the images of a folder that `Dataset.save_to_disk` wrote: those in the files that its state.json lists."""
     from datasets import load_from_disk
 
@@ -63,18 +71,19 @@ def read_saved(path: Path, name: str, num_classes: int) -> Images:
         if kind_in_folder(file.name) and file.name not in used:
             left_out.add("file outside of state.json", file.name)
     left_out.tell(name)
-    return _from_table(table, name, num_classes, path)
+    return _from_table(table, name, num_classes, path, masks)
 
 
 # Kinds of columns of `datasets` that hold no images; reading some of them needs further packages.
 OTHER_FEATURES = ("Audio", "Video", "Pdf", "Nifti", "ClassLabel", "Translation", "TranslationVariableLanguages")
 
 
-def read_hub(repo: str, split: str, num_classes: int) -> Images:
+def read_hub(repo: str, split: str, num_classes: int, masks: MaskRules | None = None) -> Images:
     """Return the images of a split of a data set on the hub; InputError if they cannot be used.
 
     Args:
         split: a split, or a configuration and a split with a colon in between.
+        masks: as `read_tables` takes it.
     """
     from datasets import load_dataset
 
@@ -90,7 +99,7 @@ def read_hub(repo: str, split: str, num_classes: int) -> Images:
             found = " ".join(str(error).split())[:300]
             raise InputError(f"{repo} has several configurations; name one, as {repo}:NAME:{rest} ({found})") from error
         raise InputError(f"no data at {name}, neither here nor on the hub ({_first_line(error)})") from error
-    return _from_table(table, name, num_classes, Path())
+    return _from_table(table, name, num_classes, Path(), masks)
 
 
 def is_table(data: Any) -> bool:
@@ -98,16 +107,39 @@ def is_table(data: Any) -> bool:
     return type(data).__module__.startswith("datasets.") and getattr(data, "format", {}).get("type", "") is None
 
 
-def read_dataset(table: Any, num_classes: int) -> Images:
-    """Return the images of a `datasets.Dataset`; InputError if they cannot be used."""
-    return _from_table(table, "data set", num_classes, Path())
+def read_dataset(
+    table: Any, num_classes: int, *, task: Task = CLASSIFICATION, reduce_zero_label: bool | None = None
+) -> Images:
+    """Return the images of a `datasets.Dataset`; InputError if they cannot be used.
+
+    Args:
+        task, reduce_zero_label: as `ssmcompress.open_images` takes them.
+    """
+    masks = make_rules(task, num_classes, reduce_zero_label)
+    return _from_table(table, "data set", num_classes, Path(), masks)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
-def _from_table(table: Any, name: str, num_classes: int, root: Path) -> Images:
+def _from_table(table: Any, name: str, num_classes: int, root: Path, masks: MaskRules | None = None) -> Images:
+    if masks is not None:
+        return _with_masks(table, name, root, masks)
+    table, column, notes = _image_rows(table, name)
+    labels = read_labels(table, name, num_classes)
+    for text in (*notes, *labels.notes):
+        note(f"{name}: {text}")
+    read, describe = _readers(table, column, name, root)
+    return Images(name, len(table), read, describe, labels.values, classes=labels.classes)
+
+
+def _image_rows(table: Any, name: str) -> tuple[Any, str, list[str]]:
+    """Return a table whose images are not decoded, the column with them, and lines on other columns.
+
+    Raises:
+        InputError: there are no images in it, or it is not clear which column they are.
+    """
     from datasets import Image as ImageFeature
 
     column, notes = image_column(table, name)
@@ -118,13 +150,51 @@ def _from_table(table: Any, name: str, num_classes: int, root: Path) -> Images:
         raise InputError(f"{name}: the column {column} holds {kind}, expected images")
     if isinstance(feature, ImageFeature) or is_text(feature):
         table = table.cast_column(column, ImageFeature(decode=False))  # a path of a file, where it is text
-    labels = read_labels(table, name, num_classes)
-    for text in (*notes, *labels.notes):
-        note(f"{name}: {text}")
+    return table, column, notes
 
+
+def _readers(table: Any, column: str, name: str, root: Path) -> tuple[Callable[[int], Any], Callable[[int], str]]:
+    """Return what reads an image of a table, and what names it."""
     pictures = table.select_columns(column)  # reading a row reads all of its columns
+    return lambda i: decode(pictures[i][column], root), lambda i: f"{name}, row {i}"
 
-    def read(i: int) -> Any:
-        return decode(pictures[i][column], root)
 
-    return Images(name, len(table), read, lambda i: f"{name}, row {i}", labels.values, classes=labels.classes)
+def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
+    """Return the images of a table with their masks, or unlabelled if it has none.
+
+    Raises:
+        InputError: it is not clear which columns are meant, rows have no mask, or masks cannot be used.
+    """
+    from datasets import Image as ImageFeature
+
+    columns = table.column_names
+    mask, notes = mask_column(table, name)
+    rest, column, others = _image_rows(table if mask is None else table.remove_columns(mask), name)
+    for text in (*notes, *others):
+        note(f"{name}: {text}")
+    read, describe = _readers(rest, column, name, root)
+    if mask is None:
+        return Images(name, len(table), read, describe)
+    feature = table.features[mask]
+    if isinstance(feature, ImageFeature) or is_text(feature):
+        table = table.cast_column(mask, ImageFeature(decode=False))
+    rows = table.select_columns(mask)
+    missing = find_missing(rows, mask)
+    if len(missing) == len(table):
+        note(f"{name}: the column {mask} is empty; the images count as unlabelled")
+        return Images(name, len(table), read, describe)
+    if len(missing):
+        shown = some_names([f"row {row}" for row in missing])
+        raise InputError(f"{name}: {len(missing)} of {len(table)} images have no mask in the column {mask} ({shown})")
+    pictures = rest.select_columns(column)
+
+    def headers(i: int) -> tuple[Header | None, Header | None]:
+        return read_header(pictures[i][column], root), read_header(rows[i][mask], root)
+
+    check_pairs(name, [f"row {row}" for row in range(len(table))], headers)
+    rules = decide_rules(masks, set(columns) >= ADE_COLUMNS, name)
+
+    def read_row(i: int) -> Any:
+        return read_mask(rows[i][mask], root, rules, f"{name}, row {i}, {mask}")
+
+    return Images(name, len(table), read, describe, masks=read_row)

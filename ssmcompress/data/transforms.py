@@ -48,16 +48,8 @@ class Preprocessing:
         changes = {name: value for name, value in changes.items() if value is not None}
         if not changes:
             return self
-        channels = len(self.mean)
-        for name in ("mean", "std"):
-            count = len(changes.get(name, self.mean))
-            if count == 1:
-                changes[name] = tuple(changes.get(name, getattr(self, name))) * channels
-            elif count != channels:
-                typed = ",".join(f"{value:g}" for value in changes[name])
-                model = f"the model has {channels} channel{'s' if channels > 1 else ''}"
-                raise InputError(f"`{name}` {typed}: {count} values, {model}")
-        return type(self).from_dict(self.to_dict() | changes | {"assumed": False}, channels=channels)
+        changes = per_channel(changes, self.mean, self.std)
+        return type(self).from_dict(self.to_dict() | changes | {"assumed": False}, channels=len(self.mean))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
@@ -115,6 +107,24 @@ class Preprocessing:
             f"preprocessing is not in the file; assumed: `mean` {mean}, `std` {std}, `crop_pct` {self.crop_pct:g}, "
             f"`interpolation` {self.interpolation}"
         )
+
+
+def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """Return changes of a preprocessing with one mean and std for each channel, if one of the two is changed.
+
+    Raises:
+        InputError: there are neither one nor as many values as channels.
+    """
+    changes, channels = dict(changes), len(mean)
+    for name, present in (("mean", mean), ("std", std)):
+        count = len(changes.get(name, present))
+        if count == 1:
+            changes[name] = tuple(changes.get(name, present)) * channels
+        elif count != channels:
+            typed = ",".join(f"{value:g}" for value in changes[name])
+            model = f"the model has {channels} channel{'s' if channels > 1 else ''}"
+            raise InputError(f"`{name}` {typed}: {count} values, {model}")
+    return changes
 
 
 def _parse_number(value: Any) -> float:

@@ -1,0 +1,187 @@
+"""Preprocessing for models with an output for each pixel: images keep their ratio, and masks follow their images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..progress import note
+from ..tasks import IGNORED
+from .transforms import Preprocessing, per_channel
+
+# The longer side is at most this many times the shorter one's length after resizing: 2048 for 512.
+LONGEST = 4
+
+
+@dataclass(frozen=True)
+class DensePreprocessing:
+    """Resize by the shorter side, scale to 0..1, subtract mean, divide by std.
+
+    As in mmsegmentation, the resized image has the largest size of the same ratio whose sides are at most `short_side`
+    and `long_side`. Interpolation is bilinear, without antialias, on 8-bit values.
+
+    Attributes:
+        mean, std: per channel, on a 0..1 scale.
+        short_side: length of the shorter side in pixels; None: images are not resized.
+        long_side: largest length of the longer side; None: four times `short_side`.
+        multiple: both sides are then enlarged to multiples of this, each by itself; None: they are not.
+        assumed, recorded: as `Preprocessing` has them.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    short_side: int | None = None
+    long_side: int | None = None
+    multiple: int | None = None
+    assumed: bool = field(default=False, compare=False)
+    recorded: bool = field(default=False, compare=False)
+
+    @classmethod
+    def default(
+        cls, in_chans: int, image_size: tuple[int, int] | None = None, multiple: int | None = None
+    ) -> DensePreprocessing:
+        """Use ImageNet's values for three channels, else 0.5; the shorter side is that of `image_size`."""
+        values = Preprocessing.default(in_chans, image_size or (224, 224))
+        return cls(values.mean, values.std, min(image_size) if image_size else None, None, multiple, assumed=True)
+
+    def changed(self, **changes: Any) -> DensePreprocessing:
+        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel.
+
+        A side or multiple of 0 stands for none.
+
+        Raises:
+            InputError: values of another preprocessing, as `crop_pct`, or invalid ones.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not changes:
+            return self
+        known = self.to_dict()
+        if others := [name for name in changes if name not in known]:
+            raise InputError(
+                f"`{others[0]}`: images of a segmentation model are resized by `short_side` and `long_side`, bilinear, "
+                f"and not cropped"
+            )
+        changes = per_channel(changes, self.mean, self.std)
+        changes |= {name: changes[name] or None for name in SIZES if name in changes}
+        return type(self).from_dict(known | changes | {"assumed": False}, channels=len(self.mean))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
+        values = {"mean": list(self.mean), "std": list(self.std), **{name: getattr(self, name) for name in SIZES}}
+        return values | ({"assumed": True} if self.assumed else {})
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], channels: int) -> DensePreprocessing:
+        """Return the preprocessing that a JSON object describes; InputError for invalid values."""
+        plain = Preprocessing.from_dict({**value, "crop_pct": 1.0, "interpolation": "bilinear"}, channels)
+        sizes = {name: value.get(name) for name in SIZES}
+        for name, size in sizes.items():
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if size is not None and not (whole and 1 <= size <= 1 << 16):
+                raise InputError(f"`{name}` {size!r}: expected a number of pixels, 1 to {1 << 16}")
+        short, long = sizes["short_side"], sizes["long_side"]
+        if long is not None and (short is None or long < short):
+            raise InputError(f"`long_side` {long}: expected at least `short_side`, {short}")
+        return cls(plain.mean, plain.std, **sizes, assumed=plain.assumed, recorded=True)
+
+    def new_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that an image is resized to, (height, width), before sides are enlarged to multiples."""
+        if self.short_side is None:
+            return height, width
+        long_side = self.long_side or LONGEST * self.short_side
+        scale = min(long_side / max(height, width), self.short_side / min(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def transform(self, crop: tuple[int, int] | None = None) -> DenseTransform:
+        """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
+
+        Values that were assumed are noted, unless a saved model recorded them.
+
+        Args:
+            crop: (height, width) of the central part that is cut out, for batches of one size; images that are smaller
+                are padded at the bottom and at the right, with 0, which is the mean colour. None: the whole image.
+        """
+        if len(self.mean) not in (1, 3):
+            raise InputError(f"the model takes {len(self.mean)}-channel input; images have 1 or 3 channels")
+        if self.assumed and not self.recorded:
+            note(self.describe_assumption())
+        return DenseTransform(self, crop)
+
+    def describe_assumption(self) -> str:
+        """Return a line that says which values were assumed, and which arguments change them."""
+        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"preprocessing is not in the file; assumed: `mean` {mean}, `std` {std}, `short_side` "
+            f"{self.short_side or 'none'}"
+        )
+
+
+SIZES = ("short_side", "long_side", "multiple")
+
+
+@dataclass(frozen=True)
+class DenseTransform:
+    """A function from a PIL image to (channels, height, width); `pair` prepares a mask in the same way.
+
+    Attributes:
+        preprocessing: sizes and normalisation. crop: as `DensePreprocessing.transform` takes it.
+    """
+
+    preprocessing: DensePreprocessing
+    crop: tuple[int, int] | None = None
+
+    def __call__(self, picture: Any) -> Tensor:
+        values = self.preprocessing
+        pixels = np.array(picture.convert("L" if len(values.mean) == 1 else "RGB"))
+        image = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+        for size in self._sizes(*image.shape[1:]):
+            image = _resize(image, size)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (values.mean, values.std))
+        image = (image.float() / 255 - mean) / std
+        return image if self.crop is None else _cut(image, self.crop, 0.0)
+
+    def pair(self, picture: Any, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return an image (channels, height, width) and its mask uint8.
+
+        The mask keeps its own size, unless images are cropped; it is then resized, to the nearest label, and cropped
+        with its image, and padded with 255.
+
+        Args:
+            mask: class numbers (height, width) of the picture's pixels.
+        """
+        image, target = self(picture), torch.from_numpy(np.ascontiguousarray(mask))
+        if self.crop is None:
+            return image, target
+        size = self._sizes(*target.shape)[-1]
+        if size != target.shape:
+            target = F.interpolate(target[None, None], size=size, mode="nearest-exact")[0, 0]
+        return image, _cut(target, self.crop, IGNORED)
+
+    def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return the sizes that an image is resized to, one after the other, as AlignedResize of PlainMamba does."""
+        size, multiple = self.preprocessing.new_size(height, width), self.preprocessing.multiple
+        return [size] if multiple is None else [size, tuple(-(-side // multiple) * multiple for side in size)]
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return an image (channels, height, width) uint8 at another size; ties are rounded up, as OpenCV rounds them."""
+    if image.shape[1:] == size:
+        return image
+    values = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    return (values + 0.5).floor().to(torch.uint8)
+
+
+def _cut(image: Tensor, crop: tuple[int, int], fill: float) -> Tensor:
+    """Return the central part (..., height, width) of an image, padded at the bottom and at the right."""
+    height, width = image.shape[-2:]
+    top, left = (max(0, side - wanted) // 2 for side, wanted in zip((height, width), crop, strict=True))
+    part = image[..., top : top + crop[0], left : left + crop[1]]
+    missing = (0, crop[1] - part.shape[-1], 0, crop[0] - part.shape[-2])
+    return F.pad(part, missing, value=fill) if any(missing) else part.contiguous()
