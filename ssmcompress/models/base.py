@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..data.dense import DensePreprocessing
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..ops import ScanPath, gather_tokens, selective_scan
+from ..ops import ScanPath, selective_scan
 from ..pruning.alignment import Alignment
 from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
-from .class_corrections import add_at
+from ..tasks import CLASSIFICATION, Task
 from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
@@ -157,10 +158,13 @@ def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
 
 
 class TokenModel(nn.Module, abc.ABC):
-    """A vision state-space classifier that can drop tokens between its blocks.
+    """A vision state-space model that can drop tokens between its blocks.
 
     Attributes:
         config: the architecture, a frozen dataclass.
+        task: what its outputs mean.
+        classes, palette: names of the classes, and a colour (red, green, blue) for each, if its file has them; else
+            None. They are read for segmentation.
         pruners: TokenPruner by layer ("5": after the fifth), outside the blocks so that published parameter names do
             not change.
         corrections: linear maps of low rank by layer, also outside the blocks. Each maps the mean of the tokens pruned
@@ -175,7 +179,10 @@ class TokenModel(nn.Module, abc.ABC):
     """
 
     architecture: ClassVar[str]
+    # What files call its backbone, an entry of `FAMILY_NAMES`, where that is not the name of the architecture.
+    family: ClassVar[str | None] = None
     config_class: ClassVar[type[Any]]
+    task: ClassVar[Task] = CLASSIFICATION
     # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
     # Options of the published code that the weights do not show, with what this model computes.
@@ -188,6 +195,8 @@ class TokenModel(nn.Module, abc.ABC):
     pools: ClassVar[bool] = False
     # Whether the model reads out the protected token alone, and its blocks take `protected_only`.
     reads_protected: ClassVar[bool] = False
+    # Number of layers whose outputs are read at every position; 0: the tokens after the last layer alone are read.
+    levels: ClassVar[int] = 0
 
     def __init__(self, config: Any):
         super().__init__()
@@ -197,7 +206,9 @@ class TokenModel(nn.Module, abc.ABC):
         self.class_corrections = nn.ModuleDict()
         self.alignment = Alignment()
         self.plan: Plan | None = None
-        self.preprocessing: Preprocessing | None = None
+        self.classes: tuple[str, ...] | None = None
+        self.palette: tuple[tuple[int, int, int], ...] | None = None
+        self.preprocessing: Preprocessing | DensePreprocessing | None = None
         self.source: Source | None = None
         self.made_by = MadeBy()
         self.steps: tuple[Record, ...] = ()
@@ -220,6 +231,11 @@ class TokenModel(nn.Module, abc.ABC):
         """Set the sizes in `config` to those that the blocks have."""
         sizes = {i: LayerSize(b.d_inner, b.d_state, b.directions) for i, b in enumerate(self.blocks, 1)}
         self.config = self.config.with_layers(sizes)
+
+    @property
+    def droppable_layers(self) -> tuple[int, ...]:
+        """The layers, from 1, that `drop_layers` may remove."""
+        return tuple(range(1, len(self.blocks) + 1))
 
     def drop_layers(self, layers: Sequence[int]) -> None:
         """Remove layers (from 1), in place; `mark_compressed` must have been called, and nothing be pruned."""
@@ -254,6 +270,18 @@ class TokenModel(nn.Module, abc.ABC):
         """Infer (config, state dict fitted to its image size) from names and shapes; InputError if that fails."""
 
     @classmethod
+    def complete_config(cls, config: Any, said: Statements, image_size: tuple[int, int] | None) -> Any:
+        """Return the configuration with what weights do not show, but is said.
+
+        Args:
+            image_size: (height, width) that the caller asks for, or None.
+
+        Raises:
+            InputError: what is said does not fit the weights.
+        """
+        return config
+
+    @classmethod
     def check_identity(cls, config: Any, said: Statements) -> None:
         """Check that weights of these sizes, of which `said` is said, are this architecture's.
 
@@ -272,8 +300,8 @@ class TokenModel(nn.Module, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def classifier(self) -> nn.Linear:
-        """The linear layer that computes the logits."""
+    def classifier(self) -> nn.Module:
+        """The layer that computes the logits: a linear one, or of a segmentation model a 1x1 convolution."""
 
     @property
     def d_model(self) -> int:
@@ -305,20 +333,41 @@ class TokenModel(nn.Module, abc.ABC):
 
     def check(self, images: Tensor) -> None:
         """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
-        check_images(images, (self.config.in_chans, *self.config.image_size), find_weight(self.classifier))
+        check_images(images, self.image_shape, find_weight(self.classifier))
+
+    @property
+    def image_shape(self) -> tuple[int, int | None, int | None]:
+        """(channels, height, width) of the images; None stands for a side of any length."""
+        return (self.config.in_chans, *self.config.image_size)
+
+    def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
+        """Return the preparation of images where nothing says another one."""
+        return Preprocessing.default(self.config.in_chans, self.config.image_size)
+
+    def read_preprocessing(self, value: Mapping[str, Any]) -> Preprocessing | DensePreprocessing:
+        """Return the preparation of images that a configuration describes; InputError for invalid values."""
+        return Preprocessing.from_dict(value, self.config.in_chans)
 
     def transform(self) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32."""
         return self.preprocessing.transform(self.config.image_size)
 
-    def find_images(self, data: str | Path | None = None) -> Images:
+    def fixed_transform(self) -> Callable[[Any], Tensor]:
+        """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
+        return self.transform()
+
+    def find_images(self, data: str | Path | None = None, *, reduce_zero_label: bool | None = None) -> Images:
         """Return the images to use with the model: `data`, else those that its folder names, else sample photographs.
+
+        Args:
+            reduce_zero_label: for segmentation, as `ssmcompress.open_images` takes it.
 
         Raises:
             InputError: as `ssmcompress.data.open_images`.
         """
         recorded = self.source.data if self.source is not None else None
-        return find_images(data, self.config.image_size, self.config.num_classes, recorded)
+        options = {"task": self.task, "reduce_zero_label": reduce_zero_label}
+        return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
 
     def chunk_size(self) -> int:
         """Return the number of images in a chunk of fixed size; it depends only on the model."""
@@ -339,6 +388,15 @@ class TokenModel(nn.Module, abc.ABC):
                 does, which computes every token of the last layer.
         """
 
+    @property
+    def is_residual(self) -> bool:
+        """Whether a layer's result is what its projection adds to the residual stream, as reconstruction takes it."""
+        return True
+
+    def count_level_maps(self) -> int:
+        """Return the FLOPs of the maps of output levels for one image."""
+        return 0
+
     def flops_by_part(self, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
         """Return `count_flops` of this model's sizes."""
         return self.count_flops(self.config, counts, convention, as_run)
@@ -357,12 +415,19 @@ class TokenModel(nn.Module, abc.ABC):
 
     def token_counts(self) -> list[int]:
         """Return the number of tokens that each layer processes, and last the number read out (depth + 1 values)."""
-        stages = self.plan.stages if self.plan else ()
-        return token_counts(len(self.blocks), self.length, stages, self.protected is not None)
+        stages, reenter = (self.plan.stages, self.plan.reenter) if self.plan else ((), 0)
+        return token_counts(len(self.blocks), self.length, stages, self.protected is not None, reenter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
         return self.trace(images)[0]
+
+    def raw_outputs(self, images: Tensor) -> Tensor:
+        """Return the outputs (batch, classes, ...) by which the model is compared with another one: the logits.
+
+        Those of a segmentation model are the head's, before they are enlarged to the size of the images.
+        """
+        return self(images)
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Compute the logits (batch, classes); return them and the decision of each stage.
@@ -387,18 +452,25 @@ class TokenModel(nn.Module, abc.ABC):
             decisions += [decision] if decision else []
         return tokens, decisions
 
+    def observe(self, layer: int, tokens: Tokens) -> Tokens:
+        """Return the tokens after the block of a layer (from 1) and its corrections, before the stage after it.
+
+        A model that reads out several layers appends a level here; see `Tokens.levels`.
+        """
+        return tokens
+
     def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
         """Run a layer (from 1) and the stage after it, if any; return the tokens and the decision of the stage.
 
         With `protected_only`, the layer is computed for the protected token alone, which is then the only one left.
         """
+        if self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1:
+            tokens = tokens.rejoin()
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None
         class_correction = self.class_corrections[name] if name in self.class_corrections else None
-        if class_correction is not None:
-            summary, place = tokens.summarise(class_correction.segments), tokens.protected_index()[:, None]
-            before = gather_tokens(tokens.features, place)
+        before = class_correction.read(tokens) if class_correction is not None else None
         if protected_only:
             tokens = self.blocks[layer - 1](tokens, protected_only=True)
         else:
@@ -406,17 +478,22 @@ class TokenModel(nn.Module, abc.ABC):
         if name in self.corrections:
             linear = self.corrections[name]
             first = linear[0] if isinstance(linear, nn.Sequential) else linear
-            correction = linear(cast(pruned_mean, first))
-            tokens = tokens.updated(tokens.features + correction[:, None], tokens.scores)
+            features = tokens.features + linear(cast(pruned_mean, first))[:, None]
+        else:
+            features = tokens.features
         if class_correction is not None:
-            place = torch.zeros_like(place) if protected_only else place
-            update = (gather_tokens(tokens.features, place) - before)[:, 0]
-            tokens = add_at(tokens, place, class_correction(update, summary))
+            features = class_correction.correct(features, before)
+        if features is not tokens.features:
+            tokens = tokens.corrected(features)
+        tokens = self.observe(layer, tokens)
         if pruner is None:
             return tokens, None
         kept = pruner(tokens)
-        if tokens.alignment.pool or any(int(later) > layer for later in self.corrections):
-            kept = kept.with_pruned_sum(tokens, self.memory)
         if later := [correction for key, correction in self.class_corrections.items() if int(key) > layer]:
             kept = kept.with_pruned_segments(tokens, later[0].segments)
-        return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.positions)
+        if tokens.alignment.pool or any(int(key) > layer for key in self.corrections):
+            if later and type(self).memory is TokenModel.memory:  # both sum the same values
+                kept = kept.with_sum_of_segments(later[0].segments)
+            else:
+                kept = kept.with_pruned_sum(tokens, self.memory)
+        return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.explicit_positions())

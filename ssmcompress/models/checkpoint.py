@@ -7,23 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from ..data.dense import DensePreprocessing
 from ..data.transforms import INTERPOLATIONS, Preprocessing
 from ..errors import InputError
 from ..files import check_regular, sha256
 from ..progress import note
+from ..tasks import SEGMENTATION
 from .base import TokenModel
 from .precision import check_not_quantised
 from .records import Source
-from .registry import build, is_known, normalise_architecture
+from .registry import build, check_task, is_known, normalise_architecture
 from .safe_pickle import read_pickle
 from .saved import CONFIG_FILE, WEIGHTS_FILE, find_writer, parse_config, read_config_file, restore
 from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, unwrap
 from .statements import Statement, Statements, read_config, read_module, read_statements
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class LoadOptions:
     weights: str = "model"
     unsafe_load: bool = False
     architecture: str | None = None
+    task: str | None = None
+    level: str | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -54,42 +61,55 @@ class Loaded(NamedTuple):
     said: Statements
 
 
+class LoadArguments(TypedDict, total=False):
+    """The keyword arguments of `load`, apart from the device: the fields of `LoadOptions`."""
+
+    image_size: int | tuple[int, int] | None
+    stride: int | None
+    weights: str
+    unsafe_load: bool
+    architecture: str | None
+    task: str | None
+    level: str | None
+
+
 def load(
     path: str | Path | nn.Module | Mapping[str, Any],
     *,
-    image_size: int | tuple[int, int] | None = None,
-    stride: int | None = None,
-    weights: str = "model",
     device: str | torch.device | None = None,
-    unsafe_load: bool = False,
-    architecture: str | None = None,
+    **options: Unpack[LoadArguments],
 ) -> TokenModel:
     """Load a vision state-space model; its architecture is recognised by its weights and by what is said about it.
 
     Args:
         path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module (a Vim of any fork, for
             instance), its state dict, or a checkpoint that `torch.load` has read.
+        device: the device of the model. None: the CPU.
         image_size: side, or (height, width), of the images it will run on, in pixels; the position
-            embedding is interpolated. None: the size it was trained at.
+            embedding is interpolated. None: the size it was trained at. A segmentation model takes images of any size;
+            this is the size of the windows of one on a Vim, and the size at which one on a PlainMamba is counted.
         stride: step between patches, in pixels, if they overlap. None: the stride in the file, else the patch
             size.
         weights: the entry of a training checkpoint to read, "model" or "model_ema", or the name of another entry; for
             the state of our own fine-tuning also "best".
-        device: the device of the model. None: the CPU.
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
         architecture: "vim" or "plain_mamba". Needed only where neither the weights nor anything else says it: a bare
             state dict of a Vim has the names and shapes of a VideoMamba's.
+        task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
+        level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
+            "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_upernet.LEVELS`. None: as the file says,
+            else "hidden".
 
     Returns:
-        A module whose forward takes images (B, C, H, W) and returns logits (B, classes), in eval mode and
-        float32, with `.config`, `.plan`, `.preprocessing` and `.source`.
+        A module whose forward takes images (B, C, H, W) and returns logits, (B, classes) or, for segmentation,
+        (B, classes, H, W), in eval mode and float32, with `.config`, `.plan`, `.task`, `.preprocessing` and `.source`.
 
     Raises:
         InputError: the file is missing, damaged, unsafe or not a checkpoint; or it is, or may be, another model than
-            those that are supported.
+            those that are supported, or a model for another task.
     """
-    model, _ = read_model(path, LoadOptions(image_size, stride, weights, unsafe_load, architecture))
+    model, _ = read_model(path, LoadOptions(**options))
     return model.to(device or "cpu")
 
 
@@ -107,9 +127,11 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
     return loaded
 
 
-def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing:
+def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | DensePreprocessing:
     """Return the preprocessing that is said with the model, by mean and std at least, or the default one."""
-    default = Preprocessing.default(model.config.in_chans, model.config.image_size)
+    default = model.default_preprocessing()
+    if model.task is SEGMENTATION:  # mm's mean and std are of values up to 255, and images are not cropped
+        return default
     names = [name for name in ("mean", "std", "crop_pct", "interpolation") if name in said.options]
     values = {name: said.options[name].value for name in names}
     if values.get("interpolation") not in INTERPOLATIONS:
@@ -128,6 +150,9 @@ def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
     if not isinstance(module, TokenModel):
         return _build(state, read_module(module), options)
     said = Statements(family=Statement(module.architecture, "its class"))
+    said.classes, said.palette = module.classes, module.palette
+    if options.level is None:
+        said.add_config(module.config.to_dict(), "its configuration")
     return _build(
         state, said, replace(options, stride=options.stride or module.config.stride), module.config.image_size
     )
@@ -139,6 +164,9 @@ def _build(
     """Build the model; what the caller says of its architecture counts where nothing else than a file name does."""
     if options.architecture is not None:
         said.set_family(normalise_architecture(options.architecture), "`architecture`")
+    check_task(state, options.task)
+    if options.level is not None:
+        said.options["level"] = Statement(options.level, "`level`")
     return Loaded(build(state, options.size or trained_size, options.stride, trained_size, said), said)
 
 
@@ -183,7 +211,11 @@ def _read_path(path: Path, options: LoadOptions) -> Loaded:
 def _restore(config: dict[str, Any], content: Any, options: LoadOptions, path: Path, file: Path) -> Loaded:
     """Build the model that we saved in `file`, of the folder `path` or itself that file, with its source."""
     state, _ = find_state_dict(content, options.weights)
+    check_task(state, options.task)
     model = restore(config, clean(state), options.size, options.stride)
+    level = getattr(model.config, "level", None)
+    if options.level not in (None, level):
+        raise InputError(f"`level` {options.level!r}: {CONFIG_FILE} says {level!r}")
     if options.architecture is not None and normalise_architecture(options.architecture) != model.architecture:
         raise InputError(f"`architecture` {options.architecture}: {CONFIG_FILE} says {model.architecture}")
     pruning = config.get("pruning")
@@ -216,7 +248,8 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
             raise InputError(f"the dense model {path} has changed since")
     chosen, weights = (source.path, source.weights) if override is None else (override, "model")
     sizes = {"image_size": model.config.image_size, "stride": model.config.stride}
-    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture)
+    level = getattr(model.config, "level", None)
+    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture, level=level)
     if dense.plan is not None:
         raise InputError(f"{chosen} is pruned itself; expected a dense model")
     classes, channels = dense.config.num_classes, dense.config.in_chans

@@ -10,6 +10,7 @@ from torch import Tensor
 StateDict = Mapping[str, Tensor]
 
 HEAD_OF_SEGMENTATION = "decode_head.conv_seg.weight"
+SUPPORTED_BACKBONES = ("backbone.layers.0.mixer.", "backbone.layers.0.mamba.direction_Bs")
 
 
 class Family(NamedTuple):
@@ -27,24 +28,23 @@ def _with(*keys: str) -> Callable[[StateDict], bool]:
     return lambda state: all(key in state for key in keys)
 
 
+def _has_other_backbone(state: StateDict) -> bool:
+    """Return whether there is a head for segmentation on a backbone that is neither a Vim nor a PlainMamba."""
+    return HEAD_OF_SEGMENTATION in state and not any(key.startswith(SUPPORTED_BACKBONES) for key in state)
+
+
 def _beginning(*prefixes: str) -> Callable[[StateDict], bool]:
     return lambda state: all(any(key.startswith(prefix) for key in state) for prefix in prefixes)
 
 
 # In this order: what is built on another family comes before it.
 FAMILIES: tuple[Family, ...] = (
-    Family("UperNet on a Vim backbone", SEGMENTATION, _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.mixer.A_log")),
-    Family(
-        "UperNet on a PlainMamba backbone",
-        SEGMENTATION,
-        _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.mamba.direction_Bs"),
-    ),
     Family(
         "UperNet on a VMamba backbone",
         SEGMENTATION,
         _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.blocks.0.op.A_logs"),
     ),
-    Family("a model with a head of mmseg", SEGMENTATION, _with(HEAD_OF_SEGMENTATION)),
+    Family("a model with a head of mmseg", SEGMENTATION, _has_other_backbone),
     Family("a detector of mmdet", DETECTION, lambda state: any("rpn_head." in k or "bbox_head." in k for k in state)),
     Family("VideoMamba", "masked pretraining", _beginning("clip_decoder.", "layers.0.mixer.")),
     Family("VideoMamba", "video classification", _with("temporal_pos_embedding")),

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..data.any_batches import AnyBatches, InputSpec, check_classes
+from ..data.any_batches import AnyBatches, InputSpec
 from ..data.batches import Batches
 from ..data.find import open_images
 from ..data.images import Images
@@ -97,9 +97,9 @@ def open_batches(model: nn.Module, data: Any) -> Batches | None:
             f"a {type(model).__name__} does not say how to prepare images: pass batches of tensors, or load(...) of it"
         )
     if table:
-        data = read_dataset(data, model.config.num_classes)
+        data = read_dataset(data, model.config.num_classes, task=model.task)
     elif not isinstance(data, Images):
-        data = open_images(data, model.config.num_classes)
+        data = open_images(data, model.config.num_classes, task=model.task)
     return Batches(data, model.transform())
 
 
@@ -116,14 +116,15 @@ def to_batches(model: TokenModel, data: Any) -> Batches:
     if batches is not None:
         return batches
     images, labels = as_batches(model, data, repeat=False, labelled=True).read_all()
-    check_classes(labels, model.config.num_classes)
-    source = Images(
-        "images",
-        len(images),
-        lambda i: PreparedImage(images[i]),
-        lambda i: f"image {i}",
-        None if labels is None else tuple(labels.tolist()),
-    )
+    if labels is not None:
+        model.task.check_target(labels, model.config.num_classes)
+    targets: dict[str, Any] = {}
+    if labels is not None and labels.ndim > 1:
+        masks = labels.to(torch.uint8).numpy()
+        targets["masks"] = lambda i: masks[i]
+    elif labels is not None:
+        targets["labels"] = tuple(labels.tolist())
+    source = Images("images", len(images), lambda i: PreparedImage(images[i]), lambda i: f"image {i}", **targets)
     return Batches(source, attrgetter("image"), pictures=False)
 
 
@@ -165,5 +166,4 @@ def _spec_of(model: nn.Module) -> InputSpec:
         return InputSpec(dtype=dtype)
     # Made when first needed: timm, which makes it, takes seconds to import.
     transform = cache(model.transform)
-    shape = model.config.in_chans, *model.config.image_size
-    return InputSpec(shape, dtype, lambda image: transform()(image), model.preprocessing)
+    return InputSpec(model.image_shape, dtype, lambda image: transform()(image), model.preprocessing, model.task)

@@ -7,6 +7,7 @@ weights, and what the linear layers exchange, have the dtype of the model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -113,24 +114,27 @@ def to_float32(model: Model) -> Model:
     return model if wide else copy.deepcopy(model).float()
 
 
-def check_images(images: Any, shape: tuple[int, int, int], weight: Tensor | None) -> None:
+def check_images(images: Any, shape: tuple[int, int | None, int | None], weight: Tensor | None) -> None:
     """Raise an InputError unless `images` can be given to a model.
 
     Args:
-        shape: (channels, height, width) of an image.
+        shape: (channels, height, width) of an image; None: any number of pixels.
         weight: a weight of the model, which has its dtype and device; None: a quantised model, float32 on the CPU.
     """
-    size = ", ".join(map(str, shape))
+    names = ("channels", "height", "width")
+    size = ", ".join(str(side or name) for side, name in zip(shape, names, strict=True))
     if isinstance(images, torch.fx.Proxy):
         raise InputError("torch.fx cannot trace this model symbolically: use torch.export, or quantize_dynamic")
     if not isinstance(images, Tensor):
         advice = "; use torch.from_numpy(images).float()" if isinstance(images, np.ndarray) else ""
         raise InputError(f"images are a {type(images).__name__}: expected a tensor (batch, {size}){advice}")
-    if images.ndim != 4 or images.shape[1:] != shape:
+    if images.ndim != 4 or not _fits(images.shape[1:], shape):
         advice = "load the model with another image_size for other images"
-        if images.ndim == 3 and images.shape == shape:
+        if None in shape:
+            advice = "this model takes images of any size, normalised and in colour"
+        if images.ndim == 3 and _fits(images.shape, shape):
             advice = "use images[None] for one image"
-        elif images.ndim == 4 and images.shape[1:] == (*shape[1:], shape[0]):
+        elif images.ndim == 4 and _fits(images.shape[1:], (*shape[1:], shape[0])):
             advice = "use images.permute(0, 3, 1, 2) for channels that come last"
         raise InputError(f"images {tuple(images.shape)}: expected (batch, {size}); {advice}")
     if images.layout != torch.strided:
@@ -144,6 +148,12 @@ def check_images(images: Any, shape: tuple[int, int, int], weight: Tensor | None
         raise InputError(f"images are on {images.device}, the model is on {device}: use images.to({str(device)!r})")
     if images.dtype != dtype and not _is_autocast(device):
         raise InputError(f"images are {images.dtype}, the model is {dtype}: use images.to({dtype})")
+
+
+def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
+    """Return whether an image has a shape, in which None stands for any number of pixels, but not for none."""
+    pairs = zip(found, shape, strict=True)
+    return all(side > 0 if expected is None else side == expected for side, expected in pairs)
 
 
 def _is_autocast(device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .base import StateDict
+from .precision import widen
 
 # In pixels; a typing error must not allocate a position table of terabytes.
 LARGEST_SIDE = 8192
@@ -132,6 +133,6 @@ def resize_grid(table: Tensor, old: Size, new: Size) -> Tensor:
     """Interpolate a position embedding (1, patches, d_model) to another grid (bicubic, as in all models here)."""
     if old == new:
         return table
-    image = table.transpose(1, 2).unflatten(2, old).float()
+    image = widen(table.transpose(1, 2).unflatten(2, old))
     image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(table.dtype)

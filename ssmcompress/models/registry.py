@@ -9,13 +9,16 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..progress import note
+from ..tasks import SEGMENTATION, TASKS
 from .base import StateDict, TokenModel
-from .families import FAMILY_NAMES, find_family
+from .families import FAMILY_NAMES, HEAD_OF_SEGMENTATION, find_family
 from .plain_mamba import PlainMamba
+from .plain_mamba_upernet import PlainMambaUperNet
 from .statements import Statement, Statements
 from .vim import VisionMamba
+from .vim_upernet import VimUperNet
 
-MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba)
+MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet)
 
 
 def is_known(state: StateDict) -> bool:
@@ -33,8 +36,7 @@ def recognise(state: StateDict, writer: str | None = None) -> type[TokenModel]:
         origin = f"written by {writer}" if writer else "nothing in the file says what wrote it"
         supported = ", ".join(m.architecture for m in MODELS)
         raise InputError(
-            f"{family.name}, {family.task}, {origin}: not supported; this version compresses image classifiers of "
-            f"type {supported}"
+            f"{family.name}, {family.task}, {origin}: not supported; this version compresses models of type {supported}"
         )
     for model_class in MODELS:
         if model_class.recognises(state):
@@ -86,6 +88,7 @@ def build(
     _check_statements(model_class, said)
     stride = stride or _find_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
+    config = model_class.complete_config(config, said, image_size)
     if directions is not None:
         config = replace(config, directions=directions)
     with torch.device("meta"):
@@ -95,7 +98,35 @@ def build(
     # Cloned, because the caller's own tensors, of a live module, must not change with the model.
     dtypes = {k: v.dtype for k, v in model.state_dict().items()}
     model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
+    if model.task is SEGMENTATION:
+        _add_classes(model, said)
     return model.requires_grad_(True).eval()
+
+
+def check_task(state: StateDict, task: str | None) -> None:
+    """Raise an InputError unless parameter names are those of a model for the task, by its name; None: for any."""
+    if task is None:
+        return
+    if task not in TASKS:
+        raise InputError(f"`task` {task!r}: expected one of {', '.join(map(repr, TASKS))}")
+    is_segmentation = HEAD_OF_SEGMENTATION in state
+    if is_segmentation == (task == SEGMENTATION.name):
+        return
+    if is_segmentation:
+        missing = "head.weight or head.fc.weight, its classifier, is missing, and decode_head.* is there"
+    else:
+        missing = "decode_head.*, the head that segments, is missing"
+    raise InputError(f"`task` {task!r}: this is no model for {TASKS[task].title}; {missing}")
+
+
+def _add_classes(model: TokenModel, said: Statements) -> None:
+    """Set the names and colours of the model's classes, if those in the file are as many as it has."""
+    if said.classes is None:
+        return
+    if len(said.classes) != model.config.num_classes:
+        note(f"names of {len(said.classes)} classes are left out: the model has {model.config.num_classes}")
+        return
+    model.classes, model.palette = said.classes, said.palette
 
 
 def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statements) -> int | None:
@@ -112,12 +143,12 @@ def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statemen
 
 def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
     """Raise an InputError if something is said about a model that is not so in this architecture."""
-    if said.family is not None and said.family.value != model_class.architecture:
-        title = next(title for key, title, _ in FAMILY_NAMES if key == said.family.value)
+    if said.family is not None and said.family.value not in (model_class.architecture, model_class.family):
         if said.family.value in [m.architecture for m in MODELS]:
             raise InputError(
                 f"{said.family.where} says {said.family.value}, but the weights are a {model_class.architecture}'s"
             )
+        title = next(title for key, title, _ in FAMILY_NAMES if key == said.family.value)
         raise InputError(
             f"{said.family.where} says that the model is a {title}, which is not supported, although its weights fit "
             f"into a {model_class.architecture}"

@@ -170,7 +170,8 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
                     f"the saliency after layer {stage.after} was fitted for {len(probe)} features and positions, the "
                     f"model has {size}: the plan was made for another model or image size"
                 )
-        pruner = TokenPruner(stage.ratio, stage.importance, model.length, seed, probe, stage.merge)
+        grid = model.config.grid if model.levels else None
+        pruner = TokenPruner(stage.ratio, stage.importance, model.length, seed, probe, stage.merge, grid)
         model.pruners[str(stage.after)] = pruner
     if plan.gap == "calibrated" and len(plan.calibration.gap_deltas) != len(model.blocks):
         raise InputError(

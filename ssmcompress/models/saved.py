@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..files import new_folder, read_text
 from ..pruning.plan import Plan
@@ -23,12 +22,13 @@ from .base import TokenModel, low_rank
 from .class_corrections import ClassCorrection, choose_segments, count_inputs
 from .inputs import check_model
 from .learnt import ALL, SOME, LearntFrom
+from .level_maps import fill_level_maps
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .registry import MODELS, build
 from .rewrite import install
 from .sizes import Origin
 from .state_dict import read_metadata
-from .statements import Statement, Statements
+from .statements import Statement, Statements, read_classes
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -94,8 +94,9 @@ def restore(
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
     corrections = {k: v for k, v in state.items() if k.startswith(("corrections.", "class_corrections."))}
     probes = {k: v for k, v in state.items() if k.startswith("pruners.")}
+    levels = {k: v for k, v in state.items() if k.startswith("level_maps.")}
     learnt = {k: v for k, v in state.items() if k in (ALL, SOME)}
-    weights = {k: v for k, v in state.items() if k not in {**gaps, **corrections, **probes, **learnt}}
+    weights = {k: v for k, v in state.items() if k not in {**gaps, **corrections, **probes, **levels, **learnt}}
     try:
         trained = tuple(int(side) for side in architecture["image_size"])
         stride = stride or int(architecture["stride"])
@@ -104,14 +105,16 @@ def restore(
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
     said = Statements(family=Statement(architecture["type"], CONFIG_FILE))
+    said.add_config(architecture, CONFIG_FILE)
+    said.classes, said.palette = read_classes(config)
     directions = _parse_directions(architecture)
     model = build(weights, size or trained, stride, trained, said, directions)
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
-    model.preprocessing = Preprocessing.from_dict(config.get("preprocessing") or {}, model.config.in_chans)
+    model.preprocessing = model.read_preprocessing(config.get("preprocessing") or {})
     pruning = config.get("pruning")
-    if pruning is None and corrections:
-        raise InputError(f"corrections ({next(iter(corrections))}, ...) in a model that prunes nothing")
+    if pruning is None and (extra := {**corrections, **levels}):
+        raise InputError(f"corrections ({next(iter(extra))}, ...) in a model that prunes nothing")
     if pruning is not None:
         plan = Plan.from_dict(pruning)
         plan = replace(plan, gap=plan.gap or "bias", calibration=None)
@@ -120,6 +123,7 @@ def restore(
         _fill_buffers(model, "gap_delta", gaps, "gap deltas")
         _fill_buffers(model, "probe", probes, "saliency probes")
         _fill_corrections(model, corrections)
+        fill_level_maps(model, levels)
         model.plan = plan
         model.origin = _parse_origin(model, pruning)
         counts = [model.token_counts()[stage.after] for stage in plan.stages]
@@ -291,6 +295,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "architecture": {"type": model.architecture, **model.config.to_dict()},
+        **({"classes": model.classes, "palette": model.palette} if model.classes is not None else {}),
         "preprocessing": model.preprocessing.to_dict(),
         "data": model.source.data if model.source else None,
         "pruning": pruning,

@@ -11,6 +11,7 @@ import argparse
 import ast
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +54,15 @@ class Statements:
         family: the architecture that is named, an entry of `FAMILY_NAMES`, or None.
         wrapped: whether the weights are an entry of a checkpoint or of a wrapper, not a bare state dict.
         writer: the tool that wrote the file, for messages; None if nothing names it.
+        classes, palette: names of the classes and their colours (red, green, blue), as mm's tools write them, or None.
     """
 
     options: dict[str, Statement] = field(default_factory=dict)
     family: Statement | None = None
     wrapped: bool = False
     writer: str | None = None
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
 
     def add_option(self, name: str, value: Any, where: str) -> None:
         """Add an option; the first statement about it remains."""
@@ -76,6 +80,13 @@ class Statements:
         if self.family is None or self.family.where == FILE_NAME:
             self.family = Statement(family, where)
         self.options = {name: option for name, option in self.options.items() if option.where != FILE_NAME}
+
+    def add_config(self, config: Mapping[str, Any], where: str) -> None:
+        """Add what a configuration of ours says and weights do not show: the output levels of a segmentation model."""
+        for name in ("level", "out_layers"):
+            if name in config:
+                value = config[name]
+                self.options[name] = Statement(tuple(value) if isinstance(value, list) else value, where)
 
     def number(self, *names: str) -> Statement | None:
         """Return the first of these options that is a positive whole number, or None."""
@@ -140,6 +151,7 @@ def read_statements(content: Any, file: Path | None = None) -> Statements:
     if isinstance(content, Mapping):
         said.wrapped = "n_averaged" in content or not all(isinstance(value, Tensor) for value in content.values())
         said.writer = _find_writer(content)
+        said.classes, said.palette = read_classes(content)
         _read_description(content, "", said)
     if file is not None:
         said.add_name(file.name, FILE_NAME)
@@ -235,9 +247,12 @@ def _read_text(text: str) -> Mapping[Any, Any] | None:
             pairs = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
         for name, constant in pairs:
             # Several parts of the text have a type; only names of architectures are looked for in them.
-            if isinstance(name, str) and isinstance(constant, ast.Constant) and (name == "type" or name not in GENERAL):
-                known = found.get(name)
-                found[name] = [*known, constant.value] if isinstance(known, list) else [constant.value]
+            if not isinstance(name, str) or not isinstance(constant, (ast.Constant, ast.Tuple, ast.List)):
+                continue
+            known = found.get(name, [])
+            if name == "type" or (name not in GENERAL and not known):
+                with suppress(ValueError, TypeError, RecursionError, MemoryError):  # a list of other things
+                    found[name] = [*known, ast.literal_eval(constant)]
     return {name: values if name == "type" else values[0] for name, values in found.items()} or None
 
 
@@ -291,6 +306,27 @@ def _find_writer(content: Mapping[Any, Any]) -> str | None:
     if "args" in content or "optimizer" in content:
         return "a training script"
     return None
+
+
+def read_classes(content: Mapping[Any, Any]) -> tuple[tuple[str, ...] | None, tuple[tuple[int, int, int], ...] | None]:
+    """Return the names of classes and their colours in a configuration, or None for what it does not have.
+
+    It is one of ours, or a checkpoint with a `meta` of mmcv's or mmengine's.
+    """
+    meta = content.get("meta")
+    values: dict[str, Any] = {}
+    for source in (content, meta, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
+        if isinstance(source, Mapping):
+            values |= {key.lower(): value for key, value in source.items() if isinstance(key, str)}
+    classes, palette = values.get("classes"), values.get("palette")
+    if not (isinstance(classes, (list, tuple)) and classes and all(isinstance(name, str) for name in classes)):
+        return None, None
+    valid = isinstance(palette, (list, tuple)) and len(palette) == len(classes) and all(map(_is_colour, palette))
+    return tuple(classes), tuple(map(tuple, palette)) if valid else None
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..ops import SCORES
 from ..ops.dispatch import full_precision
 from ..ops.reference import accumulation_dtype
-from .tokens import Tokens
+from .tokens import EPSILON, Tokens
 
 # Larger than the distance of any two linked tokens.
 UNLINKED_DISTANCE = 3.0
@@ -47,7 +47,7 @@ def random_scores(positions: Tensor, draw: Tensor) -> Tensor:
 
 def normalize_rms(features: Tensor) -> Tensor:
     """Normalise features (..., d_model) to a mean square of 1, as the norm of the next layer does."""
-    return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + 1e-5)
+    return features * torch.rsqrt(features.square().mean(-1, keepdim=True) + EPSILON)
 
 
 def predict_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tensor:
@@ -115,9 +115,9 @@ class Importance:
 
 IMPORTANCES: dict[str, Importance] = {
     **{name: Importance(lambda tokens, pruner: tokens.scores, block_metric=name) for name in SCORES},
-    "random": Importance(lambda tokens, pruner: random_scores(tokens.explicit_positions(), pruner.draw), draw=True),
+    "random": Importance(lambda tokens, pruner: random_scores(pruner.table_positions(tokens), pruner.draw), draw=True),
     "saliency": Importance(
-        lambda tokens, pruner: predict_saliency(tokens.features, tokens.explicit_positions(), pruner.probe),
+        lambda tokens, pruner: predict_saliency(tokens.features, pruner.table_positions(tokens), pruner.probe),
         probe=True,
         flops=1,
     ),

@@ -47,7 +47,7 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
     parts = tokens.features * sizes[..., None]
     total = torch.zeros_like(parts).scatter_add(1, target[..., None].expand_as(parts), parts)
     merged = torch.where(is_kept[..., None], total / weight.clamp(min=1)[..., None], tokens.features)
-    kept = tokens.updated(merged).keep(index)
+    kept = tokens.updated(merged, update=tokens.update).keep(index)
     return replace(kept, sizes=weight.gather(1, index)) if merge == "ordered" else kept
 
 

@@ -20,6 +20,8 @@ from .merging import MERGES
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
 # The largest ratio: it keeps two tokens of any length up to a million.
 MAX_RATIO = 0.999999
+# What is read out of a dropped token where every position is.
+FILLS = ("stale", "zero")
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
@@ -97,6 +99,9 @@ class Plan:
             choice to calibration: "calibrated" if there are images, else "bias".
         seed: seed of the `random` metric.
         calibration: required by gap "calibrated".
+        reenter: number of last layers that all tokens enter again, of a model that reads out every position.
+        fill: what such a model reads out of a dropped token: "stale", its features as they were last seen, or "zero",
+            nothing, which is worse and serves comparisons.
     """
 
     stages: tuple[Stage, ...]
@@ -104,6 +109,8 @@ class Plan:
     gap: str | None = None
     seed: int = 0
     calibration: Calibration | None = field(default=None, compare=False)
+    reenter: int = 0
+    fill: str = FILLS[0]
 
     def __repr__(self) -> str:
         """Return a line without tensors: the stages, the alignment, the gap source and the images."""
@@ -154,6 +161,15 @@ class Plan:
         if afters != sorted(set(afters)):
             shown = ", ".join(map(str, afters[:10])) + (", ..." if len(afters) > 10 else "")
             raise InputError(f"stages {shown}: expected layers in rising order, each once")
+        if not isinstance(self.reenter, Integral) or isinstance(self.reenter, bool) or self.reenter < 0:
+            raise InputError(f"`reenter` {self.reenter!r}: expected a number of layers, from 0")
+        if self.reenter and afters and afters[-1] + self.reenter >= depth:
+            raise InputError(
+                f"`reenter` {self.reenter}: all tokens enter layer {depth - self.reenter + 1} again, so the last stage "
+                f"is after layer {depth - self.reenter - 1} at the latest, not after {afters[-1]}"
+            )
+        if self.fill not in FILLS:
+            raise InputError(f"unknown fill {self.fill!r}: expected one of {', '.join(FILLS)}")
         if self.gap is not None and self.gap not in GAP_SOURCES:
             raise InputError(f"unknown gap source {self.gap!r}: expected one of {', '.join(GAP_SOURCES)}")
         return self
@@ -176,6 +192,8 @@ class Plan:
             "gap": self.gap,
             "seed": int(self.seed),
         }
+        value |= {"reenter": int(self.reenter)} if self.reenter else {}
+        value |= {"fill": self.fill} if self.fill != FILLS[0] else {}
         if self.calibration is not None and tensors:
             value["calibration"] = {
                 "name": self.calibration.name,
@@ -206,6 +224,8 @@ class Plan:
                 gap=value.get("gap"),
                 seed=_parse_int(value.get("seed", 0)),
                 calibration=calibration,
+                reenter=_parse_int(value.get("reenter", 0)),
+                fill=str(value.get("fill", FILLS[0])),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             reason = f" ({error.args[0]} is missing)" if isinstance(error, KeyError) else ""
@@ -238,13 +258,19 @@ def _parse_int(value: Any) -> int:
     return int(value)
 
 
-def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: bool) -> list[int]:
-    """Return the number of tokens that each of `depth` layers processes, then the number read out: depth + 1 values."""
+def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: bool, reenter: int = 0) -> list[int]:
+    """Return the number of tokens that each of `depth` layers processes, then the number read out: depth + 1 values.
+
+    Args:
+        reenter: number of last layers that process all tokens.
+    """
     ratios = {stage.after: stage.ratio for stage in stages}
     counts = [length]
     for layer in range(1, depth + 1):
         count = counts[-1]
         counts.append(kept_count(count, ratios[layer], protected) if layer in ratios else count)
+    if reenter:
+        counts[depth - reenter :] = [length] * (reenter + 1)
     return counts
 
 

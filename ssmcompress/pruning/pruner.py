@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ class TokenPruner(nn.Module):
         length: number of tokens before any pruning. seed: seed of the metric `random`.
         probe: (d_model + length,), the predictor of the metric `saliency`, else None.
         merge: how the other tokens are merged into the kept ones; None: they are dropped.
+        grid: (rows, columns) of the positions of `draw` and `probe`, if images can have another one; else None.
     """
 
     def __init__(
@@ -30,11 +33,13 @@ class TokenPruner(nn.Module):
         seed: int,
         probe: Tensor | None = None,
         merge: str | None = None,
+        grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.ratio = ratio
         self.metric = metric
         self.merge = merge
+        self.grid = grid
         draw = draw_random(length, seed) if IMPORTANCES[metric].draw else None
         self.register_buffer("draw", draw, persistent=False)
         self.register_buffer("probe", probe)
@@ -46,19 +51,29 @@ class TokenPruner(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
+        count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected is not None)
+        if count == tokens.features.shape[1]:  # to the bit: with all positions given, a convolution rounds otherwise
+            return replace(tokens, scores=None)
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:
             # A NaN, of an image that is not finite, would rank above the infinity.
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
             scores = scores.masked_fill(positions == tokens.protected, torch.inf)
-        count = kept_count(int(scores.shape[1]), self.ratio, tokens.protected is not None)
         index = topk_tokens(scores, count)
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
 
     def scores(self, tokens: Tokens) -> Tensor:
         """Return the scores (batch, kept) by which tokens are ranked."""
         return IMPORTANCES[self.metric].score(tokens, self)
+
+    def table_positions(self, tokens: Tokens) -> Tensor:
+        """Return the places (batch, kept) of the tokens in tables by position: on another grid, the nearest ones."""
+        positions = tokens.explicit_positions()
+        if self.grid is None or tokens.grid in (None, self.grid):
+            return positions
+        (rows, columns), (ours, width) = tokens.grid, self.grid
+        return positions // columns * ours // rows * width + positions % columns * width // columns
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, metric={self.metric!r}"

@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import gather_tokens
-from ..ops.dispatch import full_precision
+from ..ops import gather_tokens, segment_sums, topk_tokens
 from .alignment import Alignment, KeptPath, ScanOrder
 
 # Added to a mean square, as the norms of the layers do.
 EPSILON = 1e-5
+
+
+class Layout(NamedTuple):
+    """Where the kept tokens lie in equal parts of all positions, the segments.
+
+    Attributes:
+        index: (batch, kept) segment of each token.
+        place: (batch, 1, d_model) index of the protected token, for `gather` and `scatter`.
+    """
+
+    index: Tensor
+    place: Tensor
+
+
+class Dropped(NamedTuple):
+    """The tokens that a stage dropped, as they were last seen.
+
+    Attributes:
+        positions: (batch, dropped) int64, strictly increasing.
+        features: (batch, dropped, d_model), the residual stream.
+        values: (batch, dropped, d_model), what output levels have of a token: the stream, or the last `update`.
+    """
+
+    positions: Tensor
+    features: Tensor
+    values: Tensor
+
+
+class Level(NamedTuple):
+    """What an output level has of each token, in groups: those that are kept, and those that each stage dropped.
+
+    Attributes:
+        positions: (batch, kept) int64; None while nothing is pruned. values: (batch, kept, d_model).
+        dropped: the groups of dropped tokens, by stage.
+    """
+
+    positions: Tensor | None
+    values: Tensor
+    dropped: tuple[Dropped, ...] = ()
+
+    def groups(self) -> list[Tensor]:
+        """Return the values (batch, tokens, d_model) of each group, those of the kept tokens last."""
+        return [*(group.values for group in self.dropped), self.values]
+
+    def fill(self, values: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the level at all positions, (batch, length, d_model).
+
+        Args:
+            values: other values of the groups, in the order of `groups`; None: their own.
+        """
+        values = self.groups() if values is None else values
+        if not self.dropped:
+            return values[-1]
+        positions = [*(group.positions for group in self.dropped), self.positions]
+        return place_tokens(torch.cat(list(values), dim=1), torch.cat(positions, dim=1))
+
+
+def place_tokens(values: Tensor, positions: Tensor) -> Tensor:
+    """Return values (batch, length, width) in the order of their positions (batch, length), each of which is there."""
+    index = positions[..., None].expand_as(values)
+    return torch.zeros_like(values).scatter(1, index, values)
 
 
 @dataclass(frozen=True)
@@ -28,12 +89,18 @@ class Tokens:
         scores: (batch, kept) importance, if the last block was asked for it; else None.
         alignment: which ops of the blocks compensate for pruned positions.
         pruned_sum: (batch, d_model) sum of the remembered values of pruned tokens, if the model needs it; else None.
-        pruned_segments: (batch, segments, d_model) sums over the pruned tokens as `segment_sums` has them, if the model
-            needs them; else None.
-        members: (batch, segments, kept) whether each segment has each token, for as long as the positions are these.
+        pruned_segments: sums over the pruned tokens as `segment_sums` has them, with the numbers of kept ones, if the
+            model needs them; else None.
+        summary: the result of `summarise`, if it is known already, for as long as the features are these; else None.
+        layout: where the kept tokens lie, for as long as the positions are these, if the model needs it; else None.
         sizes: (batch, kept) number of tokens that each one stands for, if merging needs it; else None.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; computed from `positions` once for all blocks up to the next stage.
+        grid: (rows, columns) of the patches of these images, if that can differ from the model's; else None.
+        levels: the output levels so far, of a model that reads out several.
+        dropped: the tokens that each stage dropped, if the model reads them out, too; else None.
+        update: (batch, kept, d_model), what the last block added to the residual stream, if the model needs it; else
+            None.
     """
 
     features: Tensor
@@ -44,18 +111,28 @@ class Tokens:
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
     pruned_segments: Tensor | None = None
-    members: Tensor | None = None
+    summary: Tensor | None = None
+    layout: Layout | None = None
     sizes: Tensor | None = None
     orders: tuple[ScanOrder, ...] = ()
     paths: tuple[KeptPath, ...] | None = None
+    grid: tuple[int, int] | None = None
+    levels: tuple[Level, ...] = ()
+    dropped: tuple[Dropped, ...] | None = None
+    update: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.paths is None:
             object.__setattr__(self, "paths", tuple(order.over(self.positions) for order in self.orders))
 
-    def updated(self, features: Tensor, scores: Tensor | None = None) -> Tokens:
-        """Return the same tokens with new features (and scores)."""
-        return replace(self, features=features, scores=scores)
+    def updated(self, features: Tensor, scores: Tensor | None = None, update: Tensor | None = None) -> Tokens:
+        """Return the same tokens with new features (and scores, and `update`)."""
+        return replace(self, features=features, scores=scores, update=update, summary=None)
+
+    def corrected(self, features: Tensor) -> Tokens:
+        """Return the same tokens with features that a correction has changed, by which `update` changes, too."""
+        update = None if self.update is None else self.update + (features - self.features)
+        return self.updated(features, self.scores, update)
 
     def explicit_positions(self) -> Tensor:
         """Return the positions (batch, kept), also if nothing is pruned yet."""
@@ -70,7 +147,33 @@ class Tokens:
         positions = self.explicit_positions().gather(1, index)
         sizes = None if self.sizes is None else self.sizes.gather(1, index)
         changed = {"features": features, "positions": positions, "sizes": sizes}
-        return replace(self, **changed, paths=None, scores=None, members=None)
+        if self.update is not None:
+            changed["update"] = gather_tokens(self.update, index)
+        if self.dropped is not None and (count := self.features.shape[1] - index.shape[1]):
+            changed["dropped"] = (*self.dropped, self._drop(index, int(count)))
+        return replace(self, **changed, paths=None, scores=None, summary=None, layout=None)
+
+    def _drop(self, kept: Tensor, count: int) -> Dropped:
+        """Return the `count` tokens that are not at the indices `kept`."""
+        gone = torch.ones(self.features.shape[:2], device=kept.device).scatter(1, kept, torch.zeros_like(kept).float())
+        index = topk_tokens(gone, count)
+        features = gather_tokens(self.features, index)
+        values = features if self.update is None else gather_tokens(self.update, index)
+        return Dropped(self.explicit_positions().gather(1, index), features, values)
+
+    def rejoin(self) -> Tokens:
+        """Return all tokens, the dropped ones as they were last seen; `dropped` must be remembered."""
+        if not self.dropped:
+            return self
+        features = torch.cat([*(group.features for group in self.dropped), self.features], dim=1)
+        positions = torch.cat([*(group.positions for group in self.dropped), self.positions], dim=1)
+        changed = {"features": place_tokens(features, positions), "positions": None, "dropped": (), "sizes": None}
+        return replace(self, **changed, paths=None, scores=None, update=None, summary=None, layout=None)
+
+    def level(self) -> Level:
+        """Return what an output level has of the tokens: `update` if it is kept, else the residual stream."""
+        values = self.features if self.update is None else self.update
+        return Level(self.positions, values, self.dropped or ())
 
     def with_pruned_sum(self, before: Tokens, memory: Callable[[Tensor], Tensor]) -> Tokens:
         """Return these tokens with an updated `pruned_sum`.
@@ -85,30 +188,25 @@ class Tokens:
 
     def with_pruned_segments(self, before: Tokens, segments: int) -> Tokens:
         """Return these tokens, which were selected from `before`, with an updated `pruned_segments`."""
-        kept = replace(self, members=self.find_members(segments))
-        total = before.segment_sums(segments)[0] - kept.segment_sums(segments)[0]
-        total = total if before.pruned_segments is None else before.pruned_segments + total
-        return replace(kept, pruned_segments=total)
+        layout, seen = self.find_layout(segments), before.summarise(segments)
+        pruned = segment_sums(self.features, layout.index, segments, EPSILON, seen, sign=-1)
+        # What is known of all tokens is the same as before; only their number is another.
+        sums = segments * self.features.shape[-1]
+        summary = torch.cat([seen[:, :sums], pruned[:, sums:]], dim=1)
+        return replace(self, layout=layout, pruned_segments=pruned, summary=summary)
 
-    def find_members(self, segments: int) -> Tensor:
-        """Return (batch, segments, kept) whether each segment has each token, as zeros and ones."""
-        index = self.explicit_positions() * segments // self.length
-        member = index[:, None] == torch.arange(segments, device=index.device)[:, None]
-        return member.to(self.features.dtype)
+    def with_sum_of_segments(self, segments: int) -> Tokens:
+        """Return these tokens with the `pruned_sum` that follows from `pruned_segments`, if features are remembered."""
+        batch, width = self.features.shape[0], self.features.shape[-1]
+        sums = self.pruned_segments[:, : segments * width].view(batch, segments, width)
+        return replace(self, pruned_sum=sums.sum(1))
 
-    def segment_sums(self, segments: int) -> tuple[Tensor, Tensor]:
-        """Sum the features, scaled to a mean square of 1, over each of `segments` equal parts of all positions.
-
-        Returns:
-            The sums (batch, segments, d_model) and the numbers of tokens (batch, segments), in the dtype of the
-            features.
-        """
-        # A product with a matrix of scales and zeros: it adds in the same order on every run, exports to ONNX, and
-        # needs no scaled copy of the features, which took as long as the rest.
-        members = self.find_members(segments) if self.members is None else self.members
-        with full_precision(members.device):
-            scale = torch.rsqrt(self.features.square().mean(-1) + EPSILON)
-            return (members * scale[:, None]) @ self.features, members.sum(-1)
+    def find_layout(self, segments: int) -> Layout:
+        """Return the layout of the kept tokens in `segments` equal parts of all positions."""
+        if self.layout is not None:
+            return self.layout
+        place = self.protected_index()[:, None, None].expand(-1, 1, self.features.shape[-1])
+        return Layout(self._find_segments(segments), place)
 
     def summarise(self, segments: int) -> Tensor:
         """Return what is known of all tokens, (batch, segments * (d_model + 1)).
@@ -116,10 +214,17 @@ class Tokens:
         For each segment of the positions that is the sum of the tokens' scaled features, the pruned ones as they were
         last seen, and the number of tokens that are kept.
         """
-        sums, counts = self.segment_sums(segments)
-        if self.pruned_segments is not None:
-            sums = sums + self.pruned_segments
-        return torch.cat([sums.flatten(1), counts], dim=1)
+        if self.summary is not None:
+            return self.summary
+        index = self._find_segments(segments) if self.layout is None else self.layout.index
+        return segment_sums(self.features, index, segments, EPSILON, self.pruned_segments)
+
+    def _find_segments(self, segments: int) -> Tensor:
+        """Return the segment (batch, kept) of each token."""
+        if self.positions is not None:
+            return self.positions * segments // self.length
+        every = torch.arange(self.length, device=self.features.device) * segments // self.length
+        return every.expand(self.features.shape[0], -1)
 
     def pruned_mean(self) -> Tensor:
         """Return the mean (batch, d_model) of the remembered values of the pruned tokens; zero if there are none."""

@@ -1,0 +1,310 @@
+"""Semantic segmentation with UperNet on any backbone: its head, and what the models on different backbones share.
+
+arXiv 1807.10221, and mmseg's `UPerHead`; module and parameter names are those of mmseg's checkpoints (`decode_head.`).
+Its auxiliary head is for training only and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.dense import DensePreprocessing
+from ..errors import InputError
+from ..pruning.tokens import Tokens
+from ..tasks import SEGMENTATION
+from .base import Decision, Expected, StateDict, TokenModel
+from .level_maps import LevelMap, fill_level
+from .precision import cast
+from .reading import Shapes
+from .sizes import LayeredConfig, LayerSize
+from .statements import Statement, Statements
+
+Size = tuple[int, int]
+
+POOL_SCALES = (1, 2, 3, 6)
+LEVELS = 4
+HINTS = {
+    f"decode_head.{part}": "its head is another one than UperNet's, and is not supported"
+    for part in ("psp_modules.0.1.conv.weight", "lateral_convs.0.conv.weight", "fpn_convs.0.conv.weight")
+}
+# Of mmseg's configurations; all published models have these values.
+HEAD_OPTIONS: Mapping[str, Expected] = {
+    "pool_scales": Expected((POOL_SCALES,), f"means over {', '.join(map(str, POOL_SCALES))} parts of each side"),
+    "align_corners": Expected((False,), "maps that are resized without aligned corners"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UperNetConfig(LayeredConfig):
+    """The sizes that a segmentation model has in addition to those of its backbone.
+
+    Attributes:
+        head_channels: width of the head.
+        out_layers: the layers, from 1, after which an output level is taken; the last one is the last layer.
+    """
+
+    head_channels: int
+    out_layers: tuple[int, ...]
+
+    @property
+    def map_sizes(self) -> list[Size]:
+        """The (rows, columns) of the maps that the head reads, from fine to coarse, for images of `image_size`."""
+        return [self.grid] * LEVELS
+
+    def count_head(self) -> int:
+        """Return the FLOPs of the head for one image of `image_size`."""
+        *finer, last = (rows * columns for rows, columns in self.map_sizes)
+        width, channels = self.d_model, self.head_channels
+        pyramid = sum(scale**2 for scale in POOL_SCALES) * width * channels
+        bottleneck = last * 9 * (width + len(POOL_SCALES) * channels) * channels
+        lateral, fpn = sum(finer) * width * channels, sum(finer) * 9 * channels**2
+        final = finer[0] * channels * (9 * LEVELS * channels + self.num_classes)
+        return pyramid + bottleneck + lateral + fpn + final
+
+    def with_layers(self, sizes: Mapping[int, LayerSize]) -> UperNetConfig:
+        out_layers = tuple(layer for layer, number in enumerate(sizes, 1) if number in self.out_layers)
+        return replace(super().with_layers(sizes), out_layers=out_layers)
+
+
+class ConvModule(nn.Module):
+    """A convolution without bias, batch norm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, side: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class UPerHead(nn.Module):
+    """Four maps (batch, width, rows, columns) from fine to coarse -> logits (batch, classes) at the size of the first.
+
+    A pyramid of means over the coarsest map (PSP), then a feature pyramid from coarse to fine (FPN).
+    """
+
+    def __init__(self, width: int, channels: int, classes: int):
+        super().__init__()
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(width, channels, 1)) for scale in POOL_SCALES
+        )
+        self.bottleneck = ConvModule(width + len(POOL_SCALES) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(width, channels, 1) for _ in range(LEVELS - 1))
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in range(LEVELS - 1))
+        self.fpn_bottleneck = ConvModule(LEVELS * channels, channels, 3)
+        self.conv_seg = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *finer, last = maps
+        sizes = [tuple(x.shape[-2:]) for x in maps]
+        means = [resize(pool(last), sizes[-1]) for pool in self.psp_modules]
+        top = self.bottleneck(torch.cat([last, *means], dim=1))
+        sums = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [top]
+        for level in range(LEVELS - 1, 0, -1):
+            sums[level - 1] = sums[level - 1] + resize(sums[level], sizes[level - 1])
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, sums[:-1], strict=True)] + [top]
+        outputs = [resize(x, sizes[0]) for x in outputs]
+        return self.conv_seg(self.fpn_bottleneck(torch.cat(outputs, dim=1)))
+
+    def products(self, sizes: Sequence[Size]) -> list[tuple[int, Tensor]]:
+        """Return the matrix products (rows, weight) for one image, whose maps have these (rows, columns)."""
+        areas = [rows * columns for rows, columns in sizes]
+        convs = [(scale**2, pool[1].conv) for scale, pool in zip(POOL_SCALES, self.psp_modules, strict=True)]
+        convs += [(areas[-1], self.bottleneck.conv)]
+        for parts in (self.lateral_convs, self.fpn_convs):
+            convs += [(area, part.conv) for area, part in zip(areas, parts, strict=False)]
+        convs += [(areas[0], self.fpn_bottleneck.conv), (areas[0], self.conv_seg)]
+        return [(rows, conv.weight.flatten(1)) for rows, conv in convs]
+
+
+def resize(x: Tensor, size: Size) -> Tensor:
+    """Return maps (batch, channels, rows, columns) at another size, bilinear as everywhere in mmseg."""
+    size = tuple(size)
+    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class UperNet(TokenModel):
+    """A segmentation model. `forward`: images (B, C, H, W) -> logits (B, classes, H, W).
+
+    Its `backbone` has `layers`. `readout` returns the logits of the head, which are smaller than the images, as `trace`
+    and `forward` do not.
+    """
+
+    task = SEGMENTATION
+    levels = LEVELS
+    # What both sides of an image are enlarged to a multiple of before it is given to the model; None: they are not.
+    multiple: ClassVar[int | None] = None
+
+    expected_options: ClassVar[Mapping[str, Expected]] = HEAD_OPTIONS
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.decode_head = UPerHead(config.d_model, config.head_channels, config.num_classes)
+        # By level, from 1; outside the backbone, so that published parameter names do not change.
+        self.level_maps = nn.ModuleDict()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.backbone.layers
+
+    @property
+    def classifier(self) -> nn.Conv2d:
+        return self.decode_head.conv_seg
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of an image of `config.image_size`, before any pruning."""
+        return self.config.patches
+
+    @property
+    def protected(self) -> None:
+        return None
+
+    @property
+    def patch_positions(self) -> Tensor:
+        return torch.arange(self.length, device="cpu").view(self.config.grid)
+
+    @property
+    def droppable_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer in super().droppable_layers if layer not in self.config.out_layers)
+
+    @property
+    def image_shape(self) -> tuple[int, None, None]:
+        return self.config.in_chans, None, None
+
+    def default_preprocessing(self) -> DensePreprocessing:
+        return DensePreprocessing.default(self.config.in_chans, self.config.image_size, self.multiple)
+
+    def read_preprocessing(self, value: Mapping[str, Any]) -> DensePreprocessing:
+        return DensePreprocessing.from_dict(value, self.config.in_chans)
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Return a function from a PIL image to the model's input, with a method `pair` for an image and its mask."""
+        return self.preprocessing.transform()
+
+    def fixed_transform(self) -> Callable[[Any], Tensor]:
+        """Return a transform like `transform`, which cuts the centre out of images of another ratio."""
+        return self.preprocessing.transform(self.config.image_size)
+
+    def raw_outputs(self, images: Tensor) -> Tensor:
+        return self.readout(self.encode(images)[0])
+
+    def count_level_maps(self) -> int:
+        plan, counts, total = self.plan, self.token_counts(), 0
+        dropped = [counts[stage.after - 1] - counts[stage.after] for stage in plan.stages] if plan else []
+        for parts in self.level_maps.values():
+            sizes = [count for count in dropped if count][: len(parts) - 1]
+            sizes.append(self.length - sum(sizes))
+            total += sum(
+                LevelMap.count_flops(size, self.d_model)
+                for part, size in zip(parts, sizes, strict=True)
+                if isinstance(part, LevelMap)
+            )
+        return total
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
+        """Compute the logits (batch, classes, height, width); return them and the decision of each stage."""
+        tokens, decisions = self.encode(images)
+        return resize(self.readout(tokens), images.shape[-2:]), decisions
+
+    def observe(self, layer: int, tokens: Tokens) -> Tokens:
+        """Append the output level of the layer, if it has one."""
+        if layer not in self.config.out_layers:
+            return tokens
+        level = tokens.level()
+        dropped = tuple(group._replace(values=self.read_values(layer, group.values)) for group in level.dropped)
+        level = level._replace(values=self.read_values(layer, level.values), dropped=dropped)
+        return replace(tokens, levels=(*tokens.levels, level))
+
+    def read_values(self, layer: int, values: Tensor) -> Tensor:
+        """Return what an output level has of tokens (batch, tokens, d_model), from the stream or updates after it."""
+        return values
+
+    def form_maps(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the head reads, of the levels as maps (batch, d_model, rows, columns)."""
+        return list(levels)
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        """Compute the logits (batch, classes, rows, columns) of the head, at the size of its finest map."""
+        zero = self.plan is not None and self.plan.fill == "zero"
+        maps = []
+        for number, level in enumerate(tokens.levels, 1):
+            parts = self.level_maps[str(number)] if str(number) in self.level_maps else None
+            filled = cast(fill_level(level, parts, zero), self.classifier)
+            maps.append(filled.transpose(1, 2).unflatten(2, tokens.grid))
+        return self.decode_head(self.form_maps(maps))
+
+    def drop_layers(self, layers: Sequence[int]) -> None:
+        """Remove layers as `TokenModel.drop_layers` does; InputError for an output layer."""
+        if needed := [layer for layer in self.config.out_layers if layer in layers]:
+            outputs = ", ".join(map(str, self.config.out_layers))
+            raise InputError(f"layer {needed[0]} cannot be dropped: the head reads the output of layers {outputs}")
+        kept = [number for number in range(1, len(self.blocks) + 1) if number not in layers]
+        self.config = self.config.with_layers({number: self.config.layers[number - 1] for number in kept})
+        super().drop_layers(layers)
+
+    def count_head_bytes(self, size: int) -> int:
+        """Return the bytes of one image's activations in the head, where it has most of them."""
+        c, (area, *_) = self.config, (math.prod(size) for size in self.config.map_sizes)
+        # What the last 3x3 convolution reads and writes; the logits, and the logits at the size of the image.
+        return max((LEVELS + 1) * c.head_channels * area, c.num_classes * (area + math.prod(c.image_size))) * size
+
+    def finish_products(self, products: Iterable[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+        """Return the matrix products of the backbone, and of its neck, with those of corrections and head."""
+        corrections = [(1, weight) for weight in self.corrections.parameters()]
+        return [*products, *corrections, *self.decode_head.products(self.config.map_sizes)]
+
+
+def strip_training(state: StateDict) -> dict[str, Tensor]:
+    """Return the weights without what only training needs: the auxiliary head, and mmcv's running averages.
+
+    The latter have the names of the weights with underscores for dots.
+    """
+    return {key: value for key, value in state.items() if not key.startswith(("auxiliary_head.", "ema_"))}
+
+
+def read_head(shape: Shapes) -> dict[str, int]:
+    """Return the sizes of a UperNet head: num_classes and head_channels.
+
+    Raises:
+        InputError: it is another head, or reads another number of maps.
+    """
+    classes, channels, _, _ = shape("decode_head.conv_seg.weight", 4)
+    for key in HINTS:
+        shape(key, 4)
+    maps, scales = shape.count("decode_head.lateral_convs.") + 1, shape.count("decode_head.psp_modules.")
+    if maps != LEVELS:
+        raise InputError(f"a UperNet head that reads {maps} maps is not supported: expected {LEVELS}")
+    if scales != len(POOL_SCALES):
+        raise InputError(f"a UperNet head with {scales} means of its last map is not supported: expected {POOL_SCALES}")
+    return {"num_classes": classes, "head_channels": channels}
+
+
+def check_out_layers(out_layers: Any, depth: int, where: str) -> tuple[int, ...]:
+    """Return the numbers of output layers, from 1; InputError unless they are four, the last of them the last layer."""
+    valid = isinstance(out_layers, (list, tuple)) and all(type(layer) is int for layer in out_layers)
+    ascending = valid and list(out_layers) == sorted(set(out_layers))
+    if not (ascending and len(out_layers) == LEVELS and out_layers[0] >= 1 and out_layers[-1] == depth):
+        raise InputError(
+            f"output levels after layers {str(out_layers)[:80]} ({where}), counted from 1: expected {LEVELS} of the "
+            f"{depth} layers in ascending order, the last layer among them"
+        )
+    return tuple(out_layers)
+
+
+def find_out_layers(said: Statements) -> Statement | None:
+    """Return what is said about the output layers, counted from 1; None if nothing is."""
+    if "out_layers" in said.options:
+        return said.options["out_layers"]
+    if (found := said.options.get("out_indices")) is None:
+        return None
+    valid = isinstance(found.value, tuple) and all(type(index) is int for index in found.value)
+    return Statement(tuple(index + 1 for index in found.value), found.where) if valid else found
