@@ -1,0 +1,178 @@
+"""Make images with clutter from Fashion-MNIST and photographs: for segmentation, or for classification.
+
+    apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
+    pip install scikit-image                     # for its photographs; those of scikit-learn are used, too
+    python examples/make_clutter.py segmentation train seg-train.parquet --images 20000
+    python examples/make_clutter.py segmentation test seg-test.parquet --images 2000
+    python examples/make_clutter.py classification train clutter-train.parquet --images 20000
+    python examples/make_clutter.py classification test clutter-test.parquet --images 5000
+
+Each image is a crop of a photograph, 112 pixels wide and high. For segmentation, up to five garments of random size,
+colour and place are pasted on it, the later ones in front; the column `annotation` has for each pixel 0 for the
+photograph, or 1 to 10 for the garment that it shows. For classification, there is one whole garment, and fragments of
+others, which are too small to be recognised; the column `label` is the class of the whole one.
+
+Garments of the training images are Fashion-MNIST's training set, those of the test images its test set, and no
+photograph is used for both. Image k depends on the seed, the split and k alone. Fashion-MNIST is by Zalando SE, MIT
+licence; for the photographs see the documentation of scikit-image and scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from fashion_mnist import CLASSES, FOLDER, read
+from PIL import Image
+
+SIDE = 112
+# Photographs by split. Both pictures of the motorcycle are of the same scene.
+SCIKIT_LEARN = {"train": ("china.jpg",), "test": ("flower.jpg",)}
+SCIKIT_IMAGE = {
+    "train": ("astronaut", "coffee", "motorcycle_left", "motorcycle_right", "grass", "hubble_deep_field", "ihc"),
+    "test": ("chelsea", "rocket", "gravel", "retina"),
+}
+FILES = {"train": "train", "test": "t10k"}
+OPAQUE = 24  # a garment's pixels that are darker than this belong to the background of Fashion-MNIST
+CLASS_NAMES = ("background", *CLASSES)
+
+
+class Clutter:
+    """The images of a split.
+
+    Args:
+        split: train or test. folder: of the original files of Fashion-MNIST. seed: seed of all random choices.
+    """
+
+    def __init__(self, split: str, folder: Path, seed: int):
+        self.seed = [seed, ("train", "test").index(split)]
+        self.garments, self.labels = read(folder, FILES[split])
+        self.photographs = list(load_photographs(split))
+
+    def draw_scene(self, number: int) -> tuple[Image.Image, np.ndarray]:
+        """Return image `number` for segmentation, and the class of each pixel (112, 112) uint8, 0 the photograph."""
+        generator = np.random.default_rng([*self.seed, 0, number])
+        canvas, mask = self._crop(generator), np.zeros((SIDE, SIDE), np.uint8)
+        for _ in range(generator.integers(1, 6)):
+            garment = generator.integers(len(self.garments))
+            side = int(generator.integers(28, 65))
+            self._paste(canvas, mask, generator, self.garments[garment], 1 + int(self.labels[garment]), side)
+        return to_picture(canvas), mask
+
+    def draw_object(self, number: int) -> tuple[Image.Image, int]:
+        """Return image `number` for classification, and its class."""
+        generator = np.random.default_rng([*self.seed, 1, number])
+        canvas, mask = self._crop(generator), np.zeros((SIDE, SIDE), np.uint8)
+        for _ in range(generator.integers(4, 13)):
+            pixels = self.garments[generator.integers(len(self.garments))]
+            top, left = generator.integers(4, 16, 2)
+            side = int(generator.integers(12, 29))
+            self._paste(canvas, mask, generator, pixels[top : top + 9, left : left + 9], 1, side)
+        garment = generator.integers(len(self.garments))
+        side = int(generator.integers(40, 81))
+        self._paste(canvas, mask, generator, self.garments[garment], 2, side)
+        return to_picture(canvas), int(self.labels[garment])
+
+    def _crop(self, generator: np.random.Generator) -> np.ndarray:
+        """Return a crop (112, 112, 3) of a photograph, float32 from 0 to 255, mirrored half of the time."""
+        photograph = self.photographs[generator.integers(len(self.photographs))]
+        side = int(generator.integers(SIDE, min(photograph.size) + 1))
+        left, top = (int(generator.integers(0, extent - side + 1)) for extent in photograph.size)
+        box = (left, top, left + side, top + side)
+        pixels = np.asarray(photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box), np.float32)
+        return np.ascontiguousarray(pixels[:, ::-1] if generator.random() < 0.5 else pixels)
+
+    def _paste(
+        self,
+        canvas: np.ndarray,
+        mask: np.ndarray,
+        generator: np.random.Generator,
+        garment: np.ndarray,
+        label: int,
+        side: int,
+    ) -> None:
+        """Paste a garment of `side` pixels in a random colour at a random place, and write its label into the mask."""
+        picture = Image.fromarray(garment).resize((side, side), Image.Resampling.BILINEAR)
+        shade = np.asarray(picture, np.float32)
+        if generator.random() < 0.5:
+            shade = shade[:, ::-1]
+        top, left = generator.integers(0, SIDE - side + 1, 2)
+        colour = generator.uniform(60, 255, 3).astype(np.float32)
+        # A garment keeps its texture: the brightness within it is spread around that of its colour.
+        pixels = (0.35 + 0.65 * shade[..., None] / 255) * colour
+        inside = shade >= OPAQUE
+        rows, columns = slice(top, top + side), slice(left, left + side)
+        canvas[rows, columns][inside] = pixels[inside]
+        mask[rows, columns][inside] = label
+
+
+def load_photographs(split: str) -> Iterator[Image.Image]:
+    """Yield the photographs of a split in RGB."""
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    folder = Path(data.__file__).parent
+    for name in SCIKIT_LEARN[split]:
+        yield Image.fromarray(load_sample_image(name))
+    for name in SCIKIT_IMAGE[split]:
+        file = next(folder.glob(f"{name}.*"))
+        yield Image.open(file).convert("RGB")
+
+
+def to_picture(canvas: np.ndarray) -> Image.Image:
+    """Return pixels (height, width, 3) from 0 to 255 as a picture."""
+    return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))
+
+
+def encode(picture: Image.Image, **options: Any) -> dict[str, Any]:
+    """Return a picture as `datasets` stores it; options as PIL's `save` takes them."""
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def make_rows(clutter: Clutter, task: str, count: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table."""
+    for number in range(count):
+        picture, target = clutter.draw_scene(number) if task == "segmentation" else clutter.draw_object(number)
+        row = {"image": encode(picture, format="JPEG", quality=92)}
+        if task == "segmentation":
+            yield row | {"annotation": encode(Image.fromarray(target), format="PNG")}
+        else:
+            yield row | {"label": target}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("segmentation", "classification"))
+    parser.add_argument("split", choices=tuple(FILES))
+    parser.add_argument("output", type=Path, help="a .parquet file")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--idx", type=Path, default=FOLDER, help="folder of the original files of Fashion-MNIST")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    clutter = Clutter(args.split, args.idx, args.seed)
+    features: dict[str, Any] = {"image": ImageFeature()}
+    if args.task == "segmentation":
+        features["annotation"] = ImageFeature()
+    else:
+        features["label"] = ClassLabel(names=CLASSES)
+    columns: dict[str, list[Any]] = {name: [] for name in features}
+    for row in make_rows(clutter, args.task, args.images):
+        for name, value in row.items():
+            columns[name].append(value)
+    table = Dataset.from_dict(columns, features=Features(features))
+    table = table.add_column("seed", [args.seed] * len(table), feature=Value("int32"))
+    table.to_parquet(args.output)
+    print(f"wrote {len(table)} images to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Train a small UperNet with a Vim backbone on the images of make_clutter.py, on a CPU.
+
+    python examples/make_clutter.py segmentation train seg-train.parquet --images 20000
+    python examples/make_clutter.py segmentation test seg-test.parquet --images 1000
+    python examples/train_segmenter.py segmenter.pth seg-train.parquet seg-test.parquet
+
+The checkpoint has mmseg's format and is written every few minutes; the same command goes on from it, and a run in
+pieces gives the same model as a run in one. After each epoch a line with the mIoU on the test images goes to standard
+output and to the checkpoint's "history".
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from make_clutter import CLASS_NAMES, SIDE
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from train_fashion_mnist import SAVE_EVERY, initialise, parameter_groups
+
+from ssmcompress.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig
+from ssmcompress.tasks import SEGMENTATION
+
+PATCH = 8
+# What the weights do not show, in the form of mmseg's configurations.
+CONFIG = """model = dict(
+    type='EncoderDecoder',
+    backbone=dict(
+        type='VisionMambaSeg', img_size={side}, patch_size={patch}, embed_dim={d_model}, depth={depth},
+        out_indices={out_indices}, if_cls_token=False, use_residual_as_feature=True, last_layer_process='add',
+        if_rope=False),
+    decode_head=dict(type='UPerHead', channels={channels}, num_classes={classes}, align_corners=False),
+    test_cfg=dict(mode='whole'))
+"""
+
+
+def load(file: Path) -> tuple[Tensor, Tensor]:
+    """(images (n, 3, 112, 112) uint8, masks (n, 112, 112) uint8) of a table of make_clutter.py."""
+    table = Dataset.from_parquet(str(file))
+    images = np.empty((len(table), SIDE, SIDE, 3), np.uint8)
+    masks = np.empty((len(table), SIDE, SIDE), np.uint8)
+    for number, row in enumerate(table):
+        images[number], masks[number] = np.asarray(row["image"]), np.asarray(row["annotation"])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Images (n, 3, height, width) uint8 as the model takes them."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def make_model(d_model: int, depth: int, d_state: int, channels: int) -> VimUperNet:
+    """A Vim as train_fashion_mnist.py makes it, without its class token, and a UperNet head."""
+    quarters = tuple(depth * part // 4 for part in range(1, 5))
+    config = VimUperNetConfig(
+        d_model=d_model, depth=depth, d_inner=2 * d_model, d_state=d_state, dt_rank=-(-d_model // 16), d_conv=4,
+        in_chans=3, num_classes=len(CLASS_NAMES), patch_size=(PATCH, PATCH), stride=PATCH, image_size=(SIDE, SIDE),
+        head_channels=channels, out_layers=quarters, level="residual",
+    )  # fmt: skip
+    model = VimUperNet(config)
+    nn.init.trunc_normal_(model.backbone.pos_embed, std=0.02)
+    initialise(model, lambda m: (m.dt_proj, m.dt_proj_b), [block.mixer for block in model.blocks])
+    return model
+
+
+def augmented(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Half of the images mirrored, each shifted by up to a patch; pixels from outside are ignored (255)."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    images, masks = images.clone(), masks.clone()
+    images[mirrored], masks[mirrored] = images[mirrored].flip(3), masks[mirrored].flip(2)
+    down, right = torch.randint(2 * PATCH + 1, (2,), generator=generator).tolist()
+    images = F.pad(images, [PATCH] * 4, mode="reflect")[..., down : down + SIDE, right : right + SIDE]
+    masks = F.pad(masks, [PATCH] * 4, value=255)[..., down : down + SIDE, right : right + SIDE]
+    return images, masks
+
+
+@torch.inference_mode()
+def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float]:
+    """The figures of a model on test images."""
+    model.eval()
+    meter = SEGMENTATION.meter(len(CLASS_NAMES))
+    for x, y in zip(images.split(50), masks.split(50), strict=True):
+        meter.add(model(normalised(x)), y, None)
+    model.train()
+    result = meter.result()
+    return {"miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")
+    parser.add_argument("test", type=Path, help="a .parquet file of make_clutter.py")
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--d-state", type=int, default=8)
+    parser.add_argument("--channels", type=int, default=32, help="width of the head")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="stop after this many more steps")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    images, masks = load(args.training)
+    test = load(args.test)
+    torch.manual_seed(args.seed)
+    model = make_model(args.d_model, args.depth, args.d_state, args.channels).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
+    per_epoch = len(images) // args.batch_size
+    last = args.epochs * per_epoch
+    schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
+    step, history = 0, []
+    fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "seed")
+    settings = {name: getattr(args, name) for name in fixed}
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        if saved["settings"] != settings:
+            raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
+        model.load_state_dict(saved["state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, history = saved["step"], saved["history"]
+    indices = [layer - 1 for layer in model.config.out_layers]
+    text = CONFIG.format(
+        side=SIDE, patch=PATCH, d_model=args.d_model, depth=args.depth, out_indices=indices, channels=args.channels,
+        classes=len(CLASS_NAMES),
+    )  # fmt: skip
+
+    def save() -> None:
+        meta = {"config": text, "CLASSES": CLASS_NAMES, "iter": step}
+        state = {"meta": meta, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        temporary = args.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "history": history, "settings": settings}, temporary)
+        os.replace(temporary, args.checkpoint)
+
+    saved_at = started = time.monotonic()
+    first, stop = step, min(last, step + (args.steps or last))
+    while step < stop:
+        epoch, position = divmod(step, per_epoch)
+        # Drawn from the seed and the step alone, so that a run in pieces sees the same batches.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
+        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
+        generator = torch.Generator().manual_seed(args.seed + 1000 * (step + 1))
+        batch, targets = augmented(images[chosen], masks[chosen], generator)
+        schedule.step_update(step)
+        loss = SEGMENTATION.loss(model(normalised(batch)), targets).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            each = (time.monotonic() - started) / (step - first)
+            left = f"{each:.2f} s a step, {each * (last - step) / 60:.0f} min left"
+            print(f"step {step}/{last} loss {loss.item():.3f} {left}", flush=True)
+        if step % per_epoch == 0:
+            history.append({"epoch": step // per_epoch, "loss": loss.item(), **measure(model, *test)})
+            print(json.dumps(history[-1]), flush=True)
+        if step == stop or step % per_epoch == 0 or time.monotonic() - saved_at > SAVE_EVERY:
+            save()
+            saved_at = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()
