@@ -104,6 +104,18 @@ class Reading:
         str | None,
         option(MODEL_FILE, help="vim or plain_mamba, where neither the weights nor the rest of the file says it."),
     ] = None
+    task: Annotated[
+        str | None,
+        option(MODEL_FILE, help="classification or segmentation: refuse a file of another task. Default: what it is."),
+    ] = None
+    level: Annotated[
+        str | None,
+        option(
+            MODEL_FILE,
+            help="What a segmentation model on a Vim reads, where its file does not say it: hidden, residual, "
+            "residual_norm or rope.",
+        ),
+    ] = None
     unsafe_load: Annotated[
         bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
     ] = False
@@ -126,13 +138,13 @@ class Reading:
         from ..models.checkpoint import LoadOptions
 
         size = parse_size(self.image_size)
-        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, self.architecture)
+        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, self.architecture, self.task, self.level)
 
     @property
     def folder_labels(self) -> dict[str, Any]:
         """What the default name of a folder says of these options: label -> text or None."""
         weights = self.weights if self.weights != "model" else None
-        return {"weights-": weights, "image": self.image_size, "stride": self.stride}
+        return {"weights-": weights, "image": self.image_size, "stride": self.stride, "level-": self.level}
 
 
 @dataclass(frozen=True)
@@ -147,6 +159,12 @@ class Load(Reading):
         str | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps, 0.875 or 87.5%.")
     ] = None
     interpolation: Annotated[str | None, option(MODEL_FILE, help="bicubic, bilinear, nearest or lanczos.")] = None
+    short_side: Annotated[
+        int | None,
+        option(
+            MODEL_FILE, min=0, help="Segmentation: resize images to this shorter side; 0: do not. Default: as trained."
+        ),
+    ] = None
 
     def open(self, checkpoint: str, hardware: Processor = Processor()) -> TokenModel:
         """The model in a file or folder, on the hardware, with the preprocessing that the options ask for.
@@ -160,6 +178,7 @@ class Load(Reading):
             raise InputError(f"--crop-pct {self.crop_pct}: expected a share above 0, at most 100%")
         model = super().open(checkpoint, hardware)
         changes = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": self.interpolation}
+        changes["short_side"] = self.short_side
         model.preprocessing = model.preprocessing.changed(**changes)
         return model
 
@@ -170,6 +189,14 @@ class Batching:
 
     batch_size: Annotated[int, option(HARDWARE, min=1, help="Images at a time; changes no result.")] = 64
     workers: Annotated[int, option(HARDWARE, min=0, help="Processes that decode images; 0: the main process does.")] = 0
+    reduce_zero_label: Annotated[
+        bool | None,
+        option(
+            IMAGES,
+            "--reduce-zero-label/--no-reduce-zero-label",
+            help="In masks, 0 is no class and classes count from 1. Default: as the data says, else without.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -220,7 +247,8 @@ class TrainingImages:
         from ..jobs.requests import SAMPLES, DataOptions
 
         samples = getattr(self, "samples", SAMPLES)
-        return DataOptions(self.data, self.eval_data, samples, self.seed, batching.batch_size, batching.workers)
+        reading = (batching.batch_size, batching.workers, batching.reduce_zero_label)
+        return DataOptions(self.data, self.eval_data, samples, self.seed, *reading)
 
 
 @dataclass(frozen=True)
@@ -305,6 +333,10 @@ class Pruning(Stages):
             help="Refit later layers to the dense model, without training. Default: where data is given.",
         ),
     ] = None
+    reenter: Annotated[
+        int,
+        option(PRUNING, min=0, help="Segmentation: number of last layers that all tokens enter again."),
+    ] = 0
     plan: Annotated[
         str | None,
         option(PRUNING, help="Plan to use: a pruned model's folder, file or report, or the JSON of --dry-run --json."),
@@ -327,6 +359,7 @@ class Pruning(Stages):
             stages=parse_numbers(self.stages, "--stages", int),
             importance=self.importance,
             align=self.align,
+            reenter=self.reenter,
             sensitivity=budget.sensitivity,
             by_labels=budget.by_labels,
             search_images=budget.search_images,

@@ -31,6 +31,8 @@ from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import MAX_RATIO, Stage, token_counts
 
 CONVENTIONS = ("full", "paper")
+# The parts of a segmentation model that dropped tokens do not change.
+DENSE_PARTS = ("neck", "head")
 
 
 def flops(model: TokenModel) -> dict[str, float]:
@@ -42,6 +44,17 @@ def flops(model: TokenModel) -> dict[str, float]:
 def flops_as_run(model: TokenModel) -> dict[str, float]:
     """Return the GFLOPs of one image as they are run here, by convention, also for a dense model."""
     return {convention: sum(flops_by_part(model, convention, True).values()) for convention in CONVENTIONS}
+
+
+def backbone_flops(model: TokenModel) -> dict[str, float] | None:
+    """Return the GFLOPs (`flops`) of a segmentation model without its neck and head; None for a classifier."""
+    if not model.levels:
+        return None
+    parts = {convention: flops_by_part(model, convention) for convention in CONVENTIONS}
+    return {
+        convention: sum(count for part, count in counts.items() if part not in DENSE_PARTS)
+        for convention, counts in parts.items()
+    }
 
 
 def dense_flops(model: TokenModel) -> dict[str, float]:

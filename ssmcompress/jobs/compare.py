@@ -76,8 +76,9 @@ def compare_methods(
     Raises:
         InputError: a pruned model, images or a folder that cannot be used.
     """
-    methods = choose_methods(request.methods, search=request.search, reconstruct=request.reconstruct)
     check_dense(model)
+    wanted = {"search": request.search, "reconstruct": request.reconstruct, "levels": bool(model.levels)}
+    methods = choose_methods(request.methods, **wanted)
     if processes.count() > 1:
         raise InputError("compare runs in one process: start it without a launcher")
     ratios = request.ratios
@@ -212,7 +213,7 @@ class Comparison:
         if method.axis is not None:
             return self._axes.build(method.axis, level.budget)
         plan = self.plan(method, level)
-        if method.reconstructed and self.calibration.source.stand_in:
+        if (method.reconstructed or method.mapped) and self.calibration.source.stand_in:
             raise InputError("reconstruction needs images of your own")
         if not plan.stages:  # the model as it is run is within the budget of a search
             return mark_unchanged(self.model)
@@ -249,6 +250,9 @@ class Comparison:
         return Calibration(name, images, self._deltas, probes=self._probes or ())
 
     def evaluate(self, model: TokenModel) -> Evaluation:
+        if self.model.levels:  # outputs for each pixel are too large to be kept
+            models = {"dense": self.model, "row": model}
+            return measure(models, self.measured, dtype=self.options.torch_dtype)["row"]
         if self._dense is None:
             self._dense = compute_logits(self.model, self.measured, self.options.torch_dtype)
         dense = self._dense if self._has_dense_size(model) else _InOrder(self._dense.values, self._dense.samples)

@@ -82,7 +82,10 @@ class AxisModels:
         result = search_axes(self.model, request, self.images, self.data, gap=self.gap, repair=True)
         write_file(self.sensitivity, result.sensitivity.to_json().encode(), force=True)
         plan = Plan(result.plan.stages, result.plan.alignment, self.gap, self.data.seed)
-        return [*trimming_steps(result.trims, result.chains), *pruning_steps(plan, Reconstruct())]
+        return [
+            *trimming_steps(result.trims, result.chains),
+            *pruning_steps(plan, Reconstruct(), bool(self.model.levels)),
+        ]
 
     def _chains_for(self, axis: str) -> Mapping[str, Any]:
         """Return the chains of the dense model for an axis, by the name of its step; computed once."""

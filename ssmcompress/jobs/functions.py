@@ -119,7 +119,7 @@ def fit_budget(
         result = search_axes(model, wanted, images, DataOptions(), gap="calibrated", repair=True)
     context = Context(model, images.calibration)
     refit = Reconstruct(False, RefitOptions(class_corrections=latency is None))
-    steps = [*trimming_steps(result.trims, result.chains), *pruning_steps(result.plan, refit)]
+    steps = [*trimming_steps(result.trims, result.chains), *pruning_steps(result.plan, refit, bool(model.levels))]
     *_, compressed = [mark_unchanged(model), *run_steps(steps, context, keep=()).values()]
     add_learnt(compressed, [result.sensitivity.digests])
     return compressed

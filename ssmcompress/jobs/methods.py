@@ -27,6 +27,8 @@ class Method:
         searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
             refitted.
         axis: what is trimmed instead of tokens, as `compare_axes.AxisModels.build` has it; None: tokens, by a plan.
+        mapped: whether the output levels of a segmentation model are mapped to the dense ones.
+        fill: what is read out of a dropped token, as in a plan. Both are for models with output levels alone.
     """
 
     name: str
@@ -36,10 +38,18 @@ class Method:
     searched: bool = False
     reconstructed: bool = False
     axis: str | None = None
+    mapped: bool = False
+    fill: str = "stale"
+
+    @property
+    def of_levels(self) -> bool:
+        """Whether it is for models with output levels alone."""
+        return self.mapped or self.fill != "stale"
 
     def steps(self, plan: Plan) -> Sequence[Step]:
         """What the method does with a plan."""
-        return pruning_steps(plan, Reconstruct() if self.reconstructed else None)
+        refit = Reconstruct() if self.reconstructed else None
+        return pruning_steps(replace(plan, fill=self.fill), refit, self.mapped)
 
 
 def _methods() -> tuple[Method, ...]:
@@ -55,6 +65,11 @@ def _methods() -> tuple[Method, ...]:
         Method("R-MeeTo", "similarity", UNALIGNED, "ordered"),
         Method("MTR", "delta", UNALIGNED, "grouped"),
         Method("search", searched=True),
+    ]
+    rows += [
+        Method("zero-filled", alignment=UNALIGNED, fill="zero"),
+        Method("naive, mapped", alignment=UNALIGNED, mapped=True),
+        Method("clip, aligned, mapped", mapped=True),
     ]
     again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
     rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
@@ -72,24 +87,34 @@ METHODS = _methods()
 NAMES = tuple(method.name for method in METHODS)
 
 
-def choose_methods(names: Sequence[str] | None, *, search: bool, reconstruct: bool) -> tuple[Method, ...]:
+def choose_methods(
+    names: Sequence[str] | None, *, search: bool, reconstruct: bool, levels: bool = False
+) -> tuple[Method, ...]:
     """The methods with these names, in the order of `METHODS`.
 
     Args:
         names: None: all of them. search, reconstruct: whether those with a search or a reconstruction are among all;
             those of other axes than tokens, and the smaller image, are if both are true.
+        levels: whether the model has output levels, as one for segmentation has.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a method that is not for the model.
     """
     if names is None:
         both = search and reconstruct
-        tokens = (m for m in METHODS if m.axis is None or both)
+        tokens = (m for m in METHODS if (m.axis is None or both) and is_for(m, levels))
         return tuple(m for m in tokens if (search or not m.searched) and (reconstruct or not m.reconstructed))
     for name in names:
         if name not in NAMES:
             raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
+        if not is_for(next(method for method in METHODS if method.name == name), levels):
+            raise InputError(f"method {name!r} is for {'classifiers' if levels else 'segmentation models'} alone")
     return tuple(method for method in METHODS if method.name in names)
+
+
+def is_for(method: Method, levels: bool) -> bool:
+    """Whether a method is for models with output levels, or without."""
+    return method.axis != IMAGE if levels else not method.of_levels
 
 
 @dataclass(frozen=True)

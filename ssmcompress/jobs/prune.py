@@ -101,6 +101,7 @@ class PruneRequest:
             "s": plan.stages,
             "": plan.importance if plan.importance != "clip" else None,
             "no-align": "" if plan.align is False else None,
+            "reenter": plan.reenter or None,
             "no-reconstruct": "" if options.reconstruct is False else None,
             "reconstruct": "" if options.reconstruct and options.data.data is None else None,
             "gap-": options.gap,
@@ -150,7 +151,10 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
     parts |= {"stages": asked.stages, "seed": options.data.seed}
     if asked.flops is None:
         ratio = asked.ratio or (DEFAULT_RATIO,)
-        return FoundPlan(make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts))
+        plan = make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts)
+        if asked.reenter and not model.levels:
+            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
+        return FoundPlan(replace(plan, reenter=asked.reenter).validate(len(model.blocks)))
     make_plan(model, **parts)  # reports bad stages before the range is computed from them
     stages = asked.stages or default_stages(len(model.blocks))
     images = choose_images(model, options.data, options.finetune is not None)
@@ -258,15 +262,15 @@ def _prune_folder(
     """Write the pruned folder; returns the snapshots, the last of which is in it, and its report."""
     calibration, together = images.calibration, processes.count() > 1
     plan, search = found.plan, found.search
-    plan = Plan(plan.stages, plan.alignment, images.gap_source(options.gap, plan.gap), plan.seed)
-    refit = None
+    plan = replace(plan, gap=images.gap_source(options.gap, plan.gap), calibration=None)
+    refit, levels = None, bool(model.levels) and images.wants_reconstruction(None)
     if images.wants_reconstruction(options.reconstruct):
         # Corrections of the class token cost little in FLOPs, but time; a latency was searched for without them.
         timed = search is not None and search.record["asked"]["latency"] is not None
         refit = Reconstruct(bool(options.reconstruct), RefitOptions(class_corrections=not timed))
     context = Context(model, calibration, seed=options.data.seed, distributed=together, command=target.command)
     trimming = trimming_steps(found.trims, search.chains if search is not None else {})
-    steps = [*trimming, *pruning_steps(plan, refit)]
+    steps = [*trimming, *pruning_steps(plan, refit, levels)]
     # Of a trimmed model, what is not repaired yet is one column: the figures of each step would not fit.
     before = [step.name for step in steps if not isinstance(step, Reconstruct)][-1:]
     keep = [*before, Reconstruct.name, *(step.name for step in options.steps)] if trimming else None
@@ -308,7 +312,7 @@ def preview(model: TokenModel, plan: Plan, trims: Trims = Trims()) -> dict[str, 
     pruned = mark_unchanged(model)
     if trims:
         pruned = build_trimmed(model, trims)
-    install(pruned, Plan(plan.stages, plan.alignment, seed=plan.seed))
+    install(pruned, replace(plan, gap=None, calibration=None))
     return {
         "plan": plan.to_dict(),
         **({"trims": describe_trims(pruned, trims)} if trims else {}),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.batches import Batches
 from ..data.content import hash_contents
 from ..errors import InputError
-from ..evaluation.flops import dense_flops, flops, flops_as_run, flops_of
+from ..evaluation.flops import backbone_flops, dense_flops, flops, flops_as_run, flops_of
 from ..evaluation.latency import latency_settings
 from ..evaluation.timings import Timings, describe_load
 from ..files import WEB_PAGE, check_target, read_text, write_file
@@ -95,8 +95,8 @@ def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
     """Describe the model of a column: what was measured, and its cost.
 
-    `flops_as_run` has the GFLOPs (`full`) as they are run here, where the published code takes more; `sizes`, of the
-    dense model, those of its layers.
+    `flops_backbone` has the GFLOPs of a segmentation model without its neck and head, `flops_as_run` those (`full`) as
+    they are run here, where the published code takes more, and `sizes`, of the dense model, the sizes of its layers.
     """
     result, timings = measured.results[name], measured.timings
     timed = timings is not None and name in timings.rounds
@@ -104,6 +104,7 @@ def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str
         **model.task.describe(result, compared=False),
         "flops": flops(model),
         **describe_as_run(flops(model)["full"], flops_as_run(model)["full"]),
+        **({"flops_backbone": backbone} if (backbone := backbone_flops(model)) is not None else {}),
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": timings.median(name) if timed else None,
         "latency_quartiles_ms": timings.quartiles(name) if timed else None,

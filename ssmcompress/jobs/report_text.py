@@ -29,6 +29,7 @@ def format_rows(report: Report) -> list[tuple[str, list[str]]]:
         *((figure.title, line(figure.report_key, figure.form)) for figure in task.figures_of(compared=False)),
         *_flops_rows(models, report, "full"),
         *_flops_rows(models, report, "paper"),
+        *_flops_rows(models, report, "full", "flops_backbone"),
         ("latency, batch 1", line("latency_ms", "{:.1f} ms")),
         ("  speed-up", [*[""] * (len(models) - 1), _speed_up(report.get("latency") or {})]),
         ("parameters", line("params", "{:,}")),
@@ -77,7 +78,11 @@ def format_notes(report: Report) -> list[str]:
         )
     if (used := report.get("preprocessing") or {}).get("assumed"):
         mean, std = (",".join(f"{value:g}" for value in used[name]) for name in ("mean", "std"))
-        how = f"mean {mean}, std {std}, crop {used['crop_pct']:g}, {used['interpolation']}"
+        if "crop_pct" in used:
+            size = f"crop {used['crop_pct']:g}, {used['interpolation']}"
+        else:
+            size = f"shorter side {used['short_side']}" if used.get("short_side") else "not resized"
+        how = f"mean {mean}, std {std}, {size}"
         lines.append(f"preprocessing was assumed: {how}")
     if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
         lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
@@ -225,9 +230,18 @@ def _cell(value: Any, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _flops_rows(models: Sequence[Report], report: Report, convention: str) -> list[tuple[str, list[str]]]:
-    """GFLOPs by a convention, and what they are more or less than those of the dense model."""
-    dense = report["dense"]["flops"][convention]
-    values = [model["flops"][convention] if model.get("flops") else None for model in models]
+def _flops_rows(
+    models: Sequence[Report], report: Report, convention: str, key: str = "flops"
+) -> list[tuple[str, list[str]]]:
+    """GFLOPs by a convention, and what they are more or less than those of the dense model.
+
+    Args:
+        key: "flops", or "flops_backbone", which only segmentation models have.
+    """
+    dense = (report["dense"].get(key) or {}).get(convention) if key != "flops" else report["dense"][key][convention]
+    if dense is None:
+        return []
+    values = [model[key][convention] if model.get(key) else None for model in models]
     changes = ["" if value in (None, dense) else f"{value / dense - 1:+.1%}" for value in values]
-    return [(f"GFLOPs, {convention}", [_cell(value, "{:.4g}") for value in values]), ("  compared to dense", changes)]
+    name = f"GFLOPs, {convention}" if key == "flops" else "GFLOPs of the backbone"
+    return [(name, [_cell(value, "{:.4g}") for value in values]), ("  compared to dense", changes)]

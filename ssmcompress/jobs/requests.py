@@ -71,6 +71,7 @@ class PlanRequest:
         stages: layers to prune after, or to choose from; None: the default ones, or all.
         importance: metric; None: "clip", or all that a search chooses from.
         align: whether the later layers are aligned; None: yes.
+        reenter: number of last layers that all tokens enter again, as in a `Plan`; with `ratio`.
         sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
         search_images: images to search on at most.
     """
@@ -85,6 +86,7 @@ class PlanRequest:
     stages: tuple[int, ...] | None = None
     importance: str | None = None
     align: bool | None = None
+    reenter: int = 0
     sensitivity: str | None = None
     by_labels: bool = False
     search_images: int = SEARCH_IMAGES
@@ -106,6 +108,9 @@ class PlanRequest:
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)}: expected one of them")
         own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
+        own["`reenter`"] = self.reenter or None
+        if self.reenter and any(value is not None for value in (self.flops, self.latency, self.max_drop)):
+            raise InputError("`reenter` goes with `ratio`: a budget is met with the tokens dropped to the end")
         if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
             raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
         for name, value in (("latency", self.latency), ("max_drop", self.max_drop)):

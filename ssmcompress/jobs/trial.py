@@ -116,7 +116,7 @@ class Trial:
             run(pruned, self.images)
         add = functools.partial(processes.all_reduce_sum, device=self.device) if self.several else None
         collected = collector.take(self.dense, self.labels)
-        total = sum_losses(pruned, collected, self.dense, self.labels, refit=self.refit, add=add)
+        total = sum_losses(pruned.classifier, collected, self.dense, self.labels, refit=self.refit, add=add)
         return float(average_losses([total], len(self.images), add)[0])
 
     def run(

@@ -36,7 +36,7 @@ class Segmentation(Task):
     name, title = "segmentation", "semantic segmentation"
     figures: ClassVar[tuple[Figure, ...]] = (
         Figure("miou", "mIoU", column="mIoU"),
-        Figure("pixel_accuracy", "pixel accuracy"),
+        Figure("pixel_accuracy", "pixel accuracy", column="pixels"),
         Figure("class_accuracy", "class accuracy"),
         Figure("agreement", "same class as dense, pixels", compared=True, key="pixels", column="agrees"),
         Figure("kl", "KL from dense", "{:.4f} nats", "nats", compared=True, key="kl", column="KL"),

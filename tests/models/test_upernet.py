@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, make_plain_mamba, make_vim
+from segmenters import MAKERS, PLAIN_MAMBA_SIZES, VIM_SIZES, make_plain_mamba_upernet, make_vim_upernet
 
 import ssmcompress
 from ssmcompress.compression.trim.layers import drop_directions, drop_layers
@@ -46,38 +47,6 @@ def same_pixels(logits: torch.Tensor, expected: np.ndarray) -> float:
 
 def read(file) -> dict:
     return torch.load(file, weights_only=True)
-
-
-def make_random(model):
-    """The model with random weights, in eval mode, with statistics of its norms that are not those of a new one."""
-    generator = torch.Generator().manual_seed(0)
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 2, generator=generator)
-        elif value.is_floating_point() and not name.endswith(("_log", ".D", ".D_b")):
-            value.normal_(0, 0.3, generator=generator)
-    return model.eval()
-
-
-VIM_SIZES = {"d_model": 16, "depth": 6, "d_inner": 32, "d_state": 4, "dt_rank": 1, "d_conv": 4, "in_chans": 3,
-             "num_classes": 5, "patch_size": (16, 16), "stride": 16, "image_size": (64, 64), "head_channels": 8,
-             "out_layers": (1, 3, 5, 6), "level": "hidden"}  # fmt: skip
-PLAIN_MAMBA_SIZES = {"d_model": 16, "depth": 6, "d_inner": 32, "d_state": 4, "dt_rank": 1, "window": 5,
-                     "dw_layers": (1,), "dw_window": 3, "stem_width": 8, "stem_depth": 1, "stem_window": 7,
-                     "in_chans": 3, "num_classes": 5, "patch_size": 16, "stride": 16, "image_size": (64, 64),
-                     "head_channels": 8, "out_layers": (1, 3, 5, 6), "trained_grid": (4, 4)}  # fmt: skip
-
-
-def make_vim_upernet(**changes) -> VimUperNet:
-    return ssmcompress.load(make_random(VimUperNet(VimUperNetConfig(**VIM_SIZES | changes))))
-
-
-def make_plain_mamba_upernet(**changes) -> PlainMambaUperNet:
-    config = PlainMambaUperNetConfig(**PLAIN_MAMBA_SIZES | changes)
-    return ssmcompress.load(make_random(PlainMambaUperNet(config)))
-
-
-MAKERS = {"vim": make_vim_upernet, "plain_mamba": make_plain_mamba_upernet}
 
 
 @pytest.fixture(params=MAKERS)

@@ -29,7 +29,8 @@ def evaluate(
     found = None
     if dense is not None or loaded.plan is not None:
         found = find_dense_or_say(loaded, dense, "agreement was not measured", printing.quiet)
-    options = DataOptions(data, batch_size=measure.batch_size, workers=measure.workers)
+    reading = {name: getattr(measure, name) for name in ("batch_size", "workers", "reduce_zero_label")}
+    options = DataOptions(data, **reading)
     with progress_bars(printing.quiet):
         result = evaluate_model(loaded, options, measure.options(), dense=found)
     if printing.as_json:

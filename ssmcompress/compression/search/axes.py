@@ -147,7 +147,7 @@ def average_loss(model: TokenModel, data: LabelledBatch, dense: Tensor, *, refit
     """Return the mean loss of a model on images, see `sum_losses`."""
     with Collector(model) as collector:
         run(model, data.images)
-    total = sum_losses(model, collector.take(dense, data.labels), dense, data.labels, refit=refit)
+    total = sum_losses(model.classifier, collector.take(dense, data.labels), dense, data.labels, refit=refit)
     return total / len(data.images)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.base import TokenModel
+from ...tasks import CLASSIFICATION
 from ...tasks.base import image_losses
 
 # Ridge strength, relative to the mean squared input of the classifier.
@@ -57,7 +58,7 @@ class Collector:
 
 
 def sum_losses(
-    model: TokenModel,
+    classifier: nn.Module,
     collected: Tensor,
     dense: Tensor,
     labels: Tensor | None = None,
@@ -75,9 +76,9 @@ def sum_losses(
         labels: (images,), for the cross entropy; None: KL.
         add: function that sums tensors over processes, in place, if each of them has its own images.
     """
-    if not isinstance(model.classifier, nn.Linear):
+    if not isinstance(classifier, nn.Linear):
         return float(collected.sum())
-    classifier, features = model.classifier, collected
+    features = collected
     weight, bias = classifier.weight.detach().cpu(), classifier.bias
     logits = F.linear(features, weight, None if bias is None else bias.detach().cpu()).double()
     if refit:
@@ -86,7 +87,7 @@ def sum_losses(
         changes = [_fit_change(rows[half], dense.double()[half] - logits[half], add) for half in halves]
         for half, change in zip(halves, reversed(changes), strict=True):
             logits[half] += rows[half] @ change
-    return float(image_losses(model.task, logits, dense, labels).sum())
+    return float(image_losses(CLASSIFICATION, logits, dense, labels).sum())
 
 
 def _fit_change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:

@@ -275,7 +275,9 @@ def measure_sensitivity(
                 cells[row, column, k].append(collector.take(logits[-1], targets))
     add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None
     dense = torch.cat(logits)
-    totals = [sum_losses(work, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()]
+    totals = [
+        sum_losses(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()
+    ]
     loss = average_losses(totals, len(images), add).view(len(layers), len(metrics), len(kept))
     if not loss.isfinite().all():
         raise InputError(NOT_FINITE)

@@ -1,0 +1,107 @@
+"""Maps of output levels: what they are fitted to, what they bring, and when nothing is changed."""
+
+import pytest
+import torch
+from segmenters import MAKERS, make_vim_upernet, scene_tensors
+
+import ssmcompress
+from ssmcompress.compression.reconstruct.levels import HELD_OUT, map_levels
+from ssmcompress.errors import InputError
+from ssmcompress.models.level_maps import fill_level
+from ssmcompress.ops import gather_tokens
+
+
+@pytest.fixture(params=MAKERS)
+def segmenter(request):
+    return MAKERS[request.param]()
+
+
+def pruned_of(model, images, **options):
+    return ssmcompress.prune(model, ssmcompress.calibrate(model, images, **{"ratio": 0.4, "stages": [2, 4]} | options))
+
+
+@torch.no_grad()
+def level_errors(model, dense, images):
+    """The squared error of each output level."""
+    theirs = dense.encode(images)[0].levels
+    ours = model.encode(images)[0].levels
+    parts = [model.level_maps[str(n)] if str(n) in model.level_maps else None for n in range(1, 5)]
+    return [
+        float((fill_level(level, maps) - other.fill()).square().sum())
+        for level, other, maps in zip(ours, theirs, parts, strict=True)
+    ]
+
+
+def test_levels_come_closer_on_images_that_nothing_was_fitted_on(segmenter):
+    fitted, unseen = scene_tensors(segmenter, 100), scene_tensors(segmenter, 20, seed=1)
+    pruned = pruned_of(segmenter, fitted)
+    mapped = map_levels(pruned, segmenter, fitted)
+    assert not pruned.level_maps
+    stale, ours = level_errors(pruned, segmenter, unseen), level_errors(mapped, segmenter, unseen)
+    assert stale[0] == ours[0] == 0  # read before anything is dropped
+    assert all(after < 0.95 * before for before, after in zip(stale[1:], ours[1:], strict=True))
+
+
+@torch.no_grad()
+def test_each_group_has_a_fit_of_its_own_on_images_held_out(segmenter):
+    images = scene_tensors(segmenter, 40)
+    pruned = pruned_of(segmenter, images)
+    mapped = map_levels(pruned, segmenter, images)
+    fits = {fit["weight"]: fit for fit in mapped.find_record("level_maps").values["fits"]}
+    assert list(fits) == [
+        "level 1, kept",
+        *(f"level 2, {group}" for group in ("dropped by stage 1", "kept")),
+        *(f"level {n}, {g}" for n in (3, 4) for g in ("dropped by stage 1", "dropped by stage 2", "kept")),
+    ]
+    held = images[torch.arange(40) % HELD_OUT == 1]
+    level, target = (model.encode(held)[0].levels[3] for model in (mapped, segmenter))
+    context = level.values.mean(1)
+    for number, (name, positions) in enumerate(
+        (("dropped by stage 1", level.dropped[0].positions), ("kept", level.positions)), 0
+    ):
+        group = 0 if number == 0 else 2
+        values, expected = level.groups()[group], gather_tokens(target.values, positions)
+        power = expected.square().sum()
+        fit = fits[f"level 4, {name}"]
+        assert float((values - expected).square().sum() / power) == pytest.approx(fit["before"], rel=1e-3)
+        part = mapped.level_maps["4"][group]
+        assert float((part(values, context) - expected).square().sum() / power) == pytest.approx(fit["after"], rel=1e-3)
+        assert fit["after"] < fit["before"]
+
+
+def test_a_reconstruction_fits_the_maps_of_its_own_weights(segmenter):
+    images = scene_tensors(segmenter, 60)
+    pruned = pruned_of(segmenter, images)
+    rebuilt = ssmcompress.reconstruct(pruned, segmenter, images)
+    record = rebuilt.find_record("reconstruction")
+    assert record.kept
+    assert record.kl_after < record.kl_before
+    assert any(fit.weight.startswith("level 4") for fit in record.fits)
+    assert rebuilt.level_maps
+    changed = [
+        n for n, v in rebuilt.backbone.state_dict().items() if not torch.equal(v, pruned.backbone.state_dict()[n])
+    ]
+    assert changed
+    assert all(name.startswith(("layers.2.", "layers.3.", "layers.4.", "layers.5.")) for name in changed)
+
+
+def test_the_result_does_not_depend_on_batches():
+    model = make_vim_upernet()
+    images = scene_tensors(model, 24)
+    pruned = pruned_of(model, images)
+    one, other = (map_levels(pruned, model, [images[k : k + size] for k in range(0, 24, size)]) for size in (24, 5))
+    for key, value in one.level_maps.state_dict().items():
+        assert torch.equal(value, other.level_maps.state_dict()[key])
+
+
+def test_what_has_no_levels_to_map_is_refused(vim, images):
+    with pytest.raises(InputError, match="a segmentation model that drops tokens"):
+        map_levels(ssmcompress.prune(vim, ratio=0.3), vim, images)
+    model = make_vim_upernet()
+    with pytest.raises(InputError, match="a segmentation model that drops tokens"):
+        map_levels(model, model, scene_tensors(model, 4))
+    with pytest.raises(InputError, match="at least 2 images"):
+        map_levels(ssmcompress.prune(model, ratio=0.3, stages=[2]), model, scene_tensors(model, 1))
+    rotary = make_vim_upernet(level="rope")
+    with pytest.raises(InputError, match="rotary positions cannot be reconstructed"):
+        ssmcompress.reconstruct(ssmcompress.prune(rotary, ratio=0.3, stages=[2]), rotary, scene_tensors(rotary, 4))
