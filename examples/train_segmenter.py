@@ -110,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="stop after this many more steps")
+    parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     return parser.parse_args()
 
 
@@ -133,6 +134,8 @@ def main() -> None:
         model.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         step, history = saved["step"], saved["history"]
+    elif args.start is not None:
+        model.load_state_dict(torch.load(args.start, weights_only=True)["state_dict"])
     indices = [layer - 1 for layer in model.config.out_layers]
     text = CONFIG.format(
         side=SIDE, patch=PATCH, d_model=args.d_model, depth=args.depth, out_indices=indices, channels=args.channels,

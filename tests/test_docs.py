@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from conftest import make_vim, write_image
+from segmenters import make_vim_upernet, write_scenes
 from typer.testing import CliRunner
 
 import ssmcompress
@@ -67,7 +68,9 @@ TRIMMING = {"budget.md"}
 
 @contextmanager
 def users_folder(folder: Path, per_class: int = 1) -> Iterator[None]:
-    """Work in a folder with a checkpoint, images in ten classes, a photograph, and the repository's examples."""
+    """Work in a folder with a checkpoint, images in ten classes, a photograph, a segmentation model with
+    images, and the repository's examples.
+    """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -77,6 +80,8 @@ def users_folder(folder: Path, per_class: int = 1) -> Iterator[None]:
                 for i in range(per_class):
                     write_image(Path("images") / f"class{label}" / f"{i}.png", seed=10 * label + i)
             write_image(Path("photo.jpg"), seed=0, size=(40, 30))
+            torch.save({"state_dict": make_vim_upernet().state_dict()}, "segmenter.pth")
+            write_scenes(Path("scenes"), 12)
             Path("examples").symlink_to(ROOT / "examples")
         torch.set_num_threads(1)  # for models as small as this one, a second thread only costs time
         try:

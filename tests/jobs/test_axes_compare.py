@@ -243,7 +243,10 @@ def test_a_model_that_is_within_the_level_stays_as_it_is(vim, images, tmp_path):
 def test_methods_of_other_axes_are_asked_for():
     for search, reconstruct in ((False, False), (True, False), (False, True)):
         assert not {m.name for m in choose_methods(None, search=search, reconstruct=reconstruct)} & set(AXIS_METHODS)
-    assert choose_methods(None, search=True, reconstruct=True) == METHODS
+    assert choose_methods(None, search=True, reconstruct=True) == tuple(m for m in METHODS if not m.of_levels)
+    for levels in (False, True):
+        names = {m.name for m in choose_methods(None, search=True, reconstruct=True, levels=levels)}
+        assert ("smaller image" in names, "zero-filled" in names) == (not levels, levels)
     assert [m.name for m in choose_methods(AXIS_METHODS, search=False, reconstruct=False)] == AXIS_METHODS
 
 

@@ -33,6 +33,9 @@ from ssmcompress.pruning.tokens import Tokens
 
 ALL_MODELS = [make_vim, make_plain_mamba]
 
+# The methods that are for classifiers.
+CLASSIFIERS = [method for method in METHODS if not method.of_levels]
+
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
@@ -408,7 +411,7 @@ def test_compare_measures_every_method_and_goes_on_where_it_was(checkpoint, clas
     result = compare(*given, "--ratios", "0.3")
     assert result.exit_code == 0, result.stderr
     value = json.loads(result.stdout)
-    assert [row["method"] for row in value["rows"]] == ["dense", *(method.name for method in METHODS)]
+    assert [row["method"] for row in value["rows"]] == ["dense", *(method.name for method in CLASSIFIERS)]
     level = value["rows"][1]["flops_share"]
     for row in value["rows"][1:]:
         if not row.get("failed"):
@@ -422,7 +425,7 @@ def test_compare_measures_every_method_and_goes_on_where_it_was(checkpoint, clas
     result = compare(*given, "--ratios", "0.3,0.5")
     assert result.exit_code == 0, result.stderr
     again = json.loads(result.stdout)["rows"]
-    assert len(again) == 1 + 2 * len(METHODS)
+    assert len(again) == 1 + 2 * len(CLASSIFIERS)
     assert again[1]["seconds"] == -1.0
     result = compare(*given, "--ratios", "0.3", "--seed", 5)
     assert result.exit_code == 2
@@ -461,7 +464,7 @@ def test_rows_that_must_coincide_do(checkpoint, class_folders, tmp_path):
     assert kl[1][1] != kl[2][1]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.searched and m.axis is None], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [m for m in CLASSIFIERS if not m.searched and m.axis is None], ids=lambda m: m.name)
 def test_every_method_stays_below_its_level(method):
     model = make_vim(depth=6, image=(40, 40))
     reference = remaining_share(model, [Stage(after, 0.15) for after in (1, 3, 4)])
