@@ -20,8 +20,8 @@ from .progress import note
 # Files that ssmcompress writes into the folder of a model. A folder's report.json names the others: under `files` those
 # that steps added, under `onnx` the file that was exported into it.
 OWN_FILES = {
-    "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "sensitivity.json",
-    "last.safetensors", "finetuning.png", "axes.png",
+    "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
+    "sensitivity.json", "last.safetensors", "finetuning.png",
 }  # fmt: skip
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB

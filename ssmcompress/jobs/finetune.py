@@ -56,6 +56,7 @@ def finetune_folder(
     check_model(model)
     if model.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
+    options.recipe.check_task(model.task)
     if data.data is None:
         raise InputError("fine-tuning needs images to learn from: give `data`")
     if target.resume:
@@ -138,7 +139,7 @@ def snapshot_name(model: TokenModel) -> str:
 
 
 def warn_about_classes(training: Batches, num_classes: int) -> None:
-    """Say which of the model's classes no image to learn from has."""
+    """Say which of the model's classes no image to learn from has; masks are not read for that."""
     labels = training.source.labels
     if labels is None:
         return

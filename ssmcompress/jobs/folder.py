@@ -14,11 +14,12 @@ from ..files import check_target
 from ..models.base import TokenModel
 from ..models.records import Source
 from ..models.saved import save
+from ..tasks import SEGMENTATION
 from .measuring import Measured
-from .pictures import draw_axes, draw_kept_tokens
+from .pictures import draw_axes, draw_kept_tokens, draw_segments, read_sample
 from .report import REPORT_FILE
 from .report_axes import AXES_FILE, has_axes
-from .report_text import PICTURE_FILE, render_card
+from .report_text import PICTURE_FILE, SEGMENTS_FILE, render_card
 from .requests import DataOptions
 
 
@@ -69,7 +70,8 @@ def write_folder(
 ) -> None:
     """Write the folder of `measured.models["pruned"]`: the model, its report, a model card and pictures.
 
-    There is a picture of kept tokens if the model drops any, and a chart of the axes if a search measured them.
+    There is a picture of kept tokens if the model drops any, one of segments if it is for segmentation, and a chart of
+    the axes if a search measured them.
 
     Only the main process writes. The model then names the images it was measured on as its own, unless they stood in.
 
@@ -81,9 +83,14 @@ def write_folder(
     pruned, source = measured.models["pruned"], measured.images.source
     if not source.stand_in:
         pruned.source = replace(pruned.source or Source("", ""), data=absolute_name(source.name))
-    pictures = {PICTURE_FILE: draw_kept_tokens(pruned, measured.sample)} if pruned.plan.stages else {}
+    segments = pruned.task.name == SEGMENTATION.name
+    images, masks = read_sample(measured.images) if segments else (measured.sample, None)
+    pictures = {PICTURE_FILE: draw_kept_tokens(pruned, images)} if pruned.plan.stages else {}
+    if segments:
+        models = {name: measured.models[name] for name in ("dense", "pruned") if measured.models[name] is not None}
+        pictures[SEGMENTS_FILE] = draw_segments(models, images, masks, pruned.classes, pruned.palette)
     pictures |= {AXES_FILE: draw_axes(report["search"])} if has_axes(report) else {}
-    card = render_card(report, target.path.name, PICTURE_FILE in pictures, AXES_FILE in pictures)
+    card = render_card(report, target.path.name, pictures)
     content = {
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         "README.md": card.encode(errors="replace"),

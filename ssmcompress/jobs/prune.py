@@ -189,6 +189,7 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
         BudgetError: a budget that cannot be reached. InputError: data, plan or output that cannot be used.
     """
     check_dense(model)
+    check_recipe(model, request.options)
     if request.plan.searches:  # before the long work
         if request.plan.sensitivity is not None:
             Sensitivity.read(request.plan.sensitivity)
@@ -197,6 +198,12 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
     return compress(
         model, found.plan, target.path, request.options, command=target.command, force=target.force, found=found
     )
+
+
+def check_recipe(model: TokenModel, options: CompressOptions) -> None:
+    """Raise an InputError for a recipe of fine-tuning that is not for the task of the model, before the long work."""
+    if options.finetune is not None:
+        options.finetune.recipe.check_task(model.task)
 
 
 def preview_request(model: TokenModel, request: PruneRequest) -> dict[str, Any]:
@@ -236,6 +243,7 @@ def compress(
         InputError: data, plan or output that cannot be used.
     """
     check_dense(model)
+    check_recipe(model, options)
     found = found or FoundPlan(plan)
     if plan.stages or (not found.trims and found.search is None):
         plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)

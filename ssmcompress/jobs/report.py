@@ -231,8 +231,8 @@ def _no_constant(name: str) -> None:
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
     """Write the report of a folder or file as a web page that stands alone."""
     check_target(file, force, [model], kind=WEB_PAGE)
-    pictures = (model / name for name in (text.PICTURE_FILE, text.AXES_FILE))
-    page = text.render_html(report, model.name, *(file.read_bytes() if file.is_file() else None for file in pictures))
+    pictures = {name: (model / name).read_bytes() for name in text.PICTURES if (model / name).is_file()}
+    page = text.render_html(report, model.name, pictures)
     write_file(file, page.encode(), force, WEB_PAGE)
 
 

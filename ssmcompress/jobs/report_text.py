@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import escape_control
@@ -12,7 +12,7 @@ from ..tasks import find_task
 from .report_axes import AXES_FILE, format_axes, format_tried, list_search_notes, list_trim_notes
 from .report_steps import list_repair_notes, list_stage_notes
 
-PICTURE_FILE = "kept_tokens.png"
+PICTURE_FILE, SEGMENTS_FILE = "kept_tokens.png", "segments.png"
 UNKNOWN_IMAGES = "the model does not say what it was made on"
 Report = Mapping[str, Any]
 
@@ -179,16 +179,20 @@ def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> s
     return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
 
 
-def render_html(report: Report, title: str, picture: bytes | None, chart: bytes | None = None) -> str:
-    """A web page that stands alone, with the picture of kept tokens and the chart of the axes inside it."""
-    images = [base64.b64encode(image).decode() if image else None for image in (picture, chart)]
-    return _render("report.html", report, title=title, picture=images[0], chart=images[1])
+# The pictures in the folder of a model, and what the templates call them.
+PICTURES = {PICTURE_FILE: "picture", SEGMENTS_FILE: "segments", AXES_FILE: "chart"}
 
 
-def render_card(report: Report, title: str, picture: bool, chart: bool = False) -> str:
-    """The README.md of a compressed model's folder, with links to the pictures that are in it."""
-    files = (PICTURE_FILE if picture else None, AXES_FILE if chart else None)
-    return _render("card.md", report, whole=False, title=title, picture=files[0], chart=files[1])
+def render_html(report: Report, title: str, pictures: Mapping[str, bytes]) -> str:
+    """A web page that stands alone, with the pictures inside it: those of `PICTURES` that there are, by file name."""
+    inside = {file: base64.b64encode(content).decode() for file, content in pictures.items()}
+    return _render("report.html", report, title=title, **{name: inside.get(file) for file, name in PICTURES.items()})
+
+
+def render_card(report: Report, title: str, pictures: Collection[str]) -> str:
+    """The README.md of a compressed model's folder, with links to the pictures that are in it, by file name."""
+    links = {name: file if file in pictures else None for file, name in PICTURES.items()}
+    return _render("card.md", report, whole=False, title=title, **links)
 
 
 def _render(template: str, report: Report, whole: bool = True, **values: Any) -> str:

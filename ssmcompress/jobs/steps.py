@@ -259,15 +259,15 @@ def trimming_steps(trims: Trims, chains: Mapping[str, Any]) -> Sequence[Step]:
     return steps
 
 
-def pruning_steps(plan: Plan, reconstruct: Reconstruct | None, levels: bool = True) -> Sequence[Step]:
+def pruning_steps(plan: Plan, reconstruct: Reconstruct | None, levels: bool = False) -> Sequence[Step]:
     """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given.
 
     Args:
-        levels: whether the output levels of a segmentation model are mapped before it is reconstructed.
+        levels: whether output levels are mapped to those of the dense model.
     """
     steps: list[Step] = [Prune(plan)] if plan.stages else []
     if plan.stages and plan.alignment != UNALIGNED:
         steps.append(Align(plan.alignment))
-    if levels and reconstruct is not None:
+    if levels:
         steps.append(MapLevels())
     return steps if reconstruct is None else [*steps, reconstruct]

@@ -105,7 +105,7 @@ def test_columns_without_a_figure_are_left_out(capsys):
 
 
 def test_a_web_page_scrolls_its_tables_on_a_phone():
-    page = report_text.render_html(five_columns(), "x" * 100, None)
+    page = report_text.render_html(five_columns(), "x" * 100, {})
     assert 'name="viewport"' in page
     assert page.count("<table>") == page.count('<div class="wide"><table>') > 1
     assert re.search(r"\.wide \{[^}]*overflow-x: auto", page)

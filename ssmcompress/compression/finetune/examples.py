@@ -1,4 +1,4 @@
-"""Training examples, augmented by timm; they do not depend on the number of workers or processes.
+"""Training examples, augmented and in steps; they do not depend on the number of workers or processes.
 
 The augmentation of an image depends only on the seed, the epoch and the image, and the images of a step only on the
 seed and the epoch. So an interrupted run continues exactly as an uninterrupted one, and several processes take the same
@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.batches import Batches, make_loader
-from ...data.content import digest_picture
-from ...data.transforms import Preprocessing
+from ...data.batches import Batches, Item, make_loader
 from ...errors import InputError
 from ...models.base import TokenModel
+from .augmentation import training_transform
 from .recipe import Recipe
 
 
 class MicroBatch(NamedTuple):
-    """A part of a step: images (n, channels, height, width); targets (n, classes), class probabilities, or None."""
+    """A part of a step.
+
+    Attributes:
+        images: (n, channels, height, width).
+        targets: class probabilities (n, classes), for segmentation masks (n, height, width) uint8; None: no labels.
+    """
 
     images: Tensor
     targets: Tensor | None
@@ -39,6 +44,10 @@ class Examples:
         model: the model, which decides the image size, preprocessing and classes.
         training: the images; its batch size and transform are not used, and unreadable images are left out.
         process: (index of this process, number of processes that share a step).
+
+    Raises:
+        InputError: too few images, or a recipe that is not for the task of the model. A mask that cannot be used raises
+            one in an iteration.
     """
 
     def __init__(
@@ -47,8 +56,10 @@ class Examples:
         self.training, self.recipe, self.seed = training, recipe, seed
         self.process, self.processes = process
         processes = self.processes
-        self.classes = model.config.num_classes
-        self.transform = training_transform(model.preprocessing, model.config.image_size, recipe)
+        recipe.check_task(model.task)
+        self.task, self.classes = model.task, model.config.num_classes
+        transform = training_transform(model.preprocessing, model.config.image_size, recipe)
+        self.reader = replace(training, transform=transform, labelled=True)
         images = len(training.index)
         # If there are fewer images than a batch, a step has all of them.
         self.batch_size = min(recipe.batch_size, images - images % 2)
@@ -62,6 +73,8 @@ class Examples:
 
     def iterate_epoch(self, epoch: int, first: int = 0) -> Iterator[list[MicroBatch]]:
         """Yield this process's parts of each step of an epoch (from 0), starting at step `first`."""
+        # Images that were read before are not recognised anew.
+        self.reader.digests, self.reader.mask_digests = self.training.digests, self.training.mask_digests
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training.index))
         rows = []
         for step in range(first, self.steps):
@@ -79,40 +92,48 @@ class Examples:
             if (shutdown := getattr(parts, "_shutdown_workers", None)) is not None:
                 shutdown()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | None, int, int]:
-        """Return (index in the source, image or None, label or -1, digest of its pixels) for an (epoch, row)."""
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        """Return the image and mask for an (epoch, row), augmented."""
         epoch, row = key
-        source, i = self.training.source, self.training.index[row]
-        label = -1 if source.labels is None else source.labels[i]
-        with seed_rng(self.seed, epoch, i):
-            try:
-                picture = source.read(i)
-                content = int(self.training.digests[i]) or digest_picture(picture)
-                return i, self.transform(picture), label, content
-            except (OSError, ValueError):
-                return i, None, label, 0
+        with seed_rng(self.seed, epoch, self.training.index[row]):
+            return self.reader[row]
 
-    def _make_part(self, items: list[tuple[int, Tensor | None, int, int]], epoch: int, step: int) -> MicroBatch:
-        """Stack and mix the images that could be read, and encode their labels."""
-        self.training.unreadable.update(item[0] for item in items if item[1] is None)
-        items = [item for item in items if item[1] is not None]
-        for i, _, _, content in items:
-            self.training.digests[i] = content
+    def _make_part(self, items: list[Item], epoch: int, step: int) -> MicroBatch:
+        """Stack the images that could be read, with their masks; or mix them, and encode their labels."""
+        if wrong := next((item.error for item in items if item.error is not None), None):
+            raise InputError(wrong)
+        self.training.unreadable.update(item.index for item in items if item.image is None)
+        items = [item for item in items if item.image is not None]
+        for item in items:
+            self.training.digests[item.index] = item.digest
+            self.training.mask_digests[item.index] = item.mask_digest
         if not items:
             raise InputError(f"every image of a part of a step is unreadable in {self.training.source.name}")
-        images, labels = torch.stack([item[1] for item in items]), torch.tensor([item[2] for item in items])
-        has_labels = self.training.source.labels is not None
-        smoothing, recipe = self.recipe.smoothing, self.recipe
+        images, source = torch.stack([item.image for item in items]), self.training.source
+        if self.reader.reads_masks:
+            targets = torch.stack([item.mask for item in items])
+        else:
+            targets = torch.tensor([source.labels[item.index] if source.labels is not None else 0 for item in items])
+        if source.labelled:
+            self.task.check_target(targets, self.classes)
+        part = MicroBatch(images, targets) if self.reader.reads_masks else self._encode(images, targets, (epoch, step))
+        return part if source.labelled else part._replace(targets=None)
+
+    def _encode(self, images: Tensor, labels: Tensor, place: tuple[int, int]) -> MicroBatch:
+        """Return images and labels (images,) with smoothed labels, mixed with each other if the recipe says so.
+
+        Args:
+            place: the epoch and the step, by which images are mixed.
+        """
+        recipe = self.recipe
         if recipe.mixes and len(images) % 2 == 0:  # odd if an image was unreadable
             from timm.data import Mixup
 
-            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=self.classes)
-            with seed_rng(self.seed, epoch, step, 1):
-                images, targets = mix(images, labels.clamp(min=0))
-        else:
-            targets = torch.nn.functional.one_hot(labels.clamp(min=0), self.classes).float()
-            targets = targets * (1 - smoothing) + smoothing / self.classes
-        return MicroBatch(images, targets if has_labels else None)
+            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
+            with seed_rng(self.seed, *place, 1):
+                return MicroBatch(*mix(images, labels))
+        targets = torch.nn.functional.one_hot(labels, self.classes).float()
+        return MicroBatch(images, targets * (1 - recipe.smoothing) + recipe.smoothing / self.classes)
 
 
 def select_pairs(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
@@ -124,33 +145,6 @@ def select_pairs(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
     half = len(rows) // 2
     inner = np.arange(part * half // parts, (part + 1) * half // parts)
     return np.concatenate([rows[inner], rows[::-1][inner[::-1]]])
-
-
-def training_transform(
-    preprocessing: Preprocessing, image_size: tuple[int, int], recipe: Recipe
-) -> Callable[[Any], Tensor]:
-    """Return a function from a PIL image, in any mode, to an augmented tensor (channels, height, width), float32."""
-    from timm.data import create_transform
-
-    channels = len(preprocessing.mean)
-    augment, colours, finish = create_transform(
-        input_size=(3, *image_size),
-        is_training=True,
-        scale=(recipe.crop, 1.0),
-        hflip=recipe.flip,
-        color_jitter=0.0,
-        auto_augment=recipe.randaugment or None,
-        # timm's crops and RandAugment do not take nearest and lanczos.
-        interpolation=preprocessing.interpolation if preprocessing.interpolation == "bilinear" else "bicubic",
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        re_prob=recipe.erasing,
-        re_mode="pixel",
-        separate=True,
-    )
-    mode = "L" if channels == 1 else "RGB"
-    # RandAugment fills with a colour of three channels, so it needs an RGB image.
-    return lambda image: finish(colours(augment(image.convert("RGB"))).convert(mode))
 
 
 @contextmanager

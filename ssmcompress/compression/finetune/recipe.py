@@ -8,12 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError, suggest
 from ...files import read_text
 
+if TYPE_CHECKING:
+    from ...tasks import Task
+
 PRECISIONS = ("auto", "float32", "bfloat16")
+# Values that have a meaning for one task only, by its name; their defaults stand for off, or for what is usual.
+TASK_VALUES = {
+    "classification": ("smoothing", "mixup", "cutmix", "randaugment", "erasing", "crop"),
+    "segmentation": ("min_scale", "max_scale", "jitter"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Recipe:
         smoothing: label smoothing. mixup, cutmix: their alphas, 0: off. randaugment: timm's config string, "": off.
         erasing: probability of random erasing. crop: smallest share of an image's area that a random crop takes.
         flip: probability of a horizontal flip.
+        min_scale, max_scale: for segmentation: images are resized to between these multiples of their size, before a
+            part of the model's image size is cut out.
+        jitter: for segmentation: largest change of brightness, contrast and saturation, each a share of 1; the hue
+            changes by up to a fifth of it, in turns.
         ema: decay of the average of the weights, 0: none; the average is used if it does better than the weights.
         ramp: share of the steps over which the pruning ratios rise from 0 to their targets.
         dtype: dtype of the autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it.
@@ -64,6 +76,9 @@ class Recipe:
     erasing: float = 0.0
     crop: float = 1.0
     flip: float = 0.5
+    min_scale: float = 0.5
+    max_scale: float = 2.0
+    jitter: float = 0.4
     ema: float = 0.999
     ramp: float = 0.0
     dtype: str = "auto"
@@ -90,6 +105,9 @@ class Recipe:
         for name in ("smoothing", "ema", "beta2"):
             expect(name, getattr(self, name) < 1, "0 to below 1")
         expect("crop", 0 < self.crop <= 1, "above 0 to 1")
+        expect("min_scale", self.min_scale > 0, "above 0")
+        expect("max_scale", self.min_scale <= self.max_scale <= 16, f"min_scale, {self.min_scale:g}, to 16")
+        expect("jitter", self.jitter <= 1, "0 to 1")
         expect("temperature", self.temperature > 0, "above 0")
         expect("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         if self.randaugment:
@@ -101,6 +119,19 @@ class Recipe:
                 rand_augment_transform(self.randaugment, {})
             except Exception as error:  # its parser raises asserts and other errors
                 expect("randaugment", False, f"timm's text, as rand-m9-mstd0.5-inc1 ({error})")
+
+    def check_task(self, task: Task) -> None:
+        """Raise an InputError that names the values of other tasks than the model's that differ from the defaults."""
+        default = Recipe()
+        for other, names in TASK_VALUES.items():
+            wrong = [name for name in names if getattr(self, name) != getattr(default, name)]
+            if other == task.name or not wrong:
+                continue
+            found = ", ".join(f"{name} {getattr(self, name)!r}" for name in wrong)
+            expected = ", ".join(f"{name} {getattr(default, name)!r}" for name in wrong)
+            raise InputError(
+                f"recipe: {found}: only for {other}, and the model is for {task.title}: expected {expected}"
+            )
 
     @property
     def mixes(self) -> bool:

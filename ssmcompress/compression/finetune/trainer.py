@@ -28,7 +28,7 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits (batch, classes), last features (batch, kept, d_model) and their positions (batch, kept)."""
+        """Return what `readout` computes, last features (batch, kept, d_model) and their positions (batch, kept)."""
         tokens, _ = self.model.encode(images)
         return self.model.readout(tokens), tokens.features, tokens.explicit_positions()
 
@@ -93,6 +93,7 @@ class Trainer:
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)):
                 module.requires_grad_(recipe.norms)
         self.ratios = {name: pruner.ratio for name, pruner in self.model.pruners.items()}
+        self.least = self._find_least_ratios()
         groups = param_groups_weight_decay(
             self.model, recipe.weight_decay, no_weight_decay_list=self.model.no_weight_decay
         )
@@ -171,7 +172,19 @@ class Trainer:
         length = self.recipe.ramp * self.steps
         share = 1.0 if step is None or step >= length else step / length
         for name, pruner in self.model.pruners.items():
-            pruner.ratio = share * self.ratios[name]
+            pruner.ratio = max(share * self.ratios[name], self.least[name])
+
+    def _find_least_ratios(self) -> dict[str, float]:
+        """Return the ratio that each stage has at least during a ramp: that of one token in models with output levels.
+
+        A level may have a map for each stage that drops tokens, so a stage that does in the end has to from the
+        beginning.
+        """
+        counts = self.model.token_counts() if self.model.levels else None
+        return {
+            name: min(ratio, 1 / counts[int(name) - 1]) if counts is not None else 0.0
+            for name, ratio in self.ratios.items()
+        }
 
     def candidates(self) -> dict[str, TokenModel]:
         """Return the models to choose from, with their final ratios: the weights, and their average if there is one."""

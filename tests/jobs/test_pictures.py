@@ -1,0 +1,170 @@
+"""Pictures of segmentation models: kept tokens of images of any size, and the classes of pixels in colour."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from command_line import call
+from conftest import GOLDEN
+from PIL import Image
+
+import ssmcompress
+from ssmcompress.data.batches import Batches
+from ssmcompress.data.images import Images
+from ssmcompress.jobs import pictures
+from ssmcompress.jobs.pictures import draw_kept_tokens, draw_segments, make_palette, read_sample
+from ssmcompress.tasks import IGNORED
+
+COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200)]
+SIDE = pictures.SEGMENT_SIDE
+# Left edges of the columns.
+COLUMNS = [number * (SIDE + pictures.GAP) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return ssmcompress.load(GOLDEN / "upernet_vim.pth")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    return ssmcompress.prune(dense, ratio=0.5, stages=[2, 4])
+
+
+def black(model, height=128, width=128) -> torch.Tensor:
+    """A black image as the model takes it."""
+    mean, std = (torch.tensor(v) for v in (model.preprocessing.mean, model.preprocessing.std))
+    return (-mean / std)[:, None, None].expand(3, height, width).clone()
+
+
+def noise(height=128, width=128, seed=0) -> torch.Tensor:
+    return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def decode(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.array(picture.convert("RGB")).astype(int)
+
+
+def blended(colour) -> np.ndarray:
+    """What a colour is over black."""
+    return np.array([int((1 - pictures.DIMMED) * value) for value in colour])
+
+
+def is_close(found, expected) -> bool:
+    return bool(np.abs(found - expected).max() <= 1)
+
+
+def has(sheet: np.ndarray, colour) -> bool:
+    return bool((np.abs(sheet - np.array(colour)).max(-1) == 0).any())
+
+
+def test_a_row_has_the_image_its_mask_and_what_the_models_see_in_it(dense, pruned):
+    image, mask = black(dense), torch.full((200, 200), 2, dtype=torch.uint8)  # a mask of another size
+    mask[:100], mask[:, 150:] = 4, IGNORED
+    sheet = decode(draw_segments({"dense": dense, "pruned": pruned}, [image], [mask], palette=COLOURS))
+    assert sheet.shape[1] == COLUMNS[3] + SIDE
+    row = sheet[pictures.LINE : pictures.LINE + SIDE]
+    assert not row[:, :SIDE].any()
+    truth = row[:, COLUMNS[1] : COLUMNS[1] + SIDE]
+    for place, colour in (((30, 30), COLOURS[4]), ((180, 30), COLOURS[2]), ((30, 200), pictures.UNLABELLED)):
+        assert is_close(truth[place], blended(colour))
+    for column, model in ((2, dense), (3, pruned)):
+        with torch.no_grad():
+            logits = F.interpolate(model(image[None]), size=(SIDE, SIDE), mode="nearest-exact")
+        expected = np.array([blended(colour) for colour in COLOURS])[logits[0].argmax(0).numpy()]
+        shown = row[:, COLUMNS[column] : COLUMNS[column] + SIDE]
+        assert (np.abs(shown - expected).max(-1) <= 1).mean() > 0.98
+
+
+def test_the_legend_has_the_classes_that_occur_and_no_others(dense):
+    image, mask = black(dense), torch.full((128, 128), 5, dtype=torch.uint8)
+    with torch.no_grad():
+        predicted = set(dense(image[None]).argmax(1).unique().tolist())
+    legend = decode(draw_segments({"dense": dense}, [image], [mask], palette=COLOURS))[pictures.LINE + SIDE :]
+    assert {number for number, colour in enumerate(COLOURS) if has(legend, colour)} == predicted | {5}
+    assert not has(legend, pictures.UNLABELLED)
+    mask[:20] = IGNORED
+    sheet = decode(draw_segments({"dense": dense}, [image], [mask], palette=COLOURS))
+    assert has(sheet[pictures.LINE + SIDE :], pictures.UNLABELLED)
+
+
+def test_names_of_classes_are_in_the_legend_whatever_they_are(dense):
+    image, mask = black(dense), torch.full((128, 128), 5, dtype=torch.uint8)
+    plain = decode(draw_segments({"dense": dense}, [image], [mask], [f"class {n}" for n in range(6)], COLOURS))
+    assert np.array_equal(plain, decode(draw_segments({"dense": dense}, [image], [mask], None, COLOURS)))
+    lines, words = (draw_segments({"dense": dense}, [image], [mask], [*"abcde", f"two{gap}words"]) for gap in "\n ")
+    assert lines == words
+    for name in ("another", "天空", "x" * 300, "\x1b[31m", ""):
+        named = decode(draw_segments({"dense": dense}, [image], [mask], [*"abcde", name], COLOURS))
+        assert named.shape == plain.shape, name
+        assert not np.array_equal(named, plain), name
+
+
+def test_images_differ_in_size_and_need_no_masks(dense, pruned):
+    images = [noise(), noise(100, 160, seed=1), noise(150, 90, seed=2)]
+    sheet = decode(draw_segments({"dense": dense, "pruned": pruned}, images))
+    assert sheet.shape[1] == COLUMNS[2] + SIDE
+    heights = [round(SIDE * height / width) for height, width in ((128, 128), (100, 160), (150, 90))]
+    assert sheet.shape[0] - pictures.LINE - sum(heights) - 3 * pictures.GAP in (pictures.LINE, 2 * pictures.LINE)
+    many = decode(draw_segments({"dense": dense}, [images[0]] * 6))
+    assert many.shape[0] < pictures.ROWS * (SIDE + pictures.GAP) + 3 * pictures.LINE + 1
+
+
+def test_150_classes_have_150_colours():
+    palette = make_palette(150)
+    assert len(set(palette)) == 150
+    assert make_palette(6) == palette[:6]
+    assert pictures.UNLABELLED not in palette
+    few = np.array(make_palette(12))
+    distances = np.abs(few[:, None] - few[None]).sum(-1) + 1000 * np.eye(12)
+    assert distances.min() > 80
+
+
+def test_kept_tokens_are_those_of_the_centre(pruned):
+    """Of a larger image its centre, of a smaller one all of it with the mean colour at the bottom and at the right."""
+    large, small = noise(140, 200), noise(100, 128, seed=1)
+    centre, filled = large[:, 6:134, 36:164], F.pad(small, (0, 0, 0, 28))
+    expected = draw_kept_tokens(pruned, torch.stack([centre, filled]))
+    assert draw_kept_tokens(pruned, [large, small]) == expected
+    assert decode(expected).shape[:2] == (2 * (pictures.SIDE + 6) - 6, 3 * (pictures.SIDE + 6) - 6)
+
+
+def read_picture(i: int) -> Image.Image:
+    if i == 1:
+        raise OSError("damaged")
+    pixels = np.random.default_rng(i).integers(0, 256, (128, 128 + 16 * i, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_sample_has_the_first_images_that_can_be_read(dense):
+    source = Images("six", 6, read_picture, str, masks=lambda i: np.full((128, 128 + 16 * i), i % 6, np.uint8))
+    batches = Batches(source, dense.transform(), range(6), batch_size=2)
+    for _ in batches:
+        pass
+    images, masks = read_sample(batches, 3)
+    assert [mask.unique().tolist() for mask in masks] == [[0], [2], [3]]
+    assert [tuple(image.shape) for image in images] == [(3, 128, 128 + 16 * i) for i in (0, 2, 3)]
+    assert batches.unreadable == {1}
+    assert read_sample(replace(batches, source=replace(source, masks=None)), 2)[1] is None
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_the_folder_of_a_segmenter_has_a_picture_of_segments(tmp_path):
+    for i in (0, 2, 3, 4):
+        for folder, picture in (("images", read_picture(i)), ("annotations", Image.new("L", (128 + 16 * i, 128), i))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{i}.png")
+    prune = ("prune", GOLDEN / "upernet_vim.pth", "--ratio", "0.5", "--stages", "2,4", "--no-reconstruct")
+    call(*prune, "--data", tmp_path, "--no-latency", "-o", "out")
+    names = {file.name for file in Path("out").iterdir()}
+    assert {"segments.png", "kept_tokens.png"} <= names
+    assert decode(Path("out/segments.png").read_bytes()).shape[1] == COLUMNS[3] + SIDE
+    assert "](segments.png)" in Path("out/README.md").read_text()
+    call("report", "out", "--html", "page.html")
+    assert 'alt="segments" src="data:image/png;base64,' in Path("page.html").read_text()
+    call(*prune, "--data", tmp_path, "--no-latency", "-o", "out", "--force")  # the folder is all its own
