@@ -238,9 +238,10 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
     if as_json:
         print_json(verification_json(result, file))
         return
+    pixels = "of the pixels " if result.task == "segmentation" else ""
     write(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
-        f"{result.top1_agreement:.1f}% in the same class, {result.images} images of {result.data}"
+        f"{result.top1_agreement:.4g}% {pixels}in the same class, {result.images} images of {result.data}"
     )
     if result.stages:
         same = ", ".join(
@@ -250,7 +251,7 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
     if result.rounding:
         write(
             f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, "
-            f"{result.rounding['top1_agreement']:.1f}% keep their class"
+            f"{result.rounding['top1_agreement']:.4g}% {pixels}keep their class"
         )
     if result.ties:
         write(

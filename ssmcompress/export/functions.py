@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .lowering import DOMAIN
+from .lowering import DOMAIN, read_number
 
 FORMS = ("scan", "linear-attention", "standard")
 STANDARD_OPSET = 27  # the first one with LinearAttention
@@ -21,7 +21,7 @@ def function_text(name: str, opset: int, form: str = "scan") -> str:
         name: name of the node's function. opset: opset of the file. form: how scans are computed, one of `FORMS`.
     """
     kind, *parts = name.split("_")
-    write = {"SelectiveScan": partial(_write_scan, form=form), "CausalConv": _write_conv, **_BATCH_FUNCTIONS}[kind]
+    write = {"SelectiveScan": partial(_write_scan, form=form), "CausalConv": _write_conv, **_SHORT_FUNCTIONS}[kind]
     inputs, outputs, lines = write(parts)
     domains = f'"": {opset}' + (', "com.microsoft": 1' if form == "linear-attention" else "")
     body = "\n".join(f"    {line}" for line in lines)
@@ -234,6 +234,13 @@ def _write_shifted_sum(width: int, channels: int, length: int, back: bool) -> li
     return [*lines, f"summed = Identity (sum{reach - 1})"]
 
 
+def _write_batch_norm(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Write the norm of maps by the mean and variance of each channel."""
+    inputs = ["x", "scale", "bias", "mean", "variance"]
+    epsilon = f"epsilon = {read_number(parts[0]):.12f}"  # without an exponent, as not every version of onnx parses one
+    return inputs, ["y"], [f"y = BatchNormalization <{epsilon}> ({', '.join(inputs)})"]
+
+
 def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Write images as they are, or one image of zeros if there is none.
 
@@ -264,4 +271,4 @@ def _write_trim_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]
     return ["values", "images"], ["trimmed"], lines
 
 
-_BATCH_FUNCTIONS = {"FillBatch": _write_fill_batch, "TrimBatch": _write_trim_batch}
+_SHORT_FUNCTIONS = {"BatchNorm": _write_batch_norm, "FillBatch": _write_fill_batch, "TrimBatch": _write_trim_batch}

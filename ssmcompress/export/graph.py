@@ -10,7 +10,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.base import TokenModel
+from ..models.base import Decision, TokenModel
 from ..models.saved import describe, versions
 from ..ops import register_backend, use_backend
+from ..pruning.tokens import Tokens
 from . import lowering
 from .functions import function_text
 from .lowering import DOMAIN
@@ -46,7 +47,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     keeps and the features after each layer are named values, for example `kept_after_5` and `features_after_5`.
 
     Args:
-        opset: opset of the file. classes: names of the classes, for the metadata.
+        opset: opset of the file. classes: names of the classes, for the metadata, where the model has none.
 
     Raises:
         InputError: the opset cannot be written.
@@ -58,6 +59,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     if not OLDEST_OPSET <= opset <= newest:
         raise InputError(f"opset {opset}: expected one from {OLDEST_OPSET} to {newest}, the newest this onnx knows")
     model = copy.deepcopy(model).cpu().float().eval()
+    lowering.lower_modules(model)
     config = model.config
     kept = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
     features = [f"{FEATURES_PREFIX}{layer}" for layer in range(1, len(model.blocks) + 1)]
@@ -82,7 +84,12 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
     del graph.graph.output[1:]
     _fill_batch(graph)
     _set_opset(graph, opset)
-    metadata = {**_remove_paths(describe(model)), "classes": list(classes) if classes else None, "versions": versions()}
+    metadata = {
+        **_remove_paths(describe(model)),
+        "task": model.task.name,
+        "classes": list(model.classes or classes or ()) or None,
+        "versions": versions(),
+    }
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
     graph.producer_name, graph.producer_version = "ssmcompress", versions()["ssmcompress"]
     return graph
@@ -132,19 +139,36 @@ def find_values(graph: onnx.ModelProto, prefix: str) -> list[str]:
 
 
 class _WithIntermediates(nn.Module):
-    """The model with the kept positions of its stages and the features after its layers as additional outputs."""
+    """The model with the kept positions of its stages and the features after its layers as additional outputs.
+
+    Args:
+        model: its `step` is replaced.
+    """
 
     def __init__(self, model: TokenModel):
         super().__init__()
         self.model = model
+        self.recorder = model.step = _Recorder(model.step)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        tokens, kept, features = self.model.embed(images), [], []
-        for layer in range(1, len(self.model.blocks) + 1):
-            tokens, decision = self.model.step(layer, tokens)
-            kept += [decision.kept] if decision else []
-            features.append(tokens.features)
-        return self.model.readout(tokens), *kept, *features
+        self.recorder.kept, self.recorder.features = [], []
+        logits, _ = self.model.trace(images)
+        return logits, *self.recorder.kept, *self.recorder.features
+
+
+class _Recorder:
+    """`TokenModel.step`, which records what the layers give."""
+
+    def __init__(self, step: Callable[[int, Tokens], tuple[Tokens, Decision | None]]):
+        self.step = step
+        self.kept: list[Tensor] = []
+        self.features: list[Tensor] = []
+
+    def __call__(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
+        tokens, decision = self.step(layer, tokens, protected_only)
+        self.kept += [decision.kept] if decision else []
+        self.features.append(tokens.features)
+        return tokens, decision
 
 
 def _should_fold(node: Any) -> bool | None:

@@ -9,10 +9,11 @@ a scan is computed is chosen after the graph was made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops import reference
 from ..ops.orders import invert_order, to_scan_order
@@ -22,6 +23,7 @@ from ..ops.selective_scan import SCORES, ScanPath, step_size
 __all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "topk_tokens"]
 
 DOMAIN = "ssmcompress"
+_NUMBER_SIGNS = {ord("-"): "m", ord("."): "p"}  # the name of a function has letters and digits alone
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
@@ -86,6 +88,48 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("GatherND", inputs, attributes, dtype=tokens.dtype, shape=shape, version=13)
 
 
+def lower_modules(model: nn.Module) -> None:
+    """Make modules of a model call what this backend has for them, in place: batch norms and adaptive mean pools."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = partial(batch_norm, module)
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            module.forward = partial(adaptive_avg_pool, module.output_size)
+
+
+def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Return the norm of maps (batch, channels, rows, columns), with the statistics that it has.
+
+    It is a call of a function: onnxscript's optimizer multiplies a BatchNormalization into the weights of the
+    convolution before it, which then are not the model's any more. A runtime does that when it loads the file.
+    """
+    tensors = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    (y,) = _call("BatchNorm", [name_number(norm.eps)], tensors, [x])
+    return y
+
+
+def adaptive_avg_pool(size: int | tuple[int | None, int | None], x: Tensor) -> Tensor:
+    """Return the means (batch, channels, *size) of maps (batch, channels, rows, columns), as two matrix products.
+
+    torch's exporter gathers every window and adds up its places one by one, of ranges that it computes in the graph:
+    130 nodes for the pyramid of a UperNet on a grid of 5 x 6, and more where windows are larger.
+    """
+    parts = size if isinstance(size, tuple) else (size, size)
+    rows, columns = (
+        _means(int(side), side if count is None else count) for side, count in zip(x.shape[-2:], parts, strict=True)
+    )
+    return rows.to(x) @ x @ columns.t().to(x)
+
+
+def _means(side: int, parts: int) -> Tensor:
+    """Return the matrix (parts, side) of the means over the parts of a side, which overlap where it does not divide."""
+    matrix = []
+    for part in range(parts):
+        first, last = part * side // parts, -(-(part + 1) * side // parts)
+        matrix.append([1 / (last - first) if first <= place < last else 0.0 for place in range(side)])
+    return torch.tensor(matrix, dtype=torch.float32, device="cpu")
+
+
 def _call_scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
     """Emit the node of all paths and return (batch, length, d_inner) for each, in token order, ungated."""
     first, orders = paths[0], [path.order for path in paths]
@@ -102,6 +146,16 @@ def _call_scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
         tensors += [t.to(accumulation_dtype(t.dtype)) for t in inputs]
     ys = _call("SelectiveScan", parts, tensors, [path.u for path in paths])
     return [y if order is None else to_scan_order(y, invert_order(order)) for y, order in zip(ys, orders, strict=True)]
+
+
+def name_number(value: float) -> str:
+    """Return a number as a part of a function's name: "1em05"; `read_number` reads it."""
+    return repr(value).translate(_NUMBER_SIGNS)
+
+
+def read_number(part: str) -> float:
+    """Return the number that a part of a function's name stands for."""
+    return float(part.translate({ord(new): chr(old) for old, new in _NUMBER_SIGNS.items()}))
 
 
 def _call(kind: str, parts: list[str], tensors: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:

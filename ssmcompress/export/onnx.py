@@ -22,7 +22,7 @@ from ..progress import track
 from .functions import FORMS
 from .graph import KEPT_PREFIX, assemble, find_values, trace
 from .runtime import BATCHES, choose_forms, find_provider, newest_opset, rank_by_speed, time_repeats, time_round
-from .verify import ATOL, Verification, verify_onnx
+from .verify import ATOL, Verification, takes_batches, verify_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -66,7 +66,8 @@ class OnnxOptions:
         data: the images to verify on, as `open_images` takes them. None: those that the model names, else photographs.
         atol: the largest allowed difference of a logit.
         opset: the ONNX opset. None: the newest that the installed onnxruntime runs.
-        scan: how scans are computed, one of `FORMS`, or "auto": the fastest on this machine, at batch 1 and 8.
+        scan: how scans are computed, one of `FORMS`, or "auto": the fastest on this machine, at batch 1 and 8 (at 1
+            alone if 8 images have more than 34 million logits).
         dtype: type of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in both.
         provider: onnxruntime's execution provider for timing and verification: "cpu", "cuda", ...
         debug_outputs: whether the positions that each stage keeps become outputs, too.
@@ -93,9 +94,10 @@ def export_onnx(
 ) -> Exported:
     """Write `model`, pruned or dense, as an ONNX file with a dynamic batch, after checking it in onnxruntime.
 
-    Kept counts are static. The input `images` is prepared as `model.preprocessing` says; the output is `logits`. The
-    file's metadata has the preprocessing, class names, pruning and versions, as JSON under "ssmcompress". Weights
-    beyond 2 GB go into a second file in the same folder, `<file>.data`.
+    Kept counts are static, and so is the size of the images, `model.config.image_size`. The input `images` is prepared
+    as `model.preprocessing` says; the output is `logits`, (batch, classes), or of a segmentation model (batch, classes,
+    height, width). The file's metadata has the task, preprocessing, class names, pruning and versions, as JSON under
+    "ssmcompress". Weights beyond 2 GB go into a second file in the same folder, `<file>.data`.
 
     Args:
         dense: the model before pruning, timed as well if `options.latency`.
@@ -129,7 +131,7 @@ def export_onnx(
     if len(forms) > 1:
         with TemporaryDirectory() as folder:
             files = {form: _save(assemble(traced, form), Path(folder) / f"{form}.onnx") for form in forms}
-            times = rank_by_speed(files, _image_shape(model), provider_name)
+            times = rank_by_speed(files, _image_shape(model), provider_name, _batches(model))
         refused |= {form: f"{provider} does not run it" for form in forms if form not in times}
     form = next(iter(times), forms[0])
     kept = find_values(traced, KEPT_PREFIX) if options.debug_outputs else ()
@@ -173,6 +175,11 @@ def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") 
     return graph
 
 
+def _batches(model: TokenModel) -> tuple[int, ...]:
+    """Return the batch sizes that are timed: one image alone where 8 take a few GB, and minutes."""
+    return BATCHES if takes_batches(model) else BATCHES[:1]
+
+
 def _image_shape(model: TokenModel) -> tuple[int, int, int]:
     return model.config.in_chans, *model.config.image_size
 
@@ -210,7 +217,9 @@ def _measure_latency(
 def _time_models(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -> list[dict[str, Any]]:
     """Time models in torch and their ONNX files in onnxruntime, in alternating rounds, and return the medians."""
     times: dict[tuple[int, str, str], list[float]] = {}
-    for batch, name in track([(b, n) for _ in range(2) for b in BATCHES for n in models], "timing", 4 * len(models)):
+    batches = _batches(next(iter(models.values()))[0])
+    rounds = [(batch, name) for _ in range(2) for batch in batches for name in models]
+    for batch, name in track(rounds, "timing", len(rounds)):
         (model, file), shape = models[name], (batch, *_image_shape(models[name][0]))
         images = torch.zeros(shape, dtype=torch.float32, device=next(model.parameters()).device)
         with torch.inference_mode():

@@ -139,13 +139,15 @@ def _has_contributed_attention() -> bool:
     return any((s.name, s.domain) == ("LinearAttention", "com.microsoft") for s in schemas)
 
 
-def rank_by_speed(files: Mapping[str, Path], shape: tuple[int, ...], provider: str) -> dict[str, dict[str, float]]:
+def rank_by_speed(
+    files: Mapping[str, Path], shape: tuple[int, ...], provider: str, batches: Sequence[int] = BATCHES
+) -> dict[str, dict[str, float]]:
     """Time ONNX files and return milliseconds by batch size for each, fastest first.
 
     The order is by the product of the times over the batch sizes. Files that the provider does not run are left out.
 
     Args:
-        shape: shape of one image.
+        shape: shape of one image. batches: the batch sizes.
 
     Raises:
         InputError: the provider runs none of the files.
@@ -154,7 +156,7 @@ def rank_by_speed(files: Mapping[str, Path], shape: tuple[int, ...], provider: s
     failure = None
     for name, file in track(list(files.items()), "timing the scan", len(files)):
         try:
-            times[name] = {str(b): statistics.median(time_round(file, provider, (b, *shape), 3)) for b in BATCHES}
+            times[name] = {str(b): statistics.median(time_round(file, provider, (b, *shape), 3)) for b in batches}
         except InputError as error:
             failure = error
     if not times:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from ..models.base import Decision, TokenModel
 from ..models.inputs import check_model
 from ..models.precision import to_float32
 from ..progress import track
+from ..tasks import CLASSIFICATION, SEGMENTATION
 from .graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, find_values
 from .runtime import find_provider, open_session, run
 
@@ -31,6 +33,11 @@ ATOL = 1e-4
 VERIFY_IMAGES = 36  # four batches of 8, one of 3 and one of 1
 # Largest difference of a layer's features that is accepted, relative to the largest feature; rounding gives 1e-6.
 FEATURES_RTOL = 1e-4
+# Percent of pixels that must get the same class, where pixels are classified. Their logits are held to `atol` as those
+# of images are, but of millions of pixels, some have two classes that are equal up to rounding.
+LEAST_SAME_PIXELS = 99.0
+# Most logits of a batch of 8 images, 128 MB: those of 150 classes at 160 x 160 pixels.
+BATCH_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Verification:
         first_layer: the first layer, from 1, after which the features differ; 0: after none; None: not determined.
         rounding: `max_difference` and `top1_agreement` between the model and the model with its weights rounded as in
             the file, which is what the file is compared with; None: the file rounds no weight.
+        task: name of the model's task; "segmentation": classes are those of pixels.
     """
 
     images: int
@@ -64,11 +72,13 @@ class Verification:
     weights: list[str] | None = None
     first_layer: int | None = None
     rounding: dict[str, float] | None = None
+    task: str = CLASSIFICATION.name
 
     @property
     def passed(self) -> bool:
         """Whether the file computes what the model computes; a NaN fails, too."""
-        same = self.max_difference <= self.atol and self.top1_agreement == 100
+        least = 100 if self.task == CLASSIFICATION.name else LEAST_SAME_PIXELS
+        same = self.max_difference <= self.atol and self.top1_agreement >= least
         return same and not self.mismatches and not self.weights and len(self.ties) < self.images
 
 
@@ -82,15 +92,16 @@ def verify_onnx(
 ) -> Verification:
     """Compare an ONNX file with its model: weight by weight, and onnxruntime with torch on real images.
 
-    Images go in batches of 8, of 3 and of 1. Where the file stores weights as float16, the model's are rounded in the
-    same way before the comparison.
+    Images go in batches of 8, of 3 and of 1, or of 3 and of 1 if they have many logits. Where the file stores weights
+    as float16, the model's are rounded in the same way before the comparison.
 
     Args:
         data: images, as `open_images` takes them; None: those that the model names, else photographs.
         provider: onnxruntime's execution provider, for example "cpu" or "cuda".
 
     Raises:
-        VerificationError: they differ by more than `atol`, in a class, in the tokens kept, or in a weight.
+        VerificationError: they differ by more than `atol`, in a class, in the tokens kept, or in a weight; of the
+            pixels of a segmentation model, at most 1 % may get another class.
         InputError: not an ONNX file, or one of another kind of model.
     """
     if not 0 <= atol < float("inf"):
@@ -214,7 +225,7 @@ class _Comparison:
         self.stages = [{"after": int(layer), "kept": 0, "same": 0} for layer in model.pruners]
 
     def add(self, logits, expected, original, decisions: list[Decision], kept, names: Sequence[str]) -> None:
-        """Add a batch: logits (images, classes) of the file, the rounded model and the model, and the kept tokens."""
+        """Add a batch: logits (images, classes, ...) of file, rounded model and model, and the kept tokens."""
         for row, name in enumerate(names):
             self.count += 1
             self.same += self._agreement(expected[row], logits[row])
@@ -251,6 +262,7 @@ class _Comparison:
             stages=self.stages if self.kept or not self.stages else None,
             weights=weights,
             rounding=rounding if rounded else None,
+            task=self.task.name,
         )
 
 
@@ -272,13 +284,22 @@ def compare_kept(decisions: list[Decision], kept: list[np.ndarray], row: int) ->
 
 
 def _make_batches(images: Images, model: TokenModel) -> list[Batch]:
-    """Read images that are spread over the data set, in as many batches of 8 as possible, then of 3, then of 1."""
+    """Read images that are spread over the data set, in as many batches of 8 as possible, then of 3, then of 1.
+
+    There are none of 8 if so many images have more than `BATCH_LOGITS`.
+    """
     index = np.unique(np.linspace(0, len(images) - 1, VERIFY_IMAGES).round().astype(int)).tolist()
-    (batch,) = Batches(images, model.transform(), index, batch_size=len(index))
+    (batch,) = Batches(images, model.fixed_transform(), index, batch_size=len(index), labelled=False)
     count = len(batch.index)
-    by_eight = 8 * (max(0, count - 4) // 8)
+    by_eight = 8 * (max(0, count - 4) // 8) if takes_batches(model) else 0
     starts = [*range(0, by_eight, 8), *range(by_eight, count - 1, 3), count - 1, count]
     return [Batch(batch.images[start:end], None, batch.index[start:end]) for start, end in pairwise(starts)]
+
+
+def takes_batches(model: TokenModel) -> bool:
+    """Return whether 8 images at a time have at most `BATCH_LOGITS`; they take a few GB in a model that segments."""
+    pixels = math.prod(model.config.image_size) if model.task.name == SEGMENTATION.name else 1
+    return 8 * pixels * model.config.num_classes <= BATCH_LOGITS
 
 
 def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device: torch.device) -> int | None:
@@ -290,7 +311,9 @@ def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device
     with torch.no_grad():
         tokens = model.embed(images.to(device))
         for layer, theirs in enumerate(outputs, 1):
-            tokens, _ = model.step(layer, tokens)
+            # Files of earlier versions have all tokens of the last layer, others the one that is read out.
+            alone = model.reads_protected and layer == len(outputs) and theirs.shape[1] == 1
+            tokens, _ = model.step(layer, tokens, protected_only=alone)
             ours = _to_numpy(tokens.features)
             if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= FEATURES_RTOL * np.abs(ours).max():
                 return layer
@@ -299,9 +322,10 @@ def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device
 
 def _describe_failure(result: Verification) -> str:
     """Return the error message: what differs, and where."""
+    pixels = result.task == SEGMENTATION.name
     parts = [
         f"largest difference {result.max_difference:.3g} (allowed {result.atol:g})",
-        f"{result.top1_agreement:.1f}% of {result.images} images in the same class",
+        f"{result.top1_agreement:.1f}% of {'the pixels of ' * pixels}{result.images} images in the same class",
     ]
     if result.mismatches:
         parts.append(f"{len(result.mismatches)} keep other tokens ({', '.join(result.mismatches[:3])})")
