@@ -15,8 +15,8 @@ def test_demo(monkeypatch):
 
     find = TokenModel.find_images
 
-    def first(*arguments):
-        images = find(*arguments)
+    def first(*arguments, **options):
+        images = find(*arguments, **options)
         return replace(images, size=100, labels=images.labels[:100])
 
     monkeypatch.setattr(TokenModel, "find_images", first)
