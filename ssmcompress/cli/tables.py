@@ -238,10 +238,15 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
     if as_json:
         print_json(verification_json(result, file))
         return
-    pixels = "of the pixels " if result.task == "segmentation" else ""
+    # Of many pixels, a few always differ by rounding.
+    of_pixels = result.task == "segmentation"
+    same, kept = (
+        f"{share:.4g}% of the pixels" if of_pixels else f"{share:.1f}%"
+        for share in (result.top1_agreement, (result.rounding or {}).get("top1_agreement", 0.0))
+    )
     write(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
-        f"{result.top1_agreement:.4g}% {pixels}in the same class, {result.images} images of {result.data}"
+        f"{same} in the same class, {result.images} images of {result.data}"
     )
     if result.stages:
         same = ", ".join(
@@ -250,8 +255,7 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
         write(f"  the same tokens kept, by stage (images): {same}")
     if result.rounding:
         write(
-            f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, "
-            f"{result.rounding['top1_agreement']:.4g}% {pixels}keep their class"
+            f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, {kept} keep their class"
         )
     if result.ties:
         write(

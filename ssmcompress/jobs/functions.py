@@ -149,8 +149,8 @@ def compare(
         force: start afresh in a folder that has another comparison.
 
     Returns:
-        A JSON object with the `rows`: for each method and level the `method`, `ratio`, `top1`, `agreement`, `kl`,
-        `flops`, `latency_ms`, ...
+        A JSON object with the `rows`: for each method and level the `method`, `ratio`, the figures of the task (`top1`,
+        `agreement`, `kl`), `flops`, `latency_ms`, ...
 
     Raises:
         InputError: arguments, images or a folder that cannot be used.
