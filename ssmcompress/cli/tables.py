@@ -240,13 +240,13 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
         return
     # Of many pixels, a few always differ by rounding.
     of_pixels = result.task == "segmentation"
-    same, kept = (
+    agreeing, kept = (
         f"{share:.4g}% of the pixels" if of_pixels else f"{share:.1f}%"
         for share in (result.top1_agreement, (result.rounding or {}).get("top1_agreement", 0.0))
     )
     write(
         f"{file}: largest difference {result.max_difference:.2g} (allowed {result.atol:g}), "
-        f"{same} in the same class, {result.images} images of {result.data}"
+        f"{agreeing} in the same class, {result.images} images of {result.data}"
     )
     if result.stages:
         same = ", ".join(

@@ -96,7 +96,7 @@ class Trial:
         self.others = pictures[1::2] if len(pictures) > 1 else pictures
         self.gap = gap if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
-        self.device, self.size = next(model.parameters()).device, model.chunk_size()
+        self.device = next(model.parameters()).device
 
     def fit(self, layers: Sequence[int]) -> Plan:
         """A plan without stages, calibrated on the images that are not measured on."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import images_of, write_image
 from onnx_runs import open_session, run_file
+from segmenters import make_random
 
 import ssmcompress
 from ssmcompress.compression.reconstruct.levels import map_levels
@@ -42,23 +43,12 @@ print(json.dumps([part.shape for part in session.run(None, {"images": images})])
 """
 
 
-def make_random(model):
-    """The model with random weights, and with statistics of its norms that are not those of a new one."""
-    generator = torch.Generator().manual_seed(0)
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 2, generator=generator)
-        elif value.is_floating_point() and not name.endswith(("_log", ".D", ".D_b")):
-            value.normal_(0, 0.3, generator=generator)
-    return ssmcompress.load(model.eval())
-
-
 def make_vim(**changes):
-    return make_random(VimUperNet(VimUperNetConfig(**SIZES | VIM | changes)))
+    return ssmcompress.load(make_random(VimUperNet(VimUperNetConfig(**SIZES | VIM | changes))))
 
 
 def make_plain_mamba(**changes):
-    return make_random(PlainMambaUperNet(PlainMambaUperNetConfig(**SIZES | PLAIN_MAMBA | changes)))
+    return ssmcompress.load(make_random(PlainMambaUperNet(PlainMambaUperNetConfig(**SIZES | PLAIN_MAMBA | changes))))
 
 
 def prune_and_map(dense, *layers, **changes):
