@@ -4,7 +4,7 @@ One multiply-add is one FLOP in linear and convolution layers. The scan counts 9
 per token and channel for D and one for the gate. Norms, activations and biases are not counted. That is the convention
 of the papers, in two variants:
 
-A correction of the class token reads sums over all tokens: one FLOP for each token and feature.
+A correction of the class token or of the logits reads sums over all tokens: one FLOP for each token and feature.
 
 - `full`: everything that is executed, so both directions of a Vim. Reports show this one by default.
 - `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base), all four of a
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..models.base import TokenModel
-from ..models.class_corrections import choose_segments, count_inputs
+from ..models.class_corrections import count_inputs, max_rank
 from ..models.inputs import check_model
 from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
@@ -120,9 +120,13 @@ def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
 
 
 def _count_corrections(model: TokenModel) -> int:
-    """Return the FLOPs of the corrections: their maps, and the sums that those of the class token read."""
-    maps = (*model.corrections.parameters(), *model.class_corrections.parameters())
+    """Return the FLOPs of the corrections: their maps, and the sums that those of class token and logits read."""
+    readout = model.readout_correction
+    maps = [*model.corrections.parameters(), *model.class_corrections.parameters()]
     layers, counts = [int(layer) for layer in model.class_corrections], model.token_counts()
+    if readout is not None:
+        maps += readout.parameters()
+        layers.append(len(model.blocks) + 1)
     stages = [stage.after for stage in model.plan.stages if stage.after < max(layers, default=0)] if model.plan else []
     summed = sum(counts[layer - 1] for layer in layers) + sum(counts[after - 1] + counts[after] for after in stages)
     return sum(weight.numel() for weight in maps) + summed * model.d_model + model.count_level_maps()
@@ -133,9 +137,12 @@ def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
     layers, width = len(model.blocks) - min(stages, default=len(model.blocks)), model.d_model
     count = layers * width**2  # two factors of half the rank
     if model.protected is not None:
-        inputs = count_inputs(width, choose_segments(model.length, width))
+        inputs = count_inputs(width, model.segments)
         count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)
         count += len(set(stages)) * 2 * model.length * width
+    elif model.pools:
+        inputs, classes = model.segments * (width + 1), model.config.num_classes
+        count += max_rank(classes, inputs) * (inputs + classes) + (1 + 2 * len(set(stages))) * model.length * width
     count += model.levels * (model.length + len(set(stages)) + 1) * width**2  # every token, and a mean for each group
     return count / _count_dense(model)
 

@@ -171,6 +171,9 @@ def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any]
     ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
     class_ranks = {layer: correction[0].out_features for layer, correction in model.class_corrections.items()}
     found = {"correction_ranks": ranks, "class_correction_ranks": class_ranks}
+    if model.pools:
+        readout = model.readout_correction
+        found["readout_correction_rank"] = None if readout is None else readout[0].out_features
     return {**asdict(record), "seconds": round(seconds, 2), **found}
 
 

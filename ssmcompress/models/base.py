@@ -21,6 +21,7 @@ from ..pruning.importance import normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, Task
+from .class_corrections import choose_segments
 from .families import StateDict
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
@@ -47,10 +48,17 @@ class Decision(NamedTuple):
     kept: Tensor
 
 
-def low_rank(width: int, rank: int, device: torch.device | str | None = None) -> nn.Sequential:
-    """Return a linear map (width) -> (width) of the given rank, without bias, as two float32 layers."""
+def low_rank(
+    inputs: int, rank: int, outputs: int | None = None, device: torch.device | str | None = None
+) -> nn.Sequential:
+    """Return a linear map (inputs) -> (outputs) of the given rank, without bias, as two float32 layers.
+
+    Args:
+        outputs: None: as many as inputs.
+    """
+    outputs = inputs if outputs is None else outputs
     options = {"bias": False, "device": device or "cpu", "dtype": torch.float32}
-    return nn.Sequential(*(skip_init(nn.Linear, *side, **options) for side in ((width, rank), (rank, width))))
+    return nn.Sequential(*(skip_init(nn.Linear, *side, **options) for side in ((inputs, rank), (rank, outputs))))
 
 
 class Block(nn.Module, abc.ABC):
@@ -170,6 +178,8 @@ class TokenModel(nn.Module, abc.ABC):
         corrections: linear maps of low rank by layer, also outside the blocks. Each maps the mean of the tokens pruned
             so far to a vector that is added to all kept tokens after that layer. Reconstruction creates them.
         class_corrections: `ClassCorrection` by layer, outside the blocks too, for the protected token alone.
+        readout_correction: a linear map of low rank from a summary of all tokens to a correction of the logits, where
+            a mean over tokens is read out; else None.
         plan: the plan that `prune` applied, None for a dense model.
         preprocessing, source: the preparation of images and the file that the model comes from; set by `load`.
         made_by: the command and versions that pruned it.
@@ -204,6 +214,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.pruners = nn.ModuleDict()
         self.corrections = nn.ModuleDict()
         self.class_corrections = nn.ModuleDict()
+        self.readout_correction: nn.Sequential | None = None
         self.alignment = Alignment()
         self.plan: Plan | None = None
         self.classes: tuple[str, ...] | None = None
@@ -330,6 +341,17 @@ class TokenModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
         """Compute the logits (batch, classes)."""
+
+    @property
+    def segments(self) -> int:
+        """The number of equal parts of the positions in which corrections are told of all tokens."""
+        return choose_segments(self.length, self.d_model)
+
+    def correct_logits(self, logits: Tensor, tokens: Tokens) -> Tensor:
+        """Return the logits (batch, classes) of the tokens that are left, with the correction of them, if any."""
+        if self.readout_correction is None:
+            return logits
+        return logits + self.readout_correction(cast(tokens.summarise(self.segments), self.readout_correction[0]))
 
     def check(self, images: Tensor) -> None:
         """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
@@ -489,11 +511,12 @@ class TokenModel(nn.Module, abc.ABC):
         if pruner is None:
             return tokens, None
         kept = pruner(tokens)
-        if later := [correction for key, correction in self.class_corrections.items() if int(key) > layer]:
-            kept = kept.with_pruned_segments(tokens, later[0].segments)
+        summed = self.readout_correction is not None or any(int(key) > layer for key in self.class_corrections)
+        if summed:
+            kept = kept.with_pruned_segments(tokens, self.segments)
         if tokens.alignment.pool or any(int(key) > layer for key in self.corrections):
-            if later and type(self).memory is TokenModel.memory:  # both sum the same values
-                kept = kept.with_sum_of_segments(later[0].segments)
+            if summed and type(self).memory is TokenModel.memory:  # both sum the same values
+                kept = kept.with_sum_of_segments(self.segments)
             else:
                 kept = kept.with_pruned_sum(tokens, self.memory)
         return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.explicit_positions())

@@ -34,6 +34,11 @@ def count_inputs(width: int, segments: int) -> int:
     return width + segments * (width + 1)
 
 
+def max_rank(outputs: int, inputs: int) -> int:
+    """Return the largest rank with which the two factors of a matrix have no more values than it; at least 1."""
+    return max(1, outputs * inputs // (outputs + inputs))
+
+
 class ClassBefore(NamedTuple):
     """What a correction needs of the tokens before its layer.
 

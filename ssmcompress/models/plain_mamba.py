@@ -90,12 +90,17 @@ class PlainMamba(TokenModel):
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        """Classify the mean over the kept tokens; with alignment `pool`, over all tokens as they were last seen."""
+        """Classify the mean over the kept tokens; with alignment `pool`, over all tokens as they were last seen.
+
+        With a correction, the logits also depend on a summary of all tokens.
+        """
         features = self.backbone.ln1(tokens.features)
         if tokens.alignment.pool and tokens.pruned_sum is not None:
             total = features.sum(1, dtype=tokens.pruned_sum.dtype) + tokens.pruned_sum
-            return self.head.fc(cast(total / tokens.length, self.head.fc))
-        return self.head.fc(features.mean(1))
+            pooled = cast(total / tokens.length, self.head.fc)
+        else:
+            pooled = features.mean(1)
+        return self.correct_logits(self.head.fc(pooled), tokens)
 
     def memory(self, features: Tensor) -> Tensor:
         return self.backbone.ln1(features)
@@ -116,7 +121,8 @@ class PlainMamba(TokenModel):
         products = self.backbone.patch_embed.products(self.config)
         for count, block in zip(counts, self.blocks, strict=True):
             products += block.mamba.products(count)
-        products += [(1, weight) for weight in self.corrections.parameters()]
+        corrections = nn.ModuleList([self.corrections, self.readout_correction or nn.Identity()])
+        products += [(1, weight) for weight in corrections.parameters()]
         return [*products, (1, self.head.fc.weight)]
 
     def activation_bytes(self, size: int = 4) -> int:

@@ -18,14 +18,14 @@ from .._version import __version__
 from ..errors import InputError
 from ..files import new_folder, read_text
 from ..pruning.plan import Plan
-from .base import TokenModel, low_rank
-from .class_corrections import ClassCorrection, choose_segments, count_inputs
+from .base import TokenModel
 from .inputs import check_model
 from .learnt import ALL, SOME, LearntFrom
 from .level_maps import fill_level_maps
 from .records import MadeBy, Source, steps_from_dict, steps_to_dict
 from .registry import MODELS, build
 from .rewrite import install
+from .saved_corrections import CORRECTIONS, fill_corrections
 from .sizes import Origin
 from .state_dict import read_metadata
 from .statements import Statement, Statements, read_classes
@@ -92,7 +92,7 @@ def restore(
     if architecture.get("type") not in supported:
         raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(supported)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
-    corrections = {k: v for k, v in state.items() if k.startswith(("corrections.", "class_corrections."))}
+    corrections = {k: v for k, v in state.items() if k.startswith(CORRECTIONS)}
     probes = {k: v for k, v in state.items() if k.startswith("pruners.")}
     levels = {k: v for k, v in state.items() if k.startswith("level_maps.")}
     learnt = {k: v for k, v in state.items() if k in (ALL, SOME)}
@@ -122,7 +122,7 @@ def restore(
         install(model, replace(plan, gap="bias"))  # creates the buffers for the deltas in the file
         _fill_buffers(model, "gap_delta", gaps, "gap deltas")
         _fill_buffers(model, "probe", probes, "saliency probes")
-        _fill_corrections(model, corrections)
+        fill_corrections(model, corrections)
         fill_level_maps(model, levels)
         model.plan = plan
         model.origin = _parse_origin(model, pruning)
@@ -199,38 +199,6 @@ def _fill_buffers(model: TokenModel, name: str, tensors: Mapping[str, Tensor], w
         if not tensors[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
         buffer.copy_(tensors[key])
-
-
-def _fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
-    """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
-    width, segments = model.d_model, choose_segments(model.length, model.d_model)
-
-    def new_class_correction(rank: int) -> ClassCorrection:
-        return ClassCorrection(width, segments, rank)
-
-    kinds = [("corrections", model.corrections, width, lambda rank: low_rank(width, rank))]
-    if model.protected is not None:
-        inputs = count_inputs(width, segments)
-        kinds.append(("class_corrections", model.class_corrections, inputs, new_class_correction))
-    first = min((int(layer) for layer in model.pruners), default=len(model.blocks))
-    remaining = dict(corrections)
-    for kind, modules, inputs, new in kinds:
-        for layer in range(first + 1, len(model.blocks) + 1):
-            prefix = f"{kind}.{layer}."
-            pair = [remaining.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
-            if pair == [None, None]:
-                continue
-            rank = None if pair[0] is None or pair[0].ndim != 2 else len(pair[0])
-            shapes = [None if value is None else tuple(value.shape) for value in pair]
-            if not rank or shapes != [(rank, inputs), (width, rank)]:
-                raise InputError(f"{prefix}*: expected matrices (rank, {inputs}) and ({width}, rank), found {shapes}")
-            if not all(value.is_floating_point() and value.float().isfinite().all() for value in pair):
-                raise InputError(f"{prefix}* holds values that are not finite numbers; the file is damaged")
-            modules[str(layer)] = new(rank)
-            for linear, value in zip(modules[str(layer)], pair, strict=True):
-                linear.weight.data.copy_(value)
-    if remaining:
-        raise InputError(f"corrections do not fit the stages in {CONFIG_FILE}: {', '.join(sorted(remaining)[:3])}")
 
 
 def read_plan(file: str | Path) -> Plan:

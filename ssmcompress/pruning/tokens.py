@@ -21,11 +21,11 @@ class Layout(NamedTuple):
 
     Attributes:
         index: (batch, kept) segment of each token.
-        place: (batch, 1, d_model) index of the protected token, for `gather` and `scatter`.
+        place: (batch, 1, d_model) index of the protected token, for `gather` and `scatter`; None if there is none.
     """
 
     index: Tensor
-    place: Tensor
+    place: Tensor | None
 
 
 class Dropped(NamedTuple):
@@ -205,8 +205,10 @@ class Tokens:
         """Return the layout of the kept tokens in `segments` equal parts of all positions."""
         if self.layout is not None:
             return self.layout
-        place = self.protected_index()[:, None, None].expand(-1, 1, self.features.shape[-1])
-        return Layout(self._find_segments(segments), place)
+        index = self._find_segments(segments)
+        if self.protected is None:
+            return Layout(index, None)
+        return Layout(index, self.protected_index()[:, None, None].expand(-1, 1, self.features.shape[-1]))
 
     def summarise(self, segments: int) -> Tensor:
         """Return what is known of all tokens, (batch, segments * (d_model + 1)).

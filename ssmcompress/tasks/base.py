@@ -136,6 +136,10 @@ class Task(abc.ABC):
             temperature: what the logits of both are divided by.
         """
 
+    def total_distance(self, dense: Tensor, output: Tensor) -> Tensor:
+        """Return the distance of outputs from the dense model's, summed over the images, () float64 on the CPU."""
+        return self.distance(dense.cpu().double(), output.cpu().double()).sum()
+
     @abc.abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss by which outputs are trained on targets, (images,) nats.

@@ -20,6 +20,10 @@ it reduced the divergence on other images by another 13 and 35 % (0.070 to 0.061
 88.2 % and 80.3 to 82.3 %), for 0.2 % of the FLOPs. What the projection receives, which is wider than the update, told
 no more (at full rank 0.057 and 0.052 nats with it, 0.059 and 0.050 with the update).
 
+Where a mean over tokens is read out, the logits get such a map instead, of the sums after the last layer; it is fitted
+together with the classifier. On a small PlainMamba at two plans the divergence on other images fell from 0.039 to 0.025
+and from 0.044 to 0.030 nats, for 0.05 % of the FLOPs.
+
 The weight of a row is the effect of an error there on the decision: the squared gradient of the dense model's margin
 between its two best classes with respect to that token's features. This finds the tokens that are read out in any
 architecture.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.base import TokenModel
-from ...models.class_corrections import ClassCorrection, choose_segments
+from ...models.class_corrections import ClassCorrection
 from ...ops import gather_tokens
 from ...pruning.tokens import Tokens
 from .least_squares import Refit, reduce_rank
@@ -47,7 +47,7 @@ class ClassRows(NamedTuple):
         protected, place = model.protected, tokens.protected_index()[:, None]
         return cls(
             gather_tokens(inputs, place)[:, 0],
-            tokens.summarise(choose_segments(model.length, model.d_model)),
+            tokens.summarise(model.segments),
             tokens.pruned_mean(),
             dense[:, protected] - gather_tokens(tokens.features, place)[:, 0],
             weights[:, protected],
@@ -58,7 +58,7 @@ class ClassSums:
     """Sums over the rows of a layer's class token, and the correction that they determine."""
 
     def __init__(self, model: TokenModel, device: torch.device):
-        self.width, self.segments, self.device = model.d_model, choose_segments(model.length, model.d_model), device
+        self.width, self.segments, self.device = model.d_model, model.segments, device
         self.groups = [self.width, self.segments * (self.width + 1)]
         self.rows = SplitRows(sum(self.groups), self.width, device)
 
@@ -82,7 +82,8 @@ class ClassSums:
         result = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None
-        reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, sum(self.groups), old)
+        columns, most = sum(self.groups), max(1, self.width // 2)
+        reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, columns, old, most)
         if reduced.after >= result.before:  # the rank is too low for any gain
             return replace(result, ridges=(), after=result.before), None
         correction = ClassCorrection(self.width, self.segments, len(inwards), self.device)
@@ -93,8 +94,7 @@ class ClassSums:
 
 def empty_correction(model: TokenModel) -> ClassCorrection:
     """Return a correction of nothing; with it in place, tokens carry what the fit of a layer needs."""
-    segments, device = choose_segments(model.length, model.d_model), model.classifier.weight.device
-    correction = ClassCorrection(model.d_model, segments, 1, device)
+    correction = ClassCorrection(model.d_model, model.segments, 1, model.classifier.weight.device)
     for linear in correction:
         nn.init.zeros_(linear.weight)
     return correction

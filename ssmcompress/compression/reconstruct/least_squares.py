@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NOT_FINITE, InputError
+from ...models.class_corrections import max_rank
 
 # Ridge strengths to choose from, relative to the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
 RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))
@@ -124,13 +125,15 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
 
 
 def reduce_rank(
-    full: Refit, fitted: Rows, held_out: Rows, columns: int, base: Tensor | None = None
+    full: Refit, fitted: Rows, held_out: Rows, columns: int, base: Tensor | None = None, most: int | None = None
 ) -> tuple[Refit, Tensor, Tensor]:
     """Replace the last columns of a refit's weight by the product of two low-rank factors, added to `base` if given.
 
-    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, at most half the columns or
-    half the outputs, because more would cost about as much as the whole matrix. The factors span the principal
-    directions of what the columns add to the outputs.
+    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, or the largest allowed. The
+    factors span the principal directions of what the columns add to the outputs.
+
+    Args:
+        most: the largest rank; None: `max_rank` of the columns.
 
     Returns:
         The refit with the product in its weight, then the factors, (outputs, rank) and (rank, columns).
@@ -139,7 +142,7 @@ def reduce_rank(
     base = torch.zeros_like(part) if base is None else base
     part = part - base
     directions = torch.linalg.eigh(part @ gram @ part.T).eigenvectors.flip(1)
-    rank, most = 1, max(1, min(part.shape) // 2)
+    rank, most = 1, most or max_rank(*part.shape)
     while True:
         outwards = directions[:, :rank]
         inwards = outwards.T @ part

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ...models.base import TokenModel, low_rank
+from ...models.base import low_rank
 from .least_squares import Refit, reduce_rank
 from .split_rows import SplitRows
 
@@ -35,20 +35,18 @@ class LinearSums:
             self.groups.append(correction.in_features)
         self.rows = SplitRows(sum(self.groups), linear.out_features, device)
 
-    def add(
-        self, inputs: Tensor, targets: Tensor, weights: Tensor, held: Tensor, pruned_mean: Tensor | None = None
-    ) -> None:
+    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor, held: Tensor, read: Tensor | None = None) -> None:
         """Add the rows of a chunk.
 
         Args:
             inputs: (images, ..., n). targets: (images, ..., m). weights: (images, ...).
             held: (images,), whether an image is held out.
-            pruned_mean: (images, d_model), the input of the correction, if there is one.
+            read: (images, m), the input of the correction, if there is one.
         """
         if self.linear.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
-        if pruned_mean is not None:
-            inputs = torch.cat([inputs, pruned_mean[:, None].expand(-1, inputs.shape[1], -1)], dim=-1)
+        if read is not None:
+            inputs = torch.cat([inputs, read[:, None].expand(-1, inputs.shape[1], -1)], dim=-1)
         self.rows.add(inputs, targets, weights, held)
 
     def refit(self) -> Refit:
@@ -61,7 +59,7 @@ class LinearSums:
             reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, self.groups[1])
             if reduced.after >= result.before:  # the rank is too low for any gain
                 return replace(result, ridges=(), after=result.before)
-            self.new_correction = low_rank(self.groups[1], len(inwards), weight.device)
+            self.new_correction = low_rank(self.groups[1], len(inwards), len(weight), weight.device)
             self.new_correction[0].weight.copy_(inwards * self.scale)
             self.new_correction[1].weight.copy_(outwards)
             result = reduced
@@ -73,11 +71,18 @@ class LinearSums:
         return result
 
 
-def full_rank(model: TokenModel, correction: nn.Sequential | None) -> nn.Linear:
-    """Return a correction as one matrix; zero for None."""
-    width, device = model.d_model, model.classifier.weight.device
-    linear = skip_init(nn.Linear, width, width, bias=False, device=device, dtype=torch.float32)
-    linear.weight.copy_(
-        torch.zeros_like(linear.weight) if correction is None else correction[1].weight @ correction[0].weight
-    )
+def zero_map(inputs: int, outputs: int, device: torch.device) -> nn.Sequential:
+    """Return a correction of rank 1 that is zero."""
+    correction = low_rank(inputs, 1, outputs, device)
+    for linear in correction:
+        nn.init.zeros_(linear.weight)
+    return correction
+
+
+def full_rank(correction: nn.Sequential) -> nn.Linear:
+    """Return a correction as one matrix."""
+    inwards, outwards = correction
+    sizes = (inwards.in_features, outwards.out_features)
+    linear = skip_init(nn.Linear, *sizes, bias=False, device=inwards.weight.device, dtype=torch.float32)
+    linear.weight.copy_(outwards.weight @ inwards.weight)
     return linear

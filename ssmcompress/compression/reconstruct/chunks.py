@@ -1,0 +1,35 @@
+"""Files of chunks: what a layer-by-layer pass keeps of its images between layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import SsmCompressError
+
+
+class ChunkFiles:
+    """Values of chunks of images by kind and number, as files in a folder.
+
+    Args:
+        folder: an empty folder. device: where values are read to.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device = folder, device
+
+    def put(self, kind: str, chunk: int, value: Any) -> None:
+        """Write a value of a chunk; SsmCompressError if there is no room."""
+        try:
+            torch.save(value, self.folder / f"{kind}{chunk}")
+        except (OSError, RuntimeError) as error:
+            raise SsmCompressError(
+                f"cannot keep features in {self.folder}: {error}; use fewer `samples`, or set TMPDIR to a folder with "
+                f"more room"
+            ) from error
+
+    def get(self, kind: str, chunk: int) -> Any:
+        """Read a value of a chunk."""
+        return torch.load(self.folder / f"{kind}{chunk}", map_location=self.device, weights_only=True)

@@ -1,0 +1,117 @@
+"""The refit of what turns the last tokens into logits: the classifier, and where a mean is read out its correction.
+
+If a mean over tokens is read out, the pruned ones can stay in it as they were last seen, and a summary of all tokens
+(`Tokens.summarise`), which says more than their mean, can correct the logits. Each way is fitted, and the one that is
+closest to the dense model on the images held out is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...models.base import TokenModel
+from ...models.records import Fit
+from ...pruning.tokens import Tokens
+from .linear import LinearSums, full_rank
+from .recording import find_name, record
+
+
+@dataclass
+class Way:
+    """A way to read out.
+
+    Attributes:
+        pool: `Alignment.pool`. sums: rows of the classifier. fit: the record of its fit.
+        weights: the fitted classifier's. correction: what corrects its logits, or None.
+        kl: its distance from the dense model in nats, summed over the images held out.
+    """
+
+    pool: bool
+    sums: LinearSums
+    fit: Fit | None = None
+    weights: dict[str, Tensor] | None = None
+    correction: nn.Sequential | None = None
+    kl: Tensor | None = None
+
+
+class ReadoutRefit:
+    """Refits the classifier of a pruned model, in place, to dense logits.
+
+    Args:
+        corrected: whether a correction of the logits is fitted, too. With it in place (`empty_correction`), the tokens
+            carry what it needs.
+    """
+
+    def __init__(self, model: TokenModel, device: torch.device, corrected: bool = False):
+        self.model, self.classifier = model, model.classifier
+        self.name = find_name(model, self.classifier)
+        self.old = model.readout_correction if corrected else None
+        alignment = model.alignment
+        # A plan that aligns nothing keeps its readout.
+        choose = model.pools and bool(model.plan.stages) and (alignment.conv or alignment.scan)
+        self.ways = []
+        for pool in (False, True) if choose else (alignment.pool,):
+            self.ways.append(Way(pool, LinearSums(self.classifier, device)))
+            if corrected:
+                self.ways.append(Way(pool, LinearSums(self.classifier, device, full_rank(self.old))))
+
+    def add(self, logits: Tensor, tokens: Tokens, held: Tensor) -> None:
+        """Add the rows of images.
+
+        Args:
+            logits: (images, classes) of the dense model. tokens: the model's own after its last layer.
+            held: (images,), whether an image is held out.
+        """
+        ones = torch.ones_like(logits[:, :1])
+        for way in self.ways:
+            with record(self.model, [self.name]) as records:
+                self.model.readout(set_pool(tokens, way.pool))
+            inputs = records[self.name][0]
+            summary = None if way.sums.correction is None else tokens.summarise(self.model.segments)
+            way.sums.add(inputs[:, None], logits[:, None], ones, held, summary)
+
+    def solve(self, all_reduce_sum: Callable[..., None]) -> None:
+        """Fit the classifier for each way to read out."""
+        old = copy.deepcopy(self.classifier.state_dict())
+        for way in self.ways:
+            all_reduce_sum(*way.sums.rows.sums())
+            self.classifier.load_state_dict(old)
+            result = way.sums.refit()
+            way.fit = Fit(self.name, result.ridges, result.before, result.after)
+            way.weights, way.correction = copy.deepcopy(self.classifier.state_dict()), way.sums.new_correction
+            way.kl = torch.zeros((), dtype=torch.float64, device="cpu")
+            if way.correction is None and way.sums.correction is not None:
+                way.correction = self.old if any(linear.weight.any() for linear in self.old) else None
+
+    def use(self, way: Way) -> None:
+        """Read out in this way."""
+        self.classifier.load_state_dict(way.weights)
+        self.model.readout_correction = way.correction
+
+    def measure(self, logits: Tensor, tokens: Tokens, held: Tensor) -> None:
+        """Compare each way to read out with the dense logits, on the images held out; arguments as for `add`."""
+        for way in self.ways:
+            self.use(way)
+            outputs = self.model.readout(set_pool(tokens, way.pool))
+            way.kl += self.model.task.total_distance(logits[held], outputs[held])
+
+    def choose(self, all_reduce_sum: Callable[..., None]) -> tuple[Fit, float]:
+        """Use the best way; return its fit and its distance in nats, summed over all images held out."""
+        kl = torch.stack([way.kl for way in self.ways])
+        all_reduce_sum(kl)
+        best = int(kl.argmin())
+        way = self.ways[best]
+        self.use(way)
+        self.model.alignment = replace(self.model.alignment, pool=way.pool)
+        self.model.plan = replace(self.model.plan, alignment=self.model.alignment)
+        return way.fit, float(kl[best])
+
+
+def set_pool(tokens: Tokens, pool: bool) -> Tokens:
+    """Return the same tokens with another `Alignment.pool`."""
+    return replace(tokens, alignment=replace(tokens.alignment, pool=pool))

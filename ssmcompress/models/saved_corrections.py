@@ -1,0 +1,55 @@
+"""Corrections in the files of saved models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .base import TokenModel, low_rank
+from .class_corrections import ClassCorrection, count_inputs
+
+# Beginnings of their names.
+CORRECTIONS = ("corrections.", "class_corrections.", "readout_correction.")
+
+
+def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
+    """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
+    width, segments, remaining = model.d_model, model.segments, dict(corrections)
+    first, depth = min((int(layer) for layer in model.pruners), default=len(model.blocks)), len(model.blocks)
+    for layer in map(str, range(first + 1, depth + 1)):
+        if (pair := _take_factors(remaining, f"corrections.{layer}.", width, width)) is not None:
+            model.corrections[layer] = _with_weights(low_rank(width, len(pair[0])), pair)
+        if model.protected is None:
+            continue
+        prefix, inputs = f"class_corrections.{layer}.", count_inputs(width, segments)
+        if (pair := _take_factors(remaining, prefix, inputs, width)) is not None:
+            model.class_corrections[layer] = _with_weights(ClassCorrection(width, segments, len(pair[0])), pair)
+    if model.pools and first < depth:
+        inputs, classes = segments * (width + 1), model.config.num_classes
+        if (pair := _take_factors(remaining, "readout_correction.", inputs, classes)) is not None:
+            model.readout_correction = _with_weights(low_rank(inputs, len(pair[0]), classes), pair)
+    if remaining:
+        raise InputError(f"corrections do not fit the stages in config.json: {', '.join(sorted(remaining)[:3])}")
+
+
+def _take_factors(values: dict[str, Tensor], prefix: str, inputs: int, outputs: int) -> list[Tensor] | None:
+    """Remove and return the factors (rank, inputs) and (outputs, rank) of a correction; None if it is not there."""
+    pair = [values.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
+    if pair == [None, None]:
+        return None
+    rank = None if pair[0] is None or pair[0].ndim != 2 else len(pair[0])
+    shapes = [None if value is None else tuple(value.shape) for value in pair]
+    if not rank or shapes != [(rank, inputs), (outputs, rank)]:
+        raise InputError(f"{prefix}*: expected matrices (rank, {inputs}) and ({outputs}, rank), found {shapes}")
+    if not all(value.is_floating_point() and value.float().isfinite().all() for value in pair):
+        raise InputError(f"{prefix}* holds values that are not finite numbers; the file is damaged")
+    return pair
+
+
+def _with_weights(correction: nn.Sequential, pair: Sequence[Tensor]) -> nn.Sequential:
+    """Set the weights of the linear layers of a correction, and return it."""
+    for linear, value in zip(correction, pair, strict=True):
+        linear.weight.data.copy_(value)
+    return correction
