@@ -271,6 +271,9 @@ class Budget:
     flops: Annotated[
         str | None, option(BUDGET, help="Share of the FLOPs to KEEP, 60%; searches for the plan that loses least.")
     ] = None
+    flops_backbone: Annotated[
+        str | None, option(BUDGET, help="Segmentation: share of the backbone's FLOPs to KEEP; neck and head are fixed.")
+    ] = None
     latency: Annotated[
         str | None,
         option(BUDGET, help="Share of the latency to KEEP at batch 1, 60%, timed here; also searches for the plan."),
@@ -349,6 +352,7 @@ class Pruning(Stages):
         return PlanRequest(
             ratio=parse_ratios(budget.ratio),
             flops=parse_share(budget.flops, "--flops", "the share to keep"),
+            flops_backbone=parse_share(budget.flops_backbone, "--flops-backbone", "the share to keep"),
             latency=parse_share(budget.latency, "--latency", "the share to keep"),
             max_drop=budget.max_drop,
             axes=None

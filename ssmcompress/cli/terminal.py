@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 OTHERS_WAIT = 3.0  # seconds
 LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters
+LABELS = "labels are class folders, a column label, or .cls files in tar shards"
+LABELS_OF_PIXELS = "labels are masks: folders images/ and annotations/, or a column annotation"
 STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
@@ -162,15 +164,17 @@ def find_dense_or_say(model: TokenModel, dense: str | None, without: str, quiet:
         return None
 
 
-def say_about_images(data: Mapping[str, Any], quiet: bool, agreement: bool = True) -> None:
+def say_about_images(result: Mapping[str, Any], quiet: bool, agreement: bool = True) -> None:
     """Say what a user should know of the images that were measured on.
 
     Args:
-        agreement: whether agreement with the dense model was measured.
+        result: figures with the blocks `task` and `data`. agreement: whether agreement with the dense model was
+            measured.
     """
+    data = result["data"]
     if not data["labelled"]:
-        stand_in = data["name"] == STAND_IN
-        advice = "give --data" if stand_in else "labels are class folders, a column label, or .cls files in tar shards"
+        segments = result.get("task") == "segmentation"
+        advice = "give --data" if data["name"] == STAND_IN else LABELS_OF_PIXELS if segments else LABELS
         if agreement:
             say(f"accuracy was not measured: no labels in {data['name']}; {advice}", quiet)
         else:
@@ -194,5 +198,5 @@ def say_about_data(report: Mapping[str, Any], as_json: bool, quiet: bool) -> Non
     """Say what a user should know of a report and its images; its warnings, too, if it is printed as JSON."""
     if as_json:
         say_warnings(report, quiet)
-    say_about_images(report["data"], quiet)
+    say_about_images(report, quiet)
     say_unreadable(report["calibration"]["unreadable"], quiet)

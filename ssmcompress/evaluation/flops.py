@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.class_corrections import count_inputs, max_rank
 from ..models.inputs import check_model
@@ -55,6 +56,21 @@ def backbone_flops(model: TokenModel) -> dict[str, float] | None:
         convention: sum(count for part, count in counts.items() if part not in DENSE_PARTS)
         for convention, counts in parts.items()
     }
+
+
+def share_of_whole(model: TokenModel, backbone: float) -> float:
+    """Return the share of a dense segmentation model's FLOPs (`full`) that a share of its backbone's comes to.
+
+    Neck and head cost the same whatever tokens are dropped.
+
+    Raises:
+        InputError: a classifier, which is all backbone.
+    """
+    found = backbone_flops(model)
+    if found is None:
+        raise InputError("`flops_backbone` is for segmentation models, and this one classifies: give `flops`")
+    rest = 1 - found["full"] / flops(model)["full"]
+    return backbone * (1 - rest) + rest
 
 
 def dense_flops(model: TokenModel) -> dict[str, float]:

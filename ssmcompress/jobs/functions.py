@@ -13,6 +13,7 @@ from ..compression.calibrate import calibrate
 from ..compression.reconstruct.layerwise import RefitOptions
 from ..data.batches import Batches, sample_indices
 from ..errors import InputError
+from ..evaluation.flops import share_of_whole
 from ..models.base import TokenModel
 from ..models.inputs import check_dense, to_batches
 from ..models.learnt import add_learnt
@@ -82,6 +83,7 @@ def fit_budget(
     flops: float | None = None,
     latency: float | None = None,
     max_drop: float | None = None,
+    flops_backbone: float | None = None,
     axes: Sequence[str] | None = None,
 ) -> TokenModel:
     """Compress a dense model to a budget along several axes, and reconstruct it; the argument is not changed.
@@ -91,7 +93,7 @@ def fit_budget(
         data: as `ssmcompress.calibrate` takes it; 1,024 images of it are used at most, and with `max_drop` 4,096 others
             to judge by. Tensors and loaders are read into memory, up to 4 GiB.
         flops, latency: share of the dense model's to keep, above 0 and below 1. max_drop: percentage points that may be
-            lost. Give one of them.
+            lost. flops_backbone: share of the FLOPs of a segmentation model's backbone to keep. Give one of them.
         axes: what may be trimmed, among "states", "channels", "layers" and "tokens"; None: all that the model has.
 
     Raises:
@@ -100,12 +102,15 @@ def fit_budget(
     check_dense(model)
     if isinstance(axes, str):
         raise InputError(f"`axes` {axes!r}: expected several, [{axes!r}]")
-    request = PlanRequest(flops=flops, latency=latency, max_drop=max_drop, axes=None if axes is None else tuple(axes))
+    budgets = {"flops": flops, "flops_backbone": flops_backbone, "latency": latency, "max_drop": max_drop}
+    request = PlanRequest(**budgets, axes=None if axes is None else tuple(axes))
     request.check()
     if not request.searches:
         raise InputError("no budget: give `flops`, `latency` or `max_drop`")
-    for name, share in (("flops", flops), ("latency", latency)):
-        _check_shares(name, () if share is None else (share,))
+    for name, share in budgets.items():
+        _check_shares(name, () if share is None or name == "max_drop" else (share,))
+    if flops_backbone is not None:
+        flops = share_of_whole(model, flops_backbone)
     batches = to_batches(model, data)
     chosen, rest = sample_indices(len(batches.index), SAMPLES, 0)
     judged = _select(batches, rest[:JUDGED_MOST]) if max_drop is not None and len(rest) >= JUDGED_LEAST else None

@@ -14,7 +14,7 @@ from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
 from ..errors import InputError
-from ..evaluation.flops import corrections_share, flops, flops_as_run, smallest_share
+from ..evaluation.flops import corrections_share, flops, flops_as_run, share_of_whole, smallest_share
 from ..models.base import TokenModel
 from ..models.inputs import check_dense
 from ..models.learnt import add_learnt, learnt_from
@@ -85,15 +85,15 @@ class PruneRequest:
     def folder(self, checkpoint: str) -> Path:
         """The default folder for the result: what differs from the defaults is in its name."""
         plan, options = self.plan, self.options
-        budgets = (plan.flops, plan.latency, plan.max_drop)
-        searched = plan.file is None and any(value is not None for value in budgets)
+        searched = plan.file is None and bool(plan.budgets)
         ratio = plan.ratio if plan.file is not None or searched else plan.ratio or (DEFAULT_RATIO,)
-        without_search = plan.flops is not None and not plan.search
+        without_search = bool(plan.budgets) and not plan.search
         choices = {
             "plan": (Path(plan.file).resolve().name if Path(plan.file).is_dir() else Path(plan.file).stem)
             if plan.file
             else None,
             "f": plan.flops,
+            "fb": plan.flops_backbone,
             "t": plan.latency,
             "d": plan.max_drop,
             "axes-": "+".join(plan.axes) if plan.axes else None,
@@ -135,6 +135,8 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
         BudgetError: a budget that cannot be reached. InputError: a plan that does not fit the model.
     """
     asked, options = request.plan, request.options
+    if asked.flops_backbone is not None:
+        asked = replace(asked, flops=share_of_whole(model, asked.flops_backbone), flops_backbone=None)
     if asked.file is not None:
         trims = read_trims(asked.file)
         return FoundPlan(read_plan(asked.file).validate(trims.apply_to(model.config).depth), trims=trims)

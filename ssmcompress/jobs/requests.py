@@ -60,11 +60,14 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Which plan to make: at most one of ratio, flops, latency, max_drop and file; without any, the ratio is 0.3.
+    """Which plan to make: at most one of ratio, a budget (flops, flops_backbone, latency, max_drop) and file.
+
+    Without any, the ratio is 0.3.
 
     Attributes:
         ratio: shares of tokens to remove, one for all stages or one for each.
-        flops, latency: share of the dense model's to keep. file: a plan as JSON.
+        flops, latency: share of the dense model's to keep. flops_backbone: the same of a segmentation model's backbone.
+        file: a plan as JSON.
         max_drop: percentage points that may be lost.
         axes: what a search may trim, among "states", "channels", "layers" and "tokens"; None: all that the model has.
         search: whether `flops` searches for the plan, instead of pruning all stages alike.
@@ -82,6 +85,7 @@ class PlanRequest:
     max_drop: float | None = None
     axes: tuple[str, ...] | None = None
     file: str | None = None
+    flops_backbone: float | None = None
     search: bool = True
     stages: tuple[int, ...] | None = None
     importance: str | None = None
@@ -94,7 +98,13 @@ class PlanRequest:
     @property
     def searches(self) -> bool:
         """Whether the plan comes from a search."""
-        return self.search and any(value is not None for value in (self.flops, self.latency, self.max_drop))
+        return self.search and bool(self.budgets)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are given, by name."""
+        names = ("flops", "flops_backbone", "latency", "max_drop")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self) -> None:
         """Check that what is given goes together.
@@ -102,14 +112,13 @@ class PlanRequest:
         Raises:
             InputError: it does not; the message names the arguments of this class, `plan` for `file`.
         """
-        ways = {"ratio": self.ratio, "flops": self.flops, "latency": self.latency, "max_drop": self.max_drop}
-        ways["plan"] = self.file
+        ways = {"ratio": self.ratio, **self.budgets, "plan": self.file}
         given = [f"`{name}`" for name, value in ways.items() if value is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)}: expected one of them")
         own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
         own["`reenter`"] = self.reenter or None
-        if self.reenter and any(value is not None for value in (self.flops, self.latency, self.max_drop)):
+        if self.reenter and self.budgets:
             raise InputError("`reenter` goes with `ratio`: a budget is met with the tokens dropped to the end")
         if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
             raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
@@ -123,7 +132,7 @@ class PlanRequest:
                 raise InputError(f"`axes` {unknown[0]!r}: expected some of {', '.join(AXES)}")
             if not self.axes:
                 raise InputError(f"`axes` is empty: expected some of {', '.join(AXES)}")
-        if not self.search and self.flops is None:
+        if not self.search and self.flops is None and self.flops_backbone is None:
             raise InputError("`search=False` says how to meet `flops`: give it, or leave out `search=False`")
         if not self.searches:
             searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None, "axes": self.axes}

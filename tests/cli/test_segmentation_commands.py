@@ -1,6 +1,11 @@
 """The commands on segmentation models: figures, reports, budgets, comparisons, and what is refused."""
 
 import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +93,49 @@ def test_budgets_are_met_and_several_axes_searched(tmp_path):
     tokens = call_json("prune", "s.pth", "--flops", "92%", "--axes", "tokens", *options, "--force")
     assert tokens["stages"]
     assert tokens["pruned"]["flops"]["full"] <= 0.92 * tokens["dense"]["flops"]["full"]
+
+
+def test_a_budget_can_be_the_backbone_s_alone(data, tmp_path):
+    """Neck and head cost the same whatever is dropped, here more than half of all."""
+    torch.save({"state_dict": make_vim_upernet().state_dict()}, "s.pth")
+    options = ("--data", data, "--stages", "1,2", "--no-latency", "--no-reconstruct", "-o", "m")
+    report = call_json("prune", "s.pth", "--flops-backbone", "80%", "--no-search", *options)
+    shares = [report["pruned"][key]["full"] / report["dense"][key]["full"] for key in ("flops_backbone", "flops")]
+    assert 0.7 < shares[0] <= 0.8 < shares[1]
+    searched = call_json("prune", "s.pth", "--flops-backbone", "80%", "--dry-run", "--search-images", 8, *options[:5])
+    assert searched["pruned"]["flops"]["full"] <= shares[1] * report["dense"]["flops"]["full"] * 1.05
+    both = refused("prune", "s.pth", "--flops", "80%", "--flops-backbone", "80%", "--data", data)
+    assert "--flops and --flops-backbone: expected one of them" in both
+    classifier = refused("prune", make_classifier(tmp_path), "--flops-backbone", "80%", "--no-search")
+    assert "--flops-backbone is for segmentation models, and this one classifies: give --flops" in classifier
+    folder = ("prune", "s.pth", "--flops-backbone", "80%", "--no-search", *options[:-2], "--json")
+    call(*folder)
+    assert [path.name.startswith("s-fb0.80-s1-2") for path in Path("compressed").iterdir()] == [True]
+
+
+def test_two_processes_measure_and_fit_what_one_does(data):
+    """24 images, 5 at a time: nothing divides evenly."""
+    torch.save({"state_dict": make_vim_upernet().state_dict()}, "s.pth")
+    command = ["prune", "s.pth", "--ratio", "0.3", "--stages", "2,4", "--data", str(data), "--batch-size", "5"]
+    command += ["--no-latency", "--json", "--eval-data", str(data)]
+    one = call_json(*command[:-3], "--eval-data", data, "-o", "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "ssmcompress", *command, "-o", "two"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    for column in ("dense", "naive", "aligned", "mapped", "pruned"):
+        for figure in ("miou", "pixel_accuracy", "class_accuracy"):
+            assert one[column][figure] == pytest.approx(two[column][figure], abs=1e-9 if column == "dense" else 0.2)
+    assert one["data"]["images"] == two["data"]["images"] == 24
+
+
+def test_images_without_masks_are_told_in_words_of_the_task(checkpoint, data):
+    shutil.copytree(data / "images", "alone")
+    said = call("evaluate", checkpoint, "--data", "alone").stderr
+    assert "nothing to measure: no labels in alone" in said
+    assert "labels are masks: folders images/ and annotations/" in said
 
 
 def test_a_comparison_has_rows_of_levels(data, tmp_path):

@@ -38,6 +38,6 @@ def evaluate(
         say_warnings(result, printing.quiet)
     else:
         show_evaluation(result)
-    say_about_images(result["data"], printing.quiet, agreement="agreement" in result)
+    say_about_images(result, printing.quiet, agreement="agreement" in result)
     if loaded.plan is not None and (overlap := describe_overlap(result["data"])):
         say(overlap, printing.quiet)
