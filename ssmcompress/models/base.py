@@ -250,6 +250,8 @@ class TokenModel(nn.Module, abc.ABC):
 
     def drop_layers(self, layers: Sequence[int]) -> None:
         """Remove layers (from 1), in place; `mark_compressed` must have been called, and nothing be pruned."""
+        numbers = [number for number in range(1, len(self.blocks) + 1) if number not in layers]
+        self.config = self.config.with_layers({number: self.config.layers[number - 1] for number in numbers})
         for layer in sorted(layers, reverse=True):
             del self.blocks[layer - 1]
         kept = tuple(number for layer, number in enumerate(self.origin.layers, 1) if layer not in layers)
@@ -320,19 +322,19 @@ class TokenModel(nn.Module, abc.ABC):
         return self.config.d_model
 
     @property
-    @abc.abstractmethod
     def length(self) -> int:
-        """The number of tokens before any pruning."""
+        """The number of tokens of an image of `config.image_size` before any pruning: its patches, and others."""
+        return self.config.patches
 
     @property
-    @abc.abstractmethod
     def protected(self) -> int | None:
         """The position of the token that is never pruned, or None."""
+        return None
 
     @property
-    @abc.abstractmethod
     def patch_positions(self) -> Tensor:
         """The position (rows, columns) of each patch of the image grid."""
+        return torch.arange(self.length, device="cpu").view(self.config.grid)
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:

@@ -71,18 +71,6 @@ class PlainMamba(TokenModel):
     def classifier(self) -> nn.Linear:
         return self.head.fc
 
-    @property
-    def length(self) -> int:
-        return self.config.patches
-
-    @property
-    def protected(self) -> None:
-        return None
-
-    @property
-    def patch_positions(self) -> Tensor:
-        return torch.arange(self.length, device="cpu").view(self.config.grid)
-
     def embed(self, images: Tensor) -> Tokens:
         self.check(images)
         patches = widen(self.backbone.patch_embed(images).flatten(2).transpose(1, 2))
@@ -104,11 +92,6 @@ class PlainMamba(TokenModel):
 
     def memory(self, features: Tensor) -> Tensor:
         return self.backbone.ln1(features)
-
-    def drop_layers(self, layers: Sequence[int]) -> None:
-        kept = [number for number in range(1, len(self.blocks) + 1) if number not in layers]
-        self.config = self.config.with_layers({number: self.config.layers[number - 1] for number in kept})
-        super().drop_layers(layers)
 
     @classmethod
     def count_flops(

@@ -91,10 +91,6 @@ class PlainMambaConfig(LayeredConfig):
         rows, columns = (side // (self.patch_size // STEM_STRIDE) for side in self.stem_grid)
         return rows, columns
 
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
 
 class PatchEmbed(nn.Module):
     """Images (batch, channels, height, width) -> patches (batch, d_model, rows, columns)."""

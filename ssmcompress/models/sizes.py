@@ -31,6 +31,12 @@ class LayeredConfig:
     d_inner: PerLayer
     d_state: PerLayer
     directions: tuple[tuple[int, ...], ...] | None
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def layers(self) -> list[LayerSize]:

@@ -160,19 +160,6 @@ class UperNet(TokenModel):
         return self.decode_head.conv_seg
 
     @property
-    def length(self) -> int:
-        """The number of tokens of an image of `config.image_size`, before any pruning."""
-        return self.config.patches
-
-    @property
-    def protected(self) -> None:
-        return None
-
-    @property
-    def patch_positions(self) -> Tensor:
-        return torch.arange(self.length, device="cpu").view(self.config.grid)
-
-    @property
     def droppable_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer in super().droppable_layers if layer not in self.config.out_layers)
 
@@ -247,8 +234,6 @@ class UperNet(TokenModel):
         if needed := [layer for layer in self.config.out_layers if layer in layers]:
             outputs = ", ".join(map(str, self.config.out_layers))
             raise InputError(f"layer {needed[0]} cannot be dropped: the head reads the output of layers {outputs}")
-        kept = [number for number in range(1, len(self.blocks) + 1) if number not in layers]
-        self.config = self.config.with_layers({number: self.config.layers[number - 1] for number in kept})
         super().drop_layers(layers)
 
     def count_head_bytes(self, size: int) -> int:

@@ -69,10 +69,6 @@ class VimConfig(LayeredConfig):
         (height, width), (ph, pw) = self.image_size, self.patch_size
         return (height - ph) // self.stride + 1, (width - pw) // self.stride + 1
 
-    @property
-    def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
 
 class PatchEmbed(nn.Module):
     def __init__(self, c: VimConfig):
