@@ -12,10 +12,6 @@ checkpoint's "history". `examples/make_bundled_model.py` makes the folder of the
 """
 
 import argparse
-import json
-import os
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,15 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fashion_mnist import FOLDER, MEAN, STD, read
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from training_loop import Training, add_options, initialise, train
 
 from ssmcompress.models import TokenModel
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
 SHIFT = 2  # pixels that a crop may be off by
-SAVE_EVERY = 180  # seconds
 
 
 def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -81,19 +76,6 @@ def make_plain_mamba(d_model: int, depth: int, d_state: int) -> PlainMamba:
     return model
 
 
-def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable[nn.Linear]], mixers: list) -> None:
-    """What both have alike: step sizes spread over 0.001 to 0.1, small steps of the residual stream."""
-    nn.init.trunc_normal_(model.classifier.weight, std=0.02)
-    nn.init.zeros_(model.classifier.bias)
-    for mixer in mixers:
-        mixer.out_proj.weight.data /= len(mixers) ** 0.5
-        for dt_proj in dt_projs(mixer):
-            d_inner, dt_rank = dt_proj.weight.shape
-            nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-            delta = torch.exp(torch.empty(d_inner).uniform_(np.log(1e-3), np.log(1e-1)))
-            dt_proj.bias.data = delta + torch.log(-torch.expm1(-delta))  # softplus of this is delta
-
-
 # What makes one, its usual depth, and where its official checkpoints keep the weights.
 ARCHITECTURES = {"vim": (make_vim, 6, "model"), "plain_mamba": (make_plain_mamba, 8, "state_dict")}
 
@@ -105,42 +87,27 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
-    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "direction_Bs")
-    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(spared)]
-    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(spared)]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
 @torch.inference_mode()
 def accuracy(model: TokenModel, images: Tensor, labels: Tensor) -> float:
     """Top-1 in percent."""
-    model.eval()
     right = 0
     for x, y in zip(images.split(250), labels.split(250), strict=True):
         right += (model(resized(x, model.config.image_size)).argmax(1) == y).sum().item()
-    model.train()
     return 100 * right / len(labels)
 
 
 def parse() -> argparse.Namespace:
     """The options of the command line, with the depth filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    add_options(parser)
     parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="vim")
-    parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba")
-    parser.add_argument("--d-state", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--plain-epochs", type=int, default=0, help="the last so many without shifts")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="stop after this many more steps")
     args = parser.parse_args()
     args.depth = args.depth or ARCHITECTURES[args.architecture][1]
     return args
@@ -153,54 +120,23 @@ def main() -> None:
     test = load(args.idx, "t10k")
     torch.manual_seed(args.seed)
     model = make(args.d_model, args.depth, args.d_state)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
-    per_epoch = len(images) // args.batch_size
-    last = args.epochs * per_epoch
-    schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
-    step, history = 0, []
-    settings = {k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")}
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint, weights_only=True)
-        fixed = ("architecture", "d_model", "depth", "d_state", "batch_size", "seed")
-        if any(saved["settings"].get(k) != settings[k] for k in fixed):
-            raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
-        model.load_state_dict(saved[weights])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, history = saved["step"], saved["history"]
 
-    def save() -> None:
-        state = {weights: model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}
-        temporary = args.checkpoint.with_suffix(".tmp")
-        torch.save({**state, "settings": settings, "config": asdict(model.config)}, temporary)
-        os.replace(temporary, args.checkpoint)
-
-    size = model.config.image_size
-    saved_at = started = time.monotonic()
-    first, stop = step, min(last, step + (args.steps or last))
-    while step < stop:
-        epoch, position = divmod(step, per_epoch)
-        # Drawn from the seed and the step alone, so that a run in pieces sees the same batches.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
-        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
+    def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         shift = SHIFT if epoch < args.epochs - args.plain_epochs else 0
-        batch = augmented(images[chosen], shift, torch.Generator().manual_seed(args.seed + 1000 * (step + 1)))
-        schedule.step_update(step)
-        loss = F.cross_entropy(model(resized(batch, size)), labels[chosen], label_smoothing=args.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 20 == 0:
-            each = (time.monotonic() - started) / (step - first)
-            left = f"{each:.2f} s a step, {each * (last - step) / 60:.0f} min left"
-            print(f"step {step}/{last} loss {loss.item():.3f} {left}", flush=True)
-        if step % per_epoch == 0:
-            history.append({"epoch": step // per_epoch, "loss": loss.item(), "top1": accuracy(model, *test)})
-            print(json.dumps(history[-1]), flush=True)
-        if step == stop or step % per_epoch == 0 or time.monotonic() - saved_at > SAVE_EVERY:
-            save()
-            saved_at = time.monotonic()
+        batch = resized(augmented(images[chosen], shift, generator), model.config.image_size)
+        return F.cross_entropy(model(batch), labels[chosen], label_smoothing=args.label_smoothing)
+
+    training = Training(
+        model,
+        len(images),
+        loss,
+        measure=lambda: {"top1": accuracy(model, *test)},
+        weights=weights,
+        settings={k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")},
+        fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "seed"),
+        describe=lambda step: {"config": asdict(model.config)},
+    )
+    train(training, args)
 
 
 if __name__ == "__main__":

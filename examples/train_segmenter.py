@@ -10,9 +10,6 @@ output and to the checkpoint's "history".
 """
 
 import argparse
-import json
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from make_clutter import CLASS_NAMES, SIDE
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from train_fashion_mnist import SAVE_EVERY, initialise, parameter_groups
+from training_loop import Training, add_options, initialise, train
 
 from ssmcompress.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig
@@ -85,11 +81,9 @@ def augmented(images: Tensor, masks: Tensor, generator: torch.Generator) -> tupl
 @torch.inference_mode()
 def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float]:
     """The figures of a model on test images."""
-    model.eval()
     meter = SEGMENTATION.meter(len(CLASS_NAMES))
     for x, y in zip(images.split(50), masks.split(50), strict=True):
         meter.add(model(normalised(x)), y, None)
-    model.train()
     result = meter.result()
     return {"miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
 
@@ -97,19 +91,14 @@ def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float
 def parse() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    add_options(parser)
     parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")
     parser.add_argument("test", type=Path, help="a .parquet file of make_clutter.py")
-    parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--d-state", type=int, default=8)
     parser.add_argument("--channels", type=int, default=32, help="width of the head")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="stop after this many more steps")
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     return parser.parse_args()
 
@@ -120,61 +109,27 @@ def main() -> None:
     test = load(args.test)
     torch.manual_seed(args.seed)
     model = make_model(args.d_model, args.depth, args.d_state, args.channels).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
-    per_epoch = len(images) // args.batch_size
-    last = args.epochs * per_epoch
-    schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
-    step, history = 0, []
-    fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "seed")
-    settings = {name: getattr(args, name) for name in fixed}
-    if args.checkpoint.exists():
-        saved = torch.load(args.checkpoint, weights_only=True)
-        if saved["settings"] != settings:
-            raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
-        model.load_state_dict(saved["state_dict"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, history = saved["step"], saved["history"]
-    elif args.start is not None:
-        model.load_state_dict(torch.load(args.start, weights_only=True)["state_dict"])
-    indices = [layer - 1 for layer in model.config.out_layers]
     text = CONFIG.format(
-        side=SIDE, patch=PATCH, d_model=args.d_model, depth=args.depth, out_indices=indices, channels=args.channels,
-        classes=len(CLASS_NAMES),
+        side=SIDE, patch=PATCH, d_model=args.d_model, depth=args.depth, channels=args.channels,
+        out_indices=[layer - 1 for layer in model.config.out_layers], classes=len(CLASS_NAMES),
     )  # fmt: skip
 
-    def save() -> None:
-        meta = {"config": text, "CLASSES": CLASS_NAMES, "iter": step}
-        state = {"meta": meta, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        temporary = args.checkpoint.with_suffix(".tmp")
-        torch.save({**state, "history": history, "settings": settings}, temporary)
-        os.replace(temporary, args.checkpoint)
-
-    saved_at = started = time.monotonic()
-    first, stop = step, min(last, step + (args.steps or last))
-    while step < stop:
-        epoch, position = divmod(step, per_epoch)
-        # Drawn from the seed and the step alone, so that a run in pieces sees the same batches.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
-        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
-        generator = torch.Generator().manual_seed(args.seed + 1000 * (step + 1))
+    def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         batch, targets = augmented(images[chosen], masks[chosen], generator)
-        schedule.step_update(step)
-        loss = SEGMENTATION.loss(model(normalised(batch)), targets).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 20 == 0:
-            each = (time.monotonic() - started) / (step - first)
-            left = f"{each:.2f} s a step, {each * (last - step) / 60:.0f} min left"
-            print(f"step {step}/{last} loss {loss.item():.3f} {left}", flush=True)
-        if step % per_epoch == 0:
-            history.append({"epoch": step // per_epoch, "loss": loss.item(), **measure(model, *test)})
-            print(json.dumps(history[-1]), flush=True)
-        if step == stop or step % per_epoch == 0 or time.monotonic() - saved_at > SAVE_EVERY:
-            save()
-            saved_at = time.monotonic()
+        return SEGMENTATION.loss(model(normalised(batch)), targets).mean()
+
+    fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "seed")
+    training = Training(
+        model,
+        len(images),
+        loss,
+        measure=lambda: measure(model, *test),
+        weights="state_dict",
+        settings={name: getattr(args, name) for name in fixed},
+        fixed=fixed,
+        describe=lambda step: {"meta": {"config": text, "CLASSES": CLASS_NAMES, "iter": step}},
+    )
+    train(training, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""What the training scripts have alike: how weights begin, and a loop that a killed run goes on from.
+
+A batch is drawn from the seed and the step alone, so that a run in pieces gives the same model as a run in one.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from ssmcompress.models import TokenModel
+
+SAVE_EVERY = 180  # seconds
+
+
+class Training(NamedTuple):
+    """What is trained, and on what.
+
+    Attributes:
+        model: in training mode. images: number of training images.
+        loss: function from indices (batch,) of images, an epoch and a generator to the loss of the batch.
+        measure: function to figures on test images. weights: where the checkpoint keeps the weights.
+        settings: kept in the checkpoint. fixed: the settings that a run must have to go on from it.
+        describe: function from a step to more that the checkpoint has.
+    """
+
+    model: TokenModel
+    images: int
+    loss: Callable[[Tensor, int, torch.Generator], Tensor]
+    measure: Callable[[], dict[str, float]]
+    weights: str
+    settings: dict[str, Any]
+    fixed: tuple[str, ...]
+    describe: Callable[[int], dict[str, Any]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every training script but for sizes, epochs, batch and step size."""
+    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--d-state", type=int, default=8)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="stop after this many more steps")
+
+
+def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable[nn.Linear]], mixers: list) -> None:
+    """What all models have alike: step sizes spread over 0.001 to 0.1, small steps of the residual stream."""
+    nn.init.trunc_normal_(model.classifier.weight, std=0.02)
+    nn.init.zeros_(model.classifier.bias)
+    for mixer in mixers:
+        mixer.out_proj.weight.data /= len(mixers) ** 0.5
+        for dt_proj in dt_projs(mixer):
+            d_inner, dt_rank = dt_proj.weight.shape
+            nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+            delta = torch.exp(torch.empty(d_inner).uniform_(np.log(1e-3), np.log(1e-1)))
+            dt_proj.bias.data = delta + torch.log(-torch.expm1(-delta))  # softplus of this is delta
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
+    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "direction_Bs")
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(spared)]
+    decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(spared)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def train(training: Training, args: argparse.Namespace) -> None:
+    """Train to the last epoch, or for `args.steps` steps; print the loss, the time left and figures after each epoch.
+
+    Args:
+        args: checkpoint, epochs, batch_size, lr, weight_decay, seed and steps; `start`, if there, is a checkpoint whose
+            weights a new run begins with.
+    """
+    model, weights, settings = training.model, training.weights, training.settings
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
+    per_epoch = training.images // args.batch_size
+    last = args.epochs * per_epoch
+    schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
+    step, history = 0, []
+    if args.checkpoint.exists():
+        saved = torch.load(args.checkpoint, weights_only=True)
+        if any(saved["settings"].get(name) != settings[name] for name in training.fixed):
+            raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
+        model.load_state_dict(saved[weights])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, history = saved["step"], saved["history"]
+    elif getattr(args, "start", None) is not None:
+        model.load_state_dict(torch.load(args.start, weights_only=True)[weights])
+
+    def save() -> None:
+        state = {weights: model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}
+        temporary = args.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "settings": settings, **training.describe(step)}, temporary)
+        os.replace(temporary, args.checkpoint)
+
+    saved_at = started = time.monotonic()
+    first, stop = step, min(last, step + (args.steps or last))
+    while step < stop:
+        epoch, position = divmod(step, per_epoch)
+        order = torch.randperm(training.images, generator=torch.Generator().manual_seed(args.seed + epoch))
+        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
+        schedule.step_update(step)
+        loss = training.loss(chosen, epoch, torch.Generator().manual_seed(args.seed + 1000 * (step + 1)))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            each = (time.monotonic() - started) / (step - first)
+            left = f"{each:.2f} s a step, {each * (last - step) / 60:.0f} min left"
+            print(f"step {step}/{last} loss {loss.item():.3f} {left}", flush=True)
+        if step % per_epoch == 0:
+            model.eval()
+            history.append({"epoch": step // per_epoch, "loss": loss.item(), **training.measure()})
+            model.train()
+            print(json.dumps(history[-1]), flush=True)
+        if step == stop or step % per_epoch == 0 or time.monotonic() - saved_at > SAVE_EVERY:
+            save()
+            saved_at = time.monotonic()

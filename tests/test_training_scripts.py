@@ -1,0 +1,81 @@
+"""The training scripts of the examples: a run in pieces gives the model of a run in one."""
+
+import gzip
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image
+
+import ssmcompress
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A function that runs a script with arguments, in this process."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(script).main()
+
+    return call
+
+
+def write_segments(file, count):
+    """A table as make_clutter.py writes it."""
+    generator = np.random.default_rng(0)
+    rows = {"image": [], "annotation": []}
+    for _ in range(count):
+        rows["image"].append(generator.integers(0, 255, (112, 112, 3), np.uint8))
+        rows["annotation"].append(generator.integers(0, 3, (112, 112), np.uint8))
+    Dataset.from_dict(rows, Features({"image": Image(), "annotation": Image()})).to_parquet(str(file))
+
+
+def write_idx(folder, count):
+    """The four files of Fashion-MNIST, with `count` images each."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        pixels = generator.integers(0, 255, (count, 28, 28), np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for name, magic, values in (("images-idx3-ubyte", 2051, pixels), ("labels-idx1-ubyte", 2049, labels)):
+            header = np.array([magic, *values.shape], ">i4").tobytes()
+            (folder / f"{split}-{name}.gz").write_bytes(gzip.compress(header + values.tobytes()))
+
+
+def same_weights(one, other, key):
+    one, other = (torch.load(file, weights_only=True)[key] for file in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_segmenter_trained_in_pieces(run, tmp_path, capsys):
+    write_segments(tmp_path / "s.parquet", 8)
+    data = (tmp_path / "s.parquet", tmp_path / "s.parquet")
+    options = ("--d-model", 8, "--depth", 4, "--channels", 4, "--batch-size", 2, "--epochs", 2)
+    run("train_segmenter", tmp_path / "one.pth", *data, *options)
+    for _ in range(2):
+        run("train_segmenter", tmp_path / "two.pth", *data, *options, "--steps", 4)
+    assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", "state_dict")
+    assert '"miou"' in capsys.readouterr().out
+    model = ssmcompress.load(tmp_path / "one.pth")
+    assert (model.architecture, model.config.level) == ("vim_upernet", "residual")
+    run("train_segmenter", tmp_path / "three.pth", *data, *options, "--start", tmp_path / "one.pth", "--steps", 1)
+    assert not same_weights(tmp_path / "one.pth", tmp_path / "three.pth", "state_dict")
+    with pytest.raises(SystemExit, match="was made with"):
+        run("train_segmenter", tmp_path / "one.pth", *data, *options, "--seed", 3)
+
+
+@pytest.mark.parametrize(("architecture", "key"), [("vim", "model"), ("plain_mamba", "state_dict")])
+def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key):
+    write_idx(tmp_path, 250)
+    options = ("--idx", tmp_path, "--architecture", architecture, "--d-model", 8, "--depth", 2, "--batch-size", 125)
+    run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
+    for _ in range(2):
+        run("train_fashion_mnist", tmp_path / "two.pth", *options, "--epochs", 2, "--steps", 2)
+    assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", key)
+    assert ssmcompress.load(tmp_path / "one.pth").architecture == architecture
