@@ -2,9 +2,10 @@
 
 The expected loss of a plan is the sum over its stages of what each adds: for a stage after layer l, from n tokens to m,
 loss_l(m) - loss_l(n). Here loss_l is the sensitivity of that layer by its best metric, interpolated between the counts
-it was measured at (its square root is interpolated, which is nearly linear in the count). FLOPs are a sum as well, each
-layer's weight times its tokens. So dynamic programming over (layer, tokens, budget left) finds the best plan of this
-model for each number of stages and each first layer; the caller checks the model by running the best few plans.
+it was measured at (its square root is interpolated, which is nearly linear in the count). FLOPs are a sum as well, of
+what each layer takes for its tokens, by any function of their number. So dynamic programming over (layer, tokens,
+budget left) finds the best plan of this model for each number of stages and each first layer; the caller checks the
+model by running the best few plans.
 """
 
 from __future__ import annotations
@@ -112,19 +113,29 @@ class _Grid:
         self.counts = sorted({*sensitivity.kept, *extra}, reverse=True)
         self.loss = np.stack([self._interpolate(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
         self.least = self.loss.min(1)
-        # FLOPs are affine in the token count of each layer.
-        full = [length] * (depth + 1)
-        run, dense = sum(model.flops_by_part(full, "full").values()), dense_flops(model)["full"] * 1e9
-
-        def weight(layer: int) -> float:
-            fewer = full.copy()
-            fewer[layer] -= 1
-            return (run - sum(model.flops_by_part(fewer, "full").values())) / dense
-
-        self.weights = np.array([weight(layer) for layer in range(depth)])
-        fixed = run / dense - length * self.weights.sum()
+        self.totals, fixed = self._measure_costs(length, depth)
         self.unit = max(budget - fixed, 1e-9) / STEPS
         self.tables: dict[tuple[int, int], np.ndarray] = {}
+
+    def _measure_costs(self, length: int, depth: int) -> tuple[np.ndarray, float]:
+        """Return what numbers of tokens cost, and what costs the same with any, as shares of the dense FLOPs.
+
+        The first is (depth + 2, counts + 1): in row i the cost of the first i of `token_counts` for all tokens (column
+        0) and for each of `counts`. FLOPs must be a sum over these numbers; what each of them adds need not be linear.
+        """
+        full, dense = [length] * (depth + 1), dense_flops(self.model)["full"] * 1e9
+
+        def total(place: int, count: int) -> float:
+            counts = [*full[:place], count, *full[place + 1 :]]
+            return sum(self.model.flops_by_part(counts, "full").values()) / dense
+
+        run, rows = total(0, length), []
+        for place in range(depth + 1):
+            # In a layer whose FLOPs are linear, this much for each token and nothing else.
+            each = run - total(place, length - 1)
+            rows.append([each * length, *(total(place, count) - run + each * length for count in self.counts)])
+        costs = np.array(rows)
+        return np.concatenate([np.zeros((1, costs.shape[1])), costs.cumsum(0)]), run - costs[:, 0].sum()
 
     def _interpolate(self, loss: np.ndarray) -> np.ndarray:
         """Interpolate losses (metrics, measured counts) -> (metrics, counts), non-decreasing as tokens are removed."""
@@ -133,9 +144,15 @@ class _Grid:
         roots = np.maximum.accumulate(roots, 1)
         return np.stack([np.interp(-np.array(self.counts, dtype=float), -measured, row) ** 2 for row in roots])
 
-    def cost(self, start: int, stop: int, tokens: int) -> int:
-        """Return the steps of the budget that layers start + 1 to stop take for a number of tokens, rounded up."""
-        return int(np.ceil(self.weights[start:stop].sum() * tokens / self.unit - 1e-9))
+    def cost(self, start: int, stop: int | None, row: int | None) -> int:
+        """Return the steps of the budget that layers start + 1 to stop take, rounded up.
+
+        Args:
+            stop: None: to the end, the readout included. row: of the count of tokens; None: all tokens.
+        """
+        column = 0 if row is None else row + 1
+        first, last = self.totals[start, column], self.totals[-1 if stop is None else stop, column]
+        return int(np.ceil((last - first) / self.unit - 1e-9))
 
     def table(self, place: int, later: int) -> np.ndarray:
         """Return (counts, steps + 1), the least further loss with at most `later` more stages.
@@ -145,15 +162,14 @@ class _Grid:
         if (place, later) in self.tables:
             return self.tables[place, later]
         least = np.full((len(self.counts), STEPS + 1), np.inf)
-        depth = len(self.model.blocks)
-        for row, tokens in enumerate(self.counts):
-            rest = self.cost(self.layers[place], depth, tokens)
+        for row in range(len(self.counts)):
+            rest = self.cost(self.layers[place], None, row)
             if rest <= STEPS:
                 least[row, rest:] = 0
             if not later:
                 continue
             for after in range(place + 1, len(self.layers)):
-                spent = self.cost(self.layers[place], self.layers[after], tokens)
+                spent = self.cost(self.layers[place], self.layers[after], row)
                 if spent > STEPS or row + 1 >= len(self.counts):
                     continue
                 added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
@@ -165,7 +181,7 @@ class _Grid:
 
     def best_paths(self, first: int, later: int) -> list[list[tuple[int, int]]]:
         """Return paths [(place, row of the count)] from a first layer, for the three best numbers of tokens there."""
-        spent = self.cost(0, self.layers[first], self.model.length)
+        spent = self.cost(0, self.layers[first], None)
         if spent > STEPS:
             return []
         total = self.least[first] + self.table(first, later)[:, STEPS - spent]
@@ -175,10 +191,9 @@ class _Grid:
     def _backtrack(self, place: int, row: int, left: int, later: int) -> list[tuple[int, int]]:
         """Return the path of least loss from a table entry."""
         target = self.table(place, later)[row, left]
-        tokens = self.counts[row]
-        if target > 0 or self.cost(self.layers[place], len(self.model.blocks), tokens) > left:
+        if target > 0 or self.cost(self.layers[place], None, row) > left:
             for after in range(place + 1, len(self.layers)) if later else ():
-                rest = left - self.cost(self.layers[place], self.layers[after], tokens)
+                rest = left - self.cost(self.layers[place], self.layers[after], row)
                 if rest < 0:
                     continue
                 added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
