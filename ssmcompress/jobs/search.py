@@ -137,6 +137,9 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
     Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
+    if request.importance is not None:
+        for layer in layers:
+            model.check_importance(request.importance, layer)
     return layers
 
 
@@ -149,7 +152,8 @@ def measure_tokens(
         most: images to measure on at most; None: all of the trial.
     """
     request = trial.request
-    known = sensitivity.metrics if _has_tokens(sensitivity) else METRICS
+    available = tuple(metric for metric in METRICS if metric in trial.model.importances)
+    known = sensitivity.metrics if _has_tokens(sensitivity) else available
     metrics = (request.importance,) if request.importance else known
     images = sensitivity.data["images"] if _has_tokens(sensitivity) else len(trial.images[:most])
     line(f"{images} images to search on, of {trial.name}")

@@ -15,9 +15,10 @@ from ..data.dense import DensePreprocessing
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..ops import ScanPath, selective_scan
+from ..errors import InputError
+from ..ops import SCORES, ScanPath, selective_scan
 from ..pruning.alignment import Alignment
-from ..pruning.importance import normalize_rms
+from ..pruning.importance import IMPORTANCES, normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, Task
@@ -66,9 +67,11 @@ class Block(nn.Module, abc.ABC):
 
     Attributes:
         residual_scale: factor of the projection when it is added to the residual stream.
+        scores: names of the scores of tokens that `forward` can compute.
     """
 
     residual_scale: ClassVar[float] = 1.0
+    scores: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abc.abstractmethod
@@ -98,6 +101,8 @@ class Block(nn.Module, abc.ABC):
 
 class ScanBlock(Block):
     """A layer whose scans can lose states, channels and directions; see `ssmcompress.compression.trim`."""
+
+    scores = frozenset(SCORES)
 
     @property
     @abc.abstractmethod
@@ -436,6 +441,19 @@ class TokenModel(nn.Module, abc.ABC):
         Args:
             size: bytes of a number outside the residual stream and its norm, which are float32: 2 under autocast.
         """
+
+    @property
+    def importances(self) -> tuple[str, ...]:
+        """The metrics by which tokens can be ranked after any layer."""
+        computed = frozenset.intersection(*(block.scores for block in self.blocks))
+        return tuple(name for name, metric in IMPORTANCES.items() if metric.block_metric in (None, *computed))
+
+    def check_importance(self, name: str, layer: int) -> None:
+        """Raise an InputError unless tokens can be ranked by this metric after a layer, from 1."""
+        score, block = IMPORTANCES[name].block_metric, self.blocks[layer - 1]
+        if score is not None and score not in block.scores:
+            others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks)
+            raise InputError(f"importance {name!r}: layer {layer} of a {self.architecture} has none; expected {others}")
 
     def token_counts(self) -> list[int]:
         """Return the number of tokens that each layer processes, and last the number read out (depth + 1 values)."""

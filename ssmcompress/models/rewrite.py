@@ -52,7 +52,9 @@ def make_plan(
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
     pairs = zip(stages, ratios, strict=True)
-    return Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
+    plan = Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
+    _check_importances(model, plan)
+    return plan
 
 
 def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
@@ -141,6 +143,11 @@ def align(model: TokenModel, alignment: Alignment) -> TokenModel:
     return model
 
 
+def _check_importances(model: TokenModel, plan: Plan) -> None:
+    for stage in plan.stages:
+        model.check_importance(stage.importance, stage.after)
+
+
 def _check_pool(model: TokenModel, alignment: Alignment) -> None:
     if alignment.pool and not model.pools:
         raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
@@ -153,6 +160,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
     Probes that the plan does not have are zeros, to be filled from a file.
     """
     plan.validate(len(model.blocks))
+    _check_importances(model, plan)
     _check_pool(model, plan.alignment)
     if plan.gap is None:
         plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")

@@ -239,7 +239,7 @@ def measure_sensitivity(
     counts = dict.fromkeys(kept_count(length, ratio, model.protected is not None) for ratio in RATIOS)
     kept = tuple(count for count in counts if count < length)
     # A stage that drops nothing is installed and removed again: it gives every later layer the delta of dropped tokens.
-    work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0),)))
+    work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0, "random"),)))
     work.pruners.clear()
     order = [(i, j, k) for i in range(len(layers)) for j in range(len(metrics)) for k in range(len(kept))]
     cells: dict[tuple[int, int, int], list[Tensor]] = {cell: [] for cell in order}
