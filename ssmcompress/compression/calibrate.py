@@ -11,12 +11,15 @@ from torch import Tensor
 from .. import processes
 from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
-from ..models.base import TokenModel
+from ..models.base import ScanBlock, TokenModel
 from ..models.inputs import as_batches, check_unpruned
 from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
 from ..pruning.plan import Calibration, Plan
 from .saliency import fit_probes
+
+# The deltas of a layer without scans.
+NO_DELTAS = torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def calibrate(
@@ -72,16 +75,19 @@ def gap_deltas(model: TokenModel, images: Any, gap: str, distributed: bool = Fal
 
 
 def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
-    """Return softplus(dt_bias), the delta of a position without input, (deltas, d_inner) for each layer."""
-    return tuple(block.bias_delta().detach().cpu() for block in model.blocks)
+    """Return softplus(dt_bias), the delta of a position without input, (deltas, d_inner) for each layer.
+
+    A layer without scans has (0,).
+    """
+    return tuple(
+        block.bias_delta().detach().cpu() if isinstance(block, ScanBlock) else NO_DELTAS for block in model.blocks
+    )
 
 
 def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = False) -> tuple[Tensor, ...]:
     """Return the mean of delta over the images and tokens of the dense model, (deltas, d_inner) for each layer."""
     device = next(model.parameters()).device
-    totals = [
-        torch.zeros_like(delta, dtype=_sum_dtype(device)) for delta in (block.bias_delta() for block in model.blocks)
-    ]
+    totals = [torch.zeros_like(delta, dtype=_sum_dtype(device), device=device) for delta in bias_deltas(model)]
     token_count = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
     for batch in in_chunks(track(batches, "calibrating", batches.total), model.chunk_size()):
         token_count += len(batch) * model.length
@@ -109,7 +115,8 @@ def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
     tokens = model.embed(images.to(device))
     sums = []
     for block in model.blocks:
-        sums.append(block.deltas(tokens).sum((1, 2), dtype=_sum_dtype(device)))
+        scans = isinstance(block, ScanBlock)
+        sums.append(block.deltas(tokens).sum((1, 2), dtype=_sum_dtype(device)) if scans else NO_DELTAS.to(device))
         tokens = block(tokens)
     return sums
 

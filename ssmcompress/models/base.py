@@ -86,6 +86,15 @@ class Block(nn.Module, abc.ABC):
     def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
         """Return the tokens after this layer, with scores of `metric` unless it is None."""
 
+
+class ScanBlock(Block):
+    """A layer of scans, whose states decay at pruned positions.
+
+    It can lose states, channels and directions; see `ssmcompress.compression.trim`.
+    """
+
+    scores = frozenset(SCORES)
+
     @abc.abstractmethod
     def deltas(self, tokens: Tokens) -> Tensor:
         """Return delta after softplus (deltas, batch, kept, d_inner), as this layer uses it, one for each dt_proj."""
@@ -97,12 +106,6 @@ class Block(nn.Module, abc.ABC):
     @abc.abstractmethod
     def set_gap_delta(self, delta: Tensor) -> None:
         """Set the delta (deltas, d_inner) with which pruned positions decay the state."""
-
-
-class ScanBlock(Block):
-    """A layer whose scans can lose states, channels and directions; see `ssmcompress.compression.trim`."""
-
-    scores = frozenset(SCORES)
 
     @property
     @abc.abstractmethod

@@ -16,7 +16,7 @@ from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage, default_stages
 from ..pruning.pruner import TokenPruner
-from .base import TokenModel
+from .base import ScanBlock, TokenModel
 from .inputs import check_model, check_unpruned
 
 
@@ -188,6 +188,8 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
         )
     first = min((stage.after for stage in plan.stages), default=len(model.blocks))
     for index, block in enumerate(model.blocks[first:], first):
+        if not isinstance(block, ScanBlock):
+            continue
         delta = block.bias_delta()
         if plan.gap == "calibrated":
             calibrated = plan.calibration.gap_deltas[index]
