@@ -67,12 +67,16 @@ def fill_level(level: Level, maps: Sequence[nn.Module] | None, zero: bool = Fals
     )
 
 
-def count_groups(model: TokenModel, level: int) -> int:
-    """Return the number of groups of tokens at an output level (from 1): dropped by each stage before it, and kept."""
+def group_sizes(model: TokenModel, level: int) -> list[int]:
+    """Return the tokens of each group at an output level (from 1): those that a stage before it dropped, and kept ones.
+
+    A stage that drops nothing has no group.
+    """
     plan, counts, layer = model.plan, model.token_counts(), model.config.out_layers[level - 1]
-    if plan.reenter and layer > len(model.blocks) - plan.reenter:
-        return 1
-    return 1 + sum(counts[s.after] < counts[s.after - 1] for s in plan.stages if s.after < layer)
+    if plan is None or (plan.reenter and layer > len(model.blocks) - plan.reenter):
+        return [model.length]
+    dropped = [counts[stage.after - 1] - counts[stage.after] for stage in plan.stages if stage.after < layer]
+    return [*(count for count in dropped if count), model.length - sum(dropped)]
 
 
 def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:
@@ -92,11 +96,11 @@ def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:
     parsed = [re.fullmatch(r"level_maps\.(\d{1,3})\.(\d{1,3})\.(.+)", key) for key in state]
     places = {(int(match[1]), int(match[2])) for match in parsed if match is not None}
     expected = {f"level_maps.{level}.{group}.{name}" for level, group in places for name in names}
-    fitting = all(1 <= level <= model.levels and group < count_groups(model, level) for level, group in places)
+    fitting = all(1 <= level <= model.levels and group < len(group_sizes(model, level)) for level, group in places)
     if None in parsed or not fitting or expected != set(state):
         raise InputError(f"maps of output levels ({next(iter(state))}, ...) that do not belong to the model")
     for level in sorted({level for level, _ in places}):
-        parts = nn.ModuleList(nn.Identity() for _ in range(count_groups(model, level)))
+        parts = nn.ModuleList(nn.Identity() for _ in range(len(group_sizes(model, level))))
         for _, group in sorted(place for place in places if place[0] == level):
             values = {name: state[f"level_maps.{level}.{group}.{name}"] for name in names}
             if any(values[name].shape != shapes[name] or not values[name].isfinite().all() for name in names):

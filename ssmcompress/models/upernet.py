@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..pruning.tokens import Tokens
 from ..tasks import SEGMENTATION
 from .base import Decision, Expected, StateDict, TokenModel
-from .level_maps import LevelMap, fill_level
+from .level_maps import LevelMap, fill_level, group_sizes
 from .precision import cast
 from .reading import Shapes
 from .sizes import LayeredConfig, LayerSize
@@ -185,17 +185,12 @@ class UperNet(TokenModel):
         return self.readout(self.encode(images)[0])
 
     def count_level_maps(self) -> int:
-        plan, counts, total = self.plan, self.token_counts(), 0
-        dropped = [counts[stage.after - 1] - counts[stage.after] for stage in plan.stages] if plan else []
-        for parts in self.level_maps.values():
-            sizes = [count for count in dropped if count][: len(parts) - 1]
-            sizes.append(self.length - sum(sizes))
-            total += sum(
-                LevelMap.count_flops(size, self.d_model)
-                for part, size in zip(parts, sizes, strict=True)
-                if isinstance(part, LevelMap)
-            )
-        return total
+        return sum(
+            LevelMap.count_flops(size, self.d_model)
+            for level, parts in self.level_maps.items()
+            for part, size in zip(parts, group_sizes(self, int(level)), strict=True)
+            if isinstance(part, LevelMap)
+        )
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Compute the logits (batch, classes, height, width); return them and the decision of each stage."""
