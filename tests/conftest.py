@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # One thread for each of the processes that the tests run in (pytest-xdist), and for those that they start: models as
@@ -28,6 +29,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
         return "gpu" not in collection_path.read_text().lower() or None
     return None
+
+
+# Tests of 15 s and more run first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "test_kernels_in_the_interpreter",
+    "test_commands_run_where_a_page_begins_with_the_three_lines",
+    "test_hostile_inputs_are_refused_or_read_right",
+    "test_kernels_fit_the_registers",
+    "test_the_three_lines_in_an_empty_folder",
+    "test_demo",
+    "test_two_processes_do_what_one_does",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name.partition("[")[0] not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
@@ -126,14 +143,27 @@ def images_of(model: TokenModel, count=5, seed=1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def checkpoint(vim, tmp_path) -> Path:
-    """A training checkpoint as hustvl's code writes it."""
+def write_checkpoint(folder: Path, depth: int = 4) -> Path:
     import argparse
 
-    path = tmp_path / "model.pt"
-    torch.save({"model": vim.state_dict(), "epoch": 3, "args": argparse.Namespace(model="vim", lr=1e-3)}, path)
+    path, state = folder / "model.pt", make_vim(depth).state_dict()
+    torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(model="vim", lr=1e-3)}, path)
     return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A training checkpoint as hustvl's code writes it."""
+    return write_checkpoint(tmp_path)
+
+
+def select_bundled_images(count: int, file: Path) -> Path:
+    """Write a table of the first of the 2,000 images that come with the package."""
+    from datasets import Dataset
+
+    table = Dataset.from_parquet(str(BUNDLED / "images.parquet"), cache_dir=str(file.parent / "cache"))
+    table.select(range(count)).to_parquet(file)
+    return file
 
 
 def write_image(path: Path, seed: int, size=(16, 16), mode="RGB") -> None:
@@ -142,10 +172,8 @@ def write_image(path: Path, seed: int, size=(16, 16), mode="RGB") -> None:
     Image.fromarray(pixels).convert(mode).save(path)
 
 
-@pytest.fixture
-def class_folders(tmp_path) -> Path:
-    """Ten classes of two images each."""
-    root = tmp_path / "images"
+def write_class_folders(folder: Path) -> Path:
+    root = folder / "images"
     for label in range(10):
         for i in range(2):
             write_image(root / f"class{label}" / f"{i}.png", seed=10 * label + i)
@@ -153,14 +181,40 @@ def class_folders(tmp_path) -> Path:
 
 
 @pytest.fixture
+def class_folders(tmp_path) -> Path:
+    """Ten classes of two images each."""
+    return write_class_folders(tmp_path)
+
+
+@pytest.fixture
 def in_an_empty_folder(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
 
 
-@pytest.fixture
-def pruned_folder(checkpoint, class_folders) -> Path:
-    """A folder that `prune` wrote, in the working folder."""
+@pytest.fixture(scope="session")
+def pruned_once(tmp_path_factory) -> Path:
+    """A folder with a checkpoint, images, and what `prune` made of them in `pruned`."""
     from command_line import call
 
-    call("prune", checkpoint, "--ratio", "0.5", "--data", class_folders, "--no-latency", "-o", "pruned")
-    return Path("pruned")
+    root = tmp_path_factory.mktemp("once")
+    checkpoint, images = write_checkpoint(root), write_class_folders(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        call("prune", checkpoint, "--ratio", "0.5", "--data", images, "--no-latency", "-o", "pruned")
+    return root
+
+
+@pytest.fixture
+def pruned_folder(pruned_once, checkpoint, class_folders, tmp_path) -> Path:
+    """A folder that `prune` wrote, in the working folder: a copy with the paths of this test, since 80 tests use it."""
+    folder = Path(shutil.copytree(pruned_once / "pruned", "pruned"))
+    old, new = (str(root).encode() for root in (pruned_once, tmp_path))
+    for name in ("config.json", "report.json", "README.md"):
+        file = folder / name
+        file.write_bytes(file.read_bytes().replace(old, new))
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].replace(old, new)
+    header += b" " * (-len(header) % 8)
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    return folder

@@ -64,18 +64,21 @@ def prose(page: Path) -> str:
 
 # The pages whose commands trim states and channels, which takes at least 16 images to calibrate on, and more time.
 TRIMMING = {"budget.md"}
+# The pages that export graphs of their own, and prune in two stages at most: a layer takes 2 s to trace.
+TRACING = {"onnx.md", "python.md"}
 
 
 @contextmanager
-def users_folder(folder: Path, per_class: int = 1) -> Iterator[None]:
+def users_folder(folder: Path, page: Path) -> Iterator[None]:
     """Work in a folder with a checkpoint, images in ten classes, a photograph, a segmentation model with
     images, and the repository's examples.
     """
+    depth, per_class = 3 if page.name in TRACING else 4, 4 if page.name in TRIMMING else 1
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         if not Path("model.pt").exists():
-            torch.save({"model": make_vim().state_dict()}, "model.pt")
+            torch.save({"model": make_vim(depth).state_dict()}, "model.pt")
             for label in range(10):
                 for i in range(per_class):
                     write_image(Path("images") / f"class{label}" / f"{i}.png", seed=10 * label + i)
@@ -88,16 +91,6 @@ def users_folder(folder: Path, per_class: int = 1) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def three_lines(tmp_path_factory):
-    """A folder in which the README's three lines were run; the guide begins with them, too."""
-    folder = tmp_path_factory.mktemp("three_lines")
-    with users_folder(folder):
-        for command in THREE_LINES:
-            run(command)
-    return folder
 
 
 def run(command: str) -> None:
@@ -114,14 +107,34 @@ def run(command: str) -> None:
     assert done.returncode == 0, (command, done.stderr)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OTHER_EXAMPLES], ids=lambda page: page.name)
-def test_commands_run(page, tmp_path, request):
-    todo = [command for command in commands(page) if command not in RUN_ELSEWHERE]
-    if todo[:3] == THREE_LINES:
-        shutil.copytree(request.getfixturevalue("three_lines"), tmp_path, symlinks=True, dirs_exist_ok=True)
-        todo = todo[3:]
-    with users_folder(tmp_path, 4 if page.name in TRIMMING else 1):
-        for command in todo:
+def commands_here(page: Path) -> list[str]:
+    return [command for command in commands(page) if command not in RUN_ELSEWHERE]
+
+
+BEGINNERS = [page for page in PAGES if commands_here(page)[:3] == THREE_LINES]
+
+
+def test_commands_run_where_a_page_begins_with_the_three_lines(tmp_path):
+    """README and guide: the lines once, and each page's other commands in a copy of what they left."""
+    assert README in BEGINNERS
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    with users_folder(begun, README):
+        for command in THREE_LINES:
+            run(command)
+    for page in BEGINNERS:
+        shutil.copytree(begun, tmp_path / page.stem, symlinks=True)
+        with users_folder(tmp_path / page.stem, page):
+            for command in commands_here(page)[3:]:
+                run(command)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name not in OTHER_EXAMPLES and p not in BEGINNERS], ids=lambda page: page.name
+)
+def test_commands_run(page, tmp_path):
+    with users_folder(tmp_path, page):
+        for command in commands_here(page):
             run(command)
 
 
@@ -129,7 +142,7 @@ def test_commands_run(page, tmp_path, request):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p, "bash gpu")], ids=lambda page: page.name)
 def test_commands_for_a_gpu_run(page, tmp_path):
-    with users_folder(tmp_path):
+    with users_folder(tmp_path, page):
         for command in commands(page, "bash gpu"):
             run(command)
 
@@ -138,7 +151,7 @@ def test_commands_for_a_gpu_run(page, tmp_path):
     "page", [p for p in PAGES if p.name not in OTHER_EXAMPLES and blocks(p, "python")], ids=lambda page: page.name
 )
 def test_python_examples_run(page, tmp_path):
-    with users_folder(tmp_path):
+    with users_folder(tmp_path, page):
         for number, code in enumerate(blocks(page, "python"), start=1):
             exec(compile(code, f"{page.name}, example {number}", "exec"), {})
 

@@ -105,8 +105,20 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
 
 
 def long_run(folder, images, *more):
-    command = "finetune", folder, "--data", images, "--epochs", 40, "--set", "batch_size=4", "--set", "ema=0.99"
-    return [sys.executable, "-m", "ssmcompress", *map(str, (*command, "--no-latency", "--workers", 1, "-o", *more))]
+    command = "finetune", folder, "--data", images, "--epochs", 16, "--set", "batch_size=4", "--set", "ema=0.99"
+    return *command, "--no-latency", "--workers", 1, "-o", *more
+
+
+def start(*arguments, **options):
+    """A running process of the command, whose stderr can be read."""
+    command = [sys.executable, "-m", "ssmcompress", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(process, text):
+    """Read stderr up to a line with `text`."""
+    while text not in process.stderr.readline():
+        assert process.poll() is None
 
 
 def ended(pids, seconds=15.0):
@@ -117,12 +129,13 @@ def ended(pids, seconds=15.0):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
-    """SIGKILL at moments drawn by chance; whatever state is there then is whole."""
-    subprocess.run(long_run("pruned", class_folders, "whole"), check=True, capture_output=True)
+    """SIGKILL at moments drawn by chance, while it trains; whatever state is there then is whole."""
+    call(*long_run("pruned", class_folders, "whole"))
     kills, generator = 0, np.random.default_rng()
-    for _ in range(3):
-        process = subprocess.Popen(long_run("pruned", class_folders, "cut", "--resume"), stderr=subprocess.DEVNULL)
-        time.sleep(generator.uniform(3.5, 6))
+    for _ in range(2):
+        process = start(*long_run("pruned", class_folders, "cut", "--resume"))
+        wait_for(process, "epoch ")
+        time.sleep(generator.uniform(0, 0.7))  # of the 2 s or more that 16 epochs take
         workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         kills += process.poll() is None
         process.kill()
@@ -135,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
             with contextlib.suppress(ssmcompress.errors.InputError):
                 assert ssmcompress.load(".cut.training.pt.part").plan is not None
     assert kills
-    subprocess.run(long_run("pruned", class_folders, "cut", "--resume"), check=True, capture_output=True)
+    call(*long_run("pruned", class_folders, "cut", "--resume"))
     for file in ("model.safetensors", "last.safetensors"):
         one, other = (ssmcompress.load(f"{name}/{file}") for name in ("whole", "cut"))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -144,10 +157,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
 
 def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
     """As a terminal sends it: to every process of the group."""
-    process = subprocess.Popen(
-        long_run("pruned", class_folders, "cut", "--set", "epochs=4000"),
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = start(*long_run("pruned", class_folders, "cut", "--set", "epochs=4000"), start_new_session=True)
     assert "epoch 1 of" in process.stderr.readline()
     workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)
@@ -231,11 +241,8 @@ def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class
     """`prune` writes it before the first step; `finetune --resume` goes on from the state."""
     options = "--set", "batch_size=6", "--no-latency", "--data", class_folders
     command = "prune", checkpoint, "--ratio", 0.5, "--finetune-epochs", 4000, *options, "-o", "m"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssmcompress", *map(str, command)], stderr=subprocess.PIPE, text=True
-    )
-    while "epoch 2 of" not in process.stderr.readline():
-        assert process.poll() is None
+    process = start(*command)
+    wait_for(process, "epoch 2 of")
     process.kill()
     process.wait()
     pruned = ssmcompress.load("m")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import call, call_json, refused
-from conftest import BUNDLED, GOLDEN, write_image
+from conftest import GOLDEN, select_bundled_images, write_image
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -171,25 +171,26 @@ def test_an_output_that_exists_is_left_alone_and_a_pruned_model_is_not_pruned_ag
     call("prune", checkpoint, "-o", "m", "--force", "--no-latency")
     call("prune", checkpoint, "-o", "m", "--force", "--no-latency")
     assert "pruned already" in refused("prune", "m", "-o", "n")
-    call("export", "m", "--onnx")
-    assert "exists" in refused("export", "m", "--onnx")
+    Path("m", "model.onnx").write_bytes(b"a graph")  # where `export` puts it
+    assert "m/model.onnx exists" in refused("export", "m", "--onnx")
 
 
-def test_figures_of_the_trained_model_on_2000_images():
-    """An independent implementation measured 83.95 % dense, 65.2 % aligned and 52.1 % naive.
+def test_figures_of_the_trained_model(tmp_path):
+    """An independent implementation measured 83.95 % dense, 65.2 % aligned and 52.1 % naive on 2,000 images.
 
-    It had 75.8 % after a reconstruction on 1,024 images, here are 128.
+    It had 75.8 % after a reconstruction on 1,024 images, here are 128. Of 500 of its images the standard errors are
+    1.4, 1.8 and 1.9 points; two of them are allowed besides the 1 and 1.5 points of all 2,000.
     """
+    images = select_bundled_images(500, tmp_path / "images.parquet")
     found = call_json(
         "prune", GOLDEN / "vim_fashion_mnist.pth", "--mean", 0.2860, "--std", 0.3530, "--crop-pct", 1.0,
-        "--stages", "2,4,6", "--ratio", 0.3, "--data", BUNDLED / "images.parquet",
-        "--eval-data", BUNDLED / "images.parquet", "--samples", 128, "--no-latency",
+        "--stages", "2,4,6", "--ratio", 0.3, "--data", images, "--eval-data", images, "--samples", 128, "--no-latency",
     )  # fmt: skip
-    assert (found["data"]["images"], found["data"]["labelled"], found["data"]["overlap"]) == (2000, True, 128)
-    assert 83 <= found["dense"]["top1"] <= 85
-    assert found["aligned"]["top1"] == pytest.approx(65.2, abs=1.5)
-    assert found["pruned"]["top1"] >= 72
-    assert found["naive"]["top1"] == pytest.approx(52, abs=1.5)
+    assert (found["data"]["images"], found["data"]["labelled"], found["data"]["overlap"]) == (500, True, 128)
+    assert found["dense"]["top1"] == pytest.approx(84, abs=1 + 2 * 1.4)
+    assert found["aligned"]["top1"] == pytest.approx(65.2, abs=1.5 + 2 * 1.8)
+    assert found["pruned"]["top1"] >= found["aligned"]["top1"] + 7  # of the same images: 72 % of all 2,000
+    assert found["naive"]["top1"] == pytest.approx(52, abs=1.5 + 2 * 1.9)
     assert [s["kept"] for s in found["stages"]] == [139, 98, 69]
 
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images_of, make_vim, write_image
+from conftest import images_of, make_plain_mamba, make_vim, write_image
+from distributed_work import main as work_alone
 from timm.data import Mixup
 
 import ssmcompress
@@ -405,8 +406,12 @@ def test_a_record_goes_to_json_and_back(vim, pictures):
 FULL = replace(SMALL, mixup=0.8, cutmix=1.0, erasing=0.5, ema=0.9, ramp=0.6, accumulate=2, smoothing=0.1)
 
 
-@pytest.mark.parametrize("cut", [1, 3, 4, 6])
-def test_a_run_cut_off_goes_on_to_the_same_weights(model, tmp_path, cut):
+# In the middle of an epoch of four steps, before its last step, at its end, and in the next one.
+@pytest.mark.parametrize(
+    ("make", "cut"), [(make_vim, 1), (make_vim, 3), (make_vim, 4), (make_vim, 6), (make_plain_mamba, 6)]
+)
+def test_a_run_cut_off_goes_on_to_the_same_weights(make, cut, tmp_path):
+    model = make(depth=2)
     for label in range(10):
         for i in range(4):
             write_image(tmp_path / "data" / f"class{label}" / f"{i}.png", 10 * label + i, model.config.image_size)
@@ -458,20 +463,18 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(vim, pictures, tmp_p
     finetune(pruned_of(vim), data, recipe=SMALL, **options)  # without a state it starts afresh
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+def test_two_processes_do_what_one_does(tmp_path, capsys):
     """33 images, 7 at a time: nothing divides evenly."""
     for label in range(10):
         for i in range(3 + (label < 3)):
             write_image(tmp_path / "images" / f"class{label}" / f"{i}.png", 10 * label + i)
     torch.save({"model": make_vim().state_dict()}, tmp_path / "dense.pt")
-    work = [str(TESTS / "distributed_work.py"), str(tmp_path)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = {}
-    for name, command in (("one", [sys.executable, *work]), ("two", [*launch, *work])):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        found[name] = json.loads(done.stdout)
-    one, two = found["one"], found["two"]
+    command = [*launch, str(TESTS / "distributed_work.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    work_alone(tmp_path)
+    one, two = json.loads(capsys.readouterr().out), json.loads(done.stdout)
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert (one["images"], one["digests"]) == (two["images"], two["digests"]) == (33, 33)
     assert one["overlap"] == two["overlap"] == one["step learnt"] == two["step learnt"] == 33
@@ -486,8 +489,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert one["step"] != one["mixed"]
 
 
-def test_memory_does_not_grow(vim, pictures):
-    sizes = []
+def test_memory_does_not_grow(pictures):
+    vim, sizes = make_vim(depth=2), []
     recipe = replace(SMALL, epochs=100, batch_size=10)
     finetune(
         pruned_of(vim), batches(vim, pictures), dense=vim, recipe=recipe,

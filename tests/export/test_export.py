@@ -1,6 +1,7 @@
 """The ONNX file: what it computes, what is in it, and that a wrong one is found out."""
 
 import json
+import pickle
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx_runs import open_session, run_file
 
 import ssmcompress
 from ssmcompress.errors import InputError, VerificationError
+from ssmcompress.export import onnx as export
 from ssmcompress.export import runtime as onnx_runtime
 from ssmcompress.export.functions import FORMS, STANDARD_OPSET, function_text
 from ssmcompress.export.graph import assemble, trace
@@ -20,6 +22,23 @@ from ssmcompress.export.runtime import choose_forms, newest_opset
 from ssmcompress.export.verify import compare_kept, verify_onnx
 from ssmcompress.models.base import Decision
 from ssmcompress.ops import causal_conv1d, selective_scan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace_of_a_model():
+    """Tests of what is done with a graph share its trace, which takes 3 s."""
+    traces = {}
+
+    def trace_once(model, *arguments):
+        key = pickle.dumps((model, arguments))
+        if key not in traces:
+            traces[key] = trace(model, *arguments)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", trace_once)
+        yield
+
 
 FORMS_HERE, _ = choose_forms("auto", newest_opset())
 
@@ -116,7 +135,7 @@ def test_the_conv_function_is_the_op(reverse, aligned, length):
 @pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
 @pytest.mark.parametrize("case", ["dense", "pruned", "naive", "delta", "random"])
 def test_onnx_and_torch_agree_for_any_batch(case, make, tmp_path):
-    model = make(depth=3)
+    model = make(depth=3 if case == "pruned" else 2)  # two stages, or one
     images = images_of(model)
     if case != "dense":
         metric = case if case in ("delta", "random") else "clip"
@@ -288,8 +307,6 @@ def test_kept_positions_are_outputs_where_asked_for(pruned, tmp_path):
 
 
 def test_large_weights_go_beside_the_file_or_nothing_goes_anywhere(pruned, tmp_path, monkeypatch):
-    from ssmcompress.export import onnx as export
-
     monkeypatch.setattr(export, "EXTERNAL_BYTES", 1000)
     result = ssmcompress.export_onnx(pruned, tmp_path / "m.onnx", ssmcompress.OnnxOptions(scan="scan"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BUNDLED, images_of, make_plain_mamba, make_vim
+from conftest import BUNDLED, images_of, make_plain_mamba, make_vim, select_bundled_images, write_checkpoint
 from typer.testing import CliRunner
 
 import ssmcompress
@@ -35,6 +35,11 @@ ALL_MODELS = [make_vim, make_plain_mamba]
 
 # The methods that are for classifiers.
 CLASSIFIERS = [method for method in METHODS if not method.of_levels]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path, depth=3)
 
 
 def run(*arguments):
@@ -432,18 +437,19 @@ def test_compare_measures_every_method_and_goes_on_where_it_was(checkpoint, clas
     assert "another" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "damage", [{"agreement": [1]}, {"flops": 5}, {"stages": 5}, {"method": [[]]}, {"ratio": "x"}, {"images": None}]
-)
-def test_a_comparison_with_damaged_rows_is_refused(checkpoint, class_folders, tmp_path, damage):
+def test_a_comparison_with_damaged_rows_is_refused(checkpoint, class_folders, tmp_path):
     given = [checkpoint, "--data", class_folders, "-o", tmp_path / "c", "--ratios", "0.3", "--methods", "naive"]
     assert compare(*given).exit_code == 0
-    value = json.loads((tmp_path / "c" / "compare.json").read_text())
-    value["rows"][1] |= damage
-    (tmp_path / "c" / "compare.json").write_text(json.dumps(value))
-    result = compare(*given)
-    assert result.exit_code == 2
-    assert "not a comparison of ssmcompress" in result.stderr
+    whole = (tmp_path / "c" / "compare.json").read_text()
+    for damage in (
+        {"agreement": [1]}, {"flops": 5}, {"stages": 5}, {"method": [[]]}, {"ratio": "x"}, {"images": None},
+    ):  # fmt: skip
+        value = json.loads(whole)
+        value["rows"][1] |= damage
+        (tmp_path / "c" / "compare.json").write_text(json.dumps(value))
+        result = compare(*given)
+        assert result.exit_code == 2, damage
+        assert "not a comparison of ssmcompress" in result.stderr, damage
 
 
 def test_rows_that_must_coincide_do(checkpoint, class_folders, tmp_path):
@@ -498,17 +504,13 @@ def test_compare_does_not_write_into_a_folder_of_something_else(checkpoint, clas
 
 
 def test_the_search_beats_the_default_schedule_on_the_bundled_model(tmp_path):
-    """Both reconstructed, at the same FLOPs, on images that nothing was learnt from."""
-    from datasets import Dataset
-
-    images = tmp_path / "images.parquet"
-    Dataset.from_parquet(str(BUNDLED / "images.parquet"), cache_dir=str(tmp_path)).select(range(500)).to_parquet(images)
-    kl = {}
+    """Both reconstructed, at the same FLOPs, on 96 images that nothing was learnt from: 0.52 times its divergence."""
+    images, kl = select_bundled_images(160, tmp_path / "images.parquet"), {}
     for name, extra in (
-        ("search", ["--axes", "tokens", "--stages", "1,2,3", "--search-images", 64]),
+        ("search", ["--axes", "tokens", "--stages", "1,2,3", "--search-images", 32]),
         ("default", ["--no-search"]),
     ):
-        given = ["--data", images, "--flops", "50%", "--samples", 200, "--no-latency", "--json"]
+        given = ["--data", images, "--flops", "50%", "--samples", 64, "--no-latency", "--json"]
         result = run("prune", BUNDLED, *given, *extra, "-o", tmp_path / name)
         assert result.exit_code == 0, result.stderr
         kl[name] = json.loads(result.stdout)["agreement"]["kl"]

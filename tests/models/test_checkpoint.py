@@ -71,21 +71,26 @@ def test_the_published_name_of_a_finer_model_tells_its_stride(tmp_path):
     assert ssmcompress.load(tmp_path / "v.pth").config.image_size == (20, 20)
 
 
-def test_a_pruned_folder_reloads_in_a_new_process_with_identical_logits(model, tmp_path):
-    images = images_of(model)
-    plan = ssmcompress.calibrate(model, images, stages=(1, 3), ratio=0.4, importance="random", seed=3)
-    pruned = ssmcompress.prune(model, plan)
-    ssmcompress.save(pruned, tmp_path / "folder")
-    torch.save(images, tmp_path / "images.pt")
+def test_pruned_folders_reload_in_a_new_process_with_identical_logits(vim, plain_mamba, tmp_path):
+    expected = {}
+    for name, model in (("vim", vim), ("plain_mamba", plain_mamba)):
+        images = images_of(model)
+        plan = ssmcompress.calibrate(model, images, stages=(1, 3), ratio=0.4, importance="random", seed=3)
+        pruned = ssmcompress.prune(model, plan)
+        ssmcompress.save(pruned, tmp_path / name)
+        torch.save(images, tmp_path / f"{name}.images.pt")
+        with torch.no_grad():
+            expected[name] = pruned(images)
     code = (
-        "import sys, torch, ssmcompress; torch.set_num_threads(int(sys.argv[4]))\n"
-        "model = ssmcompress.load(sys.argv[1])\n"
-        "with torch.no_grad(): torch.save(model(torch.load(sys.argv[2])), sys.argv[3])"
+        "import sys, torch, ssmcompress; torch.set_num_threads(int(sys.argv[1]))\n"
+        "for folder in sys.argv[2:]:\n"
+        "    model, images = ssmcompress.load(folder), torch.load(folder + '.images.pt')\n"
+        "    with torch.no_grad(): torch.save(model(images), folder + '.logits.pt')"
     )
-    paths = [str(tmp_path / name) for name in ("folder", "images.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", code, *paths, str(torch.get_num_threads())], check=True)
-    with torch.no_grad():
-        assert torch.equal(torch.load(paths[2]), pruned(images))
+    folders = [str(tmp_path / name) for name in expected]
+    subprocess.run([sys.executable, "-c", code, str(torch.get_num_threads()), *folders], check=True)
+    for name, logits in expected.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.logits.pt"), logits)
 
 
 def test_saving_and_loading_keeps_everything(model, tmp_path):

@@ -1,17 +1,22 @@
 """Every backend of the ops against the float64 reference: on the CPU, on a GPU, and in Triton's interpreter."""
 
 import math
+from functools import lru_cache
 
 import pytest
 import torch
 from conftest import make_vim
 from op_cases import (
+    BOTH,
     COMPUTING,
+    CONV_LENGTHS,
     INTERPRETED,
+    LENGTH,
     LENGTHS,
     STATES,
     assert_near,
     conv_case,
+    crossed,
     device_of,
     grid_case,
     leaves,
@@ -32,18 +37,20 @@ from ssmcompress.ops import (
 )
 
 each_backend = pytest.mark.parametrize("backend", COMPUTING)
-both_ways = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "backward"])
-LENGTH = 7 if INTERPRETED else 63
+both_ways = pytest.mark.parametrize("reverse", BOTH, ids=["forward", "backward"])
+
+
+SIZE = (8, 8) if INTERPRETED else (12, 12)  # 5 and 10 tokens
 
 
 @pytest.fixture
 def vim():
-    return make_vim(depth=2, image=(12, 12))
+    return make_vim(depth=2, image=SIZE)
 
 
 @pytest.fixture
 def images():
-    return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
 def upper_gradient(y):
@@ -54,30 +61,38 @@ def backward(y, upper) -> None:
     y.backward(upper.to(y.device, y.dtype))
 
 
-@each_backend
-@pytest.mark.parametrize("gap", [False, True], ids=["", "gap"])
-@both_ways
-@pytest.mark.parametrize("d_state", STATES, ids=lambda n: f"N{n}")
-@pytest.mark.parametrize("length", LENGTHS, ids=lambda n: f"L{n}")
-def test_scan_and_its_gradients(length, d_state, reverse, gap, backend):
+def named_by(sign: str, yes: str):
+    """A name of each case of `crossed`, its flags in words."""
+    return lambda case: f"L{case[0]}-{sign}{case[1]}-{'backward' if case[2] else 'forward'}-{yes * case[3]}"
+
+
+@lru_cache(maxsize=2)  # backends take turns in one case
+def exact_scan(length, d_state, reverse, gap):
+    """(arguments, y, gradient of y, gradients of the arguments by name), in float64."""
     case = scan_case(length=length, d_state=d_state, gap=gap)
-    exact, own = named(case, torch.float64), named(case, torch.float32, backend)
+    exact = named(case, torch.float64)
     y = selective_scan(**exact, delta_softplus=True, reverse=reverse)
-    found = selective_scan(**own, delta_softplus=True, reverse=reverse, backend=backend)
-    assert_near(found, y, 1e-5)
     upper = upper_gradient(y)
     backward(y, upper)
-    backward(found, upper)
-    for name in case:
-        assert_near(own[name].grad, exact[name].grad, 1e-4, name)
+    return case, y.detach(), upper, {name: tensor.grad for name, tensor in exact.items()}
 
 
 @each_backend
-@pytest.mark.parametrize("pruned", [False, True], ids=["", "pruned"])
-@both_ways
-@pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("length", LENGTHS, ids=lambda n: f"L{n}")
-def test_conv_and_its_gradients(length, width, reverse, pruned, backend):
+@pytest.mark.parametrize("sizes", crossed(LENGTHS, STATES), ids=named_by("N", "gap"))
+def test_scan_and_its_gradients(sizes, backend):
+    case, y, upper, gradients = exact_scan(*sizes)
+    own = named(case, torch.float32, backend)
+    found = selective_scan(**own, delta_softplus=True, reverse=sizes[2], backend=backend)
+    assert_near(found, y, 1e-5)
+    backward(found, upper)
+    for name in case:
+        assert_near(own[name].grad, gradients[name], 1e-4, name)
+
+
+@each_backend
+@pytest.mark.parametrize("sizes", crossed(CONV_LENGTHS, (1, 2, 4, 7)), ids=named_by("W", "pruned"))
+def test_conv_and_its_gradients(sizes, backend):
+    length, width, reverse, pruned = sizes
     case, positions = conv_case(length=length, width=width, pruned=pruned)
     exact, own = leaves(case, torch.float64), leaves(case, torch.float32, backend)
     y = causal_conv1d(*exact, positions, reverse=reverse)
@@ -213,7 +228,7 @@ def test_gap_as_a_product_and_a_result_to_add_to(backend, train):
 @each_backend
 @pytest.mark.parametrize("gap", [False, True], ids=["", "gap"])
 @pytest.mark.parametrize("each", [False, True], ids=["one order", "of each image"])
-@pytest.mark.parametrize(("length", "d_state"), [(7, 16)] if INTERPRETED else [(1, 4), (63, 16), (300, 64)])
+@pytest.mark.parametrize(("length", "d_state"), [(LENGTH, 16)] if INTERPRETED else [(1, 4), (63, 16), (300, 64)])
 def test_scan_in_an_order_and_its_gradients(length, d_state, each, gap, backend):
     """Against the plain scan over the gathered tokens; 300 tokens of 64 states are several chunks of the backward."""
     case = scan_case(length=length, d_state=d_state, gap=gap)
@@ -238,7 +253,8 @@ def test_scan_in_an_order_and_its_gradients(length, d_state, each, gap, backend)
 @pytest.mark.parametrize("length", [LENGTH] if INTERPRETED else [63, 600])
 def test_gradients_of_all_else_beside_a_gap_as_a_product(length, reverse, backend):
     """What fine-tuning a pruned model needs; 600 tokens of 64 states are several chunks."""
-    case, steps, gap_delta = scan_case(length=length, d_state=64), torch.randint(0, 9, (2, length)), torch.rand(37)
+    d_state = 16 if INTERPRETED else 64  # the kernels of Triton have chunks of four tokens with any
+    case, steps, gap_delta = scan_case(length=length, d_state=d_state), torch.randint(0, 9, (2, length)), torch.rand(37)
     exact, own = named(case, torch.float64), named(case, torch.float32, backend)
     device = device_of(backend)
     for arguments, by, gap in (
@@ -296,7 +312,8 @@ def test_long_steps_and_fast_decay_give_no_nan(backend):
 @each_backend
 @pytest.mark.parametrize("where", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "gap"])
 def test_nan_in_gives_nan_out(where, backend):
-    case = {k: v.to(device_of(backend)) for k, v in scan_case(length=7, gap=True, dtype=torch.float32).items()}
+    case = scan_case(length=5, d_inner=7, gap=True, dtype=torch.float32)
+    case = {k: v.to(device_of(backend)) for k, v in case.items()}
     case[where].view(-1)[5] = torch.nan
     y = selective_scan(**case, delta_softplus=True, backend=backend)
     assert y.isnan().any()
@@ -373,7 +390,9 @@ def snakes(height, width):
 def paths_case(kind: str, dtype, backend="reference"):
     """(paths that take gradients, z): two of one raster, both ways, or four through a grid that share u and delta."""
     device, count = device_of(backend), 2 if kind == "both ways" else 4
-    cases = [scan_case(length=6, d_inner=37, d_state=5, gap=kind != "snakes", seed=seed) for seed in range(count)]
+    # In the interpreter four paths are of one tile of channels, since two paths are of two.
+    d_inner = 7 if INTERPRETED and count == 4 else 37
+    cases = [scan_case(length=6, d_inner=d_inner, d_state=5, gap=kind != "snakes", seed=seed) for seed in range(count)]
     z = leaves([cases[0].pop("z")], dtype, backend)[0]
     shared = named({k: cases[0][k] for k in ("u", "delta")}, dtype, backend)
     paths = []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_vim
 from numba import cfunc
 from numba.core import event
 from op_cases import conv_case, grid_case, leaves, scan_case
@@ -66,7 +67,8 @@ def test_graphs_of_torch_hold_the_ops():
 
 
 @pytest.mark.parametrize("pruned", [False, True], ids=["", "pruned"])
-def test_a_whole_model_is_one_graph_of_torch(vim, images, pruned):
+def test_a_whole_model_is_one_graph_of_torch(images, pruned):
+    vim = make_vim(depth=2)
     if pruned:
         vim = ssmcompress.prune(vim, ssmcompress.make_plan(vim, ratio=0.4))
     with torch.no_grad():
