@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 from ..models.base import TokenModel
-from ..models.class_corrections import count_inputs, max_rank
+from ..models.class_corrections import count_inputs, max_readout_rank
 from ..models.inputs import check_model
 from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
@@ -158,7 +158,9 @@ def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
         count += len(set(stages)) * 2 * model.length * width
     elif model.pools:
         inputs, classes = model.segments * (width + 1), model.config.num_classes
-        count += max_rank(classes, inputs) * (inputs + classes) + (1 + 2 * len(set(stages))) * model.length * width
+        count += (
+            max_readout_rank(classes, inputs) * (inputs + classes) + (1 + 2 * len(set(stages))) * model.length * width
+        )
     count += model.levels * (model.length + len(set(stages)) + 1) * width**2  # every token, and a mean for each group
     return count / _count_dense(model)
 

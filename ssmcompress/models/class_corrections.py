@@ -21,6 +21,8 @@ from .precision import cast
 MAX_SEGMENTS, MIN_POSITIONS = 14, 3
 # The most inputs of a map, because fitting one takes the square of that in memory (72 MiB) and its cube in time.
 MAX_INPUTS = 3072
+# The largest rank of a correction of logits: 3 % of the parameters of a PlainMamba-L1 with 1,000 classes.
+MAX_READOUT_RANK = 64
 
 
 def choose_segments(length: int, width: int) -> int:
@@ -37,6 +39,11 @@ def count_inputs(width: int, segments: int) -> int:
 def max_rank(outputs: int, inputs: int) -> int:
     """Return the largest rank with which the two factors of a matrix have no more values than it; at least 1."""
     return max(1, outputs * inputs // (outputs + inputs))
+
+
+def max_readout_rank(classes: int, inputs: int) -> int:
+    """Return the largest rank of a correction of logits."""
+    return min(MAX_READOUT_RANK, max_rank(classes, inputs))
 
 
 class ClassBefore(NamedTuple):

@@ -16,6 +16,7 @@ from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import corrections_share, flops, flops_by_part
 from ssmcompress.jobs.report import describe_reconstruction
 from ssmcompress.models.base import low_rank
+from ssmcompress.models.class_corrections import max_readout_rank
 
 WIDTH, CLASSES, SEGMENTS = 16, 10, 5  # 16 patches, at least three in a segment
 
@@ -182,7 +183,14 @@ def test_the_report_tells_its_rank(rebuilt):
 
 def test_onnx_computes_it_for_any_batch(rebuilt, tmp_path):
     model = copy.deepcopy(rebuilt[3]).requires_grad_(False)
+    assert model.corrections
+    assert model.readout_correction is not None
     assert ssmcompress.export_onnx(model, tmp_path / "m.onnx").passed
     for batch in (1, 3):
         x = striped(batch, seed=7)
         np.testing.assert_allclose(run_file(tmp_path / "m.onnx", x), model(x).numpy(), atol=1e-4)
+
+
+def test_its_rank_is_bounded_for_many_classes():
+    assert max_readout_rank(10, 910) == 9  # two factors of that rank have as many values as the matrix
+    assert max_readout_rank(1000, 2702) == 64

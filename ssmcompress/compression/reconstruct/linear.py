@@ -19,6 +19,7 @@ class LinearSums:
     Args:
         correction: the full-rank correction that is refitted too.
         scale: factor of the layer's output in what the correction is added to.
+        most: the largest rank of a new correction; None: `max_rank`.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class LinearSums:
         device: torch.device,
         correction: nn.Linear | None = None,
         scale: float = 1.0,
+        most: int | None = None,
     ):
-        self.linear, self.correction, self.scale = linear, correction, scale
+        self.linear, self.correction, self.scale, self.most = linear, correction, scale, most
         self.new_correction: nn.Sequential | None = None
         self.groups = [linear.in_features + (linear.bias is not None)]
         if correction is not None:
@@ -56,7 +58,8 @@ class LinearSums:
         old += [] if self.correction is None else [self.correction.weight / self.scale]
         result = self.rows.refit(torch.cat(old, dim=1), self.groups)
         if len(result.ridges) == 2 and result.ridges[1] is not None:
-            reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, self.groups[1])
+            fitted, held_out = self.rows.fitted, self.rows.held_out
+            reduced, outwards, inwards = reduce_rank(result, fitted, held_out, self.groups[1], most=self.most)
             if reduced.after >= result.before:  # the rank is too low for any gain
                 return replace(result, ridges=(), after=result.before)
             self.new_correction = low_rank(self.groups[1], len(inwards), len(weight), weight.device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.base import TokenModel
+from ...models.class_corrections import max_readout_rank
 from ...models.records import Fit
 from ...pruning.tokens import Tokens
 from .linear import LinearSums, full_rank
@@ -58,7 +59,9 @@ class ReadoutRefit:
         for pool in (False, True) if choose else (alignment.pool,):
             self.ways.append(Way(pool, LinearSums(self.classifier, device)))
             if corrected:
-                self.ways.append(Way(pool, LinearSums(self.classifier, device, full_rank(self.old))))
+                matrix = full_rank(self.old)
+                most = max_readout_rank(matrix.out_features, matrix.in_features)
+                self.ways.append(Way(pool, LinearSums(self.classifier, device, matrix, most=most)))
 
     def add(self, logits: Tensor, tokens: Tokens, held: Tensor) -> None:
         """Add the rows of images.
