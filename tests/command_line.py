@@ -1,10 +1,12 @@
-"""Running commands in tests: in this process or in one of their own."""
+"""Running commands in tests: in this process, in one of their own, or in several that share their imports."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+from forked import BETWEEN as BETWEEN
 from typer.testing import CliRunner
 
 from ssmcompress.cli.app import app
@@ -25,6 +27,15 @@ def process(*arguments, code=0, **options):
     command = [sys.executable, "-m", "ssmcompress", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
     assert code is None or done.returncode == code, done.stderr
+    return done
+
+
+def forked(way, *commands, code=0, **options):
+    """The finished process of forked.py for commands, lists of words, that must end with `code`."""
+    script = [sys.executable, str(Path(__file__).with_name("forked.py")), way]
+    script += [json.dumps([str(word) for word in command]) for command in commands]
+    done = subprocess.run(script, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=280, **options)
+    assert done.returncode == code, (commands, done.stderr)
     return done
 
 

@@ -5,12 +5,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import BETWEEN, forked
 from conftest import make_vim, write_image
 
 import ssmcompress
@@ -45,32 +44,35 @@ def place(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("section", "says"),
+    "says",
     [
-        ("A metric", "same class as dense"),
-        ("A step", "StepRecord(kind='rounding', values={'bits': 8})"),
-        ("A backend", "agrees with the reference"),
-        ("A command", '"tokens": ['),
+        {
+            "A metric": "same class as dense",
+            "A step": "StepRecord(kind='rounding', values={'bits': 8})",
+            "A backend": "agrees with the reference",
+        },
+        {"A command": '"tokens": ['},
     ],
+    ids=["scripts", "command"],
 )
-def test_one_new_file_is_enough(place, section, says):
-    name, code, commands = example(section)
+def test_one_new_file_is_enough(place, says):
+    examples = {section: example(section) for section in says}
+    names = [name for name, *_ in examples.values()]
     package = PACKAGE
-    if name.startswith("ssmcompress/"):  # goes into the package: into a copy of it
+    if names[0].startswith("ssmcompress/"):  # goes into the package: into a copy of it
         package = place / "ssmcompress"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     before = files_of(place) | files_of(package)
-    (place / name).write_text(code, encoding="utf-8")
+    for name, code, _ in examples.values():
+        (place / name).write_text(code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
-    printed = ""
-    for command in commands:
-        program, *arguments = shlex.split(command)
-        program = [sys.executable] if program == "python" else [sys.executable, "-m", "ssmcompress"]
-        done = subprocess.run([*program, *arguments], cwd=place, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
-        printed += done.stdout
-    assert says in printed
+    commands = [(section, shlex.split(line)) for section, (_, _, lines) in examples.items() for line in lines]
+    done = forked("in-turn", *(command for _, command in commands), cwd=place, env=environment)
+    printed = dict.fromkeys(says, "")
+    for (section, _), output in zip(commands, done.stdout.split(BETWEEN), strict=True):
+        printed[section] += output
+    assert all(text in printed[section] for section, text in says.items()), printed
     after = files_of(place) | files_of(package)
     changed = {file for file in after if after[file] != before.get(file)}
-    assert {file.removeprefix("ssmcompress/") for file in changed} == {name.removeprefix("ssmcompress/")}
+    assert {file.removeprefix("ssmcompress/") for file in changed} == {n.removeprefix("ssmcompress/") for n in names}
     assert before.keys() <= after.keys()

@@ -72,8 +72,8 @@ def test_a_segmenter_trained_in_pieces(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("architecture", "key"), [("vim", "model"), ("plain_mamba", "state_dict")])
 def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key):
-    write_idx(tmp_path, 250)
-    options = ("--idx", tmp_path, "--architecture", architecture, "--d-model", 8, "--depth", 2, "--batch-size", 125)
+    write_idx(tmp_path, 60)
+    options = ("--idx", tmp_path, "--architecture", architecture, "--d-model", 8, "--depth", 2, "--batch-size", 30)
     run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
     for _ in range(2):
         run("train_fashion_mnist", tmp_path / "two.pth", *options, "--epochs", 2, "--steps", 2)

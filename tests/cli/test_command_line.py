@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from command_line import call, call_json, process, refused
+from command_line import BETWEEN, call, call_json, forked, process, refused
 from conftest import BUNDLED, make_plain_mamba, make_vim, write_image
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -19,18 +19,16 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 def test_the_three_lines_in_an_empty_folder():
     """Each in a process of its own."""
     torch.save({"model": make_vim(depth=2).state_dict()}, "model.pt")
-    first = process("prune", "model.pt", "--ratio", "0.3")
-    assert "accuracy was not measured" in first.stdout + first.stderr
+    lines = "prune model.pt --ratio 0.3", "report", "export --onnx"
+    done = forked("in-turn", *(["ssmcompress", *line.split()] for line in lines))
+    first, second, third = done.stdout.split(BETWEEN)
+    assert "accuracy was not measured" in first + done.stderr
+    assert "of 17 tokens after layer 1" in second
+    assert "100.0% in the same class" in third
     assert sorted(p.name for p in os.scandir("compressed/model-r0.30")) == [
-        "README.md", "config.json", "kept_tokens.png", "model.safetensors", "report.json",
+        "README.md", "config.json", "kept_tokens.png", "model.onnx", "model.safetensors", "report.json",
     ]  # fmt: skip
-    second = process("report")
-    assert "of 17 tokens after layer 1" in second.stdout
-    third = process("export", "--onnx")
-    assert "100.0% in the same class" in third.stdout
-    assert os.path.isfile("compressed/model-r0.30/model.onnx")
-    for result in (first, second, third):
-        assert "\x1b" not in result.stdout + result.stderr  # nothing animated, nothing coloured
+    assert "\x1b" not in done.stdout + done.stderr  # nothing animated, nothing coloured
 
 
 def test_every_command_takes_a_plain_mamba(class_folders):

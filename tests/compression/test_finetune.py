@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import forked
 from conftest import images_of, make_plain_mamba, make_vim, write_image
 from distributed_work import main as work_alone
 from timm.data import Mixup
@@ -468,11 +467,8 @@ def test_two_processes_do_what_one_does(tmp_path, capsys):
     for label in range(10):
         for i in range(3 + (label < 3)):
             write_image(tmp_path / "images" / f"class{label}" / f"{i}.png", 10 * label + i)
-    torch.save({"model": make_vim().state_dict()}, tmp_path / "dense.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(TESTS / "distributed_work.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    torch.save({"model": make_vim(depth=2).state_dict()}, tmp_path / "dense.pt")
+    done = forked("together", ["python", TESTS / "distributed_work.py", tmp_path])
     work_alone(tmp_path)
     one, two = json.loads(capsys.readouterr().out), json.loads(done.stdout)
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)

@@ -3,17 +3,14 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import call, call_json, refused
+from command_line import call, call_json, forked, refused
 from conftest import BUNDLED, make_plain_mamba, make_vim, write_image
 from onnx_runs import run_file
 from safetensors.torch import load_file, save_file
@@ -324,17 +321,17 @@ def test_two_processes_add_their_sums(dense, pruned, tmp_path):
     images = noise(80, seed=4)
     whole = ssmcompress.reconstruct(pruned, dense, images)
     torch.save((dense, pruned, images), tmp_path / "given.pt")
-    script = (
+    (tmp_path / "work.py").write_text(
         "import sys, torch, torch.distributed as dist, ssmcompress\n"
-        "rank, folder = int(sys.argv[1]), sys.argv[2]\n"
         "torch.set_num_threads(1)\n"
-        "dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)\n"
+        "dist.init_process_group('gloo')\n"
+        "rank, folder = dist.get_rank(), sys.argv[1]\n"
         "dense, pruned, images = torch.load(f'{folder}/given.pt', weights_only=False)\n"
         "found = ssmcompress.reconstruct(pruned, dense, images[40 * rank : 40 * rank + 40], distributed=True)\n"
         "torch.save((found.state_dict(), found.find_record('reconstruction')), f'{folder}/found{rank}.pt')\n"
+        "dist.destroy_process_group()\n"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    forked("together", ["python", tmp_path / "work.py", tmp_path])
     (first, record), (second, _) = (torch.load(tmp_path / f"found{r}.pt", weights_only=False) for r in (0, 1))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert (record.images, record.held_out) == (80, 16)
@@ -464,11 +461,12 @@ def test_a_damaged_record(rebuilt, tmp_path, value):
         ssmcompress.load(tmp_path / "m")
 
 
-def test_onnx_computes_the_corrections_for_any_batch(rebuilt, tmp_path):
-    rebuilt = copy.deepcopy(rebuilt)
-    rebuilt.add_record(replace(record_of(rebuilt), name="/home/somebody/images"))
-    assert rebuilt.corrections
-    assert rebuilt.class_corrections
+def test_onnx_computes_the_corrections_for_any_batch(many, tmp_path):
+    """After the stage a layer computed for all tokens, and the last one, computed for the class token alone."""
+    dense = make_vim(depth=3)
+    pruned = ssmcompress.prune(dense, ssmcompress.calibrate(dense, many[:150], ratio=0.4, stages=(1,)))
+    rebuilt = ssmcompress.reconstruct(pruned, dense, many[:150], name="/home/somebody/images")
+    assert set(rebuilt.corrections) == set(rebuilt.class_corrections) == {"2", "3"}
     assert ssmcompress.export_onnx(rebuilt, tmp_path / "m.onnx").passed
     assert b"somebody" not in (tmp_path / "m.onnx").read_bytes()
     for batch in (1, 3):

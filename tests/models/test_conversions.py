@@ -6,6 +6,7 @@ import json
 import warnings
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import images_of, make_plain_mamba, make_vim
@@ -155,14 +156,21 @@ def test_what_a_quantised_model_cannot_do_is_said(tmp_path):
         torch.fx.symbolic_trace(model)
 
 
+@pytest.fixture(scope="module")
+def half_model(tmp_path_factory):
+    """A pruned model in float16, its file, and whether that was found right."""
+    model, file = variant(make_plain_mamba, "clip").half(), tmp_path_factory.mktemp("half") / "m.onnx"
+    return model, file, ssmcompress.export_onnx(model, file, ssmcompress.OnnxOptions(scan="scan")).passed
+
+
 @torch.no_grad()
-def test_a_half_model_is_saved_loaded_and_exported(tmp_path):
-    model = variant(make_vim, "clip").half()
+def test_a_half_model_is_saved_loaded_and_exported(half_model, tmp_path):
+    model, _, passed = half_model
     images = images_of(model, 4)
     loaded = ssmcompress.load(ssmcompress.save(model, tmp_path / "m"))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     close_logits(model(images.half()), loaded(images), 0.01)
-    assert ssmcompress.export_onnx(model, tmp_path / "m.onnx", ssmcompress.OnnxOptions(scan="scan")).passed
+    assert passed
     assert model.classifier.weight.dtype == torch.float16
 
 
@@ -268,10 +276,14 @@ def test_images_that_a_model_cannot_take_are_refused_with_what_to_do(plain_or_pr
             taker(case)
 
 
-def test_onnx_files_do_not_depend_on_the_defaults_of_torch():
-    model = variant(make_plain_mamba, "clip")
-    content = with_default(torch.float64, "meta", lambda: build_onnx(model).SerializeToString())
-    assert content == build_onnx(model).SerializeToString()
+def test_onnx_files_do_not_depend_on_the_defaults_of_torch(half_model):
+    model, file, _ = half_model
+    found, expected = with_default(torch.float64, "meta", lambda: build_onnx(model)), onnx.load(file)
+    for graph in (found, expected):  # a file has the classes of the images that it was held against
+        about = json.loads(graph.metadata_props[0].value)
+        del graph.metadata_props[:], about["classes"]
+        onnx.helper.set_model_props(graph, {"about": json.dumps(about)})
+    assert found.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
 
 
 def with_default(dtype, device, call):
