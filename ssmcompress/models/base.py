@@ -188,6 +188,7 @@ class TokenModel(nn.Module, abc.ABC):
         class_corrections: `ClassCorrection` by layer, outside the blocks too, for the protected token alone.
         readout_correction: a linear map of low rank from a summary of all tokens to a correction of the logits, where
             a mean over tokens is read out; else None.
+        fitted_segments: the segments of the corrections in the file that it was loaded from; None: there were none.
         plan: the plan that `prune` applied, None for a dense model.
         preprocessing, source: the preparation of images and the file that the model comes from; set by `load`.
         made_by: the command and versions that pruned it.
@@ -223,6 +224,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.corrections = nn.ModuleDict()
         self.class_corrections = nn.ModuleDict()
         self.readout_correction: nn.Sequential | None = None
+        self.fitted_segments: int | None = None
         self.alignment = Alignment()
         self.plan: Plan | None = None
         self.classes: tuple[str, ...] | None = None
@@ -354,8 +356,11 @@ class TokenModel(nn.Module, abc.ABC):
 
     @property
     def segments(self) -> int:
-        """The number of equal parts of the positions in which corrections are told of all tokens."""
-        return choose_segments(self.length, self.d_model)
+        """The number of equal parts of the positions in which corrections are told of all tokens.
+
+        For images of another size than the corrections were fitted on it stays the same.
+        """
+        return self.fitted_segments or choose_segments(self.length, self.d_model)
 
     def correct_logits(self, logits: Tensor, tokens: Tokens) -> Tensor:
         """Return the logits (batch, classes) of the tokens that are left, with the correction of them, if any."""

@@ -68,15 +68,12 @@ def fill_level(level: Level, maps: Sequence[nn.Module] | None, zero: bool = Fals
 
 
 def group_sizes(model: TokenModel, level: int) -> list[int]:
-    """Return the tokens of each group at an output level (from 1): those that a stage before it dropped, and kept ones.
-
-    A stage that drops nothing has no group.
-    """
+    """Return the tokens of each group at an output level, from 1: those that each stage before it dropped, and kept."""
     plan, counts, layer = model.plan, model.token_counts(), model.config.out_layers[level - 1]
     if plan is None or (plan.reenter and layer > len(model.blocks) - plan.reenter):
         return [model.length]
     dropped = [counts[stage.after - 1] - counts[stage.after] for stage in plan.stages if stage.after < layer]
-    return [*(count for count in dropped if count), model.length - sum(dropped)]
+    return [*dropped, model.length - sum(dropped)]
 
 
 def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import TokenModel, low_rank
-from .class_corrections import ClassCorrection, count_inputs
+from .class_corrections import MAX_SEGMENTS, ClassCorrection, count_inputs
 
 # Beginnings of their names.
 CORRECTIONS = ("corrections.", "class_corrections.", "readout_correction.")
@@ -16,7 +16,9 @@ CORRECTIONS = ("corrections.", "class_corrections.", "readout_correction.")
 
 def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
     """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
-    width, segments, remaining = model.d_model, model.segments, dict(corrections)
+    width, remaining = model.d_model, dict(corrections)
+    model.fitted_segments = _find_segments(model, corrections)
+    segments = model.segments
     first, depth = min((int(layer) for layer in model.pruners), default=len(model.blocks)), len(model.blocks)
     for layer in map(str, range(first + 1, depth + 1)):
         if (pair := _take_factors(remaining, f"corrections.{layer}.", width, width)) is not None:
@@ -32,6 +34,17 @@ def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> No
             model.readout_correction = _with_weights(low_rank(inputs, len(pair[0]), classes), pair)
     if remaining:
         raise InputError(f"corrections do not fit the stages in config.json: {', '.join(sorted(remaining)[:3])}")
+
+
+def _find_segments(model: TokenModel, corrections: Mapping[str, Tensor]) -> int | None:
+    """Return the number of segments that the shapes of corrections show; None if they show none that is possible."""
+    width = model.d_model
+    for name, value in corrections.items():
+        others = {"class_corrections": width, "readout_correction": 0}.get(name.partition(".")[0])
+        if others is not None and name.endswith(".0.weight") and value.ndim == 2:
+            count, rest = divmod(value.shape[1] - others, width + 1)
+            return count if not rest and 1 <= count <= MAX_SEGMENTS else None
+    return None
 
 
 def _take_factors(values: dict[str, Tensor], prefix: str, inputs: int, outputs: int) -> list[Tensor] | None:

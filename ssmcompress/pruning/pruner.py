@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +51,7 @@ class TokenPruner(nn.Module):
         """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
         count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected is not None)
         if count == tokens.features.shape[1]:  # to the bit: with all positions given, a convolution rounds otherwise
-            return replace(tokens, scores=None)
+            return tokens.keep_all()
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:

@@ -41,13 +41,17 @@ class Dropped(NamedTuple):
     features: Tensor
     values: Tensor
 
+    def __bool__(self) -> bool:
+        """Whether there are any; there may be none in images with few tokens."""
+        return self.positions.shape[1] > 0
+
 
 class Level(NamedTuple):
     """What an output level has of each token, in groups: those that are kept, and those that each stage dropped.
 
     Attributes:
         positions: (batch, kept) int64; None while nothing is pruned. values: (batch, kept, d_model).
-        dropped: the groups of dropped tokens, by stage.
+        dropped: the groups of dropped tokens, one for each stage, which may be empty.
     """
 
     positions: Tensor | None
@@ -64,11 +68,12 @@ class Level(NamedTuple):
         Args:
             values: other values of the groups, in the order of `groups`; None: their own.
         """
-        values = self.groups() if values is None else values
-        if not self.dropped:
-            return values[-1]
-        positions = [*(group.positions for group in self.dropped), self.positions]
-        return place_tokens(torch.cat(list(values), dim=1), torch.cat(positions, dim=1))
+        *others, kept = self.groups() if values is None else values
+        filled = [(x, group.positions) for x, group in zip(others, self.dropped, strict=True) if group]
+        if not filled:
+            return kept
+        filled.append((kept, self.positions))
+        return place_tokens(*(torch.cat(parts, dim=1) for parts in zip(*filled, strict=True)))
 
 
 def place_tokens(values: Tensor, positions: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ class Tokens:
         paths: the same over the kept tokens; computed from `positions` once for all blocks up to the next stage.
         grid: (rows, columns) of the patches of these images, if that can differ from the model's; else None.
         levels: the output levels so far, of a model that reads out several.
-        dropped: the tokens that each stage dropped, if the model reads them out, too; else None.
+        dropped: the tokens that each stage so far dropped, if the model reads them out, too; else None.
         update: (batch, kept, d_model), what the last block added to the residual stream, if the model needs it; else
             None.
     """
@@ -149,9 +154,17 @@ class Tokens:
         changed = {"features": features, "positions": positions, "sizes": sizes}
         if self.update is not None:
             changed["update"] = gather_tokens(self.update, index)
-        if self.dropped is not None and (count := self.features.shape[1] - index.shape[1]):
-            changed["dropped"] = (*self.dropped, self._drop(index, int(count)))
+        if self.dropped is not None:
+            changed["dropped"] = (*self.dropped, self._drop(index, int(self.features.shape[1] - index.shape[1])))
         return replace(self, **changed, paths=None, scores=None, summary=None, layout=None)
+
+    def keep_all(self) -> Tokens:
+        """Return the tokens after a stage that keeps all of them."""
+        if self.dropped is None:
+            return replace(self, scores=None)
+        nothing = self.features[:, :0]
+        empty = Dropped(self.explicit_positions()[:, :0], nothing, nothing)
+        return replace(self, scores=None, dropped=(*self.dropped, empty))
 
     def _drop(self, kept: Tensor, count: int) -> Dropped:
         """Return the `count` tokens that are not at the indices `kept`."""
@@ -163,10 +176,11 @@ class Tokens:
 
     def rejoin(self) -> Tokens:
         """Return all tokens, the dropped ones as they were last seen; `dropped` must be remembered."""
-        if not self.dropped:
-            return self
-        features = torch.cat([*(group.features for group in self.dropped), self.features], dim=1)
-        positions = torch.cat([*(group.positions for group in self.dropped), self.positions], dim=1)
+        groups = [group for group in self.dropped if group]
+        if not groups:
+            return replace(self, dropped=())
+        features = torch.cat([*(group.features for group in groups), self.features], dim=1)
+        positions = torch.cat([*(group.positions for group in groups), self.positions], dim=1)
         changed = {"features": place_tokens(features, positions), "positions": None, "dropped": (), "sizes": None}
         return replace(self, **changed, paths=None, scores=None, update=None, summary=None, layout=None)
 

@@ -105,3 +105,39 @@ def test_what_has_no_levels_to_map_is_refused(vim, images):
     rotary = make_vim_upernet(level="rope")
     with pytest.raises(InputError, match="rotary positions cannot be reconstructed"):
         ssmcompress.reconstruct(ssmcompress.prune(rotary, ratio=0.3, stages=[2]), rotary, scene_tensors(rotary, 4))
+
+
+def test_maps_are_of_stages_also_where_one_drops_nothing():
+    model = make_vim_upernet()
+    images = scene_tensors(model, 40)
+    plan = ssmcompress.calibrate(model, images, ratio=[0.0, 0.4], stages=(2, 4))
+    mapped = map_levels(ssmcompress.prune(model, plan), model, images)
+    names = [fit["weight"] for fit in mapped.find_record("level_maps").values["fits"]]
+    assert [name for name in names if name.startswith("level 3")] == [
+        "level 3, dropped by stage 1", "level 3, dropped by stage 2", "level 3, kept",
+    ]  # fmt: skip
+    changed = [fit["weight"] for fit in mapped.find_record("level_maps").values["fits"] if fit["ridges"]]
+    assert "level 3, dropped by stage 2" in changed
+    assert not [name for name in changed if name.endswith("stage 1")]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), (96, 48)])
+def test_a_mapped_plain_mamba_takes_grids_where_a_stage_drops_nothing(tmp_path, size):
+    model = MAKERS["plain_mamba"]()
+    images = scene_tensors(model, 40)
+    mapped = map_levels(pruned_of(model, images, ratio=0.3), model, images)
+    x = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        assert mapped(x).isfinite().all()
+        folder = ssmcompress.save(mapped, tmp_path / "m")
+        assert torch.equal(ssmcompress.load(folder)(x), mapped(x))
+        assert torch.equal(ssmcompress.load(folder, image_size=size)(x), mapped(x))
+
+
+def test_models_that_do_not_belong_together_are_refused():
+    model, other = make_vim_upernet(), make_vim_upernet(out_layers=(2, 3, 5, 6))
+    images = scene_tensors(model, 8)
+    pruned = pruned_of(model, images)
+    for dense in (other, MAKERS["plain_mamba"](), make_vim_upernet(d_model=24, d_inner=48)):
+        with pytest.raises(InputError, match="differ in architecture or image size"):
+            map_levels(pruned, dense, images)

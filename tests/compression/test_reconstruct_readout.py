@@ -194,3 +194,12 @@ def test_onnx_computes_it_for_any_batch(rebuilt, tmp_path):
 def test_its_rank_is_bounded_for_many_classes():
     assert max_readout_rank(10, 910) == 9  # two factors of that rank have as many values as the matrix
     assert max_readout_rank(1000, 2702) == 64
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 64)])
+def test_it_is_taken_along_to_other_image_sizes(rebuilt, tmp_path, size):
+    """Its segments stay as many as they were, although 4 tokens would have fewer, and 24 more."""
+    folder = ssmcompress.save(copy.deepcopy(rebuilt[3]), tmp_path / "m")
+    model = ssmcompress.load(folder, image_size=size)
+    assert model.segments == SEGMENTS
+    assert model(draw(2, 3, *size)).isfinite().all()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...models.base import TokenModel
 from ...models.class_corrections import ClassCorrection
+from ...models.precision import cast
 from ...ops import gather_tokens
 from ...pruning.tokens import Tokens
 from .least_squares import Refit, reduce_rank
@@ -71,7 +72,7 @@ class ClassSums:
         """
         update = scale * projection(rows.inputs)
         if correction is not None:
-            update = update + correction(rows.pruned_mean)
+            update = update + correction(cast(rows.pruned_mean, correction[0]))
         inputs = torch.cat([update.to(rows.summary.dtype), rows.summary], dim=1)
         self.rows.add(inputs, rows.wanted, rows.weights, held)
 
