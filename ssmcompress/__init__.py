@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .compression.finetune.loop import finetune
     from .compression.finetune.recipe import Recipe
     from .compression.reconstruct import reconstruct
+    from .compression.reconstruct.levels import map_levels
     from .compression.trim.channels import trim_channels
     from .compression.trim.layers import drop_directions, drop_layers
     from .compression.trim.states import trim_states
@@ -72,6 +73,7 @@ _HOME = {
     "ops": "ops",
     "prune": "models.rewrite",
     "read_plan": "models.saved",
+    "map_levels": "compression.reconstruct.levels",
     "reconstruct": "compression.reconstruct",
     "save": "models.saved",
     "search": "jobs.functions",
@@ -104,6 +106,7 @@ __all__ = [
     "flops",
     "load",
     "make_plan",
+    "map_levels",
     "open_images",
     "ops",
     "prune",

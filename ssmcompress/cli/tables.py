@@ -309,7 +309,8 @@ def show_inspection(value: dict[str, Any]) -> None:
         show_table(header, [(name, [str(count) for count in counts]) for name, counts in differing.items()])
     full, paper = flops["by_part"], flops["by_part_paper"]
     lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
-    lines.append(("total", [f"{flops[convention]:.4g}" for convention in ("full", "paper")]))
+    sums = {"backbone": flops.get("backbone"), "total": flops}
+    lines += [(name, [f"{sums[name][key]:.4g}" for key in ("full", "paper")]) for name in sums if sums[name]]
     show_table(["GFLOPs of one image", "full", "paper"], lines)
     if span["stages"]:
         write(
@@ -318,9 +319,10 @@ def show_inspection(value: dict[str, Any]) -> None:
         )
     if not math.isclose(flops["full"], flops["as_run"]):
         write(f"  {describe_flops_as_run(flops['full'], flops['as_run'], 'the model')}")
-    if span["axes"]:
-        ranges = ", ".join(f"{axis} {percent:.1f}%" for axis, percent in span["axes"].items())
-        write(f"  a search leaves at least, of the full FLOPs: {ranges}")
+    for key, what in (("axes", "the full FLOPs"), ("axes_backbone", "those of the backbone")):
+        if span.get(key):
+            ranges = ", ".join(f"{axis} {percent:.1f}%" for axis, percent in span[key].items())
+            write(f"  a search leaves at least, of {what}: {ranges}")
 
 
 def show_evaluation(value: dict[str, Any]) -> None:

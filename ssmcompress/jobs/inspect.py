@@ -7,7 +7,7 @@ from typing import Any
 from ..compression.search.axes import Option, list_axes, list_options
 from ..compression.search.combine import combine
 from ..compression.search.propose import Candidate
-from ..evaluation.flops import flops, flops_as_run, flops_by_part, flops_of, smallest_share
+from ..evaluation.flops import backbone_flops, flops, flops_as_run, flops_by_part, flops_of, smallest_share
 from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
 from ..pruning.plan import MAX_RATIO, Stage, default_stages
@@ -43,12 +43,17 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
 
     Returns:
         A JSON object: `architecture`, `params`, `tokens` by layer; `sizes` of the layers and what was trimmed, `trims`;
-        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here; `range`, percentages of the full FLOPs that
-        can be left; `pruned`.
+        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here, and of a segmentation model its `backbone`;
+        `range`, percentages of the full FLOPs that can be left, `axes_backbone` of those of the backbone; `pruned`.
     """
     depth = len(model.blocks)
     stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)
+    ranges, backbone = list_ranges(model) if model.plan is None else {}, backbone_flops(model)
+    of_backbone = {}
+    if backbone is not None:
+        fixed = 100 * (1 - backbone["full"] / flops(model)["full"])  # neck and head
+        of_backbone = {axis: round(100 * (share - fixed) / (100 - fixed), 2) for axis, share in ranges.items()}
     return {
         "architecture": {"type": model.architecture, **model.config.to_dict()},
         "params": sum(p.numel() for p in model.parameters()),
@@ -60,12 +65,14 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
             "as_run": flops_as_run(model)["full"],
             "by_part": flops_by_part(model, "full"),
             "by_part_paper": flops_by_part(model, "paper"),
+            **({} if backbone is None else {"backbone": backbone}),
         },
         "range": {
             "stages": stages,
             "min_percent": lowest,
             "max_percent": 100.0,
-            "axes": list_ranges(model) if model.plan is None else {},
+            "axes": ranges,
+            **({} if backbone is None else {"axes_backbone": of_backbone}),
         },
         "pruned": model.plan is not None,
     }

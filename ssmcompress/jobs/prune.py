@@ -13,7 +13,7 @@ from ..compression.reconstruct.layerwise import RefitOptions
 from ..compression.search.equal import plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
-from ..errors import InputError
+from ..errors import BudgetError, InputError
 from ..evaluation.flops import corrections_share, flops, flops_as_run, share_of_whole, smallest_share
 from ..models.base import TokenModel
 from ..models.inputs import check_dense
@@ -135,8 +135,14 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
         BudgetError: a budget that cannot be reached. InputError: a plan that does not fit the model.
     """
     asked, options = request.plan, request.options
-    if asked.flops_backbone is not None:
-        asked = replace(asked, flops=share_of_whole(model, asked.flops_backbone), flops_backbone=None)
+    if (share := asked.flops_backbone) is not None:
+        whole = share_of_whole(model, share)
+        line(f"{share:.1%} of the FLOPs of the backbone are {whole:.1%} of all")
+        changed = replace(request, plan=replace(asked, flops=whole, flops_backbone=None))
+        try:
+            return find_plan(model, changed)
+        except BudgetError as error:
+            raise BudgetError(f"{share:.1%} of the FLOPs of the backbone, {whole:.1%} of all: {error}") from error
     if asked.file is not None:
         trims = read_trims(asked.file)
         return FoundPlan(read_plan(asked.file).validate(trims.apply_to(model.config).depth), trims=trims)

@@ -58,7 +58,7 @@ def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]
     """
     layers: dict[str, dict[str, str]] = {}
     for fit in (report.get("reconstruction") or {}).get("fits", ()):
-        layer, _, name = fit["weight"].rpartition(".")
+        layer, _, name = fit["weight"].rpartition(", " if ", " in fit["weight"] else ".")
         layers.setdefault(layer or name, {})[name] = f"{fit['before']:.1%} -> {fit['after']:.1%}"
     names = list(dict.fromkeys(name for cells in layers.values() for name in cells))
     return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]

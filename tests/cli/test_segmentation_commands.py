@@ -38,6 +38,12 @@ def test_inspect_says_what_it_is(checkpoint):
     value = call_json("inspect", checkpoint)
     assert value["task"] == "semantic segmentation"
     assert {"neck", "head"} & set(value["flops"]["by_part"])
+    whole, backbone = (value["flops"][key] for key in ("full", "backbone"))
+    ranges = value["range"]
+    for axis, share in ranges["axes"].items():
+        left = whole * share / 100 - (whole - backbone["full"])
+        assert ranges["axes_backbone"][axis] == pytest.approx(100 * left / backbone["full"], abs=0.02)
+    assert "of those of the backbone: " in call("inspect", checkpoint).stdout
 
 
 def test_figures_are_those_of_an_independent_count(checkpoint, data):
@@ -102,6 +108,8 @@ def test_a_budget_can_be_the_backbone_s_alone(data, tmp_path):
     assert 0.7 < shares[0] <= 0.8 < shares[1]
     searched = call_json("prune", "s.pth", "--flops-backbone", "80%", "--dry-run", "--search-images", 8, *options[:5])
     assert searched["pruned"]["flops"]["full"] <= shares[1] * report["dense"]["flops"]["full"] * 1.05
+    far = call("prune", "s.pth", "--flops-backbone", "1%", "--no-search", *options, "--force", code=3).stderr
+    assert "1.0% of the FLOPs of the backbone, " in far
     both = refused("prune", "s.pth", "--flops", "80%", "--flops-backbone", "80%", "--data", data)
     assert "--flops and --flops-backbone: expected one of them" in both
     classifier = refused("prune", make_classifier(tmp_path), "--flops-backbone", "80%", "--no-search")
