@@ -17,11 +17,12 @@ from ..data.images import Images
 from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..ops import SCORES, ScanPath, selective_scan
+from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
 from ..pruning.plan import Plan, token_counts
 from ..pruning.tokens import Tokens
-from ..tasks import CLASSIFICATION, Task
+from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
 from .families import StateDict
 from .learnt import LearntFrom
@@ -181,6 +182,7 @@ class TokenModel(nn.Module, abc.ABC):
         task: what its outputs mean.
         classes, palette: names of the classes, and a colour (red, green, blue) for each, if its file has them; else
             None. They are read for segmentation.
+        reduce_zero_label: whether masks count its classes from 1, as it was told; None: as the data says.
         pruners: TokenPruner by layer ("5": after the fifth), outside the blocks so that published parameter names do
             not change.
         corrections: linear maps of low rank by layer, also outside the blocks. Each maps the mean of the tokens pruned
@@ -229,6 +231,7 @@ class TokenModel(nn.Module, abc.ABC):
         self.plan: Plan | None = None
         self.classes: tuple[str, ...] | None = None
         self.palette: tuple[tuple[int, int, int], ...] | None = None
+        self.reduce_zero_label: bool | None = None
         self.preprocessing: Preprocessing | DensePreprocessing | None = None
         self.source: Source | None = None
         self.made_by = MadeBy()
@@ -403,12 +406,20 @@ class TokenModel(nn.Module, abc.ABC):
             InputError: as `ssmcompress.data.open_images`.
         """
         recorded = self.source.data if self.source is not None else None
-        options = {"task": self.task, "reduce_zero_label": reduce_zero_label}
+        options = {"task": self.task, "reduce_zero_label": self.label_rule(reduce_zero_label)}
         return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
 
     def chunk_size(self) -> int:
         """Return the number of images in a chunk of fixed size; it depends only on the model."""
         return max(1, min(32, CHUNK_BYTES // self.activation_bytes()))
+
+    def label_rule(self, asked: bool | None = None) -> bool | None:
+        """Return whether masks count classes from 1: as `asked`, which is remembered, else as it was told before."""
+        if asked is None and self.reduce_zero_label:
+            note("masks count classes from 1, as the model remembers it (`reduce_zero_label`)")
+        if asked is not None and self.task is SEGMENTATION:
+            self.reduce_zero_label = asked
+        return self.reduce_zero_label if asked is None else asked
 
     def memory(self, features: Tensor) -> Tensor:
         """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""

@@ -130,16 +130,32 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
 def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | DensePreprocessing:
     """Return the preprocessing that is said with the model, by mean and std at least, or the default one."""
     default = model.default_preprocessing()
-    if model.task is SEGMENTATION:  # mm's mean and std are of values up to 255, and images are not cropped
-        return default
+    if model.task is SEGMENTATION:  # images are not cropped, and arguments do not say of which scale their values are
+        return _normalise(default, said, f"; `short_side` {default.short_side or 'none'} is assumed")
     names = [name for name in ("mean", "std", "crop_pct", "interpolation") if name in said.options]
     values = {name: said.options[name].value for name in names}
     if values.get("interpolation") not in INTERPOLATIONS:
         values.pop("interpolation", None)  # "random", for instance, which is for training
     if not {"mean", "std"} <= values.keys() or not all(isinstance(values[name], tuple) for name in ("mean", "std")):
-        return default
+        return _normalise(default, said)
     note(f"mean and std of the images are those of {said.options['mean'].where}")
     return default.changed(**values)
+
+
+def _normalise(
+    default: Preprocessing | DensePreprocessing, said: Statements, more: str = ""
+) -> Preprocessing | DensePreprocessing:
+    """Return the preprocessing with mean and std of a configuration of mm's that fit it; `more` ends the note."""
+    if said.normalisation is None:
+        return default
+    (mean, std), where = said.normalisation
+    try:
+        found = default.changed(mean=mean, std=std)
+    except InputError as error:
+        note(f"mean and std of {where} are not used: {str(error)[:200]}")
+        return default
+    note(f"mean and std of the images are those of {where}{more}")
+    return found
 
 
 def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:

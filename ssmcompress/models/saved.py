@@ -22,11 +22,11 @@ from .base import TokenModel
 from .inputs import check_model
 from .learnt import ALL, SOME, LearntFrom
 from .level_maps import fill_level_maps
-from .records import MadeBy, Source, steps_from_dict, steps_to_dict
+from .records import TRIMMING, MadeBy, Source, steps_from_dict, steps_to_dict
 from .registry import MODELS, build
 from .rewrite import install
 from .saved_corrections import CORRECTIONS, fill_corrections
-from .sizes import Origin
+from .sizes import LayeredConfig, Origin
 from .state_dict import read_metadata
 from .statements import Statement, Statements, read_classes
 
@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MOST_LAYERS = 4096  # of a dense model, in a configuration that may be damaged
+# The sizes of the dense model that records of trimming require: what a kind changes.
+SIZES_OF = {"states": ("d_state",), "channels": ("d_inner",), "layers": ("depth",), "directions": ("directions",)}
 PLAN_EXPECTED = "expected a pruned model's folder or report, or the JSON of a dry run"
 
 
@@ -112,6 +114,7 @@ def restore(
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
     model.preprocessing = model.read_preprocessing(config.get("preprocessing") or {})
+    model.reduce_zero_label = _parse_flag(config, "reduce_zero_label")
     pruning = config.get("pruning")
     if pruning is None and (extra := {**corrections, **levels}):
         raise InputError(f"corrections ({next(iter(extra))}, ...) in a model that prunes nothing")
@@ -125,11 +128,15 @@ def restore(
         fill_corrections(model, corrections)
         fill_level_maps(model, levels)
         model.plan = plan
+        try:
+            model.steps = steps_from_dict(pruning)
+        except InputError as error:
+            raise InputError(f"{CONFIG_FILE}: {error}") from error
         model.origin = _parse_origin(model, pruning)
+        _check_trimming(model)
         counts = [model.token_counts()[stage.after] for stage in plan.stages]
         if size in (None, trained) and stride == architecture["stride"] and pruning.get("kept", counts) != counts:
             raise InputError(f"{CONFIG_FILE}: its stages keep {counts} tokens, but it says {str(pruning['kept'])[:80]}")
-        model.steps = steps_from_dict(pruning)
         model.learnt = LearntFrom.from_tensors(learnt)
     return model
 
@@ -151,14 +158,23 @@ def _parse_directions(architecture: Mapping[str, Any]) -> tuple[tuple[int, ...],
 
 
 def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | None:
-    """Return the dense model's sizes that a configuration names; None if the model was not trimmed."""
+    """Return the dense model's sizes that a configuration names; None if the model was not trimmed.
+
+    Raises:
+        InputError: there are none although records say that something was trimmed; or the model cannot have been
+            trimmed from a model of these sizes.
+    """
     value = pruning.get("trimmed_from")
+    kinds = [step.kind for step in model.steps if step.kind in TRIMMING]
     if value is None:
+        if kinds:
+            raise InputError(f"{CONFIG_FILE}: `trimmed_from` is missing, although {', '.join(kinds)} were trimmed")
         return None
     try:
         layers = tuple(value["layers"])
-        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in value["sizes"].items()}
-        sizes["directions"] = tuple(map(tuple, sizes["directions"])) if sizes.get("directions") else None
+        sizes = {k: _parse_size(k, v) for k, v in value["sizes"].items()}
+        if missing := [key for kind in kinds for key in SIZES_OF[kind] if key not in sizes]:
+            raise ValueError(f"sizes.{missing[0]} is missing, although a record says that it was trimmed")
         origin = Origin(replace(model.config, **sizes), layers)
         depth, numbers = origin.config.depth, [depth for depth in layers if type(depth) is int]
         ascending = list(layers) == sorted({*numbers}) and 1 <= layers[0] <= layers[-1] <= depth
@@ -166,10 +182,65 @@ def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | Non
             raise ValueError(f"layers {layers}")
         if not depth <= MOST_LAYERS or min(min(size[:2]) for size in origin.config.layers) < 1:
             raise ValueError(f"{depth} layers, or sizes below 1")
+        _check_origin(model.config, origin)
         model.count_flops(origin.config, [1] * (depth + 1), "full")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError, RecursionError) as error:
         raise InputError(f"{CONFIG_FILE}: bad sizes of the dense model ({type(error).__name__} {error})") from error
     return origin
+
+
+def _parse_size(name: str, value: Any) -> Any:
+    """Return a size with tuples for lists; ValueError for anything but whole numbers, lists of them, and None."""
+    if isinstance(value, list):
+        return tuple(_parse_size(name, part) for part in value)
+    if value is not None and type(value) is not int:
+        raise ValueError(f"sizes.{name} has {str(value)[:40]!r}, expected whole numbers")
+    return value
+
+
+def _check_origin(config: LayeredConfig, origin: Origin) -> None:
+    """Raise a ValueError if a model of the sizes `config` cannot have been trimmed from `origin`."""
+    ours, dense = config.layers, origin.config.layers
+    for number, size in enumerate(dense, 1):
+        if not size.directions or [p for p in origin.config.PATHS if p in size.directions] != list(size.directions):
+            raise ValueError(f"layer {number} had scan paths {size.directions}, expected some of {origin.config.PATHS}")
+    for number, size in zip(origin.layers, ours, strict=True):
+        whole = dense[number - 1]
+        if size.d_inner > whole.d_inner or size.d_state > whole.d_state:
+            raise ValueError(
+                f"layer {number} had {whole.d_inner} channels and {whole.d_state} states, fewer than the "
+                f"{size.d_inner} and {size.d_state} that are left"
+            )
+        if not set(size.directions) <= set(whole.directions):
+            raise ValueError(f"layer {number} had scan paths {whole.directions}, {size.directions} are left")
+    # Everything else, such as the width or the number of classes, is that of the model itself.
+    trimmed = origin.config.with_layers(dict(zip(origin.layers, ours, strict=True))).to_dict()
+    expected = config.with_layers(dict(enumerate(ours, 1))).to_dict()
+    if wrong := [key for key in {**expected, **trimmed} if expected.get(key) != trimmed.get(key)]:
+        raise ValueError(f"{wrong[0]} {trimmed.get(wrong[0])}, the model has {expected.get(wrong[0])}")
+
+
+def _check_trimming(model: TokenModel) -> None:
+    """Raise an InputError if records of trimming do not say what the model has, and has lost."""
+    values = {step.kind: step.values for step in model.steps if step.kind in TRIMMING}
+    if not values:
+        return
+    config, (dense, layers) = model.config, model.origin
+    gone = [number for number in range(1, dense.depth + 1) if number not in layers]
+    paths = values.get("directions", {}).get("directions", {})
+    left = [[p for p in dense.layers[n - 1].directions if p not in paths.get(str(n), ())] for n in layers]
+    known = all(0 < int(n) <= dense.depth and {*p} < {*dense.layers[int(n) - 1].directions} for n, p in paths.items())
+    for kind, key, expected, found in (
+        ("states", "n", [size.d_state for size in config.layers], None),
+        ("channels", "e", [size.d_inner for size in config.layers], None),
+        ("layers", "layers", gone, None),
+        ("directions", "directions", [list(size.directions) for size in config.layers], left if known else None),
+    ):
+        if kind in values and (values[kind][key] if kind != "directions" else found) != expected:
+            raise InputError(
+                f"{CONFIG_FILE}: bad record of trimmed {kind}: `{key}` is {str(values[kind][key])[:60]}, but the model "
+                + (f"lacks layers {expected}" if kind == "layers" else f"has {str(expected)[:60]}")
+            )
 
 
 def _describe_origin(model: TokenModel) -> dict[str, Any]:
@@ -177,7 +248,9 @@ def _describe_origin(model: TokenModel) -> dict[str, Any]:
     if model.origin is None:
         return {}
     dense, ours = model.origin.config.to_dict(), model.config.to_dict()
-    sizes = {k: dense.get(k) for k in {**ours, **dense} if dense.get(k) != ours.get(k)}
+    recorded = {key: None for step in model.steps for key in SIZES_OF.get(step.kind, ())}
+    keys = {**ours, **dense, **recorded}
+    sizes = {k: dense.get(k) for k in keys if dense.get(k) != ours.get(k) or k in recorded}
     return {"trimmed_from": {"layers": list(model.origin.layers), "sizes": sizes}}
 
 
@@ -199,6 +272,13 @@ def _fill_buffers(model: TokenModel, name: str, tensors: Mapping[str, Tensor], w
         if not tensors[key].to(buffer.dtype).isfinite().all():
             raise InputError(f"{key} holds values that are not finite; the file is damaged")
         buffer.copy_(tensors[key])
+
+
+def _parse_flag(config: Mapping[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{CONFIG_FILE}: {name} {str(value)[:80]!r}: expected true or false")
+    return value
 
 
 def read_plan(file: str | Path) -> Plan:
@@ -265,6 +345,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         "architecture": {"type": model.architecture, **model.config.to_dict()},
         **({"classes": model.classes, "palette": model.palette} if model.classes is not None else {}),
         "preprocessing": model.preprocessing.to_dict(),
+        **({} if model.reduce_zero_label is None else {"reduce_zero_label": model.reduce_zero_label}),
         "data": model.source.data if model.source else None,
         "pruning": pruning,
     }

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import operator
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..progress import note
 from .families import FAMILY_NAMES
 
 # Entries of a checkpoint that describe its model, and dictionaries in them that do.
@@ -26,6 +29,12 @@ DESCRIPTIONS = ("model", "model_args", "model_config", "model_kwargs", "args", "
                 "encoder", "student", "pretrained_cfg")  # fmt: skip
 # Dictionaries in a description that are about something else.
 ABOUT_OTHERS = re.compile(r"teacher|distill|optim|sched|data|aug|loss|train|eval|val|test|head|neck")
+# Of these not even the size of the images or their mean is read, which stand in the descriptions of the data.
+TEACHERS = re.compile(r"teacher|distill")
+# Parts of mm's models that count before all else in a configuration. Its other heads are for training only.
+PARTS = ("backbone", "decode_head", "test_cfg")
+# Where mm's configurations have mean and std, of values up to 255; the last one is a step of a pipeline.
+NORMALISATIONS = ("data_preprocessor", "img_norm_cfg", "Normalize")
 # Names under which a description has the name of its model, the most telling ones first.
 MODEL_NAMES = ("model", "arch", "architecture", "architectures", "model_name", "model_type", "backbone", "encoder",
                "name", "type")  # fmt: skip
@@ -35,6 +44,15 @@ GENERAL = {*MODEL_NAMES, "stride", "patch_stride", "input_size", "img_size", "im
 SPELLINGS = {"if_devide_out": "if_divide_out", "image_mean": "mean", "image_std": "std"}
 DEPTH = 4
 LONGEST_TEXT = 1 << 20  # characters of a configuration
+DEEPEST_TEXT = 100  # dictionaries, lists and operations in one another, in a Python text
+LARGEST_NUMBER = 1 << 63  # in the results of arithmetic
+LONGEST_LIST = 4096  # numbers in a list that a text multiplies, and
+LARGEST_LISTS = 1 << 16  # entries of all of these lists, and of the dictionaries that are copied into others
+OPERATIONS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv
+}  # fmt: skip
+ASSUMED = "what the weights do not show is assumed"
+UNREAD = object()  # in place of what a Python text has to compute
 FILE_NAME = "the name of the file"
 
 
@@ -54,6 +72,7 @@ class Statements:
         family: the architecture that is named, an entry of `FAMILY_NAMES`, or None.
         wrapped: whether the weights are an entry of a checkpoint or of a wrapper, not a bare state dict.
         writer: the tool that wrote the file, for messages; None if nothing names it.
+        normalisation: (mean, std), each a tuple with one value a channel, on a 0..1 scale, by a configuration of mm's.
         classes, palette: names of the classes and their colours (red, green, blue), as mm's tools write them, or None.
     """
 
@@ -61,6 +80,7 @@ class Statements:
     family: Statement | None = None
     wrapped: bool = False
     writer: str | None = None
+    normalisation: Statement | None = None
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
 
@@ -74,6 +94,27 @@ class Statements:
             self.family = Statement(family, where)
         for option, value in options_of_name(name).items():
             self.add_option(option, value, where)
+
+    def add_normalisation(self, values: Mapping[Any, Any], where: str) -> None:
+        """Add the mean and std of a configuration of mm's, if it has both; the first ones remain.
+
+        Those that cannot be used are noted: they are no numbers, not of values up to 255, or of images in BGR order.
+        """
+        if self.normalisation is not None or values.get("mean") is None or values.get("std") is None:
+            return
+        mean, std = (values[k] if isinstance(values[k], (list, tuple)) else [values[k]] for k in ("mean", "std"))
+        if not all(_is_number(v) and abs(v) <= LARGEST_NUMBER for v in (*mean, *std)):
+            reason = "they are not lists of numbers"
+        elif any(0 < v < 1 for v in std):
+            reason = "expected those of values up to 255"
+        elif values.get("to_rgb") is False or values.get("bgr_to_rgb") is False or values.get("rgb_to_bgr") is True:
+            reason = "they are of images in BGR order, which are not supported"
+        else:
+            # 12 digits, so that 123.675 / 255 is 0.485.
+            scaled = (tuple(float(f"{v / 255:.12g}") for v in part) for part in (mean, std))
+            self.normalisation = Statement(tuple(scaled), where)
+            return
+        note(f"mean and std of {where} are not used: {reason}")
 
     def set_family(self, family: str, where: str) -> None:
         """Set the architecture that the caller gives, in place of what the name of the file says."""
@@ -172,15 +213,16 @@ def read_config(config: Mapping[str, Any]) -> Statements:
     return said
 
 
-def _read_description(value: Any, where: str, said: Statements, depth: int = 0, known: bool = True) -> None:
+def _read_description(
+    values: Mapping[Any, Any], where: str, said: Statements, depth: int = 0, known: bool = True
+) -> None:
     """Add the statements in a checkpoint, in its arguments or its configuration, and in what these hold.
 
     Args:
         where: the place for messages, "" for the whole checkpoint. depth: of that place.
         known: whether it describes the model; where it may describe something else, only telling options are read.
     """
-    values = _to_mapping(value)
-    if values is None or depth > DEPTH:
+    if depth > DEPTH:
         return
     names = [name for name in values if isinstance(name, str)]
     for name in sorted(names, key=lambda name: MODEL_NAMES.index(name) if name in MODEL_NAMES else len(MODEL_NAMES)):
@@ -189,17 +231,20 @@ def _read_description(value: Any, where: str, said: Statements, depth: int = 0, 
             _read_module(entry, said)
         elif isinstance(entry, Tensor) or (not known and name in GENERAL):
             continue
-        elif name in DESCRIPTIONS and _to_mapping(entry) is not None:
-            _read_description(entry, place, said, depth + 1)
+        elif where and name in NORMALISATIONS and isinstance(entry, Mapping):
+            said.add_normalisation(entry, place)
+        elif name in DESCRIPTIONS and (described := _to_mapping(entry, name, place)) is not None:
+            _read_description(described, place, said, depth + 1)
         elif isinstance(entry, (Mapping, argparse.Namespace)):
             # The entries of a checkpoint that are not known hold weights, or the state of an optimiser.
-            if where and not ABOUT_OTHERS.search(name.lower()):
-                _read_description(entry, place, said, depth + 1, known=False)
+            is_part = known and name in PARTS and "backbone" in values
+            if where and (is_part or not ABOUT_OTHERS.search(name.lower())):
+                _read_description(_to_mapping(entry, name, place) or {}, place, said, depth + 1, known=False)
         else:
             _read_value(name, entry, place, said)
 
 
-def _to_mapping(value: Any) -> Mapping[Any, Any] | None:
+def _to_mapping(value: Any, name: str, where: str) -> Mapping[Any, Any] | None:
     """Return arguments or a configuration as a mapping: also the text of one, or a command line; None for the rest."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
@@ -209,7 +254,12 @@ def _to_mapping(value: Any) -> Mapping[Any, Any] | None:
         options = zip(value, given, following, strict=True)
         return {key: text or after for part, (key, _, text), after in options if part.startswith("--")} or None
     if isinstance(value, str) and ("\n" in value or value.lstrip().startswith("{") or ": " in value or "=" in value):
-        return _read_text(value[:LONGEST_TEXT])
+        try:
+            return _read_text(value, where)
+        except ValueError as error:
+            if name not in MODEL_NAMES:  # these may have any text
+                note(f"the configuration in {where} could not be read: {error}; {ASSUMED}")
+            return None
     return value if isinstance(value, Mapping) else None
 
 
@@ -224,36 +274,206 @@ def _read_value(name: str, value: Any, place: str, said: Statements) -> None:
         said.add_option(name, tuple(value), place)
 
 
-def _read_text(text: str) -> Mapping[Any, Any] | None:
-    """Read a configuration in JSON, YAML or Python, as mm's are, of which nothing is executed; None for other text."""
+def _read_text(text: str, where: str) -> Mapping[Any, Any] | None:
+    """Read a configuration in JSON, YAML or Python, as mm's are, of which nothing is executed; None for an empty one.
+
+    Raises:
+        ValueError: it is none of these, or too long.
+    """
     import yaml
 
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"it has {len(text)} characters, expected at most {LONGEST_TEXT}")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = None
-    if isinstance(value, Mapping):
-        return value
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in its strings, for instance
+            tree, reason = ast.parse(text), ""
+    except SyntaxError as error:
+        tree, reason = None, f"{error.msg} in line {error.lineno}"
+    except (ValueError, RecursionError, MemoryError) as error:
+        tree, reason = None, f"{type(error).__name__} {error}".splitlines()[0].strip()
+    # Both a line `model: vim` and JSON are valid Python, too, but assign nothing; `model = {'type': 1}` is valid YAML.
+    if tree is None or not any(map(_assigns, tree.body)):
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
+            value = None
+        if isinstance(value, Mapping):
+            return value
+    if tree is None:
+        raise ValueError(f"neither JSON nor YAML, and as Python: {reason[:200]}")
+    return _read_python(tree, where) or None
+
+
+def _assigns(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.AnnAssign):
+        return isinstance(statement.value, (ast.Call, ast.Dict))
+    return isinstance(statement, ast.Assign)
+
+
+class _Literals:
+    """The values of expressions of a Python text, found without executing it; `UNREAD` for what has to be computed.
+
+    Those are constants, lists, tuples and dictionaries, the arguments of calls as dictionaries (of `dict`, or of a
+    class), names of values before, and arithmetic of numbers and of lists of numbers.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self.entries_left = LARGEST_LISTS
+
+    def read(self, node: ast.AST | None, depth: int = 0) -> Any:
+        if depth > DEEPEST_TEXT:
+            return UNREAD
+        if isinstance(node, ast.Constant):
+            return node.value if node.value is None or isinstance(node.value, (bool, int, float, str)) else UNREAD
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, UNREAD)
+        if isinstance(node, (ast.List, ast.Tuple)):
+            values = [self.read(part, depth + 1) for part in node.elts]
+            return values if isinstance(node, ast.List) else tuple(values)
+        if isinstance(node, ast.Dict):
+            return self._merge(zip(node.keys, node.values, strict=True), depth)
+        if isinstance(node, ast.Call):
+            is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict"
+            arguments = [(None, value) for value in node.args if is_dict or isinstance(value, (ast.Call, ast.Dict))]
+            arguments += [(word.arg and ast.Constant(word.arg), word.value) for word in node.keywords]
+            return self._merge(arguments, depth) if arguments or is_dict else UNREAD
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+            value = self.read(node.operand, depth + 1)
+            if not _is_number(value):
+                return UNREAD
+            return -value if isinstance(node.op, ast.USub) else value
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            return self._compute(type(node.op), self.read(node.left, depth + 1), self.read(node.right, depth + 1))
+        return UNREAD
+
+    def _merge(self, pairs: Iterable[tuple[ast.AST | None, ast.AST]], depth: int) -> dict[str, Any]:
+        """Return the dictionary of these keys and values; a value without a key is a dictionary to copy."""
+        found: dict[str, Any] = {}
+        for key, node in pairs:
+            value, name = self.read(node, depth + 1), self.read(key, depth + 1)
+            if isinstance(name, str):
+                found[name] = value
+            elif key is None and isinstance(value, dict) and self._take(len(value)):
+                found |= value
+            elif key is None:
+                found[f"**{getattr(node, 'id', '')}"] = UNREAD
+        return found
+
+    def _compute(self, kind: type[ast.operator], left: Any, right: Any) -> Any:
+        if isinstance(right, (list, tuple)) and kind is ast.Mult:
+            left, right = right, left
+        try:
+            if _is_number(left) and _is_number(right):
+                result = OPERATIONS[kind](left, right)
+                return result if abs(result) <= LARGEST_NUMBER else UNREAD
+            if isinstance(left, (list, tuple)) and all(map(_is_number, left)):
+                if kind is ast.Mult and isinstance(right, int):
+                    count = len(left) * max(right, 0)
+                elif kind is ast.Add and type(right) is type(left) and all(map(_is_number, right)):
+                    count = len(left) + len(right)
+                else:
+                    return UNREAD
+                return OPERATIONS[kind](left, right) if count <= LONGEST_LIST and self._take(count) else UNREAD
+        except (ArithmeticError, ValueError):
+            pass
+        return UNREAD
+
+    def _take(self, entries: int) -> bool:
+        """Count entries of lists and dictionaries that the text makes; False if they are too many."""
+        self.entries_left -= entries
+        return self.entries_left >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read_python(tree: ast.Module, where: str) -> dict[str, Any]:
+    """Return the options in a Python text: of the parts of its model, then of all else but what is about others.
+
+    Of an option in several places the first one counts. A type is a list, of all the types in the text. The size of the
+    images and their mean and std are also read from the descriptions of the data.
+
+    Args:
+        tree: the parsed text. where: its place, for the note about options that are not literal.
+    """
+    literals, loose, outer = _Literals(), [], set(map(id, tree.body))
+    for statement in ast.walk(tree):  # those of the module come first
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)):
+            continue
+        value = literals.read(statement.value)
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        for target in targets:
+            if isinstance(target, ast.Name) and id(statement) in outer:
+                literals.names[target.id] = value
+            elif isinstance(target, ast.Name):  # which of several branches is taken, for instance, is not known
+                loose += [{target.id: value}] if isinstance(value, dict) else []
+            else:
+                loose.append(value)
+    sources = [literals.names, *loose]
+    models = [part["model"] for _, part in _walk(sources) if isinstance(part.get("model"), dict)][:1]
     found: dict[str, Any] = {}
-    try:
-        nodes = list(ast.walk(ast.parse(text)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    for node in nodes:
-        pairs: Iterable[tuple[Any, Any]] = ()
-        if isinstance(node, ast.keyword):
-            pairs = [(node.arg, node.value)]
-        elif isinstance(node, ast.Dict):
-            pairs = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
-        for name, constant in pairs:
-            # Several parts of the text have a type; only names of architectures are looked for in them.
-            if not isinstance(name, str) or not isinstance(constant, (ast.Constant, ast.Tuple, ast.List)):
-                continue
-            known = found.get(name, [])
-            if name == "type" or (name not in GENERAL and not known):
-                with suppress(ValueError, TypeError, RecursionError, MemoryError):  # a list of other things
-                    found[name] = [*known, ast.literal_eval(constant)]
-    return {name: values if name == "type" else values[0] for name, values in found.items()} or None
+    for part in PARTS:
+        _collect(_walk(model.get(part) for model in models), found)
+    # A name that is assigned is no option, but what it stands for may hold some.
+    assigned = [value for name, value in literals.names.items() if not _is_about(name, ABOUT_OTHERS)]
+    _collect(_walk([*models, *assigned, *loose]), found)
+
+    everywhere = list(_walk([*models, *sources], TEACHERS))
+    sizes = [part["crop_size"] for _, part in everywhere if "crop_size" in part]
+    found |= {"crop_size": sizes[0]} if sizes and "crop_size" not in found else {}
+    steps = [("Normalize" if part.get("type") == "Normalize" else name, part) for name, part in everywhere]
+    steps = [(name, part) for name, part in steps if name in NORMALISATIONS and {"mean", "std"} <= part.keys()]
+    if steps:
+        name, part = min(steps, key=lambda step: NORMALISATIONS.index(step[0]))
+        found[name] = part
+
+    unread = [name for name, value in found.items() if value is UNREAD]
+    unread += ["model"] if not models and literals.names.get("model") is UNREAD else []
+    if unread:
+        names = f"{', '.join(unread[:8])} {'is' if len(unread) == 1 else 'are'}"
+        note(f"the configuration in {where} could not be read in full: {names} not literal; {ASSUMED}")
+    return {name: value for name, value in found.items() if value is not UNREAD}
+
+
+def _is_about(name: str, others: re.Pattern[str]) -> bool:
+    return name != "decode_head" and others.search(name.lower()) is not None
+
+
+def _walk(values: Iterable[Any], others: re.Pattern[str] = ABOUT_OTHERS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and content of each dictionary in these values, once, outer ones first, but not of `others`.
+
+    The values themselves, and what is in lists without a name, have the name "".
+    """
+    queue, seen = deque(("", value) for value in values), set()
+    while queue:
+        name, value = queue.popleft()
+        if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            yield name, value
+            queue.extend((key, entry) for key, entry in value.items() if not _is_about(key, others))
+        else:
+            queue.extend(("", entry) for entry in value)
+
+
+def _collect(parts: Iterable[tuple[str, dict[str, Any]]], found: dict[str, Any]) -> None:
+    """Add the options of dictionaries to those that are found already, of which the first ones remain."""
+    for _, part in parts:
+        for name, value in part.items():
+            if name == "type":
+                # Several parts of the text have a type; only names of architectures are looked for in them.
+                types = found.setdefault(name, [])
+                types += [value] if isinstance(value, str) else []
+            elif name not in GENERAL or (value is UNREAD and name in PARTS):
+                entries = value if isinstance(value, (list, tuple)) else [value]
+                if any(entry is UNREAD for entry in entries):
+                    found.setdefault(name, UNREAD)
+                elif not any(isinstance(entry, (dict, list, tuple)) for entry in entries):
+                    found.setdefault(name, value)
 
 
 def _read_module(module: nn.Module, said: Statements) -> None:
@@ -330,12 +550,17 @@ def _is_colour(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return True for "true", None for "none", 1e-5 for "1e-5": what a YAML file or a command line has as text."""
+    """Return True for "true", None for "None", 1e-5 for "1e-5": what a YAML file or a command line has as text.
+
+    The word "none" in small letters remains: it is a value of the published code's options.
+    """
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
-    if text in (words := {"true": True, "false": False, "none": None, "null": None}):
+    if text in (words := {"true": True, "false": False, "null": None}):
         return words[text]
+    if value.strip() == "None":
+        return None
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError:

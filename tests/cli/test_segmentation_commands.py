@@ -134,6 +134,21 @@ def test_two_processes_measure_and_fit_what_one_does(tmp_path):
     assert one["data"]["images"] == two["data"]["images"] == 13
 
 
+def test_how_masks_count_classes_is_remembered(data):
+    """0 is no class in these masks: the figures are those of four classes that count from 1."""
+    torch.save({"state_dict": make_vim_upernet(num_classes=4).state_dict()}, "s.pth")
+    options = ("--ratio", 0.3, "--stages", "2", "--data", data, "--no-latency", "--no-reconstruct")
+    report = call_json("prune", "s.pth", *options, "--reduce-zero-label", "-o", "m")
+    told = call_json("evaluate", "m", "--data", data, "--reduce-zero-label")
+    assert call_json("evaluate", "m", "--data", data)["miou"] == told["miou"]
+    said = call("evaluate", "m").stderr  # the recorded data
+    assert "masks count classes from 1" in said
+    assert report["pruned"]["miou"] is not None
+    config = json.loads(Path("m/config.json").read_text())
+    Path("m/config.json").write_text(json.dumps(config | {"reduce_zero_label": "yes"}))
+    assert "reduce_zero_label 'yes': expected true or false" in refused("evaluate", "m", "--data", data)
+
+
 def test_images_without_masks_are_told_in_words_of_the_task(checkpoint, data):
     shutil.copytree(data / "images", "alone")
     said = call("evaluate", checkpoint, "--data", "alone").stderr
