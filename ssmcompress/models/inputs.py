@@ -36,7 +36,7 @@ def check_model(model: Any, name: str = "model") -> None:
 
 
 def check_dense(model: Any) -> None:
-    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned already."""
+    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned or trimmed already."""
     check_model(model)
     if model.plan is not None:
         _refuse_pruned(model)
@@ -51,7 +51,9 @@ def check_unpruned(model: Any) -> None:
 
 def _refuse_pruned(model: TokenModel) -> NoReturn:
     origin = f", {model.source.path}" if model.source is not None and model.source.path else ""
-    raise InputError(f"the model is pruned already; expected the dense model that it was made from{origin}")
+    done = "trimmed" if model.dense_config != model.config else "compressed"
+    done = "pruned" if model.plan.stages else done
+    raise InputError(f"the model is {done} already; expected the dense model that it was made from{origin}")
 
 
 def check_module(model: Any, name: str = "model") -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, ClassVar, Protocol
 
 from ..errors import InputError
@@ -163,6 +164,57 @@ class Finetuning:
             raise InputError(f"not a record of a fine-tuning: {type(error).__name__} {error}") from error
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_count, value))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) in (int, float) and isfinite(v) for v in value)
+
+
+def _are_layers(value: Any) -> bool:
+    return _are_counts(value) and value == sorted(set(value))
+
+
+def _are_paths(value: Any) -> bool:
+    """Return whether a value maps the numbers of layers, texts in JSON, to numbers of scan paths."""
+    return isinstance(value, dict) and all(
+        isinstance(layer, str) and layer.isascii() and layer.isdigit() and layer == str(int(layer[:9]))
+        and isinstance(paths, list) and paths and all(type(path) is int and path >= 0 for path in paths)
+        and paths == sorted(set(paths))
+        for layer, paths in value.items()
+    )  # fmt: skip
+
+
+_IMAGES = {"name": (_is_text, "a text"), "images": (_is_count, "a number of at least 1")}
+_COUNTS, _LOSSES = (_are_counts, "a list of numbers of at least 1"), (_are_numbers, "a list of finite numbers")
+# What the records of trimming hold: for each kind, key -> (test of its value, what is expected).
+TRIMMING: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "states": {**_IMAGES, "n": _COUNTS, "losses": _LOSSES},
+    "channels": {**_IMAGES, "e": _COUNTS, "costs": _LOSSES},
+    "layers": {"layers": (_are_layers, "a list of ascending layer numbers")},
+    "directions": {"directions": (_are_paths, "an object of layer numbers and ascending lists of scan paths")},
+}
+
+
+def _read_step(kind: Any, values: Any) -> StepRecord:
+    """Return the record of a step that has no record class; InputError for values that a kind of trimming never has."""
+    record = StepRecord(str(kind), dict(values))
+    for key, (is_valid, expected) in TRIMMING.get(record.kind, {}).items():
+        found = f"is {str(record.values[key])[:40]!r}" if key in record.values else "is missing"
+        if key not in record.values or not is_valid(record.values[key]):
+            raise InputError(f"bad record of trimmed {record.kind}: `{key}` {found}; expected {expected}")
+    return record
+
+
 # Kinds that have their own key in config.json; all others are listed under `steps`.
 KEYED = {record.kind: record for record in (Reconstruction, Finetuning)}
 
@@ -187,16 +239,22 @@ def steps_from_dict(value: Mapping[str, Any]) -> tuple[Record, ...]:
     """Read the records that `steps_to_dict` wrote; those of other kinds than `KEYED` become `StepRecord`s.
 
     Raises:
-        InputError: the value has another form.
+        InputError: the value has another form, or a record of `TRIMMING` lacks a value or has one of another form.
     """
     records = {k: cls.from_dict(value[k]) for k, cls in KEYED.items() if value.get(k) is not None}
     entries = value.get("steps")
     if entries is None:
         return tuple(records.values())
     try:
-        return tuple(
-            records[entry["kind"]] if entry["kind"] in KEYED else StepRecord(str(entry["kind"]), dict(entry["values"]))
+        steps = tuple(
+            records[entry["kind"]] if entry["kind"] in KEYED else _read_step(entry["kind"], entry["values"])
             for entry in entries
         )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"not a list of steps: {type(error).__name__} {error}") from error
+    kinds = [step.kind for step in steps]
+    if twice := [kind for kind in TRIMMING if kinds.count(kind) > 1]:
+        raise InputError(f"{kinds.count(twice[0])} records of trimmed {twice[0]}: expected one at most")
+    return steps
