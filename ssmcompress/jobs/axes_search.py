@@ -29,7 +29,7 @@ from ..models.base import TokenModel
 from ..progress import line, note, track
 from ..pruning.plan import MAX_RATIO, Plan, Stage
 from ..tasks import Evaluation, Task
-from .axes_trial import AxesTrial, Run
+from .axes_trial import AxesTrial, Key, Run, key_of
 from .images import CalibrationImages
 from .requests import AXES, DataOptions
 from .search import SearchResult, choose_layers, measure_tokens, read_sensitivity
@@ -120,7 +120,7 @@ def search_axes(
         "reachable": {"flops": lowest, "latency": found.get("lowest")},
         "objective": "labels" if request.labels else "kl",
         "refit": repair,
-        "data": search.sensitivity.data,
+        "data": {"name": search.trial.name, "images": len(search.trial.images)},
         "axes": [option.to_dict() for option in search.options] + search.describe_tokens(),
         "trims": trims.to_dict(),
         "loss": best.loss,
@@ -141,6 +141,9 @@ class AxesSearch:
 
     Args:
         trial: the model, the request, and the images to search on. judged: images to judge a loss by, or None.
+
+    Raises:
+        InputError: too few images, or options for tokens where these are no axis.
     """
 
     def __init__(self, trial: Trial, judged: Batches | None):
@@ -153,6 +156,11 @@ class AxesSearch:
             raise InputError(
                 f"{count} different images to search on: expected at least {LEAST_IMAGES}; give more images"
                 + ("" if request.max_drop is not None else ", or drop tokens alone (`axes`)")
+            )
+        of_tokens = {"`stages`": request.stages, "`importance`": request.importance}
+        if "tokens" not in request.axes and (extra := [k for k, v in of_tokens.items() if v is not None]):
+            raise InputError(
+                f"{' and '.join(extra)}: only tokens use that, and {', '.join(request.axes)} are searched for"
             )
         self.layers = choose_layers(model, request, read) if "tokens" in request.axes else ()
         self.sensitivity: Sensitivity | None = read
@@ -179,7 +187,8 @@ class AxesSearch:
             few = slice(0, AXIS_IMAGES)
             batch = LabelledBatch(trial.images[few], None if trial.labels is None else trial.labels[few])
             known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
-            self.sensitivity = replace(self.sensitivity, axes=known).seen(self.runs.digests)
+        # Also with everything from a file: combinations are run on these images, and chosen by them.
+        self.sensitivity = replace(self.sensitivity, axes=known).seen(self.runs.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
         if "tokens" in axes:
             self.plans = self.propose_tokens()
@@ -213,16 +222,26 @@ class AxesSearch:
     # --------------------------------------------------------------------------------------------------- running
 
     def best_for(self, budget: float) -> list[Combination]:
-        """Return the combinations to run for a budget: the best few, and those of one axis alone that come close."""
+        """Return the combinations to run for a budget: the best few, and those of one axis alone that come close.
+
+        They have the stages that fill the budget, and no two of them are the same.
+        """
         within = [c for c in combine(self.model, self.options, self.plans) if c.flops + self.runs.reserve(c) <= budget]
         extra = [self.fill_tokens(budget)] if self.layers else []
         within = sorted([*within, *(c for c in extra if c is not None)], key=lambda c: (c.expected, c.flops))
-        chosen = within[:RUN]
+        filled = (found for c in within if (found := self.runs.fill(c, budget)) is not None)
+        chosen: dict[Key, Combination] = {}
+        while len(chosen) < RUN and (found := next(filled, None)) is not None:
+            chosen.setdefault(key_of(found), found)
+        if not chosen:
+            return []
+        most = CLOSE * next(iter(chosen.values())).expected + NEGLIGIBLE
         for axis in self.request.axes:
-            alone = next((c for c in within if c.axes == (axis,)), None)
-            if alone is not None and alone not in chosen and alone.expected <= CLOSE * chosen[0].expected + NEGLIGIBLE:
-                chosen.append(alone)
-        return chosen
+            near = (c for c in within if c.axes == (axis,) and c.expected <= most)
+            alone = next((found for c in near if (found := self.runs.fill(c, budget)) is not None), None)
+            if alone is not None:
+                chosen.setdefault(key_of(alone), alone)
+        return list(chosen.values())
 
     def fill_tokens(self, budget: float) -> Combination | None:
         """Return the best plan for tokens alone at this budget, if it is within reach."""
@@ -236,10 +255,13 @@ class AxesSearch:
     def for_flops(self, budget: float) -> list[Run]:
         """Run the best combinations for a budget."""
         chosen = self.best_for(budget)
-        self.runs.tried.clear()  # each holds a model
+        self.runs.keep_models(chosen)
         if not chosen:
             raise BudgetError(f"no combination of {', '.join(self.request.axes)} comes to {budget:.1%} of the FLOPs")
-        tried = [self.runs.run(c, budget) for c in track(chosen, "running the best combinations", len(chosen))]
+        if new := [c for c in chosen if key_of(c) not in self.runs.tried]:
+            for combination in track(new, "running the best combinations", len(new)):
+                self.runs.run(combination, budget)
+        tried = [self.runs.run(c, budget) for c in chosen]
         if not (within := [run for run in tried if run is not None]):
             raise BudgetError(f"no combination that was run comes to {budget:.1%} of the FLOPs, corrections included")
         return within
@@ -255,7 +277,7 @@ class AxesSearch:
                 low = budget
                 budget = (low + high) / 2
                 continue
-            share = self.runs.latency_share(best[0], budget)
+            share = self.runs.latency_share(best[0])
             least = min(least, share)
             if share <= wanted and (found is None or share > found):
                 found, kept = share, budget
@@ -278,7 +300,7 @@ class AxesSearch:
         if self.judged is not None:  # the result is chosen by them
             self.sensitivity = self.sensitivity.seen(different(self.judged.digests))
         good: tuple[Run, float] | None = None
-        least = None
+        drops: dict[Key, float] = {}
         low, high = lowest, highest
         for _ in track(range(DROP_STEPS), "searching for the loss", DROP_STEPS):
             budget = (low + high) / 2
@@ -286,10 +308,12 @@ class AxesSearch:
                 best = min(self.for_flops(budget), key=lambda run: run.loss)
             except BudgetError:
                 best = None
-            drop = None if best is None else drop_of(self.model.task, run_all(best.model, source)[0], dense, labels)
-            if drop is not None:
-                line(f"{best.flops:.1%} of the FLOPs lose {drop:.2f} points on {len(dense)} images")
-                least = min([d for d in (least, drop) if d is not None])
+            # Several budgets can have the same best combination, such as those below what the axes leave.
+            if best is not None and (key := key_of(best.combination)) not in drops:
+                logits, _ = run_all(self.runs.model_of(best.combination), source)
+                drops[key] = drop_of(self.model.task, logits, dense, labels)
+                line(f"{best.flops:.1%} of the FLOPs lose {drops[key]:.2f} points on {len(dense)} images")
+            drop = None if best is None else drops[key_of(best.combination)]
             if drop is not None and drop <= most:
                 if good is None or best.flops < good[0].flops:
                     good = best, drop
@@ -297,7 +321,7 @@ class AxesSearch:
             else:
                 low = budget
         if good is None:
-            shown = "nothing could be run" if least is None else f"the least that was lost is {least:.2f} points"
+            shown = f"the least that was lost is {min(drops.values()):.2f} points" if drops else "nothing could be run"
             raise BudgetError(
                 f"a loss of at most {most:g} points is out of reach below {high:.1%} of the FLOPs: {shown}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..compression.search.propose import fill_budget
 from ..compression.trim.channels import channel_chains, cut_channels
 from ..compression.trim.layers import drop_directions, drop_layers
 from ..compression.trim.states import cut_states, state_chains
-from ..compression.trim.trims import Trims, fit_counts
+from ..compression.trim.trims import Trims, build_trimmed, fit_counts
 from ..data.content import different
 from ..evaluation.flops import corrections_share, flops, flops_as_run
 from ..evaluation.latency import latency
@@ -37,13 +38,12 @@ class Run:
 
     Attributes:
         combination: with the stages that fill the budget. flops: share of the dense FLOPs, corrections included.
-        loss: on the images of the search, in nats. model: the compressed model.
+        loss: on the images of the search, in nats.
     """
 
     combination: Combination
     flops: float
     loss: float
-    model: TokenModel
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -54,6 +54,15 @@ class Run:
             "expected": round(self.combination.expected, 6),
             "flops": round(self.flops, 6),
         }
+
+
+# What tells combinations apart: two plans for tokens may become the same stages when they fill a budget.
+Key = tuple[Trims, tuple[Stage, ...]]
+
+
+def key_of(combination: Combination) -> Key:
+    """Return what tells a combination of `AxesTrial.fill` apart from others."""
+    return combination.trims, combination.stages
 
 
 class AxesTrial:
@@ -69,7 +78,10 @@ class AxesTrial:
         self.digests = different(trial.read.digests)
         self.chains: dict[tuple[str, Trims], Any] = {}
         self.dense_logits: Tensor | None = None
-        self.tried: dict[tuple[Trims, tuple[Stage, ...]], Run] = {}
+        self.sizes: dict[Trims, TokenModel] = {}
+        self.tried: dict[Key, Run] = {}
+        self.models: dict[Key, TokenModel] = {}
+        self.latencies: dict[Key, float] = {}
 
     def reserve(self, combination: Combination) -> float:
         """Return the share of the FLOPs to leave to the corrections of a combination."""
@@ -77,46 +89,62 @@ class AxesTrial:
             return 0.0
         return corrections_share(self.model, [stage.after for stage in combination.stages])
 
+    def fill(self, combination: Combination, budget: float) -> Combination | None:
+        """Return a combination with the stages that fill the budget; None if it cannot have any within it."""
+        if not combination.stages:
+            return combination
+        if combination.trims not in self.sizes:
+            self.sizes[combination.trims] = build_trimmed(self.model, combination.trims)
+        sizes = self.sizes[combination.trims]
+        stages = fill_budget(sizes, combination.stages, budget - self.reserve(combination))
+        return replace(combination, stages=stages) if stages else None
+
     def run(self, combination: Combination, budget: float) -> Run | None:
-        """Carry out a combination as far as the budget allows, and measure its loss; None if it takes too much."""
-        trimmed = self.trim(combination.trims)
-        stages = combination.stages
-        if stages:
-            stages = fill_budget(trimmed, stages, budget - self.reserve(combination)) or ()
-            if not stages:
-                return None
-        key = (combination.trims, stages)
+        """Carry out a combination of `fill` and measure its loss, unless that was done; None if it takes too much."""
+        key = key_of(combination)
         if key not in self.tried:
-            model = self.compress(trimmed, combination.trims, stages, self.request.alignment)
-            logits = run(model, self.trial.images)
-            loss = mean_loss(self.model.task, logits, self.dense(), self.trial.labels)
+            model = self.compress(combination)
+            loss = mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
             share = flops_as_run(model)["full"] / flops(self.model)["full"]
-            self.tried[key] = Run(replace(combination, stages=stages), share, loss, model)
+            self.models[key] = model
+            self.tried[key] = Run(combination, share, loss)
         return self.tried[key] if self.tried[key].flops <= budget else None
+
+    def model_of(self, combination: Combination) -> TokenModel:
+        """Return the compressed model of a combination: that of its run, made again if it was not kept."""
+        key = key_of(combination)
+        return self.models[key] if key in self.models else self.compress(combination)
+
+    def keep_models(self, combinations: Sequence[Combination]) -> None:
+        """Free the models of all runs but these, which may be large; losses are kept."""
+        kept = set(map(key_of, combinations))
+        self.models = {key: model for key, model in self.models.items() if key in kept}
 
     def choose_alignment(self, best: Run) -> tuple[Alignment, list[dict[str, Any]]]:
         """Return the alignment with the least loss for a run's stages, and the losses of all as a JSON value."""
-        trims, stages = best.combination.trims, best.combination.stages
-        if not self.request.choose_alignment or not stages:
+        if not self.request.choose_alignment or not best.combination.stages:
             return self.request.alignment, []
         losses = []
         for alignment in ALIGNMENTS:
             loss = best.loss
             if alignment != self.request.alignment:
-                model = self.compress(self.trim(trims), trims, stages, alignment)
+                model = self.compress(best.combination, alignment)
                 loss = mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
             losses.append((loss, alignment))
         chosen = min(losses, key=lambda pair: pair[0])[1]
         return chosen, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
 
-    def compress(
-        self, trimmed: TokenModel, trims: Trims, stages: tuple[Stage, ...], alignment: Alignment
-    ) -> TokenModel:
-        """Return a trimmed model pruned at these stages and reconstructed on a part of the images."""
-        fitted, model = self.trial.others[:FIT_IMAGES], trimmed
+    def compress(self, combination: Combination, alignment: Alignment | None = None) -> TokenModel:
+        """Return the trimmed model, pruned and reconstructed on a part of the images.
+
+        Args:
+            alignment: None: that of the request.
+        """
+        trims, stages = combination.trims, combination.stages
+        fitted, model = self.trial.others[:FIT_IMAGES], self.trim(trims)
         if stages:
-            plan = Plan(stages, alignment, self.trial.gap, self.trial.seed)
-            model = prune(trimmed, calibrate(trimmed, fitted, plan, gap=self.trial.gap))
+            plan = Plan(stages, alignment or self.request.alignment, self.trial.gap, self.trial.seed)
+            model = prune(model, calibrate(model, fitted, plan, gap=self.trial.gap))
         if not self.repair or (not trims and not stages):
             return model
         uncut = self.trim(replace(trims, channels=None))
@@ -160,12 +188,18 @@ class AxesTrial:
             self.dense_logits = run(self.model, self.trial.images)
         return self.dense_logits
 
-    def latency_share(self, combination: Combination, budget: float) -> float:
-        """Return the latency at batch 1 of a combination without reconstruction, as a share of the dense model's."""
-        model = self.trim(combination.trims)
-        if combination.stages:
-            stages = fill_budget(model, combination.stages, budget - self.reserve(combination)) or combination.stages
-            plan = Plan(stages, self.request.alignment, "bias", self.trial.seed)
-            model = prune(model, calibrate(model, self.trial.others[:PROBE_IMAGES], plan, gap="bias"))
-        times = latency({"dense": self.model, "pruned": model}, self.trial.images[:1].to(self.trial.device), REPEATS)
-        return times["pruned"] / times["dense"]
+    def latency_share(self, combination: Combination) -> float:
+        """Return the latency at batch 1 of a combination of `fill`, as a share of the dense model's.
+
+        It is measured without reconstruction, and once for each combination.
+        """
+        key = key_of(combination)
+        if key not in self.latencies:
+            model = self.trim(combination.trims)
+            if combination.stages:
+                plan = Plan(combination.stages, self.request.alignment, "bias", self.trial.seed)
+                model = prune(model, calibrate(model, self.trial.others[:PROBE_IMAGES], plan, gap="bias"))
+            models, image = {"dense": self.model, "pruned": model}, self.trial.images[:1].to(self.trial.device)
+            times = latency(models, image, REPEATS)
+            self.latencies[key] = times["pruned"] / times["dense"]
+        return self.latencies[key]

@@ -132,6 +132,9 @@ class PlanRequest:
                 raise InputError(f"`axes` {unknown[0]!r}: expected some of {', '.join(AXES)}")
             if not self.axes:
                 raise InputError(f"`axes` is empty: expected some of {', '.join(AXES)}")
+            of_tokens = {"stages": self.stages, "importance": self.importance} if "tokens" not in self.axes else {}
+            if extra := [f"`{name}`" for name, value in of_tokens.items() if value is not None]:
+                raise InputError(f"{' and '.join(extra)}: only tokens use that; add tokens to `axes`")
         if not self.search and self.flops is None and self.flops_backbone is None:
             raise InputError("`search=False` says how to meet `flops`: give it, or leave out `search=False`")
         if not self.searches:

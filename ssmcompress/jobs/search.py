@@ -174,6 +174,9 @@ def measure_tokens(
         trial.read.sync()
         sensitivity = replace(sensitivity, axes=known, digests=seen).seen(different(trial.read.digests))
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
+    else:  # plans are run on these images, and chosen by them
+        trial.read.sync()
+        sensitivity = sensitivity.seen(different(trial.read.digests))
     return plan, sensitivity, time.perf_counter() - measuring
 
 

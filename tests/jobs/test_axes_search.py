@@ -1,6 +1,7 @@
 """A budget over several axes: what is measured, how it is combined, what is run, and what the folder holds."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -249,6 +250,12 @@ def test_a_loss_is_kept_on_images_that_nothing_was_fitted_on(checkpoint, folders
         (("--max-drop", "0"), "above 0 and below 100"),
         (("--max-drop", "1", "--no-search"), "met by a search"),
         (("--flops", "60%", "--axes", "states", "--search-images", "4"), "expected at least 16"),
+        (
+            ("--flops", "60%", "--axes", "states", "--stages", "2"),
+            "--stages: only tokens use that; add tokens to --axes",
+        ),
+        (("--flops", "60%", "--axes", "states", "--importance", "l2"), "--importance: only tokens use that"),
+        (("--max-drop", "9", "--axes", "layers", "--stages", "1", "--importance", "l1"), "--stages and --importance"),
     ],
 )
 def test_what_does_not_go_together_is_refused(checkpoint, folders, arguments, message):
@@ -275,6 +282,224 @@ def test_a_sensitivity_of_axes_alone_is_read_back(checkpoint, folders):
     again = ("--axes", "states,layers", "--sensitivity", "m", "--data", folders, *QUICK)
     report = call_json("prune", checkpoint, "--flops", "60%", *again, "-o", "n")
     assert {entry["axis"] for entry in report["search"]["axes"]} == {"states", "layers"}
+
+
+def test_images_that_a_reused_sensitivity_is_run_on_are_noted(checkpoint, folders, tmp_path):
+    for number in range(40):
+        write_image(tmp_path / "others" / f"class{number % 10}" / f"{number}.png", seed=100 + number)
+    quick = ("--axes", "layers", "--no-reconstruct", *QUICK)
+    call("prune", checkpoint, "--flops", "75%", *quick, "--data", folders, "-o", "m")
+    again = ("--sensitivity", "m", "--data", tmp_path / "others")
+    report = call_json("prune", checkpoint, "--flops", "75%", *quick, *again, "-o", "n")
+    first, second = (set(ssmcompress.load(name).learnt.digests.tolist()) for name in ("m", "n"))
+    assert (len(first), len(second)) == (20, 40)  # half of each folder is measured on
+    assert first < second
+    assert report["search"]["data"] == {"name": str(tmp_path / "others"), "images": 10}
+    assert Sensitivity.read("n").data["name"] == str(folders)
+    assert len(Sensitivity.read("n").digests) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda axes: axes[0].update(trims={"states": "two"}), "not what is trimmed"),
+        (lambda axes: axes[0].update(flops=2), "flops 2"),
+        (lambda axes: axes[0].update(axis="channels"), "of the axis channels that trims"),
+        (lambda axes: axes[0].update(trims={}), "of the axis states that trims"),
+    ],
+)
+def test_a_damaged_option_of_a_sensitivity_names_the_file(checkpoint, folders, change, message):
+    call("prune", checkpoint, "--flops", "70%", "--axes", "states", "--data", folders, *QUICK, "-o", "m")
+    with open("m/sensitivity.json") as file:
+        value = json.load(file)
+    change(value["axes"])
+    with open("other.json", "w") as file:
+        json.dump(value, file)
+    options = ("--axes", "states", "--sensitivity", "other.json", "--data", folders)
+    found = refused("prune", checkpoint, "--flops", "60%", *options)
+    assert found.startswith("error: other.json: ")
+    assert message in found
+
+
+def test_an_option_of_a_sensitivity_that_the_model_cannot_have_is_refused(checkpoint, folders):
+    call("prune", checkpoint, "--flops", "75%", "--axes", "layers", "--data", folders, *QUICK, "-o", "m")
+    with open("m/sensitivity.json") as file:
+        value = json.load(file)
+    value["axes"][0]["trims"] = {"layers": [9]}
+    with open("other.json", "w") as file:
+        json.dump(value, file)
+    found = refused("prune", checkpoint, "--flops", "60%", "--sensitivity", "other.json", "--data", folders, *QUICK)
+    assert "the sensitivity has an option that this model cannot have" in found
+
+
+@pytest.mark.parametrize("budget", ["60%", "50%", "75%"])
+def test_no_combination_is_run_twice(checkpoint, folders, budget):
+    report = call_json("prune", checkpoint, "--flops", budget, "--data", folders, *QUICK, "-o", "m")
+    tried = report["search"]["tried"]
+    runs = [json.dumps([entry["trims"], entry["stages"]]) for entry in tried]
+    assert len(set(runs)) == len(runs) >= 3
+
+
+def test_a_loss_is_searched_for_without_repeating_a_combination(checkpoint, folders, monkeypatch):
+    """Once the smallest combination has passed, every lower budget has that one again."""
+    from ssmcompress.jobs import axes_trial
+
+    made = []
+
+    def reconstruct(model, *others, **options):
+        made.append((str(model.config), model.plan.stages))
+        return original(model, *others, **options)
+
+    original = axes_trial.reconstruct
+    monkeypatch.setattr(axes_trial, "reconstruct", reconstruct)
+    options = ("--axes", "states,layers", "--data", folders, *QUICK)
+    done = call("prune", checkpoint, "--max-drop", "99", *options, "-o", "m")
+    assert len(made) == len(set(made)) > 1
+    judged = [line for line in done.stderr.splitlines() if "of the FLOPs lose" in line]
+    assert len(judged) == len(set(judged)) >= 1
+
+
+def test_a_model_of_one_layer_has_no_stages(tmp_path, folders):
+    """It has no layer after which tokens could be dropped, so nothing that is said of tokens has an effect."""
+    path = write_checkpoint(tmp_path, depth=1)
+    found = refused("prune", path, "--flops", "80%", "--stages", "1", "--data", folders, *QUICK)
+    assert "--stages: only tokens use that, and states, channels are searched for" in found
+
+
+def test_a_trimmed_model_is_refused_as_trimmed(vim, images, tmp_path):
+    trimmed = ssmcompress.trim_states(vim, 2, images)
+    many = images_of(vim, 40)
+    for search in (ssmcompress.search, ssmcompress.fit_budget):
+        with pytest.raises(InputError, match="trimmed already; expected the dense model"):
+            search(trimmed, many, flops=0.5)
+    ssmcompress.save(trimmed, "m")
+    assert "the model is trimmed already" in refused("prune", "m", "-o", "n")
+    pruned = ssmcompress.prune(trimmed, ratio=0.5)
+    with pytest.raises(InputError, match="pruned already; expected the dense model"):
+        ssmcompress.search(pruned, many, flops=0.5)
+
+
+@pytest.fixture(scope="module")
+def trimmed_folder(tmp_path_factory):
+    """A model without layer 2, and with less of everything else."""
+    vim, folder = make_vim(), tmp_path_factory.mktemp("trimmed") / "m"
+    smaller = ssmcompress.drop_layers(ssmcompress.drop_directions(vim, {1: [0], 2: [1]}), [2])
+    smaller = ssmcompress.trim_states(smaller, [2, 3, 4], images_of(vim), name="few")
+    ssmcompress.save(ssmcompress.trim_channels(smaller, 24, images_of(vim)), folder)
+    return folder
+
+
+def values_of(config, kind):
+    return next(step["values"] for step in config["pruning"]["steps"] if step["kind"] == kind)
+
+
+def change_config(folder, change):
+    """Copy a folder to the current one, with a changed configuration."""
+    shutil.copytree(folder, "copy", dirs_exist_ok=True)
+    with open("copy/config.json") as file:
+        config = json.load(file)
+    change(config)
+    with open("copy/config.json", "w") as file:
+        json.dump(config, file)
+    return "copy"
+
+
+def test_an_undamaged_configuration_of_a_trimmed_model_is_read(trimmed_folder):
+    change_config(trimmed_folder, lambda config: None)
+    model = ssmcompress.load("copy")
+    assert (model.config.d_state, model.config.d_inner) == ((2, 3, 4), 24)
+    assert call_json("inspect", "copy")["trims"]["fitted_on"]["states"] == {"name": "few", "images": 5}
+
+
+RECORDS = [
+    *((kind, key, None) for kind, keys in (
+        ("states", ("name", "images", "n", "losses")), ("channels", ("name", "images", "e", "costs")),
+        ("layers", ("layers",)), ("directions", ("directions",)),
+    ) for key in keys),
+    ("states", "name", 7), ("states", "images", "5"), ("states", "images", True), ("channels", "images", 0),
+    ("states", "n", [2, 3, 3]), ("states", "n", [2, 3]), ("states", "n", 2), ("states", "n", [2, 3, True]),
+    ("states", "losses", ["x"]), ("channels", "costs", 0.5), ("channels", "costs", [float("nan")]),
+    ("channels", "e", [24, 24, 32]), ("channels", "e", "24"), ("layers", "layers", []), ("layers", "layers", [9]),
+    ("layers", "layers", [3]), ("layers", "layers", [2, 2]), ("layers", "layers", "2"), ("layers", "layers", [[2]]),
+    ("directions", "directions", []), ("directions", "directions", {"1": [1], "2": [1]}),
+    ("directions", "directions", {"1": [0], "9": [1]}), ("directions", "directions", {"x": [0]}),
+    ("directions", "directions", {"1": [0], "2": [0, 1]}), ("directions", "directions", {"1": 0}),
+    ("directions", "directions", {"2": [1]}), ("directions", "directions", {"1": ["0"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), RECORDS)
+def test_a_damaged_record_of_trimming_is_refused_where_it_is_read(trimmed_folder, kind, key, value):
+    def change(config):
+        values = values_of(config, kind)
+        values.pop(key) if value is None else values.update({key: value})
+
+    line = refused("inspect", change_config(trimmed_folder, change))
+    assert line.startswith(f"error: copy: config.json: bad record of trimmed {kind}: --{key}") or line.startswith(
+        f"error: copy: config.json: bad record of trimmed {kind}: `{key}`"
+    )
+
+
+def test_two_records_of_a_kind_are_refused(trimmed_folder):
+    def change(config):
+        config["pruning"]["steps"] *= 2
+
+    assert "2 records of trimmed" in refused("inspect", change_config(trimmed_folder, change))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        None,
+        {"d_state": None}, {"d_inner": None}, {"depth": None}, {"directions": None},
+        {"d_inner": True}, {"d_state": 4.0}, {"d_inner": [32, 32, 32, True]}, {"depth": True},
+        {"d_state": 2}, {"d_inner": 16}, {"d_state": [2, 4, 2, 4]}, {"d_inner": [32, 32, 32]},
+        {"directions": [[1], [0, 1], [1], [0, 1]]}, {"directions": [[0, 1], [0, 1], [0, 1], [0, 1, 2]]},
+        {"directions": [[0, 1], [], [0, 1], [0, 1]]},
+        {"d_model": 32}, {"num_classes": 1000}, {"image_size": [64, 64]}, {"patch": 4},
+    ],
+)  # fmt: skip
+def test_wrong_sizes_of_the_dense_model_are_refused(trimmed_folder, sizes):
+    """They would give other FLOPs of the dense model, without a word."""
+
+    def change(config):
+        if sizes is None:
+            del config["pruning"]["trimmed_from"]
+            return
+        for key, value in sizes.items():
+            config["pruning"]["trimmed_from"]["sizes"].pop(key, None)
+            if value is not None:
+                config["pruning"]["trimmed_from"]["sizes"][key] = value
+
+    found = refused("inspect", change_config(trimmed_folder, change))
+    assert found.startswith("error: copy: config.json: ")
+    assert "sizes of the dense model" in found or "trimmed_from" in found
+
+
+def test_directions_of_a_plain_mamba_that_its_configuration_does_not_have_are_refused(plain_mamba, tmp_path):
+    """Its weights do not show which scan paths a layer has."""
+    ssmcompress.save(ssmcompress.drop_directions(plain_mamba, {1: [0, 3]}), tmp_path / "m")
+    assert ssmcompress.load(tmp_path / "m").config.directions[0] == (1, 2)
+    changed = change_config(tmp_path / "m", lambda config: config["architecture"].pop("directions"))
+    assert "bad record of trimmed directions" in refused("inspect", changed)
+
+
+@pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
+def test_models_trimmed_in_any_order_are_read_again(make, tmp_path):
+    """Also where dropping a layer leaves nothing of what an earlier step trimmed."""
+    dense = make(depth=4)
+    images = images_of(dense, 4)
+    uneven = ssmcompress.trim_states(dense, [2, 4, 4, 4], images)
+    bare = ssmcompress.drop_layers(ssmcompress.drop_directions(uneven, {1: [0], 3: [1]}), [1])
+    last = ssmcompress.drop_layers(ssmcompress.trim_channels(bare, [32, 24, 16], images), [2])
+    again = ssmcompress.trim_channels(ssmcompress.trim_states(last, 2, images), 8, images)
+    pruned = ssmcompress.prune(again, ratio=0.5, stages=[1])
+    for number, model in enumerate((uneven, bare, last, again, pruned)):
+        ssmcompress.save(model, tmp_path / str(number))
+        read = ssmcompress.load(tmp_path / str(number))
+        assert read.origin == model.origin
+        assert read.steps == model.steps
+        assert flops(read) == flops(model)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import GOLDEN, make_vim
 
 import ssmcompress
 from ssmcompress.errors import InputError
-from ssmcompress.models import statements
+from ssmcompress.models import config_texts
 from ssmcompress.progress import hold_notes
 
 BACKBONE = (
@@ -243,6 +243,6 @@ def test_the_lines_of_a_yaml_file_are_not_taken_for_python(load):
 
 
 def test_the_limit_is_one_of_characters(load, monkeypatch):
-    monkeypatch.setattr(statements, "LONGEST_TEXT", len(MODEL))
+    monkeypatch.setattr(config_texts, "LONGEST_TEXT", len(MODEL))
     assert load(MODEL)[1] == []
     assert any("could not be read: it has" in note for note in load(MODEL + " ")[1])

@@ -117,7 +117,7 @@ class Sensitivity:
         try:
             value = json.loads(read_text(path))
             if value["format_version"] > FORMAT_VERSION:
-                raise InputError(f"{path}: a sensitivity of a newer version of ssmcompress: upgrade it")
+                raise InputError("a sensitivity of a newer version of ssmcompress: upgrade it")
             sensitivity = cls(
                 model={k: value["model"][k] for k in ("depth", "length")} | {"weights": value["model"].get("weights")},
                 data={"name": str(value["data"]["name"]), "images": int(value["data"]["images"])},
@@ -135,9 +135,9 @@ class Sensitivity:
             sensitivity._check()
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{path}: not a sensitivity of ssmcompress ({type(error).__name__} {error})") from error
         return sensitivity
 
@@ -153,6 +153,8 @@ class Sensitivity:
             raise ValueError(f"layers {self.layers}")
         if list(self.kept) != sorted(set(self.kept), reverse=True) or not all(2 <= v <= length for v in self.kept):
             raise ValueError(f"counts {self.kept}")
+        if wrong := [option for option in self.axes if option.trims.axes != (option.axis,)]:
+            raise ValueError(f"an option of the axis {wrong[0].axis} that trims {wrong[0].trims.to_dict()}")
 
     def select(self, layers: Sequence[int] | None, metrics: Sequence[str] | None) -> Sensitivity:
         """Return the sensitivity of some of the layers and metrics; None or an empty sequence selects all."""
@@ -181,6 +183,11 @@ class Sensitivity:
                 if self.model[key] is None:
                     what = "by an older version of ssmcompress, which did not record the weights"
             raise InputError(f"the sensitivity was measured {what}: leave it out to measure anew")
+        for option in self.axes:
+            try:
+                option.trims.apply_to(model.config)
+            except InputError as error:
+                raise InputError(f"the sensitivity has an option that this model cannot have: {error}") from error
 
 
 def identify(model: TokenModel) -> dict[str, Any]:

@@ -117,10 +117,13 @@ def read_trims(file: str | Path) -> Trims:
     value = read_plan_file(file)
     if not isinstance(value, Mapping):
         return Trims()
-    if isinstance(value.get("trims"), Mapping):
-        return Trims.from_dict(value["trims"])
-    pruning = value.get("pruning")
-    return find_trims(steps_from_dict(pruning)) if isinstance(pruning, Mapping) else Trims()
+    try:
+        if isinstance(value.get("trims"), Mapping):
+            return Trims.from_dict(value["trims"])
+        pruning = value.get("pruning")
+        return find_trims(steps_from_dict(pruning)) if isinstance(pruning, Mapping) else Trims()
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def build_trimmed(model: TokenModel, trims: Trims) -> TokenModel:
