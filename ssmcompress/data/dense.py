@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,15 @@ from torch import Tensor
 from ..errors import InputError
 from ..progress import note
 from ..tasks import IGNORED
-from .transforms import Preprocessing, per_channel
+from .transforms import (
+    Preprocessing,
+    decode_assumed,
+    describe_colours,
+    describe_defaults,
+    encode_assumed,
+    per_channel,
+    still_assumed,
+)
 
 # The longer side is at most this many times the shorter one's length after resizing: 2048 for 512.
 LONGEST = 4
@@ -32,7 +40,7 @@ class DensePreprocessing:
         short_side: length of the shorter side in pixels; None: images are not resized.
         long_side: largest length of the longer side; None: four times `short_side`.
         multiple: both sides are then enlarged to multiples of this, each by itself; None: they are not.
-        assumed, recorded: as `Preprocessing` has them.
+        defaults, recorded: as `Preprocessing` has them.
     """
 
     mean: tuple[float, ...]
@@ -40,7 +48,7 @@ class DensePreprocessing:
     short_side: int | None = None
     long_side: int | None = None
     multiple: int | None = None
-    assumed: bool = field(default=False, compare=False)
+    defaults: tuple[str, ...] = field(default=(), compare=False)
     recorded: bool = field(default=False, compare=False)
 
     @classmethod
@@ -49,12 +57,17 @@ class DensePreprocessing:
     ) -> DensePreprocessing:
         """Use ImageNet's values for three channels, else 0.5; the shorter side is that of `image_size`."""
         values = Preprocessing.default(in_chans, image_size or (224, 224))
-        return cls(values.mean, values.std, min(image_size) if image_size else None, None, multiple, assumed=True)
+        return cls(values.mean, values.std, min(image_size) if image_size else None, None, multiple, defaults=VALUES)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether mean or standard deviation are assumed."""
+        return bool(self.defaults)
 
     def changed(self, **changes: Any) -> DensePreprocessing:
         """Return a copy with fields replaced; None keeps a field, and one number stands for every channel.
 
-        A side or multiple of 0 stands for none.
+        A side or multiple of 0 stands for none. What is not given stays assumed, as `Preprocessing.changed` has it.
 
         Raises:
             InputError: values of another preprocessing, as `crop_pct`, or invalid ones.
@@ -68,14 +81,16 @@ class DensePreprocessing:
                 f"`{others[0]}`: images of a segmentation model are resized by `short_side` and `long_side`, bilinear, "
                 f"and not cropped"
             )
+        assumed = still_assumed(self.defaults, changes)
         changes = per_channel(changes, self.mean, self.std)
         changes |= {name: changes[name] or None for name in SIZES if name in changes}
-        return type(self).from_dict(known | changes | {"assumed": False}, channels=len(self.mean))
+        changed = self.from_dict(known | changes | {"assumed": assumed}, channels=len(self.mean))
+        return replace(changed, recorded=self.recorded)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
+        """Return a JSON value that `from_dict` reads, with the key `assumed` as `Preprocessing` has it."""
         values = {"mean": list(self.mean), "std": list(self.std), **{name: getattr(self, name) for name in SIZES}}
-        return values | ({"assumed": True} if self.assumed else {})
+        return values | encode_assumed(self.defaults, VALUES)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], channels: int) -> DensePreprocessing:
@@ -86,10 +101,11 @@ class DensePreprocessing:
             whole = isinstance(size, int) and not isinstance(size, bool)
             if size is not None and not (whole and 1 <= size <= 1 << 16):
                 raise InputError(f"`{name}` {size!r}: expected a number of pixels, 1 to {1 << 16}")
+        defaults = decode_assumed(value.get("assumed"), VALUES)
         short, long = sizes["short_side"], sizes["long_side"]
         if long is not None and (short is None or long < short):
             raise InputError(f"`long_side` {long}: expected at least `short_side`, {short}")
-        return cls(plain.mean, plain.std, **sizes, assumed=plain.assumed, recorded=True)
+        return cls(plain.mean, plain.std, **sizes, defaults=defaults, recorded=True)
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size that an image is resized to, (height, width), before sides are enlarged to multiples."""
@@ -116,13 +132,12 @@ class DensePreprocessing:
 
     def describe_assumption(self) -> str:
         """Return a line that says which values were assumed, and which arguments change them."""
-        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return (
-            f"preprocessing is not in the file; assumed: `mean` {mean}, `std` {std}, `short_side` "
-            f"{self.short_side or 'none'}"
-        )
+        values = {**describe_colours(self.mean, self.std), "short_side": str(self.short_side or "none")}
+        return describe_defaults(self.defaults, values)
 
 
+# The values that may be assumed, in the order of messages.
+VALUES = ("mean", "std", "short_side")
 SIZES = ("short_side", "long_side", "multiple")
 
 

@@ -162,6 +162,7 @@ def find_images(
     if data is None and recorded and _is_usable(recorded):
         data = recorded
     if data is None:
+        make_rules(task, num_classes, reduce_zero_label)  # refuses what the task does not have
         return photographs(image_size)
     return open_images(data, num_classes, task=task, reduce_zero_label=reduce_zero_label)
 

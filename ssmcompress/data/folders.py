@@ -28,7 +28,7 @@ def read_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules 
     if masks is not None:
         if any(map(top_of, listing.images)):
             note(f"{name}: folders are not read as classes, the model needs masks; the images count as unlabelled")
-        return _from_files(listing.root, name, listing.images)
+        return _from_files(listing.root, name, listing.images, shown=True)
     tops = Counter(map(top_of, listing.images))
     flat = tops.pop("", 0)
     if flat and tops:
@@ -94,9 +94,13 @@ def _from_files(
     files: Sequence[str],
     labels: tuple[int, ...] | None = None,
     classes: tuple[str, ...] | None = None,
+    *,
+    shown: bool = False,
 ) -> Images:
     path = file_paths(root, files)
-    return Images(name, len(files), lambda i: decode(path(i)), lambda i: str(path(i)), labels, classes=classes)
+    return Images(
+        name, len(files), lambda i: decode(path(i), shown=shown), lambda i: str(path(i)), labels, classes=classes
+    )
 
 
 def file_paths(root: Path, files: Sequence[str]) -> Callable[[int], Path]:

@@ -24,6 +24,7 @@ class Images:
         labels: a class index for each image, or None.
         masks: function from an index to the class numbers of the pixels (height, width) uint8, 255 for pixels without a
             class; it raises InputError for a mask that cannot be used. None: there are none.
+        empty_masks: number of masks where none of them labels a pixel; the images then count as unlabelled.
         stand_in: whether these are sample images, used because the user gave none.
         classes: the names of the classes, in order, if they are known.
     """
@@ -36,6 +37,7 @@ class Images:
     stand_in: bool = False
     classes: tuple[str, ...] | None = field(default=None, repr=False)
     masks: Callable[[int], np.ndarray] | None = field(default=None, repr=False)
+    empty_masks: int = 0
 
     @property
     def labelled(self) -> bool:
@@ -54,13 +56,33 @@ class Images:
         return True
 
 
-def decode(source: Any, root: Path | None = None) -> Image.Image:
-    """Return a PIL image from a path, encoded bytes, a `datasets` image or an array; OSError if it is unreadable."""
+# The EXIF tag of the orientation, and by which transposition a picture is shown as each of its values says.
+ORIENTATION = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(source: Any, root: Path | None = None, *, shown: bool = False) -> Image.Image:
+    """Return a PIL image from a path, encoded bytes, a `datasets` image or an array; OSError if it is unreadable.
+
+    Args:
+        shown: whether it is rotated as its EXIF data says, as viewers show it and masks are drawn on it. Classifiers
+            get the stored pixels, as torchvision's ImageFolder gives them.
+    """
     try:
         source = find_source(source, root)
         if isinstance(source, np.ndarray):
             return Image.fromarray(_to_uint8(source))
-        return _reduce_depth(load(source))
+        image = load(source)
+        way = TRANSPOSITIONS.get(find_orientation(image)) if shown else None
+        return _reduce_depth(image if way is None else image.transpose(way))
     except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
         raise OSError(f"unreadable image: {error}") from error
 
@@ -81,6 +103,19 @@ def load(source: Path | io.BytesIO) -> Image.Image:
         with Image.open(source) as image:
             image.load()
             return image
+
+
+def find_orientation(image: Image.Image) -> int:
+    """Return the orientation in the EXIF data of a picture, 1 to 8; 1 where there is none or it is damaged.
+
+    `PIL.ImageOps.exif_transpose` reads the same tag, but raises an error for damaged data, by which the picture would
+    be lost.
+    """
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # PIL raises many kinds of errors for damaged EXIF data
+        return 1
+    return orientation if orientation in TRANSPOSITIONS else 1
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from ..errors import InputError
 from ..progress import note
 from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
+# Folders of images and of their masks, next to each other.
+IMAGES, ANNOTATIONS = "images", "annotations"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Files and folders that operating systems, file managers and archivers write, in lower case.
 SYSTEM_NAMES = {"__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}

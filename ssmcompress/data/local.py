@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import InputError
 from .folders import read_folder
 from .images import Images
-from .listing import LeftOut, Listing, kind_of, list_files, top_of
+from .listing import ANNOTATIONS, IMAGES, LeftOut, Listing, kind_of, list_files, top_of
 from .masks import MaskRules
 from .shards import read_shards
 from .splits import choose_split, find_split, split_folders, split_of_file
@@ -60,6 +60,8 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
     listing = list_files(path)
     if inner:
         listing.left_out = LeftOut()
+    if "" in (pairs := _find_pairs(listing)):
+        return partial(_refuse_masks, path, name)
     if folder := _choose_folder(listing, name, split):
         return _find_folder_reader(path / folder, name, None)
     if split is not None:
@@ -71,11 +73,38 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
         return _find_folder_reader(path / tops[0], name, split, inner=True)
     _choose_split(listing, split)
     _check_kinds(listing)
+    if listing.images and pairs:
+        return partial(_refuse_masks, path / pairs[0], name)
     listing.left_out.tell(name)
     if listing.images:
         return partial(read_folder, listing, name)
     read = read_shards if listing.shards else read_tables
     return partial(read, [path / file for file in listing.shards or listing.tables], name)
+
+
+def _find_pairs(listing: Listing) -> list[str]:
+    """Return the folders at any depth that hold images in images/ and in annotations/, "" for the folder itself."""
+    around: dict[str, set[str]] = {IMAGES: set(), ANNOTATIONS: set()}
+    for folder in {file.rpartition("/")[0] for file in listing.images}:
+        parts = folder.split("/")
+        for i, part in enumerate(parts):
+            if part in around:
+                around[part].add("/".join(parts[:i]))
+    return sorted(around[IMAGES] & around[ANNOTATIONS])
+
+
+def _refuse_masks(path: Path, name: str, num_classes: int, masks: MaskRules | None) -> Images:
+    """Raise an InputError for a folder with images/ and annotations/, which are no classes.
+
+    Models that need masks get here if the folders lie deeper than `find_pair_reader` looks.
+    """
+    found = f"{name} holds images and masks for segmentation ({path / IMAGES} and {path / ANNOTATIONS})"
+    if masks is not None:
+        raise InputError(f"{found}: name the folder around both, {path}")
+    raise InputError(
+        f"{found}, and the model classifies whole images: give class folders, or {path / IMAGES} for images without "
+        f"labels"
+    )
 
 
 def _saved_splits(file: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..progress import note, track
 from ..tasks import IGNORED, SEGMENTATION, Task
 from ..tasks.segmentation import find_wrong_labels
-from .images import find_source, load
+from .images import Images, find_orientation, find_source, load
 from .labels import some_names
 
 # Modes of PIL whose values are class numbers; of a palette picture, its indices.
@@ -25,6 +25,8 @@ MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 HEADERS = 4000
 # ADE20K counts its classes from 1, and 0 is no class.
 ADE_NOTE = "labels are ADE20K's, where 0 is no class: `reduce_zero_label` is on"
+# Why masks may have no labelled pixel.
+IGNORED_LABELS = f"({IGNORED} is ignored; with `reduce_zero_label`, 0 too)"
 # What is said of data that has one label for each image.
 LABELS_NOT_READ = "labels of whole images are not read, the model needs masks; the images count as unlabelled"
 
@@ -133,14 +135,33 @@ class Header:
     mode: str | None
 
 
-def read_header(source: Any, root: Path) -> Header | None:
-    """Return the header of an image or mask, None if it is unreadable; pixels are not decoded."""
+def read_headers(image: Any, mask: Any, root: Path) -> tuple[Header | None, Header | None]:
+    """Return the headers of an image, with its size as it is shown (`decode`), and of its mask."""
+    mask_header = read_header(mask, root)
+    header = read_header(image, root, shown=True)
+    if header is not None and mask_header is not None and header.size == mask_header.size[::-1] != mask_header.size:
+        # A PNG file may say after its pixels that it is rotated. They are decoded only if that could explain the sizes.
+        header = read_header(image, root, shown=True, whole=True)
+    return header, mask_header
+
+
+def read_header(source: Any, root: Path, *, shown: bool = False, whole: bool = False) -> Header | None:
+    """Return the header of an image or mask, None if it is unreadable; pixels are decoded only if `whole` is true.
+
+    Args:
+        shown: whether the size is that of the picture as `decode` rotates it.
+    """
     try:
         source = find_source(source, root)
         if isinstance(source, np.ndarray):
             return Header((source.shape[0], source.shape[1]), None)
         with Image.open(source) as image:
-            return Header((image.height, image.width), image.mode)
+            if whole:
+                image.load()
+            # PIL decodes the pixels of a PNG file when it is asked for EXIF data that do not stand before them.
+            known = shown and (whole or image.format != "PNG" or "exif" in image.info)
+            turned = known and find_orientation(image) >= 5
+            return Header((image.width, image.height) if turned else (image.height, image.width), image.mode)
     except Exception:  # as in `read_mask`
         return None
 
@@ -178,6 +199,35 @@ def check_pairs(name: str, pairs: Sequence[str], headers: Callable[[int], tuple[
         raise InputError(
             f"{name}: {len(sizes)} of {total} masks have another size than their image ({some_names(sizes)})"
         )
+
+
+def drop_empty_masks(images: Images) -> Images:
+    """Return images without their masks if none of these labels a pixel, with a note; else the same images.
+
+    Masks are read up to the first one with a label, so of usual data one. If one of them cannot be used, the images
+    keep their masks, and the error is raised where it is read.
+    """
+    try:
+        if has_labelled_pixel(images, range(len(images))):
+            return images
+    except InputError:
+        return images
+    note(f"{images.name}: {describe_empty(len(images))}; the images count as unlabelled")
+    return replace(images, masks=None, empty_masks=len(images))
+
+
+def has_labelled_pixel(images: Images, index: Sequence[int]) -> bool:
+    """Return whether one of the masks at `index` labels a pixel; they are read up to the first one that does.
+
+    Raises:
+        InputError: a mask cannot be used.
+    """
+    return any((images.masks(i) != IGNORED).any() for i in track(index, "looking for labels", len(index)))
+
+
+def describe_empty(count: int) -> str:
+    """Return that `count` masks label no pixel, and which labels are none."""
+    return f"no labelled pixel in {count} mask{'s' * (count != 1)} {IGNORED_LABELS}"
 
 
 def describe_sizes(mask: tuple[int, int], image: tuple[int, int]) -> str:

@@ -14,11 +14,10 @@ from ..progress import note
 from .folders import file_paths, read_folder
 from .images import Images, decode
 from .labels import some_names
-from .listing import LeftOut, Listing, is_system, list_files, top_of
-from .masks import MaskRules, check_pairs, decide_rules, read_header, read_mask
+from .listing import ANNOTATIONS, IMAGES, LeftOut, Listing, is_system, list_files, top_of
+from .masks import MaskRules, check_pairs, decide_rules, drop_empty_masks, read_headers, read_mask
 from .splits import choose_split, find_split, split_folders
 
-IMAGES, ANNOTATIONS = "images", "annotations"
 MASK_SUFFIX = ".png"
 ADE_STEM = re.compile(r"ADE_(train|val)_\d{8}", re.ASCII)
 # ADE20K's list of its 150 classes, with tabs: number, share of the pixels, counts of images, names.
@@ -132,17 +131,18 @@ def _read_pairs(pairs: PairFolders, name: str, num_classes: int, rules: MaskRule
         return read_folder(Listing(pairs.images, pairs.files), name, num_classes, rules)
     masks = _match(pairs, name)
     image_path, mask_path = file_paths(pairs.images, pairs.files), file_paths(pairs.masks, masks)
-    check_pairs(name, masks, lambda i: (read_header(image_path(i), Path()), read_header(mask_path(i), Path())))
+    check_pairs(name, masks, lambda i: read_headers(image_path(i), mask_path(i), Path()))
     stems = (_stem(file).rpartition("/")[2] for file in pairs.files)
     rules = decide_rules(rules, all(map(ADE_STEM.fullmatch, stems)), name)
-    return Images(
+    images = Images(
         name,
         len(pairs.files),
-        lambda i: decode(image_path(i)),
+        lambda i: decode(image_path(i), shown=True),
         lambda i: str(image_path(i)),
         classes=_read_ade_classes(pairs.root, num_classes) if rules.reduce_zero_label else None,
         masks=lambda i: read_mask(mask_path(i), Path(), rules, str(mask_path(i))),
     )
+    return drop_empty_masks(images)
 
 
 def _match(pairs: PairFolders, name: str) -> list[str]:

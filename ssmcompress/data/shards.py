@@ -94,7 +94,7 @@ def read_shards(files: list[Path], name: str, num_classes: int, masks: MaskRules
     if labels is None and masks is None and len(index.folders) > 1:
         some = ", ".join(sorted(index.folders)[:3])
         note(f"{name}: the folders of its members ({some}) are not read as classes, so the images count as unlabelled")
-    return Images(name, len(index), lambda i: decode(index.read(i)), index.describe, labels)
+    return Images(name, len(index), lambda i: decode(index.read(i), shown=masks is not None), index.describe, labels)
 
 
 def read_index(files: Sequence[Path]) -> ShardIndex:

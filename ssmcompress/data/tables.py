@@ -14,7 +14,7 @@ from .columns import find_missing, image_column, is_text, mask_column, read_labe
 from .images import Images, decode
 from .labels import some_names
 from .listing import LeftOut, kind_in_folder
-from .masks import Header, MaskRules, check_pairs, decide_rules, make_rules, read_header, read_mask
+from .masks import Header, MaskRules, check_pairs, decide_rules, drop_empty_masks, make_rules, read_headers, read_mask
 
 # Columns of ADE20K on the hub, `scene_parse_150`.
 ADE_COLUMNS = {"image", "annotation", "scene_category"}
@@ -153,10 +153,12 @@ def _image_rows(table: Any, name: str) -> tuple[Any, str, list[str]]:
     return table, column, notes
 
 
-def _readers(table: Any, column: str, name: str, root: Path) -> tuple[Callable[[int], Any], Callable[[int], str]]:
-    """Return what reads an image of a table, and what names it."""
+def _readers(
+    table: Any, column: str, name: str, root: Path, *, shown: bool = False
+) -> tuple[Callable[[int], Any], Callable[[int], str]]:
+    """Return what reads an image of a table, `shown` as `decode` takes it, and what names it."""
     pictures = table.select_columns(column)  # reading a row reads all of its columns
-    return lambda i: decode(pictures[i][column], root), lambda i: f"{name}, row {i}"
+    return lambda i: decode(pictures[i][column], root, shown=shown), lambda i: f"{name}, row {i}"
 
 
 def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
@@ -172,7 +174,7 @@ def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
     rest, column, others = _image_rows(table if mask is None else table.remove_columns(mask), name)
     for text in (*notes, *others):
         note(f"{name}: {text}")
-    read, describe = _readers(rest, column, name, root)
+    read, describe = _readers(rest, column, name, root, shown=True)
     if mask is None:
         return Images(name, len(table), read, describe)
     feature = table.features[mask]
@@ -189,7 +191,7 @@ def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
     pictures = rest.select_columns(column)
 
     def headers(i: int) -> tuple[Header | None, Header | None]:
-        return read_header(pictures[i][column], root), read_header(rows[i][mask], root)
+        return read_headers(pictures[i][column], rows[i][mask], root)
 
     check_pairs(name, [f"row {row}" for row in range(len(table))], headers)
     rules = decide_rules(masks, set(columns) >= ADE_COLUMNS, name)
@@ -197,4 +199,4 @@ def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
     def read_row(i: int) -> Any:
         return read_mask(rows[i][mask], root, rules, f"{name}, row {i}, {mask}")
 
-    return Images(name, len(table), read, describe, masks=read_row)
+    return drop_empty_masks(Images(name, len(table), read, describe, masks=read_row))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class Preprocessing:
         mean, std: per channel, on a 0..1 scale.
         crop_pct: share of the side of the resized image that the crop keeps, above 0 to 1.
         interpolation: one of `INTERPOLATIONS`.
-        assumed: whether these are the default values, which neither a file nor the user gave.
+        defaults: names of the values that are defaults, which neither a file nor the user gave.
         recorded: whether they were read from a saved model; what was assumed is then no news, and not noted again.
     """
 
@@ -32,7 +32,7 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str = "bicubic"
-    assumed: bool = field(default=False, compare=False)
+    defaults: tuple[str, ...] = field(default=(), compare=False)
     recorded: bool = field(default=False, compare=False)
 
     @classmethod
@@ -40,22 +40,35 @@ class Preprocessing:
         """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below."""
         crop_pct = 0.875 if min(image_size) >= 224 else 1.0
         if in_chans == 3:
-            return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct, assumed=True)
-        return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct, assumed=True)
+            return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct, defaults=VALUES)
+        return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct, defaults=VALUES)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether mean or standard deviation are assumed."""
+        return bool(self.defaults)
 
     def changed(self, **changes: Any) -> Preprocessing:
-        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel."""
+        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel.
+
+        What is not given stays assumed, until both mean and standard deviation are given.
+        """
         changes = {name: value for name, value in changes.items() if value is not None}
         if not changes:
             return self
+        assumed = still_assumed(self.defaults, changes)
         changes = per_channel(changes, self.mean, self.std)
-        return type(self).from_dict(self.to_dict() | changes | {"assumed": False}, channels=len(self.mean))
+        changed = self.from_dict(self.to_dict() | changes | {"assumed": assumed}, channels=len(self.mean))
+        return replace(changed, recorded=self.recorded)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON value that `from_dict` reads; it has the key `assumed` only where that is true."""
+        """Return a JSON value that `from_dict` reads.
+
+        It has the key `assumed` only if mean or standard deviation are: true, or the list of what is if not all is.
+        """
         values = {"mean": list(self.mean), "std": list(self.std)}
         values |= {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
-        return values | ({"assumed": True} if self.assumed else {})
+        return values | encode_assumed(self.defaults, VALUES)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], channels: int) -> Preprocessing:
@@ -63,7 +76,7 @@ class Preprocessing:
         try:
             mean, std = (tuple(_parse_number(v) for v in value[k]) for k in ("mean", "std"))
             crop_pct, interpolation = _parse_number(value["crop_pct"]), str(value["interpolation"])
-            assumed = value.get("assumed", False) is True
+            defaults = decode_assumed(value.get("assumed"), VALUES)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
         if not len(mean) == len(std) == channels:
@@ -74,7 +87,7 @@ class Preprocessing:
             raise InputError(f"`crop_pct` {crop_pct:g}: expected 0.05 to 1")
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
-        return cls(mean, std, crop_pct, interpolation, assumed, recorded=True)
+        return cls(mean, std, crop_pct, interpolation, defaults, recorded=True)
 
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
@@ -102,11 +115,41 @@ class Preprocessing:
 
     def describe_assumption(self) -> str:
         """Return a line that says which values were assumed, and which arguments change them."""
-        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return (
-            f"preprocessing is not in the file; assumed: `mean` {mean}, `std` {std}, `crop_pct` {self.crop_pct:g}, "
-            f"`interpolation` {self.interpolation}"
-        )
+        shown = {"crop_pct": f"{self.crop_pct:g}", "interpolation": self.interpolation}
+        return describe_defaults(self.defaults, {**describe_colours(self.mean, self.std), **shown})
+
+
+# The values that may be assumed, in the order of messages.
+VALUES = ("mean", "std", "crop_pct", "interpolation")
+
+
+def still_assumed(defaults: Sequence[str], given: Iterable[str]) -> list[str]:
+    """Return the names of the values that are assumed once others are given; none if mean and std are both given."""
+    rest = [name for name in defaults if name not in set(given)]
+    return rest if {"mean", "std"} & set(rest) else []
+
+
+def encode_assumed(defaults: Sequence[str], values: Sequence[str]) -> dict[str, Any]:
+    """Return the key `assumed` of a JSON object: true if all `values` are defaults, else their names."""
+    return {"assumed": True if set(defaults) == set(values) else list(defaults)} if defaults else {}
+
+
+def decode_assumed(value: Any, values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the values that are defaults, of what `encode_assumed` wrote; anything else is none."""
+    if value is True:
+        return tuple(values)
+    return tuple(name for name in values if name in value) if isinstance(value, list) else ()
+
+
+def describe_colours(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:
+    """Return mean and standard deviation as texts by their names."""
+    return {name: ",".join(f"{value:g}" for value in values) for name, values in (("mean", mean), ("std", std))}
+
+
+def describe_defaults(defaults: Sequence[str], values: Mapping[str, str]) -> str:
+    """Return a line that says which of the values were assumed."""
+    assumed = ", ".join(f"`{name}` {value}" for name, value in values.items() if name in defaults)
+    return f"preprocessing is not in the file; assumed: {assumed}"
 
 
 def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:

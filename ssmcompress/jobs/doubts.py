@@ -1,4 +1,4 @@
-"""Warnings about figures that a working model would not give: accuracy at chance, low agreement with the dense model.
+"""Warnings about figures: accuracy at chance or not measured in spite of masks, low agreement.
 
 All functions are pure: figures and facts in, lines out. Arguments are in backticks, as in errors of the library.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.images import Images
+from ..data.masks import describe_empty
 from ..models.base import TokenModel
 from ..tasks import CLASSIFICATION, Evaluation, Task
 
@@ -20,7 +21,9 @@ class Subject:
 
     Attributes:
         task: what its outputs mean. classes: of its head. images: number of images measured on.
-        assumed: whether mean and standard deviation are default values. by_name: whether classes are numbered by name.
+        assumed: which of mean and standard deviation are default values, by name.
+        by_name: whether classes are numbered by name.
+        masks: number of masks, where the images have masks instead of labels.
         own_images: whether the images are the user's, not sample photographs.
         pruned: whether it prunes. refitted: whether its later layers were reconstructed. tuned: whether it was
             fine-tuned.
@@ -28,27 +31,29 @@ class Subject:
 
     classes: int
     images: int
-    assumed: bool = False
+    assumed: tuple[str, ...] = ()
     by_name: bool = False
     own_images: bool = True
     pruned: bool = False
     refitted: bool = False
     tuned: bool = False
+    masks: int = 0
     task: Task = CLASSIFICATION
 
     @classmethod
     def of(cls, model: TokenModel, images: Images, count: int) -> Subject:
         """The facts about a model and the `count` images of a data set that it was measured on."""
-        refit = model.find_record("reconstruction")
+        refit, used = model.find_record("reconstruction"), model.preprocessing
         return cls(
             classes=model.config.num_classes,
             images=count,
-            assumed=model.preprocessing is not None and model.preprocessing.assumed,
+            assumed=() if used is None else tuple(name for name in ("mean", "std") if name in used.defaults),
             by_name=images.classes is not None,
             own_images=not images.stand_in,
             pruned=model.plan is not None,
             refitted=refit is not None and refit.kept,
             tuned=model.find_record("finetuning") is not None,
+            masks=images.empty_masks or (count if images.masks is not None else 0),
             task=model.task,
         )
 
@@ -66,10 +71,18 @@ def find_doubts(subject: Subject, dense: Evaluation | None, pruned: Evaluation |
 
 
 def doubt_accuracy(who: str, result: Evaluation | None, subject: Subject) -> list[str]:
-    """Return a warning if the accuracy is at chance, with its likely causes; None: not measured."""
-    if result is None or not subject.task.is_at_chance(result, subject.classes):
+    """Return a warning if there are masks without a labelled pixel, or if the accuracy is at chance, with its causes.
+
+    Args:
+        result: the figures of the model; None: not measured.
+    """
+    if result is None:
         return []
-    causes = ["`mean` and `std`, which were assumed"] if subject.assumed else []
+    if subject.masks and result.figures.get(subject.task.quality) is None:
+        return [f"{describe_empty(subject.masks)}: the accuracy of {who} was not measured"]
+    if not subject.task.is_at_chance(result, subject.classes):
+        return []
+    causes = [_describe_assumed(subject.assumed)] if subject.assumed else []
     causes += [*subject.task.causes_of_chance(subject.by_name), "`stride` or `architecture`"]
     return [f"{who} {subject.task.describe_chance(result, subject.classes)}; check {'; '.join(causes)}"]
 
@@ -81,6 +94,10 @@ def doubt_agreement(result: Evaluation, subject: Subject) -> list[str]:
         return []
     shown = subject.task.describe_likeness(likeness, result.images)
     return [f"{shown}; to lose less, {_next(subject)}"]
+
+
+def _describe_assumed(names: tuple[str, ...]) -> str:
+    return f"{' and '.join(f'`{name}`' for name in names)}, which {'were' if len(names) > 1 else 'was'} assumed"
 
 
 def _next(subject: Subject) -> str:

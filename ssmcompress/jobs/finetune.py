@@ -12,6 +12,7 @@ from .. import processes
 from ..compression.finetune.state import remove_state
 from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches
+from ..data.masks import describe_empty, has_labelled_pixel
 from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.inputs import check_model
@@ -21,7 +22,7 @@ from ..models.saved import versions
 from ..progress import line, note
 from .finetune_run import FinetuneOptions, FinetuneTarget, describe_run, find_finished, is_interrupted, sign_run
 from .folder import write_folder
-from .images import split_training_images
+from .images import TrainingImages, split_training_images
 from .measuring import measure_models, name_columns
 from .pipeline import Context, run_steps
 from .report import make_report, read_report
@@ -89,6 +90,8 @@ def tune_folder(
     """
     target.prepare(data)
     images = split_training_images(model, data)
+    if dense is None or not options.teacher:
+        images = check_masks(images)
     training, together = images.training, processes.count() > 1
     warn_about_classes(training, model.config.num_classes)
     # Before the training, so that images that change meanwhile are not taken for those that were learnt from.
@@ -136,6 +139,27 @@ def snapshot_name(model: TokenModel) -> str:
     if not model.plan.stages:
         return TRIMMED
     return "aligned" if model.plan.alignment.conv or model.plan.alignment.scan else "naive"
+
+
+def check_masks(images: TrainingImages) -> TrainingImages:
+    """Return the images for training by labels alone, without those held out if none of their pixels has a label.
+
+    Raises:
+        InputError: no pixel of the images to learn from has a label, or a mask cannot be used.
+    """
+    training, held_out = images.training, images.held_out
+    empty, name = training.source.empty_masks > 0, training.source.name
+    if not training.reads_masks and not empty:
+        return images
+    if empty or not has_labelled_pixel(training.source, training.index):
+        raise InputError(
+            f"{name}: {describe_empty(len(training.index))} to learn from, and there is no dense model to learn from: "
+            f"give images with labels, or a teacher"
+        )
+    if held_out is None or has_labelled_pixel(held_out.source, index := held_out.all_indices()):
+        return images
+    note(f"{name}: {describe_empty(len(index))} that were held out to choose the epoch; the last epoch is used")
+    return replace(images, held_out=None)
 
 
 def warn_about_classes(training: Batches, num_classes: int) -> None:

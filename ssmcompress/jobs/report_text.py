@@ -64,6 +64,18 @@ def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]
     return names, [(layer, [cells.get(name, "") for name in names]) for layer, cells in layers.items()]
 
 
+def _list_assumed(used: Mapping[str, Any]) -> list[str]:
+    """Which values of the preparation of images were assumed: all, or those in the list `assumed`."""
+    every = used["assumed"] is True
+    names = [name for name in ("mean", "std") if every or name in used["assumed"]]
+    parts = [f"{name} {','.join(f'{value:g}' for value in used[name])}" for name in names]
+    if every and "crop_pct" in used:
+        parts.append(f"crop {used['crop_pct']:g}, {used['interpolation']}")
+    elif every:
+        parts.append(f"shorter side {used['short_side']}" if used.get("short_side") else "not resized")
+    return parts
+
+
 def format_notes(report: Report) -> list[str]:
     """What the figures were measured on, and how the model was compressed, in sentences."""
     data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
@@ -77,13 +89,7 @@ def format_notes(report: Report) -> list[str]:
             f"{data['images']} images"
         )
     if (used := report.get("preprocessing") or {}).get("assumed"):
-        mean, std = (",".join(f"{value:g}" for value in used[name]) for name in ("mean", "std"))
-        if "crop_pct" in used:
-            size = f"crop {used['crop_pct']:g}, {used['interpolation']}"
-        else:
-            size = f"shorter side {used['short_side']}" if used.get("short_side") else "not resized"
-        how = f"mean {mean}, std {std}, {size}"
-        lines.append(f"preprocessing was assumed: {how}")
+        lines.append(f"preprocessing was assumed: {', '.join(_list_assumed(used))}")
     if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
         lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
     if overlap := describe_overlap(data):

@@ -246,7 +246,8 @@ class _Tally(Meter):
     def result(self) -> Evaluation:
         """Return the figures, `loss`, and `chance`: the mIoU of predictions that have nothing to do with the images.
 
-        Accuracies are in percent. Those of labels are None without any labelled pixel.
+        Accuracies are in percent. Those of labels are None without any labelled pixel, and the images then count as
+        unlabelled.
         """
         images, labelled, loss, compared, same, kl = self.sums[:HEAD].tolist()
         matrix = self.sums[HEAD:].view(self.classes, self.classes)
@@ -258,7 +259,7 @@ class _Tally(Meter):
 
         return Evaluation(
             int(images),
-            bool(labelled),
+            bool(pixels),
             miou=percent(_mean_iou(right, labels, predicted), bool(pixels)),
             pixel_accuracy=percent(right.sum() / pixels, bool(pixels)),
             class_accuracy=percent((right[there] / labels[there]).mean(), bool(pixels)),

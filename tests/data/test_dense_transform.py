@@ -8,6 +8,7 @@ from PIL import Image
 from test_folders import Recorder
 
 from ssmcompress.data.dense import DensePreprocessing
+from ssmcompress.data.transforms import Preprocessing
 from ssmcompress.errors import InputError
 from ssmcompress.progress import use_front_end
 
@@ -126,7 +127,8 @@ def test_preprocessing_is_saved_and_changed():
     assert IMAGENET.to_dict()["assumed"] is True
     changed = IMAGENET.changed(mean=(0.5,), short_side=256, multiple=32, long_side=None)
     assert (changed.mean, changed.short_side, changed.long_side, changed.multiple) == ((0.5,) * 3, 256, None, 32)
-    assert not changed.assumed
+    assert changed.assumed  # the standard deviation still is
+    assert not changed.changed(std=0.5 * np.ones(3)).assumed
     assert changed.changed(multiple=0, short_side=0).new_size(50, 60) == (50, 60)
     assert IMAGENET.changed() is IMAGENET
 
@@ -158,5 +160,27 @@ def test_assumed_values_are_noted():
     with use_front_end(recorder):
         IMAGENET.transform()
         IMAGENET.changed(short_side=8).transform()
-    (line,) = recorder.lines
-    assert "assumed: `mean` 0.485,0.456,0.406, `std` 0.229,0.224,0.225, `short_side` 512" in line
+        IMAGENET.changed(short_side=8, mean=(0.5,)).transform()
+        IMAGENET.changed(mean=(0.5,), std=(0.5,)).transform()
+    start = "preprocessing is not in the file; assumed: "
+    assert recorder.lines == [
+        f"{start}`mean` 0.485,0.456,0.406, `std` 0.229,0.224,0.225, `short_side` 512",
+        f"{start}`mean` 0.485,0.456,0.406, `std` 0.229,0.224,0.225",
+        f"{start}`std` 0.229,0.224,0.225",
+    ]
+
+
+@pytest.mark.parametrize("kind", [DensePreprocessing, Preprocessing])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_assumed_is_remembered_for_each_value(kind, channels):
+    values = kind.default(channels, (64, 64))
+    size = {"short_side": 8} if kind is DensePreprocessing else {"crop_pct": 0.9}
+    for given, rest in (({}, ("mean", "std")), ({"mean": (0.4,)}, ("std",)), ({"std": (0.4,)}, ("mean",))):
+        changed = values.changed(**size, **given)
+        assert changed.assumed
+        assert tuple(name for name in ("mean", "std") if name in changed.defaults) == rest
+        read = kind.from_dict(changed.to_dict(), channels)
+        assert (read.defaults, read.recorded, changed.recorded) == (changed.defaults, True, False)
+        assert read.changed(**size).recorded  # by which it is not noted again
+    assert "assumed" not in values.changed(mean=(0.4,), std=(0.4,)).to_dict()
+    assert kind.from_dict({**values.to_dict(), "assumed": "mean"}, channels).assumed is False

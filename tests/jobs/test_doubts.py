@@ -9,7 +9,7 @@ from conftest import make_vim, write_image
 
 from ssmcompress.jobs import report_text
 from ssmcompress.jobs.doubts import Subject, find_doubts
-from ssmcompress.tasks import CLASSIFICATION, Evaluation
+from ssmcompress.tasks import CLASSIFICATION, SEGMENTATION, Evaluation
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,13 @@ def dense_at_chance(**facts):
 
 
 def test_likely_causes_follow_from_what_is_known():
-    assert "`mean` and `std`, which were assumed" in dense_at_chance(assumed=True)
+    assert "`mean` and `std`, which were assumed" in dense_at_chance(assumed=("mean", "std"))
+    assert "check `std`, which was assumed" in dense_at_chance(assumed=("std",))
     assert "`mean`" not in dense_at_chance()
     assert "classes, which are numbered by their names" in dense_at_chance(by_name=True)
     more = find_doubts(Subject(1000, 50_000), Evaluation(50_000, True, top1=1.2), None)
     assert "1.2 % of 50000 images, hardly more than chance with 1000 classes" in more[0]
-    for line in (dense_at_chance(), dense_at_chance(assumed=True, by_name=True)):
+    for line in (dense_at_chance(), dense_at_chance(assumed=("mean", "std"), by_name=True)):
         assert "the dense model finds the class of 9 % of 100 images, no more than chance with 10 classes" in line
         assert "`stride` or `architecture`" in line
 
@@ -117,6 +118,17 @@ def test_commands_say_so(checkpoint, class_folders, tmp_path):
     assert "warning: the dense model finds" in compared.stdout
 
 
+def test_masks_without_a_labelled_pixel_are_a_reason_to_warn():
+    nothing = Evaluation(8, False, miou=None, agreement=90.0)
+    subject = Subject(5, 8, pruned=True, masks=8, task=SEGMENTATION)
+    line = "no labelled pixel in 8 masks (255 is ignored; with `reduce_zero_label`, 0 too): the accuracy of {} was not"
+    for dense, who in ((nothing, "the dense model"), (None, "the model")):
+        (found,) = find_doubts(subject, dense, nothing)
+        assert found.startswith(line.format(who))
+    assert find_doubts(Subject(5, 8, task=SEGMENTATION), nothing, nothing) == []
+    assert find_doubts(subject, None, Evaluation(8, True, miou=40.0, chance=20.0)) == []
+
+
 def test_a_page_escapes_what_is_not_code():
     marked = report_text._mark_code("a `mean` <b>")
     assert marked == "a <code>mean</code> &lt;b&gt;"
@@ -138,7 +150,9 @@ def test_default_preprocessing_is_said_once_and_remembered(tmp_path):
     assert line not in call("evaluate", "m", "--data", tmp_path / "images").stderr  # it is in the folder now
     assert line in call("evaluate", "vim.pt", "--data", tmp_path / "images").stderr
     assert line not in call("evaluate", "vim.pt", "--data", tmp_path / "images", "--quiet").stderr
-    given = call("prune", "vim.pt", *options, "--crop-pct", "90%", "-o", "n")
+    cropped = call("prune", "vim.pt", *options, "--crop-pct", "90%", "-o", "c").stderr
+    assert "assumed: --mean 0.485,0.456,0.406, --std 0.229,0.224,0.225, --interpolation bicubic\n" in cropped
+    given = call("prune", "vim.pt", *options, "--mean", 0.5, "--std", 0.5, "--crop-pct", "90%", "-o", "n")
     assert "assumed" not in given.stderr + given.stdout
     with open("n/config.json") as file:
         preprocessing = json.load(file)["preprocessing"]
