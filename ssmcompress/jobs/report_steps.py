@@ -29,10 +29,9 @@ def list_repair_notes(report: Report) -> list[str]:
     lines = []
     if refit := report.get("reconstruction"):
         new = sum(bool(fit["ridges"]) for fit in refit["fits"])
-        what = f"{new} of {len(refit['fits'])} weights refitted" if refit["kept"] else "tried"
         lines.append(
-            f"reconstruction: {what} on {refit['images']} images of {refit['name']} in {refit['seconds']:.0f} s; "
-            f"KL from dense on the {refit['held_out']} held out "
+            f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
+            f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
             f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
             + ("" if refit["kept"] else ", no closer: the old weights were kept")
         )

@@ -62,7 +62,7 @@ def map_levels(
     check_model(dense, "dense")
     if not has_levels(pruned):
         raise InputError("output levels are mapped in a segmentation model that drops tokens: prune one first")
-    if pruned.dense_config != dense.config:
+    if pruned.dense_config != dense.dense_config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     model = copy.deepcopy(pruned)
     batches = as_batches(dense, images, repeat=False)
