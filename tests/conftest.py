@@ -191,6 +191,21 @@ def in_an_empty_folder(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
 
 
+def check_damage_is_refused(model: TokenModel, folder: Path, change, message: str) -> None:
+    """Check that a saved model is refused with `message` after `change` of its tensors, in place."""
+    from safetensors.torch import load_file, save_file
+
+    import ssmcompress
+    from ssmcompress.errors import InputError
+
+    file = ssmcompress.save(model, folder) / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file({name: value.clone() for name, value in state.items()}, file)
+    with pytest.raises(InputError, match=message):
+        ssmcompress.load(folder)
+
+
 @pytest.fixture(scope="session")
 def pruned_once(tmp_path_factory) -> Path:
     """A folder with a checkpoint, images, and what `prune` made of them in `pruned`."""

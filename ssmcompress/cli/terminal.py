@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 OTHERS_WAIT = 3.0  # seconds
 LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters
-LABELS = "labels are class folders, a column label, or .cls files in tar shards"
-LABELS_OF_PIXELS = "labels are masks: folders images/ and annotations/, or a column annotation"
 STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
@@ -173,8 +171,10 @@ def say_about_images(result: Mapping[str, Any], quiet: bool, agreement: bool = T
     """
     data = result["data"]
     if not data["labelled"]:
-        segments = result.get("task") == "segmentation"
-        advice = "give --data" if data["name"] == STAND_IN else LABELS_OF_PIXELS if segments else LABELS
+        from ..tasks import find_task
+
+        stand_in = data["name"] == STAND_IN
+        advice = "give --data" if stand_in else f"labels are {find_task(result.get('task')).labels}"
         if agreement:
             say(f"accuracy was not measured: no labels in {data['name']}; {advice}", quiet)
         else:

@@ -73,6 +73,15 @@ def share_of_whole(model: TokenModel, backbone: float) -> float:
     return backbone * (1 - rest) + rest
 
 
+def share_of_backbone(model: TokenModel, whole: float) -> float:
+    """Return the share of its backbone's FLOPs that a share of a dense segmentation model's comes to.
+
+    It is the inverse of `share_of_whole`, with the same errors.
+    """
+    rest = share_of_whole(model, 0.0)
+    return (whole - rest) / (1 - rest)
+
+
 def dense_flops(model: TokenModel) -> dict[str, float]:
     """Return the GFLOPs of one image of the dense model that a model was made from, as published, by convention."""
     return {convention: _count_dense(model, convention) / 1e9 for convention in CONVENTIONS}

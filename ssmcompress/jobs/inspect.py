@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..compression.search.axes import Option, list_axes, list_options
 from ..compression.search.combine import combine
 from ..compression.search.propose import Candidate
-from ..evaluation.flops import backbone_flops, flops, flops_as_run, flops_by_part, flops_of, smallest_share
+from ..evaluation.flops import (
+    backbone_flops,
+    flops,
+    flops_as_run,
+    flops_by_part,
+    flops_of,
+    share_of_backbone,
+    smallest_share,
+)
 from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
 from ..pruning.plan import MAX_RATIO, Stage, default_stages
@@ -50,10 +59,6 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
     stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)
     ranges, backbone = list_ranges(model) if model.plan is None else {}, backbone_flops(model)
-    of_backbone = {}
-    if backbone is not None:
-        fixed = 100 * (1 - backbone["full"] / flops(model)["full"])  # neck and head
-        of_backbone = {axis: round(100 * (share - fixed) / (100 - fixed), 2) for axis, share in ranges.items()}
     return {
         "architecture": {"type": model.architecture, **model.config.to_dict()},
         "params": sum(p.numel() for p in model.parameters()),
@@ -72,10 +77,15 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
             "min_percent": lowest,
             "max_percent": 100.0,
             "axes": ranges,
-            **({} if backbone is None else {"axes_backbone": of_backbone}),
+            **({} if backbone is None else {"axes_backbone": _of_backbone(model, ranges)}),
         },
         "pruned": model.plan is not None,
     }
+
+
+def _of_backbone(model: TokenModel, ranges: Mapping[str, float]) -> dict[str, float]:
+    """Return the percentages of `list_ranges` as those of a segmentation model's backbone."""
+    return {axis: round(100 * share_of_backbone(model, share / 100), 2) for axis, share in ranges.items()}
 
 
 def list_ranges(model: TokenModel) -> dict[str, float]:

@@ -150,6 +150,7 @@ class _Literals:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

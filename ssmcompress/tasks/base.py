@@ -111,7 +111,7 @@ class Task(abc.ABC):
         figures: what is shown of a model, in this order.
         quality: name of the figure that models with labels are ranked by, and shown by in charts; `likeness`: that of
             models without. `hits`: that of the mean of `accuracy`.
-        lost_likeness: unit of 100 minus `likeness`: "% of ...".
+        lost_likeness: unit of 100 minus `likeness`: "% of ...". labels: what labels are in data, for advice.
     """
 
     name: ClassVar[str]
@@ -121,6 +121,7 @@ class Task(abc.ABC):
     likeness: ClassVar[str]
     hits: ClassVar[str]
     lost_likeness: ClassVar[str]
+    labels: ClassVar[str]
 
     @abc.abstractmethod
     def meter(self, classes: int | None = None) -> Meter:

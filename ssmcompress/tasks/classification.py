@@ -33,6 +33,7 @@ class Classification(Task):
     )
     quality, likeness, hits = "top1", "agreement", "top1"
     lost_likeness = "% of the dense model's classes"
+    labels = "class folders, a column label, or .cls files in tar shards"
 
     def meter(self, classes: int | None = None) -> Meter:
         return _Tally(self)

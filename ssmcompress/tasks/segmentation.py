@@ -43,6 +43,7 @@ class Segmentation(Task):
     )
     quality, likeness, hits = "miou", "agreement", "pixel_accuracy"
     lost_likeness = "% of the dense model's pixels"
+    labels = "masks: folders images/ and annotations/, or a column annotation"
 
     def meter(self, classes: int | None = None) -> Meter:
         """Return a meter for models of `classes` classes.

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import call, call_json, forked, refused
-from conftest import BUNDLED, make_plain_mamba, make_vim, write_image
+from conftest import BUNDLED, check_damage_is_refused, make_plain_mamba, make_vim, write_image
 from onnx_runs import run_file
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import ssmcompress
 from ssmcompress.compression.margin import margin_gradients
@@ -443,12 +443,7 @@ def test_corrections_are_counted(pruned, rebuilt):
     ],
 )
 def test_damaged_corrections(rebuilt, tmp_path, change, message):
-    file = ssmcompress.save(rebuilt, tmp_path / "m") / "model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file({k: v.clone() for k, v in state.items()}, file)
-    with pytest.raises(InputError, match=message):
-        ssmcompress.load(tmp_path / "m")
+    check_damage_is_refused(rebuilt, tmp_path / "m", change, message)
 
 
 @pytest.mark.parametrize("value", [3, {}, {"fits": 3}, {"fits": [{"weight": "x", "ridges": "a"}]}])

@@ -6,13 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_plain_mamba
+from conftest import check_damage_is_refused, make_plain_mamba
 from onnx_runs import run_file
 from safetensors.torch import load_file, save_file
 
 import ssmcompress
 from ssmcompress.compression.reconstruct import RefitOptions
-from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import corrections_share, flops, flops_by_part
 from ssmcompress.jobs.report import describe_reconstruction
 from ssmcompress.models.base import low_rank
@@ -116,12 +115,7 @@ def test_files_keep_it(corrected, tmp_path):
     ],
 )
 def test_damaged_files_are_refused(corrected, tmp_path, change, message):
-    file = ssmcompress.save(copy.deepcopy(corrected[0]), tmp_path / "m") / "model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file({k: v.clone() for k, v in state.items()}, file)
-    with pytest.raises(InputError, match=message):
-        ssmcompress.load(tmp_path / "m")
+    check_damage_is_refused(copy.deepcopy(corrected[0]), tmp_path / "m", change, message)
 
 
 @pytest.fixture(scope="module")

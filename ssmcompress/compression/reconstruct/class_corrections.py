@@ -19,6 +19,7 @@ from ...models.precision import cast
 from ...ops import gather_tokens
 from ...pruning.tokens import Tokens
 from .least_squares import Refit, reduce_rank
+from .linear import fill_zero
 from .split_rows import SplitRows
 
 
@@ -83,6 +84,7 @@ class ClassSums:
         result = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None
+        # Half the width: there are as many of these maps as layers, and their cost is reserved in budgets.
         columns, most = sum(self.groups), max(1, self.width // 2)
         reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, columns, old, most)
         if reduced.after >= result.before:  # the rank is too low for any gain
@@ -95,7 +97,4 @@ class ClassSums:
 
 def empty_correction(model: TokenModel) -> ClassCorrection:
     """Return a correction of nothing; with it in place, tokens carry what the fit of a layer needs."""
-    correction = ClassCorrection(model.d_model, model.segments, 1, model.classifier.weight.device)
-    for linear in correction:
-        nn.init.zeros_(linear.weight)
-    return correction
+    return fill_zero(ClassCorrection(model.d_model, model.segments, 1, model.classifier.weight.device))

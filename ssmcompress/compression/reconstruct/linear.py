@@ -76,7 +76,11 @@ class LinearSums:
 
 def zero_map(inputs: int, outputs: int, device: torch.device) -> nn.Sequential:
     """Return a correction of rank 1 that is zero."""
-    correction = low_rank(inputs, 1, outputs, device)
+    return fill_zero(low_rank(inputs, 1, outputs, device))
+
+
+def fill_zero(correction: nn.Sequential) -> nn.Sequential:
+    """Set the weights of a correction to zero, and return it."""
     for linear in correction:
         nn.init.zeros_(linear.weight)
     return correction

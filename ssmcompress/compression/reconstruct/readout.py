@@ -44,8 +44,8 @@ class ReadoutRefit:
     """Refits the classifier of a pruned model, in place, to dense logits.
 
     Args:
-        corrected: whether a correction of the logits is fitted, too. With it in place (`empty_correction`), the tokens
-            carry what it needs.
+        corrected: whether a correction of the logits is fitted, too. The model must have one already, which may be zero
+            (`zero_map`), so that its tokens carry what is needed.
     """
 
     def __init__(self, model: TokenModel, device: torch.device, corrected: bool = False):
@@ -70,13 +70,15 @@ class ReadoutRefit:
             logits: (images, classes) of the dense model. tokens: the model's own after its last layer.
             held: (images,), whether an image is held out.
         """
-        ones = torch.ones_like(logits[:, :1])
-        for way in self.ways:
+        ones, inputs = torch.ones_like(logits[:, :1]), {}
+        for pool in {way.pool for way in self.ways}:
             with record(self.model, [self.name]) as records:
-                self.model.readout(set_pool(tokens, way.pool))
-            inputs = records[self.name][0]
-            summary = None if way.sums.correction is None else tokens.summarise(self.model.segments)
-            way.sums.add(inputs[:, None], logits[:, None], ones, held, summary)
+                self.model.readout(set_pool(tokens, pool))
+            inputs[pool] = records[self.name][0][:, None]
+        summary = None if self.old is None else tokens.summarise(self.model.segments)
+        for way in self.ways:
+            read = None if way.sums.correction is None else summary
+            way.sums.add(inputs[way.pool], logits[:, None], ones, held, read)
 
     def solve(self, all_reduce_sum: Callable[..., None]) -> None:
         """Fit the classifier for each way to read out."""
