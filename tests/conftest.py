@@ -19,6 +19,8 @@ import ssmcompress
 from ssmcompress.models import TokenModel
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
+from ssmcompress.models.vit import VisionTransformer
+from ssmcompress.models.vit_block import ViTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 BUNDLED = Path(ssmcompress.__file__).parent / "assets" / "vim-fashion-mnist"
@@ -114,6 +116,34 @@ def make_plain_mamba(depth=4, d_model=16, image=(64, 64), channels=3, seed=0, **
     for name, value in model.state_dict().items():
         if not name.endswith(("norm.weight", "ln1.weight", "_log", "D", "running_var", "batches_tracked")):
             value.normal_(0, 0.3, generator=generator)
+    return ssmcompress.load(model, image_size=image)
+
+
+def make_vit(depth=4, d_model=24, heads=3, image=(16, 16), patch=4, channels=3, seed=0, **others) -> VisionTransformer:
+    """A ViT with random weights, spread as those of `make_vim`.
+
+    Args:
+        others: `classes`, and fields of `ViTConfig`.
+    """
+    config = ViTConfig(
+        d_model=d_model,
+        depth=depth,
+        num_heads=heads,
+        mlp_dim=2 * d_model,
+        in_chans=channels,
+        num_classes=others.pop("classes", 10),
+        patch_size=(patch, patch),
+        stride=patch,
+        image_size=image,
+        **others,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = VisionTransformer(config)
+    for name, value in model.state_dict().items():
+        if "norm" not in name and not name.endswith("gamma"):
+            value.normal_(0, 0.3, generator=generator)
+        elif name.endswith("gamma"):
+            value.uniform_(0.2, 1, generator=generator)
     return ssmcompress.load(model, image_size=image)
 
 

@@ -61,7 +61,8 @@ def calibrate(
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
     batches = as_batches(model, images)
     # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.
-    gap = (gap or plan.gap or "calibrated") if plan.alignment.scan else "bias"
+    scans = any(isinstance(block, ScanBlock) for block in model.blocks)
+    gap = (gap or plan.gap or "calibrated") if plan.alignment.scan and scans else "bias"
     deltas = gap_deltas(model, batches, gap, distributed)
     layers = plan.probed_layers
     probes = fit_probes(model, batches, layers, distributed=distributed) if layers else ()
@@ -121,6 +122,11 @@ def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
     return sums
 
 
+def _sum_by_position(positions: Tensor, length: int, values: Tensor | None = None) -> Tensor:
+    """Return (length,) the sum of values, or the number, of tokens at each position; those without one are left out."""
+    return positions.bincount(values, minlength=length)[:length]
+
+
 @torch.no_grad()
 def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
     """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
@@ -135,9 +141,9 @@ def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches
             raise InputError(NOT_FINITE)
         for stage, (candidates, values, survivors) in enumerate(decisions):
             candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
-            counts[stage] += candidates.bincount(minlength=model.length)
-            scores[stage] += candidates.bincount(values, minlength=model.length)
-            kept[stage] += survivors.flatten().cpu().bincount(minlength=model.length)
+            counts[stage] += _sum_by_position(candidates, model.length)
+            scores[stage] += _sum_by_position(candidates, model.length, values)
+            kept[stage] += _sum_by_position(survivors.flatten().cpu(), model.length)
     if distributed:
         processes.all_reduce_sum(images, kept, counts, scores, device=next(model.parameters()).device)
     if not images:

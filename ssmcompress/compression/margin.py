@@ -15,7 +15,7 @@ from ..pruning.tokens import Level, Tokens
 
 
 def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
-    """Return the squared norm of each gradient of `features_and_gradients`, (layers + 1, images, tokens) float32.
+    """Return the squared norm of each gradient of `features_and_gradients`, (points, images, tokens) float32.
 
     It measures how much an error in a token's features changes the model's decision.
     """
@@ -26,17 +26,19 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
     """Return every token's features and the gradients of the margin by them, each (images, tokens, d_model).
 
     The margin is `Task.margin`, for a classifier the largest logit minus the second largest. Entry 0 is for the
-    features before the first layer, entry i for those after layer i. The activations of one layer are held at a time.
+    features before the first layer, entry i for those after i parts of layers (`TokenModel.count_points`), which are
+    whole layers where these have one part. The activations of one part are held at a time.
     """
     check_not_quantised(model)
     with torch.no_grad():  # no graph is needed before the first layer
         tokens = model.embed(images)
     with torch.enable_grad():
         states, levels = [tokens.features.detach().requires_grad_()], []
-        for layer in range(1, len(model.blocks) + 1):
-            after, *level = checkpoint(_run_layer, model, layer, tokens, states[-1], use_reentrant=False)
-            states.append(after)
-            levels += [Level(None, values) for values in level]
+        for layer, block in enumerate(model.blocks, 1):
+            for part in ("begin", "end")[: 1 + (block.end_projection is not None)]:
+                after, *level = checkpoint(_run_part, model, layer, part, tokens, states[-1], use_reentrant=False)
+                states.append(after)
+                levels += [Level(None, values) for values in level]
         logits = model.readout(replace(tokens.updated(states[-1]), levels=tuple(levels)))
         if not logits.isfinite().all():
             raise InputError(NOT_FINITE)
@@ -46,7 +48,10 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
     return [state.detach() for state in states], list(gradients)
 
 
-def _run_layer(model: TokenModel, layer: int, tokens: Tokens, features: Tensor) -> tuple[Tensor, ...]:
-    """Return the features after a layer of a dense model, and its output level if it has one."""
-    after = model.observe(layer, model.blocks[layer - 1](tokens.updated(features)))
+def _run_part(model: TokenModel, layer: int, part: str, tokens: Tokens, features: Tensor) -> tuple[Tensor, ...]:
+    """Return the features after a part of a layer of a dense model, and its output level if it has one."""
+    tokens = tokens.updated(features)
+    if part == "end":
+        return (model.end(layer, tokens).features,)
+    after, _ = model.begin(layer, tokens)
     return after.features, *(level.values for level in after.levels)

@@ -60,7 +60,8 @@ def fit_probes(
         count += len(chunk)
         features, gradients = features_and_gradients(model, chunk.to(device))
         for layer, rows in sums.items():
-            rows.add(features[layer], gradients[layer])
+            point = model.stage_point(layer)
+            rows.add(features[point], gradients[point])
     if distributed:
         processes.all_reduce_sum(count, *(value for rows in sums.values() for value in rows.values()), device=device)
     if not count:

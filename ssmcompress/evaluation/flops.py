@@ -8,7 +8,8 @@ A correction of the class token or of the logits reads sums over all tokens: one
 
 - `full`: everything that is executed, so both directions of a Vim. Reports show this one by default.
 - `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base), all four of a
-  PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3). Use it only to compare with the papers.
+  PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3), and not what choosing and merging tokens costs. A ViT
+  has the same in both. Use it only to compare with the papers.
 
 A convolution on a grid counts all taps of its window at each kept token, as the compiled backends compute it; in an
 ONNX file, and where gradients are computed, it covers the whole grid.
@@ -29,6 +30,7 @@ from ..models.class_corrections import count_inputs, max_readout_rank
 from ..models.inputs import check_model
 from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
+from ..pruning.merging import count_merge
 from ..pruning.plan import MAX_RATIO, Stage, token_counts
 
 CONVENTIONS = ("full", "paper")
@@ -113,7 +115,7 @@ def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | No
     """
     as_run = model.plan is not None if as_run is None else as_run
     parts = model.flops_by_part(model.token_counts(), convention, as_run)
-    if model.plan:
+    if model.plan and convention == "full":
         parts = {**parts, **_stage_parts(model, model.plan.stages)}
     if (count := _count_corrections(model)) > 0:
         parts = {**parts, "corrections": count}
@@ -125,22 +127,23 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
     The model is counted as it is run, the dense one as published; so a Vim that prunes nothing has less than 1.
     """
-    counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
-    run = sum(model.flops_by_part(counts, "full").values()) + sum(_stage_parts(model, stages).values())
+    counts = token_counts(len(model.blocks), model.length, stages, model.protected_count)
+    as_run = all(stage.after < len(model.blocks) for stage in stages)  # a last layer with a stage is run in full
+    run = sum(model.flops_by_part(counts, "full", as_run).values()) + sum(_stage_parts(model, stages).values())
     return run / _count_dense(model)
 
 
 def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
-    """Return the FLOPs of the stages themselves, by part: a probe's products (scoring), a merge's cosines (merging)."""
-    counts = token_counts(len(model.blocks), model.length, stages, model.protected is not None)
+    """Return the FLOPs of the stages themselves: products of a probe or a query (scoring), cosines and sums (merging)."""
+    counts = token_counts(len(model.blocks), model.length, stages, model.protected_count)
     width, parts = model.d_model, {}
     for stage in stages:
         tokens, kept = counts[stage.after - 1], counts[stage.after]
         if (scoring := IMPORTANCES[stage.importance].flops) > 0:
             parts["scoring"] = parts.get("scoring", 0) + scoring * tokens * width
         if stage.merge is not None:
-            pairs = (tokens // 2) ** 2 if stage.merge == "ordered" else tokens * min(tokens - kept, kept)
-            parts["merging"] = parts.get("merging", 0) + pairs * width
+            merging = count_merge(stage.merge, tokens, kept, width, model.key_width)
+            parts["merging"] = parts.get("merging", 0) + merging
     return parts
 
 

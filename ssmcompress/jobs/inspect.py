@@ -19,7 +19,7 @@ from ..evaluation.flops import (
 )
 from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
-from ..pruning.plan import MAX_RATIO, Stage, default_stages
+from ..pruning.plan import MAX_RATIO, Stage
 from .trim_sizes import describe_sizes, describe_trims
 
 # The commands that take a dense and a pruned model.
@@ -56,7 +56,7 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
         `range`, percentages of the full FLOPs that can be left, `axes_backbone` of those of the backbone; `pruned`.
     """
     depth = len(model.blocks)
-    stages = [s.after for s in model.plan.stages] if model.plan else list(default_stages(depth)) if depth > 1 else []
+    stages = [s.after for s in model.plan.stages] if model.plan else list(model.default_stages()) if depth > 1 else []
     lowest = round(100 * smallest_share(model, stages), 2)
     ranges, backbone = list_ranges(model) if model.plan is None else {}, backbone_flops(model)
     return {

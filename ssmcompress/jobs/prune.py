@@ -23,7 +23,7 @@ from ..models.rewrite import check_plan, install, make_plan
 from ..models.saved import read_plan, versions
 from ..progress import line
 from ..pruning.alignment import Alignment
-from ..pruning.plan import Plan, default_stages
+from ..pruning.plan import Plan
 from .axes_search import choose_axes, search_axes
 from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
 from .folder import Target, folder_name, write_folder
@@ -145,7 +145,9 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
             raise BudgetError(f"{share:.1%} of the FLOPs of the backbone, {whole:.1%} of all: {error}") from error
     if asked.file is not None:
         trims = read_trims(asked.file)
-        return FoundPlan(read_plan(asked.file).validate(trims.apply_to(model.config).depth), trims=trims)
+        return FoundPlan(
+            read_plan(asked.file).validate(trims.apply_to(model.config).depth, model.drops_inside), trims=trims
+        )
     if asked.searches:
         images = choose_images(model, options.data, options.finetune is not None, asked.max_drop is not None)
         gap, reconstruct = images.gap_source(options.gap), images.wants_reconstruction(options.reconstruct)
@@ -155,16 +157,16 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
         else:
             result = search_axes(model, wanted, images, options.data, gap=gap, repair=reconstruct)
         return FoundPlan(result.plan, result, images, result.trims)
-    parts = {"importance": asked.importance or "clip", "alignment": asked.align is not False}
+    parts = {"importance": asked.importance, "alignment": asked.align is not False}
     parts |= {"stages": asked.stages, "seed": options.data.seed}
     if asked.flops is None:
         ratio = asked.ratio or (DEFAULT_RATIO,)
         plan = make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts)
         if asked.reenter and not model.levels:
             raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
-        return FoundPlan(replace(plan, reenter=asked.reenter).validate(len(model.blocks)))
+        return FoundPlan(model.check_plan(replace(plan, reenter=asked.reenter)))
     make_plan(model, **parts)  # reports bad stages before the range is computed from them
-    stages = asked.stages or default_stages(len(model.blocks))
+    stages = asked.stages or model.default_stages()
     images = choose_images(model, options.data, options.finetune is not None)
     reserve = corrections_share(model, stages) if images.wants_reconstruction(options.reconstruct) else 0.0
     lowest = smallest_share(model, stages) + reserve

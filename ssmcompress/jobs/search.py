@@ -136,10 +136,8 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
     layers = tuple(request.stages or (sensitivity.layers if _has_tokens(sensitivity) else candidate_layers(depth)))
     if not layers:
         raise InputError(f"a model of {depth} layer has no place to prune: nothing comes after it")
-    Plan(tuple(Stage(a, 0.0, request.importance or "clip") for a in layers), request.alignment).validate(depth)
-    if request.importance is not None:
-        for layer in layers:
-            model.check_importance(request.importance, layer)
+    metric = request.importance or model.default_importance
+    model.check_plan(Plan(tuple(Stage(layer, 0.0, metric) for layer in layers), request.alignment))
     return layers
 
 

@@ -20,7 +20,7 @@ from ..ops import SCORES, ScanPath, selective_scan
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
-from ..pruning.plan import Plan, token_counts
+from ..pruning.plan import Plan, default_stages, token_counts
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
@@ -66,26 +66,52 @@ def low_rank(
 class Block(nn.Module, abc.ABC):
     """One layer, from Tokens to Tokens; it aligns its ops to the positions of the tokens.
 
+    A layer can have two parts that add to the residual stream, as attention and an MLP: `begin` and `end`. Then tokens
+    are dropped between the two.
+
     Attributes:
-        residual_scale: factor of the projection when it is added to the residual stream.
-        scores: names of the scores of tokens that `forward` can compute.
+        residual_scale: factor of the projection when it is added to the residual stream, one or one for each feature.
+        scores: names of the scores of tokens that `begin` can compute.
+        end_projection: name of the linear layer whose result `end` adds to the residual stream, times `end_scale`; None
+            if the layer has no second part.
     """
 
-    residual_scale: ClassVar[float] = 1.0
-    scores: ClassVar[frozenset[str]] = frozenset()
+    residual_scale: float | Tensor = 1.0
+    scores: frozenset[str] = frozenset()
+    end_projection: ClassVar[str | None] = None
+    end_scale: float | Tensor = 1.0
 
     @property
     @abc.abstractmethod
     def refitted(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the linear layers that reconstruction refits, in groups in the order in which they run.
+        """Names of the linear layers of `begin` that reconstruction refits, in groups in the order in which they run.
 
         Layers of one group do not feed each other. The last group is the projection into the residual stream:
         features out = features in + residual_scale * projection. Empty if the layer has no such projection.
         """
 
     @abc.abstractmethod
-    def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
-        """Return the tokens after this layer, with scores of `metric` unless it is None."""
+    def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
+        """Return the tokens at the place of a stage, with scores of `metric` unless it is None.
+
+        Args:
+            protected_only: compute only the protected tokens that are read out, which are then the only ones left.
+        """
+
+    def end(self, tokens: Tokens) -> Tokens:
+        """Return the tokens after the layer, from those after its stage."""
+        return tokens
+
+    def forward(
+        self, tokens: Tokens, metric: str | None = None, protected_only: bool = False, part: str | None = None
+    ) -> Tokens:
+        """Return the tokens after the layer without a stage, or after one of its parts.
+
+        Args:
+            part: "begin" or "end"; None: both. Others as for `begin`.
+        """
+        tokens = tokens if part == "end" else self.begin(tokens, metric, protected_only)
+        return tokens if part == "begin" else self.end(tokens)
 
 
 class ScanBlock(Block):
@@ -200,22 +226,24 @@ class TokenModel(nn.Module, abc.ABC):
     """
 
     architecture: ClassVar[str]
-    # What files call its backbone, an entry of `FAMILY_NAMES`, where that is not the name of the architecture.
-    family: ClassVar[str | None] = None
+    # What files call it or its backbone, entries of `FAMILY_NAMES`, besides the name of the architecture.
+    families: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[Any]]
     task: ClassVar[Task] = CLASSIFICATION
     # A few parameter names that identify the architecture, for messages.
     telling_keys: ClassVar[tuple[str, ...]]
     # Options of the published code that the weights do not show, with what this model computes.
     expected_options: ClassVar[Mapping[str, Expected]] = {}
+    # Fields of the configuration that weights do not show, which `complete_config` reads from what is said.
+    hidden_options: ClassVar[tuple[str, ...]] = ()
     # Beginnings of parameter names that other models have in addition, with what they mean.
     foreign_keys: ClassVar[Mapping[str, str]] = {}
     # Patterns of parameters with two dimensions that are no matrices, to which weight decay does not apply.
     no_weight_decay: ClassVar[tuple[str, ...]] = ("*pos_embed",)
     # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
-    pools: ClassVar[bool] = False
-    # Whether the model reads out the protected token alone, and its blocks take `protected_only`.
-    reads_protected: ClassVar[bool] = False
+    pools: bool = False
+    # Whether the model reads out protected tokens alone, and its blocks take `protected_only`.
+    reads_protected: bool = False
     # Number of layers whose outputs are read at every position; 0: the tokens after the last layer alone are read.
     levels: ClassVar[int] = 0
 
@@ -335,14 +363,24 @@ class TokenModel(nn.Module, abc.ABC):
         return self.config.d_model
 
     @property
+    def key_width(self) -> int:
+        """The width of the keys by which tokens are merged (`Tokens.keys`)."""
+        return self.d_model
+
+    @property
     def length(self) -> int:
         """The number of tokens of an image of `config.image_size` before any pruning: its patches, and others."""
         return self.config.patches
 
     @property
     def protected(self) -> int | None:
-        """The position of the token that is never pruned, or None."""
+        """The position of the token that is never pruned, or the first one of them, or None."""
         return None
+
+    @property
+    def protected_count(self) -> int:
+        """The number of tokens that are never pruned; they follow each other."""
+        return 0 if self.protected is None else 1
 
     @property
     def patch_positions(self) -> Tensor:
@@ -467,17 +505,47 @@ class TokenModel(nn.Module, abc.ABC):
         computed = frozenset.intersection(*(block.scores for block in self.blocks))
         return tuple(name for name, metric in IMPORTANCES.items() if metric.block_metric in (None, *computed))
 
+    @property
+    def default_importance(self) -> str:
+        """The metric by which tokens are ranked where none is asked for."""
+        ranking = [name for name in self.importances if IMPORTANCES[name].ranks]
+        return next(name for name in ("clip", *ranking) if name in ranking)
+
+    def default_stages(self) -> tuple[int, ...]:
+        """Return the layers, from 1, that have a stage where none are asked for."""
+        return default_stages(len(self.blocks))
+
+    @property
+    def drops_inside(self) -> bool:
+        """Whether tokens are dropped inside a layer, so that the last one can have a stage, too."""
+        return self.blocks[-1].end_projection is not None
+
+    def check_plan(self, plan: Plan) -> Plan:
+        """Return a plan for the model as it is, or raise an InputError if the model cannot be pruned by it."""
+        plan.validate(len(self.blocks), self.drops_inside)
+        for stage in plan.stages:
+            self.check_importance(stage.importance, stage.after)
+        return plan
+
+    def count_points(self, layers: int) -> int:
+        """Return the number of parts, each of which adds to the residual stream, that the first layers have."""
+        return sum(1 + (block.end_projection is not None) for block in self.blocks[:layers])
+
+    def stage_point(self, layer: int) -> int:
+        """Return the number of parts up to the place of a stage after (or in) a layer, from 1."""
+        return self.count_points(layer - 1) + 1
+
     def check_importance(self, name: str, layer: int) -> None:
         """Raise an InputError unless tokens can be ranked by this metric after a layer, from 1."""
         score, block = IMPORTANCES[name].block_metric, self.blocks[layer - 1]
         if score is not None and score not in block.scores:
-            others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks)
+            others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks) or "nothing else"
             raise InputError(f"importance {name!r}: layer {layer} of a {self.architecture} has none; expected {others}")
 
     def token_counts(self) -> list[int]:
         """Return the number of tokens that each layer processes, and last the number read out (depth + 1 values)."""
         stages, reenter = (self.plan.stages, self.plan.reenter) if self.plan else ((), 0)
-        return token_counts(len(self.blocks), self.length, stages, self.protected is not None, reenter)
+        return token_counts(len(self.blocks), self.length, stages, self.protected_count, reenter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
@@ -496,10 +564,15 @@ class TokenModel(nn.Module, abc.ABC):
         Where the protected token alone is read out, the last layer is computed for that token only. The logits are
         those of `readout(encode(images)[0])`, up to rounding.
         """
-        tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.reads_protected)
-        if self.reads_protected:
+        tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.shortens_last)
+        if self.shortens_last:
             tokens, _ = self.step(len(self.blocks), tokens, protected_only=True)
         return self.readout(tokens), decisions
+
+    @property
+    def shortens_last(self) -> bool:
+        """Whether the last layer is computed for the tokens alone that are read out: not if a stage is in it."""
+        return self.reads_protected and str(len(self.blocks)) not in self.pruners
 
     def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
         """Return all tokens after the last layer, and the decision of each stage."""
@@ -514,17 +587,27 @@ class TokenModel(nn.Module, abc.ABC):
         return tokens, decisions
 
     def observe(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens after the block of a layer (from 1) and its corrections, before the stage after it.
+        """Return the tokens at the place of the stage of a layer (from 1), with its corrections.
 
         A model that reads out several layers appends a level here; see `Tokens.levels`.
         """
         return tokens
 
     def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
-        """Run a layer (from 1) and the stage after it, if any; return the tokens and the decision of the stage.
+        """Run a layer (from 1) and its stage, if any; return the tokens and the decision of the stage.
 
-        With `protected_only`, the layer is computed for the protected token alone, which is then the only one left.
+        With `protected_only`, the layer is computed for the tokens alone that are read out.
         """
+        tokens, decision = self.begin(layer, tokens, protected_only)
+        return self.end(layer, tokens), decision
+
+    def end(self, layer: int, tokens: Tokens) -> Tokens:
+        """Run the part of a layer after its stage, if it has one."""
+        block = self.blocks[layer - 1]
+        return tokens if block.end_projection is None else block(tokens, part="end")
+
+    def begin(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
+        """Run the part of a layer before its stage, its corrections and the stage; arguments as for `step`."""
         if self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1:
             tokens = tokens.rejoin()
         name = str(layer)
@@ -532,10 +615,8 @@ class TokenModel(nn.Module, abc.ABC):
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None
         class_correction = self.class_corrections[name] if name in self.class_corrections else None
         before = class_correction.read(tokens) if class_correction is not None else None
-        if protected_only:
-            tokens = self.blocks[layer - 1](tokens, protected_only=True)
-        else:
-            tokens = self.blocks[layer - 1](tokens, metric=pruner.block_metric if pruner else None)
+        metric = pruner.block_metric if pruner else None
+        tokens = self.blocks[layer - 1](tokens, metric, protected_only, part="begin")
         if name in self.corrections:
             linear = self.corrections[name]
             first = linear[0] if isinstance(linear, nn.Sequential) else linear

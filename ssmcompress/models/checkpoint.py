@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
+# Arguments of `load` that say what the weights of some architectures do not show: fields of their configurations.
+GIVEN = ("level", "num_heads")
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """The arguments of `load`, apart from the model and the device."""
@@ -42,6 +46,7 @@ class LoadOptions:
     architecture: str | None = None
     task: str | None = None
     level: str | None = None
+    num_heads: int | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -71,6 +76,7 @@ class LoadArguments(TypedDict, total=False):
     architecture: str | None
     task: str | None
     level: str | None
+    num_heads: int | None
 
 
 def load(
@@ -94,12 +100,14 @@ def load(
             the state of our own fine-tuning also "best".
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
-        architecture: "vim" or "plain_mamba". Needed only where neither the weights nor anything else says it: a bare
+        architecture: "vim", "plain_mamba" or "vit". Needed only where neither the weights nor anything else says it: a bare
             state dict of a Vim has the names and shapes of a VideoMamba's.
         task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
         level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
             "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_upernet.LEVELS`. None: as the file says,
             else "hidden".
+        num_heads: number of attention heads of a ViT, which its weights do not show. None: as the file says it, or the
+            model of timm that it names, else the width divided by 64.
 
     Returns:
         A module whose forward takes images (B, C, H, W) and returns logits, (B, classes) or, for segmentation,
@@ -168,7 +176,7 @@ def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
     said = Statements(family=Statement(module.architecture, "its class"))
     said.classes, said.palette = module.classes, module.palette
     if options.level is None:
-        said.add_config(module.config.to_dict(), "its configuration")
+        said.add_config(module.config.to_dict(), module.hidden_options, "its configuration")
     return _build(
         state, said, replace(options, stride=options.stride or module.config.stride), module.config.image_size
     )
@@ -181,9 +189,14 @@ def _build(
     if options.architecture is not None:
         said.set_family(normalise_architecture(options.architecture), "`architecture`")
     check_task(state, options.task)
-    if options.level is not None:
-        said.options["level"] = Statement(options.level, "`level`")
-    return Loaded(build(state, options.size or trained_size, options.stride, trained_size, said), said)
+    for name in GIVEN:
+        if (value := getattr(options, name)) is not None:
+            said.options[name] = Statement(value, f"`{name}`")
+    model = build(state, options.size or trained_size, options.stride, trained_size, said)
+    for name in GIVEN:
+        if getattr(options, name) is not None and name not in model.hidden_options:
+            raise InputError(f"`{name}`: a model of type {model.architecture} has no such option")
+    return Loaded(model, said)
 
 
 def _read_content(content: Any, said: Statements, options: LoadOptions) -> Loaded:
@@ -229,9 +242,10 @@ def _restore(config: dict[str, Any], content: Any, options: LoadOptions, path: P
     state, _ = find_state_dict(content, options.weights)
     check_task(state, options.task)
     model = restore(config, clean(state), options.size, options.stride)
-    level = getattr(model.config, "level", None)
-    if options.level not in (None, level):
-        raise InputError(f"`level` {options.level!r}: {CONFIG_FILE} says {level!r}")
+    for name in GIVEN:
+        given, ours = getattr(options, name), getattr(model.config, name, None)
+        if given not in (None, ours):
+            raise InputError(f"`{name}` {given!r}: {CONFIG_FILE} says {ours!r}")
     if options.architecture is not None and normalise_architecture(options.architecture) != model.architecture:
         raise InputError(f"`architecture` {options.architecture}: {CONFIG_FILE} says {model.architecture}")
     pruning = config.get("pruning")
@@ -264,8 +278,8 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
             raise InputError(f"the dense model {path} has changed since")
     chosen, weights = (source.path, source.weights) if override is None else (override, "model")
     sizes = {"image_size": model.config.image_size, "stride": model.config.stride}
-    level = getattr(model.config, "level", None)
-    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture, level=level)
+    hidden = {name: getattr(model.config, name, None) for name in GIVEN}
+    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture, **hidden)
     if dense.plan is not None:
         raise InputError(f"{chosen} is pruned itself; expected a dense model")
     classes, channels = dense.config.num_classes, dense.config.in_chans

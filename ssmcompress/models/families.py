@@ -52,7 +52,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("VMamba, second version (v05_noz)", CLASSIFICATION, _with("layers.0.blocks.0.op.A_logs")),
     Family("VMamba, first version", CLASSIFICATION, _with("layers.0.blocks.0.self_attention.A_logs")),
     Family("MambaVision", CLASSIFICATION, _with("patch_embed.conv_down.0.weight")),
-    Family("DeiT or ViT", CLASSIFICATION, _with("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")),
     Family("a Mamba language model", "text", _with("backbone.embeddings.weight", "backbone.layers.0.mixer.A_log")),
     Family("a Mamba language model", "text", _with("backbone.embedding.weight", "backbone.layers.0.mixer.A_log")),
     Family("Swin Transformer", CLASSIFICATION, _with("layers.0.blocks.0.attn.relative_position_bias_table")),
@@ -69,6 +68,7 @@ FAMILY_NAMES: tuple[tuple[str, str, str], ...] = (
     ("mamba_reg", "Mamba-Reg", r"mamba[-_ ]?(reg|r)(?![a-z])"),
     ("vmamba", "VMamba", r"vmamba|(?<![a-z])vssm"),
     ("deit", "DeiT", r"(?<![a-z])deit"),
+    ("vit", "ViT", r"(?<![a-z])vit(?![a-z])"),
     ("vim", "Vim", r"(?<![a-z])vim(?![a-z])|(?<![a-z])vision[-_ ]?mamba"),
 )
 

@@ -253,7 +253,7 @@ class PlainMambaBlock(ScanBlock):
         # With `dw`, the residual stream is not a sum with the projection as the last term.
         return () if self.dw is not None else (("mamba.x_proj",), ("mamba.out_proj",))
 
-    def forward(self, tokens: Tokens, metric: str | None = None) -> Tokens:
+    def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
         residual, scores = self.mamba(self.norm(tokens.features), tokens, metric)
         features = tokens.features + residual
         if self.dw is not None:

@@ -92,7 +92,7 @@ def norm_name(layer: int) -> str:
 class PlainMambaUperNet(UperNet):
     """UperNet on a PlainMamba of any size. `forward`: images (B, C, H, W) of any size -> logits (B, classes, H, W)."""
 
-    architecture, family = "plain_mamba_upernet", "plain_mamba"
+    architecture, families = "plain_mamba_upernet", ("plain_mamba",)
     config_class = PlainMambaUperNetConfig
     telling_keys = (
         "backbone.patch_embed.projection.weight",

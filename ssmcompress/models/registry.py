@@ -17,8 +17,9 @@ from .plain_mamba_upernet import PlainMambaUperNet
 from .statements import Statement, Statements
 from .vim import VisionMamba
 from .vim_upernet import VimUperNet
+from .vit import VisionTransformer
 
-MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet)
+MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer)
 
 
 def is_known(state: StateDict) -> bool:
@@ -51,13 +52,15 @@ def normalise_architecture(name: str) -> str:
     if not isinstance(name, str):
         raise InputError(f"`architecture` {name!r}: expected one of {', '.join(repr(m.architecture) for m in MODELS)}")
     key = name.strip().lower().replace("-", "_")
-    supported = {m.architecture.replace("_", ""): m.architecture for m in MODELS}
+    supported = {
+        name.replace("_", ""): m.architecture for m in reversed(MODELS) for name in (*m.families, m.architecture)
+    }
     if found := supported.get(key.replace("_", "")):
         return found
     others = {known.replace("_", ""): title for known, title, _ in FAMILY_NAMES}
     title = others.get(key.replace("_", ""))
     reason = f"{title} is not supported" if title else f"unknown architecture {name!r}"
-    raise InputError(f"`architecture`: {reason}; expected one of {', '.join(supported.values())}")
+    raise InputError(f"`architecture`: {reason}; expected one of {', '.join(m.architecture for m in MODELS)}")
 
 
 def build(
@@ -143,7 +146,7 @@ def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statemen
 
 def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
     """Raise an InputError if something is said about a model that is not so in this architecture."""
-    if said.family is not None and said.family.value not in (model_class.architecture, model_class.family):
+    if said.family is not None and said.family.value not in (model_class.architecture, *model_class.families):
         if said.family.value in [m.architecture for m in MODELS]:
             raise InputError(
                 f"{said.family.where} says {said.family.value}, but the weights are a {model_class.architecture}'s"

@@ -14,7 +14,7 @@ import torch
 from ..errors import InputError
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
-from ..pruning.plan import Plan, Stage, default_stages
+from ..pruning.plan import Plan, Stage
 from ..pruning.pruner import TokenPruner
 from .base import ScanBlock, TokenModel
 from .inputs import check_model, check_unpruned
@@ -25,16 +25,18 @@ def make_plan(
     *,
     stages: Sequence[int] | None = None,
     ratio: float | Sequence[float] = 0.3,
-    importance: str = "clip",
+    importance: str | None = None,
     alignment: Alignment | bool = True,
     seed: int = 0,
 ) -> Plan:
     """Make a plan without images and check it against the model; its gap source is left open.
 
     Args:
-        stages: layers, 1-based, after which to prune; None: ToP-ViM's, scaled to the model's depth.
+        stages: layers, 1-based, after which to prune, or in which, between attention and the MLP; None: ToP-ViM's or
+            EViT's, scaled to the model's depth.
         ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
-        importance: the metric, see `ssmcompress.pruning.importance`.
+        importance: the metric, see `ssmcompress.pruning.importance`; None: "clip", or "attention" where a class token
+            pays it.
         alignment: True for conv and scan, False for neither, or an Alignment.
         seed: seed of importance `random`.
 
@@ -42,8 +44,8 @@ def make_plan(
         InputError: the model cannot be pruned by these stages, ratios or metric.
     """
     check_model(model)
-    depth = len(model.blocks)
-    stages = default_stages(depth) if stages is None else list_numbers("stages", stages, "layers")
+    importance = model.default_importance if importance is None else importance
+    stages = model.default_stages() if stages is None else list_numbers("stages", stages, "layers")
     ratio = (ratio,) if isinstance(ratio, Real) else ratio
     ratios = list_numbers("ratio", ratio, "shares of tokens to remove")
     ratios = ratios * len(stages) if len(ratios) == 1 else ratios
@@ -52,9 +54,9 @@ def make_plan(
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
     pairs = zip(stages, ratios, strict=True)
-    plan = Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed).validate(depth)
-    _check_importances(model, plan)
-    return plan
+    return model.check_plan(
+        Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed)
+    )
 
 
 def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
@@ -126,7 +128,7 @@ def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: 
         raise InputError(f"`plan` is a {type(plan).__name__}: expected a plan of make_plan(), calibrate() or search()")
     if not plan.stages:
         raise InputError("a plan without stages prunes nothing")
-    return plan.validate(len(model.blocks) if depth is None else depth)
+    return plan.validate(len(model.blocks) if depth is None else depth, model.drops_inside)
 
 
 def align(model: TokenModel, alignment: Alignment) -> TokenModel:
@@ -143,11 +145,6 @@ def align(model: TokenModel, alignment: Alignment) -> TokenModel:
     return model
 
 
-def _check_importances(model: TokenModel, plan: Plan) -> None:
-    for stage in plan.stages:
-        model.check_importance(stage.importance, stage.after)
-
-
 def _check_pool(model: TokenModel, alignment: Alignment) -> None:
     if alignment.pool and not model.pools:
         raise InputError("the plan's alignment has pool, but this model reads out no mean over its tokens")
@@ -159,8 +156,7 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
 
     Probes that the plan does not have are zeros, to be filled from a file.
     """
-    plan.validate(len(model.blocks))
-    _check_importances(model, plan)
+    model.check_plan(plan)
     _check_pool(model, plan.alignment)
     if plan.gap is None:
         plan = replace(plan, gap="bias" if plan.calibration is None else "calibrated")

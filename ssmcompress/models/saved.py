@@ -90,8 +90,8 @@ def restore(
         InputError: they do not fit each other.
     """
     architecture = config["architecture"]
-    supported = [model_class.architecture for model_class in MODELS]
-    if architecture.get("type") not in supported:
+    supported = {model_class.architecture: model_class for model_class in MODELS}
+    if not isinstance(architecture.get("type"), str) or architecture["type"] not in supported:
         raise InputError(f"architecture {architecture.get('type')!r}: this version knows {', '.join(supported)}")
     gaps = {k: v for k, v in state.items() if k.rpartition(".")[2] == "gap_delta"}
     corrections = {k: v for k, v in state.items() if k.startswith(CORRECTIONS)}
@@ -107,7 +107,7 @@ def restore(
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{CONFIG_FILE}: bad architecture block ({error})") from error
     said = Statements(family=Statement(architecture["type"], CONFIG_FILE))
-    said.add_config(architecture, CONFIG_FILE)
+    said.add_config(architecture, supported[architecture["type"]].hidden_options, CONFIG_FILE)
     said.classes, said.palette = read_classes(config)
     directions = _parse_directions(architecture)
     model = build(weights, size or trained, stride, trained, said, directions)

@@ -20,23 +20,37 @@ class LayerSize(NamedTuple):
     directions: tuple[int, ...]
 
 
-class LayeredConfig:
-    """Base of configurations whose `d_inner` and `d_state` are one number for all layers or one for each.
+class ModelConfig:
+    """Base of the configurations of all models, frozen dataclasses."""
 
-    `directions` lists the scan paths of each layer, None if every layer has all `PATHS`.
-    """
-
-    PATHS: tuple[int, ...]
     depth: int
-    d_inner: PerLayer
-    d_state: PerLayer
-    directions: tuple[tuple[int, ...], ...] | None
     grid: tuple[int, int]
 
     @property
     def patches(self) -> int:
         """The number of patches of an image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The sizes of each layer, as far as layers can differ."""
+        return (None,) * self.depth
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object; fields that are None are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class LayeredConfig(ModelConfig):
+    """Base of configurations whose `d_inner` and `d_state` are one number for all layers or one for each.
+
+    `directions` lists the scan paths of each layer, None if every layer has all `PATHS`.
+    """
+
+    PATHS: tuple[int, ...]
+    d_inner: PerLayer
+    d_state: PerLayer
+    directions: tuple[tuple[int, ...], ...] | None
 
     @property
     def layers(self) -> list[LayerSize]:
@@ -55,10 +69,6 @@ class LayeredConfig:
             d_state=compact(size.d_state for size in sizes.values()),
             directions=None if all(paths == self.PATHS for paths in directions) else directions,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a JSON object; fields that are None are left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Origin(NamedTuple):

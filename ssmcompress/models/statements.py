@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ class Statements:
     Attributes:
         options: option of the published code -> statement.
         family: the architecture that is named, an entry of `FAMILY_NAMES`, or None.
+        names: names of the model, as they are said.
         wrapped: whether the weights are an entry of a checkpoint or of a wrapper, not a bare state dict.
         writer: the tool that wrote the file, for messages; None if nothing names it.
         normalisation: (mean, std), each a tuple with one value a channel, on a 0..1 scale, by a configuration of mm's.
@@ -62,6 +63,7 @@ class Statements:
 
     options: dict[str, Statement] = field(default_factory=dict)
     family: Statement | None = None
+    names: list[Statement] = field(default_factory=list)
     wrapped: bool = False
     writer: str | None = None
     normalisation: Statement | None = None
@@ -74,6 +76,7 @@ class Statements:
 
     def add_name(self, name: str, where: str) -> None:
         """Add what the name of a model says: its architecture, and options in the form of hustvl's names."""
+        self.names.append(Statement(name, where))
         if self.family is None and (family := family_of_name(name)) is not None:
             self.family = Statement(family, where)
         for option, value in options_of_name(name).items():
@@ -106,9 +109,9 @@ class Statements:
             self.family = Statement(family, where)
         self.options = {name: option for name, option in self.options.items() if option.where != FILE_NAME}
 
-    def add_config(self, config: Mapping[str, Any], where: str) -> None:
-        """Add what a configuration of ours says and weights do not show: the output levels of a segmentation model."""
-        for name in ("level", "out_layers"):
+    def add_config(self, config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+        """Add what a configuration of ours says of the fields `names`, which weights do not show."""
+        for name in names:
             if name in config:
                 value = config[name]
                 self.options[name] = Statement(tuple(value) if isinstance(value, list) else value, where)

@@ -140,6 +140,7 @@ class UperNet(TokenModel):
 
     task = SEGMENTATION
     levels = LEVELS
+    hidden_options = ("level", "out_layers")
     # What both sides of an image are enlarged to a multiple of before it is given to the model; None: they are not.
     multiple: ClassVar[int | None] = None
 

@@ -259,7 +259,7 @@ class VimBlock(ScanBlock):
         inner, projection = self.channel_maps
         return inner, (projection,)
 
-    def forward(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
+    def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
         features = self.norm(tokens.features)
         if protected_only:
             update, scores = self.mixer.forward_protected(features, tokens), None

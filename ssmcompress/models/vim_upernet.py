@@ -135,7 +135,7 @@ class VimUperNet(UperNet):
     Images of another size than `config.image_size` are segmented in windows of it, which overlap by a third.
     """
 
-    architecture, family = "vim_upernet", "vim"
+    architecture, families = "vim_upernet", ("vim",)
     config_class = VimUperNetConfig
     telling_keys = ("backbone.patch_embed.proj.weight", "backbone.layers.0.mixer.A_b_log", HEAD_OF_SEGMENTATION)
     no_weight_decay = ("*A_log", "*A_b_log", "*pos_embed")

@@ -22,7 +22,8 @@ class Alignment:
     """Which ops are aligned to pruned positions; with all off, pruning is a plain gather.
 
     Attributes:
-        conv, scan: whether these ops of the blocks are aligned.
+        conv, scan: whether these ops of the blocks are aligned. `scan` also stands for attention, in which merged
+            tokens have the weight of all that they stand for.
         pool: whether the mean over tokens that a model reads out includes pruned tokens as they were last seen.
     """
 

@@ -6,6 +6,10 @@ signal of MTR (arXiv 2507.14042), and `clip-paths` is the mean of `clip` over th
 are computed by the scan: see `ssmcompress.ops.SCORES`. `saliency` is predicted from a token's features by a linear map
 fitted to the dense model's gradients: see `ssmcompress.compression.saliency`. `similarity` is the criterion by which
 R-MeeTo merges tokens (`ssmcompress.pruning.merging`).
+
+Layers with attention have `attention`, the score of EViT (arXiv 2202.07800): the attention that the class token pays to
+a token, as a mean over the heads. Their `clip`, `l1`, `l2` and `mean` are of the values that attention computes for a
+token, before their projection. `keys` is the criterion by which ToMe merges tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import SCORES
+from ..ops import SCORES, gather_tokens
 from ..ops.dispatch import full_precision
 from ..ops.reference import accumulation_dtype
 from .tokens import EPSILON, Tokens
@@ -76,8 +80,9 @@ def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
     distances = torch.full((batch, count), UNLINKED_DISTANCE, dtype=torch.float32, device=indices.device)
     order = indices  # the tokens that may be merged
     if tokens.protected is not None:
-        free = indices[:, 1:] - 1
-        order = free + (free >= tokens.protected_index()[:, None])
+        several = tokens.protected_count
+        free = indices[:, several:] - several
+        order = free + several * (free >= tokens.protected_index()[:, None])
     even, odd = order[:, ::2], order[:, 1::2]
     if not odd.shape[1]:
         return distances, indices
@@ -91,6 +96,30 @@ def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return distances.scatter(1, even, 1 - cosine), indices.scatter(1, even, odd.gather(1, best))
 
 
+def match_keys(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Match tokens by their keys as ToMe (arXiv 2210.09461) does; returns (distance, partner), both (batch, tokens).
+
+    In the order of `tokens.ranks`, the tokens at even places are matched with those at odd places: each with the one
+    whose key has the largest cosine similarity, and its distance is 1 minus that. All others, and the protected tokens,
+    are matched with themselves, with the distance `UNLINKED_DISTANCE`.
+    """
+    batch, count, _ = tokens.features.shape
+    indices = torch.arange(count, device=tokens.features.device).expand(batch, -1)
+    order = indices if tokens.ranks is None else tokens.ranks.argsort(1)
+    even, odd = order[:, ::2], order[:, 1::2]
+    distances = torch.full((batch, count), UNLINKED_DISTANCE, dtype=torch.float32, device=indices.device)
+    unit = F.normalize(tokens.keys.float(), dim=-1)
+    with full_precision(unit.device):
+        cosine = gather_tokens(unit, even) @ gather_tokens(unit, odd).transpose(1, 2)
+    if tokens.protected is not None:
+        held = tokens.is_protected(tokens.explicit_positions())
+        cosine = cosine.masked_fill(held.gather(1, odd)[:, None], -torch.inf)
+        cosine = cosine.masked_fill(held.gather(1, even)[..., None], -torch.inf)
+    cosine, best = cosine.max(-1)
+    distance = torch.where(cosine.isfinite(), 1 - cosine, UNLINKED_DISTANCE)
+    return distances.scatter(1, even, distance), indices.scatter(1, even, odd.gather(1, best))
+
+
 @dataclass(frozen=True)
 class Importance:
     """A metric of importance: what it needs, what it costs, and how it scores.
@@ -98,7 +127,8 @@ class Importance:
     Attributes:
         score: (tokens, pruner) -> scores (batch, tokens), higher for tokens that matter more. `tokens` are those after
             the layer of the stage; the pruner has the buffers `draw` and `probe`.
-        block_metric: the score of `ssmcompress.ops.SCORES` that the layer computes for it, in `tokens.scores`; or None.
+        block_metric: the score that the layer computes for it, in `tokens.scores` (`keys`: in `tokens.keys`); or None.
+            Scans have those of `ssmcompress.ops.SCORES`.
         draw: whether it needs a random value for each position. probe: whether it needs a predictor that is fitted on
             calibration images (`ssmcompress.compression.saliency`).
         flops: multiply-adds for one token, as a multiple of d_model, apart from what the layer computes anyway.
@@ -122,6 +152,8 @@ IMPORTANCES: dict[str, Importance] = {
         flops=1,
     ),
     "similarity": Importance(lambda tokens, pruner: link_pairs(tokens)[0], ranks=False),
+    "attention": Importance(lambda tokens, pruner: tokens.scores, block_metric="attention", flops=1),
+    "keys": Importance(lambda tokens, pruner: match_keys(tokens)[0], block_metric="keys", ranks=False),
 }
 
 

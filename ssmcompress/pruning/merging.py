@@ -6,7 +6,15 @@
   sources, those between are targets, and each source is averaged into the target most similar to it. There are as many
   targets as sources, if enough tokens are kept.
 
-In both, the kept tokens retain their order and positions, and the protected token is not merged.
+Two are for layers with attention:
+
+- "bipartite" is the method of ToMe (arXiv 2210.09461): each removed token is merged into the one whose key is most like
+  its own, by a mean that is weighted by the number of tokens that each one stands for. Later attention gives a token
+  the weight of that number (proportional attention), if the plan is aligned.
+- "fused" is that of EViT (arXiv 2202.07800): all removed tokens become one, their sum weighted by the attention of the
+  class token. It has no position and comes last; later stages can remove it.
+
+The kept tokens retain their order and positions, and protected tokens are not merged.
 """
 
 from __future__ import annotations
@@ -18,10 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.dispatch import full_precision
-from .importance import link_pairs
+from .importance import link_pairs, match_keys
 from .tokens import Tokens
 
-MERGES = ("ordered", "grouped")
+MERGES = ("ordered", "grouped", "bipartite", "fused")
+# Importances that rank tokens for merging alone, and the merge that goes with each.
+MERGED_BY = {"similarity": "ordered", "keys": "bipartite"}
 
 
 def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -> Tokens:
@@ -32,11 +42,13 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
         scores: (batch, tokens) the scores they were ranked by, infinite for the protected token.
         merge: one of `MERGES`.
     """
+    if merge == "fused":
+        return _fuse(tokens, index, scores)
     batch, count, _ = tokens.features.shape
     is_kept = torch.zeros(batch, count, dtype=torch.bool, device=index.device)
     is_kept = is_kept.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit cannot scatter a bool
-    if merge == "ordered":
-        partner = link_pairs(tokens)[1]
+    if merge in MERGED_BY.values():
+        partner = (link_pairs if merge == "ordered" else match_keys)(tokens)[1]
         sizes = tokens.sizes if tokens.sizes is not None else torch.ones_like(scores)
     else:
         partner = _find_targets(tokens, int(index.shape[1]), is_kept, scores)
@@ -48,13 +60,49 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
     total = torch.zeros_like(parts).scatter_add(1, target[..., None].expand_as(parts), parts)
     merged = torch.where(is_kept[..., None], total / weight.clamp(min=1)[..., None], tokens.features)
     kept = tokens.updated(merged, update=tokens.update).keep(index)
-    return replace(kept, sizes=weight.gather(1, index)) if merge == "ordered" else kept
+    if merge == "bipartite":
+        kept = replace(kept, ranks=_rank(tokens).gather(1, index))
+    return replace(kept, sizes=weight.gather(1, index)) if merge in MERGED_BY.values() else kept
+
+
+def count_merge(merge: str, tokens: int, kept: int, width: int, key_width: int) -> int:
+    """Return the multiply-adds of a merge of one image's tokens, apart from what the layer computes anyway.
+
+    Args:
+        tokens, kept: before and after. width: of the residual stream. key_width: of the keys that are compared.
+    """
+    if merge == "fused":
+        return (tokens - kept) * width
+    if merge == "grouped":
+        return tokens * min(tokens - kept, kept) * width
+    return (tokens // 2) ** 2 * (key_width if merge == "bipartite" else width)
+
+
+def _rank(tokens: Tokens) -> Tensor:
+    """Return ranks (batch, tokens) after a merge as ToMe has them: tokens at even places first, then those at odd ones.
+
+    They are distinct, in the order of the tokens that are left.
+    """
+    count = int(tokens.features.shape[1])
+    places = torch.arange(count, device=tokens.features.device).expand(len(tokens.features), -1)
+    if tokens.ranks is not None:
+        places = tokens.ranks.argsort(1).argsort(1)
+    return places + places % 2 * count
+
+
+def _fuse(tokens: Tokens, index: Tensor, scores: Tensor) -> Tokens:
+    """Return the tokens at `index`, and last the sum of all others, weighted by their scores."""
+    removed = torch.ones_like(scores).scatter(1, index, torch.zeros_like(index).to(scores.dtype))
+    weight = torch.where(removed > 0, scores, 0).to(tokens.features.dtype)
+    with full_precision(weight.device):
+        fused = weight[:, None] @ tokens.features
+    return tokens.keep(index).with_fused(fused)
 
 
 def _find_targets(tokens: Tokens, kept: int, is_kept: Tensor, scores: Tensor) -> Tensor:
     """Return for each token (batch, tokens) the most similar of the `kept` tokens with the lowest scores."""
     features, length = tokens.features, int(tokens.features.shape[1])
-    count = min(length - kept, kept - (tokens.protected is not None))
+    count = min(length - kept, kept - tokens.protected_count)
     if not count:
         return torch.arange(length, device=features.device).expand(features.shape[0], -1)
     lowest = scores.masked_fill(~is_kept, torch.inf).topk(count, largest=False).indices

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError, suggest
 from .alignment import GAP_SOURCES, Alignment
 from .importance import IMPORTANCES
-from .merging import MERGES
+from .merging import MERGED_BY, MERGES
 
 # ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
@@ -32,18 +32,21 @@ def default_stages(depth: int) -> tuple[int, ...]:
     return tuple(sorted(stages))
 
 
-def kept_count(length: int, ratio: float, protected: bool) -> int:
-    """Return how many of `length` tokens are kept if the share `ratio` of the unprotected ones is removed; at least 2.
+def kept_count(length: int, ratio: float, protected: int) -> int:
+    """Return how many of `length` tokens are kept if the share `ratio` of the unprotected ones is removed.
 
-    With keep = 1 - ratio, it is 1 + ceil((length - 1) * keep) with a protected class token, else ceil(length * keep).
-    The product is rounded to 9 digits first, so that 10 * 0.7 = 7.000000000000001 keeps 7.
+    With keep = 1 - ratio, it is protected + ceil((length - protected) * keep). The product is rounded to 9 digits
+    first, so that 10 * 0.7 = 7.000000000000001 keeps 7. At least 2 are kept, and one that is not protected.
+
+    Args:
+        protected: number of tokens that are never removed, among `length`.
     """
-    free = length - 1 if protected else length
-    kept = math.ceil(round(free * (1 - ratio), 9)) + (length - free)
-    return min(length, max(2, kept))
+    free = length - protected
+    kept = math.ceil(round(free * (1 - ratio), 9)) + protected
+    return min(length, max(2, protected + 1, kept))
 
 
-def share_removed(length: int, kept: int, protected: bool) -> float:
+def share_removed(length: int, kept: int, protected: int) -> float:
     """Return the ratio with which `kept_count` keeps `kept` of `length` tokens."""
     free = length - protected
     return max(0.0, 1 - (kept - protected) / free) if free else 0.0
@@ -52,6 +55,8 @@ def share_removed(length: int, kept: int, protected: bool) -> float:
 @dataclass(frozen=True)
 class Stage:
     """Removal of the share `ratio` of the tokens after layer `after` (1-based), those with the lowest importance.
+
+    In a layer of attention and an MLP, tokens are removed between the two.
 
     Attributes:
         importance: the metric that ranks the tokens, one of `IMPORTANCES`.
@@ -66,6 +71,11 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         value = {"after": int(self.after), "ratio": float(self.ratio), "importance": self.importance}
         return value | ({"merge": self.merge} if self.merge is not None else {})
+
+    def count(self, tokens: int, protected: int) -> int:
+        """Return how many of `tokens` are left, with the one that removed tokens are fused into."""
+        kept = kept_count(tokens, self.ratio, protected)
+        return kept + (self.merge == "fused" and kept < tokens)
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,13 @@ class Plan:
             gap += f", calibrated on {self.calibration.images} images of {self.calibration.name}"
         return f"Plan(remove {'; '.join(removed) or 'nothing'}; align {', '.join(aligned) or 'nothing'}; gap {gap})"
 
-    def validate(self, depth: int) -> Plan:
-        """Return this plan, or raise an InputError if it is invalid for a model of `depth` layers."""
+    def validate(self, depth: int, inside: bool = False) -> Plan:
+        """Return this plan, or raise an InputError if it is invalid for a model of `depth` layers.
+
+        Args:
+            inside: whether tokens are removed inside the layer of a stage, so that the last layer can have one.
+        """
+        last = depth if inside else depth - 1
         if not isinstance(self.stages, (tuple, list)) or not all(isinstance(stage, Stage) for stage in self.stages):
             raise InputError(f"`stages` of a plan: expected Stage(after, ratio) values, found {self.stages!r}"[:200])
         if not isinstance(self.alignment, Alignment):
@@ -138,8 +153,8 @@ class Plan:
                 raise InputError(f"a stage after layer {stage.after!r}: expected the number of a layer, from 1")
             if not isinstance(stage.ratio, Real) or isinstance(stage.ratio, bool):
                 raise InputError(f"ratio {stage.ratio!r} after layer {stage.after}: expected a share from 0 to below 1")
-            if not 1 <= stage.after < depth:
-                stages = "there is no stage" if depth < 2 else "a stage is 1" + f" to {depth - 1}" * (depth > 2)
+            if not 1 <= stage.after <= last:
+                stages = "there is no stage" if last < 1 else "a stage is 1" + f" to {last}" * (last > 1)
                 layers = f"{depth} layer{'s' if depth > 1 else ''}"
                 raise InputError(f"cannot prune after layer {stage.after}: the model has {layers}, so {stages}")
             if not 0 <= stage.ratio < 1:
@@ -153,9 +168,17 @@ class Plan:
                 raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(names)}{hint}")
             if stage.merge not in (None, *MERGES):
                 raise InputError(f"unknown merge {stage.merge!r}: expected one of {', '.join(MERGES)}")
-            if (stage.importance == "similarity") != (stage.merge == "ordered"):
-                raise InputError(f"importance 'similarity' and merge 'ordered' go together, after layer {stage.after}")
-            if stage.merge == "ordered" and stage.ratio > 0.5:
+            for importance, merge in MERGED_BY.items():
+                if (stage.importance == importance) != (stage.merge == merge):
+                    raise InputError(
+                        f"importance {importance!r} and merge {merge!r} go together, after layer {stage.after}"
+                    )
+            if stage.merge == "fused" and stage.importance != "attention":
+                raise InputError(
+                    f"merge 'fused' weighs tokens by importance 'attention', after layer {stage.after}, not by "
+                    f"{stage.importance!r}"
+                )
+            if stage.merge in MERGED_BY.values() and stage.ratio > 0.5:
                 raise InputError(f"ratio {stage.ratio:g} after layer {stage.after}: merging removes half at most")
         afters = [stage.after for stage in self.stages]
         if afters != sorted(set(afters)):
@@ -258,17 +281,17 @@ def _parse_int(value: Any) -> int:
     return int(value)
 
 
-def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: bool, reenter: int = 0) -> list[int]:
+def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: int, reenter: int = 0) -> list[int]:
     """Return the number of tokens that each of `depth` layers processes, then the number read out: depth + 1 values.
 
     Args:
-        reenter: number of last layers that process all tokens.
+        protected: number of tokens that are never removed. reenter: number of last layers that process all tokens.
     """
-    ratios = {stage.after: stage.ratio for stage in stages}
+    removing = {stage.after: stage for stage in stages}
     counts = [length]
     for layer in range(1, depth + 1):
         count = counts[-1]
-        counts.append(kept_count(count, ratios[layer], protected) if layer in ratios else count)
+        counts.append(removing[layer].count(count, protected) if layer in removing else count)
     if reenter:
         counts[depth - reenter :] = [length] * (reenter + 1)
     return counts

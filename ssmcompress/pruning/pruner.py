@@ -49,7 +49,7 @@ class TokenPruner(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
-        count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected is not None)
+        count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected_count)
         if count == tokens.features.shape[1]:  # to the bit: with all positions given, a convolution rounds otherwise
             return tokens.keep_all()
         positions = tokens.explicit_positions()
@@ -57,7 +57,7 @@ class TokenPruner(nn.Module):
         if tokens.protected is not None:
             # A NaN, of an image that is not finite, would rank above the infinity.
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
-            scores = scores.masked_fill(positions == tokens.protected, torch.inf)
+            scores = scores.masked_fill(tokens.is_protected(positions), torch.inf)
         index = topk_tokens(scores, count)
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
 

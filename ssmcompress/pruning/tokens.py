@@ -90,8 +90,10 @@ class Tokens:
         features: (batch, kept, d_model), the residual stream.
         length: number of tokens before any pruning; positions count from 0 to length - 1.
         protected: position of the token that is never pruned (the class token), or None.
-        positions: (batch, kept) int64, strictly increasing; None while nothing is pruned.
+        positions: (batch, kept) int64, strictly increasing; None while nothing is pruned. Tokens without a position,
+            those that others were fused into, have numbers from `length` on.
         scores: (batch, kept) importance, if the last block was asked for it; else None.
+        keys: (batch, kept, width) the mean key over the heads of attention, if the last block was asked for it.
         alignment: which ops of the blocks compensate for pruned positions.
         pruned_sum: (batch, d_model) sum of the remembered values of pruned tokens, if the model needs it; else None.
         pruned_segments: sums over the pruned tokens as `segment_sums` has them, with the numbers of kept ones, if the
@@ -99,6 +101,9 @@ class Tokens:
         summary: the result of `summarise`, if it is known already, for as long as the features are these; else None.
         layout: where the kept tokens lie, for as long as the positions are these, if the model needs it; else None.
         sizes: (batch, kept) number of tokens that each one stands for, if merging needs it; else None.
+        ranks: (batch, kept) int64, distinct, whose order is that of the tokens in ToMe's sequence; None: as they are.
+        prefix: number of tokens from `protected` on that are never pruned.
+        fused: number of tokens without a position that stages have added so far, of which some may be pruned again.
         orders: the scan paths of the model, over all positions.
         paths: the same over the kept tokens; computed from `positions` once for all blocks up to the next stage.
         grid: (rows, columns) of the patches of these images, if that can differ from the model's; else None.
@@ -113,12 +118,16 @@ class Tokens:
     protected: int | None = None
     positions: Tensor | None = None
     scores: Tensor | None = None
+    keys: Tensor | None = None
     alignment: Alignment = Alignment()
     pruned_sum: Tensor | None = None
     pruned_segments: Tensor | None = None
     summary: Tensor | None = None
     layout: Layout | None = None
     sizes: Tensor | None = None
+    ranks: Tensor | None = None
+    prefix: int = 1
+    fused: int = 0
     orders: tuple[ScanOrder, ...] = ()
     paths: tuple[KeptPath, ...] | None = None
     grid: tuple[int, int] | None = None
@@ -132,12 +141,12 @@ class Tokens:
 
     def updated(self, features: Tensor, scores: Tensor | None = None, update: Tensor | None = None) -> Tokens:
         """Return the same tokens with new features (and scores, and `update`)."""
-        return replace(self, features=features, scores=scores, update=update, summary=None)
+        return replace(self, features=features, scores=scores, keys=None, update=update, summary=None)
 
     def corrected(self, features: Tensor) -> Tokens:
         """Return the same tokens with features that a correction has changed, by which `update` changes, too."""
         update = None if self.update is None else self.update + (features - self.features)
-        return self.updated(features, self.scores, update)
+        return replace(self, features=features, update=update, summary=None)
 
     def explicit_positions(self) -> Tensor:
         """Return the positions (batch, kept), also if nothing is pruned yet."""
@@ -150,21 +159,36 @@ class Tokens:
         """Return the tokens at `index` (batch, kept'), ascending indices into the current tokens."""
         features = gather_tokens(self.features, index)
         positions = self.explicit_positions().gather(1, index)
-        sizes = None if self.sizes is None else self.sizes.gather(1, index)
-        changed = {"features": features, "positions": positions, "sizes": sizes}
+        changed = {"features": features, "positions": positions, "scores": None, "keys": None}
+        changed |= {k: v.gather(1, index) for k in ("sizes", "ranks") if (v := getattr(self, k)) is not None}
         if self.update is not None:
             changed["update"] = gather_tokens(self.update, index)
         if self.dropped is not None:
             changed["dropped"] = (*self.dropped, self._drop(index, int(self.features.shape[1] - index.shape[1])))
-        return replace(self, **changed, paths=None, scores=None, summary=None, layout=None)
+        return replace(self, **changed, paths=None, summary=None, layout=None)
+
+    def with_fused(self, features: Tensor) -> Tokens:
+        """Return these tokens and after them one without a position, features (batch, 1, d_model), of a model that
+        has no scans."""
+        positions = torch.full_like(self.positions[:, :1], self.length + self.fused)
+        changed = {
+            "features": torch.cat([self.features, features], dim=1),
+            "positions": torch.cat([self.positions, positions], dim=1),
+            "fused": self.fused + 1,
+        }
+        if self.sizes is not None:
+            changed["sizes"] = torch.cat([self.sizes, torch.ones_like(self.sizes[:, :1])], dim=1)
+        if self.ranks is not None:
+            changed["ranks"] = torch.cat([self.ranks, self.ranks.amax(1, keepdim=True) + 1], dim=1)
+        return replace(self, **changed, paths=None, summary=None, layout=None)
 
     def keep_all(self) -> Tokens:
         """Return the tokens after a stage that keeps all of them."""
         if self.dropped is None:
-            return replace(self, scores=None)
+            return replace(self, scores=None, keys=None)
         nothing = self.features[:, :0]
         empty = Dropped(self.explicit_positions()[:, :0], nothing, nothing)
-        return replace(self, scores=None, dropped=(*self.dropped, empty))
+        return replace(self, scores=None, keys=None, dropped=(*self.dropped, empty))
 
     def _drop(self, kept: Tensor, count: int) -> Dropped:
         """Return the `count` tokens that are not at the indices `kept`."""
@@ -181,8 +205,9 @@ class Tokens:
             return replace(self, dropped=())
         features = torch.cat([*(group.features for group in groups), self.features], dim=1)
         positions = torch.cat([*(group.positions for group in groups), self.positions], dim=1)
-        changed = {"features": place_tokens(features, positions), "positions": None, "dropped": (), "sizes": None}
-        return replace(self, **changed, paths=None, scores=None, update=None, summary=None, layout=None)
+        changed = {"features": place_tokens(features, positions), "positions": None, "dropped": ()}
+        changed |= dict.fromkeys(("sizes", "ranks", "scores", "keys", "update", "summary", "layout"))
+        return replace(self, **changed, paths=None)
 
     def level(self) -> Level:
         """Return what an output level has of the tokens: `update` if it is kept, else the residual stream."""
@@ -238,7 +263,8 @@ class Tokens:
     def _find_segments(self, segments: int) -> Tensor:
         """Return the segment (batch, kept) of each token."""
         if self.positions is not None:
-            return self.positions * segments // self.length
+            index = self.positions * segments // self.length
+            return index.clamp(max=segments - 1) if self.fused else index
         every = torch.arange(self.length, device=self.features.device) * segments // self.length
         return every.expand(self.features.shape[0], -1)
 
@@ -249,6 +275,17 @@ class Tokens:
     def protected_index(self) -> Tensor:
         """Return the index (batch,) of the protected token among the kept ones, which are ordered by position."""
         return (self.explicit_positions() < self.protected).sum(1)
+
+    @property
+    def protected_count(self) -> int:
+        """The number of tokens that are never pruned."""
+        return 0 if self.protected is None else self.prefix
+
+    def is_protected(self, positions: Tensor) -> Tensor:
+        """Return whether positions are those of tokens that are never pruned; there must be one."""
+        if self.prefix == 1:
+            return positions == self.protected
+        return (positions >= self.protected) & (positions < self.protected + self.prefix)
 
     def span_to_protected(self, reverse: bool) -> tuple[Tokens, int]:
         """Return the tokens of a raster path up to the protected one, and the index of the first of them.

@@ -432,7 +432,6 @@ OTHERS = {
     "VMamba, second version": ["patch_embed.0.weight", "layers.0.blocks.0.op.A_logs"],
     "VMamba, first version": ["patch_embed.proj.weight", "layers.0.blocks.0.self_attention.A_logs"],
     "MambaVision": ["model.patch_embed.conv_down.0.weight", "model.head.weight"],
-    "DeiT or ViT": ["cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"],
     "VideoMamba, masked": ["clip_decoder.0.weight", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
     "VideoMamba, video": ["temporal_pos_embedding", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
     "a Mamba language model": ["backbone.embeddings.weight", "backbone.layers.0.mixer.A_log"],

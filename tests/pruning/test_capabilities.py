@@ -64,7 +64,7 @@ class Mixing(Block):
     def refitted(self):
         return (("out",),)
 
-    def forward(self, tokens, metric=None):
+    def begin(self, tokens, metric=None, protected_only=False):
         mean = tokens.features.mean(1, keepdim=True).expand_as(tokens.features)
         update = self.out(torch.cat([tokens.features, mean], dim=-1)).tanh()
         scores = update.square().sum(-1) if metric == "l2" else None
@@ -101,5 +101,6 @@ def test_a_search_over_them_drops_tokens_alone_by_scores_that_all_layers_give(mi
     plan = ssmcompress.search(mixed, images, flops=0.75)
     assert {stage.importance for stage in plan.stages} <= {"l2", "saliency"}
     with pytest.raises(InputError, match="layer 3 of a vim has none"):
-        ssmcompress.make_plan(mixed, stages=(1, 3))
-    ssmcompress.make_plan(mixed, stages=(1,))  # the layer before the stage has them
+        ssmcompress.make_plan(mixed, stages=(1, 3), importance="clip")
+    ssmcompress.make_plan(mixed, stages=(1,), importance="clip")  # the layer before the stage has it
+    assert {stage.importance for stage in ssmcompress.make_plan(mixed, stages=(1, 3)).stages} == {"l2"}

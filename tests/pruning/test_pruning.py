@@ -16,7 +16,7 @@ from ssmcompress.compression.search.equal import plan_for_budget
 from ssmcompress.data.any_batches import AnyBatches
 from ssmcompress.errors import BudgetError, InputError
 from ssmcompress.evaluation.flops import flops, remaining_share
-from ssmcompress.ops import causal_conv1d, selective_scan
+from ssmcompress.ops import SCORES, causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.importance import IMPORTANCES
 from ssmcompress.pruning.plan import Plan, Stage, default_stages, kept_count, token_counts
@@ -92,7 +92,7 @@ def test_a_second_stage_counts_positions_from_the_original_path():
     assert second.positions.tolist() == [[2, 5, 7]]
 
 
-@pytest.mark.parametrize("metric", [name for name, importance in IMPORTANCES.items() if importance.ranks])
+@pytest.mark.parametrize("metric", [n for n, i in IMPORTANCES.items() if i.ranks and i.block_metric in (None, *SCORES)])
 def test_every_metric_prunes_each_image_alike_in_any_batch(model, metric):
     images = images_of(model)
     plan = ssmcompress.calibrate(model, images, stages=(1, 2, 3), ratio=(0.2, 0.3, 0.4), importance=metric)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ HELD_OUT = 5
 # tokens are kept later. Values between 1e-4 and 0.5 made no difference (0.3 points).
 LEAST_WEIGHT = 1e-3
 # The fields of `Tokens` that change from layer to layer.
-TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes")
+TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes", "ranks")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class LayerwiseRefit:
     """Runs a dense and a pruned model layer by layer on the same images, and refits the layers of the pruned one.
 
     The images are processed in chunks, which are identified by their number. `files` has for each chunk the `weights`
-    of all rows (layers + 1, images, tokens), the `dense` features and the `pruned` tokens before the current layer, the
-    dense `targets` of the layer's inner maps at the kept tokens, and what the fit of its `class` correction needs.
+    of all rows (points, images, tokens), see `margin_gradients`, the `dense` features and the `pruned` tokens before
+    the current layer, the dense `targets` of the layer's inner maps at the kept tokens, and what the fit of its `class`
+    correction needs.
 
     Args:
         layers: the layers to refit, from 1. folder: an empty folder for values of chunks.
@@ -109,7 +111,8 @@ class LayerwiseRefit:
         *values, dropped = self.files.get("pruned", chunk)
         values = dict(zip(TOKENS, values, strict=True))
         groups = None if dropped is None else tuple(Dropped(*group) for group in dropped)
-        return replace(self.template, **values, dropped=groups, paths=None, summary=None, layout=None)
+        values |= {"dropped": groups, "fused": self.fused}
+        return replace(self.template, **values, paths=None, summary=None, layout=None)
 
     def put_tokens(self, chunk: int, tokens: Tokens) -> None:
         """Write the pruned model's tokens before the next layer."""
@@ -125,7 +128,8 @@ class LayerwiseRefit:
 
     def start(self, batches: AnyBatches) -> float:
         """Run both models up to the first layer to be refitted, and return the mean KL of the images held out."""
-        self.totals = torch.zeros(len(self.dense.blocks) + 1, dtype=torch.float64, device="cpu")
+        points = 1 + self.dense.count_points(len(self.dense.blocks))
+        self.totals = torch.zeros(points, dtype=torch.float64, device="cpu")
         kl = torch.zeros((), dtype=torch.float64, device="cpu")
         for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
             images = images.to(self.device)
@@ -153,11 +157,12 @@ class LayerwiseRefit:
         chunk, weights = self.chunks, margin_gradients(self.dense, images).cpu()
         self.totals += weights.sum((1, 2), dtype=torch.float64)
         full, kept = self.dense.embed(images), set_pool(self.pruned.embed(images), self.pruned.pools)
-        self.template = replace(kept, features=kept.features[:1], dropped=None)
+        self.template, self.fused = replace(kept, features=kept.features[:1], dropped=None), kept.fused
         for layer in range(1, self.numbers[self.layers[0] - 1]):
             full, _ = self.dense.step(layer, full)
         for layer in range(1, self.layers[0]):
             kept, _ = self.pruned.step(layer, kept)
+        self.fused = kept.fused
         self.files.put("weights", chunk, weights)
         if self.dense.levels:
             self.files.put("images", chunk, images)
@@ -176,7 +181,11 @@ class LayerwiseRefit:
                 yield from self.refit_inner(layer, names)
             for projection in projections:
                 yield from self.refit_projection(layer, projection)
-            yield from self.advance_pruned(layer)
+            yield from self.advance_pruned(self.pruned.begin, layer)
+            if self.pruned.blocks[layer - 1].end_projection is not None:
+                yield from self.advance_dense_end(layer)
+                yield from self.refit_end(layer)
+                yield from self.advance_pruned(self.pruned.end, layer)
         yield from self.refit_levels() if self.dense.levels else self.refit_readout()
 
     def refit_levels(self) -> Iterator[None]:
@@ -202,7 +211,8 @@ class LayerwiseRefit:
     def passes(self) -> int:
         """Return how many times `refit` passes over the chunks."""
         inner = sum(bool(self.comparable(x, group)) for x in self.layers for group in self.maps(x)[:-1])
-        return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 2
+        ends = sum(self.pruned.blocks[layer - 1].end_projection is not None for layer in self.layers)
+        return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 3 * ends + 2
 
     def maps(self, layer: int) -> tuple[tuple[str, ...], ...]:
         """Return the names of the linear layers of a layer that are refitted."""
@@ -222,27 +232,74 @@ class LayerwiseRefit:
         )
 
     def advance_dense(self, layer: int, inner: Sequence[str]) -> Iterator[None]:
-        """Run the dense model up to the next layer that is kept; write the inner maps' outputs at the kept tokens."""
+        """Run the dense model up to the next projection that is refitted; write the inner maps' outputs at kept tokens.
+
+        That is at the end of this layer, or of those after it that are not kept; or at the place of its stage if the
+        layer has a second part.
+        """
         first, stop = self.numbers[layer - 1 : layer + 1]
-        block = self.reference_block(layer)
+        block, part = self.reference_block(layer), None
+        if self.pruned.blocks[layer - 1].end_projection is not None:
+            stop, part = first + 1, "begin"
         for k in range(self.chunks):
             tokens = replace(self.template, features=self.files.get("dense", k))
             done = self.reference is self.dense
             with record(block, inner) as records:
-                after = block(tokens) if inner or done else tokens
+                after = block(tokens, part=part) if inner or done else tokens
             tokens = after if done else tokens
             for number in range(first + done, stop):
-                tokens = self.dense.blocks[number - 1](tokens)
+                tokens = self.dense.blocks[number - 1](tokens, part=part)
             self.files.put("dense", k, tokens.features)
             positions = self.get_tokens(k).explicit_positions()
             self.files.put("targets", k, {name: gather_tokens(out, positions) for name, (_, out) in records.items()})
             yield
 
-    def advance_pruned(self, layer: int) -> Iterator[None]:
-        """Run a layer of the pruned model and its stage."""
+    def advance_dense_end(self, layer: int) -> Iterator[None]:
+        """Run the dense model from the place of the stage of a layer up to the next layer that is kept."""
+        first, stop = self.numbers[layer - 1 : layer + 1]
         for k in range(self.chunks):
-            self.put_tokens(k, self.pruned.step(layer, self.get_tokens(k))[0])
+            tokens = self.dense.end(first, replace(self.template, features=self.files.get("dense", k)))
+            for number in range(first + 1, stop):
+                tokens = self.dense.blocks[number - 1](tokens)
+            self.files.put("dense", k, tokens.features)
             yield
+
+    def advance_pruned(self, run: Callable[[int, Tokens], Any], layer: int) -> Iterator[None]:
+        """Run a part of a layer of the pruned model, `TokenModel.begin` or `end`."""
+        fused = self.fused
+        for k in range(self.chunks):
+            after = run(layer, self.get_tokens(k))
+            after = after if isinstance(after, Tokens) else after[0]
+            self.put_tokens(k, after)
+            fused = after.fused
+            yield
+        self.fused = fused
+
+    def refit_end(self, layer: int) -> Iterator[None]:
+        """Refit the projection of the second part of a layer to the dense features after it, at tokens with a place."""
+        block = self.pruned.blocks[layer - 1]
+        name, point = block.end_projection, self.dense.count_points(self.numbers[layer - 1])
+        sums = LinearSums(block.get_submodule(name), self.device, scale=block.end_scale)
+        for k in range(self.chunks):
+            tokens = self.get_tokens(k)
+            with record(block, [name]) as records:
+                block(tokens, part="end")
+            targets, weights = self.targets_at(k, tokens, point)
+            sums.add(records[name][0], targets - tokens.features, weights, self.held[k])
+            yield
+        self.fits.append(self.solve(sums))
+
+    def targets_at(self, chunk: int, tokens: Tokens, point: int) -> tuple[Tensor, Tensor]:
+        """Return the dense features (images, kept, d_model) of the kept tokens, and the weights of their rows.
+
+        A token without a position, which the dense model does not have, gets a weight of zero.
+        """
+        positions, weights = tokens.explicit_positions(), self.row_weights(chunk, point)
+        placed = positions.clamp(max=tokens.length - 1)
+        weights = weights.gather(1, placed)
+        if tokens.fused:
+            weights = weights * (positions < tokens.length)
+        return gather_tokens(self.files.get("dense", chunk), placed), weights
 
     def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
         """Refit maps of a layer that do not feed each other to their outputs in the dense model."""
@@ -252,7 +309,8 @@ class LayerwiseRefit:
             tokens, targets = self.get_tokens(k), self.files.get("targets", k)
             with record(block, names) as records:
                 block(tokens)
-            weights = self.row_weights(k, self.numbers[layer - 1] - 1).gather(1, tokens.explicit_positions())
+            point = self.dense.count_points(self.numbers[layer - 1] - 1)
+            weights = self.row_weights(k, point).gather(1, tokens.explicit_positions())
             for name, rows in sums.items():
                 rows.add(records[name][0], targets[name], weights, self.held[k])
             yield
@@ -264,18 +322,20 @@ class LayerwiseRefit:
         block, corrections = self.pruned.blocks[layer - 1], self.pruned.corrections
         correction = corrections[str(layer)] if str(layer) in corrections else None
         has_class = str(layer) in self.pruned.class_corrections
-        scale = block.residual_scale
+        scale, point = block.residual_scale, self.dense.stage_point(self.numbers[layer] - 1)
+        if block.end_projection is not None:
+            point = self.dense.stage_point(self.numbers[layer - 1])
         sums = LinearSums(block.get_submodule(name), self.device, correction, scale)
         for k in range(self.chunks):
             tokens = self.get_tokens(k)
             with record(block, [name]) as records:
-                block(tokens)
-            inputs, dense, positions = records[name][0], self.files.get("dense", k), tokens.explicit_positions()
-            targets, weights = gather_tokens(dense, positions), self.row_weights(k, self.numbers[layer] - 1)
-            targets = (targets - tokens.features) / scale
+                block(tokens, part="begin")
+            inputs = records[name][0]
+            targets, weights = self.targets_at(k, tokens, point)
             pruned_mean = None if correction is None else tokens.pruned_mean()
-            sums.add(inputs, targets, weights.gather(1, positions), self.held[k], pruned_mean)
+            sums.add(inputs, targets - tokens.features, weights, self.held[k], pruned_mean)
             if has_class:
+                dense, weights = self.files.get("dense", k), self.row_weights(k, point)
                 self.files.put("class", k, tuple(ClassRows.read(self.pruned, tokens, inputs, dense, weights)))
             yield
         self.fits.append(self.solve(sums))
@@ -326,10 +386,10 @@ class LayerwiseRefit:
         if self.distributed:
             processes.all_reduce_sum(*values, device=self.device)
 
-    def row_weights(self, chunk: int, layer: int) -> Tensor:
-        """Return the weights (images, tokens) of the rows after `layer`, relative to the layer's mean."""
-        mean = float(self.totals[layer]) / (self.rows * self.dense.length)
-        weights = self.files.get("weights", chunk)[layer]
+    def row_weights(self, chunk: int, point: int) -> Tensor:
+        """Return the weights (images, tokens) of the rows after `point` parts of layers, relative to their mean."""
+        mean = float(self.totals[point]) / (self.rows * self.dense.length)
+        weights = self.files.get("weights", chunk)[point]
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
     def solve(self, sums: LinearSums) -> Fit:

@@ -18,7 +18,8 @@ class LinearSums:
 
     Args:
         correction: the full-rank correction that is refitted too.
-        scale: factor of the layer's output in what the correction is added to.
+        scale: factor of the layer's output in what is fitted, to which the correction is added: one, or one for each
+            output.
         most: the largest rank of a new correction; None: `max_rank`.
     """
 
@@ -27,10 +28,11 @@ class LinearSums:
         linear: nn.Linear,
         device: torch.device,
         correction: nn.Linear | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         most: int | None = None,
     ):
-        self.linear, self.correction, self.scale, self.most = linear, correction, scale, most
+        self.linear, self.correction, self.most = linear, correction, most
+        self.scale = scale.detach()[:, None] if isinstance(scale, Tensor) else scale
         self.new_correction: nn.Sequential | None = None
         self.groups = [linear.in_features + (linear.bias is not None)]
         if correction is not None:
@@ -41,7 +43,7 @@ class LinearSums:
         """Add the rows of a chunk.
 
         Args:
-            inputs: (images, ..., n). targets: (images, ..., m). weights: (images, ...).
+            inputs: (images, ..., n). targets: (images, ..., m), with the scale. weights: (images, ...).
             held: (images,), whether an image is held out.
             read: (images, m), the input of the correction, if there is one.
         """
@@ -54,8 +56,8 @@ class LinearSums:
     def refit(self) -> Refit:
         """Refit the layer in place; a new correction is then in `new_correction`, as two low-rank factors."""
         weight, bias = self.linear.weight, self.linear.bias
-        old = [weight] + ([] if bias is None else [bias[:, None]])
-        old += [] if self.correction is None else [self.correction.weight / self.scale]
+        old = [weight * self.scale] + ([] if bias is None else [bias[:, None] * self.scale])
+        old += [] if self.correction is None else [self.correction.weight]
         result = self.rows.refit(torch.cat(old, dim=1), self.groups)
         if len(result.ridges) == 2 and result.ridges[1] is not None:
             fitted, held_out = self.rows.fitted, self.rows.held_out
@@ -63,15 +65,22 @@ class LinearSums:
             if reduced.after >= result.before:  # the rank is too low for any gain
                 return replace(result, ridges=(), after=result.before)
             self.new_correction = low_rank(self.groups[1], len(inwards), len(weight), weight.device)
-            self.new_correction[0].weight.copy_(inwards * self.scale)
+            self.new_correction[0].weight.copy_(inwards)
             self.new_correction[1].weight.copy_(outwards)
             result = reduced
         if result.ridges:
             new = result.weight.split([part.shape[1] for part in old], dim=1)
-            weight.copy_(new[0])
+            weight.copy_(self._unscale(new[0], weight))
             if bias is not None:
-                bias.copy_(new[1][:, 0])
+                bias.copy_(self._unscale(new[1], bias[:, None])[:, 0])
         return result
+
+    def _unscale(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return new weights (outputs, inputs) without the scale; outputs with a scale of zero keep their old ones."""
+        if not isinstance(self.scale, Tensor):
+            return new / self.scale
+        scale = self.scale.to(new)
+        return torch.where(scale == 0, old.to(new), new / torch.where(scale == 0, 1, scale))
 
 
 def zero_map(inputs: int, outputs: int, device: torch.device) -> nn.Sequential:

@@ -53,7 +53,7 @@ def combine(model: TokenModel, options: Sequence[Option], tokens: Sequence[Candi
             stages = move_stages(plan.stages, trims.layers, config.depth)
             if stages is None:
                 continue
-            counts = token_counts(config.depth, model.length, stages, model.protected is not None)
+            counts = token_counts(config.depth, model.length, stages, model.protected_count)
             expected = loss_n + loss_e + loss_l + plan.expected
             combinations.append(Combination(trims, stages, flops_of(model, config, counts), expected))
     return sorted(combinations, key=lambda c: (c.expected, c.flops))

@@ -9,7 +9,7 @@ from ...errors import BudgetError
 from ...evaluation.flops import remaining_share, smallest_share
 from ...models.base import TokenModel
 from ...models.rewrite import make_plan
-from ...pruning.plan import Plan, Stage, default_stages, ratio_for_budget
+from ...pruning.plan import Plan, Stage, ratio_for_budget
 
 
 def plan_for_budget(
@@ -25,7 +25,7 @@ def plan_for_budget(
     Raises:
         BudgetError: these stages cannot reach it.
     """
-    stages = tuple(stages or default_stages(len(model.blocks)))
+    stages = tuple(stages or model.default_stages())
     make_plan(model, stages=stages, **options)  # reports bad stages before they are counted with
     least = smallest_share(model, stages) + reserve
     if not least <= budget < 1:

@@ -55,14 +55,14 @@ def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: in
 
 def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
     """Scale the token counts of stages to fill the budget; None if the budget is too small for these stages."""
-    protected = model.protected is not None
+    protected = model.protected_count
     counts = token_counts(len(model.blocks), model.length, stages, protected)
     kept = [counts[stage.after] for stage in stages]
 
     def scale(factor: float) -> tuple[Stage, ...]:
         scaled, before = [], model.length
         for stage, count in zip(stages, kept, strict=True):
-            count = min(before, max(2, int(count * factor)))
+            count = min(before, max(2, protected + 1, int(count * factor)))
             if count < before:  # a stage that removes nothing is left out
                 scaled.append(Stage(stage.after, share_removed(before, count, protected), stage.importance))
             before = count
@@ -85,7 +85,7 @@ def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tu
 
 def _add_token(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
     """Add one token to the last stage where the budget and the stage before allow it; None if there is none."""
-    protected = model.protected is not None
+    protected = model.protected_count
     counts = token_counts(len(model.blocks), model.length, stages, protected)
     for index in reversed(range(len(stages))):
         kept = [counts[stage.after] for stage in stages]
@@ -109,7 +109,9 @@ class _Grid:
         self.model, self.sensitivity = model, sensitivity
         self.layers = sensitivity.layers
         length, depth = model.length, len(model.blocks)
-        extra = np.linspace(length - 1, 2, min(COUNTS, length - 2)).round().astype(int).tolist() if length > 2 else []
+        fewest = max(2, model.protected_count + 1)
+        span = np.linspace(length - 1, fewest, max(0, min(COUNTS, length - fewest)))
+        extra = span.round().astype(int).tolist()
         self.counts = sorted({*sensitivity.kept, *extra}, reverse=True)
         self.loss = np.stack([self._interpolate(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
         self.least = self.loss.min(1)
@@ -204,7 +206,7 @@ class _Grid:
 
     def stages(self, path: Sequence[tuple[int, int]]) -> list[Stage]:
         """Convert a path to stages, each with the best metric for its layer and count."""
-        protected = self.model.protected is not None
+        protected = self.model.protected_count
         stages, before = [], self.model.length
         for place, row in path:
             metric = self.sensitivity.metrics[int(self.loss[place, :, row].argmin())]
@@ -214,7 +216,7 @@ class _Grid:
 
     def expected_loss(self, stages: Sequence[Stage]) -> float:
         """Return the expected loss of stages, whose counts may lie between those of the grid."""
-        counts = token_counts(len(self.model.blocks), self.model.length, stages, self.model.protected is not None)
+        counts = token_counts(len(self.model.blocks), self.model.length, stages, self.model.protected_count)
         grid = -np.array([self.model.length, *self.counts], dtype=float)
         total = 0.0
         for stage in stages:

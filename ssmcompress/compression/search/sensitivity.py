@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
 # Metrics to choose from. `mean`, `clip-paths` and `random` came first at none of layers 1 to 3 of the bundled Vim
 # (60 % of the FLOPs, aligned, 1,024 images).
-METRICS = ("clip", "l1", "l2", "delta", "saliency")
+METRICS = ("clip", "l1", "l2", "delta", "saliency", "attention")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, MAX_RATIO)
 OBJECTIVES = ("kl", "labels")
 # Most candidate layers; in deeper models every second or third layer is a candidate.
@@ -243,7 +243,7 @@ def measure_sensitivity(
     """
     images, labels = data
     length, device = model.length, next(model.parameters()).device
-    counts = dict.fromkeys(kept_count(length, ratio, model.protected is not None) for ratio in RATIOS)
+    counts = dict.fromkeys(kept_count(length, ratio, model.protected_count) for ratio in RATIOS)
     kept = tuple(count for count in counts if count < length)
     # A stage that drops nothing is installed and removed again: it gives every later layer the delta of dropped tokens.
     work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0, "random"),)))
@@ -257,10 +257,12 @@ def measure_sensitivity(
     with Collector(work) as collector:
         for start, row, column in track(steps, "measuring sensitivity", len(steps)):
             if (row, column) == (0, 0):
-                states = [work.embed(images[start : start + size].to(device))]
-                for number, block in enumerate(work.blocks, 1):
-                    states.append(work.observe(number, block(states[-1])))
-                logits.append(work.readout(states[-1]).cpu())
+                # Before each layer, and for each layer at the place of its stage.
+                befores, states = [work.embed(images[start : start + size].to(device))], [None]
+                for number in range(1, len(work.blocks) + 1):
+                    states.append(work.begin(number, befores[-1])[0])
+                    befores.append(work.end(number, states[-1]))
+                logits.append(work.readout(befores[-1]).cpu())
                 targets = None if labels is None else labels[start : start + size]
                 collector.take()
                 if not logits[-1].isfinite().all():
@@ -268,16 +270,16 @@ def measure_sensitivity(
             layer, metric = layers[row], metrics[column]
             probe = plan.probe(layer) if IMPORTANCES[metric].probe else None
             for k, count in enumerate(kept):
-                ratio = share_removed(length, count, model.protected is not None)
+                ratio = share_removed(length, count, model.protected_count)
                 pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)
                 if not k:
                     tokens = states[layer]
                     if pruner.block_metric is not None:
-                        tokens = work.blocks[layer - 1](states[layer - 1], metric=pruner.block_metric)
+                        tokens = work.blocks[layer - 1](befores[layer - 1], pruner.block_metric, part="begin")
                         tokens = work.observe(layer, tokens)
-                pruned = pruner(tokens)
-                for number, block in enumerate(work.blocks[layer:], layer + 1):
-                    pruned = work.observe(number, block(pruned))
+                pruned = work.end(layer, pruner(tokens))
+                for number in range(layer + 1, len(work.blocks) + 1):
+                    pruned, _ = work.step(number, pruned)
                 work.readout(pruned)
                 cells[row, column, k].append(collector.take(logits[-1], targets))
     add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None

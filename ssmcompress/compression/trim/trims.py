@@ -41,7 +41,15 @@ class Trims:
         return tuple(axis for axis, value in used.items() if value)
 
     def apply_to(self, config: LayeredConfig) -> LayeredConfig:
-        """Return the configuration of the trimmed model."""
+        """Return the configuration of the trimmed model.
+
+        Raises:
+            InputError: the model does not have that, or has no scans.
+        """
+        if not self:
+            return config
+        if not isinstance(config, LayeredConfig):
+            raise InputError(f"{', '.join(self.axes)} cannot be trimmed: the model has no scans")
         self._check(config)
         dropped, kept = dict(self.directions), []
         for number, size in enumerate(config.layers, 1):

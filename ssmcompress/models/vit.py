@@ -1,0 +1,273 @@
+"""Vision transformers (ViT, DeiT, distilled DeiT, DeiT III, AugReg) in timm's form, the baseline of the papers.
+
+The modules are timm's own, and so are the parameter names, but for one: the two classifiers of a distilled DeiT, whose
+logits are averaged, are one linear layer `head` that reads both tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..pruning.tokens import Tokens
+from .base import StateDict, TokenModel
+from .precision import LayerNorm, cast, embed_patches, widen
+from .reading import Shapes, infer_grid, resize_grid
+from .statements import Statements
+from .vit_block import ViTBlock, ViTConfig, count_layers
+from .vit_options import check_options, read_options
+
+# Width of a head in every published model; where the width of a model is a multiple of it, that gives their number.
+HEAD_WIDTH = 64
+# DeiT's own code calls the parameters of the layer scale by other names than timm.
+RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+
+
+class VisionTransformer(TokenModel):
+    """A ViT of any size. `forward`: images (B, C, H, W) -> logits (B, classes)."""
+
+    architecture = "vit"
+    families = ("deit",)
+    config_class = ViTConfig
+    telling_keys = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")
+    hidden_options = ("num_heads", "activation", "epsilon", "pool")
+    no_weight_decay = ("*pos_embed", "*cls_token", "*dist_token", "*reg_token")
+    foreign_keys: ClassVar[Mapping[str, str]] = {
+        "attn_pool.": "attention that pools the tokens",
+        "rope.": "rotary position embedding",
+        "rel_pos_bias": "relative positions",
+        "decoder": "a masked autoencoder",
+        "mask_token": "a model for pretraining",
+        "patch_embed.norm": "a norm of the patches",
+    }
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        from timm.layers import PatchEmbed
+
+        c, width = config, config.d_model
+        self.pools, self.reads_protected = c.pool == "avg", c.pool == "token"
+        self.patch_embed = PatchEmbed(c.image_size, c.patch_size, c.in_chans, width, bias=not c.pre_norm)
+        counts = {"cls_token": c.class_token, "dist_token": c.distillation_token, "reg_token": c.registers}
+        for name, count in counts.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, count, width)) if count else None)
+        self.pos_embed = nn.Parameter(torch.zeros(1, c.patches + c.prefix * c.embeds_prefix, width))
+        self.norm_pre = LayerNorm(width, c.epsilon) if c.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.depth))
+        self.norm = nn.Identity() if c.fc_norm else LayerNorm(width, c.epsilon)
+        self.fc_norm = LayerNorm(width, c.epsilon) if c.fc_norm else nn.Identity()
+        self.head = nn.Linear(width * max(1, c.read), c.num_classes)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._modules["blocks"]
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.head
+
+    @property
+    def key_width(self) -> int:
+        return self.d_model // self.config.num_heads
+
+    @property
+    def length(self) -> int:
+        return self.config.patches + self.config.prefix
+
+    @property
+    def protected(self) -> int | None:
+        return 0 if self.config.prefix else None
+
+    @property
+    def protected_count(self) -> int:
+        return self.config.prefix
+
+    @property
+    def patch_positions(self) -> Tensor:
+        return (torch.arange(self.config.patches, device="cpu") + self.config.prefix).view(self.config.grid)
+
+    @property
+    def default_importance(self) -> str:
+        return "attention" if self.config.class_token else super().default_importance
+
+    def default_stages(self) -> tuple[int, ...]:
+        """Return EViT's layers, 4, 7 and 10 of 12, scaled to the depth."""
+        return tuple(sorted({min(depth, max(1, round(self.config.depth * depth / 12))) for depth in (4, 7, 10)}))
+
+    def embed(self, images: Tensor) -> Tokens:
+        c = self.config
+        self.check(images)
+        patches = widen(embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2))
+        own = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        prefix = [widen(token).expand(len(images), -1, -1) for token in own]
+        if c.embeds_prefix:
+            features = torch.cat([*prefix, patches], dim=1) + self.pos_embed
+        else:
+            features = torch.cat([*prefix, patches + self.pos_embed], dim=1)
+        features = widen(self.norm_pre(features))
+        return Tokens(features, self.length, self.protected, prefix=max(1, c.prefix), alignment=self.alignment)
+
+    def readout(self, tokens: Tokens) -> Tensor:
+        """Classify the class token, or the mean over the patches that are kept; see `Alignment.pool`."""
+        c = self.config
+        if c.read:
+            return self.head(self.fc_norm(self.norm(tokens.features[:, : c.read])).flatten(1))
+        features = self.norm(tokens.features[:, c.prefix :])
+        if tokens.alignment.pool and tokens.pruned_sum is not None:
+            total = features.sum(1, dtype=tokens.pruned_sum.dtype) + tokens.pruned_sum
+            pooled = total / c.patches
+        else:
+            pooled = features.mean(1)
+        return self.correct_logits(self.head(cast(self.fc_norm(pooled), self.head)), tokens)
+
+    def memory(self, features: Tensor) -> Tensor:
+        return self.norm(features) if self.pools else super().memory(features)
+
+    @classmethod
+    def count_flops(
+        cls, config: ViTConfig, counts: Sequence[int], convention: str, as_run: bool = True
+    ) -> dict[str, int]:
+        # `full` of the last layer, as run, counts the tokens alone that are read out.
+        parts = count_layers(config, counts, as_run and convention == "full" and config.read > 0)
+        return {**parts, "head": config.num_classes * config.d_model * max(1, config.read)}
+
+    def flops_by_part(self, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
+        return super().flops_by_part(counts, convention, as_run and self.shortens_last)
+
+    def matrix_products(self) -> list[tuple[int, Tensor]]:
+        counts, products = self.token_counts(), [(self.config.patches, self.patch_embed.proj.weight.flatten(1))]
+        for layer, block in enumerate(self.blocks, 1):
+            short = self.shortens_last and layer == len(self.blocks)
+            tokens, left = (counts[layer - 1], self.config.read) if short else counts[layer - 1 : layer + 1]
+            q, kv = block.attn.qkv.weight.split([self.d_model, 2 * self.d_model])
+            queries = left if short else tokens
+            products += [(queries, q), (tokens, kv), (queries, block.attn.proj.weight)]
+            products += [(left, block.mlp.fc1.weight), (left, block.mlp.fc2.weight)]
+        corrections = (*self.corrections.parameters(), *self.class_corrections.parameters())
+        products += [(1, weight) for weight in corrections]
+        return [*products, (1, self.head.weight)]
+
+    def activation_bytes(self, size: int = 4) -> int:
+        c = self.config
+        inside = max(4 * c.d_model + 2 * self.length * c.num_heads, 2 * c.mlp_dim)
+        return self.length * (3 * c.d_model * 4 + inside * size)
+
+    @classmethod
+    def recognises(cls, state: StateDict) -> bool:
+        return "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state
+
+    @classmethod
+    def infer_config(
+        cls,
+        state: StateDict,
+        image_size: tuple[int, int] | None,
+        stride: int | None,
+        trained_size: tuple[int, int] | None,
+    ) -> tuple[ViTConfig, dict[str, Tensor]]:
+        state = {_rename(key): value for key, value in state.items()}
+        shape = Shapes(state, "ViT", MISSING)
+        width, in_chans, *patch_size = shape("patch_embed.proj.weight", 4)
+        patch = patch_size[0]
+        if patch != patch_size[1]:
+            raise InputError(f"patches of {tuple(patch_size)} pixels: expected square ones")
+        if stride not in (None, patch):
+            raise InputError(f"`stride` {stride}: patches of a ViT do not overlap, expected {patch}")
+        own = [shape(name, 3)[1] if name in state else 0 for name in ("cls_token", "dist_token", "reg_token")]
+        if max(own[:2]) > 1:
+            raise InputError(f"a ViT with {max(own[:2])} class tokens is not supported: expected one")
+
+        def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+            return size[0] // patch, size[1] // patch
+
+        entries = shape("pos_embed", 3)[1]
+        known = grid_of(trained_size) if trained_size is not None else None
+        embeds = _embeds_prefix(entries, sum(own), known)
+        trained, image_size = infer_grid(entries - sum(own) * embeds, patch, patch, grid_of, image_size, trained_size)
+        if any(side % patch for side in image_size):
+            raise InputError(f"image size {image_size}: expected multiples of {patch}, the patch size")
+        config = ViTConfig(
+            d_model=width,
+            depth=shape.count("blocks."),
+            num_heads=0,
+            mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
+            in_chans=in_chans,
+            num_classes=shape.head("head.weight", width),
+            patch_size=tuple(patch_size),
+            stride=patch,
+            image_size=tuple(image_size),
+            class_token=own[0] > 0,
+            distillation_token=own[1] > 0,
+            registers=own[2],
+            embeds_prefix=embeds,
+            qkv_bias="blocks.0.attn.qkv.bias" in state,
+            qk_norm="blocks.0.attn.q_norm.weight" in state,
+            layer_scale="blocks.0.ls1.gamma" in state,
+            pre_norm="norm_pre.weight" in state,
+            fc_norm="fc_norm.weight" in state and "norm.weight" not in state,
+        )
+        if state["pos_embed"].shape[2] == width:  # a contradiction is reported with the other shapes
+            state["pos_embed"] = _resize_positions(state["pos_embed"], sum(own) * embeds, trained, config.grid)
+        if config.distillation_token and "head_dist.weight" in state:
+            _join_heads(state)
+        return config, state
+
+    @classmethod
+    def complete_config(cls, config: ViTConfig, said: Statements, image_size: tuple[int, int] | None) -> ViTConfig:
+        default = "avg" if config.fc_norm or not config.class_token else "token"
+        found = read_options(config, said)
+        if config.pre_norm and "activation" not in found:
+            raise InputError(
+                "a ViT with a norm before its layers, as of CLIP, whose activation is not in the weights: load it from a "
+                "folder with timm's config.json, which names the model"
+            )
+        options = {"activation": "gelu", "epsilon": 1e-6, "pool": default, **found}
+        check_options(config, options)
+        if "num_heads" not in options:
+            if config.d_model % HEAD_WIDTH:
+                raise InputError(
+                    f"the number of heads is not in the weights, and the width {config.d_model} is no multiple of "
+                    f"{HEAD_WIDTH}, which heads have in published models: give `num_heads`"
+                )
+            options["num_heads"] = config.d_model // HEAD_WIDTH
+        return replace(config, **options)
+
+
+MISSING = {"pos_embed": "it has no learnt position embedding, and is not supported"}
+
+
+def _rename(key: str) -> str:
+    """Return timm's name of a parameter."""
+    start, _, last = key.rpartition(".")
+    return f"{start}.{RENAMED[last]}" if last in RENAMED and start.startswith("blocks.") else key
+
+
+def _embeds_prefix(entries: int, prefix: int, grid: tuple[int, int] | None) -> bool:
+    """Return whether a position embedding has entries for the tokens before the patches, from the number of entries.
+
+    Args:
+        grid: (rows, columns) of the patches, if it is known; else they are as many as columns.
+    """
+    if not prefix:
+        return False
+    if grid is not None:
+        return math.prod(grid) != entries
+    return math.isqrt(entries) ** 2 != entries or math.isqrt(entries - prefix) ** 2 == entries - prefix > 0
+
+
+def _resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate a position embedding (1, prefix + patches, d_model) to another grid of patches."""
+    return torch.cat([table[:, :prefix], resize_grid(table[:, prefix:], old, new)], dim=1)
+
+
+def _join_heads(state: dict[str, Tensor]) -> None:
+    """Replace the classifiers of a distilled DeiT by one that reads both tokens, in place: the mean of both."""
+    weight, bias = (state.pop(f"head_dist.{name}") for name in ("weight", "bias"))
+    if weight.shape == state["head.weight"].shape and bias.shape == state["head.bias"].shape:
+        state["head.weight"] = torch.cat([state["head.weight"], weight], dim=1) / 2
+        state["head.bias"] = (state["head.bias"] + bias) / 2

@@ -1,0 +1,184 @@
+"""The layers of a ViT: attention and an MLP, made of timm's modules, with what dropping tokens between them needs.
+
+DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and timm's other models of this kind; parameter names are timm's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import SCORES
+from ..pruning.tokens import Tokens
+from .base import Block
+from .precision import LayerNorm, cast, project_rows, widen
+from .sizes import ModelConfig
+
+# Scores of `ssmcompress.ops.SCORES` that are of what a layer computes for a token before its projection.
+OF_VALUES = ("clip", "l1", "l2", "mean")
+
+
+@dataclass(frozen=True)
+class ViTConfig(ModelConfig):
+    """Sizes of a ViT; all but `num_heads`, `activation`, `epsilon`, `pool` and the image size follow from its weights.
+
+    Attributes:
+        mlp_dim: width of the MLP inside.
+        class_token, distillation_token: whether there is one. registers: number of register tokens. These tokens come
+            before the patches, in this order.
+        embeds_prefix: whether the tokens before the patches have entries in the position embedding.
+        qkv_bias, qk_norm, layer_scale, pre_norm: parts of timm's model. fc_norm: whether the last norm is after the
+            pooling.
+        activation: of the MLP, "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". epsilon: of the norms.
+        pool: what is read out, "token" for the class token (and the distillation token) or "avg" for the mean over the
+            patches.
+    """
+
+    d_model: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    in_chans: int
+    num_classes: int
+    patch_size: tuple[int, int]
+    stride: int
+    image_size: tuple[int, int]
+    class_token: bool = True
+    distillation_token: bool = False
+    registers: int = 0
+    embeds_prefix: bool = True
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = False
+    fc_norm: bool = False
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    pool: str = "token"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The patches in (rows, columns)."""
+        (height, width), (ph, pw) = self.image_size, self.patch_size
+        return height // ph, width // pw
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens before the patches."""
+        return self.class_token + self.distillation_token + self.registers
+
+    @property
+    def read(self) -> int:
+        """The number of tokens that are read out, from the first; 0: the mean over the patches is."""
+        return 1 + self.distillation_token if self.pool == "token" else 0
+
+
+def make_parts(c: ViTConfig) -> nn.Module:
+    """Return the modules of a layer as timm's `Block` has them."""
+    from timm.layers import get_act_layer
+    from timm.models.vision_transformer import Block as TimmBlock
+
+    return TimmBlock(
+        c.d_model,
+        c.num_heads,
+        mlp_ratio=(c.mlp_dim + 0.5) / c.d_model,  # timm rounds the product down
+        qkv_bias=c.qkv_bias,
+        qk_norm=c.qk_norm,
+        init_values=1.0 if c.layer_scale else None,
+        act_layer=get_act_layer(c.activation),
+        norm_layer=partial(LayerNorm, eps=c.epsilon),
+    )
+
+
+class ViTBlock(Block):
+    """One layer. `begin` is attention, `end` the MLP; tokens are dropped between the two, as in EViT and ToMe."""
+
+    end_projection: ClassVar[str] = "mlp.fc2"
+
+    def __init__(self, c: ViTConfig):
+        super().__init__()
+        for name, part in make_parts(c).named_children():
+            self.add_module(name, part)
+        self.read = c.read
+        self.scores = frozenset((*OF_VALUES, "keys", *(("attention",) if c.class_token else ())))
+
+    @property
+    def refitted(self) -> tuple[tuple[str, ...], ...]:
+        return (("attn.proj",),)
+
+    @property
+    def residual_scale(self) -> float | Tensor:
+        return getattr(self.ls1, "gamma", 1.0)
+
+    @property
+    def end_scale(self) -> float | Tensor:
+        return getattr(self.ls2, "gamma", 1.0)
+
+    def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
+        update, scores, keys = self.attend(self.norm1(tokens.features), tokens, metric, protected_only)
+        if protected_only:
+            index = torch.arange(self.read, device=update.device).expand(len(update), -1)
+            tokens = tokens.keep(index)
+        return replace(tokens.updated(tokens.features + self.ls1(update), scores), keys=keys)
+
+    def end(self, tokens: Tokens) -> Tokens:
+        return tokens.updated(tokens.features + self.ls2(self.mlp(self.norm2(tokens.features))))
+
+    def attend(
+        self, x: Tensor, tokens: Tokens, metric: str | None, protected_only: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what attention adds (batch, kept, d_model), scores of `metric` (batch, kept), and the mean keys.
+
+        With `protected_only`, queries are those of the tokens alone that are read out.
+
+        Args:
+            x: (batch, kept, d_model), normalised.
+        """
+        attn, width = self.attn, self.attn.attn_dim
+        # Merged tokens have the weight of all that they stand for (proportional attention, ToMe, equation 1).
+        bias = tokens.sizes.log()[:, None, None] if tokens.sizes is not None and tokens.alignment.scan else None
+        if not (protected_only or metric) and bias is None:
+            return attn(x), None, None
+        queried = x[:, : self.read] if protected_only else x
+        q = project_rows(attn.qkv, queried, slice(None, width))
+        k, v = project_rows(attn.qkv, x, slice(width, None)).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        bias = None if bias is None else bias.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        scores = keys = None
+        if metric == "attention":
+            row = widen(q[:, :, :1]) * attn.scale @ widen(k).transpose(-2, -1)
+            scores = (row if bias is None else row + bias).softmax(-1).mean(1)[:, 0]
+        elif metric == "keys":
+            keys = widen(k).mean(1)
+        elif metric is not None:
+            scores = SCORES[metric](widen(y))
+        return attn.proj(cast(attn.norm(y), attn.proj)), scores, keys
+
+
+def count_layers(c: ViTConfig, counts: Sequence[int], read_one: bool) -> dict[str, int]:
+    """Return the FLOPs of the patches and of the layers by part, as `TokenModel.count_flops` does.
+
+    N D^2 4 + N^2 D 2 for attention and N D H 2 for an MLP of width H, on the tokens that are left inside the layer.
+
+    Args:
+        read_one: whether the last layer is computed for the tokens alone that are read out.
+    """
+    D, parts = c.d_model, dict.fromkeys(("qkv", "attention", "proj", "mlp"), 0)
+    for layer in range(1, c.depth + 1):
+        tokens, left = counts[layer - 1 : layer + 1]
+        short = read_one and layer == c.depth
+        queries = c.read if short else tokens
+        parts["qkv"] += (queries + 2 * tokens) * D * D
+        parts["attention"] += 2 * queries * tokens * D
+        parts["proj"] += queries * D * D
+        parts["mlp"] += 2 * (c.read if short else left) * D * c.mlp_dim
+    return {"embedding": c.patches * D * c.in_chans * math.prod(c.patch_size), **parts}
