@@ -134,7 +134,7 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
 
 def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
-    """Return the FLOPs of the stages themselves: products of a probe or a query (scoring), cosines and sums (merging)."""
+    """Return the FLOPs of the stages themselves: products of a probe or query (scoring), cosines and sums (merging)."""
     counts = token_counts(len(model.blocks), model.length, stages, model.protected_count)
     width, parts = model.d_model, {}
     for stage in stages:

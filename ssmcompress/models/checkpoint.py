@@ -100,8 +100,8 @@ def load(
             the state of our own fine-tuning also "best".
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
-        architecture: "vim", "plain_mamba" or "vit". Needed only where neither the weights nor anything else says it: a bare
-            state dict of a Vim has the names and shapes of a VideoMamba's.
+        architecture: "vim", "plain_mamba" or "vit". Needed only where neither the weights nor anything else says it: a
+            bare state dict of a Vim has the names and shapes of a VideoMamba's.
         task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
         level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
             "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_upernet.LEVELS`. None: as the file says,

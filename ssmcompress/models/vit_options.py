@@ -1,4 +1,4 @@
-"""Options of a ViT that its weights do not show, from what is said about it: a configuration, or a name that timm knows.
+"""Options of a ViT that its weights do not show, from what is said: in a configuration, or by a name that timm knows.
 
 timm's models of one class differ in what no weight tells: the number of heads, the activation, the epsilon of the
 norms, what is pooled. A name such as "vit_base_patch16_clip_quickgelu_224" stands for all of it.

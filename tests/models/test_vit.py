@@ -53,7 +53,7 @@ def test_golden_dense(deit, golden):
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("keep", [0.7, 0.5])
 def test_golden_evit(deit, golden, keep, fuse):
-    """The authors list kept tokens by falling score, the fused one last: their order is followed from stage to stage."""
+    """The authors list kept tokens by falling score, the fused one last; their order is followed stage by stage."""
     end = "_fused" if fuse else ""
     logits, decisions = run(deit, golden, Plan(evit_stages(EVIT, (1 - keep,) * 3, fuse)))
     check(logits, golden[f"logits_evit_{keep}{end}"])
