@@ -1,32 +1,39 @@
-"""Train a small Vim, the one that comes with the package, or a small PlainMamba on Fashion-MNIST, on a CPU.
+"""Train a small model on Fashion-MNIST, on a CPU: the Vim that comes with the package, a PlainMamba or a DeiT.
 
     apt-get install dataset-fashion-mnist        # Debian; or --idx, any folder with the four original files
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth
     python examples/train_fashion_mnist.py plain_mamba_fashion_mnist.pth --architecture plain_mamba
+    python examples/train_fashion_mnist.py deit_fashion_mnist.pth --architecture deit
 
-A Vim gets the images as they are, 28 x 28 pixels in patches of 2 x 2; a PlainMamba gets them resized to 112 x 112, for
-its patches are 16 x 16. The checkpoint is in the official format of its architecture and is written every few minutes;
-the same command goes on from it, and a run in pieces gives the same model as a run in one. A finished run goes on, too,
-with more --epochs. After each epoch a line with the accuracy on the test images goes to standard output and to the
-checkpoint's "history". `examples/make_bundled_model.py` makes the folder of the bundled model.
+A Vim and a DeiT get the images as they are, 28 x 28 pixels in patches of 2 x 2; a PlainMamba gets them resized to
+112 x 112, for its patches are 16 x 16. The DeiT is timm's VisionTransformer. The checkpoint is in the official format
+of its architecture and is written every few minutes; the same command goes on from it, and a run in pieces gives the
+same model as a run in one. A finished run goes on, too, with more --epochs. After each epoch a line with the accuracy
+on the test images goes to standard output and to the checkpoint's "history". `examples/make_bundled_model.py` makes the
+folder of the bundled model.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fashion_mnist import FOLDER, MEAN, STD, read
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from training_loop import Training, add_options, initialise, train
 
-from ssmcompress.models import TokenModel
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
 
 SHIFT = 2  # pixels that a crop may be off by
+HEAD_WIDTH = 16  # channels of a head of the DeiT
 
 
 def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -76,8 +83,47 @@ def make_plain_mamba(d_model: int, depth: int, d_state: int) -> PlainMamba:
     return model
 
 
-# What makes one, its usual depth, and where its official checkpoints keep the weights.
-ARCHITECTURES = {"vim": (make_vim, 6, "model"), "plain_mamba": (make_plain_mamba, 8, "state_dict")}
+def make_deit(d_model: int, depth: int, d_state: int) -> VisionTransformer:
+    """A ViT as timm has it, with matrices scaled for few channels and positions of sines and cosines to begin with.
+
+    `d_state` has no meaning for it.
+    """
+    if d_model % HEAD_WIDTH:
+        raise SystemExit(f"--d-model {d_model}: expected a multiple of {HEAD_WIDTH}, the width of a head of the DeiT")
+    model = VisionTransformer(
+        img_size=28, patch_size=2, in_chans=1, num_classes=10, embed_dim=d_model, depth=depth,
+        num_heads=d_model // HEAD_WIDTH, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="jax",
+    )  # fmt: skip
+    model.pos_embed.data[:, 1:] = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), d_model)
+    return model
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """What the checkpoint says of the model: the number of heads of a DeiT, for one, does not show in its weights."""
+    if not isinstance(model, VisionTransformer):
+        return asdict(model.config)
+    patches = model.patch_embed
+    return {
+        "d_model": model.embed_dim, "depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads,
+        "in_chans": model.in_chans, "num_classes": model.num_classes,
+        "patch_size": tuple(patches.patch_size), "image_size": tuple(patches.img_size),
+    }  # fmt: skip
+
+
+class Architecture(NamedTuple):
+    """What makes a model, its usual width and depth, and where its official checkpoints keep the weights."""
+
+    make: Callable[[int, int, int], nn.Module]
+    d_model: int
+    depth: int
+    weights: str
+
+
+ARCHITECTURES = {
+    "vim": Architecture(make_vim, 64, 6, "model"),
+    "plain_mamba": Architecture(make_plain_mamba, 64, 8, "state_dict"),
+    "deit": Architecture(make_deit, 32, 12, "model"),
+}
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -88,53 +134,56 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: TokenModel, images: Tensor, labels: Tensor) -> float:
-    """Top-1 in percent."""
+def accuracy(model: nn.Module, size: tuple[int, int], images: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent, of a model of images of `size` (height, width)."""
     right = 0
     for x, y in zip(images.split(250), labels.split(250), strict=True):
-        right += (model(resized(x, model.config.image_size)).argmax(1) == y).sum().item()
+        right += (model(resized(x, size)).argmax(1) == y).sum().item()
     return 100 * right / len(labels)
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line, with the depth filled in."""
+    """The options of the command line, with the width and depth filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="vim")
-    parser.add_argument("--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba")
+    parser.add_argument("--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba, 12 for a DeiT")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--plain-epochs", type=int, default=0, help="the last so many without shifts")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.set_defaults(d_model=None)  # 64; 32 for a DeiT
     args = parser.parse_args()
-    args.depth = args.depth or ARCHITECTURES[args.architecture][1]
+    args.d_model = args.d_model or ARCHITECTURES[args.architecture].d_model
+    args.depth = args.depth or ARCHITECTURES[args.architecture].depth
     return args
 
 
 def main() -> None:
     args = parse()
-    make, _, weights = ARCHITECTURES[args.architecture]
+    architecture = ARCHITECTURES[args.architecture]
     images, labels = load(args.idx, "train")
     test = load(args.idx, "t10k")
     torch.manual_seed(args.seed)
-    model = make(args.d_model, args.depth, args.d_state)
+    model = architecture.make(args.d_model, args.depth, args.d_state)
+    config = config_of(model)
 
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         shift = SHIFT if epoch < args.epochs - args.plain_epochs else 0
-        batch = resized(augmented(images[chosen], shift, generator), model.config.image_size)
+        batch = resized(augmented(images[chosen], shift, generator), config["image_size"])
         return F.cross_entropy(model(batch), labels[chosen], label_smoothing=args.label_smoothing)
 
     training = Training(
         model,
         len(images),
         loss,
-        measure=lambda: {"top1": accuracy(model, *test)},
-        weights=weights,
+        measure=lambda: {"top1": accuracy(model, config["image_size"], *test)},
+        weights=architecture.weights,
         settings={k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")},
         fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "seed"),
-        describe=lambda step: {"config": asdict(model.config)},
+        describe=lambda step: {"config": config},
     )
     train(training, args)
 

@@ -32,7 +32,7 @@ class Training(NamedTuple):
         describe: function from a step to more that the checkpoint has.
     """
 
-    model: TokenModel
+    model: nn.Module
     images: int
     loss: Callable[[Tensor, int, torch.Generator], Tensor]
     measure: Callable[[], dict[str, float]]

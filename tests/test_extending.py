@@ -20,12 +20,15 @@ PACKAGE = Path(ssmcompress.__file__).parent
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
 
 
+def fenced(section: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], flags=re.DOTALL | re.MULTILINE)
+
+
 def example(section: str) -> tuple[str, str, list[str]]:
     """(file name, content, commands) of a section."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", SECTIONS[section], flags=re.DOTALL | re.MULTILINE)
+    (code,) = fenced(section, "python")
     (name,) = re.findall(r"\A# (\S+\.py)\n", code)
-    shell = re.findall(r"^```bash\n(.*?)^```$", SECTIONS[section], flags=re.DOTALL | re.MULTILINE)
-    return name, code, "".join(shell).splitlines()
+    return name, code, "".join(fenced(section, "bash")).splitlines()
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -51,9 +54,10 @@ def place(tmp_path) -> Path:
             "A step": "StepRecord(kind='rounding', values={'bits': 8})",
             "A backend": "agrees with the reference",
         },
+        {"An architecture": "100.0% in the same class"},
         {"A command": '"tokens": ['},
     ],
-    ids=["scripts", "command"],
+    ids=["scripts", "architecture", "command"],
 )
 def test_one_new_file_is_enough(place, says):
     examples = {section: example(section) for section in says}
@@ -72,6 +76,8 @@ def test_one_new_file_is_enough(place, says):
     for (section, _), output in zip(commands, done.stdout.split(BETWEEN), strict=True):
         printed[section] += output
     assert all(text in printed[section] for section, text in says.items()), printed
+    shown = [(section, line) for section in says for text in fenced(section, "text") for line in text.splitlines()]
+    assert [(section, line) for section, line in shown if line not in printed[section].splitlines()] == []
     after = files_of(place) | files_of(package)
     changed = {file for file in after if after[file] != before.get(file)}
     assert {file.removeprefix("ssmcompress/") for file in changed} == {n.removeprefix("ssmcompress/") for n in names}

@@ -18,7 +18,16 @@ from .devices import explain_device
 from .inputs import check_inputs, check_model
 from .options import BUDGET, FINETUNING, HARDWARE, IMAGES, MODEL_FILE, OUTPUT, PRUNING, option
 from .terminal import is_quiet, progress_bars
-from .values import IMPORTANCE_NAMES, GapSource, Precision, parse_numbers, parse_ratios, parse_share, parse_size
+from .values import (
+    IMPORTANCE_NAMES,
+    GapSource,
+    Precision,
+    parse_merge,
+    parse_numbers,
+    parse_ratios,
+    parse_share,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from ..compression.finetune.recipe import Recipe
@@ -102,7 +111,7 @@ class Reading:
     ] = "model"
     architecture: Annotated[
         str | None,
-        option(MODEL_FILE, help="vim or plain_mamba, where neither the weights nor the rest of the file says it."),
+        option(MODEL_FILE, help="vim, plain_mamba or vit, where neither the weights nor the rest of the file says it."),
     ] = None
     task: Annotated[
         str | None,
@@ -115,6 +124,10 @@ class Reading:
             help="What a segmentation model on a Vim reads, where its file does not say it: hidden, residual, "
             "residual_norm or rope.",
         ),
+    ] = None
+    num_heads: Annotated[
+        int | None,
+        option(MODEL_FILE, min=1, help="Attention heads of a ViT. Default: as its file says, else its width over 64."),
     ] = None
     unsafe_load: Annotated[
         bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
@@ -138,13 +151,15 @@ class Reading:
         from ..models.checkpoint import LoadOptions
 
         size = parse_size(self.image_size)
-        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, self.architecture, self.task, self.level)
+        said = {"architecture": self.architecture, "task": self.task, "level": self.level, "num_heads": self.num_heads}
+        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, **said)
 
     @property
     def folder_labels(self) -> dict[str, Any]:
         """What the default name of a folder says of these options: label -> text or None."""
         weights = self.weights if self.weights != "model" else None
-        return {"weights-": weights, "image": self.image_size, "stride": self.stride, "level-": self.level}
+        own = {"level-": self.level, "heads": self.num_heads}
+        return {"weights-": weights, "image": self.image_size, "stride": self.stride, **own}
 
 
 @dataclass(frozen=True)
@@ -303,7 +318,12 @@ class Stages:
     """Where to prune."""
 
     stages: Annotated[
-        str | None, option(PRUNING, help="Layers (from 1) after which to prune. Default: 5,10,15 scaled to the depth.")
+        str | None,
+        option(
+            PRUNING,
+            help="Layers (from 1) after which to prune; in a ViT, in which. Default: 5,10,15 of 24; in a ViT 4,7,10 of "
+            "12; scaled to the depth.",
+        ),
     ] = None
     gap: Annotated[
         GapSource | None,
@@ -321,8 +341,15 @@ class Pruning(Stages):
             PRUNING,
             metavar="METRIC",
             autocompletion=complete_importance,
-            help=f"What tokens are ranked by: {', '.join(IMPORTANCE_NAMES)}. Default: clip.",
+            help=f"What tokens are ranked by: {', '.join(IMPORTANCE_NAMES)}. Default: clip; of a ViT attention.",
         ),
+    ] = None
+    fuse: Annotated[
+        bool, option(PRUNING, "--fuse", help="ViT: fuse removed tokens into one by their attention, as in EViT.")
+    ] = False
+    merge: Annotated[
+        str | None,
+        option(PRUNING, help="ViT: tokens merged in EVERY layer, as in ToMe: 8; or 8,-1: from twice as many to none."),
     ] = None
     align: Annotated[
         bool | None,
@@ -363,6 +390,8 @@ class Pruning(Stages):
             stages=parse_numbers(self.stages, "--stages", int),
             importance=self.importance,
             align=self.align,
+            fuse=self.fuse,
+            merge=parse_merge(self.merge),
             reenter=self.reenter,
             sensitivity=budget.sensitivity,
             by_labels=budget.by_labels,

@@ -1,4 +1,4 @@
-"""Results on stdout as tables for people, or as JSON: reports, timings, comparisons, verifications."""
+"""Results on stdout as tables for people, or as JSON: reports, timings, verifications."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    width = _width()
+    width = terminal_width()
     for columns in _fit(header, rows, width):
         table = Table(box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
         table.add_column(readable(header[0]), justify="left", overflow="fold")
@@ -50,14 +50,14 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
             shown = [readable(cells[column - 1]) for column in columns]
             if any(shown) or len(columns) == len(header) - 1:  # a row may have figures in another table alone
                 table.add_row(readable(name), *shown)
-        needed = sum(_column_width(header, rows, column) for column in columns)
-        widest = _names_width(header, rows, width) + needed
+        needed = sum(column_width(header, rows, column) for column in columns)
+        widest = names_width(header, rows, width) + needed
         # No markup: names of users' folders are shown as they are.
         console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
         console.print(table)
 
 
-def _width() -> int:
+def terminal_width() -> int:
     """Columns of the terminal, or of what `COLUMNS` says."""
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
         return WIDTH
@@ -66,23 +66,23 @@ def _width() -> int:
     return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
-def _names_width(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> int:
+def names_width(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> int:
     """Characters that the column of names takes: up to half of the width."""
     return min(max([len(header[0]), *(len(name) for name, _ in rows)]), max(MIN_NAMES, width // 2))
 
 
-def _column_width(header: list[str], rows: list[tuple[str, list[str]]], column: int) -> int:
+def column_width(header: list[str], rows: list[tuple[str, list[str]]], column: int) -> int:
     """Characters that a column of figures takes."""
     return PADDING + max(len(header[column]), *(len(cells[column - 1]) for _, cells in rows), 0)
 
 
 def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> list[list[int]]:
     """The columns of figures, from 1, in groups that fit into the width next to the names."""
-    left = width - _names_width(header, rows, width)
+    left = width - names_width(header, rows, width)
     groups: list[list[int]] = []
     used = left
     for column in range(1, len(header)):
-        needed = _column_width(header, rows, column)
+        needed = column_width(header, rows, column)
         if not groups or used + needed > left:
             groups.append([])
             used = 0
@@ -172,10 +172,10 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
     write(
         f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
     )
-    _show_load(s)
+    show_load(s)
 
 
-def _show_load(settings: dict[str, Any]) -> None:
+def show_load(settings: dict[str, Any]) -> None:
     """Note a machine that was busy during a measurement."""
     from ..jobs.report_text import list_load_notes
 
@@ -282,7 +282,7 @@ def show_export(result: Any, file: Path, as_json: bool) -> None:
             for model, by in dict.fromkeys((row["model"], row["by"]) for row in result.latency)
         ]
         show_table(["latency in ms (quartiles)", *(f"batch {batch}" for batch in batches)], lines)
-        _show_load(result.latency_settings)
+        show_load(result.latency_settings)
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -337,48 +337,3 @@ def show_evaluation(value: dict[str, Any]) -> None:
         show_table(["", "model"], lines)
         write(f"  measured on {value['images']} images of {value['data']['name']}")
     show_warnings(value)
-
-
-def show_comparison(value: dict[str, Any]) -> None:
-    """Print the rows of a comparison."""
-    from ..jobs.compare_rows import list_figures
-    from ..tasks import find_task
-
-    task = find_task(value.get("task"))
-    show_table(*_comparison_table(value["rows"], task))
-    explained = "; ".join(figure.explain_column() for figure in list_figures(task) if figure.compared)
-    print(f"  {explained}; FLOPs as a share of dense")
-    about = value["settings"]
-    write(f"  measured on {about['data']['images']} images of {about['data']['name']}")
-    write(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
-    if any(row.get("latency_within_noise") for row in value["rows"]):
-        print("  ~: the difference in latency is within the noise")
-    _show_load(value.get("latency") or {})
-    show_warnings(value)
-
-
-def _comparison_table(rows: list[dict[str, Any]], task: Any) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(header, lines), by level and then from best to worst."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
-    figures = [figure for figure in task.figures if figure.column]
-    header = ["", "ratio", "FLOPs", *(figure.column for figure in figures), "latency", "of dense"]
-    labelled = any(row.get(task.quality) is not None for row in rows)
-
-    def rank(row: dict[str, Any]) -> tuple[float, float]:
-        quality = row.get(task.quality if labelled else task.likeness)
-        return row["ratio"], -(100.0 if quality is None and not row.get("failed") else quality or -1.0)
-
-    lines = []
-    for row in sorted(rows, key=rank):
-        cells = [f"{row['ratio']:g}", cell(row.get("flops_share") and 100 * row["flops_share"], "{:.1f} %")]
-        cells += [cell(row.get(figure.name), figure.cell_form) for figure in figures]
-        cells.append(cell(row.get("latency_ms"), "{:.1f} ms"))
-        tilde = "~" if row.get("latency_within_noise") else ""
-        cells.append(cell(row.get("latency_share") and 100 * row["latency_share"], tilde + "{:.0f} %"))
-        lines.append((row["method"] + (" (out of reach)" if row.get("failed") else ""), cells))
-    used = [column for column in range(1, len(header)) if any(cells[column - 1] != "-" for _, cells in lines)]
-    lines = [(name, [cells[column - 1] for column in used]) for name, cells in lines]
-    return [header[0], *(header[column] for column in used)], lines

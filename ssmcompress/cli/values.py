@@ -8,7 +8,18 @@ from enum import Enum
 from ..errors import InputError
 
 # For the help and for completion, which do not wait for torch; the library reports a metric that it does not know.
-IMPORTANCE_NAMES = ("clip", "l1", "l2", "mean", "random", "delta", "clip-paths", "saliency")
+IMPORTANCE_NAMES = ("clip", "l1", "l2", "mean", "random", "delta", "clip-paths", "saliency", "attention")
+
+
+def parse_merge(text: str | None) -> tuple[int, float] | None:
+    """Parse "8" or "8,-1": the tokens that are merged in every layer, and an inflection; InputError for other texts."""
+    if text is None:
+        return None
+    number, _, inflection = text.partition(",")
+    try:
+        return int(number), float(inflection or 0)
+    except ValueError as error:
+        raise InputError(f"--merge {text!r}: expected a number of tokens, as 8, or with an inflection, 8,-1") from error
 
 
 class GapSource(str, Enum):

@@ -1,7 +1,7 @@
 """Smaller input images for the same weights: they cost nothing to make, so any compression has to beat them.
 
-The position embedding is resized to the smaller grid, and the classifier is refitted in closed form to the logits that
-the model has at its own size.
+The position embedding is resized to the smaller grid. The classifier stays as it is, or is refitted in closed form to
+the logits that the model has at its own size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def choose_image_size(model: TokenModel, share: float) -> tuple[int, int]:
     least = 1.0
     for size in _list_sizes(model):
         config = replace(model.config, image_size=size)
-        length = config.patches + (model.protected is not None)
+        length = model.length - model.config.patches + config.patches  # tokens without a patch stay
         least = min(least, flops_of(model, config, [length] * (config.depth + 1)))
         if least <= share:
             return size
@@ -51,14 +51,14 @@ def _list_sizes(model: TokenModel) -> Iterator[tuple[int, int]]:
         yield height - fewer * model.config.stride, width - (columns - kept) * model.config.stride
 
 
-def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches) -> TokenModel:
-    """Return a copy of a dense model for images of another size, with a refitted classifier.
+def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches | None = None) -> TokenModel:
+    """Return a copy of a dense model for images of another size.
 
     Args:
         model: the dense model.
         image_size: (height, width) in pixels.
-        images: to refit on, prepared for `model`; labels are not used, and duplicates are ignored. One in five is held
-            out to choose the ridge, as in reconstruction.
+        images: to refit the classifier on, prepared for `model`; labels are not used, and duplicates are ignored. One
+            in five is held out to choose the ridge, as in reconstruction. None: the classifier stays as it is.
 
     Returns:
         A model that counts as compressed, with an empty plan.
@@ -69,7 +69,8 @@ def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches
     device = next(model.parameters()).device
     small = load(model, image_size=image_size, device=device)
     small.preprocessing = model.preprocessing
-    refit_classifier(small, model, images)
+    if images is not None:
+        refit_classifier(small, model, images)
     small.mark_compressed()
     return small
 

@@ -115,7 +115,7 @@ def assemble(
     opset = next(o.version for o in graph.opset_import if o.domain == "")
     names = {node.op_type for node in graph.graph.node if node.domain == DOMAIN}
     graph.functions.extend(onnx.parser.parse_function(function_text(name, opset, scan)) for name in sorted(names))
-    domains = {o.domain for function in graph.functions for o in function.opset_import}
+    domains = {DOMAIN, *(o.domain for function in graph.functions for o in function.opset_import)}
     for domain in domains - {o.domain for o in graph.opset_import}:
         graph.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     if half:

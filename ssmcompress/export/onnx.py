@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..evaluation.latency import device_name, summarize_times
 from ..evaluation.timings import describe_load, system_load
 from ..files import ONNX, check_target, replace_files
-from ..models.base import TokenModel
+from ..models.base import ScanBlock, TokenModel
 from ..models.inputs import check_model
 from ..models.precision import to_float32
 from ..progress import track
@@ -125,6 +125,8 @@ def export_onnx(
         raise InputError(f"opset {opset}: the installed onnxruntime runs opsets up to {newest_opset()}")
     provider_name = find_provider(provider)
     forms, refused = choose_forms(options.scan, opset)
+    if not any(isinstance(block, ScanBlock) for block in model.blocks):
+        forms, refused = forms[:1], {}  # without scans, all forms are one
     images = model.find_images(options.data)
     traced = trace(model, opset, class_names(images, model.config.num_classes))
     times: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,21 +35,22 @@ from ..models.inputs import check_dense
 from ..models.learnt import count_common
 from ..models.saved import versions
 from ..progress import line, track
-from ..pruning.plan import Calibration, Plan, default_stages
+from ..pruning.plan import Calibration, Plan
 from ..tasks import Evaluation
 from .compare_axes import AxisModels
-from .compare_rows import check_row, describe_differences, list_figures, select_measured, to_csv
+from .compare_rows import check_row, describe_differences, list_figures, rename_rows, select_measured, to_csv
 from .doubts import Subject, doubt_accuracy
 from .images import CalibrationImages, choose_images
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
-from .pictures import draw_pareto
+from .pareto import draw_pareto
 from .pipeline import Context, run_steps
 from .prune import mark_unchanged
 from .report_text import describe_overlap
 from .requests import CompareRequest
 from .search import SearchRequest, search_plan
 
-FORMAT_VERSION = 1
+# 2: the row "smaller image" has the classifier as it is, and "smaller image, reconstructed" is what it was before.
+FORMAT_VERSION = 2
 NOT_COMPARABLE = "prepared images cannot be compared with pictures"
 CHARTS_EVERY = 10.0  # seconds
 RESULT_FILE, TABLE_FILE, CHART_FILES = "compare.json", "compare.csv", ("pareto.png", "pareto.svg")
@@ -77,18 +78,30 @@ def compare_methods(
         InputError: a pruned model, images or a folder that cannot be used.
     """
     check_dense(model)
-    wanted = {"search": request.search, "reconstruct": request.reconstruct, "levels": bool(model.levels)}
-    methods = choose_methods(request.methods, **wanted)
-    if processes.count() > 1:
-        raise InputError("compare runs in one process: start it without a launcher")
-    ratios = request.ratios
-    if request.flops is not None:
-        ratios = tuple(ratio_for_flops(model, request.stages, share) for share in request.flops)
-    levels = make_levels(model, request.stages, ratios)
-    if request.flops is not None:
-        levels = [replace(level, asked=share) for level, share in zip(levels, request.flops, strict=True)]
+    methods = choose_methods(model, request.methods, search=request.search, reconstruct=request.reconstruct)
+    check_alone()
+    levels = list_levels(model, request)
     comparison = Comparison(model, Path(folder), request, command, force, images)
     return comparison.run(levels, methods)
+
+
+def check_alone() -> None:
+    """Raise an InputError in one of several processes."""
+    if processes.count() > 1:
+        raise InputError("compare runs in one process: start it without a launcher")
+
+
+def list_levels(model: TokenModel, request: CompareRequest) -> list[Level]:
+    """Return the levels of a comparison for a model.
+
+    Raises:
+        BudgetError: FLOPs that it does not get to. InputError: a layer that it does not have.
+    """
+    if request.flops is None:
+        return make_levels(model, request.stages, request.ratios)
+    ratios = [ratio_for_flops(model, request.stages, share) for share in request.flops]
+    levels = make_levels(model, request.stages, ratios)
+    return [replace(level, asked=share) for level, share in zip(levels, request.flops, strict=True)]
 
 
 class Comparison:
@@ -114,7 +127,7 @@ class Comparison:
             "image_size": list(model.config.image_size),
             "calibration": {"name": self.calibration.source.name, "images": len(self.calibration.index)},
             "data": {"name": self.measured.source.name, "images": len(self.measured.index)},
-            "stages": list(request.stages or default_stages(len(model.blocks))),
+            "stages": list(request.stages or model.default_stages()),
             "gap": self.images.gap_source(request.gap),
             "seed": request.data.seed,
             "dtype": request.measure.dtype,
@@ -147,12 +160,15 @@ class Comparison:
             return []
         try:
             value = json.loads(read_text(file))
-            settings, rows = dict(value["settings"]), value["rows"]
-            differences = [] if force else describe_differences(settings, self.settings)
+            several = "models" in value
+            settings, rows = dict(value["settings"]), rename_rows(value["rows"], value.get("format_version"))
+            differences = [] if force or several else describe_differences(settings, self.settings)
             for row in rows:
                 check_row(row, self.task)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: not a comparison of ssmcompress ({type(error).__name__} {error})") from error
+        if several:
+            raise InputError(f"{file} is a comparison of several models; choose another output, or a folder in it")
         if force:
             return []
         if differences:
@@ -165,8 +181,17 @@ class Comparison:
             line(f"{len(rows)} rows are there already")
         return rows
 
-    def run(self, levels: Sequence[Level], methods: Sequence[Method]) -> dict[str, Any]:
-        """Measure the rows that are missing, writing after each; returns the whole comparison, a JSON object."""
+    def run(
+        self,
+        levels: Sequence[Level],
+        methods: Sequence[Method],
+        after_each: Callable[[dict[str, Any]], None] = lambda value: None,
+    ) -> dict[str, Any]:
+        """Measure the rows that are missing, writing after each; returns the whole comparison, a JSON object.
+
+        Args:
+            after_each: is called with the comparison so far after each row that was measured.
+        """
         measured = {(row["method"], row["ratio"]) for row in self.rows}
         work: list[tuple[Method | None, Level]] = [(None, Level(0.0, 1.0))]
         work += [(method, level) for level in levels for method in methods]
@@ -174,6 +199,7 @@ class Comparison:
         for method, level in track(work, "comparing", len(work)):
             self.rows.append(self.row(method, level))
             self.write()
+            after_each(self.to_dict())
         self.write(charts=True)
         return self.to_dict()
 
@@ -211,7 +237,7 @@ class Comparison:
     def build(self, method: Method, level: Level) -> TokenModel:
         """The model of a row."""
         if method.axis is not None:
-            return self._axes.build(method.axis, level.budget)
+            return self._axes.build(method.axis, level.budget, method.reconstructed)
         plan = self.plan(method, level)
         if (method.reconstructed or method.mapped) and self.calibration.source.stand_in:
             raise InputError("reconstruction needs images of your own")
@@ -234,7 +260,7 @@ class Comparison:
             write_file(file, result.sensitivity.to_json().encode(), force=True)
             return replace(result.plan, gap=gap)
         stages = stages_for_level(method, self.model, level, self.stages)
-        return Plan(stages, method.alignment, gap, self.data.seed).validate(len(self.model.blocks))
+        return self.model.check_plan(Plan(stages, method.alignment, gap, self.data.seed))
 
     def sensitivity_file(self, method: Method) -> Path:
         """Where the search of a method keeps what it measured."""

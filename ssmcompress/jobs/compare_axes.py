@@ -44,22 +44,24 @@ class AxisModels:
         self.chains: dict[str, Any] = {}
         self.ranking: tuple[int, ...] | None = None
 
-    def build(self, axis: str, share: float) -> TokenModel:
-        """Return the model with at most this share of the dense FLOPs, reconstructed.
+    def build(self, axis: str, share: float, reconstruct: bool = True) -> TokenModel:
+        """Return the model with at most this share of the dense FLOPs.
 
         Args:
             axis: "states", "channels" or "layers", alone; ALL, a search over all axes; or IMAGE, a smaller image.
+            reconstruct: whether the classifier is refitted to a smaller image; the other axes always reconstruct.
 
         Raises:
             InputError: the axis does not reach the share, or there are no images to fit on.
             BudgetError: the search does not reach it.
         """
-        if self.images.source.stand_in:
+        if self.images.source.stand_in and (reconstruct or axis != IMAGE):
             raise InputError("reconstruction needs images of your own")
         if flops_of(self.model, self.model.config) <= share:
             return mark_unchanged(self.model)
         if axis == IMAGE:
-            return shrink_image(self.model, choose_image_size(self.model, share), self.images.calibration)
+            images = self.images.calibration if reconstruct else None
+            return shrink_image(self.model, choose_image_size(self.model, share), images)
         if axis == ALL:
             return self._run(self._search(share))
         trims = choose_trims(self.model, axis, share, self._rank_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..compression.trim.trims import Trims
@@ -67,24 +67,40 @@ def check_row(row: dict[str, Any], task: Task) -> None:
         int(side)
 
 
+def rename_rows(rows: list[dict[str, Any]], version: int | None) -> list[dict[str, Any]]:
+    """Return rows that a file of this format version holds, with the names that methods have now.
+
+    Before version 2, "smaller image" had a refitted classifier.
+    """
+    if version != 1:
+        return rows
+    return [
+        {**row, "method": "smaller image, reconstructed"} if row["method"] == "smaller image" else row for row in rows
+    ]
+
+
 def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of methods that reached their level."""
     return [row for row in rows if not row.get("failed")]
 
 
-def to_csv(rows: Iterable[dict[str, Any]], task: Task) -> str:
-    """Format one line for each row: its figures and cost, images, stages, what failed, trims and the image size."""
+def to_csv(rows: Iterable[dict[str, Any]], task: Task, before: Sequence[str] = (), after: Sequence[str] = ()) -> str:
+    """Format one line for each row: its figures and cost, images, stages, what failed, trims and the image size.
+
+    Args:
+        before, after: keys of the rows that have a column in front of these, or behind them.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     figures = [figure.name for figure in list_figures(task)]
-    columns = ["method", "ratio", "flops_full", "flops_share", *figures, "latency_ms", "latency_share"]
-    writer.writerow([*columns, "images", "stages", "failed", "trims", "image_size"])
+    columns = [*before, "method", "ratio", "flops_full", "flops_share", *figures, "latency_ms", "latency_share"]
+    writer.writerow([*columns, "images", "stages", "failed", "trims", "image_size", *after])
     for row in rows:
         values = {**row, "flops_full": (row.get("flops") or {}).get("full")}
         stages = " ".join(f"{s['after']}:{s['ratio']:.4f}:{s['importance']}" for s in row.get("stages", ()))
         size = "x".join(str(side) for side in row.get("image_size", ()))
         more = [row["images"], stages, row.get("failed"), _format_trims(row.get("trims", {})), size]
-        writer.writerow([*(values.get(column) for column in columns), *more])
+        writer.writerow([*(values.get(column) for column in columns), *more, *(row.get(column) for column in after)])
     return text.getvalue()
 
 

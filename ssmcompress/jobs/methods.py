@@ -2,119 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ..compression.search.axes import list_axes
 from ..compression.search.equal import plan_for_budget
 from ..errors import InputError, suggest
 from ..evaluation.flops import remaining_share
-from ..models.base import TokenModel
+from ..models.base import ScanBlock, TokenModel
 from ..pruning.alignment import UNALIGNED, Alignment
-from ..pruning.plan import Plan, Stage, default_stages, kept_count, ratio_for_budget, share_removed
+from ..pruning.plan import Plan, Stage, kept_count, ratio_for_budget, share_removed
 from .compare_axes import ALL, IMAGE
 from .pipeline import Step
 from .steps import Reconstruct, pruning_steps
 
 ALIGNED = Alignment()
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to make the model cheaper.
-
-    Attributes:
-        importance: the metric that ranks tokens. alignment: as in a plan. merge: as in a stage.
-        searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
-            refitted.
-        axis: what is trimmed instead of tokens, as `compare_axes.AxisModels.build` has it; None: tokens, by a plan.
-        mapped: whether the output levels of a segmentation model are mapped to the dense ones.
-        fill: what is read out of a dropped token, as in a plan. Both are for models with output levels alone.
-    """
-
-    name: str
-    importance: str = "clip"
-    alignment: Alignment = ALIGNED
-    merge: str | None = None
-    searched: bool = False
-    reconstructed: bool = False
-    axis: str | None = None
-    mapped: bool = False
-    fill: str = "stale"
-
-    @property
-    def of_levels(self) -> bool:
-        """Whether it is for models with output levels alone."""
-        return self.mapped or self.fill != "stale"
-
-    def steps(self, plan: Plan) -> Sequence[Step]:
-        """What the method does with a plan."""
-        refit = Reconstruct() if self.reconstructed else None
-        return pruning_steps(replace(plan, fill=self.fill), refit, self.mapped)
-
-
-def _methods() -> tuple[Method, ...]:
-    """Return all methods. `naive` is pruning as in EViT (arXiv 2202.07800), by the score of ToP-ViM."""
-    rows = [Method("naive", alignment=UNALIGNED)]
-    for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
-        name = "unclipped" if importance == "mean" else importance
-        rows += [Method(name, importance, UNALIGNED), Method(f"{name}, aligned", importance)]
-    rows += [
-        Method("clip, conv aligned", alignment=Alignment(True, False)),
-        Method("clip, scan aligned", alignment=Alignment(False, True)),
-        Method("clip, aligned"),
-        Method("R-MeeTo", "similarity", UNALIGNED, "ordered"),
-        Method("MTR", "delta", UNALIGNED, "grouped"),
-        Method("search", searched=True),
-    ]
-    rows += [
-        Method("zero-filled", alignment=UNALIGNED, fill="zero"),
-        Method("naive, mapped", alignment=UNALIGNED, mapped=True),
-        Method("clip, aligned, mapped", mapped=True),
-    ]
-    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
-    rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
-    rows += [
-        Method(f"{axis}, reconstructed", reconstructed=True, axis=axis) for axis in ("states", "channels", "layers")
-    ]
-    rows += [
-        Method("all axes", searched=True, reconstructed=True, axis=ALL),
-        Method("smaller image", axis=IMAGE),
-    ]
-    return tuple(rows)
-
-
-METHODS = _methods()
-NAMES = tuple(method.name for method in METHODS)
-
-
-def choose_methods(
-    names: Sequence[str] | None, *, search: bool, reconstruct: bool, levels: bool = False
-) -> tuple[Method, ...]:
-    """The methods with these names, in the order of `METHODS`.
-
-    Args:
-        names: None: all of them. search, reconstruct: whether those with a search or a reconstruction are among all;
-            those of other axes than tokens, and the smaller image, are if both are true.
-        levels: whether the model has output levels, as one for segmentation has.
-
-    Raises:
-        InputError: an unknown name, or a method that is not for the model.
-    """
-    if names is None:
-        both = search and reconstruct
-        tokens = (m for m in METHODS if (m.axis is None or both) and is_for(m, levels))
-        return tuple(m for m in tokens if (search or not m.searched) and (reconstruct or not m.reconstructed))
-    for name in names:
-        if name not in NAMES:
-            raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
-        if not is_for(next(method for method in METHODS if method.name == name), levels):
-            raise InputError(f"method {name!r} is for {'classifiers' if levels else 'segmentation models'} alone")
-    return tuple(method for method in METHODS if method.name in names)
-
-
-def is_for(method: Method, levels: bool) -> bool:
-    """Whether a method is for models with output levels, or without."""
-    return method.axis != IMAGE if levels else not method.of_levels
+# The groups of methods, as a chart of several models marks them.
+DROPPED, MERGED, SEARCHED, TRIMMED, SMALLER = (
+    "tokens dropped", "tokens merged", "search", "states, channels or layers", "smaller image",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,13 +42,220 @@ class Level:
         return self.flops if self.asked is None else self.asked
 
 
+# (method, model, level, layers to prune after or None for the default ones) -> the stages by which the method reaches
+# the level without a search; InputError: it cannot save as much.
+StageRule = Callable[["Method", TokenModel, Level, Sequence[int] | None], tuple[Stage, ...]]
+
+
+def prune_alike(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
+    """Return stages that remove the level's ratio at each of the layers, more where choosing tokens costs FLOPs."""
+    after = tuple(stages or model.default_stages())
+
+    def stages_with(ratio: float) -> tuple[Stage, ...]:
+        return tuple(Stage(layer, ratio, method.importance, method.merge) for layer in after)
+
+    if level.ratio == 0 or remaining_share(model, stages_with(level.ratio)) <= level.flops:
+        return stages_with(level.ratio)
+    # Choosing and merging cost FLOPs: fewer tokens make up for them, so that no row exceeds the level.
+    return stages_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, stages_with(ratio))))
+
+
+def remove_steadily(make: Callable[[Method, TokenModel, int], Sequence[Stage]]) -> StageRule:
+    """Return a rule by which every stage removes the same number of tokens, the smallest that the FLOPs allow.
+
+    The stages that are asked for are not used.
+
+    Args:
+        make: (method, model, number) -> stages that remove this number of tokens each, or fewer where they cannot.
+    """
+
+    def find(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
+        if level.ratio == 0:
+            return tuple(replace(stage, ratio=0.0) for stage in make(method, model, 1))
+        for number in range(1, model.length):
+            found = tuple(make(method, model, number))
+            if found and remaining_share(model, found) <= level.flops:
+                return found
+        raise InputError(f"{method.name} does not get to {level.flops:.1%}: a stage merges half of its tokens at most")
+
+    return find
+
+
+def merge_every_second(method: Method, model: TokenModel, number: int) -> list[Stage]:
+    """Return the stages of R-MeeTo, which merges before every second layer from the third on, as its code does."""
+    merges, count, protected = [], model.length, model.protected_count
+    for layer in range(2, len(model.blocks), 2):
+        ratio = share_removed(count, count - min(number, (count - protected) // 2), protected)
+        merges.append(Stage(layer, ratio, method.importance, method.merge))
+        count = kept_count(count, ratio, protected)
+    return merges
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make the model cheaper.
+
+    Attributes:
+        importance: the metric that ranks tokens. alignment: as in a plan. merge: as in a stage.
+        stages: the rule by which a level becomes stages.
+        searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
+            refitted; of a smaller image, whether the classifier is.
+        axis: what is trimmed instead of tokens, as `compare_axes.AxisModels.build` has it; None: tokens, by a plan.
+        mapped: whether the output levels of a segmentation model are mapped to the dense ones.
+        fill: what is read out of a dropped token, as in a plan. Both are for models with output levels alone.
+    """
+
+    name: str
+    importance: str = "clip"
+    alignment: Alignment = ALIGNED
+    merge: str | None = None
+    stages: StageRule = prune_alike
+    searched: bool = False
+    reconstructed: bool = False
+    axis: str | None = None
+    mapped: bool = False
+    fill: str = "stale"
+
+    @property
+    def of_levels(self) -> bool:
+        """Whether it is for models with output levels alone."""
+        return self.mapped or self.fill != "stale"
+
+    @property
+    def group(self) -> str:
+        """What kind of method it is: DROPPED, MERGED, SEARCHED, TRIMMED or SMALLER."""
+        if self.axis is not None and not self.searched:
+            return SMALLER if self.axis == IMAGE else TRIMMED
+        return SEARCHED if self.searched else MERGED if self.merge is not None else DROPPED
+
+    def steps(self, plan: Plan) -> Sequence[Step]:
+        """What the method does with a plan."""
+        refit = Reconstruct() if self.reconstructed else None
+        return pruning_steps(replace(plan, fill=self.fill), refit, self.mapped)
+
+
+def _methods() -> tuple[Method, ...]:
+    """Return all methods. `naive` is pruning as in EViT (arXiv 2202.07800), by the score of ToP-ViM."""
+    rows = [Method("naive", alignment=UNALIGNED)]
+    for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
+        name = "unclipped" if importance == "mean" else importance
+        rows += [Method(name, importance, UNALIGNED), Method(f"{name}, aligned", importance)]
+    rows += [
+        Method("clip, conv aligned", alignment=Alignment(True, False)),
+        Method("clip, scan aligned", alignment=Alignment(False, True)),
+        Method("clip, aligned"),
+        Method("R-MeeTo", "similarity", UNALIGNED, "ordered", remove_steadily(merge_every_second)),
+        Method("MTR", "delta", UNALIGNED, "grouped"),
+        Method("search", searched=True),
+    ]
+    rows += [
+        Method("zero-filled", alignment=UNALIGNED, fill="zero"),
+        Method("naive, mapped", alignment=UNALIGNED, mapped=True),
+        Method("clip, aligned, mapped", mapped=True),
+    ]
+    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
+    rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
+    rows += [
+        Method(f"{axis}, reconstructed", reconstructed=True, axis=axis) for axis in ("states", "channels", "layers")
+    ]
+    rows += [
+        Method("all axes", searched=True, reconstructed=True, axis=ALL),
+        Method("smaller image", axis=IMAGE),
+        Method("smaller image, reconstructed", axis=IMAGE, reconstructed=True),
+    ]
+    return tuple(rows)
+
+
+METHODS = _methods()
+NAMES = tuple(method.name for method in METHODS)
+
+
+def choose_methods(
+    model: TokenModel, names: Sequence[str] | None, *, search: bool = False, reconstruct: bool = False
+) -> tuple[Method, ...]:
+    """Return the methods with these names, in the order of `METHODS`.
+
+    Args:
+        names: None: all that the model can carry out.
+        search, reconstruct: whether those with a search or a reconstruction are among all; those that trim states,
+            channels or layers are if both are true.
+
+    Raises:
+        InputError: an unknown name, or a method that the model cannot carry out.
+    """
+    check_names(names)
+    if names is None:
+        asked = (m for m in METHODS if _is_asked_for(m, search, reconstruct))
+        return tuple(m for m in asked if find_obstacle(m, model) is None)
+    chosen = tuple(method for method in METHODS if method.name in names)
+    for method in chosen:
+        if (obstacle := find_obstacle(method, model)) is not None:
+            raise InputError(f"method {method.name!r} {obstacle}")
+    return chosen
+
+
+def check_names(names: Sequence[str] | None) -> None:
+    """Raise an InputError if a method of one of these names is not known."""
+    for name in names or ():
+        if name not in NAMES:
+            raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
+
+
+def list_obstacles(model: TokenModel, names: Sequence[str]) -> dict[str, str]:
+    """Return those of the methods with these names that a model cannot carry out, each with the reason."""
+    found = {method.name: find_obstacle(method, model) for method in METHODS if method.name in names}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+
+
+def find_obstacle(method: Method, model: TokenModel) -> str | None:
+    """Return why a model cannot carry out a method, as the end of a sentence about the method; None: it can.
+
+    It depends on what the layers of the model can do, not on the name of its architecture.
+    """
+    if method.axis == IMAGE:
+        return "is for classifiers alone" if model.levels else None
+    if method.of_levels and not model.levels:
+        return "is for segmentation models alone"
+    if method.axis is not None:
+        axes = list_axes(model)
+        if axes and method.axis in (ALL, *axes):
+            return None
+        what = "states, channels or layers" if method.axis == ALL else method.axis
+        return f"trims {what}, and this {model.architecture} has none to spare"
+    if method.searched:
+        return None  # a search chooses among the metrics that the model has
+    if method.importance not in model.importances:
+        return f"ranks tokens by {method.importance!r}, which the layers of this {model.architecture} do not compute"
+    aligns = method.alignment.conv or method.alignment.scan
+    if aligns and not all(isinstance(block, ScanBlock) for block in model.blocks):
+        return f"aligns scans, and this {model.architecture} has layers without one"
+    return None
+
+
+def _is_asked_for(method: Method, search: bool, reconstruct: bool) -> bool:
+    """Return whether a method is among all, with a search and with a reconstruction or without."""
+    if method.axis not in (None, IMAGE):
+        return search and reconstruct
+    return (search or not method.searched) and (reconstruct or not method.reconstructed)
+
+
+def find_group(name: str) -> str:
+    """Return the group of the method of this name, DROPPED if there is none (any more)."""
+    return next((method.group for method in METHODS if method.name == name), DROPPED)
+
+
+def is_reconstructed(name: str) -> bool:
+    """Return whether the method of this name refits later layers."""
+    return any(method.reconstructed for method in METHODS if method.name == name)
+
+
 def make_levels(model: TokenModel, stages: Sequence[int] | None, ratios: Sequence[float]) -> list[Level]:
     """Return a level for each ratio, removed at each of the stages (None: the default ones)."""
-    stages = tuple(stages or default_stages(len(model.blocks)))
+    stages = tuple(stages or model.default_stages())
     result = []
     for ratio in ratios:
         plan = tuple(Stage(after, ratio) for after in stages)
-        Plan(plan).validate(len(model.blocks))
+        Plan(plan).validate(len(model.blocks), model.drops_inside)
         result.append(Level(ratio, remaining_share(model, plan)))
     return result
 
@@ -155,36 +268,9 @@ def ratio_for_flops(model: TokenModel, stages: Sequence[int] | None, budget: flo
 def stages_for_level(
     method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None
 ) -> tuple[Stage, ...]:
-    """Return the stages by which a method reaches a level without a search.
-
-    R-MeeTo merges the same number of tokens before every second layer from the third on, as its code does, and as few
-    as the level's FLOPs allow; the others remove the level's ratio at each stage.
+    """Return the stages by which a method reaches a level without a search; `stages`: layers, None: the default ones.
 
     Raises:
         InputError: the method cannot save as much.
     """
-    depth = len(model.blocks)
-    if method.merge != "ordered":
-        after = tuple(stages or default_stages(depth))
-
-        def stages_with(ratio: float) -> tuple[Stage, ...]:
-            return tuple(Stage(layer, ratio, method.importance, method.merge) for layer in after)
-
-        if level.ratio == 0 or remaining_share(model, stages_with(level.ratio)) <= level.flops:
-            return stages_with(level.ratio)
-        # Choosing and merging cost FLOPs: fewer tokens make up for them, so that no row exceeds the level.
-        return stages_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, stages_with(ratio))))
-    if level.ratio == 0:
-        return (Stage(2 if depth > 2 else 1, 0.0, method.importance, method.merge),)
-    protected = model.protected is not None
-    for removed in range(1, model.length):
-        merges, count = [], model.length
-        for layer in range(2, depth, 2):
-            free = count - protected
-            kept = count - min(removed, free // 2)
-            ratio = share_removed(count, kept, protected)
-            merges.append(Stage(layer, ratio, method.importance, method.merge))
-            count = kept_count(count, ratio, protected)
-        if merges and remaining_share(model, merges) <= level.flops:
-            return tuple(merges)
-    raise InputError(f"merging half of the tokens before every second layer does not get to {level.flops:.1%}")
+    return method.stages(method, model, level, stages)

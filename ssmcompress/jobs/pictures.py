@@ -1,4 +1,4 @@
-"""Pictures: the tokens that a pruned model keeps, segments, what each axis costs, a fine-tuning, methods compared."""
+"""Pictures: the tokens that a pruned model keeps, segments, what each axis costs, a fine-tuning."""
 
 from __future__ import annotations
 
@@ -259,46 +259,6 @@ def draw_history(finetuning: Finetuning, task: Task) -> bytes:
         axes.set_xticks(epochs if len(epochs) < 12 else epochs[:: len(epochs) // 10])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str, task: Task) -> bytes:
-    """Draw the task's quality, or without labels its likeness to the dense model, over the FLOPs left: a line a method.
-
-    Args:
-        rows: those of a comparison, each with `method`, `flops_share` and the figures of the task. kind: png or svg.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    labelled = any(row[task.quality] is not None for row in rows)
-    shown = task.figure(task.quality if labelled else task.likeness)
-    key = shown.name
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row[key] is not None:
-            points.setdefault(row["method"], []).append((100 * row["flops_share"], row[key]))
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    best: list[tuple[float, float]] = []
-    for point in sorted((p for line in points.values() for p in line), key=lambda p: (p[0], -p[1])):
-        if not best or point[1] > best[-1][1]:
-            best.append(point)
-    if best:
-        axes.plot(*zip(*best, strict=True), color="lightgrey", linewidth=6, zorder=0, label="best at its FLOPs")
-    for number, (method, line) in enumerate(points.items()):
-        style = {
-            "marker": "osD^vP*X"[number % 8],
-            "color": f"C{number % 10}",
-            "linestyle": "-" if number < 10 else "--",
-        }
-        axes.plot(*zip(*sorted(line), strict=True), **style, label=method, markersize=5, linewidth=1)
-    axes.set(xlabel="FLOPs left (full), %", ylabel=f"{shown.title}, {shown.unit}")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="x-small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 

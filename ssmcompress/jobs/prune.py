@@ -10,11 +10,11 @@ from typing import Any
 
 from .. import processes
 from ..compression.reconstruct.layerwise import RefitOptions
-from ..compression.search.equal import plan_for_budget
+from ..compression.search.equal import least_share, plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
 from ..errors import BudgetError, InputError
-from ..evaluation.flops import corrections_share, flops, flops_as_run, share_of_whole, smallest_share
+from ..evaluation.flops import corrections_share, flops, flops_as_run, share_of_whole
 from ..models.base import TokenModel
 from ..models.inputs import check_dense
 from ..models.learnt import add_learnt, learnt_from
@@ -24,6 +24,7 @@ from ..models.saved import read_plan, versions
 from ..progress import line
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan
+from ..pruning.schedules import tome_stages
 from .axes_search import choose_axes, search_axes
 from .finetune import FinetuneOptions, FinetuneTarget, tune_folder
 from .folder import Target, folder_name, write_folder
@@ -86,7 +87,8 @@ class PruneRequest:
         """The default folder for the result: what differs from the defaults is in its name."""
         plan, options = self.plan, self.options
         searched = plan.file is None and bool(plan.budgets)
-        ratio = plan.ratio if plan.file is not None or searched else plan.ratio or (DEFAULT_RATIO,)
+        chosen = plan.file is not None or searched or plan.merge is not None
+        ratio = plan.ratio if chosen else plan.ratio or (DEFAULT_RATIO,)
         without_search = bool(plan.budgets) and not plan.search
         choices = {
             "plan": (Path(plan.file).resolve().name if Path(plan.file).is_dir() else Path(plan.file).stem)
@@ -100,6 +102,8 @@ class PruneRequest:
             "r": ratio,
             "s": plan.stages,
             "": plan.importance if plan.importance != "clip" else None,
+            "fuse": "" if plan.fuse else None,
+            "merge": plan.merge,
             "no-align": "" if plan.align is False else None,
             "reenter": plan.reenter or None,
             "no-reconstruct": "" if options.reconstruct is False else None,
@@ -157,7 +161,11 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
         else:
             result = search_axes(model, wanted, images, options.data, gap=gap, repair=reconstruct)
         return FoundPlan(result.plan, result, images, result.trims)
-    parts = {"importance": asked.importance, "alignment": asked.align is not False}
+    if asked.merge is not None:
+        stages = tome_stages(len(model.blocks), model.length, model.protected_count, *asked.merge)
+        alignment = Alignment(asked.align is not False, asked.align is not False)
+        return FoundPlan(model.check_plan(Plan(stages, alignment, seed=options.data.seed)))
+    parts = {"importance": asked.importance, "alignment": asked.align is not False, "fuse": asked.fuse}
     parts |= {"stages": asked.stages, "seed": options.data.seed}
     if asked.flops is None:
         ratio = asked.ratio or (DEFAULT_RATIO,)
@@ -169,7 +177,7 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
     stages = asked.stages or model.default_stages()
     images = choose_images(model, options.data, options.finetune is not None)
     reserve = corrections_share(model, stages) if images.wants_reconstruction(options.reconstruct) else 0.0
-    lowest = smallest_share(model, stages) + reserve
+    lowest = least_share(model, stages, **parts) + reserve
     line(f"reachable with stages {','.join(map(str, stages))}: {lowest:.1%} to 100%")
     return FoundPlan(plan_for_budget(model, asked.flops, reserve=reserve, **parts), images=images)
 

@@ -62,7 +62,7 @@ class MeasureOptions:
 class PlanRequest:
     """Which plan to make: at most one of ratio, a budget (flops, flops_backbone, latency, max_drop) and file.
 
-    Without any, the ratio is 0.3.
+    Without any, the ratio is 0.3, unless `merge` is given.
 
     Attributes:
         ratio: shares of tokens to remove, one for all stages or one for each.
@@ -72,7 +72,9 @@ class PlanRequest:
         axes: what a search may trim, among "states", "channels", "layers" and "tokens"; None: all that the model has.
         search: whether `flops` searches for the plan, instead of pruning all stages alike.
         stages: layers to prune after, or to choose from; None: the default ones, or all.
-        importance: metric; None: "clip", or all that a search chooses from.
+        importance: metric; None: the model's default, or all that a search chooses from.
+        fuse: whether removed tokens are fused into one (EViT). merge: tokens that are merged in every layer and an
+            inflection (`ssmcompress.pruning.schedules.tome_stages`), instead of all other ways. Both are for ViTs.
         align: whether the later layers are aligned; None: yes.
         reenter: number of last layers that all tokens enter again, as in a `Plan`; with `ratio`.
         sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
@@ -90,6 +92,8 @@ class PlanRequest:
     stages: tuple[int, ...] | None = None
     importance: str | None = None
     align: bool | None = None
+    fuse: bool = False
+    merge: tuple[int, float] | None = None
     reenter: int = 0
     sensitivity: str | None = None
     by_labels: bool = False
@@ -112,12 +116,17 @@ class PlanRequest:
         Raises:
             InputError: it does not; the message names the arguments of this class, `plan` for `file`.
         """
-        ways = {"ratio": self.ratio, **self.budgets, "plan": self.file}
+        ways = {"ratio": self.ratio, **self.budgets, "plan": self.file, "merge": self.merge}
         given = [f"`{name}`" for name, value in ways.items() if value is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)}: expected one of them")
         own = {"`stages`": self.stages, "`importance`": self.importance, "`align` or `align=False`": self.align}
-        own["`reenter`"] = self.reenter or None
+        own |= {"`reenter`": self.reenter or None, "`fuse`": self.fuse or None}
+        of_stages = {name: own[name] for name in ("`stages`", "`importance`", "`fuse`", "`reenter`")}
+        if self.merge is not None and (extra := [name for name, value in of_stages.items() if value is not None]):
+            raise InputError(f"`merge` and {', '.join(extra)}: merging has a number of tokens for every layer instead")
+        if self.fuse and self.searches:
+            raise InputError("`fuse`: a search drops tokens; leave out `fuse`, or give `ratio` or `search=False`")
         if self.reenter and self.budgets:
             raise InputError("`reenter` goes with `ratio`: a budget is met with the tokens dropped to the end")
         if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):

@@ -20,12 +20,13 @@ from ..compression.trim.trims import Trims, fit_counts
 from ..data.batches import Batches
 from ..data.content import different
 from ..errors import InputError
-from ..models.base import TokenModel
+from ..models.base import ScanBlock, TokenModel
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..models.rewrite import align, prune
 from ..models.saved import serialise, versions
 from ..pruning.alignment import UNALIGNED, Alignment
+from ..pruning.merging import MERGED_BY
 from ..pruning.plan import Plan
 from .pictures import draw_history
 from .pipeline import Context, Step
@@ -149,14 +150,17 @@ class Prune:
 
 @dataclass(frozen=True)
 class Align:
-    """Align the later layers of a pruned model to the tokens that are gone."""
+    """Align the later layers of a pruned model to the tokens that are gone, or that others stand for."""
 
     alignment: Alignment
     name: ClassVar[str] = "aligned"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The aligned model."""
-        return align(model, self.alignment)
+        """The aligned model; the same model where nothing can be aligned: attention that tokens were dropped from."""
+        scans = any(isinstance(block, ScanBlock) for block in model.blocks)
+        pools = self.alignment.pool and model.pools
+        merges = any(stage.merge in MERGED_BY.values() for stage in model.plan.stages)
+        return align(model, self.alignment) if scans or pools or merges else model
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..evaluation.flops import remaining_share
 from ..evaluation.latency import latency
-from ..models.base import TokenModel
+from ..models.base import ScanBlock, TokenModel
 from ..models.rewrite import prune
 from ..progress import track
 from ..pruning.alignment import UNALIGNED, Alignment
@@ -152,7 +152,8 @@ class Trial:
 
     def choose_alignment(self, plan: Plan) -> tuple[Alignment, list[dict[str, Any]]]:
         """Return the alignment with the least loss for a plan, and the losses of all as a JSON value."""
-        if not self.request.choose_alignment or not plan.stages:
+        scans = any(isinstance(block, ScanBlock) for block in self.model.blocks)
+        if not self.request.choose_alignment or not plan.stages or not scans:
             return self.request.alignment, []
         losses = [(self.loss(replace(plan, alignment=alignment)), alignment) for alignment in ALIGNMENTS]
         best = min(losses, key=lambda pair: pair[0])[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..compression.trim.trims import Trims, find_trims
 from ..models.base import TokenModel
-from ..models.sizes import LayeredConfig, compact
+from ..models.sizes import LayeredConfig, ModelConfig, compact
 
 # What reports call a trimmed model that drops no tokens, before it is reconstructed.
 TRIMMED = "trimmed"
@@ -36,9 +36,14 @@ def describe_dense(model: TokenModel) -> dict[str, Any]:
     return describe_sizes(model.origin.config if model.origin is not None else model.config)
 
 
-def describe_sizes(config: LayeredConfig) -> dict[str, Any]:
-    """Return `states`, `channels` and `directions` of a layer, lists if layers differ, and the number of `layers`."""
+def describe_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Return `states`, `channels` and `directions` of a layer, lists if layers differ, and the number of `layers`.
+
+    A model without scans has the last of these alone.
+    """
     sizes = config.layers
+    if not isinstance(config, LayeredConfig):
+        return {"layers": len(sizes)}
     counts = {
         "states": [size.d_state for size in sizes],
         "channels": [size.d_inner for size in sizes],

@@ -1,6 +1,6 @@
 """The architectures that can be compressed."""
 
 from .base import Block, StateDict, TokenModel
-from .registry import MODELS, build, recognise
+from .registry import MODELS, build, recognise, register_architecture
 
-__all__ = ["MODELS", "Block", "StateDict", "TokenModel", "build", "recognise"]
+__all__ = ["MODELS", "Block", "StateDict", "TokenModel", "build", "recognise", "register_architecture"]

@@ -19,7 +19,37 @@ from .vim import VisionMamba
 from .vim_upernet import VimUperNet
 from .vit import VisionTransformer
 
-MODELS: tuple[type[TokenModel], ...] = (VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer)
+# In the order in which they are asked whether a state dict is theirs. A list, which other modules import by value: what
+# `register_architecture` adds is seen there, too.
+MODELS: list[type[TokenModel]] = [VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer]
+_registered: list[type[TokenModel]] = []  # those of `MODELS` that the package does not have itself
+
+
+def register_architecture(model_class: type[TokenModel]) -> type[TokenModel]:
+    """Add an architecture, which `load` and all commands then recognise; it can be used as a decorator of the class.
+
+    It is asked before the package's own, and for families that the package refuses, so its `recognises` must be true
+    for its own parameter names alone. A saved model of it can be loaded again only where it is registered.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: the name is taken, or the class lacks something that every architecture has.
+    """
+    missing = [name for name in ("architecture", "config_class", "telling_keys") if not hasattr(model_class, name)]
+    if missing := [*missing, *sorted(model_class.__abstractmethods__)]:
+        raise ValueError(f"{model_class.__name__} lacks {', '.join(missing)}: define them, see `TokenModel`")
+    if _key(model_class.architecture) in {_key(name) for m in MODELS for name in (*m.families, m.architecture)}:
+        raise ValueError(f"architecture {model_class.architecture!r} is there already")
+    MODELS.insert(0, model_class)
+    _registered.append(model_class)
+    return model_class
+
+
+def _key(name: str) -> str:
+    """Return the name of an architecture without what its spellings differ in."""
+    return name.strip().lower().replace("-", "").replace("_", "")
 
 
 def is_known(state: StateDict) -> bool:
@@ -33,15 +63,15 @@ def recognise(state: StateDict, writer: str | None = None) -> type[TokenModel]:
     Raises:
         InputError: it is none of `MODELS`; the message names it, and the tool `writer` that wrote its file, if known.
     """
-    if (family := find_family(state)) is not None:
+    found = next((model_class for model_class in MODELS if model_class.recognises(state)), None)
+    if found not in _registered and (family := find_family(state)) is not None:
         origin = f"written by {writer}" if writer else "nothing in the file says what wrote it"
         supported = ", ".join(m.architecture for m in MODELS)
         raise InputError(
             f"{family.name}, {family.task}, {origin}: not supported; this version compresses models of type {supported}"
         )
-    for model_class in MODELS:
-        if model_class.recognises(state):
-            return model_class
+    if found is not None:
+        return found
     names = ", ".join(sorted(state)[:4]) or "none"
     expected = "; ".join(f"{m.architecture} has {', '.join(m.telling_keys)}" for m in MODELS)
     raise InputError(f"no known vision state-space model: found {len(state)} tensors ({names}, ...); {expected}")
@@ -51,14 +81,10 @@ def normalise_architecture(name: str) -> str:
     """Return the name of an architecture as `MODELS` has it; InputError for one that is not supported."""
     if not isinstance(name, str):
         raise InputError(f"`architecture` {name!r}: expected one of {', '.join(repr(m.architecture) for m in MODELS)}")
-    key = name.strip().lower().replace("-", "_")
-    supported = {
-        name.replace("_", ""): m.architecture for m in reversed(MODELS) for name in (*m.families, m.architecture)
-    }
-    if found := supported.get(key.replace("_", "")):
+    supported = {_key(known): m.architecture for m in reversed(MODELS) for known in (*m.families, m.architecture)}
+    if found := supported.get(_key(name)):
         return found
-    others = {known.replace("_", ""): title for known, title, _ in FAMILY_NAMES}
-    title = others.get(key.replace("_", ""))
+    title = {_key(known): title for known, title, _ in FAMILY_NAMES}.get(_key(name))
     reason = f"{title} is not supported" if title else f"unknown architecture {name!r}"
     raise InputError(f"`architecture`: {reason}; expected one of {', '.join(m.architecture for m in MODELS)}")
 

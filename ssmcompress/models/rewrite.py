@@ -28,6 +28,7 @@ def make_plan(
     importance: str | None = None,
     alignment: Alignment | bool = True,
     seed: int = 0,
+    fuse: bool = False,
 ) -> Plan:
     """Make a plan without images and check it against the model; its gap source is left open.
 
@@ -39,6 +40,7 @@ def make_plan(
             pays it.
         alignment: True for conv and scan, False for neither, or an Alignment.
         seed: seed of importance `random`.
+        fuse: fuse the tokens that a stage removes into one, by their attention, as EViT does.
 
     Raises:
         InputError: the model cannot be pruned by these stages, ratios or metric.
@@ -53,9 +55,9 @@ def make_plan(
         raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
-    pairs = zip(stages, ratios, strict=True)
+    merge, pairs = "fused" if fuse else None, zip(stages, ratios, strict=True)
     return model.check_plan(
-        Plan(tuple(Stage(after, share, importance) for after, share in pairs), alignment, seed=seed)
+        Plan(tuple(Stage(after, share, importance, merge) for after, share in pairs), alignment, seed=seed)
     )
 
 

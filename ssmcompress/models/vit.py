@@ -105,7 +105,7 @@ class VisionTransformer(TokenModel):
         self.check(images)
         patches = widen(embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2))
         own = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
-        prefix = [widen(token).expand(len(images), -1, -1) for token in own]
+        prefix = [widen(token).expand(images.shape[0], -1, -1) for token in own]
         if c.embeds_prefix:
             features = torch.cat([*prefix, patches], dim=1) + self.pos_embed
         else:

@@ -124,7 +124,7 @@ class ViTBlock(Block):
     def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
         update, scores, keys = self.attend(self.norm1(tokens.features), tokens, metric, protected_only)
         if protected_only:
-            index = torch.arange(self.read, device=update.device).expand(len(update), -1)
+            index = torch.arange(self.read, device=update.device).expand(update.shape[0], -1)
             tokens = tokens.keep(index)
         return replace(tokens.updated(tokens.features + self.ls1(update), scores), keys=keys)
 
@@ -151,8 +151,9 @@ class ViTBlock(Block):
         k, v = project_rows(attn.qkv, x, slice(width, None)).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
         q, k = attn.q_norm(q), attn.k_norm(k)
-        bias = None if bias is None else bias.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        # onnxruntime's attention wants a row of the mask for each query.
+        mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         scores = keys = None
         if metric == "attention":
             row = widen(q[:, :, :1]) * attn.scale @ widen(k).transpose(-2, -1)

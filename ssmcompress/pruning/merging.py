@@ -84,7 +84,7 @@ def _rank(tokens: Tokens) -> Tensor:
     They are distinct, in the order of the tokens that are left.
     """
     count = int(tokens.features.shape[1])
-    places = torch.arange(count, device=tokens.features.device).expand(len(tokens.features), -1)
+    places = torch.arange(count, device=tokens.features.device).expand(tokens.features.shape[0], -1)
     if tokens.ranks is not None:
         places = tokens.ranks.argsort(1).argsort(1)
     return places + places % 2 * count

@@ -80,30 +80,6 @@ def test_refitted_maps_are_shown_when_asked_for(capsys):
         assert f"{fit['before']:.1%} -> {fit['after']:.1%}" in out
 
 
-def test_a_comparison_fits(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    row = {
-        "method": "saliency, aligned, reconstructed", "ratio": 0.123, "flops_share": 0.998, "top1": 99.99,
-        "agreement": 100.0, "kl": 12.3456, "latency_ms": 1234.5, "latency_share": 1.05,
-    }  # fmt: skip
-    data = {"images": 3, "name": "x"}
-    tables.show_comparison({"rows": [row], "settings": {"data": data, "calibration": data}})
-    out = capsys.readouterr().out
-    for figure in ("0.123", "99.8 %", "99.99 %", "100.00 %", "12.3456", "1234.5 ms", "105 %"):
-        assert figure in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_columns_without_a_figure_are_left_out(capsys):
-    row = {"method": "naive", "ratio": 0.3, "flops_share": 0.6, "agreement": 50.0, "kl": 0.1}
-    data = {"images": 3, "name": "x"}
-    tables.show_comparison({"rows": [row], "settings": {"data": data, "calibration": data}})
-    table = capsys.readouterr().out.split("agrees: same")[0]
-    assert "latency" not in table
-    assert "top-1" not in table
-    assert "50.00 %" in table
-
-
 def test_a_web_page_scrolls_its_tables_on_a_phone():
     page = report_text.render_html(five_columns(), "x" * 100, {})
     assert 'name="viewport"' in page

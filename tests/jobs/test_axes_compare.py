@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,14 +16,16 @@ from ssmcompress.compression.trim.trims import Trims
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import flops, flops_of, remaining_share
+from ssmcompress.jobs.compare import compare_methods
 from ssmcompress.jobs.compare_axes import AxisModels, choose_trims
 from ssmcompress.jobs.images import CalibrationImages, choose_images
 from ssmcompress.jobs.methods import METHODS, choose_methods, make_levels
-from ssmcompress.jobs.requests import DataOptions
+from ssmcompress.jobs.requests import CompareRequest, DataOptions, MeasureOptions
 from ssmcompress.models.inputs import to_batches
 from ssmcompress.tasks import CLASSIFICATION
 
 AXIS_METHODS = [method.name for method in METHODS if method.axis is not None]
+TRIMMING = [method.name for method in METHODS if method.axis not in (None, "image")]
 
 
 def no_ranking() -> Sequence[int]:
@@ -104,6 +107,17 @@ def test_the_largest_image_within_the_level_is_chosen():
 
 
 @pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
+def test_a_smaller_image_changes_the_position_embedding_alone(make):
+    model = make()
+    size = choose_image_size(model, 0.7)
+    small, plain = shrink_image(model, size), ssmcompress.load(model, image_size=size)
+    assert (small.config.image_size, small.length < model.length) == (size, True)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in small.state_dict().items())
+    changed = {name for name, value in model.state_dict().items() if value.shape != small.state_dict()[name].shape}
+    assert all("pos_embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
 def test_the_classifier_of_a_smaller_image_is_refitted_to_the_dense_logits(make):
     model = make()
     size = choose_image_size(model, 0.7)
@@ -181,16 +195,18 @@ def test_rows_of_other_axes_stay_below_their_level_and_are_kept(make, tmp_path):
     for axis in ("states", "channels", "layers"):
         row = rows[f"{axis}, reconstructed"]
         assert (list(row["trims"]), row["stages"]) == ([axis], [])
-    small = rows["smaller image"]
+    plain, small = rows["smaller image"], rows["smaller image, reconstructed"]
+    assert (plain["image_size"], plain["flops"]) == (small["image_size"], small["flops"])
+    assert plain["kl"] != small["kl"]
     assert small["image_size"][0] < model.config.image_size[0]
     assert "trims" not in small
     assert "image_size" not in rows["states, reconstructed"]
     lines = {line["method"]: line for line in csv.DictReader((tmp_path / "rows" / "compare.csv").open())}
     assert lines["states, reconstructed"]["trims"] == f"states:{rows['states, reconstructed']['trims']['states']}"
-    assert lines["smaller image"]["image_size"] == "x".join(map(str, small["image_size"]))
+    assert lines["smaller image, reconstructed"]["image_size"] == "x".join(map(str, small["image_size"]))
     file = tmp_path / "rows" / "compare.json"
     value = json.loads(file.read_text())
-    value["rows"] = [{**row, "seconds": -1.0} for row in value["rows"] if row["method"] != "smaller image"]
+    value["rows"] = [{**row, "seconds": -1.0} for row in value["rows"] if row["method"] != small["method"]]
     file.write_text(json.dumps(value))
     again = ssmcompress.compare(model, images, ratios=[0.3], **options)["rows"]
     assert [row["seconds"] == -1.0 for row in again] == [True] * (len(again) - 1) + [False]
@@ -208,7 +224,7 @@ def timed(row):
 def test_a_smaller_image_is_compared_with_the_dense_model_on_the_same_images(vim, class_folders):
     """The figures of the row, against both models on the pictures, each prepared by its own transform."""
     data = {"data": str(class_folders), "eval_data": str(class_folders)}
-    row = ssmcompress.compare(vim, **data, ratios=[0.3], methods=["smaller image"])["rows"][-1]
+    row = ssmcompress.compare(vim, **data, ratios=[0.3], methods=["smaller image, reconstructed"])["rows"][-1]
     pictures = choose_images(vim, DataOptions(**data))
     small = shrink_image(vim, tuple(row["image_size"]), pictures.calibration)
     with torch.no_grad():
@@ -240,14 +256,41 @@ def test_a_model_that_is_within_the_level_stays_as_it_is(vim, images, tmp_path):
         assert torch.equal(same(images), vim(images))
 
 
-def test_methods_of_other_axes_are_asked_for():
+def test_methods_of_other_axes_are_asked_for(vim):
     for search, reconstruct in ((False, False), (True, False), (False, True)):
-        assert not {m.name for m in choose_methods(None, search=search, reconstruct=reconstruct)} & set(AXIS_METHODS)
-    assert choose_methods(None, search=True, reconstruct=True) == tuple(m for m in METHODS if not m.of_levels)
-    for levels in (False, True):
-        names = {m.name for m in choose_methods(None, search=True, reconstruct=True, levels=levels)}
-        assert ("smaller image" in names, "zero-filled" in names) == (not levels, levels)
-    assert [m.name for m in choose_methods(AXIS_METHODS, search=False, reconstruct=False)] == AXIS_METHODS
+        names = {m.name for m in choose_methods(vim, None, search=search, reconstruct=reconstruct)}
+        assert not names & set(TRIMMING)
+        assert "smaller image" in names
+        assert ("smaller image, reconstructed" in names) == reconstruct
+    assert choose_methods(vim, None, search=True, reconstruct=True) == tuple(m for m in METHODS if not m.of_levels)
+    assert [m.name for m in choose_methods(vim, AXIS_METHODS)] == AXIS_METHODS
+
+
+def test_a_smaller_image_needs_no_images_of_ones_own(vim):
+    """Sample photographs will do, as nothing is learnt from them."""
+    row = next(row for row in compare_stand_in(vim)["rows"] if row["method"] == "smaller image")
+    assert row["image_size"][0] < 16
+    assert row["agreement"] is not None
+
+
+def compare_stand_in(model):
+    with TemporaryDirectory() as folder:
+        request = CompareRequest(ratios=(0.3,), methods=("smaller image",), measure=MeasureOptions(latency=False))
+        return compare_methods(model, request, folder)
+
+
+def test_a_smaller_image_of_an_older_version_keeps_its_figures_under_the_new_name(vim, tmp_path):
+    images, options = images_of(vim, 40), {"ratios": [0.3], "output": tmp_path / "rows"}
+    names = ["smaller image", "smaller image, reconstructed"]
+    found = ssmcompress.compare(vim, images, methods=names[1:], **options)
+    file = tmp_path / "rows" / "compare.json"
+    older = {**found, "format_version": 1, "rows": [found["rows"][0], {**found["rows"][1], "method": names[0]}]}
+    file.write_text(json.dumps(older))
+    again = ssmcompress.compare(vim, images, methods=names, **options)
+    assert again["rows"][1] == found["rows"][1]
+    assert [row["method"] for row in again["rows"]] == ["dense", names[1], names[0]]
+    assert again["rows"][2]["kl"] != again["rows"][1]["kl"]
+    assert json.loads(file.read_text())["format_version"] > 1
 
 
 def test_methods_of_other_axes_may_use_all_of_the_flops_that_are_asked_for(vim):

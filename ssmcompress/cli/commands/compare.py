@@ -1,22 +1,38 @@
-"""`ssmcompress compare`: methods of compression on one model."""
+"""`ssmcompress compare`: methods of compression on one model, or on several."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ...errors import InputError
-from ..groups import Checkpoint, Hardware, Images, Load, Measure, NoLatency, Printing, Stages
+from ..comparison_tables import show_comparison, show_models
+from ..groups import Hardware, Images, Load, Measure, NoLatency, Printing, Stages
 from ..options import BUDGET, OUTPUT, PRUNING, option
-from ..tables import print_json, show_comparison
-from ..terminal import command_line, progress_bars, say, say_warnings
+from ..tables import print_json
+from ..terminal import command_line, is_quiet, progress_bars, say, say_warnings
 from ..values import parse_numbers, parse_shares
+
+if TYPE_CHECKING:
+    from ...jobs.requests import CompareRequest
 
 EXAMPLE = "ssmcompress compare model.pt --data images --flops 75%,60% --reconstruct"
 
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT",
+        help="Dense checkpoints, files or folders. With several, the options under Model file are for the files alone.",
+    ),
+]
+
 
 def compare(
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     stages: Stages,
     images: Images,
     load: Load,
@@ -37,8 +53,7 @@ def compare(
         option(
             PRUNING,
             "--reconstruct",
-            help="Also with later layers refitted; with --search also states, channels or layers trimmed, all axes "
-            "together, and a smaller image.",
+            help="Also with later layers refitted; with --search also states, channels or layers trimmed, or all axes.",
         ),
     ] = False,
     output: Annotated[
@@ -47,7 +62,7 @@ def compare(
     force: Annotated[bool, option(OUTPUT, "--force", help="Start afresh in a folder that has a comparison.")] = False,
     no_latency: NoLatency = False,
 ) -> None:
-    """Compare pruning methods on a model: a table, JSON, CSV and a plot."""
+    """Compare pruning methods on one or several models: a table, JSON, CSV and a plot."""
     if ratios is not None and flops is not None:
         raise InputError("--ratios and --flops: expected one of them")
     shares = parse_shares(flops, "--flops", "shares to keep")
@@ -59,16 +74,48 @@ def compare(
     data, measuring = images.options(measure), measure.options(not no_latency)
     request = CompareRequest(removed, shares, where, names, search, reconstruct, data, measuring, gap)
     request.check()
-    images.check(checkpoint)
-    from ...jobs.compare import compare_methods
-
-    model = load.open(checkpoint, hardware)
-    folder = Path(output or Path("compared", Path(checkpoint).resolve().stem))
+    for checkpoint in checkpoints:
+        images.check(checkpoint)
+    job = _compare_one if len(checkpoints) == 1 else _compare_several
     with progress_bars(printing.quiet):
-        result = compare_methods(model, request, folder, command=command_line(), force=force)
+        result, folder = job(checkpoints, load, hardware, request, output, force)
     if printing.as_json:
         print_json(result)
         say_warnings(result, printing.quiet)
     else:
-        show_comparison(result)
-    say(f"wrote {folder}/compare.json, compare.csv, pareto.png and pareto.svg", printing.quiet)
+        (show_models if "models" in result else show_comparison)(result)
+    each = ", and a folder for each model" if "models" in result else ""
+    say(f"wrote {folder}/compare.json, compare.csv, pareto.png and pareto.svg{each}", printing.quiet)
+
+
+def _compare_one(
+    checkpoints: list[str], load: Load, hardware: Hardware, request: CompareRequest, output: str | None, force: bool
+) -> tuple[dict[str, Any], Path]:
+    """Compare methods on one model; returns the result and the folder that has it."""
+    from ...jobs.compare import compare_methods
+
+    model = load.open(checkpoints[0], hardware)
+    folder = Path(output or Path("compared", Path(checkpoints[0]).resolve().stem))
+    return compare_methods(model, request, folder, command=command_line(), force=force), folder
+
+
+def _compare_several(
+    checkpoints: list[str], load: Load, hardware: Hardware, request: CompareRequest, output: str | None, force: bool
+) -> tuple[dict[str, Any], Path]:
+    """Compare methods on several models; returns the result and the folder that has it."""
+    recorded = Load(task=load.task)  # folders say how they are loaded
+    given = [f"`{field.name}`" for field in fields(Load) if getattr(load, field.name) != getattr(recorded, field.name)]
+    folders = [checkpoint for checkpoint in checkpoints if Path(checkpoint).is_dir()]
+    if given and folders:
+        if len(folders) == len(checkpoints):
+            raise InputError(f"{', '.join(given)}: only files take that, and all models are folders; leave it out")
+        say(f"{', '.join(given)}: for the files; folders are read as they say, {', '.join(folders)}", is_quiet())
+    from ...jobs.compare_models import Candidate, compare_models, name_folder, name_models
+
+    names = name_models(checkpoints)
+    candidates = [
+        Candidate(name, partial((recorded if Path(path).is_dir() else load).open, path, hardware))
+        for name, path in zip(names, checkpoints, strict=True)
+    ]
+    folder = Path(output) if output else name_folder(names)
+    return compare_models(candidates, request, folder, command=command_line(), force=force), folder

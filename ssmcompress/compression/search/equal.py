@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import BudgetError
-from ...evaluation.flops import remaining_share, smallest_share
+from ...evaluation.flops import remaining_share
 from ...models.base import TokenModel
 from ...models.rewrite import make_plan
-from ...pruning.plan import Plan, Stage, ratio_for_budget
+from ...pruning.plan import MAX_RATIO, Plan, ratio_for_budget
 
 
 def plan_for_budget(
@@ -26,12 +26,21 @@ def plan_for_budget(
         BudgetError: these stages cannot reach it.
     """
     stages = tuple(stages or model.default_stages())
-    make_plan(model, stages=stages, **options)  # reports bad stages before they are counted with
-    least = smallest_share(model, stages) + reserve
+    options["stages"] = stages
+    make_plan(model, **options)  # reports bad stages before they are counted with
+    least = least_share(model, **options) + reserve
     if not least <= budget < 1:
         raise BudgetError(
             f"{budget:.1%} of the FLOPs is out of reach: pruning after {','.join(map(str, stages))} "
             f"leaves from {least:.1%} to below 100%"
         )
-    ratio = ratio_for_budget(budget - reserve, lambda r: remaining_share(model, [Stage(after, r) for after in stages]))
-    return make_plan(model, stages=stages, ratio=ratio, **options)
+
+    def share(ratio: float) -> float:
+        return remaining_share(model, make_plan(model, ratio=ratio, **options).stages)
+
+    return make_plan(model, ratio=ratio_for_budget(budget - reserve, share), **options)
+
+
+def least_share(model: TokenModel, stages: Sequence[int] | None, **options: Any) -> float:
+    """Return the smallest share of the dense FLOPs that plans with these stages and options can leave."""
+    return remaining_share(model, make_plan(model, stages=stages, ratio=MAX_RATIO, **options).stages)
