@@ -82,6 +82,7 @@ def users_folder(folder: Path, page: Path) -> Iterator[None]:
             for label in range(10):
                 for i in range(per_class):
                     write_image(Path("images") / f"class{label}" / f"{i}.png", seed=10 * label + i)
+            torch.save({"model": make_vim(depth, seed=1).state_dict()}, "other.pt")
             write_image(Path("photo.jpg"), seed=0, size=(40, 30))
             torch.save({"state_dict": make_vim_upernet(depth=5, out_layers=(1, 3, 4, 5)).state_dict()}, "segmenter.pth")
             write_scenes(Path("scenes"), 12)

@@ -70,12 +70,15 @@ def test_a_segmenter_trained_in_pieces(run, tmp_path, capsys):
         run("train_segmenter", tmp_path / "one.pth", *data, *options, "--seed", 3)
 
 
-@pytest.mark.parametrize(("architecture", "key"), [("vim", "model"), ("plain_mamba", "state_dict")])
-def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key):
+@pytest.mark.parametrize(
+    ("architecture", "key", "width", "name"),
+    [("vim", "model", 8, "vim"), ("plain_mamba", "state_dict", 8, "plain_mamba"), ("deit", "model", 16, "vit")],
+)
+def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key, width, name):
     write_idx(tmp_path, 60)
-    options = ("--idx", tmp_path, "--architecture", architecture, "--d-model", 8, "--depth", 2, "--batch-size", 30)
+    options = ("--idx", tmp_path, "--architecture", architecture, "--d-model", width, "--depth", 2, "--batch-size", 30)
     run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
     for _ in range(2):
         run("train_fashion_mnist", tmp_path / "two.pth", *options, "--epochs", 2, "--steps", 2)
     assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", key)
-    assert ssmcompress.load(tmp_path / "one.pth").architecture == architecture
+    assert ssmcompress.load(tmp_path / "one.pth").architecture == name
