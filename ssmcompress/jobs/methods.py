@@ -12,6 +12,7 @@ from ..evaluation.flops import remaining_share
 from ..models.base import ScanBlock, TokenModel
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan, Stage, kept_count, ratio_for_budget, share_removed
+from ..pruning.schedules import tome_stages
 from .compare_axes import ALL, IMAGE
 from .pipeline import Step
 from .steps import Reconstruct, pruning_steps
@@ -91,6 +92,11 @@ def merge_every_second(method: Method, model: TokenModel, number: int) -> list[S
     return merges
 
 
+def merge_every_layer(method: Method, model: TokenModel, number: int) -> Sequence[Stage]:
+    """Return the stages of ToMe, which merges in every layer."""
+    return tome_stages(len(model.blocks), model.length, model.protected_count, number)
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to make the model cheaper.
@@ -135,7 +141,10 @@ class Method:
 
 
 def _methods() -> tuple[Method, ...]:
-    """Return all methods. `naive` is pruning as in EViT (arXiv 2202.07800), by the score of ToP-ViM."""
+    """Return all methods. `naive` is pruning as in EViT (arXiv 2202.07800), by the score of ToP-ViM.
+
+    EViT itself and ToMe are for models with attention; ToMe's alignment is its proportional attention.
+    """
     rows = [Method("naive", alignment=UNALIGNED)]
     for importance in ("random", "l1", "l2", "mean", "delta", "saliency"):
         name = "unclipped" if importance == "mean" else importance
@@ -146,6 +155,9 @@ def _methods() -> tuple[Method, ...]:
         Method("clip, aligned"),
         Method("R-MeeTo", "similarity", UNALIGNED, "ordered", remove_steadily(merge_every_second)),
         Method("MTR", "delta", UNALIGNED, "grouped"),
+        Method("EViT", "attention", UNALIGNED),
+        Method("EViT, fused", "attention", UNALIGNED, "fused"),
+        Method("ToMe", "keys", ALIGNED, "bipartite", remove_steadily(merge_every_layer)),
         Method("search", searched=True),
     ]
     rows += [
@@ -153,7 +165,7 @@ def _methods() -> tuple[Method, ...]:
         Method("naive, mapped", alignment=UNALIGNED, mapped=True),
         Method("clip, aligned, mapped", mapped=True),
     ]
-    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "search")
+    again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "EViT", "EViT, fused", "ToMe", "search")
     rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
     rows += [
         Method(f"{axis}, reconstructed", reconstructed=True, axis=axis) for axis in ("states", "channels", "layers")
@@ -227,7 +239,7 @@ def find_obstacle(method: Method, model: TokenModel) -> str | None:
     if method.importance not in model.importances:
         return f"ranks tokens by {method.importance!r}, which the layers of this {model.architecture} do not compute"
     aligns = method.alignment.conv or method.alignment.scan
-    if aligns and not all(isinstance(block, ScanBlock) for block in model.blocks):
+    if aligns and method.merge is None and not all(isinstance(block, ScanBlock) for block in model.blocks):
         return f"aligns scans, and this {model.architecture} has layers without one"
     return None
 

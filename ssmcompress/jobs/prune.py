@@ -162,6 +162,7 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
             result = search_axes(model, wanted, images, options.data, gap=gap, repair=reconstruct)
         return FoundPlan(result.plan, result, images, result.trims)
     if asked.merge is not None:
+        model.check_importance("keys", 1)
         stages = tome_stages(len(model.blocks), model.length, model.protected_count, *asked.merge)
         alignment = Alignment(asked.align is not False, asked.align is not False)
         return FoundPlan(model.check_plan(Plan(stages, alignment, seed=options.data.seed)))
@@ -177,7 +178,7 @@ def find_plan(model: TokenModel, request: PruneRequest) -> FoundPlan:
     stages = asked.stages or model.default_stages()
     images = choose_images(model, options.data, options.finetune is not None)
     reserve = corrections_share(model, stages) if images.wants_reconstruction(options.reconstruct) else 0.0
-    lowest = least_share(model, stages, **parts) + reserve
+    lowest = least_share(model, **{**parts, "stages": stages}) + reserve
     line(f"reachable with stages {','.join(map(str, stages))}: {lowest:.1%} to 100%")
     return FoundPlan(plan_for_budget(model, asked.flops, reserve=reserve, **parts), images=images)
 

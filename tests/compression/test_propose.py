@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_plain_mamba, make_vim
+from conftest import make_plain_mamba, make_vim, make_vit
 from segmenters import make_vim_upernet
 
 from ssmcompress.compression.search.propose import _Grid, propose
@@ -37,13 +37,15 @@ MODELS = {
     "plain_mamba": lambda: make_plain_mamba(depth=5),
     "segmentation": make_vim_upernet,
     "quadratic": quadratic,
+    "vit": lambda: make_vit(depth=5, image=(32, 32)),
+    "vit, mean": lambda: make_vit(depth=5, image=(32, 32), pool="avg", registers=2),
 }
 
 
 def sensitivity_of(model):
     """Losses that grow as tokens are dropped, less in later layers."""
     length, layers = model.length, tuple(range(1, len(model.blocks)))
-    kept = tuple(range(length - 2, 1, -2))
+    kept = tuple(range(length - 2, max(1, model.protected_count), -2))
     shares = 1 - torch.tensor(kept, dtype=torch.float64) / length
     loss = torch.stack([shares.square() / layer for layer in layers])[:, None]
     about = {"weights": fingerprint(model), "depth": len(model.blocks), "length": length}
@@ -62,7 +64,7 @@ def test_a_plan_costs_what_is_counted(model):
     grid = _Grid(model, sensitivity_of(model), budget=0.7)
     grid.unit = 1e-6  # fine enough to compare
     fixed = grid._measure_costs(model.length, len(model.blocks))[1]
-    draw, protected = random.Random(0), model.protected is not None
+    draw, protected = random.Random(0), model.protected_count
     for _ in range(30):
         places = sorted(draw.sample(range(len(grid.layers)), draw.randint(1, 3)))
         rows = sorted(draw.sample(range(len(grid.counts)), len(places)))
