@@ -26,6 +26,8 @@ LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters
 STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
+# Whether bars are drawn already.
+_shown: ContextVar[bool] = ContextVar("ssmcompress_bars", default=False)
 # What makes options of the arguments that a message of the library names: `force=True` becomes --force.
 name_options: ContextVar[Callable[[str], str]] = ContextVar("ssmcompress_name_options", default=str)
 
@@ -92,13 +94,20 @@ def progress_bars(quiet: bool) -> Iterator[None]:
         with use_front_end(_Lines()):
             yield
         return
+    if _shown.get():  # inside another one, as where a job opens models itself: rich draws one display at a time
+        yield
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     status = TextColumn("{task.fields[status]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), status)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, use_front_end(_Bars(progress)):
-        yield
+    token = _shown.set(True)
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars, use_front_end(_Bars(bars)):
+            yield
+    finally:
+        _shown.reset(token)
 
 
 class _Lines(FrontEnd):
