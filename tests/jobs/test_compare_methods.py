@@ -25,7 +25,8 @@ from ssmcompress.models.vim_block import VimBlock
 from ssmcompress.pruning.alignment import UNALIGNED
 from ssmcompress.pruning.plan import Stage, share_removed, token_counts
 
-CLASSIFIERS = tuple(method for method in METHODS if not method.of_levels)
+ATTENTION = ("attention", "keys")  # metrics that scans do not have
+CLASSIFIERS = tuple(m for m in METHODS if not m.of_levels and m.importance not in ATTENTION)
 
 
 class WithoutScan(Block):

@@ -34,7 +34,7 @@ from ssmcompress.pruning.tokens import Tokens
 ALL_MODELS = [make_vim, make_plain_mamba]
 
 # The methods that are for classifiers.
-CLASSIFIERS = [method for method in METHODS if not method.of_levels]
+CLASSIFIERS = [m for m in METHODS if not m.of_levels and m.importance not in ("attention", "keys")]
 
 
 @pytest.fixture
