@@ -13,6 +13,9 @@ from command_line import BETWEEN, forked
 from conftest import make_vim, write_image
 
 import ssmcompress
+from ssmcompress.models import MODELS, TokenModel, recognise, register_architecture
+from ssmcompress.models.plain_mamba import PlainMamba
+from ssmcompress.models.vim import VisionMamba
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -82,3 +85,43 @@ def test_one_new_file_is_enough(place, says):
     changed = {file for file in after if after[file] != before.get(file)}
     assert {file.removeprefix("ssmcompress/") for file in changed} == {n.removeprefix("ssmcompress/") for n in names}
     assert before.keys() <= after.keys()
+
+
+@pytest.fixture
+def as_before():
+    """The registry of architectures is as it was after a test."""
+    before = MODELS[:]
+    yield
+    MODELS[:] = before
+
+
+@pytest.mark.usefixtures("as_before")
+def test_an_own_architecture_comes_before_the_packages_and_what_it_refuses():
+    vmamba = {"layers.0.blocks.0.op.A_logs": torch.zeros(1)}
+    with pytest.raises(ssmcompress.InputError, match="VMamba, second version"):
+        recognise(vmamba)
+
+    @register_architecture
+    class Own(PlainMamba):
+        architecture = "vmamba"
+
+        @classmethod
+        def recognises(cls, state):
+            return vmamba.keys() <= state.keys()
+
+    assert recognise(vmamba) is Own
+    assert recognise(make_vim().state_dict()) is VisionMamba
+
+
+@pytest.mark.usefixtures("as_before")
+def test_an_architecture_with_a_taken_name_or_without_a_part_is_refused():
+    class Same(VisionMamba):
+        architecture = "Plain-Mamba"
+
+    class Unfinished(TokenModel):
+        architecture = "unfinished"
+
+    for model_class, message in ((Same, "'Plain-Mamba' is there already"), (Unfinished, "config_class.* embed")):
+        with pytest.raises(ValueError, match=message):
+            register_architecture(model_class)
+    assert not {Same, Unfinished} & {*MODELS}

@@ -98,7 +98,8 @@ class VisionTransformer(TokenModel):
 
     def default_stages(self) -> tuple[int, ...]:
         """Return EViT's layers, 4, 7 and 10 of 12, scaled to the depth."""
-        return tuple(sorted({min(depth, max(1, round(self.config.depth * depth / 12))) for depth in (4, 7, 10)}))
+        depth = self.config.depth
+        return tuple(sorted({min(depth, max(1, round(layer * depth / 12))) for layer in (4, 7, 10)}))
 
     def embed(self, images: Tensor) -> Tokens:
         c = self.config
