@@ -113,12 +113,11 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
     """Return delta summed over images and tokens, (deltas, d_inner) for each layer, in float64 where there is one."""
     device = next(model.parameters()).device
-    tokens = model.embed(images.to(device))
     sums = []
-    for block in model.blocks:
+    for layer, before, *_ in model.run_layers(model.embed(images.to(device))):
+        block = model.blocks[layer - 1]
         scans = isinstance(block, ScanBlock)
-        sums.append(block.deltas(tokens).sum((1, 2), dtype=_sum_dtype(device)) if scans else NO_DELTAS.to(device))
-        tokens = block(tokens)
+        sums.append(block.deltas(before).sum((1, 2), dtype=_sum_dtype(device)) if scans else NO_DELTAS.to(device))
     return sums
 
 

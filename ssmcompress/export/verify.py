@@ -308,11 +308,12 @@ def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device
     if not {*find_values(file.graph, FEATURES_PREFIX)}.issuperset(names):
         return None
     outputs = run(file.open(names), names, images.numpy())
+    counts = model.token_counts()
     with torch.no_grad():
         tokens = model.embed(images.to(device))
         for layer, theirs in enumerate(outputs, 1):
-            # Files of earlier versions have all tokens of the last layer, others the one that is read out.
-            alone = model.reads_protected and layer == len(outputs) and theirs.shape[1] == 1
+            # Files of earlier versions have all tokens of the last layer, others those that are read out.
+            alone = model.shortens_last and layer == len(outputs) and theirs.shape[1] < counts[-1]
             tokens, _ = model.step(layer, tokens, protected_only=alone)
             ours = _to_numpy(tokens.features)
             if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= FEATURES_RTOL * np.abs(ours).max():

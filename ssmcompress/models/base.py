@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,6 +40,15 @@ class Expected(NamedTuple):
 
     values: tuple[Any, ...]
     meaning: str
+
+
+class LayerRun(NamedTuple):
+    """A layer as it was run: its number, from 1, the tokens before and after it, and the decision of its stage."""
+
+    layer: int
+    before: Tokens
+    after: Tokens
+    decision: Decision | None
 
 
 class Decision(NamedTuple):
@@ -579,12 +588,23 @@ class TokenModel(nn.Module, abc.ABC):
         return self._run(self.embed(images), len(self.blocks))
 
     def _run(self, tokens: Tokens, layers: int) -> tuple[Tokens, list[Decision]]:
-        """Run the first layers and the stages after them."""
+        """Run the first layers and their stages."""
         decisions = []
-        for layer in range(1, layers + 1):
-            tokens, decision = self.step(layer, tokens)
-            decisions += [decision] if decision else []
+        for run in self.run_layers(tokens, range(1, layers + 1)):
+            tokens = run.after
+            decisions += [run.decision] if run.decision else []
         return tokens, decisions
+
+    def run_layers(self, tokens: Tokens, numbers: Iterable[int] | None = None) -> Iterator[LayerRun]:
+        """Run layers and their stages one after the other, and yield each.
+
+        Args:
+            tokens: those before the first of these layers. numbers: of the layers, ascending; None: all.
+        """
+        for layer in range(1, len(self.blocks) + 1) if numbers is None else numbers:
+            before = tokens
+            tokens, decision = self.step(layer, before)
+            yield LayerRun(layer, before, tokens, decision)
 
     def observe(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens at the place of the stage of a layer (from 1), with its corrections.

@@ -158,10 +158,10 @@ class LayerwiseRefit:
         self.totals += weights.sum((1, 2), dtype=torch.float64)
         full, kept = self.dense.embed(images), set_pool(self.pruned.embed(images), self.pruned.pools)
         self.template, self.fused = replace(kept, features=kept.features[:1], dropped=None), kept.fused
-        for layer in range(1, self.numbers[self.layers[0] - 1]):
-            full, _ = self.dense.step(layer, full)
-        for layer in range(1, self.layers[0]):
-            kept, _ = self.pruned.step(layer, kept)
+        for run in self.dense.run_layers(full, range(1, self.numbers[self.layers[0] - 1])):
+            full = run.after
+        for run in self.pruned.run_layers(kept, range(1, self.layers[0])):
+            kept = run.after
         self.fused = kept.fused
         self.files.put("weights", chunk, weights)
         if self.dense.levels:
