@@ -21,6 +21,10 @@ class InputError(SsmCompressError, ValueError):
     exit_code = 2
 
 
+class OptionError(InputError):
+    """Raised for an option of loading that models of this architecture do not have."""
+
+
 class BudgetError(SsmCompressError):
     """Raised for a FLOPs budget outside the range that the stages can reach."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.dense import DensePreprocessing
 from ..data.transforms import INTERPOLATIONS, Preprocessing
-from ..errors import InputError
+from ..errors import InputError, OptionError
 from ..files import check_regular, sha256
 from ..progress import note
 from ..tasks import SEGMENTATION
@@ -195,7 +195,7 @@ def _build(
     model = build(state, options.size or trained_size, options.stride, trained_size, said)
     for name in GIVEN:
         if getattr(options, name) is not None and name not in model.hidden_options:
-            raise InputError(f"`{name}`: a model of type {model.architecture} has no such option")
+            raise OptionError(f"`{name}`: a model of type {model.architecture} has no such option")
     return Loaded(model, said)
 
 
@@ -230,7 +230,7 @@ def _read_path(path: Path, options: LoadOptions) -> Loaded:
         said = read_statements(content, file) if config is None else read_config(config)
         loaded = _read_content(content, said, options)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     loaded.model.source = Source(str(path.absolute()), sha256(file), options.weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import call, call_json, refused
-from conftest import BUNDLED, make_plain_mamba, make_vim, select_bundled_images
+from conftest import BUNDLED, make_plain_mamba, make_vim, make_vit, select_bundled_images
 
 import ssmcompress
 
@@ -92,3 +92,13 @@ def test_a_method_is_left_out_with_a_note(checkpoint, class_folders, tmp_path):
     result = call("compare", checkpoint, one_state, *options)
     assert "one-state: left out 'states, reconstructed', which trims states" in result.stderr
     assert "one-state: without 'states, reconstructed'" in result.stdout
+
+
+def test_heads_are_for_the_files_that_have_some(checkpoint, class_folders, tmp_path):
+    """A Vim next to a ViT: the option is left out for it, with a line; alone, the Vim is refused it."""
+    torch.save({"model": make_vit().state_dict()}, tmp_path / "vit.pth")
+    options = ("--data", class_folders, *FEW, "--num-heads", 3)
+    result = call("compare", checkpoint, tmp_path / "vit.pth", *options)
+    assert "a model of type vim has no such option; it is left out" in result.stderr
+    assert "(vit, 16x16)" in result.stdout
+    assert "a model of type vim has no such option" in refused("compare", checkpoint, *options)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...errors import InputError
+from ...errors import InputError, OptionError
 from ..comparison_tables import show_comparison, show_models
 from ..groups import Hardware, Images, Load, Measure, NoLatency, Printing, Stages
 from ..options import BUDGET, OUTPUT, PRUNING, option
@@ -19,6 +19,7 @@ from ..values import parse_numbers, parse_shares
 
 if TYPE_CHECKING:
     from ...jobs.requests import CompareRequest
+    from ...models.base import TokenModel
 
 EXAMPLE = "ssmcompress compare model.pt --data images --flops 75%,60% --reconstruct"
 
@@ -99,6 +100,15 @@ def _compare_one(
     return compare_methods(model, request, folder, command=command_line(), force=force), folder
 
 
+def _open_any(load: Load, path: str, hardware: Hardware) -> TokenModel:
+    """Open one of several models; options that only others of them have, as the heads of a ViT, are left out."""
+    try:
+        return load.open(path, hardware)
+    except OptionError as error:
+        say(f"{error}; it is left out", is_quiet())
+        return replace(load, num_heads=None, level=None).open(path, hardware)
+
+
 def _compare_several(
     checkpoints: list[str], load: Load, hardware: Hardware, request: CompareRequest, output: str | None, force: bool
 ) -> tuple[dict[str, Any], Path]:
@@ -114,7 +124,7 @@ def _compare_several(
 
     names = name_models(checkpoints)
     candidates = [
-        Candidate(name, partial((recorded if Path(path).is_dir() else load).open, path, hardware))
+        Candidate(name, partial(_open_any, recorded if Path(path).is_dir() else load, path, hardware))
         for name, path in zip(names, checkpoints, strict=True)
     ]
     folder = Path(output) if output else name_folder(names)
