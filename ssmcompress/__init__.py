@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .data.batches import Batches
     from .data.find import open_images
     from .errors import BudgetError, InputError, SsmCompressError, VerificationError
+    from .evaluation.attention_maps import attention_maps
     from .evaluation.flops import flops
     from .evaluation.measure import evaluate
     from .export.onnx import OnnxOptions, export_onnx
@@ -56,6 +57,7 @@ _HOME = {
     "SsmCompressError": "errors",
     "Stage": "pruning.plan",
     "VerificationError": "errors",
+    "attention_maps": "evaluation.attention_maps",
     "calibrate": "compression.calibrate",
     "compare": "jobs.functions",
     "compress": "jobs.prune",
@@ -93,6 +95,7 @@ __all__ = [
     "Stage",
     "VerificationError",
     "__version__",
+    "attention_maps",
     "calibrate",
     "compare",
     "compress",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import SCORES
+from ..ops.observing import AttentionCall, is_observed, tell
 from ..pruning.tokens import Tokens
 from .base import Block
 from .precision import LayerNorm, cast, project_rows, widen
@@ -144,13 +145,16 @@ class ViTBlock(Block):
         attn, width = self.attn, self.attn.attn_dim
         # Merged tokens have the weight of all that they stand for (proportional attention, ToMe, equation 1).
         bias = tokens.sizes.log()[:, None, None] if tokens.sizes is not None and tokens.alignment.scan else None
-        if not (protected_only or metric) and bias is None:
+        observed = is_observed()
+        if not (protected_only or metric or observed) and bias is None:
             return attn(x), None, None
         queried = x[:, : self.read] if protected_only else x
         q = project_rows(attn.qkv, queried, slice(None, width))
         k, v = project_rows(attn.qkv, x, slice(width, None)).chunk(2, dim=-1)
         q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
         q, k = attn.q_norm(q), attn.k_norm(k)
+        if observed:
+            tell(AttentionCall(q, k, attn.scale, bias))
         # onnxruntime's attention wants a row of the mask for each query.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

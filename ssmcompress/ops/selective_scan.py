@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import full_precision, select
+from .observing import is_observed, tell
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
@@ -91,6 +92,17 @@ class ScanPath(NamedTuple):
     order: Tensor | None = None
 
 
+class ScanCall(NamedTuple):
+    """One path of a call of `scan_paths`, as observers see it (`ssmcompress.ops.observing`).
+
+    Attributes:
+        path: its inputs. delta_softplus: as in `selective_scan`.
+    """
+
+    path: ScanPath
+    delta_softplus: bool
+
+
 def scan_paths(
     paths: Iterable[ScanPath],
     z: Tensor | None = None,
@@ -122,6 +134,8 @@ def scan_paths(
     """
     if score is not None and score not in SCORES:
         raise ValueError(f"scan_paths: unknown score {score!r}; there are {', '.join(SCORES)}")
+    if is_observed():
+        paths = _tell_paths(paths, delta_softplus)
     path_iterator = _check_paths(paths, z, scored)
     first = next(path_iterator, None)
     if first is None:
@@ -164,6 +178,13 @@ def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
     if path.delta_bias is not None:
         delta = delta + path.delta_bias.detach().float()
     return F.softplus(delta) if delta_softplus else delta
+
+
+def _tell_paths(paths: Iterable[ScanPath], delta_softplus: bool) -> Iterator[ScanPath]:
+    """Yield the paths, and tell observers of each."""
+    for path in paths:
+        tell(ScanCall(path, delta_softplus))
+        yield path
 
 
 def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:

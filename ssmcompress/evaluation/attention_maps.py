@@ -1,0 +1,262 @@
+"""Attention maps: how much the decision of a model takes from each patch of an image, dense or pruned.
+
+Maps are made of the hidden attention of layers (`ssmcompress.evaluation.hidden_attention`): of the row of the token
+that is read out, or where all tokens are read, of the mean over all rows. The formulas of `raw`, `rollout` and `attribution`
+are those of Ali et al. (arXiv 2403.01590, code of HiddenMambaAttn), with three additions for pruned models: a token
+that was dropped has the value 0; the smallest and the largest value are those of the tokens that are there; and a token
+that was dropped reads itself alone in a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.base import Decision, ScanBlock, TokenModel
+from ..models.inputs import as_batches, check_model
+from ..ops.observing import AttentionCall
+from ..progress import track
+from ..pruning.tokens import Tokens
+from ..tasks import CLASSIFICATION
+from .hidden_attention import LayerView, sum_rows, view_layers
+
+METHODS = {
+    "row": "mean over channels of the exact row",
+    "xai": "mean over channels of the row as Vim's published code has it",
+    "raw": "raw attention: rows scaled to 0..1, as a mean over channels and layers",
+    "rollout": "attention rollout",
+    "attribution": "rollout, with rows weighted by the gradient of the predicted class",
+}
+# Layers of Vim-small that published maps use: those from the 16th of 24 on.
+PUBLISHED_START, PUBLISHED_DEPTH = 15, 24
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What `attend` finds out about a batch of images.
+
+    Attributes:
+        maps: (batch, rows, columns) float32; 0 where a patch was dropped.
+        kept: (batch, rows, columns) bool, whether a patch is there in all layers of the map.
+        outputs: of the model, (batch, classes) of a classifier.
+        decisions: of the stages, as `TokenModel.trace` returns them.
+        patches: (rows, columns) int64, the position of each patch.
+    """
+
+    maps: Tensor
+    kept: Tensor
+    outputs: Tensor
+    decisions: list[Decision]
+    patches: Tensor
+
+
+def attention_maps(
+    model: TokenModel, images: Any, *, layer: int | Sequence[int] | None = None, method: str = "row"
+) -> Tensor:
+    """Compute a map for each image of how much the model takes from each patch.
+
+    The token that is read is the class token of a Vim or a ViT; in other models the maps are means over all tokens that
+    read. They are exact for pruned and aligned models. All but a rollout of attention take O(tokens * channels *
+    states) operations and no matrix of tokens by tokens.
+
+    Args:
+        model: a classifier or a segmentation model of `ssmcompress.load`, dense or pruned.
+        images: prepared images (batch, channels, height, width), or what `ssmcompress.evaluate` takes as data.
+        layer: a layer, from 1, or several, of which a map is the mean; for a rollout the layers that are rolled out.
+            None: from 5/8 of the depth on, as published for Vim.
+        method: "row", the mean over channels (of attention: over heads) of the row of the token that is read, signed,
+            forward and backward path added; "xai", the same of the vector that Vim's published code uses, which leaves
+            out the step of the class token and its own entry; "raw", "rollout" or "attribution", the published maps of
+            these vectors (without a class token, of exact means of rows), of which negative values are set to 0.
+
+    Returns:
+        (images, rows, columns) float32 on the CPU; 0 for patches that were dropped, or merged into others.
+
+    Raises:
+        InputError: a layer or a method that the model does not have, or images that cannot be used.
+    """
+    check_model(model)
+    layers = choose_layers(model, layer)
+    check_method(model, method)
+    device = next(model.parameters()).device
+    batches = as_batches(model, images, repeat=False)
+    maps = [attend(model, x.to(device), layers, method).maps.cpu() for x, _ in track(batches, "maps", batches.total)]
+    if not maps:
+        raise InputError("there are no images in the data")
+    return torch.cat(maps)
+
+
+def choose_layers(model: TokenModel, layer: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Return the layers of a map, ascending; InputError for one that the model does not have."""
+    depth = len(model.blocks)
+    if layer is None:
+        return tuple(range(min(depth, depth * PUBLISHED_START // PUBLISHED_DEPTH + 1), depth + 1))
+    listed = list(layer) if isinstance(layer, Iterable) else [layer]
+    if not listed or not all(isinstance(number, Integral) and 1 <= number <= depth for number in listed):
+        raise InputError(f"`layer` {layer!r}: expected one or several numbers from 1 to {depth}")
+    return tuple(sorted({int(number) for number in listed}))
+
+
+def check_method(model: TokenModel, method: str) -> None:
+    """Raise an InputError unless maps of a model can be made by this method."""
+    if method not in METHODS:
+        raise InputError(f"`method` {method!r}: expected one of {', '.join(METHODS)}")
+    if method == "xai" and not _reads_as_published(model):
+        raise InputError(f"`method` 'xai' is the vector of a Vim's class token; a {model.architecture} has none")
+    if method == "attribution" and (model.task is not CLASSIFICATION or not _has_scans(model)):
+        raise InputError(
+            f"`method` 'attribution' is for classifiers with scans; for a {model.architecture} expected one of "
+            f"{', '.join(name for name in METHODS if name not in ('xai', 'attribution'))}"
+        )
+
+
+def describe_reader(model: TokenModel) -> str:
+    """Return what reads the tokens in maps of a model."""
+    return "the class token" if model.reads_protected else "the mean over all tokens"
+
+
+def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str) -> Attention:
+    """Run a model and make a map of each image, as `attention_maps` does.
+
+    Args:
+        images: (batch, channels, height, width) on the model's device. layers: ascending. method: valid for the model.
+    """
+    learns, published = method == "attribution", _reads_as_published(model)
+    chosen: list[Layer] = []
+    decisions: list[Decision] = []
+    streams: list[Tensor] = []
+    with torch.set_grad_enabled(learns):
+        tokens = model.embed(images)
+        patches = find_patches(tokens, model.config.grid).to(images.device)
+        if learns:
+            tokens = replace(tokens, features=tokens.features.detach().requires_grad_())
+        # One layer after the other, so that the inner values of one alone are in memory.
+        for view in view_layers(model, tokens):
+            decisions += [] if view.decision is None else [view.decision]
+            tokens = view.after
+            if view.layer in layers:
+                chosen.append(Layer.of(view, method, model.reads_protected, published))
+                streams.append(view.before.features)
+        outputs = model.readout(tokens)
+        if learns:
+            chosen = weigh_layers(chosen, streams, outputs)
+    with torch.no_grad():
+        positions = patches.flatten()
+        kept = torch.stack([layer.present[:, positions] for layer in chosen]).all(0)
+        maps = torch.where(kept, combine_layers(chosen, method)[:, positions], 0.0)
+    shape = patches.shape
+    return Attention(maps.unflatten(1, shape), kept.unflatten(1, shape), outputs.detach(), decisions, patches)
+
+
+def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+    """Return the position (rows, columns) of each patch: all that are not protected, in raster order.
+
+    Args:
+        grid: of the model, for tokens that do not have one of their own.
+    """
+    positions = torch.arange(tokens.length, device="cpu")
+    if tokens.protected is not None:
+        positions = positions[~tokens.is_protected(positions)]
+    return positions.view(grid if tokens.grid is None else tokens.grid)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a map, with values at all positions (batch, length); those from `Tokens.length` on are fused tokens.
+
+    Attributes:
+        present: (batch, length) bool, whether there is a token. reader: (batch, length), the weights of the rows that
+            read, which add up to 1. vector: (batch, length), the row that the map has of it, 0 where there is no token.
+        attention: the layer as it was run, if its whole matrix is needed; else None.
+    """
+
+    present: Tensor
+    reader: Tensor
+    vector: Tensor
+    attention: LayerView | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, view: LayerView, method: str, reads_protected: bool, published: bool) -> Layer:
+        """Return a layer as it was run, which reads at the protected token, or at all tokens."""
+        tokens, positions = view.before, view.before.explicit_positions()
+        present = torch.zeros(len(positions), tokens.length + tokens.fused, dtype=torch.bool, device=positions.device)
+        present = present.scatter(1, positions, True)
+        if reads_protected:
+            reader = torch.zeros_like(present, dtype=torch.float32)
+            reader[:, tokens.protected] = 1.0
+        else:
+            reader = present / present.sum(1, keepdim=True)
+        if method == "rollout" and any(isinstance(call, AttentionCall) for call in view.calls):
+            return cls(present, reader, torch.zeros_like(reader), view)
+        rows = sum_rows(view, reader.gather(1, positions), published and method != "row")
+        rows = rows.clamp_(min=0) if method == "attribution" else rows
+        rows = _scale(rows) if method in ("raw", "attribution") else rows
+        return cls(present, reader, torch.zeros_like(reader).scatter(1, positions, rows.mean(-1)), None)
+
+    def read(self, row: Tensor) -> Tensor:
+        """Return what the row (batch, length) of a rollout becomes when this layer comes before it."""
+        if self.attention is None:
+            # 1 v^T + I on the tokens that are there, with rows that add up to 1.
+            inside = torch.where(self.present, row, 0.0).sum(1, keepdim=True)
+            mixed = (inside * self.vector + row) / (1 + self.vector.sum(1, keepdim=True))
+        else:
+            # (A + I) / 2, with the mean over heads (Abnar and Zuidema, arXiv 2005.00928).
+            positions = self.attention.before.explicit_positions()
+            read = sum_rows(self.attention, row.gather(1, positions)).mean(-1)
+            mixed = (row + torch.zeros_like(row).scatter(1, positions, read)) / 2
+        return torch.where(self.present, mixed, row)
+
+    def padded(self, length: int) -> Layer:
+        """Return the layer with more positions, at which there are no tokens."""
+        parts = ("present", "reader", "vector")
+        return replace(self, **{name: F.pad(x := getattr(self, name), (0, length - x.shape[1])) for name in parts})
+
+
+def combine_layers(layers: Sequence[Layer], method: str) -> Tensor:
+    """Return the map of layers, (batch, length)."""
+    length = max(layer.present.shape[1] for layer in layers)
+    layers = [layer.padded(length) for layer in layers]
+    if method in ("rollout", "attribution"):
+        # The row of the product of the layers' matrices, the last one first, that starts with the token that reads.
+        return reduce(lambda row, layer: layer.read(row), reversed(layers), layers[-1].reader).clamp(min=0)
+    mean = torch.stack([layer.vector for layer in layers]).mean(0)
+    return mean.clamp(min=0) if method == "raw" else mean
+
+
+def weigh_layers(layers: Sequence[Layer], streams: Sequence[Tensor], outputs: Tensor) -> list[Layer]:
+    """Return layers whose vectors are weighted by the gradient of the predicted class's logit.
+
+    Args:
+        streams: the residual stream (batch, tokens, d_model) before each layer. outputs: the logits (batch, classes).
+    """
+    predicted = outputs.gather(1, outputs.argmax(1, keepdim=True)).sum()
+    weighted = []
+    for layer, gradient in zip(layers, torch.autograd.grad(predicted, streams), strict=True):
+        weights = torch.zeros_like(layer.vector)
+        weights[layer.present] = _scale(gradient.clamp(min=0).amax(-1, keepdim=True)).flatten().to(weights.dtype)
+        weighted.append(replace(layer, vector=layer.vector * weights))
+    return weighted
+
+
+def _scale(values: Tensor) -> Tensor:
+    """Return values (batch, tokens, channels) scaled to 0..1 in each image; zeros where all are the same."""
+    low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
+    return (values - low) / torch.where(high > low, high - low, 1.0)
+
+
+def _reads_as_published(model: TokenModel) -> bool:
+    """Return whether maps of published code are made of the vectors `xai`, which need a class token and scans."""
+    return model.reads_protected and _has_scans(model)
+
+
+def _has_scans(model: TokenModel) -> bool:
+    return all(isinstance(block, ScanBlock) for block in model.blocks)
