@@ -1,10 +1,10 @@
 """Attention maps: how much the decision of a model takes from each patch of an image, dense or pruned.
 
 Maps are made of the hidden attention of layers (`ssmcompress.evaluation.hidden_attention`): of the row of the token
-that is read out, or where all tokens are read, of the mean over all rows. The formulas of `raw`, `rollout` and `attribution`
-are those of Ali et al. (arXiv 2403.01590, code of HiddenMambaAttn), with three additions for pruned models: a token
-that was dropped has the value 0; the smallest and the largest value are those of the tokens that are there; and a token
-that was dropped reads itself alone in a rollout.
+that is read out, or where all tokens are read, of the mean over all rows. The formulas of `raw`, `rollout` and
+`attribution` are those of Ali et al. (arXiv 2403.01590, code of HiddenMambaAttn), with three additions for pruned
+models: a token that was dropped has the value 0; the smallest and the largest value are those of the tokens that are
+there; and a token that was dropped reads itself alone in a rollout.
 """
 
 from __future__ import annotations
