@@ -15,8 +15,9 @@ from ..models.base import TokenModel
 from ..models.records import Source
 from ..models.saved import save
 from ..tasks import SEGMENTATION
+from .charts import draw_axes
 from .measuring import Measured
-from .pictures import draw_axes, draw_kept_tokens, draw_segments, read_sample
+from .pictures import draw_kept_tokens, draw_segments, read_sample
 from .report import REPORT_FILE
 from .report_axes import AXES_FILE, has_axes
 from .report_text import PICTURE_FILE, SEGMENTS_FILE, render_card

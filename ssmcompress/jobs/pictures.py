@@ -1,11 +1,11 @@
-"""Pictures: the tokens that a pruned model keeps, segments, what each axis costs, a fine-tuning."""
+"""Pictures of images: the tokens that a pruned model keeps, and the classes that models give pixels."""
 
 from __future__ import annotations
 
 import colorsys
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ from torch import Tensor
 from ..data.batches import Batches
 from ..errors import escape_control
 from ..models.base import TokenModel
-from ..models.records import Finetuning
-from ..tasks import IGNORED, Task
+from ..tasks import IGNORED
 
 Colour = tuple[int, int, int]
 
@@ -26,11 +25,17 @@ SIDE = 168  # pixels of an image in the picture
 ROWS = 4  # images in a picture
 GAP = 6
 PAPER, INK = (255, 255, 255), (30, 30, 30)
-PRUNED = (196, 30, 140)  # a colour that is rare in photographs and absent from grey images
+# Dropped patches are pale grey, between these values for black and white, with diagonal lines: kept patches of grey and
+# white images, which may have any of these values, have none. Between them is a border.
+DROPPED_BLACK, DROPPED_WHITE, HATCH, BORDER = 176, 240, (150, 150, 150), (96, 96, 96)
+HATCH_EVERY = 6  # pixels
 
 SEGMENT_SIDE = 224  # width of an image in the picture of segments
 DIMMED = 0.4  # of its colours, where there are those of classes
 LINE, FONT_SIZE, LONGEST_NAME = 20, 13, 28  # of texts: height and size in pixels, and characters of a class
+# Pixels that two models see differently: two colours that those who see red and green alike tell apart, by their
+# lightness too, and one for pixels that neither model has right, or that have no label.
+NOW_WRONG, NOW_RIGHT, DIFFERS = (213, 94, 0), (0, 114, 178), (40, 40, 40)
 UNLABELLED = (128, 128, 128)
 # Okabe and Ito's colours, which those who see red and green alike tell apart, without black, which dark pictures hide;
 # then five that are darker or lighter than all of these.
@@ -57,7 +62,10 @@ def read_sample(images: Batches, rows: int = ROWS) -> tuple[list[Tensor], list[T
 
 @torch.no_grad()
 def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows: int = ROWS) -> bytes:
-    """Draw a PNG with a row for each image: the image, then for each stage what was pruned by then, in colour.
+    """Draw a PNG with a row for each image: the image, then for each stage what is kept, and the rest in pale grey.
+
+    A patch whose token was merged into that of another, or fused, is drawn as dropped. Over the columns are their
+    titles (`title_columns`).
 
     Args:
         model: pruned.
@@ -67,20 +75,87 @@ def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows:
     batch = torch.stack([_cut_centre(image, model.config.image_size) for image in images[:rows]])
     _, decisions = model.trace(batch.to(next(model.parameters()).device))
     kept = [decision.kept.cpu() for decision in decisions]
-    height, width = batch.shape[2:]
-    size = (SIDE, round(SIDE * height / width))
-    sheet = Image.new("RGB", ((size[0] + GAP) * (1 + len(kept)) - GAP, (size[1] + GAP) * len(batch) - GAP), PAPER)
+    size = SIDE, max(1, round(SIDE * batch.shape[2] / batch.shape[3]))
+    sheet: list[list[Image.Image]] = []
     for row, image in enumerate(batch.cpu()):
-        photo = _photo(model, image).resize(size, Image.Resampling.NEAREST)
-        for column in range(1 + len(kept)):
-            shown = photo
-            if column:
-                mask = torch.isin(model.patch_positions, kept[column - 1][row])
-                dropped = Image.fromarray((~mask).numpy()).resize(size, Image.Resampling.NEAREST)
-                shown = photo.copy()
-                shown.paste(PRUNED, mask=dropped.convert("L").point(lambda v: 190 if v else 0))
-            sheet.paste(shown, (column * (size[0] + GAP), row * (size[1] + GAP)))
-    return _encode_png(sheet)
+        photo = _resize(show_pixels(model, image), size)
+        masks = [torch.isin(model.patch_positions, positions[row]).numpy() for positions in kept]
+        sheet.append([photo, *(dim_dropped(photo, mask) for mask in masks)])
+    return _encode_png(_stack([_draw_titles(title_columns(model), SIDE), *map(_join, sheet)]))
+
+
+def title_columns(model: TokenModel) -> list[str]:
+    """Return what is in each column of `draw_kept_tokens`: the image, then how many tokens each stage keeps.
+
+    The numbers are those of `token_counts`, with class tokens and those that others were fused into.
+    """
+    counts = model.token_counts()
+    stages = model.plan.stages
+    return ["image", *(f"after layer {s.after}:\n{counts[s.after]} of {model.length} kept" for s in stages)]
+
+
+def dim_dropped(photo: Image.Image, kept: np.ndarray) -> Image.Image:
+    """Return a picture in which all patches but the kept ones are pale grey with diagonal lines.
+
+    Args:
+        kept: (rows, columns) bool, whether each patch is kept.
+    """
+    wide = np.asarray(Image.fromarray(kept).resize(photo.size, Image.Resampling.NEAREST))
+    pixels = np.asarray(photo.convert("RGB"))
+    faded = _fade(photo)
+    faded[np.add.outer(np.arange(photo.height), np.arange(photo.width)) % HATCH_EVERY == 0] = HATCH
+    shown = np.where(wide[:, :, None], pixels, faded)
+    inside = np.pad(wide, 1, mode="edge")
+    near = inside[:-2, 1:-1] | inside[2:, 1:-1] | inside[1:-1, :-2] | inside[1:-1, 2:]
+    shown[near & ~wide] = BORDER  # on the dropped side: kept patches are whole
+    return Image.fromarray(shown)
+
+
+def _fade(photo: Image.Image) -> np.ndarray:
+    """Return the pixels of a picture (height, width, 3) in pale grey, uint8."""
+    grey = np.asarray(photo.convert("L"), np.float32) / 255
+    pale = DROPPED_BLACK + (DROPPED_WHITE - DROPPED_BLACK) * grey
+    return np.repeat(pale.round().astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Which pixels of an image two models give different classes, (height, width) bool each.
+
+    Attributes:
+        differs: all of them.
+        wrong, right: those that only the first model has right, and only the second one; none without a label.
+    """
+
+    differs: np.ndarray
+    wrong: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, before: np.ndarray, after: np.ndarray, truth: np.ndarray | None) -> Difference:
+        """Compare the classes (height, width) that two models give pixels, with the true ones where they are known."""
+        differs = before != after
+        if truth is None:
+            return cls(differs, np.zeros_like(differs), np.zeros_like(differs))
+        return cls(differs, differs & (before == truth), differs & (after == truth))
+
+    def draw(self, photo: Image.Image) -> Image.Image:
+        """Return the photo, pale, with these pixels in strong colours."""
+        shown = _fade(photo)
+        for pixels, colour in ((self.differs, DIFFERS), (self.wrong, NOW_WRONG), (self.right, NOW_RIGHT)):
+            shown[_resize_pixels(pixels, photo.size)] = colour
+        return Image.fromarray(shown)
+
+
+def describe_differences(differences: Sequence[Difference], labelled: bool) -> str:
+    """Return which share of all pixels differs, with labels also how many became wrong and how many right."""
+
+    def share(name: str) -> str:
+        counts = [getattr(difference, name) for difference in differences]
+        return f"{100 * sum(map(np.sum, counts)) / max(1, sum(map(np.size, counts))):.1f} %"
+
+    line = f"{share('differs')} of pixels differ"
+    return f"{line}: {share('wrong')} became wrong, {share('right')} right" if labelled else line
 
 
 @torch.no_grad()
@@ -93,43 +168,51 @@ def draw_segments(
 ) -> bytes:
     """Draw a PNG with a row for each image: the image, its mask, then the classes that each model gives its pixels.
 
-    Classes are drawn in colour over the dimmed image, pixels without a class in grey. Below is a legend of the classes
-    that occur.
+    Classes are drawn in colour over the dimmed image, pixels without a class in grey. A further column has the pixels
+    to which the first and the last of several models give different classes, in strong colours, with their share below
+    each row, and that of all rows at the end. Below is a legend of the classes that occur, and of these colours.
 
     Args:
-        models: segmentation models by name, one at least.
+        models: segmentation models by name, one at least, the dense one first.
         images: each (channels, height, width), of any size, prepared as for the models; the first `ROWS`.
         targets: class numbers of the pixels (height, width) of each image, `IGNORED` for none; None: unlabelled.
         classes: names of the classes; None: they are called by their numbers.
         palette: a colour (red, green, blue) for each class, 0 to 255; None, or fewer: `make_palette`.
     """
     first, images = next(iter(models.values())), images[:ROWS]
-    count = first.config.num_classes
+    count, labelled = first.config.num_classes, targets is not None
     palette = palette if palette and len(palette) >= count else make_palette(count)
-    columns = ["image", *(["truth"] if targets is not None else []), *models]
-    rows: list[list[Image.Image]] = []
+    rows: list[Image.Image] = []
     found: set[int] = set()
+    differences: list[Difference] = []
     for number, image in enumerate(images):
-        size = SEGMENT_SIDE, max(1, round(SEGMENT_SIDE * image.shape[1] / image.shape[2]))
-        photo = _photo(first, image.cpu()).resize(size, Image.Resampling.BILINEAR)
-        maps = [] if targets is None else [targets[number]]
-        maps += [model(image[None].to(next(model.parameters()).device))[0].argmax(0) for model in models.values()]
-        shown = [_resize_classes(pixels, size) for pixels in maps]
+        photo = show_pixels(first, image.cpu())
+        photo = photo.resize(
+            (SEGMENT_SIDE, max(1, round(SEGMENT_SIDE * photo.height / photo.width))), Image.Resampling.BILINEAR
+        )
+        truth = [targets[number].cpu().numpy().astype(np.uint8)] if labelled else []
+        seen = [_classify(model, image) for model in models.values()]
+        shown = [_resize_pixels(pixels, photo.size) for pixels in (*truth, *seen)]
         found.update(*(np.unique(pixels).tolist() for pixels in shown))
-        rows.append([photo, *(_colour(photo, pixels, palette) for pixels in shown)])
-    width = (SEGMENT_SIDE + GAP) * len(columns) - GAP
+        cells = [photo, *(_colour(photo, pixels, palette) for pixels in shown)]
+        if len(seen) == 1:
+            rows.append(_join(cells))
+            continue
+        # Shares are of the pixels that the models return, whatever size is shown.
+        known = _resize_pixels(truth[0], seen[0].shape[::-1]) if labelled else None
+        differences.append(Difference.of(seen[0], seen[-1], known))
+        rows.append(_join([*cells, differences[-1].draw(photo)]))
+        rows.append(_draw_line(describe_differences(differences[-1:], labelled), rows[-1].width))
+    titles = ["image", *(["truth"] if labelled else []), *models]
+    width = rows[0].width
+    if differences:
+        before, *between, after = models
+        titles.append(f"difference of {before} and {after}" if between else "difference")
+        rows.append(_draw_line(f"all images: {describe_differences(differences, labelled)}", width))
     names = [(_name_class(number, classes), palette[number]) for number in sorted(found - {IGNORED})]
-    legend = _draw_legend(names + ([("no class", UNLABELLED)] if IGNORED in found else []), width)
-    heights = [LINE, *(row[0].height + GAP for row in rows), legend.height]
-    sheet = Image.new("RGB", (width, sum(heights)), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for column, name in enumerate(columns):
-        pen.text((column * (SEGMENT_SIDE + GAP), 0), name, INK, font)
-    for number, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (column * (SEGMENT_SIDE + GAP), sum(heights[: number + 1])))
-    sheet.paste(legend, (0, sum(heights[:-1])))
-    return _encode_png(sheet)
+    names += [("no class", UNLABELLED)] if IGNORED in found else []
+    legends = [_draw_legend(names, width), *([_draw_legend(_name_differences(labelled), width)] if differences else [])]
+    return _encode_png(_stack([_draw_titles(titles, SEGMENT_SIDE), *rows, *legends]))
 
 
 def make_palette(classes: int) -> list[Colour]:
@@ -145,9 +228,15 @@ def make_palette(classes: int) -> list[Colour]:
     return [*FEW_COLOURS[:classes], *more]
 
 
-def _resize_classes(pixels: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Return class numbers (height, width) at another size (width, height), the nearest ones, as uint8."""
-    return np.array(Image.fromarray(pixels.cpu().to(torch.uint8).numpy()).resize(size, Image.Resampling.NEAREST))
+def _classify(model: TokenModel, image: Tensor) -> np.ndarray:
+    """Return the class of each pixel (height, width) of an image (channels, height, width), as uint8."""
+    logits = model(image[None].to(next(model.parameters()).device))
+    return logits[0].argmax(0).cpu().numpy().astype(np.uint8)
+
+
+def _resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return class numbers, or which pixels are meant, (height, width) at another size (width, height)."""
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
 
 
 def _colour(photo: Image.Image, pixels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
@@ -180,86 +269,72 @@ def _draw_legend(names: Iterable[tuple[str, Colour]], width: int) -> Image.Image
     return legend
 
 
-def draw_axes(search: Mapping[str, Any]) -> bytes:
-    """Draw a PNG with the loss over the FLOPs left, a line for each axis alone, and the combinations that were run.
-
-    Layers and directions have a point each, with a line through those that lose least. The chosen combination has a
-    star.
-
-    Args:
-        search: the section of a report, with `axes`.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    points: dict[str, list[tuple[float, float]]] = {}
-    for option in search["axes"]:
-        points.setdefault(option["axis"], []).append((100 * option["flops"], option["loss"]))
-    tried = [(100 * run["flops"], run["loss"]) for run in search["tried"]]
-    chosen = 100 * search["flops"], search["loss"]
-    positive = [loss for line in (*points.values(), tried, [chosen]) for _, loss in line if loss > 0]
-    floor = min(positive, default=1e-6)  # a loss of zero or less has no place on a logarithmic axis
-
-    def place(line: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-        return [share for share, _ in line], [max(loss, floor) for _, loss in line]
-
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for number, (axis, line) in enumerate(points.items()):
-        style = {"color": f"C{number}", "marker": "osD^"[number % 4], "markersize": 5}
-        if axis == "layers":
-            axes.plot(*place(line), **style, linestyle="", alpha=0.35)
-            line = _least_loss(line)
-        axes.plot(*place(sorted(line)), **style, linewidth=1.2, label=f"{axis} alone")
-    axes.plot(*place(tried), "x", color="black", alpha=0.6, label="combinations run")
-    axes.plot(*place([chosen]), "*", color="black", markersize=15, label=f"chosen: {chosen[0]:.1f} %")
-    if (budget := search["asked"].get("flops")) is not None:
-        axes.axvline(100 * budget, linestyle=":", color="grey", label="budget")
-    axes.set(xlabel="FLOPs left (full), %", ylabel="loss, nats", xlim=(0, 100), yscale="log")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+def _name_differences(labelled: bool) -> list[tuple[str, Colour]]:
+    """Return the colours of the column of differences with what they stand for."""
+    if not labelled:
+        return [("difference: another class", DIFFERS)]
+    names = {"became wrong": NOW_WRONG, "became right": NOW_RIGHT, "neither is right, or no label": DIFFERS}
+    return [(f"difference: {name}", colour) for name, colour in names.items()]
 
 
-def _least_loss(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (FLOPs, loss) that no other one beats in both."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
+def _resize(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a photo at another size: pixels of a small one as squares, a large one without jagged lines."""
+    small = photo.width <= size[0]
+    return photo.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
-def draw_history(finetuning: Finetuning, task: Task) -> bytes:
-    """Draw a PNG with the loss of every epoch, and what was measured after it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _draw_titles(titles: Sequence[str], width: int) -> Image.Image:
+    """Draw a title over each column of this width in pixels, in as many lines as the longest one needs."""
+    font = ImageFont.load_default(FONT_SIZE)
+    wrapped = [_wrap(title, width, font) for title in titles]
+    sheet = Image.new("RGB", ((width + GAP) * len(titles) - GAP, LINE * max(map(len, wrapped))), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):
+            pen.text((column * (width + GAP), number * LINE), line, INK, font)
+    return sheet
 
-    epochs = [entry["epoch"] for entry in finetuning.history]
-    held = [entry["held_out"] or {} for entry in finetuning.history]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [entry["loss"] for entry in finetuning.history], "o-", label="training")
-    left.set(xlabel="epoch", ylabel="loss of augmented images")
-    hits = task.figure(task.hits)
-    accuracies = [entry[hits.name] for entry in finetuning.history]
-    right.plot(epochs, accuracies, "o-", label=f"{hits.title}, augmented images")
-    for measured in (task.figure(task.quality), task.figure(task.likeness)):
-        if any(entry.get(measured.name) is not None for entry in held):
-            values = [entry.get(measured.name) for entry in held]
-            right.plot(epochs, values, "o-", label=f"{measured.title}, held out")
-    right.axvline(finetuning.epoch, linestyle=":", color="grey", label="chosen")
-    right.set(xlabel="epoch", ylabel="%")
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.set_xticks(epochs if len(epochs) < 12 else epochs[:: len(epochs) // 10])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+
+def _wrap(text: str, width: int, font: Any) -> list[str]:
+    """Return a text in lines of at most this width in pixels; a longer word is cut."""
+    lines: list[str] = []
+    for paragraph in escape_control(text).split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            while font.getlength(word) > width:
+                word = f"{word.removesuffix('...')[:-1]}..."
+            longer = f"{lines[-1]} {word}".lstrip()
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+    return lines
+
+
+def _draw_line(text: str, width: int) -> Image.Image:
+    """Draw a line of text at the right end of a row of this width in pixels."""
+    sheet, font = Image.new("RGB", (width, LINE), PAPER), ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(sheet).text((max(0, width - font.getlength(text)), 0), text, INK, font)
+    return sheet
+
+
+def _join(cells: Sequence[Image.Image]) -> Image.Image:
+    """Return pictures of one size next to each other."""
+    width = cells[0].width + GAP
+    row = Image.new("RGB", (width * len(cells) - GAP, cells[0].height), PAPER)
+    for column, cell in enumerate(cells):
+        row.paste(cell, (column * width, 0))
+    return row
+
+
+def _stack(parts: Sequence[Image.Image]) -> Image.Image:
+    """Return pictures of one width below each other, the titles first, with a gap below all others."""
+    sheet = Image.new("RGB", (parts[0].width, sum(part.height + GAP for part in parts) - 2 * GAP), PAPER)
+    top = 0
+    for number, part in enumerate(parts):
+        sheet.paste(part, (0, top))
+        top += part.height + (GAP if number else 0)
+    return sheet
 
 
 def _cut_centre(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -276,7 +351,7 @@ def _encode_png(sheet: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _photo(model: TokenModel, image: Tensor) -> Image.Image:
+def show_pixels(model: TokenModel, image: Tensor) -> Image.Image:
     """Undo the normalisation of an image."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.batches import Batches
 from ..data.content import hash_contents
 from ..errors import InputError
-from ..evaluation.flops import backbone_flops, dense_flops, flops, flops_as_run, flops_of
+from ..evaluation.flops import backbone_flops, dense_flops, flops, flops_as_run, flops_by_part, flops_of
 from ..evaluation.latency import latency_settings
 from ..evaluation.timings import Timings, describe_load
 from ..files import WEB_PAGE, check_target, read_text, write_file
@@ -24,6 +24,7 @@ from ..tasks import Evaluation
 from . import report_text as text
 from .doubts import Subject, find_doubts
 from .measuring import Measured
+from .report_charts import draw_charts, link_attention
 from .trim_sizes import describe_dense, describe_trims
 
 if TYPE_CHECKING:
@@ -95,14 +96,16 @@ def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
     """Describe the model of a column: what was measured, and its cost.
 
-    `flops_backbone` has the GFLOPs of a segmentation model without its neck and head, `flops_as_run` those (`full`) as
-    they are run here, where the published code takes more, and `sizes`, of the dense model, the sizes of its layers.
+    `flops_by_part` has the GFLOPs (`full`) of each part, `flops_backbone` those of a segmentation model without its
+    neck and head, `flops_as_run` those as they are run here, where the published code takes more, and `sizes`, of the
+    dense model, the sizes of its layers.
     """
     result, timings = measured.results[name], measured.timings
     timed = timings is not None and name in timings.rounds
     value = {
         **model.task.describe(result, compared=False),
         "flops": flops(model),
+        "flops_by_part": flops_by_part(model),
         **describe_as_run(flops(model)["full"], flops_as_run(model)["full"]),
         **({"flops_backbone": backbone} if (backbone := backbone_flops(model)) is not None else {}),
         "params": sum(p.numel() for p in model.parameters()),
@@ -116,10 +119,12 @@ def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """Describe a dense model that is gone."""
     unknown = pruned.task.describe(None, compared=False)
     unknown |= dict.fromkeys(("params", "latency_ms", "latency_quartiles_ms"))
-    published = dense_flops(pruned)
+    published, depth = dense_flops(pruned), pruned.dense_config.depth
     share = flops_of(pruned, pruned.origin.config if pruned.origin is not None else pruned.config)
     as_run = describe_as_run(published["full"], share * published["full"])
-    return {**unknown, "flops": published, **as_run, "sizes": describe_dense(pruned)}
+    parts = pruned.count_flops(pruned.dense_config, [pruned.length] * (depth + 1), "full", as_run=False)
+    counted = {"flops": published, "flops_by_part": {part: count / 1e9 for part, count in parts.items()}, **as_run}
+    return {**unknown, **counted, "sizes": describe_dense(pruned)}
 
 
 def describe_as_run(published: float, ours: float) -> dict[str, float]:
@@ -235,7 +240,8 @@ def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) 
     """Write the report of a folder or file as a web page that stands alone."""
     check_target(file, force, [model], kind=WEB_PAGE)
     pictures = {name: (model / name).read_bytes() for name in text.PICTURES if (model / name).is_file()}
-    page = text.render_html(report, model.name, pictures)
+    charts, notes = draw_charts(report, model)
+    page = text.render_html(report, model.name, pictures, charts, notes, link_attention(model, file))
     write_file(file, page.encode(), force, WEB_PAGE)
 
 

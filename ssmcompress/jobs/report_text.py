@@ -189,10 +189,25 @@ def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> s
 PICTURES = {PICTURE_FILE: "picture", SEGMENTS_FILE: "segments", AXES_FILE: "chart"}
 
 
-def render_html(report: Report, title: str, pictures: Mapping[str, bytes]) -> str:
-    """A web page that stands alone, with the pictures inside it: those of `PICTURES` that there are, by file name."""
+def render_html(
+    report: Report,
+    title: str,
+    pictures: Mapping[str, bytes],
+    charts: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    attention: str | None = None,
+) -> str:
+    """A web page that stands alone, with the pictures inside it.
+
+    Args:
+        pictures: those of `PICTURES` that there are, by file name.
+        charts: those of `report_charts` that there are, by name. notes: further notes on the page.
+        attention: relative address of the page of attention maps; None: there is none.
+    """
     inside = {file: base64.b64encode(content).decode() for file, content in pictures.items()}
-    return _render("report.html", report, title=title, **{name: inside.get(file) for file, name in PICTURES.items()})
+    images = {name: inside.get(file) for file, name in PICTURES.items()}
+    further = {"charts": charts or {}, "more_notes": notes, "attention": attention}
+    return _render("report.html", report, title=title, **further, **images)
 
 
 def render_card(report: Report, title: str, pictures: Collection[str]) -> str:

@@ -28,7 +28,7 @@ from ..models.saved import serialise, versions
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.merging import MERGED_BY
 from ..pruning.plan import Plan
-from .pictures import draw_history
+from .charts import draw_history
 from .pipeline import Context, Step
 
 # Images that states and channels are trimmed on.

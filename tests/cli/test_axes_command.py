@@ -92,7 +92,8 @@ def test_the_page_has_the_chart_and_no_broken_picture():
     sources = re.findall(r'<img [^>]*src="(.*?)"', page)
     assert len(sources) == 1
     assert sources[0].startswith("data:image/png;base64,iVBOR")
-    assert page.count("<table>") == page.count("</table>") == 4  # figures, refitted maps, axes and combinations
+    # Figures, FLOPs by part, refitted maps, axes and combinations.
+    assert page.count("<table>") == page.count("</table>") == 5
     assert "Kept tokens" not in page
 
 

@@ -10,6 +10,8 @@ from command_line import call, call_json, refused
 from conftest import GOLDEN, select_bundled_images, write_image
 from PIL import Image
 
+from ssmcompress.jobs.pictures import LINE
+
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
@@ -47,7 +49,8 @@ def test_prune_on_labelled_images_reports_everything(checkpoint, class_folders):
     assert config["pruning"]["source"]["path"] == str(checkpoint)
     assert config["data"] == str(class_folders)
     with Image.open(f"{folder}/kept_tokens.png") as picture:
-        assert picture.width == picture.height  # four images; each whole and after three stages
+        # Four images, each whole and after three stages, with titles of two lines.
+        assert picture.width == picture.height - 2 * LINE
 
 
 def test_evaluation_images_of_their_own_and_their_overlap(checkpoint, class_folders, tmp_path):

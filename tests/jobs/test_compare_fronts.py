@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ssmcompress.jobs.fronts import COLUMNS, gigaflops, list_front, milliseconds, place_rows
-from ssmcompress.jobs.methods import METHODS
-from ssmcompress.jobs.pareto import draw_models, plot_models
+from ssmcompress.jobs.methods import METHODS, find_group, is_reconstructed
+from ssmcompress.jobs.pareto import GREY, MARKERS, draw_models, draw_pareto, plot_models, plot_pareto
 from ssmcompress.tasks import CLASSIFICATION
 
 
@@ -168,3 +168,71 @@ def test_charts_are_images_of_the_kinds_that_are_asked_for():
     found = draw_models(many_rows(latency=False), CLASSIFICATION, ["png", "svg"])
     assert found["png"][:4] == b"\x89PNG"
     assert re.search(rb"<svg .*one, dense", found["svg"], flags=re.DOTALL)
+
+
+def rows_of_one(count=40):
+    """Rows of one model as `compare` has them: no `model`, costs as shares of the dense FLOPs."""
+    names = [m.name for m in METHODS if not m.of_levels]
+    rows = [row("", "dense", 1.0, 80.0, flops_share=1.0)]
+    for number in range(count):
+        share, top1 = 0.4 + 0.013 * number, 40 + (17 * number) % 38
+        rows.append(row("", names[number % len(names)], share, top1, flops_share=share))
+    return [{key: value for key, value in r.items() if key != "model"} for r in rows]
+
+
+def front_of_one(rows):
+    return list_front([{**r, "model": ""} for r in rows], lambda r: 100 * r["flops_share"], CLASSIFICATION, True)
+
+
+def test_a_chart_of_one_model_has_labels_at_the_front_and_the_dense_model_alone():
+    rows = rows_of_one()
+    front = front_of_one(rows)
+    assert 3 < len(front) < 20
+    (axes,) = plot_pareto(rows, CLASSIFICATION).axes
+    expected = [(r["method"].removesuffix(", reconstructed"), 100 * r["flops_share"], r["top1"]) for r in front]
+    assert sorted((t.get_text(), *t.xy) for t in axes.texts) == sorted(expected)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    poor = [{**r, "top1": 10.0} if r["method"] == "dense" else r for r in rows]
+    assert "dense" in [t.get_text() for t in plot_pareto(poor, CLASSIFICATION).axes[0].texts]
+
+
+def test_a_chart_of_one_model_draws_steps_and_no_line_through_what_nobody_measured():
+    rows = rows_of_one()
+    (axes,) = plot_pareto(rows, CLASSIFICATION).axes
+    lines = [line for line in axes.lines if len(line.get_xydata()) > 2]
+    (line,) = lines
+    assert line.get_drawstyle() == "steps-post"
+    assert line.get_xydata().tolist() == [[100 * r["flops_share"], r["top1"]] for r in front_of_one(rows)]
+
+
+def test_in_a_chart_of_one_model_what_others_beat_is_grey_and_markers_tell_the_methods():
+    rows = rows_of_one()
+    front = {(100 * r["flops_share"], r["top1"]) for r in front_of_one(rows)}
+    (axes,) = plot_pareto(rows, CLASSIFICATION).axes
+    points = {tuple(line.get_xydata()[0]): line for line in axes.lines if len(line.get_xydata()) == 1}
+    assert len(points) == len(rows)
+    for r in rows[1:]:
+        place = 100 * r["flops_share"], r["top1"]
+        assert points[place].get_marker() == MARKERS[find_group(r["method"])]
+        assert (points[place].get_markeredgecolor() == GREY) == (place not in front)
+        assert (points[place].get_markerfacecolor() == "white") == (not is_reconstructed(r["method"]))
+    assert points[100.0, 80.0].get_marker() == MARKERS["dense"]
+
+
+def test_without_labels_a_chart_of_one_model_is_of_the_agreement():
+    rows = [{**r, "top1": None, "agreement": None if r["method"] == "dense" else r["top1"]} for r in rows_of_one(6)]
+    (axes,) = plot_pareto(rows, CLASSIFICATION).axes
+    assert [100.0, 100.0] in [line.get_xydata()[0].tolist() for line in axes.lines]
+    assert axes.get_ylabel() == "same class as dense, %"
+
+
+@pytest.mark.parametrize("rows", [[], rows_of_one(0), rows_of_one(1)])
+def test_a_chart_of_few_rows_is_drawn(rows):
+    assert draw_pareto(rows, "png", CLASSIFICATION)[:4] == b"\x89PNG"
+
+
+def test_names_of_models_are_no_formulas():
+    rows = [{**r, "model": {"one": r"a$\frac$b", "two": "天空"}.get(r["model"], r["model"])} for r in many_rows()]
+    found = draw_models(rows, CLASSIFICATION, ["png", "svg"])
+    assert rb"a$\frac$b, dense" in found["svg"]

@@ -1,4 +1,4 @@
-"""Pictures of segmentation models: kept tokens of images of any size, and the classes of pixels in colour."""
+"""Pictures of images: kept tokens, the classes of pixels in colour, and where two models differ."""
 
 import io
 from dataclasses import replace
@@ -9,20 +9,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import call
-from conftest import GOLDEN
+from conftest import GOLDEN, make_vim, make_vit
 from PIL import Image
 
 import ssmcompress
 from ssmcompress.data.batches import Batches
 from ssmcompress.data.images import Images
 from ssmcompress.jobs import pictures
-from ssmcompress.jobs.pictures import draw_kept_tokens, draw_segments, make_palette, read_sample
+from ssmcompress.jobs.pictures import (
+    Difference,
+    describe_differences,
+    dim_dropped,
+    draw_kept_tokens,
+    draw_segments,
+    make_palette,
+    read_sample,
+    title_columns,
+)
+from ssmcompress.pruning.plan import Plan, Stage
 from ssmcompress.tasks import IGNORED
 
 COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200)]
 SIDE = pictures.SEGMENT_SIDE
 # Left edges of the columns.
-COLUMNS = [number * (SIDE + pictures.GAP) for number in range(4)]
+COLUMNS = [number * (SIDE + pictures.GAP) for number in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,7 @@ def test_a_row_has_the_image_its_mask_and_what_the_models_see_in_it(dense, prune
     image, mask = black(dense), torch.full((200, 200), 2, dtype=torch.uint8)  # a mask of another size
     mask[:100], mask[:, 150:] = 4, IGNORED
     sheet = decode(draw_segments({"dense": dense, "pruned": pruned}, [image], [mask], palette=COLOURS))
-    assert sheet.shape[1] == COLUMNS[3] + SIDE
+    assert sheet.shape[1] == COLUMNS[4] + SIDE
     row = sheet[pictures.LINE : pictures.LINE + SIDE]
     assert not row[:, :SIDE].any()
     truth = row[:, COLUMNS[1] : COLUMNS[1] + SIDE]
@@ -108,9 +118,10 @@ def test_names_of_classes_are_in_the_legend_whatever_they_are(dense):
 def test_images_differ_in_size_and_need_no_masks(dense, pruned):
     images = [noise(), noise(100, 160, seed=1), noise(150, 90, seed=2)]
     sheet = decode(draw_segments({"dense": dense, "pruned": pruned}, images))
-    assert sheet.shape[1] == COLUMNS[2] + SIDE
+    assert sheet.shape[1] == COLUMNS[3] + SIDE
     heights = [round(SIDE * height / width) for height, width in ((128, 128), (100, 160), (150, 90))]
-    assert sheet.shape[0] - pictures.LINE - sum(heights) - 3 * pictures.GAP in (pictures.LINE, 2 * pictures.LINE)
+    # Titles, a line below each row and one for all of them, the classes, and the colours of differences.
+    assert sheet.shape[0] == sum(heights) + 7 * pictures.LINE + 8 * pictures.GAP
     many = decode(draw_segments({"dense": dense}, [images[0]] * 6))
     assert many.shape[0] < pictures.ROWS * (SIDE + pictures.GAP) + 3 * pictures.LINE + 1
 
@@ -131,7 +142,121 @@ def test_kept_tokens_are_those_of_the_centre(pruned):
     centre, filled = large[:, 6:134, 36:164], F.pad(small, (0, 0, 0, 28))
     expected = draw_kept_tokens(pruned, torch.stack([centre, filled]))
     assert draw_kept_tokens(pruned, [large, small]) == expected
-    assert decode(expected).shape[:2] == (2 * (pictures.SIDE + 6) - 6, 3 * (pictures.SIDE + 6) - 6)
+    titles, cell = 2 * pictures.LINE, pictures.SIDE + pictures.GAP
+    assert decode(expected).shape[:2] == (titles + 2 * cell - pictures.GAP, 3 * cell - pictures.GAP)
+
+
+def saturation(pixels: np.ndarray) -> np.ndarray:
+    return pixels.max(-1) - pixels.min(-1)
+
+
+def test_dropped_patches_are_pale_grey_and_kept_ones_as_they_were():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+    kept = np.zeros((3, 4), bool)
+    kept[1, 2] = kept[0] = True
+    shown, pixels = np.array(dim_dropped(photo, kept)).astype(int), np.array(photo).astype(int)
+    wide = kept.repeat(32, 0).repeat(32, 1)
+    assert np.array_equal(shown[wide], pixels[wide])
+    assert not saturation(shown[~wide]).any()
+    inside = ~wide & np.roll(~wide, 1, 0) & np.roll(~wide, -1, 0) & np.roll(~wide, 1, 1) & np.roll(~wide, -1, 1)
+    assert shown[inside].min() >= pictures.HATCH[0]
+    # White and grey patches, too: a border, and lines that kept ones have not.
+    for value in (0, 150, 200, 255):
+        plain = np.array(dim_dropped(Image.new("RGB", (128, 96), (value,) * 3), kept)).astype(int)
+        assert len(np.unique(plain[wide])) == 1
+        assert len(np.unique(plain[65:, :64])) == 2  # lines, without the border
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+def test_the_picture_of_kept_tokens_shows_what_each_stage_keeps(size):
+    model = ssmcompress.prune(make_vim(image=size, patch=4), ratio=0.5, stages=[1, 3])
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    sheet = decode(draw_kept_tokens(model, image))[2 * pictures.LINE :]
+    rows, columns = (side // 4 for side in size)
+    assert sheet.shape[:2] == (round(pictures.SIDE * size[0] / size[1]), 3 * pictures.SIDE + 2 * pictures.GAP)
+    photo = sheet[:, : pictures.SIDE]
+    for number, decision in enumerate(model.trace(image)[1], 1):
+        shown = sheet[:, number * (pictures.SIDE + pictures.GAP) :][:, : pictures.SIDE]
+        assert (saturation(shown) <= saturation(photo)).all()
+        for row in range(rows):
+            for column in range(columns):
+                kept = int(model.patch_positions[row, column]) in decision.kept[0].tolist()
+                place = slice(round((row + 0.3) * photo.shape[0] / rows), round((row + 0.7) * photo.shape[0] / rows))
+                across = slice(round((column + 0.3) * 168 / columns), round((column + 0.7) * 168 / columns))
+                assert np.array_equal(shown[place, across], photo[place, across]) == kept
+
+
+def test_titles_have_the_counts_of_the_plan():
+    model = ssmcompress.prune(make_vim(depth=8, image=(56, 56)), ratio=0.3, stages=[5, 7])
+    counts = model.token_counts()
+    assert counts[5] == 139
+    assert title_columns(model) == [
+        "image",
+        "after layer 5:\n139 of 197 kept",
+        f"after layer 7:\n{counts[7]} of 197 kept",
+    ]
+
+
+def test_a_patch_that_was_fused_counts_as_dropped():
+    vit = make_vit(image=(32, 32))
+    stages = [Stage(2, 0.5, "attention", "fused")]
+    model = ssmcompress.prune(vit, Plan(tuple(stages)))
+    kept = model.token_counts()[2]
+    assert f"{kept} of {model.length} kept" in title_columns(model)[1]
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    shown = decode(draw_kept_tokens(model, image))[2 * pictures.LINE :, pictures.SIDE + pictures.GAP :]
+    side = pictures.SIDE / model.config.grid[0]
+    centres = [round((n + 0.5) * side) for n in range(model.config.grid[0])]
+    coloured = sum(bool(saturation(shown[y - 2 : y + 3, x - 2 : x + 3]).any()) for y in centres for x in centres)
+    assert coloured == kept - 2  # the class token and the fused one have no patch
+
+
+def test_the_difference_marks_exactly_the_pixels_of_another_class():
+    generator = np.random.default_rng(0)
+    before, after, truth = generator.integers(0, 3, (3, 20, 30)).astype(np.uint8)
+    truth[:5] = IGNORED
+    difference = Difference.of(before, after, truth)
+    photo = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    shown = np.array(difference.draw(photo)).astype(int)
+    for colour, expected in (
+        (pictures.NOW_WRONG, (before == truth) & (after != truth)),
+        (pictures.NOW_RIGHT, (before != truth) & (after == truth)),
+        (pictures.DIFFERS, (before != after) & (before != truth) & (after != truth)),
+    ):
+        assert expected.any()
+        assert np.array_equal((shown == np.array(colour)).all(-1), expected), colour
+    alike = before == after
+    assert not saturation(shown[alike]).any()
+    assert shown[alike].min() >= pictures.DROPPED_BLACK
+    unlabelled = np.array(Difference.of(before, after, None).draw(photo))
+    assert np.array_equal((unlabelled == np.array(pictures.DIFFERS)).all(-1), ~alike)
+
+
+def test_shares_of_pixels_that_differ():
+    before, after = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
+    after[0], after[1, :5] = 1, 1
+    truth = np.where(np.arange(10)[:, None] == 0, 1, 0) * np.ones((10, 10), np.uint8)
+    found = Difference.of(before, after, truth)
+    alike = Difference.of(before, before, truth)
+    assert describe_differences([found], True) == "15.0 % of pixels differ: 5.0 % became wrong, 10.0 % right"
+    assert describe_differences([found, alike], False) == "7.5 % of pixels differ"
+
+
+def test_the_column_of_differences_is_of_the_models_outputs(dense, pruned):
+    image = noise()
+    sheet = decode(draw_segments({"dense": dense, "pruned": pruned}, [image], palette=COLOURS))
+    column = sheet[pictures.LINE : pictures.LINE + SIDE, COLUMNS[3] :]
+    with torch.no_grad():
+        differs = (dense(image[None]).argmax(1) != pruned(image[None]).argmax(1)).to(torch.uint8)[0].numpy()
+    expected = np.array(Image.fromarray(differs).resize((SIDE, SIDE), Image.Resampling.NEAREST)).astype(bool)
+    assert 0 < expected.sum() < expected.size
+    assert np.array_equal((column == np.array(pictures.DIFFERS)).all(-1), expected)
+    alone = decode(draw_segments({"dense": dense}, [image], palette=COLOURS))
+    assert alone.shape[1] == COLUMNS[1] + SIDE
+    several = decode(draw_segments({"dense": dense, "naive": dense, "pruned": pruned}, [image], palette=COLOURS))
+    assert np.array_equal(several[-len(sheet) :][pictures.LINE : pictures.LINE + SIDE, COLUMNS[4] :], column)
+    same = decode(draw_segments({"dense": dense, "pruned": dense}, [image], palette=COLOURS))
+    assert not has(same[pictures.LINE : pictures.LINE + SIDE], pictures.DIFFERS)
 
 
 def read_picture(i: int) -> Image.Image:
@@ -163,7 +288,7 @@ def test_the_folder_of_a_segmenter_has_a_picture_of_segments(tmp_path):
     call(*prune, "--data", tmp_path, "--no-latency", "-o", "out")
     names = {file.name for file in Path("out").iterdir()}
     assert {"segments.png", "kept_tokens.png"} <= names
-    assert decode(Path("out/segments.png").read_bytes()).shape[1] == COLUMNS[3] + SIDE
+    assert decode(Path("out/segments.png").read_bytes()).shape[1] == COLUMNS[4] + SIDE
     assert "](segments.png)" in Path("out/README.md").read_text()
     call("report", "out", "--html", "page.html")
     assert 'alt="segments" src="data:image/png;base64,' in Path("page.html").read_text()

@@ -11,7 +11,7 @@ import ssmcompress
 from ssmcompress.compression.trim.layers import drop_directions, drop_layers
 from ssmcompress.compression.trim.states import trim_states
 from ssmcompress.compression.trim.trims import Trims
-from ssmcompress.jobs.pictures import draw_axes
+from ssmcompress.jobs.charts import draw_axes
 from ssmcompress.jobs.prune import preview
 from ssmcompress.jobs.report_axes import (
     FEW_LAYERS,
