@@ -23,6 +23,8 @@ OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
     "sensitivity.json", "last.safetensors", "finetuning.png",
 }  # fmt: skip
+# The folder of a model may have one of pictures in it, which has this file; it names the others under `files`.
+VISUALIZED, ATTENTION = "visualize.json", "attention"
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB
 
@@ -108,7 +110,7 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         folder = workplace / "new"
         folder.mkdir()
         yield folder
-        others = sorted([*_list_exported(path), *_list_foreign(path)]) if path.is_dir() else []
+        others = sorted([*_list_added(path), *_list_foreign(path)]) if path.is_dir() else []
         _move(folder, path, workplace, force)
         if others:
             note(f"removed {', '.join(str(path / name) for name in others)} with the model that was replaced")
@@ -174,7 +176,7 @@ def _foreign_error(folder: Path, names: list[str]) -> InputError:
 
 
 def _is_ours(folder: Path) -> bool:
-    return "format_version" in _read_json(folder / "config.json")
+    return any("format_version" in _read_json(folder / name) for name in ("config.json", VISUALIZED))
 
 
 def _list_foreign(folder: Path) -> list[str]:
@@ -182,9 +184,16 @@ def _list_foreign(folder: Path) -> list[str]:
     names = {entry.name for entry in folder.iterdir()}
     if not _is_ours(folder):
         return sorted(names)
-    files = _read_json(folder / "report.json").get("files")
-    added = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+    added = _list_named(folder / "report.json") | _list_named(folder / VISUALIZED)
+    if "format_version" in _read_json(folder / ATTENTION / VISUALIZED) and not _list_foreign(folder / ATTENTION):
+        added.add(ATTENTION)
     return sorted(names - OWN_FILES - SYSTEM_FILES - added - _list_exported(folder))
+
+
+def _list_named(file: Path) -> set[str]:
+    """Return the names of the files that a JSON object in a file has under `files`."""
+    files = _read_json(file).get("files")
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
 
 def _list_exported(folder: Path) -> set[str]:
@@ -194,6 +203,12 @@ def _list_exported(folder: Path) -> set[str]:
     if not isinstance(name, str) or Path(name).name != name:
         return set()
     return {part for part in (name, f"{name}.data") if (folder / part).is_file()}
+
+
+def _list_added(folder: Path) -> set[str]:
+    """Return the names of what was made of a model after it was written into a folder."""
+    pictures = {ATTENTION} if (folder / ATTENTION / VISUALIZED).is_file() else set()
+    return _list_exported(folder) | pictures
 
 
 def _read_json(file: Path) -> dict[str, Any]:

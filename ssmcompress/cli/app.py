@@ -14,7 +14,19 @@ from .help import Command, Commands
 from .options import takes
 
 # The order of the commands in the help; others follow by name.
-ORDER = ("inspect", "prune", "report", "evaluate", "export", "verify", "finetune", "benchmark", "compare", "demo")
+ORDER = (
+    "inspect",
+    "prune",
+    "report",
+    "evaluate",
+    "export",
+    "verify",
+    "finetune",
+    "benchmark",
+    "compare",
+    "visualize",
+    "demo",
+)
 
 app = typer.Typer(
     cls=Commands,

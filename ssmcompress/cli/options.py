@@ -14,8 +14,8 @@ import typer
 from ..errors import InputError
 
 BUDGET, PRUNING, IMAGES, MODEL_FILE = "Budget", "What to prune", "Images", "Model file"
-FINETUNING, OUTPUT, HARDWARE = "Fine-tuning", "Output", "Hardware"
-PANELS = (BUDGET, PRUNING, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
+FINETUNING, MAPS, OUTPUT, HARDWARE = "Fine-tuning", "Maps", "Output", "Hardware"
+PANELS = (BUDGET, PRUNING, MAPS, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
 
 
 def option(panel: str, *names: str, **settings: Any) -> Any:

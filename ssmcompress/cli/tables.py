@@ -337,3 +337,19 @@ def show_evaluation(value: dict[str, Any]) -> None:
         show_table(["", "model"], lines)
         write(f"  measured on {value['images']} images of {value['data']['name']}")
     show_warnings(value)
+
+
+def show_visualized(value: dict[str, Any]) -> None:
+    """Print how much the maps of models are like those of the dense one, and how the images were chosen."""
+    rows = []
+    for variant in value["variants"]:
+        figures = variant["figures"]
+        accuracy, mean = figures["accuracy"], figures["correlation"]
+        spread = "" if mean is None else f"{figures['correlation_low']:.2f} to {figures['correlation_high']:.2f}"
+        cells = ["" if accuracy is None else f"{accuracy:.2f} %", "" if mean is None else f"{mean:.3f}", spread]
+        rows.append((variant["name"], cells))
+    show_table(["", value["judged"], "correlation of maps", "quartiles"], rows)
+    write(
+        f"  maps of {value['reader']} ({value['method']}), on {value['data']['images']} images; those of kept patches"
+    )
+    write(f"  shown: {value['rule']}")

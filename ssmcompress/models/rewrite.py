@@ -17,7 +17,7 @@ from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage
 from ..pruning.pruner import TokenPruner
 from .base import ScanBlock, TokenModel
-from .inputs import check_model, check_unpruned
+from .inputs import check_dense, check_model, check_unpruned
 
 
 def make_plan(
@@ -144,6 +144,30 @@ def align(model: TokenModel, alignment: Alignment) -> TokenModel:
     _check_pool(model, alignment)
     model = copy.deepcopy(model)
     model.alignment, model.plan = alignment, replace(model.plan, alignment=alignment)
+    return model
+
+
+def prune_like(dense: TokenModel, pruned: TokenModel, alignment: Alignment) -> TokenModel:
+    """Return a copy of `dense` that drops the tokens that `pruned` would drop, with another alignment.
+
+    It has the plan, the pruners and the gap deltas of `pruned`, also those that were read from a file, and the weights
+    of `dense`.
+
+    Args:
+        pruned: a model that was made from `dense` and has lost nothing but tokens.
+
+    Raises:
+        InputError: `dense` is compressed itself, or its layers have other sizes.
+    """
+    check_dense(dense)
+    if pruned.config != dense.config:
+        raise InputError("the models have other sizes: expected a dense model and one that has lost only tokens")
+    model = copy.deepcopy(dense)
+    model.pruners = copy.deepcopy(pruned.pruners)
+    for block, other in zip(model.blocks, pruned.blocks, strict=True):
+        if isinstance(block, ScanBlock) and other.scans.gap_delta is not None:
+            block.set_gap_delta(other.scans.gap_delta.clone())
+    model.plan, model.alignment = replace(pruned.plan, alignment=alignment), alignment
     return model
 
 

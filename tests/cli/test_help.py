@@ -18,7 +18,7 @@ from command_line import call, refused
 from ssmcompress.cli import app as package
 from ssmcompress.cli import commands
 from ssmcompress.cli.app import app
-from ssmcompress.cli.options import PANELS, takes
+from ssmcompress.cli.options import MAPS, PANELS, takes
 from ssmcompress.cli.values import IMPORTANCE_NAMES
 from ssmcompress.pruning.importance import IMPORTANCES
 
@@ -46,9 +46,9 @@ def test_help_has_sections_and_ends_with_an_example(name):
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
-def test_prune_has_all_sections():
+def test_prune_has_all_sections_but_that_of_maps():
     headings = re.findall(r"^(\S.*):$", call("prune", "--help").stdout, flags=re.MULTILINE)
-    assert headings == ["Arguments", *PANELS, "Other", "Example"]
+    assert headings == ["Arguments", *(panel for panel in PANELS if panel != MAPS), "Other", "Example"]
 
 
 def test_every_option_says_what_it_does():

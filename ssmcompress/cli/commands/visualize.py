@@ -1,0 +1,60 @@
+"""`ssmcompress visualize`: attention maps and kept tokens as pictures and as a web page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..groups import Batching, Data, Dense, Hardware, Load, Model, Printing
+from ..inputs import check_inputs
+from ..options import IMAGES, MAPS, OUTPUT, option
+from ..tables import print_json, show_visualized
+from ..terminal import command_line, find_dense_or_say, progress_bars, say
+from ..values import parse_numbers
+
+EXAMPLE = "ssmcompress visualize compressed/model-r0.30 --data images"
+
+
+def visualize(
+    model: Model,
+    load: Load,
+    printing: Printing,
+    hardware: Hardware,
+    batching: Batching,
+    data: Data = None,
+    dense: Dense = None,
+    images: Annotated[int, option(IMAGES, min=1, help="Images with pictures of their own.")] = 8,
+    survey: Annotated[int, option(IMAGES, min=1, help="Images that the figures are of, at most.")] = 1000,
+    seed: Annotated[int, option(IMAGES, min=0, max=2**31 - 1, help="Seed of the choice of images.")] = 0,
+    layers: Annotated[
+        str | None, option(MAPS, help="Layers (from 1), of which maps are means. Default: from 5/8 of the depth on.")
+    ] = None,
+    method: Annotated[str, option(MAPS, metavar="METHOD", help="row, xai, raw, rollout or attribution.")] = "row",
+    output: Annotated[
+        str | None,
+        option(OUTPUT, "--output", "-o", help="Folder to write. Default: attention, in the folder of the model."),
+    ] = None,
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Show what pruning does: attention maps, kept tokens, and a web page to explore them."""
+    check_inputs(model, {"--data": data})
+    numbers = parse_numbers(layers, "--layers", int)
+    from ...jobs.requests import DataOptions
+    from ...jobs.visualize import VisualizeRequest, default_folder, visualize
+
+    reading = {name: getattr(batching, name) for name in ("batch_size", "workers", "reduce_zero_label")}
+    request = VisualizeRequest(DataOptions(data, seed=seed, **reading), images, survey, numbers, method)
+    request.check()
+    loaded = load.open(model, hardware)
+    found = None
+    if dense is not None or loaded.plan is not None:
+        found = find_dense_or_say(loaded, dense, "the dense model is not shown", printing.quiet)
+    folder = Path(output) if output else default_folder(model)
+    with progress_bars(printing.quiet):
+        title = Path(model).resolve().name
+        result = visualize(loaded, request, folder, dense=found, title=title, command=command_line(), force=force)
+    if printing.as_json:
+        print_json(result)
+    else:
+        show_visualized(result)
+    say(f"wrote {folder}/index.html, {len(result['files']) - 1} other files beside it", printing.quiet)

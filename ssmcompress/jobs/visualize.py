@@ -1,0 +1,303 @@
+"""Showing what pruning does to a model: attention maps, kept tokens, and a web page to explore them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import processes
+from ..data.batches import Batches, sample_indices
+from ..errors import InputError
+from ..evaluation.attention_maps import METHODS, Attention, check_method, choose_layers, describe_reader
+from ..files import ATTENTION, VISUALIZED, check_target, new_folder
+from ..models.base import Decision, TokenModel
+from ..models.saved import versions
+from ..progress import track
+from ..tasks import SEGMENTATION
+from .attention_pictures import ImageView, ModelView, StageView, draw_image, draw_summary, encode_url, to_grid
+from .explore_page import render_page
+from .images import make_batches
+from .pictures import draw_segments, show_pixels
+from .requests import DataOptions
+from .shown import Choice, choose_shown, read_shown
+from .survey import MapOptions, Prediction, Survey, attend_all, run_survey
+from .variants import DENSE, check_alike, list_variants
+
+FORMAT_VERSION = 1
+PAGE_FILE = "index.html"
+SHOWN, SURVEYED = 8, 1000  # images, by default
+
+
+@dataclass(frozen=True)
+class VisualizeRequest:
+    """What is shown.
+
+    Attributes:
+        data: the images; `data.data` alone is read. shown: how many have pictures. surveyed: how many the figures are
+            of, at most, drawn at random.
+        layers: those of the maps, numbered as in the dense model; None: from 5/8 of the depth on. method: of the maps.
+    """
+
+    data: DataOptions = DataOptions()
+    shown: int = SHOWN
+    surveyed: int = SURVEYED
+    layers: tuple[int, ...] | None = None
+    method: str = "row"
+
+    def check(self) -> None:
+        """Check what is given before the model is loaded.
+
+        Raises:
+            InputError: a number or a method that is none.
+        """
+        for name, value in (("images", self.shown), ("survey", self.surveyed)):
+            if value < 1:
+                raise InputError(f"`{name}` {value}: expected at least 1")
+        if self.method not in METHODS:
+            raise InputError(f"`method` {self.method!r}: expected one of {', '.join(METHODS)}")
+
+
+def default_folder(model: str) -> Path:
+    """The default folder for pictures of a model: inside that of a compressed one."""
+    path = Path(model)
+    return path / ATTENTION if path.is_dir() else Path("visualized", path.stem)
+
+
+def visualize(
+    model: TokenModel,
+    request: VisualizeRequest,
+    folder: str | Path,
+    *,
+    dense: TokenModel | None = None,
+    title: str | None = None,
+    command: str = "",
+    force: bool = False,
+) -> dict[str, Any]:
+    """Show what pruning does to a model on images, as pictures, a web page and JSON in a folder.
+
+    Args:
+        model: dense or compressed. dense: the model that it was made from; None: it is gone, or `model` is dense.
+        folder: where to write. force: replace it if ssmcompress wrote it. title: name of the model; None: that of the
+            folder. command: recorded as how it was made.
+
+    Returns:
+        The JSON object that is in the folder.
+
+    Raises:
+        InputError: images, layers, a method or a folder that cannot be used.
+    """
+    request.check()
+    folder = Path(folder)
+    if processes.count() > 1:
+        raise InputError("visualize runs in one process: start it without a launcher")
+    variants = list_variants(model, dense)
+    check_alike(variants)
+    first = next(iter(variants.values()))
+    options = MapOptions(choose_layers(dense or first, request.layers), request.method)
+    for variant in variants.values():
+        check_method(variant, request.method)
+    inputs = [request.data.data, *(m.source.path for m in variants.values() if m.source is not None)]
+    check_target(folder, force, inputs, folder=True)
+    images = model.find_images(request.data.data, reduce_zero_label=request.data.reduce_zero_label)
+    index, _ = sample_indices(len(images), request.surveyed, request.data.seed)
+    batches = make_batches(model, images, index, request.data, fixed=True)
+    survey = run_survey(variants, batches, options)
+    choice = choose_shown(survey, request.shown, request.data.seed)
+    views, pairs = view_images(variants, batches, survey, choice, options)
+    value = {
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "versions": versions(),
+        "title": title or folder.resolve().name,
+        **describe(model, variants, survey, options),
+        "judged": describe_accuracy(model, images.labelled),
+        "data": {"name": images.name, "images": len(survey.index), "labelled": images.labelled},
+        "unreadable": batches.unreadable_names(),
+        "rule": choice.rule,
+        "groups": dict(choice.groups),
+        "images": [describe_image(view) for view in views],
+    }
+    files = draw_files(variants, views, pairs, survey, value)
+    value["files"] = sorted([*files, PAGE_FILE, VISUALIZED])
+    pictures = [
+        {**shown, "picture": encode_url(view.photo)} for shown, view in zip(value["images"], views, strict=True)
+    ]
+    files[PAGE_FILE] = render_page({**value, "images": pictures}).encode(errors="replace")
+    files[VISUALIZED] = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    with new_folder(folder, force) as workplace:
+        for name, content in files.items():
+            (workplace / name).write_bytes(content)
+    return value
+
+
+@torch.no_grad()
+def view_images(
+    variants: Mapping[str, TokenModel], images: Batches, survey: Survey, choice: Choice, options: MapOptions
+) -> tuple[list[ImageView], list[tuple[Tensor, Tensor | None]]]:
+    """Return what models do with the images that are shown, and these images with their masks."""
+    model = next(iter(variants.values()))
+    rows = [row for row, _ in choice.rows]
+    pairs = read_shown(images, [survey.index[row] for row in rows])
+    names = model.classes or images.source.classes
+    views = []
+    for (row, group), (image, _) in zip(choice.rows, track(pairs, "pictures", len(pairs)), strict=True):
+        found = attend_all(variants, image[None], options)
+        models = {
+            name: _view_model(variants[name], survey.predictions[name][row], attention, names)
+            for name, attention in found.items()
+        }
+        label = None if survey.labels is None else name_class(survey.labels[row], names)
+        views.append(ImageView(name_image(images, survey.index[row]), group, label, show_pixels(model, image), models))
+    return views, pairs
+
+
+def _view_model(model: TokenModel, prediction: Prediction, found: Attention, names: Sequence[str] | None) -> ModelView:
+    patches = found.patches.cpu()
+    stages = [_view_stage(decision, patches) for decision in found.decisions]
+    said = say_prediction(prediction, names, model.task.name == SEGMENTATION.name)
+    return ModelView(prediction, said, found.maps[0].cpu().numpy(), found.kept[0].cpu().numpy(), stages)
+
+
+def _view_stage(decision: Decision, patches: Tensor) -> StageView:
+    """Return what a stage does with one image, on its patches (rows, columns)."""
+    candidates, scores, kept = (part[0].cpu() for part in decision)
+    length = max(int(candidates.max()), int(kept.max()), int(patches.max())) + 1
+    values = torch.full((length,), torch.nan, dtype=torch.float64)
+    values[candidates] = scores.double()
+    there = torch.zeros(length, dtype=torch.bool)
+    there[kept] = True
+    return StageView(there[patches].numpy(), values[patches].numpy())
+
+
+def name_image(images: Batches, index: int) -> str:
+    """Return the name of an image in its data, without the folder that the data is in."""
+    name, described = images.source.name, images.source.describe(index)
+    return described.replace(name, Path(name).name, 1) if described.startswith(name) else described
+
+
+def name_class(label: int, names: Sequence[str] | None) -> str:
+    """Return the name of a class, or its number where it has none."""
+    return str(names[label]) if names is not None and label < len(names) else f"class {label}"
+
+
+def say_prediction(prediction: Prediction, names: Sequence[str] | None, segments: bool) -> str:
+    """Return what a model says of an image as text: the class with its probability, or a share of pixels."""
+    if prediction.label is not None:
+        return f"{name_class(prediction.label, names)} {prediction.probability:.0%}"
+    if segments and prediction.probability is not None:
+        return f"{prediction.probability:.1%} of the pixels"
+    return ""
+
+
+def describe(
+    model: TokenModel, variants: Mapping[str, TokenModel], survey: Survey, options: MapOptions
+) -> dict[str, Any]:
+    """Return what is shown, of which models, and the figures over all images, as JSON values."""
+    counts = model.token_counts()
+    stages = model.plan.stages if model.plan is not None else ()
+    return {
+        "architecture": model.architecture,
+        "task": model.task.name,
+        "method": options.method,
+        "layers": list(options.layers),
+        "reader": describe_reader(model),
+        "grid": list(model.config.grid),
+        "stages": [
+            {"after": s.after, "kept": counts[s.after], "of": model.length, "importance": s.importance} for s in stages
+        ],
+        "variants": [{"name": name, "figures": summarise(survey.predictions[name])} for name in variants],
+        "spread": "25 % to 75 %",
+        "kept_share": {name: to_grid(kept, digits=4) for name, kept in survey.kept.items() if name != DENSE},
+    }
+
+
+def describe_accuracy(model: TokenModel, labelled: bool) -> str:
+    """Return what the figure `accuracy` is a share of."""
+    what = "pixels" if model.task.name == SEGMENTATION.name else "images"
+    return f"{what} right" if labelled else f"{what} with the dense model's class"
+
+
+def summarise(rows: Sequence[Prediction]) -> dict[str, float | None]:
+    """Return the figures of a model over all images: accuracy in percent, and correlations of maps."""
+    rights = [row.right if row.label is not None else row.probability for row in rows]
+    rights = [float(right) for right in rights if right is not None]
+    figures: dict[str, float | None] = {"accuracy": 100 * float(np.mean(rights)) if rights else None}
+    for key in ("correlation", "correlation_all"):
+        values = [getattr(row, key) for row in rows if getattr(row, key) is not None]
+        low, high = np.quantile(values, [0.25, 0.75]).tolist() if values else (None, None)
+        figures |= {
+            key: float(np.mean(values)) if values else None,
+            f"{key}_low": low,
+            f"{key}_high": high,
+            f"{key}_deviation": float(np.std(values)) if values else None,
+            f"{key}_images": len(values),
+        }
+    return figures
+
+
+def describe_image(view: ImageView) -> dict[str, Any]:
+    """Return an image that is shown, as JSON values."""
+    return {
+        "name": view.name,
+        "group": view.group,
+        "label": view.label,
+        "scale": list(view.scale()),
+        "variants": {name: _describe_model(shown) for name, shown in view.models.items()},
+    }
+
+
+def _describe_model(view: ModelView) -> dict[str, Any]:
+    given = asdict(view.prediction)
+    probability = given.pop("probability")
+    return {
+        **given,
+        "predicted": view.said.rpartition(" ")[0] if given["label"] is not None else view.said,
+        "probability": probability if given["label"] is not None else None,
+        "map": to_grid(view.map, view.kept),
+        "stages": [_describe_stage(stage) for stage in view.stages],
+    }
+
+
+def _describe_stage(stage: StageView) -> dict[str, Any]:
+    ranks = np.full(stage.scores.shape, np.nan)
+    known = np.isfinite(stage.scores)
+    # Ties are ranked in the order of the patches, as stages choose among them.
+    order = np.argsort(-stage.scores[known], kind="stable")
+    places = np.empty(len(order))
+    places[order] = np.arange(1, len(order) + 1)
+    ranks[known] = places
+    return {
+        "kept": stage.kept.astype(int).tolist(),
+        "scores": to_grid(stage.scores),
+        "ranks": [[None if rank is None else int(rank) for rank in row] for row in to_grid(ranks)],
+    }
+
+
+def draw_files(
+    variants: Mapping[str, TokenModel],
+    views: Sequence[ImageView],
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    survey: Survey,
+    value: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """Return the pictures by file name: one of each image that is shown, and one of all images."""
+    titles = [f"after layer {stage['after']}:\n{stage['kept']} of {stage['of']} kept" for stage in value["stages"]]
+    layers = value["layers"]
+    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+    title = f"{value['method']}, {which}"
+    files, model = {}, next(iter(variants.values()))
+    for number, (view, (image, mask)) in enumerate(zip(views, pairs, strict=True), 1):
+        files[f"attention-{number:02d}.png"] = draw_image(view, titles, title)
+        if model.task.name == SEGMENTATION.name:
+            masks = None if mask is None else [mask]
+            picture = draw_segments(variants, [image], masks, model.classes, model.palette)
+            files[f"segments-{number:02d}.png"] = picture
+    summary = draw_summary(survey, f"maps of {value['reader']}: {title}")
+    return files if summary is None else {**files, "summary.png": summary}
