@@ -23,8 +23,9 @@ OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
     "sensitivity.json", "last.safetensors", "finetuning.png",
 }  # fmt: skip
-# The folder of a model may have one of pictures in it, which has this file; it names the others under `files`.
-VISUALIZED, ATTENTION = "visualize.json", "attention"
+# The file by which a folder is known to be ours: of a model, and of pictures, whose file names all others in `files`.
+MODEL_FILE, VISUALIZED = "config.json", "visualize.json"
+ATTENTION = "attention"  # the folder of pictures in that of a model
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB
 
@@ -73,7 +74,7 @@ def check_target(
     force: bool,
     inputs: Iterable[str | Path | None] = (),
     *,
-    folder: bool = False,
+    folder: str | None = None,
     kind: Kind | None = None,
 ) -> None:
     """Check before a long computation that `path` can be written; no file or folder is left behind.
@@ -81,7 +82,8 @@ def check_target(
     Args:
         path: the file or folder to be written. force: whether an existing one may be replaced.
         inputs: files and folders that are read, which `path` must not be or contain.
-        folder: whether a folder will be written. kind: the kind of the file that will be written.
+        folder: the file by which a folder that will be written is known to be ours, MODEL_FILE or VISUALIZED; None: a
+            file will be written. kind: the kind of that file.
 
     Raises:
         InputError: `path` exists, is of another kind, holds one of the `inputs` or what ssmcompress did not write, or
@@ -94,24 +96,26 @@ def check_target(
                 raise InputError(f"{path} is, or holds, the input {name}; choose another output")
     if folder and os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{path} is a file; expected the name of a folder to write")
-    with _workplace(path, force, kind):
-        if path.is_dir() and (foreign := _list_foreign(path)):
+    marker = folder or MODEL_FILE
+    with _workplace(path, force, kind, marker):
+        if path.is_dir() and (foreign := _list_foreign(path, marker)):
             raise _foreign_error(path, foreign)
 
 
 @contextmanager
-def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, force: bool = False, marker: str = MODEL_FILE) -> Iterator[Path]:
     """Yield a temporary folder that is moved to `path` on success and deleted if the body of the with raises.
 
-    With `force`, a folder that ssmcompress wrote is replaced as a whole; a note names what else it held. Callers with
-    long work check it with `check_target` before, which refuses files that ssmcompress did not write.
+    With `force`, a folder of the same kind that ssmcompress wrote is replaced as a whole; a note names what else it
+    held. Callers with long work check it with `check_target` before, which refuses files that ssmcompress did not
+    write. `marker` is the file by which such a folder is known.
     """
-    with _workplace(path, force) as workplace:
+    with _workplace(path, force, marker=marker) as workplace:
         folder = workplace / "new"
         folder.mkdir()
         yield folder
-        others = sorted([*_list_added(path), *_list_foreign(path)]) if path.is_dir() else []
-        _move(folder, path, workplace, force)
+        others = sorted({*_list_added(path), *_list_foreign(path, marker)}) if path.is_dir() else []
+        _move(folder, path, workplace, force, marker)
         if others:
             note(f"removed {', '.join(str(path / name) for name in others)} with the model that was replaced")
 
@@ -138,8 +142,8 @@ def replace_files(path: Path, force: bool = False, kind: Kind | None = None) -> 
             _move(file, path.with_name(file.name), workplace, force)
 
 
-def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:
-    _refuse_existing(path, force)  # another process may have created it meanwhile
+def _move(new: Path, path: Path, workplace: Path, force: bool, marker: str = MODEL_FILE) -> None:
+    _refuse_existing(path, force, marker=marker)  # another process may have created it meanwhile
     if not path.is_dir() or path.is_symlink():
         os.replace(new, path)
         return
@@ -151,7 +155,7 @@ def _move(new: Path, path: Path, workplace: Path, force: bool) -> None:
         raise
 
 
-def _refuse_existing(path: Path, force: bool, kind: Kind | None = None) -> None:
+def _refuse_existing(path: Path, force: bool, kind: Kind | None = None, marker: str = MODEL_FILE) -> None:
     if not os.path.lexists(path):
         return
     if not force:
@@ -163,8 +167,8 @@ def _refuse_existing(path: Path, force: bool, kind: Kind | None = None) -> None:
             head = file.read(HEAD_BYTES)
         if head and not kind.matches(head):
             raise InputError(f"{path} is not {kind.name}, so `force=True` does not replace it; choose another output")
-    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
-        raise _foreign_error(path, _list_foreign(path))
+    if path.is_dir() and any(path.iterdir()) and not _is_ours(path, marker):
+        raise _foreign_error(path, _list_foreign(path, marker))
 
 
 def _foreign_error(folder: Path, names: list[str]) -> InputError:
@@ -175,19 +179,26 @@ def _foreign_error(folder: Path, names: list[str]) -> InputError:
     )
 
 
-def _is_ours(folder: Path) -> bool:
-    return any("format_version" in _read_json(folder / name) for name in ("config.json", VISUALIZED))
+def _is_ours(folder: Path, marker: str = MODEL_FILE) -> bool:
+    return "format_version" in _read_json(folder / marker)
 
 
-def _list_foreign(folder: Path) -> list[str]:
-    """Return the names of what ssmcompress did not write in a folder."""
+def is_model_folder(folder: Path) -> bool:
+    """Return whether ssmcompress wrote a model into a folder."""
+    return _is_ours(folder)
+
+
+def _list_foreign(folder: Path, marker: str = MODEL_FILE) -> list[str]:
+    """Return the names of what is not of a folder with this marker."""
     names = {entry.name for entry in folder.iterdir()}
-    if not _is_ours(folder):
+    if not _is_ours(folder, marker):
         return sorted(names)
-    added = _list_named(folder / "report.json") | _list_named(folder / VISUALIZED)
-    if "format_version" in _read_json(folder / ATTENTION / VISUALIZED) and not _list_foreign(folder / ATTENTION):
-        added.add(ATTENTION)
-    return sorted(names - OWN_FILES - SYSTEM_FILES - added - _list_exported(folder))
+    if marker == VISUALIZED:
+        return sorted(names - SYSTEM_FILES - _list_named(folder / VISUALIZED))
+    own = OWN_FILES | SYSTEM_FILES | _list_named(folder / "report.json") | _list_exported(folder)
+    pictures = folder / ATTENTION
+    own |= {ATTENTION} if pictures.is_dir() and not _list_foreign(pictures, VISUALIZED) else set()
+    return sorted(names - own)
 
 
 def _list_named(file: Path) -> set[str]:
@@ -221,12 +232,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _workplace(path: Path, force: bool, kind: Kind | None = None) -> Iterator[Path]:
+def _workplace(path: Path, force: bool, kind: Kind | None = None, marker: str = MODEL_FILE) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; remove it at the end, and its new parents too if they stay empty."""
     parents: list[Path] = []
     workplace = None
     try:
-        _refuse_existing(path, force, kind)
+        _refuse_existing(path, force, kind, marker)
         parents = [p for p in path.absolute().parents if not p.exists()]
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=".ssmcompress-", dir=path.absolute().parent))

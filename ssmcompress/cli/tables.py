@@ -349,7 +349,9 @@ def show_visualized(value: dict[str, Any]) -> None:
         cells = ["" if accuracy is None else f"{accuracy:.2f} %", "" if mean is None else f"{mean:.3f}", spread]
         rows.append((variant["name"], cells))
     show_table(["", value["judged"], "correlation of maps", "quartiles"], rows)
-    write(
-        f"  maps of {value['reader']} ({value['method']}), on {value['data']['images']} images; those of kept patches"
-    )
-    write(f"  shown: {value['rule']}")
+    data = value["data"]
+    write(f"  maps of {value['reader']} ({value['method']}) on {data['images']} images, over the kept patches")
+    for variant in value["variants"]:
+        if variant["layers"] != value["layers"]:
+            write(f"  {variant['name']}: layers {', '.join(map(str, variant['layers']))} alone; it has lost the others")
+    write(f"  drawn: {value['rule']}")

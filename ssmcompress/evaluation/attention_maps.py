@@ -84,19 +84,21 @@ def attention_maps(
         InputError: a layer or a method that the model does not have, or images that cannot be used.
     """
     check_model(model)
-    layers = choose_layers(model, layer)
+    layers = choose_layers(len(model.blocks), layer)
     check_method(model, method)
     device = next(model.parameters()).device
     batches = as_batches(model, images, repeat=False)
     maps = [attend(model, x.to(device), layers, method).maps.cpu() for x, _ in track(batches, "maps", batches.total)]
     if not maps:
         raise InputError("there are no images in the data")
+    if len(shapes := {tuple(part.shape[1:]) for part in maps}) > 1:
+        listed = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))
+        raise InputError(f"images of several sizes, with {listed} patches: pass those of one size at a time")
     return torch.cat(maps)
 
 
-def choose_layers(model: TokenModel, layer: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the layers of a map, ascending; InputError for one that the model does not have."""
-    depth = len(model.blocks)
+def choose_layers(depth: int, layer: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """Return the layers of a map, ascending; InputError for one that a model of `depth` layers does not have."""
     if layer is None:
         return tuple(range(min(depth, depth * PUBLISHED_START // PUBLISHED_DEPTH + 1), depth + 1))
     listed = list(layer) if isinstance(layer, Iterable) else [layer]
@@ -110,7 +112,9 @@ def check_method(model: TokenModel, method: str) -> None:
     if method not in METHODS:
         raise InputError(f"`method` {method!r}: expected one of {', '.join(METHODS)}")
     if method == "xai" and not _reads_as_published(model):
-        raise InputError(f"`method` 'xai' is the vector of a Vim's class token; a {model.architecture} has none")
+        raise InputError(
+            f"`method` 'xai' is of scans that a class token reads, as in a Vim, not a {model.architecture}"
+        )
     if method == "attribution" and (model.task is not CLASSIFICATION or not _has_scans(model)):
         raise InputError(
             f"`method` 'attribution' is for classifiers with scans; for a {model.architecture} expected one of "
@@ -133,11 +137,13 @@ def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str
     chosen: list[Layer] = []
     decisions: list[Decision] = []
     streams: list[Tensor] = []
-    with torch.set_grad_enabled(learns):
+    with torch.no_grad():
         tokens = model.embed(images)
         patches = find_patches(tokens, model.config.grid).to(images.device)
+    # Gradients are needed even where the caller has switched them off.
+    with torch.inference_mode(False), torch.set_grad_enabled(learns):
         if learns:
-            tokens = replace(tokens, features=tokens.features.detach().requires_grad_())
+            tokens = replace(tokens, features=tokens.features.clone().requires_grad_())
         # One layer after the other, so that the inner values of one alone are in memory.
         for view in view_layers(model, tokens):
             decisions += [] if view.decision is None else [view.decision]

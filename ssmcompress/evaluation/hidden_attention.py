@@ -36,7 +36,8 @@ class LayerView(NamedTuple):
     """A layer as it was run.
 
     Attributes:
-        layer: its number, from 1. before, after: its tokens. decision: of its stage, or None.
+        layer: its number, from 1. before, after: the tokens that it is run on, and those after its stage.
+        decision: of its stage, or None.
         calls: of its scans or its attention.
     """
 
@@ -56,6 +57,7 @@ def view_layers(model: TokenModel, tokens: Tokens) -> Iterator[LayerView]:
     last = len(model.blocks)
     for layer in range(1, last + 1):
         calls: list[Any] = []
+        tokens = model.enter(layer, tokens)
         with observe(calls.append):
             after, decision = model.step(layer, tokens, protected_only=layer == last and model.shortens_last)
         yield LayerView(layer, tokens, after, decision, calls)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..errors import escape_control
-from .charts import COLOURS, encode_figure, new_figure, plain_text
+from .charts import COLOURS, encode_figure, new_figure, plain_text, shorten
 from .pictures import dim_dropped
 from .survey import Prediction, Survey
 from .variants import DENSE
@@ -28,7 +27,6 @@ TEXT = 0.62  # inches for the lines below a map
 MOST_STAGES = 4
 KEPT_NOTE = "What each stage\nkeeps: patches as in\nthe picture. Those\nthat are gone are\npale grey."
 OPACITY = 0.8  # of a map over the grey picture
-LONGEST_NAME = 30
 # Outliers do not set the scale of the colours: it ends where this share of the values of an image do.
 SCALE_SHARE = 0.99
 
@@ -124,7 +122,7 @@ def _draw_maps(figure: Figure, cells: Sequence[Axes], image: ImageView, title: s
         axes.set_xlabel(
             "\n".join([shorten(view.said), *_describe(view.prediction, image.label is not None)]), fontsize=8
         )
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(cells), shrink=0.9, pad=0.01, aspect=15)
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(cells), shrink=0.9, pad=0.01, aspect=15, extend="both")
     bar.set_label(title, fontsize=7)
     bar.ax.tick_params(labelsize=7)
 
@@ -153,7 +151,7 @@ def draw_summary(survey: Survey, title: str) -> bytes | None:
         picture = None
         for axes, (name, kept) in zip(cells[bool(values) :], pruned.items(), strict=True):
             picture = axes.imshow(kept, cmap="cividis", vmin=0, vmax=1)
-            axes.set_title(f"{shorten(name)}: share of images\nthat keep a patch", fontsize=9)
+            axes.set_title(f"{shorten(name)}: share of images\nin which a patch is kept", fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])
         bar = figure.colorbar(picture, ax=list(cells[bool(values) :]), shrink=0.75)
@@ -192,7 +190,7 @@ def choose_colours(low: float, high: float) -> tuple[Normalize, Colormap]:
 
     size = max(abs(low), abs(high)) or 1.0
     if low < -0.2 * size:
-        return Normalize(-size, size), colormaps["PuOr_r"]
+        return Normalize(-size, size), colormaps["RdBu_r"]
     return Normalize(low, high if high > low else low + 1), colormaps["viridis"]
 
 
@@ -240,12 +238,6 @@ def _pick_stages(count: int) -> list[int]:
     """Return the numbers of the stages that are drawn: all, or MOST_STAGES spread evenly, the last one among them."""
     places = np.linspace(0, count - 1, min(count, MOST_STAGES)).round().astype(int)
     return list(dict.fromkeys(places.tolist()))
-
-
-def shorten(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a text in one line, without control characters, and not longer than that."""
-    text = escape_control(" ".join(str(text)[: 4 * longest].split()))
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def encode_url(photo: Image.Image) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import escape_control
 from ..models.records import Finetuning
 from ..tasks import Task
 
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
 # for text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LABEL_SIZE, LABEL_GAP = 7, 5  # points
+LONGEST_NAME = 28  # characters of a name in a picture
 # Places of a label around its point, the first ones preferred: above left, where a front that rises has no points.
 DIRECTIONS = ((-1, 1), (1, -1), (-1, 0), (1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
 DISTANCES = (1, 3, 6, 10, 15)  # times LABEL_GAP
+
+
+def shorten(text: str, longest: int = LONGEST_NAME) -> str:
+    """Return a text in one line, without control characters, and not longer than that."""
+    text = escape_control(" ".join(str(text)[: 8 * longest].split()))
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..data.batches import Batches, skip_picture
 from ..data.images import Images
 from ..data.signature import sign_images
 from ..errors import InputError
-from ..files import check_target, read_text
+from ..files import MODEL_FILE, check_target, read_text
 from ..models.base import TokenModel
 from ..models.fingerprint import fingerprint
 from ..models.saved import CONFIG_FILE
@@ -76,7 +76,7 @@ class FinetuneTarget(Target):
         """
         if not processes.is_main():
             return
-        check_target(self.path, self.may_replace, [data.data, data.eval_data], folder=True)
+        check_target(self.path, self.may_replace, [data.data, data.eval_data], folder=MODEL_FILE)
         if self.state.exists() and not self.resume:
             if not self.force:
                 raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import processes
 from ..data.find import absolute_name
-from ..files import check_target
+from ..files import MODEL_FILE, check_target
 from ..models.base import TokenModel
 from ..models.records import Source
 from ..models.saved import save
@@ -46,7 +46,7 @@ class Target:
         if model.source is not None:
             inputs += [model.source.path, model.source.data]
         if processes.is_main():
-            check_target(self.path, self.force, inputs, folder=True)
+            check_target(self.path, self.force, inputs, folder=MODEL_FILE)
 
 
 def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:

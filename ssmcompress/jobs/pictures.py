@@ -18,6 +18,7 @@ from ..data.batches import Batches
 from ..errors import escape_control
 from ..models.base import TokenModel
 from ..tasks import IGNORED
+from .charts import shorten
 
 Colour = tuple[int, int, int]
 
@@ -32,7 +33,7 @@ HATCH_EVERY = 6  # pixels
 
 SEGMENT_SIDE = 224  # width of an image in the picture of segments
 DIMMED = 0.4  # of its colours, where there are those of classes
-LINE, FONT_SIZE, LONGEST_NAME = 20, 13, 28  # of texts: height and size in pixels, and characters of a class
+LINE, FONT_SIZE = 20, 13  # of texts: height and size in pixels
 # Pixels that two models see differently: two colours that those who see red and green alike tell apart, by their
 # lightness too, and one for pixels that neither model has right, or that have no label.
 NOW_WRONG, NOW_RIGHT, DIFFERS = (213, 94, 0), (0, 114, 178), (40, 40, 40)
@@ -248,8 +249,7 @@ def _colour(photo: Image.Image, pixels: np.ndarray, palette: Sequence[Colour]) -
 
 def _name_class(number: int, classes: Sequence[str] | None) -> str:
     known = classes is not None and number < len(classes)
-    name = escape_control(" ".join(classes[number].split())) if known else f"class {number}"
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+    return shorten(classes[number]) if known else f"class {number}"
 
 
 def _draw_legend(names: Iterable[tuple[str, Colour]], width: int) -> Image.Image:

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -22,7 +21,7 @@ from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..errors import InputError, escape_control
 from ..files import ATTENTION
 from ..tasks import Task, find_task
-from .charts import COLOURS, add_label, encode_figure, finish_layout, new_figure, place_labels, plain_text
+from .charts import COLOURS, add_label, encode_figure, finish_layout, new_figure, place_labels, plain_text, shorten
 from .report_text import Report, list_columns
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 # Files with sensitivities that may lie beside a report, and the page that `ssmcompress visualize` writes there.
 SENSITIVITY_FILES = (SENSITIVITY_FILE, "sensitivity-axes.json")
 ATTENTION_PAGE = f"{ATTENTION}/index.html"
-LONGEST_NAME = 28  # characters of a name in a chart
+LARGEST = 1e30  # of a number in a chart
 WIDTH = 7.2  # inches
 BEFORE, AFTER = "#9A9A9A", COLOURS[0]
 HEAT = 9  # colours of a heat map
@@ -135,7 +134,7 @@ def plot_quality(report: Report) -> Figure | None:
         face = colour if dense or last else "white"
         style = {"marker": "*" if dense else "o", "markersize": 13 if dense else 8, "markerfacecolor": face}
         axes.plot(cost, value, **style, markeredgecolor=colour, linestyle="", zorder=3)
-        add_label(axes, f"{_shorten(name)}, {shown.form.format(value)}", (cost, value), colour)
+        add_label(axes, f"{shorten(name)}, {shown.form.format(value)}", (cost, value), colour)
     for text in axes.texts:
         text.set_fontsize(9)
     axes.margins(0.18, 0.25)
@@ -204,7 +203,7 @@ def plot_parts(report: Report) -> Figure | None:
         values = [scale * row[column] for row in rows]
         bars = axes.barh(places + offset, values, 0.38, color=colour, label=name)
         axes.bar_label(bars, map(_count, values), padding=3, fontsize=8)
-    axes.set_yticks(places, [_shorten(row[0]) for row in rows])
+    axes.set_yticks(places, [shorten(row[0]) for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.13, y=0.02)
     axes.set_xlabel(f"{unit} of one image (full)")
@@ -263,7 +262,7 @@ def plot_fits(report: Report) -> Figure | None:
     floor = min(values)  # an error of zero has no place on a logarithmic axis
     for axes, (name, fits) in zip(panels, found.items(), strict=False):
         _fill_fits(axes, fits, floor)
-        axes.set_title(_shorten(name), fontsize=10)
+        axes.set_title(shorten(name), fontsize=10)
     for axes in panels[len(found) :]:
         axes.set_visible(False)
     figure.supylabel("share missed, %", fontsize=10)
@@ -282,7 +281,7 @@ def _fill_fits(axes: Axes, fits: Sequence[tuple[str, float, float]], floor: floa
     axes.plot(places, before, "o", color="#5A5A5A", markerfacecolor="white", markersize=6, label="before", zorder=2)
     axes.plot(places, after, "o", color=AFTER, markersize=6, label="after", zorder=3)
     every = -(-len(fits) // 12)
-    axes.set_xticks(places[::every], [_shorten(fit[0], 12) for fit in fits][::every], fontsize=8)
+    axes.set_xticks(places[::every], [shorten(fit[0], 12) for fit in fits][::every], fontsize=8)
     axes.set(yscale="log", xlabel="layer" if len(fits) > 1 else "", xlim=(-0.6, len(fits) - 0.4))
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=12))
@@ -388,17 +387,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as it is, anything else as None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) else None
+    """A number that can be drawn as it is, anything else as None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if known and abs(value) < LARGEST else None
 
 
 def _numbers(value: Any) -> dict[str, float]:
     return {str(name): number for name, v in _mapping(value).items() if (number := _number(v)) is not None}
-
-
-def _shorten(name: str, longest: int = LONGEST_NAME) -> str:
-    name = escape_control(" ".join(name.split()))
-    return name if len(name) <= longest else f"{name[: longest - 3]}..."
 
 
 def _choose_unit(rows: Sequence[tuple[str, float, float]]) -> tuple[float, str]:

@@ -53,13 +53,15 @@ def choose_shown(survey: Survey, count: int, seed: int) -> Choice:
     picked += members[WRONG][: count - len(picked)]
     group_of = {row: group for group, rows in members.items() for row in rows}
     shown = sorted(picked, key=lambda row: [*members].index(group_of[row]))
-    of_dense = " that the dense model gets right" if survey.labelled and DENSE in survey.predictions else ""
-    counts = "; ".join(f"{group}: {len(rows)} images" for group, rows in members.items() if rows)
-    rule = (
-        f"{len(picked)} of {size} images, drawn at random (seed {seed}) from the groups of images{of_dense} in turn. "
-    )
+    last = ", those that the dense model gets wrong last" if members[WRONG] else ""
+    counts = "; ".join(f"{group}: {_count(len(rows))}" for group, rows in members.items() if rows)
+    rule = f"{len(picked)} of {_count(size)}, drawn at random (seed {seed}) from these groups in turn{last}. "
     groups = {group: len(rows) for group, rows in members.items() if rows}
     return Choice(tuple((row, group_of[row]) for row in shown), groups, rule + counts[:1].upper() + counts[1:] + ".")
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'s' if images != 1 else ''}"
 
 
 def _find_compared(survey: Survey) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ def _choose_by_order(survey: Survey, count: int, order: Sequence[int]) -> Choice
     places = np.linspace(0, size - 1, min(count, size)).round().astype(int) if known else range(min(count, size))
     how = "spread evenly over their order by the share of pixels that are right" if known else "drawn at random"
     shown = tuple((rows[place], "") for place in places)
-    return Choice(shown, {}, f"{len(shown)} of {size} images, {how}.")
+    return Choice(shown, {}, f"{len(shown)} of {_count(size)}, {how}.")
 
 
 def read_shown(images: Batches, index: Iterable[int]) -> list[tuple[Tensor, Tensor | None]]:

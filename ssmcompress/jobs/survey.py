@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Survey:
     Attributes:
         index: of each image, in its source. labels: of each image; None: unlabelled.
         predictions: of each model, by name, for each image. kept: by name, the share of the images (rows, columns) in
-            which a patch is there in all layers of the map.
+            which a patch is kept by the last stage.
     """
 
     index: list[int] = field(default_factory=list)
@@ -78,7 +79,7 @@ def run_survey(variants: Mapping[str, TokenModel], images: Batches, options: Map
             survey.labels = [*(survey.labels or []), *batch.labels.tolist()]
         for name, attention in found.items():
             survey.predictions[name] += _judge(variants[name], attention, found.get(DENSE), batch.labels)
-            kept = attention.kept.double().sum(0)
+            kept = find_kept(attention).double().sum(0)
             sums[name] = kept + sums[name] if name in sums else kept
     survey.kept = {name: (kept / max(1, len(survey.index))).cpu().numpy() for name, kept in sums.items()}
     return survey
@@ -91,6 +92,16 @@ def attend_all(variants: Mapping[str, TokenModel], images: Tensor, options: MapO
         device = next(model.parameters()).device
         found[name] = attend(model, images.to(device), match_layers(model, options.layers), options.method)
     return found
+
+
+def find_kept(found: Attention) -> Tensor:
+    """Return which patches the last stage keeps, (batch, rows, columns) bool; all of them where there is no stage."""
+    if not found.decisions:
+        return torch.ones_like(found.kept)
+    kept = found.decisions[-1].kept
+    length = max(int(kept.max()), int(found.patches.max())) + 1  # fused tokens have numbers after all others
+    there = torch.zeros(len(kept), length, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
+    return there[:, found.patches.flatten()].unflatten(1, found.patches.shape)
 
 
 def _judge(model: TokenModel, found: Attention, dense: Attention | None, labels: Tensor | None) -> list[Prediction]:

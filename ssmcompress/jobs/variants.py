@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import InputError
 from ..models.base import TokenModel
@@ -51,13 +51,26 @@ def is_trimmed(model: TokenModel) -> bool:
     return model.dense_config != model.config
 
 
+def number_layers(model: TokenModel) -> tuple[int, ...]:
+    """Return the number that each layer of a model has in its dense model, from 1."""
+    return model.origin.layers if model.origin is not None else tuple(range(1, len(model.blocks) + 1))
+
+
 def match_layers(model: TokenModel, layers: Sequence[int]) -> tuple[int, ...]:
-    """Return the layers of a model, from 1, that are these layers of its dense model; at least its last one."""
-    numbers = model.origin.layers if model.origin is not None else range(1, len(model.blocks) + 1)
-    return tuple(layer for layer, number in enumerate(numbers, 1) if number in layers) or (len(model.blocks),)
+    """Return the layers of a model, from 1, that are these layers of its dense model.
+
+    Raises:
+        InputError: it has lost all of them.
+    """
+    numbers = number_layers(model)
+    if found := tuple(layer for layer, number in enumerate(numbers, 1) if number in layers):
+        return found
+    raise InputError(
+        f"the model has lost layers {', '.join(map(str, layers))}: expected some of {', '.join(map(str, numbers))}"
+    )
 
 
-def check_alike(variants: dict[str, TokenModel]) -> None:
+def check_alike(variants: Mapping[str, TokenModel]) -> None:
     """Raise an InputError if models have other grids of patches than the first one."""
     first, *others = variants.values()
     for model in others:

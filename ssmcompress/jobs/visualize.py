@@ -16,7 +16,7 @@ from .. import processes
 from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..evaluation.attention_maps import METHODS, Attention, check_method, choose_layers, describe_reader
-from ..files import ATTENTION, VISUALIZED, check_target, new_folder
+from ..files import ATTENTION, VISUALIZED, check_target, is_model_folder, new_folder
 from ..models.base import Decision, TokenModel
 from ..models.saved import versions
 from ..progress import track
@@ -28,7 +28,7 @@ from .pictures import draw_segments, show_pixels
 from .requests import DataOptions
 from .shown import Choice, choose_shown, read_shown
 from .survey import MapOptions, Prediction, Survey, attend_all, run_survey
-from .variants import DENSE, check_alike, list_variants
+from .variants import DENSE, check_alike, list_variants, match_layers, number_layers
 
 FORMAT_VERSION = 1
 PAGE_FILE = "index.html"
@@ -40,14 +40,14 @@ class VisualizeRequest:
     """What is shown.
 
     Attributes:
-        data: the images; `data.data` alone is read. shown: how many have pictures. surveyed: how many the figures are
-            of, at most, drawn at random.
+        data: the images; `data.data` alone is read. images: how many are drawn. survey: how many the figures are of, at
+            most, drawn at random.
         layers: those of the maps, numbered as in the dense model; None: from 5/8 of the depth on. method: of the maps.
     """
 
     data: DataOptions = DataOptions()
-    shown: int = SHOWN
-    surveyed: int = SURVEYED
+    images: int = SHOWN
+    survey: int = SURVEYED
     layers: tuple[int, ...] | None = None
     method: str = "row"
 
@@ -57,7 +57,7 @@ class VisualizeRequest:
         Raises:
             InputError: a number or a method that is none.
         """
-        for name, value in (("images", self.shown), ("survey", self.surveyed)):
+        for name, value in (("images", self.images), ("survey", self.survey)):
             if value < 1:
                 raise InputError(f"`{name}` {value}: expected at least 1")
         if self.method not in METHODS:
@@ -65,9 +65,11 @@ class VisualizeRequest:
 
 
 def default_folder(model: str) -> Path:
-    """The default folder for pictures of a model: inside that of a compressed one."""
+    """The default folder for pictures of a model: inside its own one, where ssmcompress wrote that."""
     path = Path(model)
-    return path / ATTENTION if path.is_dir() else Path("visualized", path.stem)
+    if path.is_dir() and is_model_folder(path):
+        return path / ATTENTION
+    return Path("visualized", path.resolve().name if path.is_dir() else path.stem)
 
 
 def visualize(
@@ -97,19 +99,21 @@ def visualize(
     folder = Path(folder)
     if processes.count() > 1:
         raise InputError("visualize runs in one process: start it without a launcher")
+    if model.plan is None and dense is not None:
+        raise InputError("`dense`: the model is dense itself; leave it out, or pass the compressed model")
     variants = list_variants(model, dense)
     check_alike(variants)
-    first = next(iter(variants.values()))
-    options = MapOptions(choose_layers(dense or first, request.layers), request.method)
+    options = MapOptions(choose_layers(model.dense_config.depth, request.layers), request.method)
     for variant in variants.values():
         check_method(variant, request.method)
+        match_layers(variant, options.layers)
     inputs = [request.data.data, *(m.source.path for m in variants.values() if m.source is not None)]
-    check_target(folder, force, inputs, folder=True)
+    check_target(folder, force, inputs, folder=VISUALIZED)
     images = model.find_images(request.data.data, reduce_zero_label=request.data.reduce_zero_label)
-    index, _ = sample_indices(len(images), request.surveyed, request.data.seed)
+    index, _ = sample_indices(len(images), request.survey, request.data.seed)
     batches = make_batches(model, images, index, request.data, fixed=True)
     survey = run_survey(variants, batches, options)
-    choice = choose_shown(survey, request.shown, request.data.seed)
+    choice = choose_shown(survey, request.images, request.data.seed)
     views, pairs = view_images(variants, batches, survey, choice, options)
     value = {
         "format_version": FORMAT_VERSION,
@@ -118,8 +122,12 @@ def visualize(
         "title": title or folder.resolve().name,
         **describe(model, variants, survey, options),
         "judged": describe_accuracy(model, images.labelled),
-        "data": {"name": images.name, "images": len(survey.index), "labelled": images.labelled},
-        "unreadable": batches.unreadable_names(),
+        "data": {
+            "name": images.name,
+            "images": len(survey.index),
+            "labelled": images.labelled,
+            "unreadable": [name_image(batches, index) for index in sorted(batches.unreadable)],
+        },
         "rule": choice.rule,
         "groups": dict(choice.groups),
         "images": [describe_image(view) for view in views],
@@ -129,9 +137,11 @@ def visualize(
     pictures = [
         {**shown, "picture": encode_url(view.photo)} for shown, view in zip(value["images"], views, strict=True)
     ]
-    files[PAGE_FILE] = render_page({**value, "images": pictures}).encode(errors="replace")
+    page = {**value, "images": pictures, "data": {**value["data"], "name": Path(images.name).name}}
+    unseen = ("command", "versions", "files")
+    files[PAGE_FILE] = render_page({k: v for k, v in page.items() if k not in unseen}).encode(errors="replace")
     files[VISUALIZED] = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
-    with new_folder(folder, force) as workplace:
+    with new_folder(folder, force, VISUALIZED) as workplace:
         for name, content in files.items():
             (workplace / name).write_bytes(content)
     return value
@@ -200,7 +210,7 @@ def describe(
     model: TokenModel, variants: Mapping[str, TokenModel], survey: Survey, options: MapOptions
 ) -> dict[str, Any]:
     """Return what is shown, of which models, and the figures over all images, as JSON values."""
-    counts = model.token_counts()
+    counts, numbers = model.token_counts(), number_layers(model)
     stages = model.plan.stages if model.plan is not None else ()
     return {
         "architecture": model.architecture,
@@ -210,12 +220,23 @@ def describe(
         "reader": describe_reader(model),
         "grid": list(model.config.grid),
         "stages": [
-            {"after": s.after, "kept": counts[s.after], "of": model.length, "importance": s.importance} for s in stages
+            # Layers are numbered as in the dense model, as those of the maps are.
+            {"after": numbers[s.after - 1], "kept": counts[s.after], "of": model.length, "importance": s.importance}
+            for s in stages
         ],
-        "variants": [{"name": name, "figures": summarise(survey.predictions[name])} for name in variants],
+        "variants": [
+            {"name": name, "layers": list_mapped(variant, options), "figures": summarise(survey.predictions[name])}
+            for name, variant in variants.items()
+        ],
         "spread": "25 % to 75 %",
         "kept_share": {name: to_grid(kept, digits=4) for name, kept in survey.kept.items() if name != DENSE},
     }
+
+
+def list_mapped(model: TokenModel, options: MapOptions) -> list[int]:
+    """Return the layers that the maps of a model are made of, numbered as in the dense model."""
+    numbers = number_layers(model)
+    return [numbers[layer - 1] for layer in match_layers(model, options.layers)]
 
 
 def describe_accuracy(model: TokenModel, labelled: bool) -> str:
@@ -280,6 +301,14 @@ def _describe_stage(stage: StageView) -> dict[str, Any]:
     }
 
 
+def name_layers(layers: Sequence[int]) -> str:
+    """Return which layers these are, in words: "layers 4 to 6", "layers 1, 4"."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    whole = len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1
+    return f"layers {layers[0]} to {layers[-1]}" if whole else f"layers {', '.join(map(str, layers))}"
+
+
 def draw_files(
     variants: Mapping[str, TokenModel],
     views: Sequence[ImageView],
@@ -289,9 +318,7 @@ def draw_files(
 ) -> dict[str, bytes]:
     """Return the pictures by file name: one of each image that is shown, and one of all images."""
     titles = [f"after layer {stage['after']}:\n{stage['kept']} of {stage['of']} kept" for stage in value["stages"]]
-    layers = value["layers"]
-    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    title = f"{value['method']}, {which}"
+    title = f"{value['method']}, {name_layers(value['layers'])}"
     files, model = {}, next(iter(variants.values()))
     for number, (view, (image, mask)) in enumerate(zip(views, pairs, strict=True), 1):
         files[f"attention-{number:02d}.png"] = draw_image(view, titles, title)

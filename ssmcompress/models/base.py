@@ -626,10 +626,15 @@ class TokenModel(nn.Module, abc.ABC):
         block = self.blocks[layer - 1]
         return tokens if block.end_projection is None else block(tokens, part="end")
 
+    def enter(self, layer: int, tokens: Tokens) -> Tokens:
+        """Return the tokens that a layer (from 1) is run on: with the dropped ones where all of them enter again."""
+        if self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1:
+            return tokens.rejoin()
+        return tokens
+
     def begin(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
         """Run the part of a layer before its stage, its corrections and the stage; arguments as for `step`."""
-        if self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1:
-            tokens = tokens.rejoin()
+        tokens = self.enter(layer, tokens)
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None

@@ -21,6 +21,7 @@ from ssmcompress.ops import selective_scan
 from ssmcompress.ops.observing import is_observed, observe
 from ssmcompress.ops.selective_scan import ScanCall
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
+from ssmcompress.pruning.plan import Plan, Stage
 from ssmcompress.pruning.tokens import Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -202,7 +203,7 @@ class TestAttention:
 
 @torch.no_grad()
 def run(model: TokenModel, images: Tensor, method: str = "row"):
-    return attend(model, images, choose_layers(model, range(1, len(model.blocks) + 1)), method)
+    return attend(model, images, range(1, len(model.blocks) + 1), method)
 
 
 def list_models() -> dict[str, TokenModel]:
@@ -282,9 +283,30 @@ def test_refused_options(vim, images, options, message):
         ssmcompress.attention_maps(vim, images, **options)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_inference_mode(vim, images, method):
+    expected = ssmcompress.attention_maps(vim, images, method=method)
+    with torch.inference_mode():
+        assert torch.equal(ssmcompress.attention_maps(vim, images.clone(), method=method), expected)
+
+
+def test_images_of_several_sizes_are_refused():
+    model = make_plain_mamba_upernet()
+    images = [scene_tensors(model, 1), scene_tensors(model, 1)[..., :32]]
+    with pytest.raises(InputError, match="several sizes"):
+        ssmcompress.attention_maps(model, images)
+
+
+def test_tokens_that_enter_again_have_rows():
+    model = ssmcompress.prune(make_vim_upernet(), Plan((Stage(1, 0.4), Stage(2, 0.4)), gap="bias", reenter=1))
+    found = attend(model, scene_tensors(model, 2), (len(model.blocks),), "row")
+    assert found.kept.all()
+    assert (found.maps != 0).all()
+
+
 def test_default_layers_are_those_of_the_published_maps():
-    assert choose_layers(make_vim(depth=24)) == tuple(range(16, 25))
-    assert choose_layers(make_vim(depth=1)) == (1,)
+    assert choose_layers(24) == tuple(range(16, 25))
+    assert choose_layers(1) == (1,)
 
 
 def test_models_are_not_observed_afterwards(vim, images):

@@ -99,6 +99,8 @@ def test_a_page_has_a_chart_for_all_that_there_are_data_for(tmp_path):
     ({"dense": model(90.0, 2.0)}, "parts"),
     ({"pruned": model(85.0, 1.25)}, "parts"),
     ({"pruned": model(85.0, 1.25) | {"flops_by_part": "unknown"}}, "parts"),
+    ({"pruned": model(85.0, 1.25, {"scan": 1.7e308})}, "parts"),
+    ({"pruned": model(85.0, 1.25, {"scan": 10**400})}, "parts"),
     ({"reconstruction": None}, "fits"),
 ])  # fmt: skip
 def test_a_chart_without_data_is_left_out_and_the_others_stay(changes, missing, tmp_path):

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import call_json, refused
-from conftest import images_of, make_plain_mamba, make_vim, make_vit, write_class_folders
+from command_line import call, call_json, refused
+from conftest import images_of, make_plain_mamba, make_vim, make_vit, write_class_folders, write_image
 from PIL import Image
 from segmenters import make_vim_upernet, write_scenes
 
 import ssmcompress
 from ssmcompress.compression.trim.layers import drop_layers
 from ssmcompress.errors import InputError
+from ssmcompress.files import MODEL_FILE, check_target
 from ssmcompress.jobs.attention_pictures import (
     ImageView,
     ModelView,
@@ -28,8 +29,9 @@ from ssmcompress.jobs.attention_pictures import (
 from ssmcompress.jobs.shown import WRONG, choose_shown
 from ssmcompress.jobs.survey import MapOptions, Prediction, Survey, attend_all, correlate
 from ssmcompress.jobs.variants import list_variants, match_layers
-from ssmcompress.jobs.visualize import VisualizeRequest, visualize
+from ssmcompress.jobs.visualize import VisualizeRequest, name_layers, visualize
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
+from ssmcompress.pruning.plan import Plan, Stage
 
 
 class TestVariants:
@@ -76,7 +78,8 @@ class TestVariants:
         assert list(list_variants(smaller, dense)) == ["dense", "pruned"]
         # Layer 3 of the dense model is the second one now.
         assert match_layers(smaller, (2, 3)) == (2,)
-        assert match_layers(smaller, (2,)) == (3,)
+        with pytest.raises(InputError, match="the model has lost layers 2: expected some of 1, 3, 4"):
+            match_layers(smaller, (2,))
 
 
 class TestCorrelation:
@@ -210,7 +213,7 @@ def shown_once(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("visualize")
     dense, images = make_vim(), write_class_folders(folder)
     pruned = ssmcompress.prune(dense, ratio=0.4, stages=(1, 2))
-    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), shown=3)
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), images=3)
     return folder / "out", visualize(pruned, request, folder / "out", dense=dense)
 
 
@@ -265,7 +268,7 @@ class TestFolder:
     def test_is_not_replaced_without_force(self, shown_once):
         folder, value = shown_once
         dense = make_vim()
-        request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(folder.parent / "images")), shown=1)
+        request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(folder.parent / "images")), images=1)
         with pytest.raises(InputError, match="exists"):
             visualize(dense, request, folder)
         assert json.loads((folder / "visualize.json").read_text()) == value
@@ -276,7 +279,7 @@ class TestFolder:
         for size in (3, 20):
             data = replace(VisualizeRequest().data, data=str(images), batch_size=size)
             pruned = ssmcompress.prune(dense, ratio=0.4, stages=(1, 2))
-            request = VisualizeRequest(data=data, shown=2)
+            request = VisualizeRequest(data=data, images=2)
             values.append(visualize(pruned, request, tmp_path / f"out{size}", dense=dense))
         first, second = ([image["name"] for image in value["images"]] for value in values)
         assert first == second
@@ -286,7 +289,7 @@ class TestFolder:
 
 def test_force_replaces_only_what_visualize_wrote(tmp_path):
     dense, images = make_vim(), write_class_folders(tmp_path)
-    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), shown=1)
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), images=1)
     folder = tmp_path / "out"
     visualize(dense, request, folder)
     visualize(dense, request, folder, force=True)
@@ -296,11 +299,89 @@ def test_force_replaces_only_what_visualize_wrote(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_force_never_removes_a_model_or_its_neighbours(tmp_path):
+    """A folder of another kind is not replaced, whatever files it has; nor one with a file that is not listed."""
+    dense, images = make_vim(), write_class_folders(tmp_path)
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), images=1)
+    pruned = ssmcompress.prune(dense, ratio=0.4)
+    model = ssmcompress.save(pruned, tmp_path / "model")
+    before = sorted(file.name for file in model.iterdir())
+    with pytest.raises(InputError, match="did not write"):
+        visualize(pruned, request, model, dense=dense, force=True)
+    assert sorted(file.name for file in model.iterdir()) == before
+    # README.md is a file of a model's folder, but not of one with pictures.
+    visualize(pruned, request, model / "attention", dense=dense)
+    (model / "attention" / "README.md").write_text("mine")
+    for write in (
+        lambda: visualize(pruned, request, model / "attention", dense=dense, force=True),
+        lambda: check_target(model, force=True, folder=MODEL_FILE),
+    ):
+        with pytest.raises(InputError, match=r"README\.md|attention"):
+            write()
+    # Pictures are not replaced by a model either.
+    out = tmp_path / "out"
+    visualize(pruned, request, out, dense=dense)
+    with pytest.raises(InputError, match="did not write"):
+        ssmcompress.save(pruned, out, force=True)
+    assert (out / "index.html").is_file()
+
+
+def test_trimmed_models_have_the_layers_of_the_dense_one(tmp_path):
+    """Maps of a model without a layer are of the same layers as those of the dense model, and it says which."""
+    dense, images = make_vim(depth=6), write_class_folders(tmp_path)
+    smaller = ssmcompress.prune(drop_layers(dense, [2, 6]), ratio=0.3, stages=(1, 2))
+    data = replace(VisualizeRequest().data, data=str(images))
+    value = visualize(smaller, VisualizeRequest(data=data, images=1), tmp_path / "out", dense=dense)
+    assert value["layers"] == [4, 5, 6]
+    assert [variant["layers"] for variant in value["variants"]] == [[4, 5, 6], [4, 5]]
+    assert [stage["after"] for stage in value["stages"]] == [1, 3]
+    # The same numbers where the dense model is gone.
+    alone = visualize(smaller, VisualizeRequest(data=data, images=1), tmp_path / "alone")
+    assert alone["variants"][0]["layers"] == [4, 5]
+    with pytest.raises(InputError, match="lost layers 2"):
+        visualize(smaller, VisualizeRequest(data=data, layers=(2,)), tmp_path / "lost", dense=dense)
+
+
+def test_kept_share_is_that_of_the_last_stage(tmp_path):
+    """It does not depend on the layers of the maps."""
+    dense, images = make_vim(), write_class_folders(tmp_path)
+    pruned = ssmcompress.prune(dense, ratio=0.5, stages=(2,))
+    data = replace(VisualizeRequest().data, data=str(images))
+    value = visualize(pruned, VisualizeRequest(data=data, images=1, layers=(1,)), tmp_path / "out", dense=dense)
+    assert np.mean(value["kept_share"]["naive"]) == pytest.approx(0.5)
+    assert value["images"][0]["variants"]["naive"]["map"][0][0] is not None  # layer 1 has all of them
+
+
+def test_segmentation_whose_tokens_enter_again(tmp_path):
+    dense = make_vim_upernet()
+    write_scenes(tmp_path / "scenes", 3)
+    pruned = ssmcompress.prune(dense, Plan((Stage(1, 0.4), Stage(2, 0.4)), gap="bias", reenter=1))
+    data = replace(VisualizeRequest().data, data=str(tmp_path / "scenes"))
+    value = visualize(pruned, VisualizeRequest(data=data, images=1), tmp_path / "out", dense=dense)
+    last = value["images"][0]["variants"]["naive"]
+    assert np.mean(value["kept_share"]["naive"]) < 0.5
+    assert sum(map(sum, last["stages"][-1]["kept"])) < 0.5 * np.prod(value["grid"])
+
+
+def test_a_dense_model_has_no_dense_one(tmp_path, class_folders):
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(class_folders)))
+    with pytest.raises(InputError, match="dense itself"):
+        visualize(make_vim(), request, tmp_path / "out", dense=make_vim(depth=8))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([4], "layer 4"), ([4, 5, 6], "layers 4 to 6"), ([1, 4], "layers 1, 4"), ([3, 4], "layers 3, 4")],
+)
+def test_layers_in_words(layers, words):
+    assert name_layers(layers) == words
+
+
 @pytest.mark.parametrize("make", [make_plain_mamba, make_vit])
 def test_other_architectures(make, tmp_path):
     dense, images = make(), write_class_folders(tmp_path)
     pruned = ssmcompress.prune(dense, ratio=0.4)
-    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), shown=1)
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), images=1)
     value = visualize(pruned, request, tmp_path / "out", dense=dense)
     assert "summary.png" in value["files"]
 
@@ -309,7 +390,7 @@ def test_segmentation(tmp_path):
     dense = make_vim_upernet()
     write_scenes(tmp_path / "scenes", 4)
     pruned = ssmcompress.prune(dense, ratio=0.4)
-    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(tmp_path / "scenes")), shown=2)
+    request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(tmp_path / "scenes")), images=2)
     value = visualize(pruned, request, tmp_path / "out", dense=dense)
     assert {"attention-02.png", "segments-02.png", "index.html"} <= {*value["files"]}
     assert value["images"][0]["variants"]["naive"]["predicted"].endswith("% of the pixels")
@@ -326,10 +407,19 @@ class TestCommand:
         dense = make_vim()
         pruned = ssmcompress.prune(dense, ratio=0.4)
         folder = ssmcompress.save(pruned, tmp_path / "pruned")
-        request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(class_folders)), shown=1)
+        request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(class_folders)), images=1)
         visualize(pruned, request, folder / "attention", dense=dense)
         ssmcompress.save(pruned, folder, force=True)
         assert not (folder / "attention").exists()
+
+    def test_says_what_was_skipped_and_that_nothing_was_measured(self, checkpoint):
+        write_image(Path("pictures/a.png"), 1)
+        write_image(Path("pictures/b.png"), 2)
+        Path("pictures/c.png").write_bytes(b"broken")
+        result = call("visualize", checkpoint, "--data", "pictures")
+        assert "no labels in pictures" in result.stderr
+        assert "skipped 1 unreadable images" in result.stderr
+        assert Path("visualized/model/index.html").is_file()
 
     @pytest.mark.parametrize(
         ("options", "message"),

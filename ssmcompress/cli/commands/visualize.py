@@ -9,7 +9,7 @@ from ..groups import Batching, Data, Dense, Hardware, Load, Model, Printing
 from ..inputs import check_inputs
 from ..options import IMAGES, MAPS, OUTPUT, option
 from ..tables import print_json, show_visualized
-from ..terminal import command_line, find_dense_or_say, progress_bars, say
+from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_images
 from ..values import parse_numbers
 
 EXAMPLE = "ssmcompress visualize compressed/model-r0.30 --data images"
@@ -23,16 +23,29 @@ def visualize(
     batching: Batching,
     data: Data = None,
     dense: Dense = None,
-    images: Annotated[int, option(IMAGES, min=1, help="Images with pictures of their own.")] = 8,
-    survey: Annotated[int, option(IMAGES, min=1, help="Images that the figures are of, at most.")] = 1000,
+    images: Annotated[int, option(IMAGES, min=1, help="Images that are drawn.")] = 8,
+    survey: Annotated[int, option(IMAGES, min=1, help="Images to compute the figures on, at most.")] = 1000,
     seed: Annotated[int, option(IMAGES, min=0, max=2**31 - 1, help="Seed of the choice of images.")] = 0,
     layers: Annotated[
-        str | None, option(MAPS, help="Layers (from 1), of which maps are means. Default: from 5/8 of the depth on.")
+        str | None,
+        option(MAPS, help="Layers of the maps, as numbered in the dense model. Default: the last 3/8 of them."),
     ] = None,
-    method: Annotated[str, option(MAPS, metavar="METHOD", help="row, xai, raw, rollout or attribution.")] = "row",
+    method: Annotated[
+        str,
+        option(
+            MAPS,
+            metavar="METHOD",
+            help="How maps are made: row (exact), or as published xai, raw, rollout or attribution.",
+        ),
+    ] = "row",
     output: Annotated[
         str | None,
-        option(OUTPUT, "--output", "-o", help="Folder to write. Default: attention, in the folder of the model."),
+        option(
+            OUTPUT,
+            "--output",
+            "-o",
+            help="Folder to write. Default: attention in the folder of MODEL; of a file visualized/NAME.",
+        ),
     ] = None,
     force: Annotated[bool, option(OUTPUT, "--force", help="Replace the output if it exists.")] = False,
 ) -> None:
@@ -57,4 +70,5 @@ def visualize(
         print_json(result)
     else:
         show_visualized(result)
+    say_about_images(result, printing.quiet, agreement=len(result["variants"]) > 1)
     say(f"wrote {folder}/index.html, {len(result['files']) - 1} other files beside it", printing.quiet)
