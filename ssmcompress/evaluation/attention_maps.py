@@ -26,7 +26,7 @@ from ..ops.observing import AttentionCall
 from ..progress import track
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION
-from .hidden_attention import LayerView, sum_rows, view_layers
+from .hidden_attention import RowSum, sum_attention_rows, view_layers
 
 METHODS = {
     "row": "mean over channels of the exact row",
@@ -144,12 +144,19 @@ def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str
     with torch.inference_mode(False), torch.set_grad_enabled(learns):
         if learns:
             tokens = replace(tokens, features=tokens.features.clone().requires_grad_())
-        # One layer after the other, so that the inner values of one alone are in memory.
-        for view in view_layers(model, tokens):
+        readings: dict[int, Reading] = {}
+
+        def start(layer: int, before: Tokens) -> RowSum | None:
+            if layer not in layers:
+                return None
+            readings[layer] = Reading.of(before, model.reads_protected, published and method != "row")
+            return readings[layer].rows
+
+        for view in view_layers(model, tokens, start):
             decisions += [] if view.decision is None else [view.decision]
             tokens = view.after
-            if view.layer in layers:
-                chosen.append(Layer.of(view, method, model.reads_protected, published))
+            if view.layer in readings:
+                chosen.append(readings.pop(view.layer).finish(method))
                 streams.append(view.before.features)
         outputs = model.readout(tokens)
         if learns:
@@ -175,25 +182,23 @@ def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer of a map, with values at all positions (batch, length); those from `Tokens.length` on are fused tokens.
+class Reading:
+    """What reads in a layer, before it is run; see `Layer` for `present` and `reader`.
 
     Attributes:
-        present: (batch, length) bool, whether there is a token. reader: (batch, length), the weights of the rows that
-            read, which add up to 1. vector: (batch, length), the row that the map has of it, 0 where there is no token.
-        attention: the layer as it was run, if its whole matrix is needed; else None.
+        positions: (batch, tokens) of its tokens. rows: told of the calls of the layer.
     """
 
+    positions: Tensor
     present: Tensor
     reader: Tensor
-    vector: Tensor
-    attention: LayerView | None
+    rows: RowSum
 
     @classmethod
     @torch.no_grad()
-    def of(cls, view: LayerView, method: str, reads_protected: bool, published: bool) -> Layer:
-        """Return a layer as it was run, which reads at the protected token, or at all tokens."""
-        tokens, positions = view.before, view.before.explicit_positions()
+    def of(cls, tokens: Tokens, reads_protected: bool, published: bool) -> Reading:
+        """Return a reading of a layer that is run on these tokens, at the protected token or at all tokens."""
+        positions = tokens.explicit_positions()
         present = torch.zeros(len(positions), tokens.length + tokens.fused, dtype=torch.bool, device=positions.device)
         present = present.scatter(1, positions, True)
         if reads_protected:
@@ -201,12 +206,36 @@ class Layer:
             reader[:, tokens.protected] = 1.0
         else:
             reader = present / present.sum(1, keepdim=True)
-        if method == "rollout" and any(isinstance(call, AttentionCall) for call in view.calls):
-            return cls(present, reader, torch.zeros_like(reader), view)
-        rows = sum_rows(view, reader.gather(1, positions), published and method != "row")
+        return cls(positions, present, reader, RowSum(reader.gather(1, positions), published))
+
+    @torch.no_grad()
+    def finish(self, method: str) -> Layer:
+        """Return the layer, which was run."""
+        attention, empty = self.rows.attention, torch.zeros_like(self.reader)
+        if method == "rollout" and attention is not None:
+            return Layer(self.positions, self.present, self.reader, empty, attention)
+        rows = self.rows.total
         rows = rows.clamp_(min=0) if method == "attribution" else rows
         rows = _scale(rows) if method in ("raw", "attribution") else rows
-        return cls(present, reader, torch.zeros_like(reader).scatter(1, positions, rows.mean(-1)), None)
+        return Layer(self.positions, self.present, self.reader, empty.scatter(1, self.positions, rows.mean(-1)), None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a map, with values at all positions (batch, length); those from `Tokens.length` on are fused tokens.
+
+    Attributes:
+        positions: (batch, tokens) of its tokens. present: (batch, length) bool, whether there is a token.
+        reader: (batch, length), the weights of the rows that read, which add up to 1.
+        vector: (batch, length), the row that the map has of it, 0 where there is no token.
+        attention: the call of attention, if its whole matrix is needed; else None.
+    """
+
+    positions: Tensor
+    present: Tensor
+    reader: Tensor
+    vector: Tensor
+    attention: AttentionCall | None
 
     def read(self, row: Tensor) -> Tensor:
         """Return what the row (batch, length) of a rollout becomes when this layer comes before it."""
@@ -216,9 +245,8 @@ class Layer:
             mixed = (inside * self.vector + row) / (1 + self.vector.sum(1, keepdim=True))
         else:
             # (A + I) / 2, with the mean over heads (Abnar and Zuidema, arXiv 2005.00928).
-            positions = self.attention.before.explicit_positions()
-            read = sum_rows(self.attention, row.gather(1, positions)).mean(-1)
-            mixed = (row + torch.zeros_like(row).scatter(1, positions, read)) / 2
+            read = sum_attention_rows(self.attention, row.gather(1, self.positions)).mean(-1)
+            mixed = (row + torch.zeros_like(row).scatter(1, self.positions, read)) / 2
         return torch.where(self.present, mixed, row)
 
     def padded(self, length: int) -> Layer:

@@ -1,35 +1,24 @@
 """Hidden attention: what the outputs of a layer's scans, or of its attention, take from each token.
 
-A scan is a matrix, one for each channel (Ali et al., arXiv 2403.01590): on its path, the output of token r is
-y_r = sum over c <= r of alpha[r, c] u_c, and D u_r besides, with
-
-    alpha[r, c] = sum_n C[r, n] exp(A[n] * sum over k = c+1..r of (delta_k + gap_k)) delta_c B[c, n]
-
-`gap` is the time that passes at pruned positions, so that this is exact for pruned and aligned models, too. No matrix
-is formed. A sum of its rows, sum_r w_r alpha[r, c], follows from the scan in the other direction
-
-    s_c = w_c C_c + exp(A (delta_{c+1} + gap_{c+1})) s_{c+1},   sum_r w_r alpha[r, c] = delta_c sum_n B[c, n] s_c[n]
-
-in as many operations as the scan of the layer, O(tokens * channels * states).
+A scan is a matrix for each channel (`ssmcompress.ops.scan_rows`), which takes the gaps of dropped tokens into account,
+so that its rows are exact for pruned and aligned models, too. Attention is one for each head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.base import Decision, TokenModel
-from ..ops import ScanPath, selective_scan
-from ..ops.observing import AttentionCall, observe
-from ..ops.selective_scan import ScanCall, step_size
+from ..ops import ScanPath
+from ..ops.observing import AttentionCall, Observer, observe
+from ..ops.scan_rows import add_scan_rows
+from ..ops.selective_scan import ScanCall
 from ..pruning.tokens import Tokens
-
-# Delta and input of the scan in the other direction, whose decays are all in its gap. A power of two, so that products
-# with it are exact, and small, so that the gap, which makes up for it, loses no precision.
-TINY = 2.0**-10
 
 
 class LayerView(NamedTuple):
@@ -38,54 +27,73 @@ class LayerView(NamedTuple):
     Attributes:
         layer: its number, from 1. before, after: the tokens that it is run on, and those after its stage.
         decision: of its stage, or None.
-        calls: of its scans or its attention.
     """
 
     layer: int
     before: Tokens
     after: Tokens
     decision: Decision | None
-    calls: Sequence[ScanCall | AttentionCall]
 
 
-def view_layers(model: TokenModel, tokens: Tokens) -> Iterator[LayerView]:
+def view_layers(
+    model: TokenModel, tokens: Tokens, reader: Callable[[int, Tokens], Observer | None]
+) -> Iterator[LayerView]:
     """Run all layers of a model, as its `forward` does, and yield a view of each.
 
     Args:
         tokens: those that `embed` returns.
+        reader: function from the number of a layer, and its tokens, to what is told of the calls of its scans or of its
+            attention while it runs; None: nothing is.
     """
     last = len(model.blocks)
     for layer in range(1, last + 1):
-        calls: list[Any] = []
         tokens = model.enter(layer, tokens)
-        with observe(calls.append):
+        observer = reader(layer, tokens)
+        with nullcontext() if observer is None else observe(observer):
             after, decision = model.step(layer, tokens, protected_only=layer == last and model.shortens_last)
-        yield LayerView(layer, tokens, after, decision, calls)
+        yield LayerView(layer, tokens, after, decision)
         tokens = after
 
 
-def sum_rows(view: LayerView, weights: Tensor, published: bool = False) -> Tensor:
-    """Return the sum of the rows of a layer's matrices, each times a weight, as a value for each token that is read.
+class RowSum:
+    """An observer that sums rows of the matrices of a layer, each times a weight: a value for each token that is read.
 
-    Args:
-        view: the layer. weights: (batch, tokens) of the rows, which are the tokens that read, in token order.
-        published: leave out, as `compute_middle_attn_vector` of Vim's code does, the time that passes at the token that
-            reads, and what it takes from itself; there must be one such token in each image.
+    What a call is told of is used at once and not kept: inner values of one path are then still in the cache, and those
+    of the next one can take their place.
 
-    Returns:
-        (batch, tokens, channels) float32, of attention (batch, tokens, heads); both directions are summed.
+    Attributes:
+        total: (batch, tokens, channels) float32 without gradient, of attention (batch, tokens, heads); all paths are
+            summed.
+        attention: the call of attention, if there was one.
     """
-    total = None
-    for call in view.calls:
+
+    def __init__(self, weights: Tensor, published: bool = False):
+        """Start a sum.
+
+        Args:
+            weights: (batch, tokens) of the rows, which are the tokens that read, in token order.
+            published: leave out, as `compute_middle_attn_vector` of Vim's code does, the time that passes at the token
+                that reads, and what it takes from itself; there must be one such token in each image.
+        """
+        self.weights, self.published = weights, published
+        self.total: Tensor | None = None
+        self.attention: AttentionCall | None = None
+
+    @torch.no_grad()
+    def __call__(self, call: ScanCall | AttentionCall) -> None:
         if isinstance(call, AttentionCall):
-            return _sum_attention_rows(call, weights)
-        if total is None:
-            total = call.path.u.new_zeros(*weights.shape, call.path.u.shape[2], dtype=torch.float32)
-        _add_scan_rows(call, weights, published, total)
-    return total.masked_fill_(weights[..., None] != 0, 0) if published else total
+            self.attention = call
+            self.total = sum_attention_rows(call, self.weights)
+            return
+        if self.total is None:
+            shape = *self.weights.shape, call.path.u.shape[2]
+            self.total = torch.zeros(shape, dtype=torch.float32, device=self.weights.device)
+        _add_rows(call, self.weights, self.published, self.total)
+        if self.published:
+            self.total.masked_fill_(self.weights[..., None] != 0, 0)
 
 
-def _sum_attention_rows(call: AttentionCall, weights: Tensor) -> Tensor:
+def sum_attention_rows(call: AttentionCall, weights: Tensor) -> Tensor:
     """Return the sum of the rows of attention, (batch, tokens, heads)."""
     # Rows without a weight are not computed: only the first tokens may be queried, or a single one be read.
     queried = weights.ne(0).any(0).nonzero()[:, 0]
@@ -95,7 +103,7 @@ def _sum_attention_rows(call: AttentionCall, weights: Tensor) -> Tensor:
     return torch.einsum("bhqk,bq->bkh", attention, weights[:, queried])
 
 
-def _add_scan_rows(call: ScanCall, weights: Tensor, published: bool, total: Tensor) -> None:
+def _add_rows(call: ScanCall, weights: Tensor, published: bool, total: Tensor) -> None:
     """Add the sum of the rows of one path to `total` (batch, tokens, channels), in place."""
     path = call.path
     start = weights.shape[1] - path.u.shape[1] if path.reverse else 0  # the last layer may not have all tokens
@@ -103,25 +111,8 @@ def _add_scan_rows(call: ScanCall, weights: Tensor, published: bool, total: Tens
     if path.order is None:
         path, weights, skipped = _cut_to_readers(path, weights)
         start += skipped
-    else:
-        order = path.order.expand(weights.shape[0], -1)
-        weights = weights.gather(1, order)
-    steps = step_size(path, call.delta_softplus)
-    spent = steps * (weights[..., None] == 0) if published else steps
-    if path.gap is not None:
-        spent = spent + (path.gap if torch.is_tensor(path.gap) else path.gap[0][..., None] * path.gap[1])
-    # Between two tokens passes the time of the one that comes later on the path.
-    decays, before, after = torch.zeros_like(spent), slice(None, -1), slice(1, None)
-    to, of = (after, before) if path.reverse else (before, after)
-    torch.sub(spent[:, of], TINY, out=decays[:, to])
-    tiny = torch.full_like(steps, TINY)
-    C = path.C.detach().float() * (weights / TINY**2)[..., None]
-    A, B = path.A.detach().float(), path.B.detach().float()
-    rows = selective_scan(tiny, tiny, A, C, B, gap=decays, reverse=not path.reverse)
-    if path.order is None:
-        total[:, start : start + rows.shape[1]].addcmul_(rows, steps)
-    else:
-        total.scatter_add_(1, order[..., None].expand_as(rows), rows.mul_(steps))
+    part = total[:, start : start + path.u.shape[1]]
+    add_scan_rows(part, path, weights, call.delta_softplus, published)
 
 
 def _cut_to_readers(path: ScanPath, weights: Tensor) -> tuple[ScanPath, Tensor, int]:

@@ -35,6 +35,15 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
     return _as(u.dtype, y)
 
 
+def scan_rows(delta, A, B, C, delta_bias, delta_softplus, gap, spends, reverse, order, total) -> None:
+    """See `ssmcompress.ops.scan_rows`."""
+    steps, gap_delta, gap = (*(_float(t) for t in gap), None) if isinstance(gap, tuple) else (None, None, _float(gap))
+    _import_cpu().scan_rows(
+        _as(_common(delta), delta), _float(A), _float(B), _float(C), _float(delta_bias), steps, gap_delta, gap, spends,
+        _as(torch.int64, order), delta_softplus, reverse, total,
+    )  # fmt: skip
+
+
 def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     """See `ssmcompress.ops.causal_conv1d`."""
     positions = _as(torch.int64, positions)

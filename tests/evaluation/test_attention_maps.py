@@ -15,10 +15,11 @@ from torch import Tensor
 import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.attention_maps import METHODS, attend, choose_layers
-from ssmcompress.evaluation.hidden_attention import LayerView, sum_rows, view_layers
+from ssmcompress.evaluation.hidden_attention import RowSum, view_layers
 from ssmcompress.models.base import TokenModel
-from ssmcompress.ops import selective_scan
+from ssmcompress.ops import ScanPath, selective_scan
 from ssmcompress.ops.observing import is_observed, observe
+from ssmcompress.ops.scan_rows import add_scan_rows
 from ssmcompress.ops.selective_scan import ScanCall
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
 from ssmcompress.pruning.plan import Plan, Stage
@@ -37,9 +38,31 @@ def golden():
 
 def class_rows(model: TokenModel, images: Tensor, published: bool = False) -> list[Tensor]:
     """The row of the class token of each layer, (batch, tokens, channels), of the kept tokens."""
+    sums: list[RowSum] = []
+
+    def start(layer: int, before: Tokens) -> RowSum:
+        sums.append(RowSum(one_hot(before), published))
+        return sums[-1]
+
     with torch.no_grad():
-        views = list(view_layers(model, model.embed(images)))
-        return [sum_rows(view, one_hot(view.before), published) for view in views]
+        for _ in view_layers(model, model.embed(images), start):
+            pass
+    return [rows.total for rows in sums]
+
+
+def see_calls(model: TokenModel, images: Tensor) -> tuple[list, list[list]]:
+    """The views of all layers, and the calls of each."""
+    calls: list[list] = []
+    with torch.no_grad():
+        views = list(view_layers(model, model.embed(images), lambda *_: calls.append([]) or calls[-1].append))
+    return views, calls
+
+
+def sum_rows(calls: list, weights: Tensor) -> Tensor:
+    rows = RowSum(weights)
+    for call in calls:
+        rows(call)
+    return rows.total
 
 
 def one_hot(tokens: Tokens) -> Tensor:
@@ -114,11 +137,11 @@ class TestExactForPruned:
         model = ssmcompress.prune(make_vim(d_state=5), ratio=0.2, stages=(1,))
         with torch.no_grad():
             tokens = keep_some(model, images_of(model, 3), mask, Alignment() if aligned else UNALIGNED)
-            view = self.run(model, tokens)
-            matrix = sum(explicit_matrix(call, tokens) for call in view.calls)
+            calls = self.run(model, tokens)
+            matrix = sum(explicit_matrix(call, tokens) for call in calls)
             index = tokens.protected_index()
             expected = matrix[torch.arange(3), index]
-            torch.testing.assert_close(sum_rows(view, one_hot(tokens)), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(sum_rows(calls, one_hot(tokens)), expected, atol=1e-5, rtol=1e-5)
 
     @settings(max_examples=25, deadline=None)
     @given(mask=MASKS, aligned=st.booleans())
@@ -126,19 +149,19 @@ class TestExactForPruned:
         model = ssmcompress.prune(make_plain_mamba(), ratio=0.2, stages=(1,))
         with torch.no_grad():
             tokens = keep_some(model, images_of(model, 3), mask, Alignment() if aligned else UNALIGNED)
-            view = self.run(model, tokens)
-            assert len(view.calls) == 4
-            matrix = sum(explicit_matrix(call, tokens) for call in view.calls)
+            calls = self.run(model, tokens)
+            assert len(calls) == 4
+            matrix = sum(explicit_matrix(call, tokens) for call in calls)
             weights = torch.rand(tokens.features.shape[:2])
             expected = torch.einsum("br,brce->bce", weights, matrix)
-            torch.testing.assert_close(sum_rows(view, weights), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(sum_rows(calls, weights), expected, atol=1e-5, rtol=1e-5)
 
     @staticmethod
-    def run(model: TokenModel, tokens: Tokens) -> LayerView:
+    def run(model: TokenModel, tokens: Tokens) -> list[ScanCall]:
         calls = []
         with observe(calls.append):
-            after = model.blocks[2](tokens)
-        return LayerView(3, tokens, after, None, calls)
+            model.blocks[2](tokens)
+        return calls
 
     def test_alignment_changes_the_row(self):
         model = ssmcompress.prune(make_vim(), ratio=0.5, stages=(1,))
@@ -151,14 +174,13 @@ class TestExactForPruned:
         """The last layer is run for one token, and its row is that of the whole layer."""
         model = ssmcompress.prune(make_vim(), ratio=0.3, stages=(2,))
         images = images_of(model, 4)
-        with torch.no_grad():
-            *_, last = view_layers(model, model.embed(images))
-            assert min(call.path.u.shape[1] for call in last.calls) < last.before.features.shape[1]
-            calls = []
-            with observe(calls.append):
-                model.step(len(model.blocks), last.before)
-            weights = one_hot(last.before)
-            torch.testing.assert_close(sum_rows(last, weights), sum_rows(last._replace(calls=calls), weights))
+        views, calls = see_calls(model, images)
+        last, whole = views[-1], []
+        assert min(call.path.u.shape[1] for call in calls[-1]) < last.before.features.shape[1]
+        with torch.no_grad(), observe(whole.append):
+            model.step(len(model.blocks), last.before)
+        weights = one_hot(last.before)
+        torch.testing.assert_close(sum_rows(calls[-1], weights), sum_rows(whole, weights))
 
 
 class TestAttention:
@@ -180,10 +202,9 @@ class TestAttention:
         model = make_vit(pool=pool)
         images = images_of(model, 2)
         with torch.no_grad():
-            views = list(view_layers(model, model.embed(images)))
+            _, calls = see_calls(model, images)
             joint = torch.eye(17).expand(2, -1, -1)
-            for view in views:
-                (call,) = view.calls
+            for (call,) in calls:
                 matrix = (call.queries @ call.keys.transpose(-2, -1) * call.scale).softmax(-1).mean(1)
                 matrix = torch.cat([matrix, torch.zeros(2, 17 - matrix.shape[1], 17)], dim=1)  # rows nobody reads
                 joint = (matrix + torch.eye(17)) / 2 @ joint
@@ -315,6 +336,42 @@ def test_models_are_not_observed_afterwards(vim, images):
     with pytest.raises(ZeroDivisionError), observe(lambda call: 1 / 0):
         vim(images)
     assert not is_observed()
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "order"])
+@pytest.mark.parametrize("gap", [None, "pair", "tensor"])
+def test_the_kernel_computes_what_the_scan_does(kind, gap, dtype, published):
+    """The compiled rows equal those by the reference scan, for odd sizes, and are added to what is there."""
+    g = torch.Generator().manual_seed(0)
+    batch, length, d_inner, d_state = 2, 7, 83, 3
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
+    gaps = {
+        "pair": (draw(batch, length).abs().round(), draw(d_inner).abs()),
+        "tensor": draw(batch, length, d_inner).abs(),
+    }
+    path = ScanPath(
+        *(draw(batch, length, d_inner).to(dtype) for _ in range(2)),
+        -draw(d_inner, d_state).exp(),
+        *(draw(batch, length, d_state).to(dtype) for _ in range(2)),
+        None,
+        draw(d_inner),
+        gaps.get(gap),
+        kind == "reverse",
+        torch.stack([torch.randperm(length, generator=g) for _ in range(batch)]) if kind == "order" else None,
+    )
+    weights = torch.zeros(batch, length)
+    weights[0, 3], weights[1, 5] = 1.0, 0.5
+    start = draw(batch, length, d_inner)
+    results = [start.clone() for _ in range(2)]
+    for total, backend in zip(results, ("cpu", "reference"), strict=True):
+        add_scan_rows(total, path, weights, True, published, backend)
+    assert not torch.equal(results[0], start)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
 def test_other_threads_are_not_observed(vim, images):

@@ -26,6 +26,14 @@ def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, orde
     return y
 
 
+def scan_rows(delta, A, B, C, bias, steps, gap_delta, gap, spends, order, softplus, reverse, y) -> None:
+    """Add to y (batch, length, d_inner) float32, in place; the arguments are those of `ssmcompress.ops.compiled`."""
+    if y.numel():
+        arrays = [delta, A, B, C, bias, steps, gap_delta, gap, spends, order, y]
+        flags = (softplus, reverse, _channels(delta.shape[0], delta.shape[2]))
+        _launch("scan_rows", flags, arrays, delta.dtype, y.numel() * A.shape[1])
+
+
 def _channels(batch: int, d_inner: int) -> int:
     """Return the number of channels that a thread processes at a time.
 

@@ -21,7 +21,7 @@ from .conv import conv_backward, conv_forward
 from .grid_conv import grid_conv_forward
 from .memory import keep_freed_memory
 from .norm import norm_forward
-from .scan import scan_backward, scan_forward
+from .scan import scan_backward, scan_forward, scan_rows
 from .segments import segment_sums
 from .vector import array_at
 
@@ -40,6 +40,20 @@ def _scan_forward(a, stamp):
             array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
             array_at(t, 7, a), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32),
             array_at(t, 11, float32), array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a),
+        )  # fmt: skip
+
+    return entry
+
+
+def _scan_rows(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        scan_rows(
+            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, float32),
+            array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
+            array_at(t, 7, float32), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, int64),
+            array_at(t, 11, float32),
         )  # fmt: skip
 
     return entry
@@ -121,6 +135,7 @@ def _segment_sums(a, stamp):
 
 _KERNELS: dict[str, Callable] = {
     "scan_forward": _scan_forward,
+    "scan_rows": _scan_rows,
     "scan_backward": _scan_backward,
     "conv_forward": _conv_forward,
     "conv_backward": _conv_backward,

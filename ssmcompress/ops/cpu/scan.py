@@ -36,6 +36,8 @@ WIDTH = uint64(LANES)
 BLOCK = uint64(64)
 # Tokens to prefetch.
 AHEAD = uint64(4)
+# Adding and subtracting it leaves nothing of numbers below 1e-37.
+FLUSH = 1e-30
 # Vectors of states and factors that the backward pass stores for one sequence: 512 KiB, half of a usual L2 cache.
 KEPT = uint64(1 << 13)
 
@@ -95,6 +97,59 @@ def scan_forward(
                 if add.size:
                     prefetch(add, (b, coming, e))
                     y_t = y_t + load(add, (b, token, e), count)
+                store(y, (b, token, e), count, y_t)
+        block = next_item(table)
+
+
+@kernel
+def scan_rows(
+    table, with_softplus, reverse, channels, delta, A, B, C, bias, steps, gap_delta, gap, spends, order, y
+):  # fmt: skip
+    """Add sums of rows of the matrix of a scan to y (batch, length, d_inner), tile by tile; see `ops.scan_rows`.
+
+    The path is walked from its end; `spends` (1, batch, length) are factors of delta in the decays.
+    """
+    length, d_inner, d_state = uint64(delta.shape[1]), uint64(delta.shape[2]), uint64(A.shape[2])
+    blocks = (d_inner + channels - ONE) // channels
+    most = channels // WIDTH
+    h, a = scratch(most * d_state), scratch(most * d_state)
+    x, decay, out = scratch(most), scratch(most), scratch(most)
+    block = next_item(table)
+    while block < uint64(delta.shape[0]) * blocks:
+        b, start = block // blocks, block % blocks * channels
+        end = min(start + channels, d_inner)
+        vectors = (end - start + WIDTH - ONE) // WIDTH
+        for v in range(vectors):
+            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+        h[:] = np.float32(0)
+        decay[:] = np.float32(0)
+        for k in range(length):
+            t = k if reverse else length - ONE - k
+            ahead = t + AHEAD if reverse else t - AHEAD
+            token = _token(order, b, t, length)
+            spend = spends[ZERO, b, t] if spends.size else np.float32(1)
+            for v in range(vectors):
+                e = start + v * WIDTH
+                count = min(WIDTH, end - e)
+                prefetch(delta, (b, ahead, e))
+                step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
+                store(x, (v, ZERO), WIDTH, step)
+            for v in range(vectors):
+                decay_t, y_t, row = load(decay, (v, ZERO), WIDTH), splat(0.0), v * d_state
+                for n in range(d_state):
+                    factor = exp2(decay_t * load(a, (row + n, ZERO), WIDTH))
+                    state = factor * load(h, (row + n, ZERO), WIDTH) + splat(C[b, t, n])
+                    # Where nothing is added, states shrink to denormal numbers, which are many times slower.
+                    state = state + splat(FLUSH) - splat(FLUSH)
+                    store(h, (row + n, ZERO), WIDTH, state)
+                    y_t = y_t + state * B[b, t, n]
+                store(out, (v, ZERO), WIDTH, y_t)
+            for v in range(vectors):
+                e = start + v * WIDTH
+                count = min(WIDTH, end - e)
+                step = load(x, (v, ZERO), WIDTH)
+                store(decay, (v, ZERO), WIDTH, step * spend + _gap(steps, gap_delta, gap, b, t, e, count))
+                y_t = load(y, (b, token, e), count) + load(out, (v, ZERO), WIDTH) * step
                 store(y, (b, token, e), count, y_t)
         block = next_item(table)
 
