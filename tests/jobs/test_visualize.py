@@ -306,7 +306,7 @@ def test_force_never_removes_a_model_or_its_neighbours(tmp_path):
     pruned = ssmcompress.prune(dense, ratio=0.4)
     model = ssmcompress.save(pruned, tmp_path / "model")
     before = sorted(file.name for file in model.iterdir())
-    with pytest.raises(InputError, match="did not write"):
+    with pytest.raises(InputError, match="is the folder of a model"):
         visualize(pruned, request, model, dense=dense, force=True)
     assert sorted(file.name for file in model.iterdir()) == before
     # README.md is a file of a model's folder, but not of one with pictures.
@@ -321,7 +321,7 @@ def test_force_never_removes_a_model_or_its_neighbours(tmp_path):
     # Pictures are not replaced by a model either.
     out = tmp_path / "out"
     visualize(pruned, request, out, dense=dense)
-    with pytest.raises(InputError, match="did not write"):
+    with pytest.raises(InputError, match="has pictures of `visualize`"):
         ssmcompress.save(pruned, out, force=True)
     assert (out / "index.html").is_file()
 
