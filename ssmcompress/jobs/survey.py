@@ -98,10 +98,7 @@ def find_kept(found: Attention) -> Tensor:
     """Return which patches the last stage keeps, (batch, rows, columns) bool; all of them where there is no stage."""
     if not found.decisions:
         return torch.ones_like(found.kept)
-    kept = found.decisions[-1].kept
-    length = max(int(kept.max()), int(found.patches.max())) + 1  # fused tokens have numbers after all others
-    there = torch.zeros(len(kept), length, dtype=torch.bool, device=kept.device).scatter(1, kept, True)
-    return there[:, found.patches.flatten()].unflatten(1, found.patches.shape)
+    return torch.stack([torch.isin(found.patches, kept) for kept in found.decisions[-1].kept])
 
 
 def _judge(model: TokenModel, found: Attention, dense: Attention | None, labels: Tensor | None) -> list[Prediction]:

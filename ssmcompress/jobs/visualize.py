@@ -178,12 +178,10 @@ def _view_model(model: TokenModel, prediction: Prediction, found: Attention, nam
 def _view_stage(decision: Decision, patches: Tensor) -> StageView:
     """Return what a stage does with one image, on its patches (rows, columns)."""
     candidates, scores, kept = (part[0].cpu() for part in decision)
-    length = max(int(candidates.max()), int(kept.max()), int(patches.max())) + 1
+    length = max(int(candidates.max()), int(patches.max())) + 1  # fused tokens have numbers after all others
     values = torch.full((length,), torch.nan, dtype=torch.float64)
     values[candidates] = scores.double()
-    there = torch.zeros(length, dtype=torch.bool)
-    there[kept] = True
-    return StageView(there[patches].numpy(), values[patches].numpy())
+    return StageView(torch.isin(patches, kept).numpy(), values[patches].numpy())
 
 
 def name_image(images: Batches, index: int) -> str:
