@@ -11,7 +11,8 @@
     ssmcompress.save(pruned, "vim_tiny-r0.30")
     ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
 
-Everything is imported when first used, so that `import ssmcompress` alone costs nothing.
+Everything is imported when first used, so that `import ssmcompress` alone costs nothing. It sets how OpenMP's threads
+wait, if torch is not imported yet and the environment does not say it (`ssmcompress.openmp`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import openmp
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ __all__ = [
     "verify_onnx",
 ]
 
+openmp.prepare()
 
 if not TYPE_CHECKING:  # to a type checker, every name would exist
 

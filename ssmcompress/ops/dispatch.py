@@ -84,17 +84,16 @@ def _check(name: str, module: ModuleType) -> None:
 def best_backend(*activations: Tensor | None) -> str:
     """Return the name of the fastest backend that works on this machine for tensors of these devices and dtypes."""
     tensors = [t for t in activations if t is not None]
-    devices = {t.device.type for t in tensors}
     # float64 runs on the reference, the only backend that is exact enough.
-    if len(devices) == 1 and all(t.dtype in _COMPILED_DTYPES for t in tensors):
-        backend = _BEST.get(devices.pop(), "reference")
-        if backend == "reference" or _works(backend):
-            return backend
+    if all(t.dtype in _COMPILED_DTYPES for t in tensors):
+        if all(t.is_cpu for t in tensors) and _works("cpu"):
+            return "cpu"
+        if all(t.is_cuda for t in tensors) and _works("triton"):
+            return "triton"
     return "reference"
 
 
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BEST = {"cpu": "cpu", "cuda": "triton"}
 
 
 @torch.compiler.assume_constant_result
@@ -118,8 +117,9 @@ def _try(backend: str) -> bool:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Disable autocast inside an op: products of hundreds of decays are not accurate enough in bfloat16."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()  # autocast, even disabled, doubles the time of torch.export
 
 

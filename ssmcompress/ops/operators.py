@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 def operator(
     schema: str,
     kernel: Callable[..., Any],
-    devices: Iterable[str],
+    devices: Sequence[str],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Define the operator `ssmcompress::<schema>` and return it.
+    """Define the operator `ssmcompress::<schema>`, and return a function that calls it.
 
-    It uses the low-level functions, because torch.library.custom_op takes 15 us more for each of a forward's hundred
-    calls.
+    The function calls the kernel itself where nothing but the result is wanted: torch's dispatcher takes longer for the
+    15 arguments of a scan (15 us) than a kernel for one small image, and a forward has a hundred such calls.
 
     Args:
         schema: name, arguments and results in torch's schema language.
@@ -35,11 +36,50 @@ def operator(
         torch.library.impl(name, device)(kernel)
     torch.library.register_fake(name)(fake)
     torch.library.register_autograd(name, backward or _no_gradients, setup_context=save)
-    return getattr(torch.ops.ssmcompress, name.partition("::")[2]).default
+    defined = getattr(torch.ops.ssmcompress, name.partition("::")[2]).default
+    places = [attrgetter(f"is_{device}") for device in devices]
+
+    def call(*arguments):
+        if torch.compiler.is_compiling() or not _wants_only_values(arguments, places):
+            return defined(*arguments)
+        return kernel(*arguments)
+
+    return call
+
+
+def _wants_only_values(arguments: tuple[Any, ...], places: Sequence[Callable[[Tensor], bool]]) -> bool:
+    """Return whether a kernel may be called past torch's dispatcher.
+
+    It may with plain tensors, all on one of its devices (`places`), without gradients, and with no trace, transform,
+    mode or profiler of torch that has to see the call.
+    """
+    tensors = []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            tensors.append(a)
+        elif isinstance(a, (list, tuple)):
+            tensors += [t for t in a if isinstance(t, Tensor)]
+    is_there = next((place for place in places if place(tensors[0])), None)
+    if is_there is None or not all(type(t) in _PLAIN and is_there(t) for t in tensors):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    try:
+        return not (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
+        )
+    except AttributeError:  # a torch without one of these, none of which is documented
+        return False
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def conv_operator(
-    name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]], devices: Iterable[str]
+    name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]], devices: Sequence[str]
 ) -> Callable[..., Tensor]:
     """Define a causal convolution as the operator `name`.
 
@@ -69,7 +109,7 @@ def conv_operator(
     )
 
 
-def grid_conv_operator(name: str, forward: Callable[..., Tensor], devices: Iterable[str]) -> Callable[..., Tensor]:
+def grid_conv_operator(name: str, forward: Callable[..., Tensor], devices: Sequence[str]) -> Callable[..., Tensor]:
     """Define a convolution on a grid as the operator `name`, without gradient.
 
     Its inputs are x (batch, length, channels), weight (channels, 1, height, width), bias (channels,) and positions

@@ -214,24 +214,24 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse)
             f"selective_scan: expected u (batch, length, d_inner) and A (d_inner, d_state), "
             f"found {tuple(u.shape)} and {tuple(A.shape)}"
         )
-    batch, length, d_inner = u.shape
-    expected = {
-        "delta": (delta, (batch, length, d_inner)),
-        "B": (B, (batch, length, A.shape[1])),
-        "C": (C, (batch, length, A.shape[1])),
-        "D": (D, (d_inner,)),
-        "z": (z, (batch, length, d_inner)),
-        "delta_bias": (delta_bias, (d_inner,)),
-        "add": (add, (batch, length, d_inner)),
-    }
+    sequence, (batch, length, d_inner) = u.shape, u.shape
+    states, channels = (batch, length, A.shape[1]), (d_inner,)
+    expected = [
+        ("delta", delta, sequence),
+        ("B", B, states),
+        ("C", C, states),
+        ("D", D, channels),
+        ("z", z, sequence),
+        ("delta_bias", delta_bias, channels),
+        ("add", add, sequence),
+    ]
     if isinstance(gap, tuple):
-        expected["gap steps"] = (gap[0], (batch, length))
-        expected["gap delta"] = (gap[1], (d_inner,))
+        expected += [("gap steps", gap[0], sequence[:2]), ("gap delta", gap[1], channels)]
     else:
-        expected["gap"] = (gap, (batch, length, d_inner))
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: expected {name} {shape}, found {tuple(tensor.shape)}")
+        expected.append(("gap", gap, sequence))
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: expected {name} {tuple(shape)}, found {tuple(tensor.shape)}")
     if order is not None:
         # Compare by the number of axes: an exporter would trace (batch, length) == (length,) as a condition.
         fits = tuple(order.shape) == ((length,) if order.ndim == 1 else (batch, length))

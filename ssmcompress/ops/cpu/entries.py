@@ -1,7 +1,7 @@
 """The kernels as C functions of one pointer, compiled at their first use and cached on disk.
 
 Every thread of a team calls the same function with the same table of seven int64 a row: the first row has the counter
-of items, flags and sizes; each further row has the address, shape and strides in bytes of one array.
+of items, flags and sizes; each further row has the address, shape and strides of one array.
 """
 
 from __future__ import annotations

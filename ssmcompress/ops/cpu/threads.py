@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ...openmp import has_own_waits
+from .contention import Watch
+
 _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -23,6 +26,8 @@ def run(function: int, pointer: int, threads: int) -> None:
     The function is one of `entries`; its calls divide the work among themselves.
     """
     if threads > 1 and (openmp := _openmp()) is not None:
+        if (watch := _watch()) is not None:
+            watch.look(threads)
         openmp(function, pointer, threads, 0)
         return
     task = _find_task(function)
@@ -68,6 +73,12 @@ def _find_openmp():
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
     return start
+
+
+@cache
+def _watch() -> Watch | None:
+    """Return what shortens OpenMP's waits on a busy machine, or None where the environment says how long they are."""
+    return None if has_own_waits() else Watch(_find_openmp())
 
 
 @cache

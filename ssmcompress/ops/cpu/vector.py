@@ -10,9 +10,9 @@ from __future__ import annotations
 import operator
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.extending import intrinsic, models, overload, register_model
 
 LANES = 16
@@ -124,6 +124,61 @@ def _scaled(typing_context, p, exponent):
         return builder.bitcast(builder.add(p, builder.shl(exponent, _ints(23))), _FLOATS)
 
     return vector(p, exponent), code
+
+
+def _instruction(name: str, *further: ir.Constant):
+    """Return the code of an intrinsic of vectors that is one instruction of AVX-512.
+
+    Args:
+        name: of LLVM's intrinsic. further: the arguments that it takes after the vectors.
+    """
+
+    def code(context, builder, signature, values):
+        arguments = [*values, *further]
+        function_type = ir.FunctionType(_FLOATS, [argument.type for argument in arguments])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
+        return builder.call(function, arguments)
+
+    return code
+
+
+# What lanes get that are switched off, the mask by which none is, and the rounding mode: the usual one.
+_NOTHING, _ALL_LANES, _ROUNDING = ir.Constant(_FLOATS, ir.Undefined), ir.IntType(16)(0xFFFF), ir.IntType(32)(4)
+_MINUS_FLOOR = ir.IntType(32)(0b1001)
+
+
+@intrinsic
+def _fraction(typing_context, v):
+    """Return v - floor(v); 0 for an infinite v."""
+    name = "llvm.x86.avx512.mask.reduce.ps.512"
+    return vector(v), _instruction(name, _MINUS_FLOOR, _NOTHING, _ALL_LANES, _ROUNDING)
+
+
+@intrinsic
+def _scaled_by_floor(typing_context, p, v):
+    """Return p 2^floor(v)."""
+    return vector(p, v), _instruction("llvm.x86.avx512.mask.scalef.ps.512", _NOTHING, _ALL_LANES, _ROUNDING)
+
+
+@intrinsic
+def _estimated_reciprocal(typing_context, v):
+    """Return 1 / v, accurate to 2^-14 relative."""
+    return vector(v), _instruction("llvm.x86.avx512.rcp14.ps.512", _NOTHING, _ALL_LANES)
+
+
+def _compiles_for_avx512() -> bool:
+    """Return whether Numba compiles for a processor with AVX-512; its settings can name another one than this."""
+    if not config.ENABLE_AVX:
+        return False
+    if config.CPU_FEATURES is not None:
+        return {"+avx512f", "+avx512dq"} <= set(config.CPU_FEATURES.split(","))
+    if config.CPU_NAME not in (None, "host"):
+        return False
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512f") and features.get("avx512dq"))
+
+
+HAS_AVX512 = _compiles_for_avx512()
 
 
 @intrinsic
@@ -253,6 +308,7 @@ LOG2_E = np.float32(np.log2(np.e))
 _ROUNDER = np.float32(1.5 * 2**23)
 # 2^f = 1 + f q(f), so that 2^0 is exactly 1 and a state without decay does not shrink by rounding.
 _Q0, _Q1, _Q2, _Q3, _Q4 = _fitted(lambda f: np.expm1(f * np.log(2)) / f, -0.5, 0.5, 4)
+_F0, _F1, _F2, _F3, _F4 = _fitted(lambda f: np.expm1(f * np.log(2)) / f, 0.0, 1.0, 4)
 # log(1 + x) = 2 artanh(s), s = x / (2 + x): this is 2 artanh(s) / s in s^2, for x in [0, 1].
 _S0, _S1, _S2, _S3, _S4 = _fitted(lambda s2: 2 * np.arctanh(np.sqrt(s2)) / np.sqrt(s2), 0.0, 1 / 9, 4)
 
@@ -264,7 +320,7 @@ helper = njit(error_model="numpy", _nrt=False)
 
 
 @njit
-def exp2(v):
+def exp2_portable(v):
     """Return 2^v, accurate to 3e-7 relative, clamped to 2^-125 and 2^127; NaN for the NaN that arithmetic gives."""
     v = minimum(maximum(v, -125.0), 127.0)
     rounded = v + _ROUNDER
@@ -274,16 +330,47 @@ def exp2(v):
 
 
 @njit
+def exp2_avx512(v):
+    """Return what `exp2_portable` does, in 7 instructions instead of 12: AVX-512 reduces and scales in one each.
+
+    Nothing is clamped: results below the smallest normal number are denormal or 0, and those beyond the largest inf.
+    """
+    f = _fraction(v)
+    p = 1.0 + f * (_F0 + f * (_F1 + f * (_F2 + f * (_F3 + f * _F4))))
+    return _scaled_by_floor(p, v)
+
+
+@njit
+def reciprocal_portable(v):
+    """Return 1 / v."""
+    return 1.0 / v
+
+
+@njit
+def reciprocal_avx512(v):
+    """Return 1 / v for normal v with a normal reciprocal, accurate to 2e-7 relative: an estimate of 14 bits, refined.
+
+    A division of sixteen lanes takes 16 cycles, this takes 4.
+    """
+    estimate = _estimated_reciprocal(v)
+    return estimate + estimate * (1.0 - v * estimate)
+
+
+exp2 = exp2_avx512 if HAS_AVX512 else exp2_portable
+reciprocal = reciprocal_avx512 if HAS_AVX512 else reciprocal_portable
+
+
+@njit
 def sigmoid(v):
     """Return 1 / (1 + e^-v), accurate to 4e-6 relative on [-60, 60]."""
-    return 1.0 / (1.0 + exp2(v * -LOG2_E))
+    return reciprocal(1.0 + exp2(minimum(v * -LOG2_E, 100.0)))
 
 
 @njit
 def softplus(v):
     """Return log(1 + e^v) to 4e-6 relative on [-60, 60], mostly the rounding of v log2(e); v itself from 20 on."""
     x = exp2(minus_magnitude(v) * LOG2_E)
-    s = x / (2.0 + x)
+    s = x * reciprocal(2.0 + x)
     s2 = s * s
     return maximum(v, 0.0) + s * (_S0 + s2 * (_S1 + s2 * (_S2 + s2 * (_S3 + s2 * _S4))))
 
@@ -301,7 +388,7 @@ def next_item(typing_context, table):
 
 @intrinsic
 def array_at(typing_context, table, row, dtype):
-    """Return the array (3 axes, any strides) whose address, shape and byte strides are `row` of `table` (rows, 7)."""
+    """Return the array (3 axes, any strides) whose address, shape and strides are `row` of `table` (rows, 7)."""
     array_type = types.Array(dtype.dtype, 3, "A")
 
     def code(context, builder, signature, values):
@@ -311,12 +398,13 @@ def array_at(typing_context, table, row, dtype):
         address, *sizes = (builder.load(builder.gep(first, [word(i)])) for i in range(7))
         array = context.make_array(array_type)(context, builder)
         item = context.get_data_type(array_type.dtype)
+        size = word(context.get_abi_sizeof(item))
         context.populate_array(
             array,
             data=builder.inttoptr(address, item.as_pointer()),
             shape=cgutils.pack_array(builder, sizes[:3]),
-            strides=cgutils.pack_array(builder, sizes[3:]),
-            itemsize=word(context.get_abi_sizeof(item)),
+            strides=cgutils.pack_array(builder, [builder.mul(stride, size) for stride in sizes[3:]]),
+            itemsize=size,
             meminfo=None,
         )
         return array._getvalue()
