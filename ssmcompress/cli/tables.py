@@ -145,34 +145,52 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         return
     if models := result.get("models"):
         with_reference = "reference_ms" in models[0]
-        header = ["", "batch", "ms", "quartiles", "images/s", "faster", "products ms", "x products"]
+        header = ["", "batch", "ms", "quartiles", "images/s", "faster", "95 %", "products ms", "x products"]
         header += ["reference ms", "x reference"] if with_reference else []
         rows = []
         for m in models:
             cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
-            tilde = {True: "~", None: "?"}.get(m["within_noise"], "")
-            cells += [f"{m['images_per_second']:.1f}", f"{tilde}{m['times_faster']:.2f}x"]
-            cells += [f"{m['products_ms']:.1f}", f"{m['times_products']:.2f}"]
-            cells += [f"{m['reference_ms']:.0f}", f"{m['times_reference']:.1f}"] if with_reference else []
-            rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", f"{m['activations_mb']:.1f}"]))
+            cells += [f"{m['images_per_second']:.1f}", *_speed_up_cells(m, models[0]["model"])]
+            cells += [_known(m["products_ms"], "{:.1f}"), _known(m["times_products"], "{:.2f}")]
+            if with_reference:
+                cells += [_known(m["reference_ms"], "{:.0f}"), _known(m["times_reference"], "{:.1f}")]
+            rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", _known(m["activations_mb"], "{:.1f}")]))
         show_table([*header, "peak MB", "one layer's MB"], rows)
-        print("  faster: than the first model; ~: the difference is within the noise. products: the model's matrix")
-        print("  products alone, and how many of them the forward takes. peak: most memory of tensors at once, beside")
-        print("  what the ops of one layer, or of a stem that takes more, hand to each other.")
-        if any(m["within_noise"] is None for m in models):
-            from ..evaluation.timings import LEAST_ROUNDS
-
-            print(f"  ?: fewer than {LEAST_ROUNDS} --repeats do not tell whether a difference is within the noise")
+        print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too")
+        print("  few rounds to say so. products: the model's matrix products alone, and how many of them the forward")
+        print("  takes. peak: most memory of tensors at once, beside what the ops of one layer, or of a stem that")
+        print("  takes more, hand to each other.")
         if with_reference:
             print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
     if ops := result.get("ops"):
         _show_ops(ops)
     s = result["settings"]
+    if peers := s.get("peers"):
+        image, patch = ("x".join(map(str, peers[key])) for key in ("image_size", "patch_size"))
+        write(f"  timm: random weights; images of {image} pixels in patches of {patch} are {peers['tokens']} tokens")
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
     write(
         f"  {s['device']}, {s['threads']} threads, {s['dtype']}, medians of {s['repeats']} interleaved runs; {versions}"
     )
     show_load(s)
+    show_warnings(result)
+
+
+def _speed_up_cells(row: dict[str, Any], first: str) -> list[str]:
+    """How many times faster than the first model, and the interval of that."""
+    low, high = row["times_faster_low"], row["times_faster_high"]
+    doubtful = row["model"] != first and low is not None and low <= 1 <= high
+    mark = "?" if row["within_noise"] is None else "~" if row["within_noise"] or doubtful else ""
+    interval = "" if low is None or row["model"] == first else f"{_ratio(low)}-{_ratio(high)}"
+    return [f"{mark}{_ratio(row['times_faster'])}x", interval]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def show_load(settings: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..models.precision import check_not_quantised
 from ..ops import use_backend
 from ..progress import track
 from .measure import autocast
-from .timings import Timings, describe_load, quartiles, system_load, within_noise
+from .timings import Timings, describe_load, quartiles, speed_up_interval, system_load, within_noise
 
 REPEATS = 9
 PRODUCTS = "matrix products alone"
@@ -121,20 +121,25 @@ def benchmark(
     repeats: int = REPEATS,
     dtype: torch.dtype = torch.float32,
     reference: bool = False,
+    peers: Mapping[str, nn.Module] | None = None,
 ) -> list[dict[str, Any]]:
     """Time models in the same rounds, and for each its matrix products alone.
 
     Args:
         models: by name, all on one device; image sizes may differ. The speed of all is relative to the first.
         reference: whether to time each with the reference scan, too.
+        peers: other packages' models by name, which take the images of the first model; see `peers.make_peers`.
 
     Returns:
         A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
-        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model and whether that is
-        `within_noise` (None: too few repeats to say so), `products_ms` and `times_products`, `reference_ms` and
-        `times_reference` if `reference`, then `peak_mb` and `activations_mb`.
+        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model with its
+        95 % interval (`times_faster_low`, `times_faster_high`) and whether it is `within_noise` (None: too few repeats
+        to say so), `products_ms` and `times_products`, `reference_ms` and `times_reference` if `reference`, then
+        `peak_mb` and `activations_mb`. What is not known of `peers` is None.
     """
+    peers = peers or {}
     device = next(next(iter(models.values())).parameters()).device
+    first = next(iter(models))
     rows = []
     for batch in batch_sizes:
         calls: dict[str, Callable[[], Any]] = {}
@@ -145,22 +150,35 @@ def benchmark(
             calls[f"{name}, {PRODUCTS}"] = _make_products(model, batch, dtype, device)
             if reference:
                 calls[f"{name}, {REFERENCE}"] = _make_forward(model, images, dtype, "reference")
+            if name == first:
+                peer_images = images
+        calls |= {name: _make_forward(peer, peer_images, dtype) for name, peer in peers.items()}
         times = time_calls(calls, device, repeats, f"timing, batch {batch}")
-        first = next(iter(models))
-        first_ms = statistics.median(times[first])
-        for name, model in models.items():
+        for name in [*models, *peers]:
             row = {"model": name, "batch": batch, **summarize_times(times[name])}
-            products = statistics.median(times[f"{name}, {PRODUCTS}"])
-            row |= {"images_per_second": 1e3 * batch / row["ms"], "times_faster": first_ms / row["ms"]}
-            row["within_noise"] = name != first and within_noise(times[first], times[name])
-            row |= {"products_ms": products, "times_products": row["ms"] / products}
+            row |= {"images_per_second": 1e3 * batch / row["ms"], **_compare_with_first(times, first, name)}
+            products, slow = (
+                statistics.median(times[call]) if (call := f"{name}, {kind}") in times else None
+                for kind in (PRODUCTS, REFERENCE)
+            )
+            row |= {"products_ms": products, "times_products": products and row["ms"] / products}
             if reference:
-                slow = statistics.median(times[f"{name}, {REFERENCE}"])
-                row |= {"reference_ms": slow, "times_reference": slow / row["ms"]}
+                row |= {"reference_ms": slow, "times_reference": slow and slow / row["ms"]}
             row["peak_mb"] = peak_memory(calls[name], device) / 1e6
-            row["activations_mb"] = batch * model.activation_bytes(dtype.itemsize) / 1e6
+            known = name in models
+            row["activations_mb"] = batch * models[name].activation_bytes(dtype.itemsize) / 1e6 if known else None
             rows.append(row)
     return rows
+
+
+def _compare_with_first(times: Mapping[str, Sequence[float]], first: str, name: str) -> dict[str, Any]:
+    """Return how many times faster a model is than the first, with its interval, as a JSON value."""
+    found = {"times_faster": statistics.median(times[first]) / statistics.median(times[name])}
+    if name == first:
+        return {**found, "times_faster_low": 1.0, "times_faster_high": 1.0, "within_noise": False}
+    low, high = speed_up_interval(times[first], times[name]) or (None, None)
+    noise = within_noise(times[first], times[name])
+    return {**found, "times_faster_low": low, "times_faster_high": high, "within_noise": noise}
 
 
 def _make_forward(

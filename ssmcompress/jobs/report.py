@@ -134,7 +134,7 @@ def describe_as_run(published: float, ours: float) -> dict[str, float]:
 
 def describe_latency(timings: Timings, device: torch.device) -> dict[str, Any]:
     """Describe how latency was measured, how busy the machine was, and how much faster the pruned model is."""
-    unknown = dict.fromkeys(("speed_up", "speed_up_quartiles", "within_noise"))
+    unknown = dict.fromkeys(("speed_up", "speed_up_quartiles", "speed_up_interval", "within_noise"))
     compared = timings.compare("dense", "pruned") if "dense" in timings.rounds else unknown
     return {**latency_settings(device), **describe_load(timings.load), **compared}
 

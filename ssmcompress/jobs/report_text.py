@@ -138,17 +138,25 @@ def _latency_notes(report: Report) -> list[str]:
     ]
     line = f"latency on {timing['device']}, {timing['threads']} threads, {report.get('dtype', 'float32')}"
     lines = [line + (f"; quartiles of {timing['repeats']} rounds: {', '.join(spread)}" if spread else "")]
+    if interval := timing.get("speed_up_interval"):
+        low, high = interval
+        lines.append(f"speed-up {timing['speed_up']:.2f}x; with 95 % confidence {low:.2f}x to {high:.2f}x")
     if timing.get("within_noise"):
         lines.append("the difference in latency is within the noise: the rounds do not tell which model is faster")
     return lines + list_load_notes(timing)
 
 
 def list_load_notes(timing: Mapping[str, Any]) -> list[str]:
-    """What there is to say about how busy the machine was during a measurement with `load` and `cores`."""
-    load, cores = timing.get("load"), timing.get("cores")
-    if not is_busy(load, cores):
+    """What there is to say about how busy the machine was during a measurement with `load` and `cores`.
+
+    `load` is from before it, and `load_after`, which not all measurements have, from after it.
+    """
+    cores, loads = timing.get("cores"), [timing.get("load"), timing.get("load_after")]
+    if not any(is_busy(load, cores) for load in loads):
         return []
-    return [f"the machine was busy when the models were timed, with a load of {load:g} on {cores} cores: times vary"]
+    before, after = (None if load is None else f"{load:g}" for load in loads)
+    seen = f"{before} before and {after} after" if before and after else before or after
+    return [f"the machine was busy when the models were timed, with a load of {seen} on {cores} cores: times vary"]
 
 
 def _speed_up(timing: Mapping[str, Any]) -> str:

@@ -13,10 +13,12 @@ from ssmcompress.evaluation.timings import (
     is_busy,
     quartiles,
     quartiles_overlap,
+    speed_up_interval,
     system_load,
     within_noise,
 )
-from ssmcompress.jobs.report_text import _overlap_note
+from ssmcompress.jobs.benchmark import list_doubts
+from ssmcompress.jobs.report_text import _latency_notes, _overlap_note, list_load_notes
 from ssmcompress.tasks.binomial import at_least, at_most, sign_test
 
 
@@ -58,12 +60,107 @@ def test_too_few_rounds_say_nothing():
     assert within_noise([100.0] * 6, [10.0] * 6) is False
 
 
+@pytest.mark.parametrize(
+    ("rounds", "low", "high"), [(6, 1, 6), (7, 1, 7), (8, 1, 8), (9, 2, 8), (11, 2, 10), (12, 3, 10), (31, 10, 22)]
+)
+def test_the_interval_is_that_of_the_sign_test(rounds, low, high):
+    """The ranks of the table of the sign test, of ratios that are their own ranks."""
+    ratios = [float(i + 1) for i in range(rounds)]
+    assert speed_up_interval(ratios[::-1], [1.0] * rounds) == [low, high]
+
+
+def test_too_few_rounds_have_no_interval():
+    assert speed_up_interval([2.0] * 5, [1.0] * 5) is None
+    assert speed_up_interval([2.0] * 6, [1.0] * 6) == [2.0, 2.0]
+
+
+def test_the_interval_is_of_pairs_and_holds_the_ratio_of_the_medians():
+    """The machine becomes four times slower: ratios of the rounds do not show it, the ratio of the medians may."""
+    slow = [10, 10, 10, 10, 20, 40, 40, 40, 40]
+    fast = [10, 10, 10, 10, 10, 40, 40, 40, 40]
+    found = Timings({"slow": slow, "fast": fast}).compare("slow", "fast")
+    assert found["speed_up"] == 2
+    assert found["speed_up_interval"] == [1, 2]
+    assert speed_up_interval(fast, slow) == [0.5, 1]
+    drifting = [10.0 * 1.3**i for i in range(9)]
+    assert speed_up_interval([1.5 * ms for ms in drifting], drifting) == pytest.approx([1.5, 1.5])
+
+
+@pytest.mark.parametrize("rounds", [7, 9, 15])
+def test_the_interval_holds_the_true_speed_up_as_often_as_it_says(rounds):
+    """Lognormal noise that the models share, and of their own."""
+    draw = torch.Generator().manual_seed(0)
+    held, runs = 0, 1000
+    for _ in range(runs):
+        shared, *own = 0.15 * torch.randn(3, rounds, generator=draw, dtype=torch.float64)
+        slow, fast = (factor * (shared + noise / 3).exp() for factor, noise in zip((12, 10), own, strict=True))
+        low, high = speed_up_interval(slow.tolist(), fast.tolist())
+        held += low <= 1.2 <= high
+    assert at_most(held, runs, 0.95) > 0.01
+    assert held < runs
+
+
+def test_a_report_has_the_interval_among_its_notes():
+    about = {"device": "x86_64", "threads": 1, "repeats": 9}
+    compared = Timings({"dense": [9.0, 10.0, 11.0] * 3, "pruned": [4.5, 5.0, 5.0] * 3}).compare("dense", "pruned")
+    assert compared["speed_up_interval"] == pytest.approx([2, 2.2])
+    notes = _latency_notes({"latency": {**about, **compared}})
+    assert "speed-up 2.00x; with 95 % confidence 2.00x to 2.20x" in notes
+    few = Timings({"dense": [9.0] * 5, "pruned": [4.5] * 5}).compare("dense", "pruned")
+    earlier = {"speed_up": 2.0, "speed_up_quartiles": [1.9, 2.1], "within_noise": False}
+    for figures in (few, earlier):
+        assert not any("confidence" in note for note in _latency_notes({"latency": {**about, **figures}}))
+
+
+def test_an_interval_that_holds_1_is_a_warning_for_each_model_and_batch(capsys):
+    def row(model, batch, faster, low, high, noise=False):
+        figures = dict.fromkeys(("ms", "ms_low", "ms_high", "images_per_second", "peak_mb", "activations_mb"), 1.0)
+        figures |= {"times_faster": faster, "times_faster_low": low, "times_faster_high": high, "within_noise": noise}
+        return {"model": model, "batch": batch, **figures, "products_ms": None, "times_products": None}
+
+    rows = [
+        row("a", 1, 1.0, 1.0, 1.0),
+        row("b", 1, 1.5, 1.4, 1.6),
+        row("c", 1, 0.9, 0.8, 0.99),
+        row("a", 8, 1.0, 1.0, 1.0),
+        row("b", 8, 1.02, 0.97, 1.08, True),
+        row("c", 8, 0.99, 0.99, 1.02),
+    ]
+    warnings = list_doubts(rows, 9)
+    assert [line.split(": ")[0] for line in warnings] == [
+        "the speed-up of b at batch 8 is 1.02 (0.97 to 1.08)",
+        "the speed-up of c at batch 8 is 0.99 (0.99 to 1.02)",
+    ]
+    about = settings(torch.device("cpu"), torch.float32, 9)
+    show_benchmark({"models": rows, "settings": about, "warnings": warnings}, False)
+    shown = capsys.readouterr().out
+    assert "warning: the speed-up of b at batch 8 is 1.02 (0.97 to 1.08): not told from none" in shown
+    table = " ".join(shown.split("faster: than")[0].split())
+    assert "1.50x 1.40-1.60" in table
+    assert "~1.02x 0.97-1.08" in table
+    assert "~0.99x 0.99-1.02" in table
+
+
+def test_a_machine_that_became_busy_during_the_timing_is_noted():
+    assert list_load_notes({"load": 0.5, "load_after": 2.4, "cores": 2}) == []
+    for before, after in ((0.5, 4.25), (4.25, 0.5)):
+        (note,) = list_load_notes({"load": before, "load_after": after, "cores": 2})
+        assert f"with a load of {before:g} before and {after:g} after on 2 cores" in note
+    (note,) = list_load_notes({"load": 4.25, "cores": 2})
+    assert "with a load of 4.25 on 2 cores" in note
+
+
 def test_the_benchmark_marks_a_difference_that_it_cannot_judge(vim, capsys):
     rows = benchmark({"a": vim, "b": vim}, batch_sizes=(1,), repeats=2)
     assert [row["within_noise"] for row in rows] == [False, None]
-    show_benchmark({"models": rows, "settings": settings(torch.device("cpu"), torch.float32, 2)}, False)
+    assert (rows[1]["times_faster_low"], rows[1]["times_faster_high"]) == (None, None)
+    result = {"models": rows, "warnings": list_doubts(rows, 2)}
+    show_benchmark({**result, "settings": settings(torch.device("cpu"), torch.float32, 2)}, False)
     shown = capsys.readouterr().out
-    assert "?: fewer than 6 --repeats do not tell" in shown
+    assert "?: too few rounds to say so" in " ".join(shown.split())
+    assert shown.count("warning: ") == 1
+    assert "warning: 2 rounds are too few to say how sure a speed-up is" in shown
+    assert "use 6 or more" in shown
     assert "~" not in shown.split("faster: than")[0]
     assert f"?{rows[1]['times_faster']:.2f}x" in shown
 

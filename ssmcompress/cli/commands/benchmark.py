@@ -25,8 +25,11 @@ def benchmark(
         typer.Argument(metavar="MODEL", help="Files and folders. A pruned one alone runs with its dense model."),
     ] = None,
     batch_sizes: Annotated[str, option(HARDWARE, help="Images at a time, one table row each.")] = "1,8",
-    repeats: Annotated[int, option(HARDWARE, min=1, help="Timed runs of each; the runs are interleaved.")] = 7,
+    repeats: Annotated[int, option(HARDWARE, min=1, help="Timed runs of each; the runs are interleaved.")] = 9,
     reference: Annotated[bool, option(HARDWARE, "--reference", help="Also time each with the reference scan.")] = False,
+    peers: Annotated[
+        bool, option(HARDWARE, "--peers", help="Also time timm's DeiT-tiny and DeiT-small, with random weights.")
+    ] = False,
     ops: Annotated[
         bool, option(HARDWARE, "--ops", help="Time the scan and the convolution alone, by backend.")
     ] = False,
@@ -41,6 +44,8 @@ def benchmark(
     sizes, extents = parse_numbers(batch_sizes, "--batch-sizes", int), parse_numbers(shape, "--shape", int)
     if not models and not ops:
         raise InputError("nothing to time: give models, or --ops")
+    if peers and not models:
+        raise InputError("--peers are timed next to models: give at least one")
     if min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes}: expected numbers above 0")
     if extents and (len(extents) != 4 or min(extents) < 1):
@@ -53,7 +58,7 @@ def benchmark(
         loaded = add_dense(loaded)
     except InputError as error:
         say(f"the dense model was not timed: {error}", printing.quiet)
-    request = BenchmarkRequest(sizes, repeats, dtype.value if dtype else None, reference, ops, extents)
+    request = BenchmarkRequest(sizes, repeats, dtype.value if dtype else None, reference, peers, ops, extents)
     with progress_bars(printing.quiet):
         result = benchmark_all(loaded, request, device)
     show_benchmark(result, printing.as_json)
