@@ -2,11 +2,14 @@
 
     python examples/serve_onnx.py model.onnx picture.jpg
 
-It needs numpy, Pillow and onnxruntime. How pictures are prepared, and the names of the classes, are in the file.
+It needs numpy, Pillow and onnxruntime. How pictures are prepared, the names of the classes, and the options of the
+session are in the file.
 """
 
 import argparse
 import json
+import os
+import sys
 
 import numpy as np
 import onnxruntime
@@ -30,14 +33,61 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
     return ((pixels - mean) / std)[None]
 
 
+# The options of a session that a file may set besides the threads; they change nothing but the speed.
+ENTRIES = ("session.intra_op.allow_spinning", "session.force_spinning_stop")
+
+
+def read_metadata(file: str) -> dict:
+    """What ssmcompress wrote into an ONNX file; this session is not run, so nothing is prepared for it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map.get("ssmcompress")
+    if about is None:
+        sys.exit(f"{file}: expected a file that `ssmcompress export --onnx` wrote")
+    try:
+        return json.loads(about)
+    except ValueError:
+        sys.exit(f"{file}: its metadata is not JSON; export the file again")
+
+
+def make_options(about: dict, threads: int = 0) -> onnxruntime.SessionOptions:
+    """The options of the session that the file recommends, with another number of threads if one is given.
+
+    0 threads stand for all cores that this process may use. (onnxruntime's own 0 also ties each thread to one core.)
+    """
+    recommended = about.get("session") or {}
+    try:
+        threads = threads or recommended.get("intra_op_num_threads", 0)
+        config = recommended.get("config", {})
+        values = {key: config[key] for key in ENTRIES if key in config}
+        unknown = [*(recommended.keys() - {"intra_op_num_threads", "config"}), *(config.keys() - values.keys())]
+        if type(threads) is not int or threads < 0 or not all(value in ("0", "1") for value in values.values()):
+            raise TypeError
+    except (AttributeError, TypeError):
+        expected = 'expected "intra_op_num_threads", a whole number from 0, and "config", an object of texts "0" or "1"'
+        sys.exit(f"the session options in the file are {str(recommended)[:200]!r}: {expected}; export the file again")
+    if unknown:
+        print(f"unknown session options are not applied: {str(sorted(unknown))[:200]}", file=sys.stderr)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = min(threads or cores, cores)
+    for key, value in values.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="file that `ssmcompress export --onnx` wrote")
     parser.add_argument("picture")
     parser.add_argument("--top", type=int, default=5, help="classes to show")
+    parser.add_argument("--threads", type=int, default=0, help="threads of onnxruntime (default: as the file says)")
     args = parser.parse_args()
-    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["ssmcompress"])
+    about = read_metadata(args.model)
+    options = make_options(about, args.threads)
+    session = onnxruntime.InferenceSession(args.model, options, providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"images": prepare(Image.open(args.picture), about)})
     odds = np.exp(logits[0] - logits[0].max())
     odds /= odds.sum()

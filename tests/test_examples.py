@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from conftest import make_vim
 from PIL import Image
@@ -59,6 +60,56 @@ def test_a_picture_is_classified_with_nothing_of_this_package(exported, tmp_path
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 3
     assert "class" in done.stdout
+
+
+SPINNING = "session.intra_op.allow_spinning"
+
+
+def test_the_session_has_the_options_that_the_file_recommends(serve_onnx, exported, monkeypatch):
+    monkeypatch.setattr(serve_onnx.os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
+    options = serve_onnx.make_options(serve_onnx.read_metadata(str(exported)))
+    assert (options.intra_op_num_threads, options.get_session_config_entry(SPINNING)) == (3, "0")
+    one = serve_onnx.make_options({"session": {"intra_op_num_threads": 1, "config": {}}})
+    assert one.intra_op_num_threads == 1
+    assert serve_onnx.make_options({"session": {"intra_op_num_threads": 99}}).intra_op_num_threads == 3
+    assert serve_onnx.make_options({}).intra_op_num_threads == 3  # a file of an earlier version
+    assert serve_onnx.make_options({}, threads=2).intra_op_num_threads == 2
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        3,
+        [1],
+        {"config": []},
+        {"intra_op_num_threads": "2"},
+        {"intra_op_num_threads": -1},
+        {"intra_op_num_threads": True},
+        {"config": {SPINNING: 0}},
+        {"config": {SPINNING: ["0"]}},
+    ],
+)
+def test_odd_session_options_end_in_one_line(serve_onnx, session):
+    with pytest.raises(SystemExit, match=r"session options in the file are .*: expected .intra_op") as ended:
+        serve_onnx.make_options({"session": session})
+    assert "\n" not in str(ended.value)
+
+
+def test_session_options_that_the_script_does_not_know_are_not_applied(serve_onnx, capsys):
+    session = {"config": {"session.load_model_format": "ORT", SPINNING: "0"}, "inter_op_num_threads": 2}
+    assert serve_onnx.make_options({"session": session}).get_session_config_entry(SPINNING) == "0"
+    said = capsys.readouterr().err
+    assert said == "unknown session options are not applied: ['inter_op_num_threads', 'session.load_model_format']\n"
+
+
+def test_a_file_without_its_metadata_is_refused_in_one_line(serve_onnx, exported, tmp_path):
+    graph = onnx.load(exported)
+    for metadata, message in (({}, "expected a file that"), ({"ssmcompress": "{"}, "is not JSON")):
+        del graph.metadata_props[:]
+        onnx.helper.set_model_props(graph, metadata)
+        onnx.save(graph, tmp_path / "m.onnx")
+        with pytest.raises(SystemExit, match=message):
+            serve_onnx.read_metadata(str(tmp_path / "m.onnx"))
 
 
 def test_the_runtime_of_browsers_agrees(exported, tmp_path):

@@ -25,6 +25,7 @@ from ..pruning.tokens import Tokens
 from . import lowering
 from .functions import function_text
 from .lowering import DOMAIN
+from .runtime import METADATA_KEY, SESSION
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +36,6 @@ register_backend("onnx", lowering)
 KEPT_PREFIX = "kept_after_"
 FEATURES_PREFIX = "features_after_"
 FILLED = "filled_batch"  # the dimension of the batch inside the graph, which is 1 for an empty batch
-METADATA_KEY = "ssmcompress"
 OLDEST_OPSET = 18  # the oldest opset that torch's exporter writes
 NEWEST_TRACED = 25  # the newest opset that torch's exporter writes
 
@@ -88,6 +88,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
         **_remove_paths(describe(model)),
         "task": model.task.name,
         "classes": list(model.classes or classes or ()) or None,
+        "session": SESSION,
         "versions": versions(),
     }
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,17 @@ from ..models.precision import to_float32
 from ..progress import track
 from .functions import FORMS
 from .graph import KEPT_PREFIX, assemble, find_values, trace
-from .runtime import BATCHES, choose_forms, find_provider, newest_opset, rank_by_speed, time_repeats, time_round
+from .runtime import (
+    BATCHES,
+    SESSION,
+    choose_forms,
+    find_provider,
+    newest_opset,
+    rank_by_speed,
+    session_options,
+    time_repeats,
+    time_round,
+)
 from .verify import ATOL, Verification, takes_batches, verify_onnx
 
 if TYPE_CHECKING:
@@ -42,6 +53,8 @@ class Exported(Verification):
             first.
         refused: the reason why each of the other forms was not timed.
         provider: onnxruntime's execution provider, on which the file was timed and verified.
+        session: the options of onnxruntime's sessions that the file's metadata recommends, and with which it was timed
+            and verified: `intra_op_num_threads`, 0 for all cores that a process may use, and entries of `config`.
         latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`, `ms_low`,
             `ms_high`}, medians and quartiles over alternating rounds of calls; None: not measured.
         latency_settings: the settings of the measurement, with the `load` of the machine before it.
@@ -54,6 +67,7 @@ class Exported(Verification):
     scan_ms: dict[str, dict[str, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     provider: str = "cpu"
+    session: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(SESSION))
     latency: list[dict[str, Any]] | None = None
     latency_settings: dict[str, Any] | None = None
 
@@ -96,8 +110,9 @@ def export_onnx(
 
     Kept counts are static, and so is the size of the images, `model.config.image_size`. The input `images` is prepared
     as `model.preprocessing` says; the output is `logits`, (batch, classes), or of a segmentation model (batch, classes,
-    height, width). The file's metadata has the task, preprocessing, class names, pruning and versions, as JSON under
-    "ssmcompress". Weights beyond 2 GB go into a second file in the same folder, `<file>.data`.
+    height, width). The file's metadata has the task, preprocessing, class names, pruning, versions and recommended
+    options of onnxruntime's sessions, as JSON under "ssmcompress". Weights beyond 2 GB go into a second file in the
+    same folder, `<file>.data`.
 
     Args:
         dense: the model before pruning, timed as well if `options.latency`.
@@ -152,6 +167,7 @@ def export_onnx(
         "torch_threads": torch.get_num_threads(),
         "torch_device": device_name(next(model.parameters()).device),
         "onnxruntime": onnxruntime.__version__,
+        "onnxruntime_threads": session_options().intra_op_num_threads,
         **describe_load(load),
     }
     return Exported(

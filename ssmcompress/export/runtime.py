@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -13,10 +15,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..progress import track
+from ..progress import note, track
 from .functions import FORMS, STANDARD_OPSET
 
 BATCHES = (1, 8)
+METADATA_KEY = "ssmcompress"  # of the metadata of an ONNX file, a JSON object
+# The options of a session that exported files recommend, as they are written into their metadata. No number of threads
+# is right for every machine: 0 stands for all cores that the process may use. Figures are in docs/onnx.md.
+SESSION = {"intra_op_num_threads": 0, "config": {"session.intra_op.allow_spinning": "0"}}
+# The entries of `config` that a file may set, each "0" or "1"; they change the speed alone. Others are not applied:
+# some make onnxruntime write files, or change what it computes.
+CONFIG_ENTRIES = ("session.intra_op.allow_spinning", "session.force_spinning_stop")
 
 
 @cache
@@ -59,22 +68,98 @@ def find_provider(name: str) -> str:
     return providers[name.lower()]
 
 
-def open_session(content: bytes | Path, provider: str = "CPUExecutionProvider", weights: str = "") -> Any:
+def read_session(metadata: str | bytes | None) -> dict[str, Any]:
+    """Return the options of a session that an ONNX file recommends, in the form of `SESSION`.
+
+    Entries that are unknown here are left out, which is noted.
+
+    Args:
+        metadata: the JSON text under `METADATA_KEY` in the file's metadata. Without one, or without recommended options
+            in it, as in files of earlier versions, the options are `SESSION`.
+
+    Raises:
+        InputError: the text is no JSON object, or an option has a value of another kind.
+    """
+    if metadata is None:
+        return SESSION
+    try:
+        about = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{_METADATA} is not JSON: export the file again") from error
+    _expect(isinstance(about, dict), "", about, "an object")
+    found = about.get("session")
+    if found is None:
+        return SESSION
+    _expect(isinstance(found, dict), "session", found, "an object")
+    threads, config = found.get("intra_op_num_threads", 0), found.get("config", {})
+    # bool is a kind of int in Python, and not in JSON
+    whole = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 0
+    _expect(whole, "session.intra_op_num_threads", threads, "a whole number from 0")
+    _expect(isinstance(config, dict), "session.config", config, "an object")
+    used = {key: config[key] for key in CONFIG_ENTRIES if key in config}
+    for key, value in used.items():
+        _expect(value in ("0", "1"), f"session.config[{key!r}]", value, 'the text "0" or "1"')
+    if unknown := [*(found.keys() - SESSION.keys()), *(config.keys() - used.keys())]:
+        names = ", ".join(map(reprlib.repr, sorted(unknown)[:3]))
+        note(f"{_METADATA}: {len(unknown)} unknown session options are not applied ({names})")
+    return {"intra_op_num_threads": threads, "config": used}
+
+
+_METADATA = f"the metadata {METADATA_KEY!r} of the ONNX file"
+
+
+def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raise an InputError that names an entry of the metadata if its value is not as expected."""
+    if not holds:
+        where = f"{_METADATA}: {name}" if name else _METADATA
+        raise InputError(f"{where} is {reprlib.repr(value)}, expected {expected}; export the file again")
+
+
+def describe_session(recommended: Mapping[str, Any]) -> str:
+    """Return options of a session, in the form of `SESSION`, as a line of text."""
+    entries = [f"{key}={value}" for key, value in recommended["config"].items()]
+    return ", ".join([f"intra_op_num_threads={recommended['intra_op_num_threads'] or 'all cores'}", *entries])
+
+
+def session_options(recommended: Mapping[str, Any] = SESSION) -> Any:
+    """Return onnxruntime's options for a session.
+
+    Args:
+        recommended: options in the form of `SESSION`, which are those of exported files. There are never more threads
+            than torch has, which stand for the cores that the process may use.
+    """
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    cores = torch.get_num_threads()
+    # 0 is replaced here, because onnxruntime's own 0 also ties each thread to one core.
+    options.intra_op_num_threads = min(recommended["intra_op_num_threads"] or cores, cores)
+    for key, value in recommended["config"].items():
+        options.add_session_config_entry(key, value)
+    options.log_severity_level = 4  # errors are raised, and reported in one line
+    return options
+
+
+def open_session(
+    content: bytes | Path,
+    provider: str = "CPUExecutionProvider",
+    weights: str = "",
+    recommended: Mapping[str, Any] = SESSION,
+) -> Any:
     """Load an ONNX file, given by its content or its path, into an onnxruntime session.
 
     Args:
         weights: folder with the external data of a file that is given by its content.
+        recommended: options of the session, as `read_session` returns them.
 
     Raises:
         InputError: onnxruntime cannot load the file, or the provider does not work on this machine.
     """
     import onnxruntime
-    import torch
 
     onnxruntime.set_default_logger_severity(4)  # errors are reported below, in one line
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
+    options = session_options(recommended)
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights)
     providers = list(dict.fromkeys([provider, "CPUExecutionProvider"]))
@@ -167,8 +252,7 @@ def rank_by_speed(
 def time_round(file: Path, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
     """Return milliseconds of consecutive runs of an ONNX file in a new session, after a warm-up run.
 
-    The threads end with the session: those of an idle session keep spinning, and double the time of whatever runs at
-    the same time.
+    The threads end with the session, so that none is left to compete with whatever is timed next.
     """
     session = open_session(file, provider)
     images = np.zeros(shape, np.float32)

@@ -24,7 +24,7 @@ from ..models.precision import to_float32
 from ..progress import track
 from ..tasks import CLASSIFICATION, SEGMENTATION
 from .graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, find_values
-from .runtime import find_provider, open_session, run
+from .runtime import METADATA_KEY, find_provider, open_session, read_session, run
 
 if TYPE_CHECKING:
     import onnx
@@ -93,7 +93,8 @@ def verify_onnx(
     """Compare an ONNX file with its model: weight by weight, and onnxruntime with torch on real images.
 
     Images go in batches of 8, of 3 and of 1, or of 3 and of 1 if they have many logits. Where the file stores weights
-    as float16, the model's are rounded in the same way before the comparison.
+    as float16, the model's are rounded in the same way before the comparison. Sessions have the options that the file
+    recommends in its metadata.
 
     Args:
         data: images, as `open_images` takes them; None: those that the model names, else photographs.
@@ -102,7 +103,7 @@ def verify_onnx(
     Raises:
         VerificationError: they differ by more than `atol`, in a class, in the tokens kept, or in a weight; of the
             pixels of a segmentation model, at most 1 % may get another class.
-        InputError: not an ONNX file, or one of another kind of model.
+        InputError: not an ONNX file, one of another kind of model, or one whose metadata has odd session options.
     """
     if not 0 <= atol < float("inf"):
         raise InputError(f"atol {atol}: expected a number from 0")
@@ -142,6 +143,8 @@ class _OnnxFile:
             self.graph = source
         else:
             self.graph, self.folder = read_graph(source), str(Path(source).absolute().parent)
+        metadata = {entry.key: entry.value for entry in self.graph.metadata_props}
+        self.recommended = read_session(metadata.get(METADATA_KEY))
         stages = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
         self.kept = stages if {*find_values(self.graph, KEPT_PREFIX)}.issuperset(stages) else []
         self.session = self.open(self.kept)
@@ -155,7 +158,7 @@ class _OnnxFile:
         graph.CopyFrom(self.graph)
         del graph.graph.output[1:]
         add_outputs(graph, names)
-        return open_session(graph.SerializeToString(), self.provider, weights=self.folder)
+        return open_session(graph.SerializeToString(), self.provider, self.folder, self.recommended)
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and value of each weight in the file."""

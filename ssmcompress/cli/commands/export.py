@@ -8,7 +8,7 @@ from ..groups import Force, Load, MaybeModel, NoLatency, Printing, Processor
 from ..inputs import check_inputs
 from ..onnx_options import OnnxFile
 from ..options import OUTPUT, option
-from ..tables import print_json, show_export, show_when_it_fails
+from ..tables import print_json, show_export, show_when_it_fails, write
 from ..terminal import find_dense_or_say, progress_bars, say
 
 EXAMPLE = "ssmcompress export compressed/model-r0.30 --onnx -o model.onnx"
@@ -29,6 +29,7 @@ def export(
 ) -> None:
     """Write a model as one file; ONNX is verified in onnxruntime first."""
     graph.check(onnx)
+    from ...export.runtime import describe_session
     from ...jobs.export import choose_file, export_graph, export_weights
     from ...jobs.report import find_newest
 
@@ -50,4 +51,6 @@ def export(
         options = graph.options(latency=not no_latency)
         result = export_graph(loaded, path, file, options, dense=dense, force=force)
     show_export(result, file, printing.as_json)
+    if not printing.as_json:
+        write(f"  session options in its metadata: {describe_session(result.session)}")
     say(f"wrote {file}", printing.quiet)
