@@ -124,3 +124,22 @@ def test_the_runtime_of_browsers_agrees(exported, tmp_path):
     sample["logits"][0] += 1
     (tmp_path / "sample.json").write_text(json.dumps(sample))
     assert subprocess.run(script, check=False).returncode == 4
+
+
+def test_long_sequences_are_measured_and_drawn(in_an_empty_folder):
+    script, measured = [sys.executable, EXAMPLES / "long_sequences.py"], ["16x32", "64", "32/16", "--repeats", "1"]
+    done = subprocess.run(
+        [*script, *measured, "--json", "--output", "chart.png"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["points"].keys() == found["slopes"].keys() == {"scan", "Vim-tiny"}
+    for points in found["points"].values():
+        assert [point["tokens"] for point in points] == [3, 5, 17]
+        assert all(point["ms"] > 0 for point in points)
+    assert [point["mb"] for point in found["points"]["scan"]] == [tokens * 384 * 4 / 1e6 for tokens in (3, 5, 17)]
+    assert Image.open("chart.png").format == "PNG"
+    for wrong in (["15", "64"], ["64", "nonsense"], ["64", "64x64"], ["64"]):
+        refused = subprocess.run([*script, *wrong], capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert "expected" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1

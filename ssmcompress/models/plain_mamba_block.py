@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.orders import invert_order
-from ..ops.selective_scan import step_size
+from ..ops.selective_scan import Expander, step_size
 from ..pruning.tokens import Tokens
 from .base import ScanBlock, read_state
-from .precision import LayerNorm, cast, embed_patches, find_bias, project, widen
+from .precision import LayerNorm, cast, embed_patches, factorise, find_bias, widen
 from .reading import Shapes, layer_sizes
 from .sizes import (
     LayeredConfig,
@@ -151,16 +151,20 @@ class PlainMambaMixer(nn.Module):
         return BIASES * find_bias(self.dt_proj)
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
-        """Yield the inputs of the scan of each path, from x (batch, kept, d_inner)."""
+        """Yield the inputs of the scan of each path, from x (batch, kept, d_inner), delta among them."""
+        return map(Expander(), self.paths_by_parameters(x, tokens))
+
+    def paths_by_parameters(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
+        """Yield the inputs of the scan of each path, where possible with a factor of delta instead of delta."""
         u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
-        (delta, bias), A = project(self.dt_proj, dt, BIASES), -torch.exp(widen(self.A_log))
+        (delta, weight, bias), A_log = factorise(self.dt_proj, dt, BIASES), self.A_log
         for path in (tokens.paths[number] for number in self.directions):
             gap = None if path.gaps is None or not tokens.alignment.scan else (path.gaps, self.gap_delta[0])
             # Quirk: only u follows the path, while delta, B and C stay in raster order. That is how `order` works.
             path_B = B + F.embedding(path.labels, self.direction_Bs).to(B.dtype)
             # Quirk: D u is added once for each path, so four times.
-            yield ScanPath(u, delta, A, path_B, C, self.D, bias, gap, order=path.order)
+            yield ScanPath(u, delta, A_log, path_B, C, self.D, bias, gap, False, path.order, weight, log_A=True)
 
     def products(self, count: int) -> list[tuple[int, Tensor]]:
         """Return the matrix products (rows, weight) for one image of `count` tokens."""
@@ -169,7 +173,7 @@ class PlainMambaMixer(nn.Module):
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
         """Return the projected sum of all paths (batch, kept, d_model) and, given a metric, scores (batch, kept)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
-        y, scores = scan_paths(self.paths(x, tokens), z, delta_softplus=True, score=metric)
+        y, scores = scan_paths(self.paths_by_parameters(x, tokens), z, delta_softplus=True, score=metric)
         return self.out_proj(y), scores
 
     # ------------------------------------------------------------------------------------------------- trimming

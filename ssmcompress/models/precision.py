@@ -24,20 +24,33 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm computed by `ssmcompress.ops.rms_norm`: torch's own takes six passes on a CPU."""
+    """nn.RMSNorm computed by `ssmcompress.ops.rms_norm`: torch's own takes six passes on a CPU.
+
+    Attributes:
+        output_dtype: of the results; None: that of the weight.
+    """
+
+    output_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., channels); the result has the dtype of the weight."""
-        return cast(rms_norm(x, self.weight, self.eps), self)
+        """Normalise x (..., channels)."""
+        return rms_norm(x, self.weight, self.eps, dtype=self.output_dtype or self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm of inputs that are wider than its weights."""
+    """nn.LayerNorm of inputs that are wider than its weights.
+
+    Attributes:
+        output_dtype: of the results; None: that of the weight.
+    """
+
+    output_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., channels); the result has the dtype of the weight."""
+        """Normalise x (..., channels)."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return cast(F.layer_norm(x, self.normalized_shape, weight, bias, self.eps), self)
+        y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(self.output_dtype or self.weight.dtype)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -73,6 +86,17 @@ def project(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tenso
     if type(linear) is nn.Linear:
         return F.linear(x, linear.weight), linear.bias if times == 1 else times * linear.bias
     return linear(x), (times - 1) * find_bias(linear)
+
+
+def factorise(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (x, weight, bias) of a linear layer, whose result is x weight^T + bias; arguments as for `project`.
+
+    For a layer of any other type than nn.Linear, x is its result, and the weight None.
+    """
+    if type(linear) is nn.Linear:
+        return x, linear.weight, linear.bias if times == 1 else times * linear.bias
+    result, bias = project(linear, x, times)
+    return result, None, bias
 
 
 def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
@@ -112,6 +136,23 @@ def to_float32(model: Model) -> Model:
     """Return the model, or a float32 copy if it has weights of another dtype."""
     wide = all(p.dtype == torch.float32 for p in model.parameters())
     return model if wide else copy.deepcopy(model).float()
+
+
+def narrow_products(model: Model, dtype: torch.dtype) -> Model:
+    """Return a copy of a model that holds the weights of its matrix products in `dtype`; the model itself for float32.
+
+    It is to be run under autocast to `dtype`, which then converts neither these weights nor the results of norms, at
+    each forward. What is no matrix product, the patch embedding and the readout stay as they are.
+    """
+    if dtype == torch.float32 or not hasattr(model, "blocks"):
+        return model
+    narrow = copy.deepcopy(model)
+    for module in narrow.blocks.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+        elif isinstance(module, (RMSNorm, LayerNorm)):
+            module.output_dtype = dtype
+    return narrow
 
 
 def check_images(images: Any, shape: tuple[int, int | None, int | None], weight: Tensor | None) -> None:

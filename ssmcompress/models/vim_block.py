@@ -22,7 +22,7 @@ from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import ScanBlock, read_state
 from .families import StateDict
-from .precision import RMSNorm, find_bias, project, project_rows, widen
+from .precision import RMSNorm, factorise, find_bias, project_rows
 from .reading import Shapes, layer_sizes
 from .sizes import (
     LayeredConfig,
@@ -116,23 +116,33 @@ class VimMixer(nn.Module):
     @property
     def split(self) -> list[int]:
         """The outputs of x_proj: delta's rank, B and C."""
-        return [self.dt_rank, self.d_state, self.d_state]
+        states = self.d_state
+        return [self.dt_rank, states, states]
 
     def parameters_of(self, path: int):
         """Return the parameters of the forward (0) or the backward path (1): conv, x_proj, dt_proj, A_log, D."""
-        return tuple(getattr(self, name) for name in PARAMETERS[path])
+        conv, x_proj, dt_proj, A_log, D = PARAMETERS[path]
+        own, modules = self._parameters, self._modules  # getattr of a module takes ten times as long
+        return (
+            modules[conv], modules[x_proj], modules[dt_proj],
+            own[A_log] if A_log in own else getattr(self, A_log), own[D] if D in own else getattr(self, D),
+        )  # fmt: skip
 
     def scan_path(self, x: Tensor, tokens: Tokens, path: int) -> ScanPath:
-        """Compute the inputs of the scan of a path from x (batch, kept, d_inner)."""
+        """Compute the inputs of the scan of a path from x (batch, kept, d_inner), delta among them."""
+        return self.scan_parameters(x, tokens, path).expanded()
+
+    def scan_parameters(self, x: Tensor, tokens: Tokens, path: int) -> ScanPath:
+        """Compute the inputs of the scan of a path from x, where possible with a factor of delta instead of delta."""
         conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
         reverse, gaps = tokens.paths[path].reverse, tokens.paths[path].gaps
         u = causal_conv1d(x, conv.weight, conv.bias, positions, reverse=reverse)
-        dt, B, C = x_proj(u).split(self.split, dim=-1)
+        dt, B, C = torch.split_with_sizes(x_proj(u), self.split, dim=-1)
         aligned = gaps is not None and tokens.alignment.scan
         gap = (gaps, self.gap_delta[self.directions.index(path)]) if aligned else None
-        (delta, bias), A = project(dt_proj, dt), -torch.exp(widen(A_log))
-        return ScanPath(u, delta, A, B, C, D, bias, gap, reverse)
+        delta, weight, bias = factorise(dt_proj, dt)
+        return ScanPath(u, delta, A_log, B, C, D, bias, gap, reverse, None, weight, log_A=True)
 
     def deltas(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Return delta after bias and softplus (paths, batch, kept, d_inner), from x (batch, kept, d_inner)."""
@@ -145,7 +155,7 @@ class VimMixer(nn.Module):
         # The paths are computed one after the other, so that the second reuses the memory of the first from cache. The
         # score uses only the backward path, which therefore comes first: on the first bundled model (2, 4, 6 at 0.3,
         # 2,000 images) it gave 65.2 % top-1, and the sum of both paths 59.9.
-        paths = (self.scan_path(x, tokens, path) for path in reversed(self.directions))
+        paths = (self.scan_parameters(x, tokens, path) for path in reversed(self.directions))
         y, scores = scan_paths(paths, z, delta_softplus=True, score=metric, scored=1)
         return self.out_proj(y), scores
 
@@ -162,7 +172,7 @@ class VimMixer(nn.Module):
         y = None
         for path in reversed(self.directions):
             part, start = tokens.span_to_protected(tokens.paths[path].reverse)
-            inputs = self.scan_path(x[:, start : start + part.features.shape[1]], part, path)
+            inputs = self.scan_parameters(x[:, start : start + part.features.shape[1]], part, path)
             scanned, _ = scan_paths([inputs], None, delta_softplus=True)
             scanned = gather_tokens(scanned, index[:, None] - start)
             y = scanned if y is None else y + scanned

@@ -38,13 +38,13 @@ def causal_conv1d(
         ValueError: the shapes do not match, or the activation or the backend is unknown.
     """
     if weight.ndim == 3 and weight.shape[1] == 1:
-        weight = weight[:, 0]
+        weight = weight.squeeze(1)
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2] or not weight.shape[1]:
         raise ValueError(
             f"causal_conv1d: expected x (batch, length, channels) and weight (channels, width), "
             f"found {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if bias is not None and tuple(bias.shape) != (x.shape[2],):
+    if bias is not None and bias.shape != (x.shape[2],):
         raise ValueError(f"causal_conv1d: expected bias ({x.shape[2]},), found {tuple(bias.shape)}")
     if positions is not None:
         if positions.ndim == 1:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .operators import conv_operator, empty_like, grid_conv_operator, operator, wants_gradient
+from .operators import conv_operator, empty_like, grid_conv_operator, may_skip_dispatcher, operator, wants_gradient
 from .reference import gather_tokens, topk_tokens
+from .selective_scan import ScanPath
 
 __all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "segment_sums", "selective_scan", "topk_tokens"]
 
@@ -26,11 +27,33 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
             gap = gap[0][..., None] * gap[1]
         else:
             (steps, gap_delta), gap = (_float(t) for t in gap), None
-    dtype = _common(u, delta, z, add)
+    dtype = _common(u, delta, B, C, z, add)
     y = _scan(
-        _as(dtype, u), _as(dtype, delta), _float(A), _float(B), _float(C), _float(D), _as(dtype, z),
+        _as(dtype, u), _as(dtype, delta), _float(A), _as(dtype, B), _as(dtype, C), _float(D), _as(dtype, z),
         _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), _as(torch.int64, order), delta_softplus,
         reverse,
+    )  # fmt: skip
+    return _as(u.dtype, y)
+
+
+def scan_parameters(path: ScanPath, z: Tensor | None, delta_softplus: bool, add: Tensor | None) -> Tensor | None:
+    """Scan a path without making its delta and its A; see `ssmcompress.ops.scan_paths`.
+
+    Returns:
+        y (batch, length, d_inner), or None where torch has to see the ops, for gradients or a graph, for example.
+    """
+    u, delta, A, B, C, D, bias, gap, reverse, order, weight, log_A = path
+    gaps = gap if isinstance(gap, tuple) else (gap,)
+    if (weight is None and not log_A) or not may_skip_dispatcher(
+        (u, delta, A, B, C, D, bias, order, weight, z, add, *gaps)
+    ):
+        return None
+    steps, gap_delta, gap = (*(_float(t) for t in gap), None) if isinstance(gap, tuple) else (None, None, _float(gap))
+    dtype = _common(u, delta, B, C, z, add)
+    y = _import_cpu().scan_forward(
+        _as(dtype, u), _as(dtype, delta), _float(A), _as(dtype, B), _as(dtype, C), _float(D), _as(dtype, z),
+        _float(bias), steps, gap_delta, gap, _as(dtype, add), _as(torch.int64, order), delta_softplus, reverse,
+        _as(dtype, weight), log_A,
     )  # fmt: skip
     return _as(u.dtype, y)
 
@@ -65,9 +88,14 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ssmcompress.ops.rms_norm`. One pass instead of torch's six; inputs that need gradients go to torch."""
+    return rms_norm_to(x, weight, eps, x.dtype)
+
+
+def rms_norm_to(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `ssmcompress.ops.rms_norm`; from float32 to bfloat16 in the same pass."""
     if wants_gradient(x, weight):
-        return reference.rms_norm(x, weight, eps)
-    return _as(x.dtype, _norm(_as(_common(x), x), _float(weight), eps))
+        return reference.rms_norm(x, weight, eps).to(dtype)
+    return _as(dtype, _norm(_as(_common(x), x), _float(weight), eps, dtype == torch.bfloat16))
 
 
 def segment_sums(x, index, segments, eps, sums, sign) -> Tensor:
@@ -103,8 +131,8 @@ def _import_cpu() -> ModuleType:
     return import_module(".cpu", __package__)
 
 
-# u, delta, z, add and dy are float32 or bfloat16, all the same; the rest is float32. The gap is one tensor, or steps
-# (batch, length) and gap_delta (d_inner,), which have no gradient.
+# u, delta, B, C, z, add and dy are float32 or bfloat16, all the same; the rest is float32. The gap is one tensor, or
+# steps (batch, length) and gap_delta (d_inner,), which have no gradient.
 _INPUTS = """Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? steps,
     Tensor? gap_delta, Tensor? gap"""
 # The last arguments of a forward and a backward.
@@ -145,10 +173,10 @@ _scan = operator(
 _conv = conv_operator("causal_conv1d", _kernel("conv_forward"), _kernel("conv_backward"), ["cpu"])
 _grid_conv = grid_conv_operator("grid_conv2d", _kernel("grid_conv_forward"), ["cpu"])
 _norm = operator(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, bool narrow) -> Tensor",
     _kernel("norm_forward"),
     ["cpu"],
-    lambda x, *others: empty_like(x, x),
+    lambda x, weight, eps, narrow: torch.empty(x.shape, dtype=torch.bfloat16 if narrow else x.dtype, device=x.device),
 )
 _segment_sums = operator(
     "segment_sums(Tensor x, Tensor index, Tensor? sums, int segments, float eps, int sign) -> Tensor",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 # A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
-# have `scan_paths`, which is otherwise composed of its `selective_scan`, and `segment_sums`, which is otherwise that of
-# the reference.
+# have `scan_paths`, which is otherwise composed of its `selective_scan`, `segment_sums`, which is otherwise that of the
+# reference, and `rms_norm_to`, which is otherwise `rms_norm` and a conversion.
 FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",
@@ -83,14 +83,16 @@ def _check(name: str, module: ModuleType) -> None:
 
 def best_backend(*activations: Tensor | None) -> str:
     """Return the name of the fastest backend that works on this machine for tensors of these devices and dtypes."""
-    tensors = [t for t in activations if t is not None]
-    # float64 runs on the reference, the only backend that is exact enough.
-    if all(t.dtype in _COMPILED_DTYPES for t in tensors):
-        if all(t.is_cpu for t in tensors) and _works("cpu"):
-            return "cpu"
-        if all(t.is_cuda for t in tensors) and _works("triton"):
-            return "triton"
-    return "reference"
+    on_cpu = on_gpu = True
+    for t in activations:
+        if t is None:
+            continue
+        if t.dtype not in _COMPILED_DTYPES:  # float64 runs on the reference, the only backend that is exact enough
+            return "reference"
+        on_cpu, on_gpu = on_cpu and t.is_cpu, on_gpu and t.is_cuda
+    if on_cpu and _works("cpu"):
+        return "cpu"
+    return "triton" if on_gpu and _works("triton") else "reference"
 
 
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,33 +36,36 @@ def operator(
     torch.library.register_fake(name)(fake)
     torch.library.register_autograd(name, backward or _no_gradients, setup_context=save)
     defined = getattr(torch.ops.ssmcompress, name.partition("::")[2]).default
-    places = [attrgetter(f"is_{device}") for device in devices]
 
     def call(*arguments):
-        if torch.compiler.is_compiling() or not _wants_only_values(arguments, places):
-            return defined(*arguments)
-        return kernel(*arguments)
+        return kernel(*arguments) if may_skip_dispatcher(arguments, devices) else defined(*arguments)
 
     return call
 
 
-def _wants_only_values(arguments: tuple[Any, ...], places: Sequence[Callable[[Tensor], bool]]) -> bool:
+def may_skip_dispatcher(arguments: tuple[Any, ...], devices: Sequence[str] = ("cpu",)) -> bool:
     """Return whether a kernel may be called past torch's dispatcher.
 
-    It may with plain tensors, all on one of its devices (`places`), without gradients, and with no trace, transform,
-    mode or profiler of torch that has to see the call.
+    It may with plain tensors, all on one of its devices, without gradients, and with no trace, transform, mode or
+    profiler of torch that has to see the call.
     """
-    tensors = []
+    return not torch.compiler.is_compiling() and _wants_only_values(arguments, devices)
+
+
+def _wants_only_values(arguments: tuple[Any, ...], devices: Sequence[str]) -> bool:
+    tracks, on_cpu = torch.is_grad_enabled(), None
     for a in arguments:
         if isinstance(a, Tensor):
-            tensors.append(a)
-        elif isinstance(a, (list, tuple)):
-            tensors += [t for t in a if isinstance(t, Tensor)]
-    is_there = next((place for place in places if place(tensors[0])), None)
-    if is_there is None or not all(type(t) in _PLAIN and is_there(t) for t in tensors):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
+            if type(a) not in _PLAIN or (tracks and a.requires_grad):
+                return False
+            if on_cpu is None:
+                on_cpu = a.is_cpu
+                if ("cpu" if on_cpu else "cuda") not in devices:
+                    return False
+            if not (a.is_cpu if on_cpu else a.is_cuda):
+                return False
+        elif isinstance(a, (list, tuple)) and not _wants_only_values(a, devices):
+            return False
     try:
         return not (
             torch._C._len_torch_dispatch_stack()

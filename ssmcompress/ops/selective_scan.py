@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import full_precision, select
 from .observing import is_observed, tell
+from .reference import accumulation_dtype
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
@@ -78,7 +80,15 @@ def selective_scan(
 
 
 class ScanPath(NamedTuple):
-    """One path of `scan_paths`; the fields are the arguments of `selective_scan` of the same names."""
+    """One path of `scan_paths`; most fields are the arguments of `selective_scan` of the same names.
+
+    A path may be given by its parameters, as layers have them: then the compiled kernels for CPUs compute delta and A
+    while they scan, instead of reading them from memory.
+
+    Attributes:
+        delta_weight: (d_inner, rank), whose product with `delta`, then (batch, length, rank), is delta; or None.
+        log_A: whether `A` holds the logarithm of -A.
+    """
 
     u: Tensor
     delta: Tensor
@@ -90,6 +100,34 @@ class ScanPath(NamedTuple):
     gap: Gap = None
     reverse: bool = False
     order: Tensor | None = None
+    delta_weight: Tensor | None = None
+    log_A: bool = False  # noqa: N815
+
+    def expanded(self) -> ScanPath:
+        """Return the same path with delta (batch, length, d_inner) and A itself."""
+        path = self
+        if path.delta_weight is not None:
+            path = path._replace(delta=F.linear(path.delta, path.delta_weight), delta_weight=None)
+        if path.log_A:
+            path = path._replace(A=-torch.exp(path.A.to(accumulation_dtype(path.A.dtype))), log_A=False)
+        return path
+
+
+class Expander:
+    """Expands paths one after the other; what consecutive ones share, as PlainMamba's do, is computed once."""
+
+    def __init__(self):
+        self._last: tuple[ScanPath, ScanPath] | None = None
+
+    def __call__(self, path: ScanPath) -> ScanPath:
+        """Return `path.expanded()`."""
+        if self._last is not None:
+            given, made = self._last
+            if all(getattr(path, name) is getattr(given, name) for name in ("delta", "delta_weight", "A", "log_A")):
+                return path._replace(delta=made.delta, A=made.A, delta_weight=None, log_A=False)
+        made = path.expanded()
+        self._last = path, made
+        return made
 
 
 class ScanCall(NamedTuple):
@@ -143,20 +181,32 @@ def scan_paths(
     module = select(backend, first.u, first.delta, z)
     scan_all = getattr(module, "scan_paths", None) if score != "clip-paths" else None
     if scan_all is None:
-        return scan_one_by_one(module.selective_scan, chain([first], path_iterator), z, delta_softplus, score, scored)
-    paths = [first, *path_iterator]
+        paths, by_parameters = chain([first], path_iterator), getattr(module, "scan_parameters", None)
+        return scan_one_by_one(module.selective_scan, paths, z, delta_softplus, score, scored, by_parameters)
+    paths = list(map(Expander(), chain([first], path_iterator)))
     with full_precision(first.u.device):
         return scan_all(paths, z, delta_softplus, score, scored)
 
 
-def scan_one_by_one(scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored) -> tuple[Tensor, Tensor | None]:
-    """Compute `scan_paths` with a backend's scan of one path, adding each path to the sum of those before it."""
-    y, scores, parts = None, None, []
+def scan_one_by_one(
+    scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored, scan_parameters=None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `scan_paths` with a backend's scan of one path, adding each path to the sum of those before it.
+
+    Args:
+        scan_parameters: a function of (path, z, delta_softplus, sum) that scans a path as it is, or returns None if it
+            cannot: then the path is expanded. Others as for `scan_paths`.
+    """
+    y, scores, parts, expand = None, None, [], Expander()
     for count, path in enumerate(paths, 1):  # the paths are computed by the caller's code, under the caller's autocast
-        u, delta, A, B, C, D, bias, gap, reverse, order = path
-        partial_sum = None if score == "clip-paths" else y
-        with full_precision(u.device):
-            result = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, partial_sum, order)
+        partial_sum, result = None if score == "clip-paths" else y, None
+        if scan_parameters is not None and score != "delta":
+            result = scan_parameters(path, z, delta_softplus, partial_sum)
+        if result is None:
+            path = expand(path)
+            u, delta, A, B, C, D, bias, gap, reverse, order, _, _ = path
+            with full_precision(u.device):
+                result = scan(u, delta, A, B, C, D, z, bias, delta_softplus, gap, reverse, partial_sum, order)
         if score == "delta":
             parts.append(SCORES[score](step_size(path, delta_softplus)))
         elif score == "clip-paths":
@@ -181,8 +231,8 @@ def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
 
 
 def _tell_paths(paths: Iterable[ScanPath], delta_softplus: bool) -> Iterator[ScanPath]:
-    """Yield the paths, and tell observers of each."""
-    for path in paths:
+    """Yield the paths, expanded, and tell observers of each."""
+    for path in map(Expander(), paths):
         tell(ScanCall(path, delta_softplus))
         yield path
 
@@ -192,7 +242,10 @@ def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None
     first, count = None, 0
     for path in paths:
         count += 1
-        u, delta, A, B, C, D, bias, gap, reverse, order = path
+        u, delta, A, B, C, D, bias, gap, reverse, order, weight, _ = path
+        if weight is not None:
+            _check_product(u, delta, weight)
+            delta = None
         _check_shapes(u, delta, A, B, C, D, z, bias, gap, None, order, reverse)
         first = first or path
         if (u.shape, A.shape) != (first.u.shape, first.A.shape):
@@ -206,6 +259,15 @@ def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None
         yield path
     if scored is not None and not 1 <= scored <= count:
         raise ValueError(f"scan_paths: expected scored from 1 to the {count} paths there are, found {scored}")
+
+
+def _check_product(u: Tensor, factor: Tensor, weight: Tensor) -> None:
+    """Raise a ValueError unless the product of a factor and a weight is a delta for u."""
+    if weight.ndim != 2 or weight.shape[0] != u.shape[-1] or factor.shape != (*u.shape[:-1], weight.shape[1]):
+        raise ValueError(
+            f"scan_paths: expected delta (batch, length, rank) and delta_weight (d_inner, rank) for u "
+            f"{tuple(u.shape)}, found {tuple(factor.shape)} and {tuple(weight.shape)}"
+        )
 
 
 def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse) -> None:

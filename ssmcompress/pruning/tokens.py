@@ -141,12 +141,21 @@ class Tokens:
 
     def updated(self, features: Tensor, scores: Tensor | None = None, update: Tensor | None = None) -> Tokens:
         """Return the same tokens with new features (and scores, and `update`)."""
-        return replace(self, features=features, scores=scores, keys=None, update=update, summary=None)
+        return self._with(features=features, scores=scores, keys=None, update=update, summary=None)
 
     def corrected(self, features: Tensor) -> Tokens:
         """Return the same tokens with features that a correction has changed, by which `update` changes, too."""
         update = None if self.update is None else self.update + (features - self.features)
-        return replace(self, features=features, update=update, summary=None)
+        return self._with(features=features, update=update, summary=None)
+
+    def _with(self, **changed) -> Tokens:
+        """Return what `dataclasses.replace` does if `paths` stays; in a fifth of the 20 us, once or twice a layer."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changed)
+        tokens = object.__new__(type(self))
+        tokens.__dict__.update(self.__dict__)
+        tokens.__dict__.update(changed)
+        return tokens
 
     def explicit_positions(self) -> Tensor:
         """Return the positions (batch, kept), also if nothing is pruned yet."""

@@ -16,12 +16,14 @@ from .threads import run
 _SMALL = 1 << 15
 
 
-def scan_forward(u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, softplus, reverse) -> Tensor:
+def scan_forward(
+    u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, softplus, reverse, weight=None, log_A=False
+) -> Tensor:
     """Return y (batch, length, d_inner); the arguments are those of `ssmcompress.ops.compiled`."""
     y = _new(u, u.shape, u.dtype)
     if y.numel():
-        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y]
-        flags = (softplus, reverse, _channels(u.shape[0], u.shape[2]))
+        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y, weight]
+        flags = (softplus, reverse, _channels(u.shape[0], u.shape[2]), log_A)
         _launch("scan_forward", flags, arrays, u.dtype, u.numel() * A.shape[1])
     return y
 
@@ -57,10 +59,10 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, orde
     dD = _new(u, (batch, d_inner) if D is not None else (0,))
     dbias = _new(u, (batch, d_inner) if bias is not None else (0,))
     if u.numel():
-        arrays = [u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, order, dy]
+        arrays = [u, delta, A, B.float(), C.float(), D, z, bias, steps, gap_delta, gap, order, dy]
         arrays += [du, ddelta, dA, dB.flatten(0, 1), dC.flatten(0, 1), dD, dz, dbias, dgap]
         _launch("scan_backward", (softplus, reverse), arrays, u.dtype, u.numel() * A.shape[1])
-    return [du, ddelta, _sum(dA), _sum(dB), _sum(dC), _sum(dD), dz, _sum(dbias), dgap]
+    return [du, ddelta, _sum(dA), _sum(dB).to(B.dtype), _sum(dC).to(C.dtype), _sum(dD), dz, _sum(dbias), dgap]
 
 
 def conv_forward(x, weight, bias, positions, silu, reverse) -> Tensor:
@@ -93,12 +95,12 @@ def grid_conv_forward(x, weight, bias, positions, rows, columns, silu) -> Tensor
     return y
 
 
-def norm_forward(x, weight, eps) -> Tensor:
-    """Return y (..., channels); the arguments are those of `ssmcompress.ops.compiled`."""
-    y = _new(x, x.shape, x.dtype)
+def norm_forward(x, weight, eps, narrow) -> Tensor:
+    """Return y (..., channels), bfloat16 if `narrow`; the arguments are those of `ssmcompress.ops.compiled`."""
+    y = _new(x, x.shape, torch.bfloat16 if narrow else x.dtype)
     if y.numel():
         arrays = [x.reshape(-1, x.shape[-1]), weight, _number(eps), y.view(-1, x.shape[-1])]
-        _launch("norm_forward", (), arrays, x.dtype, x.numel())
+        _launch("norm_forward" if y.dtype == x.dtype else "norm_to_half", (), arrays, y.dtype, x.numel())
     return y
 
 

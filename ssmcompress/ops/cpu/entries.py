@@ -36,10 +36,10 @@ def _scan_forward(a, stamp):
         _ = stamp
         t = carray(pointer, (1, COLUMNS), int64)
         scan_forward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, a),
-            array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
-            array_at(t, 7, a), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32),
-            array_at(t, 11, float32), array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a),
+            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), t[0, 4] != 0, array_at(t, 1, a), array_at(t, 2, a),
+            array_at(t, 3, float32), array_at(t, 4, a), array_at(t, 5, a), array_at(t, 6, float32), array_at(t, 7, a),
+            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
+            array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a), array_at(t, 15, a),
         )  # fmt: skip
 
     return entry
@@ -121,6 +121,15 @@ def _norm_forward(a, stamp):
     return entry
 
 
+def _norm_to_half(a, stamp):
+    def entry(pointer):
+        _ = stamp
+        t = carray(pointer, (1, COLUMNS), int64)
+        norm_forward(t[0], array_at(t, 1, float32), array_at(t, 2, float32), array_at(t, 3, float32), array_at(t, 4, a))
+
+    return entry
+
+
 def _segment_sums(a, stamp):
     def entry(pointer):
         _ = stamp
@@ -141,6 +150,7 @@ _KERNELS: dict[str, Callable] = {
     "conv_backward": _conv_backward,
     "grid_conv_forward": _grid_conv_forward,
     "norm_forward": _norm_forward,
+    "norm_to_half": _norm_to_half,
     "segment_sums": _segment_sums,
 }
 _addresses: dict[tuple[str, bool], int] = {}

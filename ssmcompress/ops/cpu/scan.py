@@ -2,9 +2,9 @@
 
 All arrays have three axes and are in token order. `reverse` walks all of them from the last token to the first; an
 `order` (1, batch or 1, length) int64 applies only to u, z, add, y and their gradients. These and delta (batch, length,
-d_inner) are float32, or bfloat16 held as uint16. The rest is float32: A (1, d_inner, d_state), B and C (batch, length,
-d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch, length) with gap_delta (1, 1,
-d_inner). An optional array that is missing has no elements.
+d_inner), in the forward pass also B and C (batch, length, d_state), are float32, or bfloat16 held as uint16. The rest
+is float32: A (1, d_inner, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch,
+length) with gap_delta (1, 1, d_inner). An optional array that is missing has no elements.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .vector import (
     lane_sum,
     load,
     next_item,
+    number,
     prefetch,
     scratch,
     sigmoid,
@@ -44,13 +45,19 @@ KEPT = uint64(1 << 13)
 
 @kernel
 def scan_forward(
-    table, with_softplus, reverse, channels, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y
-):
-    """Compute y (batch, length, d_inner) for each tile of `channels` channels that this thread takes from `table`."""
+    table, with_softplus, reverse, channels, log_A, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, add, order, y,
+    weight,
+):  # fmt: skip
+    """Compute y (batch, length, d_inner) for each tile of `channels` channels that this thread takes from `table`.
+
+    With a `weight` (1, d_inner, rank), delta is (batch, length, rank), and their product is computed here: it takes
+    less time than to read it from memory. With `log_A`, A holds logarithms of -A.
+    """
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
+    rank = uint64(weight.shape[2])
     blocks = (d_inner + channels - ONE) // channels
     most = channels // WIDTH
-    h, a = scratch(most * d_state), scratch(most * d_state)
+    h, a, w = scratch(most * d_state), scratch(most * d_state), scratch(most * rank)
     x, decay, out = scratch(most), scratch(most), scratch(most)
     block = next_item(table)
     while block < uint64(u.shape[0]) * blocks:
@@ -58,7 +65,11 @@ def scan_forward(
         end = min(start + channels, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+            _load_rates(A, log_A, start + v * WIDTH, end, a, v * d_state)
+            for r in range(rank):
+                for lane in range(WIDTH):
+                    e = start + v * WIDTH + lane
+                    w[v * rank + r, lane] = number(weight, (ZERO, e, r)) if e < end else np.float32(0)
         h[:] = np.float32(0)
         for k in range(length):
             t = length - ONE - k if reverse else k
@@ -68,9 +79,15 @@ def scan_forward(
             for v in range(vectors):
                 e = start + v * WIDTH
                 count = min(WIDTH, end - e)
-                prefetch(delta, (b, ahead, e))
                 prefetch(u, (b, coming, e))
-                step, _ = _step(load(delta, (b, t, e), count), bias, with_softplus, e, count)
+                if rank:
+                    raw = splat(0.0)
+                    for r in range(rank):
+                        raw = raw + load(w, (v * rank + r, ZERO), WIDTH) * number(delta, (b, t, r))
+                else:
+                    prefetch(delta, (b, ahead, e))
+                    raw = load(delta, (b, t, e), count)
+                step, _ = _step(raw, bias, with_softplus, e, count)
                 u_t = load(u, (b, token, e), count)
                 store(x, (v, ZERO), WIDTH, step * u_t)
                 store(decay, (v, ZERO), WIDTH, step + _gap(steps, gap_delta, gap, b, t, e, count))
@@ -81,9 +98,9 @@ def scan_forward(
                 row = v * d_state
                 for n in range(d_state):
                     factor = exp2(decay_t * load(a, (row + n, ZERO), WIDTH))
-                    state = factor * load(h, (row + n, ZERO), WIDTH) + x_t * B[b, t, n]
+                    state = factor * load(h, (row + n, ZERO), WIDTH) + x_t * number(B, (b, t, n))
                     store(h, (row + n, ZERO), WIDTH, state)
-                    y_t = y_t + state * C[b, t, n]
+                    y_t = y_t + state * number(C, (b, t, n))
                 store(out, (v, ZERO), WIDTH, y_t)
             for v in range(vectors):
                 e = start + v * WIDTH
@@ -120,7 +137,7 @@ def scan_rows(
         end = min(start + channels, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+            _load_rates(A, False, start + v * WIDTH, end, a, v * d_state)
         h[:] = np.float32(0)
         decay[:] = np.float32(0)
         for k in range(length):
@@ -184,7 +201,7 @@ def scan_backward(
         end = min(start + BLOCK, d_inner)
         vectors = (end - start + WIDTH - ONE) // WIDTH
         for v in range(vectors):
-            _load_rates(A, start + v * WIDTH, end, a, v * d_state)
+            _load_rates(A, False, start + v * WIDTH, end, a, v * d_state)
         for sums in (dh, da, dskip, doffset, dB_lanes, dC_lanes):
             sums[:] = np.float32(0)
         starts[: most * d_state] = np.float32(0)
@@ -341,8 +358,11 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
 
 
 @helper
-def _load_rates(A, e, end, a, row):
+def _load_rates(A, log_A, e, end, a, row):
     """Fill rows `row`.. (d_state, 16 channels) of a with A of channels e.. in units of log2: exp(x A) = 2^(x a)."""
     for n in range(uint64(A.shape[2])):
         for lane in range(WIDTH):
             a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)
+        if log_A:
+            rates = exp2(load(a, (row + n, ZERO), WIDTH)) * -LOG2_E
+            store(a, (row + n, ZERO), WIDTH, rates)
