@@ -21,7 +21,7 @@ from ..models.base import TokenModel
 from ..models.precision import check_not_quantised
 from ..ops import use_backend
 from ..progress import track
-from .measure import autocast
+from .measure import run_in
 from .timings import Timings, describe_load, quartiles, speed_up_interval, system_load, within_noise
 
 REPEATS = 9
@@ -182,16 +182,16 @@ def _compare_with_first(times: Mapping[str, Sequence[float]], first: str, name: 
 
 
 def _make_forward(
-    model: TokenModel, images: Tensor, dtype: torch.dtype, backend: str | None = None
+    model: nn.Module, images: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Callable[[], Tensor]:
     """Return a call that runs a forward pass."""
+    model = run_in(model, dtype)
 
     def run() -> Tensor:
-        with autocast(images.device, dtype):
-            if backend is None:
-                return model(images)
-            with use_backend(backend):
-                return model(images)
+        if backend is None:
+            return model(images)
+        with use_backend(backend):
+            return model(images)
 
     return run
 

@@ -14,6 +14,7 @@ from .. import processes
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..models.inputs import as_batches, check_module
+from ..models.precision import narrow_products
 from ..progress import track
 from ..tasks import CLASSIFICATION, Evaluation, Task
 
@@ -36,7 +37,7 @@ def evaluate(
             DataLoader, or any iterable of batches: tensors, (images, labels, ...) or dicts; a data set of torch or of
             `datasets`. Labels are class numbers. It is iterated once, so an iterator may be of any length.
         dense: the model it was made from, for agreement and KL divergence.
-        dtype: float32, or bfloat16 for autocast.
+        dtype: float32, or bfloat16, see `run_in`.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images;
             all of them return the figures of all images.
 
@@ -65,11 +66,12 @@ def measure(
     Raises:
         InputError: as `evaluate`; or images that come in another order than those of the logits.
     """
-    modules = {name: model for name, model in models.items() if not isinstance(model, Logits)}
+    given = {name: model for name, model in models.items() if not isinstance(model, Logits)}
     earlier = {name: model for name, model in models.items() if isinstance(model, Logits)}
-    task, classes = _find_task(*modules.values())
+    task, classes = _find_task(*given.values())
+    modules = {name: run_in(model, dtype) for name, model in given.items()}
     meters, start, labelled = {name: task.meter(classes) for name in models}, 0, None
-    batches = as_batches(next(iter(modules.values())), data, repeat=False, labelled=True)
+    batches = as_batches(next(iter(given.values())), data, repeat=False, labelled=True)
     for images, labels in track(batches, "measuring", batches.total):
         logits = {name: values.of(images, start) for name, values in earlier.items()}
         start += len(images)
@@ -77,9 +79,7 @@ def measure(
             raise InputError("some batches have labels and others have none: expected labels for all or for none")
         labelled = labels is not None
         for name, model in modules.items():
-            device = next(model.parameters()).device
-            with autocast(device, dtype):
-                logits[name] = model(images.to(device)).float().cpu()
+            logits[name] = model(images.to(next(model.parameters()).device)).float().cpu()
         dense = logits.get("dense")
         _check_outputs(logits)
         if labels is not None:
@@ -145,10 +145,9 @@ class Logits:
 def compute_logits(model: nn.Module, data: Any, dtype: torch.dtype = torch.float32) -> Logits:
     """Compute the logits of a model, for `measure` with other models on the same images in the same order."""
     device, logits, samples = next(model.parameters()).device, [], []
-    batches = as_batches(model, data, repeat=False)
+    batches, run = as_batches(model, data, repeat=False), run_in(model, dtype)
     for images, _ in track(batches, "measuring the dense model", batches.total):
-        with autocast(device, dtype):
-            logits.append(model(images.to(device)).float().cpu())
+        logits.append(run(images.to(device)).float().cpu())
         samples.append(_sample_values(images))
     if not logits:
         raise InputError("no images to measure on")
@@ -164,3 +163,22 @@ def _sample_values(images: Tensor) -> Tensor:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return an autocast context to `dtype` on `device`, or one that does nothing for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def run_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a model that runs in `dtype`; the model itself for float32.
+
+    In bfloat16, the weights of the layers' matrix products are held in it, and the model runs under autocast, which has
+    the same results as autocast of the model itself.
+    """
+    return model if dtype == torch.float32 else _InDtype(model, dtype)
+
+
+class _InDtype(nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = narrow_products(model, dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(images.device, self.dtype):
+            return self.model(images)

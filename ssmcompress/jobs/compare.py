@@ -26,7 +26,7 @@ from ..data.signature import sign_images
 from ..errors import BudgetError, InputError
 from ..evaluation.flops import flops
 from ..evaluation.latency import latency_settings, time_models
-from ..evaluation.measure import Logits, autocast, compute_logits, measure
+from ..evaluation.measure import Logits, compute_logits, measure, run_in
 from ..evaluation.timings import Timings, describe_load
 from ..files import read_text, write_file
 from ..models.base import TokenModel
@@ -306,8 +306,8 @@ class Comparison:
         if not self._has_dense_size(model):
             image = next(iter(self._images_for(model))).images[:1].to(self._image.device)
             run = _WithImage(model, image)
-        with autocast(self._image.device, self.options.torch_dtype):
-            times = time_models({"dense": self.model, "row": run}, self._image)
+        runs = {"dense": self.model, "row": run}
+        times = time_models({name: run_in(m, self.options.torch_dtype) for name, m in runs.items()}, self._image)
         if times.load is not None:
             self._load = max(times.load, self._load or 0.0)
         return times

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .. import processes
 from ..data.batches import Batches
 from ..evaluation.latency import time_models
-from ..evaluation.measure import Evaluation, autocast, measure
+from ..evaluation.measure import Evaluation, measure, run_in
 from ..evaluation.timings import Timings
 from ..models.base import TokenModel
 from .requests import MeasureOptions
@@ -27,6 +28,8 @@ class Measured:
             other processes than the main one.
         timings: latency at batch 1 by column; None: not measured.
         options: how they were measured.
+        wide: where they were measured in another dtype than float32, by column of "dense" and "pruned": the model in
+            float32, and the model in that dtype, compared with it.
     """
 
     models: Mapping[str, TokenModel | None]
@@ -35,6 +38,7 @@ class Measured:
     sample: Tensor | None
     timings: Timings | None
     options: MeasureOptions
+    wide: Mapping[str, tuple[Evaluation, Evaluation]] = field(default_factory=dict)
 
 
 def name_columns(dense: TokenModel | None, snapshots: Mapping[str, TokenModel]) -> dict[str, TokenModel | None]:
@@ -54,12 +58,17 @@ def measure_models(
     present = {name: model for name, model in models.items() if model is not None}
     dtype = options.torch_dtype
     results = measure(present, images, dtype=dtype, distributed=distributed)
+    compared = {name: present[name] for name in ("dense", "pruned") if name in present}
+    wide = {}
+    if dtype != torch.float32:
+        for name, model in compared.items():
+            pair = measure({"dense": model, "narrow": run_in(model, dtype)}, images, distributed=distributed)
+            wide[name] = pair["dense"], pair["narrow"]
     images.sync()
     if not processes.is_main():
-        return Measured(models, results, images, None, None, options)
+        return Measured(models, results, images, None, None, options, wide)
     sample = next(iter(images)).images.to(next(models["pruned"].parameters()).device)
     timings = None
     if options.latency:
-        with autocast(sample.device, dtype):
-            timings = time_models({name: present[name] for name in ("dense", "pruned") if name in present}, sample[:1])
-    return Measured(models, results, images, sample, timings, options)
+        timings = time_models({name: run_in(model, dtype) for name, model in compared.items()}, sample[:1])
+    return Measured(models, results, images, sample, timings, options, wide)

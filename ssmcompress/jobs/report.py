@@ -79,10 +79,24 @@ def make_report(
         "preprocessing": about["preprocessing"],
         **sections,
         "dtype": about["dtype"],
+        **describe_wide(measured),
         "latency": describe_latency(measured.timings, device) if measured.timings else None,
         "command": command,
         "versions": versions(),
     }
+
+
+def describe_wide(measured: Measured) -> dict[str, Any]:
+    """Describe the models in float32, as `float32`, where they were measured in another dtype.
+
+    `agreement` of each compares the model in that dtype with itself in float32.
+    """
+    task = measured.models["pruned"].task
+    columns = {
+        name: {**task.describe(wide, compared=False), "agreement": task.describe(narrow, compared=True)}
+        for name, (wide, narrow) in measured.wide.items()
+    }
+    return {"float32": columns} if columns else {}
 
 
 def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

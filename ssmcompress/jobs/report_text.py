@@ -88,6 +88,7 @@ def format_notes(report: Report) -> list[str]:
             f"accuracy was not measured: no labels in {data['name']}; agreement with the dense model on "
             f"{data['images']} images"
         )
+    lines += _list_wide_notes(report)
     if (used := report.get("preprocessing") or {}).get("assumed"):
         lines.append(f"preprocessing was assumed: {', '.join(_list_assumed(used))}")
     if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
@@ -110,6 +111,23 @@ def format_notes(report: Report) -> list[str]:
             lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms{_overlap_note(rows)}")
             lines += list_load_notes(onnx.get("latency_settings") or {})
     return lines + list_flops_notes(report) + list_search_notes(report) + _latency_notes(report)
+
+
+def _list_wide_notes(report: Report) -> list[str]:
+    """What the models are in float32, where they were measured in another dtype."""
+    task, dtype = find_task(report.get("task")), report.get("dtype")
+    quality, likeness = (task.figure(name) for name in (task.quality, task.likeness))
+    notes = []
+    for column, wide in (report.get("float32") or {}).items():
+        same = wide["agreement"].get(likeness.report_key)
+        if same is None:
+            continue
+        before, after = wide.get(quality.report_key), (report.get(column) or {}).get(quality.report_key)
+        figures = ""
+        if before is not None and after is not None:
+            figures = f"{quality.title} {quality.form.format(before)} ({dtype}: {quality.form.format(after)}), "
+        notes.append(f"the {column} model in float32: {figures}and {likeness.form.format(same)} the same in {dtype}")
+    return notes
 
 
 def list_flops_notes(report: Report) -> list[str]:

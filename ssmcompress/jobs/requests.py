@@ -44,7 +44,7 @@ class MeasureOptions:
     """How models are measured.
 
     Attributes:
-        dtype: "float32", or "bfloat16" for measuring under autocast. latency: whether to time the models at batch 1.
+        dtype: "float32", or "bfloat16" (`evaluation.measure.run_in`). latency: whether to time the models at batch 1.
     """
 
     dtype: str = "float32"
