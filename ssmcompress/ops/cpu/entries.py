@@ -36,7 +36,7 @@ def _scan_forward(a, stamp):
         _ = stamp
         t = carray(pointer, (1, COLUMNS), int64)
         scan_forward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), t[0, 4] != 0, array_at(t, 1, a), array_at(t, 2, a),
+            t[0], t[0, 1] != 0, t[0, 2] != 0, t[0, 3] != 0, array_at(t, 1, a), array_at(t, 2, a),
             array_at(t, 3, float32), array_at(t, 4, a), array_at(t, 5, a), array_at(t, 6, float32), array_at(t, 7, a),
             array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
             array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a), array_at(t, 15, a),
@@ -50,7 +50,7 @@ def _scan_rows(a, stamp):
         _ = stamp
         t = carray(pointer, (1, COLUMNS), int64)
         scan_rows(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, uint64(t[0, 3]), array_at(t, 1, a), array_at(t, 2, float32),
+            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32),
             array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
             array_at(t, 7, float32), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, int64),
             array_at(t, 11, float32),
