@@ -20,12 +20,16 @@ from ssmcompress.data.transforms import Preprocessing
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def serve_onnx():
-    spec = importlib.util.spec_from_file_location("serve_onnx", EXAMPLES / "serve_onnx.py")
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def serve_onnx():
+    return load_example("serve_onnx")
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +130,31 @@ def test_the_runtime_of_browsers_agrees(exported, tmp_path):
     assert subprocess.run(script, check=False).returncode == 4
 
 
-def test_long_sequences_are_measured_and_drawn(in_an_empty_folder):
-    script, measured = [sys.executable, EXAMPLES / "long_sequences.py"], ["16x32", "64", "32/16", "--repeats", "1"]
-    done = subprocess.run(
-        [*script, *measured, "--json", "--output", "chart.png"], capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout)
+def test_long_sequences_are_measured_and_drawn(in_an_empty_folder, monkeypatch, capsys):
+    script, repeated = load_example("long_sequences"), ["--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["long_sequences", "16x32", "64", "32/16", *repeated, "--output", "chart.png"])
+    script.main()
+    assert capsys.readouterr().out.count("slope") == 2
+    assert Image.open("chart.png").format == "PNG"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    script.main()
+    found = json.loads(capsys.readouterr().out)
     assert found["points"].keys() == found["slopes"].keys() == {"scan", "Vim-tiny"}
     for points in found["points"].values():
         assert [point["tokens"] for point in points] == [3, 5, 17]
         assert all(point["ms"] > 0 for point in points)
     assert [point["mb"] for point in found["points"]["scan"]] == [tokens * 384 * 4 / 1e6 for tokens in (3, 5, 17)]
-    assert Image.open("chart.png").format == "PNG"
-    for wrong in (["15", "64"], ["64", "nonsense"], ["64", "64x64"], ["64"]):
-        refused = subprocess.run([*script, *wrong], capture_output=True, text=True, check=False)
-        assert refused.returncode == 1
-        assert "expected" in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+    for wrong in (["15", "64"], ["64", "nonsense"], ["64", "64/0"], ["64", "64x64"], ["64"]):
+        monkeypatch.setattr(sys, "argv", ["long_sequences", *wrong])
+        with pytest.raises(SystemExit, match=r"expected .*image") as ended:
+            script.main()
+        assert "\n" not in str(ended.value)
+
+
+def test_the_slope_of_linear_and_of_quadratic_growth(monkeypatch):
+    script = load_example("long_sequences")
+    powers = {"scan": 1, "Vim-tiny": 2}
+    monkeypatch.setattr(
+        script, "time_calls", lambda calls, *others: {(what, n): [3.0 * n ** powers[what]] * 2 for what, n in calls}
+    )
+    assert script.measure(["16", "32", "64"], 2)["slopes"] == pytest.approx(powers)

@@ -144,24 +144,7 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
         return
     if models := result.get("models"):
-        with_reference = "reference_ms" in models[0]
-        header = ["", "batch", "ms", "quartiles", "images/s", "faster", "95 %", "products ms", "x products"]
-        header += ["reference ms", "x reference"] if with_reference else []
-        rows = []
-        for m in models:
-            cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
-            cells += [f"{m['images_per_second']:.1f}", *_speed_up_cells(m, models[0]["model"])]
-            cells += [_known(m["products_ms"], "{:.1f}"), _known(m["times_products"], "{:.2f}")]
-            if with_reference:
-                cells += [_known(m["reference_ms"], "{:.0f}"), _known(m["times_reference"], "{:.1f}")]
-            rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", _known(m["activations_mb"], "{:.1f}")]))
-        show_table([*header, "peak MB", "one layer's MB"], rows)
-        print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too")
-        print("  few rounds to say so. products: the model's matrix products alone, and how many of them the forward")
-        print("  takes. peak: most memory of tensors at once, beside what the ops of one layer, or of a stem that")
-        print("  takes more, hand to each other.")
-        if with_reference:
-            print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
+        _show_models(models)
     if ops := result.get("ops"):
         _show_ops(ops)
     s = result["settings"]
@@ -174,6 +157,29 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
     )
     show_load(s)
     show_warnings(result)
+
+
+def _show_models(models: list[dict[str, Any]]) -> None:
+    """A table of models that were timed, and what its columns mean."""
+    first, with_reference = models[0]["model"], "reference_ms" in models[0]
+    header = ["", "batch", "ms", "quartiles", "images/s", "faster", "95 %", "fewer FLOPs", "products ms"]
+    header += ["x products", *(["reference ms", "x reference"] if with_reference else [])]
+    rows = []
+    for m in models:
+        cells = [str(m["batch"]), f"{m['ms']:.1f}", f"{m['ms_low']:.1f}-{m['ms_high']:.1f}"]
+        cells += [f"{m['images_per_second']:.1f}", *_speed_up_cells(m, first)]
+        cells.append("" if m["model"] == first else _known(m["times_fewer_flops"], "{:.2f}x"))
+        cells += [_known(m["products_ms"], "{:.1f}"), _known(m["times_products"], "{:.2f}")]
+        if with_reference:
+            cells += [_known(m["reference_ms"], "{:.0f}"), _known(m["times_reference"], "{:.1f}")]
+        rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", _known(m["activations_mb"], "{:.1f}")]))
+    show_table([*header, "peak MB", "one layer's MB"], rows)
+    print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too few")
+    print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as they are run here. products:")
+    print("  the model's matrix products alone, and how many of them the forward takes. peak: most memory of tensors")
+    print("  at once, beside what the ops of one layer, or of a stem that takes more, hand to each other.")
+    if with_reference:
+        print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
 
 
 def _speed_up_cells(row: dict[str, Any], first: str) -> list[str]:

@@ -21,6 +21,7 @@ from ..models.base import TokenModel
 from ..models.precision import check_not_quantised
 from ..ops import use_backend
 from ..progress import track
+from .flops import flops_as_run
 from .measure import run_in
 from .timings import Timings, describe_load, quartiles, speed_up_interval, system_load, within_noise
 
@@ -132,14 +133,16 @@ def benchmark(
 
     Returns:
         A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
-        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model with its
-        95 % interval (`times_faster_low`, `times_faster_high`) and whether it is `within_noise` (None: too few repeats
-        to say so), `products_ms` and `times_products`, `reference_ms` and `times_reference` if `reference`, then
-        `peak_mb` and `activations_mb`. What is not known of `peers` is None.
+        `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model with its 95 % interval
+        (`times_faster_low`, `times_faster_high`) and whether it is `within_noise` (None: too few repeats to say so),
+        `times_fewer_flops` than the first model, as they are run here, `products_ms` and `times_products`,
+        `reference_ms` and `times_reference` if `reference`, then `peak_mb` and `activations_mb`. What is not known of
+        `peers` is None.
     """
     peers = peers or {}
     device = next(next(iter(models.values())).parameters()).device
     first = next(iter(models))
+    gflops = {name: flops_as_run(model)["full"] for name, model in models.items()}
     rows = []
     for batch in batch_sizes:
         calls: dict[str, Callable[[], Any]] = {}
@@ -157,6 +160,7 @@ def benchmark(
         for name in [*models, *peers]:
             row = {"model": name, "batch": batch, **summarize_times(times[name])}
             row |= {"images_per_second": 1e3 * batch / row["ms"], **_compare_with_first(times, first, name)}
+            row["times_fewer_flops"] = gflops[first] / gflops[name] if name in models else None
             products, slow = (
                 statistics.median(times[call]) if (call := f"{name}, {kind}") in times else None
                 for kind in (PRODUCTS, REFERENCE)

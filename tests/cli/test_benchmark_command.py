@@ -70,7 +70,7 @@ def test_peers_are_timed_in_the_same_rounds(checkpoint, monkeypatch, dtype):
         assert row["ms"] > 0
         assert row["peak_mb"] > 0
         unknown = ("products_ms", "times_products", "reference_ms", "times_reference", "activations_mb")
-        assert [row[key] for key in unknown] == [None] * 5
+        assert [row[key] for key in (*unknown, "times_fewer_flops")] == [None] * 6
     assert rounds == [((2, 3, 16, 16), (2, 10))] * 2 * 8  # warm-up, six rounds and the memory, of both
     assert set(kinds) == {getattr(torch, dtype)}
     about = found["settings"]
