@@ -47,9 +47,12 @@ def read_metadata(file: str) -> dict:
     if about is None:
         sys.exit(f"{file}: expected a file that `ssmcompress export --onnx` wrote")
     try:
-        return json.loads(about)
+        found = json.loads(about)
     except ValueError:
-        sys.exit(f"{file}: its metadata is not JSON; export the file again")
+        found = None
+    if not isinstance(found, dict):
+        sys.exit(f"{file}: its metadata is not a JSON object; export the file again")
+    return found
 
 
 def make_options(about: dict, threads: int = 0) -> onnxruntime.SessionOptions:
@@ -85,6 +88,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="classes to show")
     parser.add_argument("--threads", type=int, default=0, help="threads of onnxruntime (default: as the file says)")
     args = parser.parse_args()
+    if args.threads < 0:
+        parser.error(f"--threads {args.threads}: expected a number from 0")
     about = read_metadata(args.model)
     options = make_options(about, args.threads)
     session = onnxruntime.InferenceSession(args.model, options, providers=["CPUExecutionProvider"])

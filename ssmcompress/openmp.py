@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,11 +69,15 @@ def read_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 @contextmanager
 def one_thread(small: bool = True) -> Iterator[None]:
-    """Run torch's operations and the kernels in the body on one thread if the work is `small`."""
+    """Run torch's operations and the kernels in the body on one thread if the work is `small`.
+
+    torch has one number of threads for all threads of Python that use it for the first time: while there are others,
+    nothing is changed.
+    """
     import torch
 
     threads = torch.get_num_threads()
-    if not small or threads == 1:
+    if not small or threads == 1 or threading.active_count() > 1:
         yield
         return
     torch.set_num_threads(1)

@@ -218,9 +218,10 @@ class Batching:
 class Measure(Batching):
     """How models are run when they are measured."""
 
-    dtype: Annotated[Precision, option(HARDWARE, help="Precision of matrix products when measuring.")] = (
-        Precision.float32
-    )
+    dtype: Annotated[
+        Precision,
+        option(HARDWARE, help="Precision when measuring; with bfloat16, reports have figures in float32 beside it."),
+    ] = Precision.float32
 
     def options(self, latency: bool = True) -> MeasureOptions:
         """As the library takes them."""

@@ -168,8 +168,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def run_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a model that runs in `dtype`; the model itself for float32.
 
-    In bfloat16, the weights of the layers' matrix products are held in it, and the model runs under autocast, which has
-    the same results as autocast of the model itself.
+    In bfloat16 it runs under autocast, and a model of this package holds the weights of its layers' matrix products in
+    bfloat16, too. A module of other code is left as it is.
     """
     return model if dtype == torch.float32 else _InDtype(model, dtype)
 
@@ -177,7 +177,8 @@ def run_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class _InDtype(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model, self.dtype = narrow_products(model, dtype), dtype
+        self.model = narrow_products(model, dtype) if isinstance(model, TokenModel) else model
+        self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(images.device, self.dtype):

@@ -302,12 +302,12 @@ class Comparison:
             return None
         if self._image is None:
             self._image = next(iter(self.measured)).images[:1].to(next(model.parameters()).device)
-        run = model
+        dtype = self.options.torch_dtype
+        run = run_in(model, dtype)
         if not self._has_dense_size(model):
             image = next(iter(self._images_for(model))).images[:1].to(self._image.device)
-            run = _WithImage(model, image)
-        runs = {"dense": self.model, "row": run}
-        times = time_models({name: run_in(m, self.options.torch_dtype) for name, m in runs.items()}, self._image)
+            run = _WithImage(run, image)
+        times = time_models({"dense": run_in(self.model, dtype), "row": run}, self._image)
         if times.load is not None:
             self._load = max(times.load, self._load or 0.0)
         return times

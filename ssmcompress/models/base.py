@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -569,9 +570,11 @@ class TokenModel(nn.Module, abc.ABC):
 
     def _is_small(self, images: Any) -> bool:
         """Return whether a forward is too small for a second thread of the CPU."""
-        if not isinstance(images, Tensor) or not images.is_cpu or not images.ndim:
+        if not isinstance(images, Tensor) or not images.is_cpu or images.ndim != 4:
             return False  # what is no batch of images is refused later
-        return images.shape[0] * self.activation_bytes() <= ONE_THREAD_BYTES
+        batch, _, height, width = images.shape
+        larger = max(1.0, height * width / math.prod(self.config.image_size))
+        return batch * larger * self.activation_bytes() <= ONE_THREAD_BYTES
 
     def raw_outputs(self, images: Tensor) -> Tensor:
         """Return the outputs (batch, classes, ...) by which the model is compared with another one: the logits.

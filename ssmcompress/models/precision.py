@@ -139,19 +139,21 @@ def to_float32(model: Model) -> Model:
 
 
 def narrow_products(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of a model that holds the weights of its matrix products in `dtype`; the model itself for float32.
+    """Return a copy of a model that holds the weights of its layers' matrix products in `dtype`.
 
-    It is to be run under autocast to `dtype`, which then converts neither these weights nor the results of norms, at
-    each forward. What is no matrix product, the patch embedding and the readout stay as they are.
+    It is to be run under autocast to `dtype`, which then has less to convert at each forward: neither these weights nor
+    the results of norms before scans. What is no matrix product, the patch embedding and the readout stay as they are.
+    The model itself is returned for float32, and if it is quantised.
     """
-    if dtype == torch.float32 or not hasattr(model, "blocks"):
+    if dtype == torch.float32 or any(hasattr(module, "_packed_params") for module in model.modules()):
         return model
     narrow = copy.deepcopy(model)
-    for module in narrow.blocks.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
-        elif isinstance(module, (RMSNorm, LayerNorm)):
-            module.output_dtype = dtype
+    for block in narrow.blocks:
+        for module in block.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+                module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+            elif isinstance(module, (RMSNorm, LayerNorm)) and hasattr(block, "scans"):
+                module.output_dtype = dtype
     return narrow
 
 

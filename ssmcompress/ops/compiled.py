@@ -27,7 +27,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
             gap = gap[0][..., None] * gap[1]
         else:
             (steps, gap_delta), gap = (_float(t) for t in gap), None
-    dtype = _common(u, delta, B, C, z, add)
+    dtype = _scan_dtype(B, C, u, delta, z, add)
     y = _scan(
         _as(dtype, u), _as(dtype, delta), _float(A), _as(dtype, B), _as(dtype, C), _float(D), _as(dtype, z),
         _float(delta_bias), steps, gap_delta, _float(gap), _as(dtype, add), _as(torch.int64, order), delta_softplus,
@@ -49,7 +49,7 @@ def scan_parameters(path: ScanPath, z: Tensor | None, delta_softplus: bool, add:
     ):
         return None
     steps, gap_delta, gap = (*(_float(t) for t in gap), None) if isinstance(gap, tuple) else (None, None, _float(gap))
-    dtype = _common(u, delta, B, C, z, add)
+    dtype = _scan_dtype(B, C, u, delta, z, add)
     y = _import_cpu().scan_forward(
         _as(dtype, u), _as(dtype, delta), _float(A), _as(dtype, B), _as(dtype, C), _float(D), _as(dtype, z),
         _float(bias), steps, gap_delta, gap, _as(dtype, add), _as(torch.int64, order), delta_softplus, reverse,
@@ -111,6 +111,12 @@ def _common(*activations: Tensor | None) -> torch.dtype:
     if not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"compiled ops: expected float32, bfloat16 or float16, found {', '.join(map(str, dtypes))}")
     return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+
+
+def _scan_dtype(B: Tensor, C: Tensor, *activations: Tensor | None) -> torch.dtype:
+    """Return the dtype of a scan: bfloat16 if the activations and B and C are, else float32."""
+    dtype = _common(*activations)
+    return dtype if B.dtype == C.dtype == torch.bfloat16 else torch.float32
 
 
 def _as(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 # A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
-# have `scan_paths`, which is otherwise composed of its `selective_scan`, `segment_sums`, which is otherwise that of the
-# reference, and `rms_norm_to`, which is otherwise `rms_norm` and a conversion.
+# have `scan_paths`, which is otherwise composed of its `selective_scan`; `scan_parameters`, for paths that are given by
+# their parameters and otherwise expanded; `segment_sums`, which is otherwise that of the reference; and `rms_norm_to`,
+# which is otherwise `rms_norm` and a conversion.
 FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",

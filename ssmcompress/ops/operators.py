@@ -46,8 +46,8 @@ def operator(
 def may_skip_dispatcher(arguments: tuple[Any, ...], devices: Sequence[str] = ("cpu",)) -> bool:
     """Return whether a kernel may be called past torch's dispatcher.
 
-    It may with plain tensors, all on one of its devices, without gradients, and with no trace, transform, mode or
-    profiler of torch that has to see the call.
+    It may with plain tensors, all on one of its devices, without gradients, and with no trace, transform, dispatch
+    mode or profiler of torch that has to see the call.
     """
     return not torch.compiler.is_compiling() and _wants_only_values(arguments, devices)
 

@@ -263,7 +263,8 @@ def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None
 
 def _check_product(u: Tensor, factor: Tensor, weight: Tensor) -> None:
     """Raise a ValueError unless the product of a factor and a weight is a delta for u."""
-    if weight.ndim != 2 or weight.shape[0] != u.shape[-1] or factor.shape != (*u.shape[:-1], weight.shape[1]):
+    fits = weight.ndim == 2 and weight.shape[0] == u.shape[-1] and weight.shape[1] > 0
+    if not fits or factor.shape != (*u.shape[:-1], weight.shape[1]):
         raise ValueError(
             f"scan_paths: expected delta (batch, length, rank) and delta_weight (d_inner, rank) for u "
             f"{tuple(u.shape)}, found {tuple(factor.shape)} and {tuple(weight.shape)}"

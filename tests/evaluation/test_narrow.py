@@ -3,7 +3,7 @@
 import pytest
 import torch
 from command_line import call, call_json
-from conftest import make_vim
+from conftest import make_plain_mamba, make_vim, make_vit
 from torch import nn
 
 import ssmcompress
@@ -12,15 +12,20 @@ from ssmcompress.models.precision import narrow_products
 
 
 def make(kind: str) -> nn.Module:
+    if kind == "plain_mamba":
+        return make_plain_mamba()
+    if kind == "vit":
+        return make_vit()
     vim = make_vim(depth=4)
     if kind == "pruned":
         return ssmcompress.prune(vim, ssmcompress.make_plan(vim, ratio=0.4))
     return vim
 
 
-@pytest.mark.parametrize("kind", ["dense", "pruned"])
-def test_results_are_those_of_autocast(kind, images):
+@pytest.mark.parametrize("kind", ["dense", "pruned", "plain_mamba", "vit"])
+def test_results_are_those_of_autocast(kind):
     model = make(kind)
+    images = torch.randn(3, model.config.in_chans, *model.config.image_size)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         with autocast(images.device, torch.bfloat16):
@@ -29,6 +34,29 @@ def test_results_are_those_of_autocast(kind, images):
         assert not torch.equal(model(images), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert run_in(model, torch.float32) is model
+
+
+def test_a_quantised_model_runs_as_under_autocast(vim, images):
+    quantised = torch.ao.quantization.quantize_dynamic(vim, {nn.Linear})
+    with torch.no_grad(), autocast(images.device, torch.bfloat16):
+        expected = quantised(images)
+    with torch.no_grad():
+        assert torch.equal(run_in(quantised, torch.bfloat16)(images), expected)
+
+
+def test_a_module_of_other_code_is_left_as_it_is(images):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = 4
+            self.linear = nn.Linear(3 * 16 * 16, 10)
+
+        def forward(self, x):
+            return self.linear(x.flatten(1))
+
+    other = Other()
+    assert ssmcompress.evaluate(other, images, dtype=torch.bfloat16).images == 5
+    assert other.linear.weight.dtype == torch.float32
 
 
 def test_only_products_of_layers_are_narrow(vim):

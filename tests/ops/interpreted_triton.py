@@ -24,7 +24,7 @@ def both_ways(dtype=torch.float32, gap=True, **sizes):
 
 def test_operators_pass_the_checks_of_torch():
     paths, z = both_ways(batch=1, length=3, d_inner=5, d_state=3)
-    u, delta, A, B, C, D, bias, gap, reverse, _ = (list(field) for field in zip(*paths, strict=True))
+    u, delta, A, B, C, D, bias, gap, reverse, *_ = (list(field) for field in zip(*paths, strict=True))
     arguments = (u, delta, A, B, C, D, bias, [], [], gap, [], z, None, True, reverse, None, 2)
     torch.library.opcheck(OPS.scan_paths.default, arguments)
     torch.library.opcheck(OPS.scan_paths.default, (*arguments[:15], "clip", 1), test_utils="test_faketensor")

@@ -93,7 +93,14 @@ def test_what_consecutive_paths_share_is_computed_once():
     assert expand(first) == first
 
 
-@pytest.mark.parametrize("change", [{"delta": torch.zeros(2, 30, 4)}, {"delta_weight": torch.zeros(41, 3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delta": torch.zeros(2, 30, 4)},
+        {"delta_weight": torch.zeros(41, 3)},
+        {"delta": torch.zeros(2, 30, 0), "delta_weight": torch.zeros(40, 0)},
+    ],
+)
 def test_shapes_that_do_not_match(change):
     path, z = make()
     with pytest.raises(ValueError, match=r"delta_weight \(d_inner, rank\)"):

@@ -39,6 +39,7 @@ class Watch:
         self._looked, self._used = perf_counter(), self._others()
         self._quiet_looks = 0
         self._end: threading.Event | None = None
+        self._lock = threading.Lock()
 
     @property
     def shortens(self) -> bool:
@@ -47,6 +48,14 @@ class Watch:
 
     def look(self, threads: int) -> None:
         """Shorten or lengthen the waits, if it is time to look again; `threads` are those that torch uses."""
+        if perf_counter() - self._looked < SECONDS or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._look(threads)
+        finally:
+            self._lock.release()
+
+    def _look(self, threads: int) -> None:
         now = perf_counter()
         if now - self._looked < SECONDS or self._used is None:
             return
@@ -77,17 +86,20 @@ class Watch:
 
 
 def used_by_others(stat: Path = Path("/proc/stat")) -> float | None:
-    """Return the seconds of cores that anything but this process has used since the machine started; None: unknown.
+    """Return the seconds that anything but this process has used of the cores that this process may run on.
 
-    Time that the host of a virtual machine took for others counts, too.
+    They count from when the machine started, with the time that the host of a virtual machine took for others. None:
+    the system does not say.
 
     Args:
-        stat: file of Linux whose first line has the times of all cores by kind, in ticks.
+        stat: file of Linux whose lines "cpu0", "cpu1", ... have the times of a core by kind, in ticks.
     """
     try:
+        own = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         with stat.open() as file:
-            user, nice, system, _idle, _waiting, *interrupts = map(int, file.readline().split()[1:9])
-        used = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+            cores = [line.split()[1:9] for line in file if line.split(" ", 1)[0] in own]
+        # user, nice, system, idle, waiting for input or output, interrupts, soft interrupts, stolen
+        ticks = sum(int(time) for core in cores for kind, time in enumerate(core) if kind not in (3, 4))
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2]) if cores else None
     except (OSError, ValueError, AttributeError):
         return None
-    return used - sum(os.times()[:2])

@@ -63,7 +63,7 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 
 def _scan_together(paths: list[ScanPath], z, add, softplus, score, scored) -> tuple[Tensor, Tensor]:
     _check(z, add, *(t for path in paths for t in (path.u, path.delta)))
-    u, delta, A, B, C, D, bias, gap, reverse, order = zip(*paths, strict=True)
+    u, delta, A, B, C, D, bias, gap, reverse, order, _, _ = zip(*paths, strict=True)
     if any(isinstance(g, Tensor) for g in gap):  # then every gap must be one tensor
         gap = [g[0][..., None] * g[1] if isinstance(g, tuple) else g for g in gap]
     steps, gap_delta, gap = zip(*map(_gap_parts, gap), strict=True)
