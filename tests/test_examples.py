@@ -159,3 +159,13 @@ def test_the_slope_of_linear_and_of_quadratic_growth(monkeypatch):
         script, "time_calls", lambda calls, *others: {(what, n): [3.0 * n ** powers[what]] * 2 for what, n in calls}
     )
     assert script.measure(["16", "32", "64"], 2)["slopes"] == pytest.approx(powers)
+
+
+def test_a_command_beside_busy_processes():
+    script = [sys.executable, str(EXAMPLES / "beside_busy.py")]
+    code = "import sys; print('beside'); sys.exit(3)"
+    done = subprocess.run([*script, "1", sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "beside\n")
+    done = subprocess.run([*script, "many", "true"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "number of busy processes" in done.stderr
