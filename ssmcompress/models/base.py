@@ -19,6 +19,7 @@ from ..data.transforms import Preprocessing
 from ..errors import InputError
 from ..openmp import one_thread
 from ..ops import SCORES, ScanPath, selective_scan
+from ..ops.selective_scan import Expander
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
@@ -207,10 +208,11 @@ class ScanBlock(Block):
 def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
     """Return the trajectory (batch, tokens, d_inner) of one state on each scan path, in token order."""
     column, trajectories = slice(state, state + 1), []
-    for u, delta, A, B, _, _, bias, gap, reverse, order in paths:
-        one = torch.ones_like(B[..., column])
-        options = {"delta_bias": bias, "delta_softplus": True, "gap": gap, "reverse": reverse, "order": order}
-        trajectories.append(selective_scan(u, delta, A[:, column], B[..., column].contiguous(), one, **options))
+    for path in map(Expander(), paths):
+        B = path.B[..., column].contiguous()
+        options = {name: getattr(path, name) for name in ("delta_bias", "gap", "reverse", "order")}
+        inputs = path.u, path.delta, path.A[:, column], B, torch.ones_like(B)
+        trajectories.append(selective_scan(*inputs, delta_softplus=True, **options))
     return trajectories
 
 
