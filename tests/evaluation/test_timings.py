@@ -116,6 +116,7 @@ def test_an_interval_that_holds_1_is_a_warning_for_each_model_and_batch(capsys):
     def row(model, batch, faster, low, high, noise=False):
         figures = dict.fromkeys(("ms", "ms_low", "ms_high", "images_per_second", "peak_mb", "activations_mb"), 1.0)
         figures |= {"times_faster": faster, "times_faster_low": low, "times_faster_high": high, "within_noise": noise}
+        figures["times_fewer_flops"] = 1.25
         return {"model": model, "batch": batch, **figures, "products_ms": None, "times_products": None}
 
     rows = [
@@ -136,7 +137,7 @@ def test_an_interval_that_holds_1_is_a_warning_for_each_model_and_batch(capsys):
     shown = capsys.readouterr().out
     assert "warning: the speed-up of b at batch 8 is 1.02 (0.97 to 1.08): not told from none" in shown
     table = " ".join(shown.split("faster: than")[0].split())
-    assert "1.50x 1.40-1.60" in table
+    assert "1.50x 1.40-1.60 1.25x" in table
     assert "~1.02x 0.97-1.08" in table
     assert "~0.99x 0.99-1.02" in table
 
