@@ -58,11 +58,11 @@ def measure_models(
     present = {name: model for name, model in models.items() if model is not None}
     dtype = options.torch_dtype
     results = measure(present, images, dtype=dtype, distributed=distributed)
-    compared = {name: present[name] for name in ("dense", "pruned") if name in present}
+    compared = {name: run_in(present[name], dtype) for name in ("dense", "pruned") if name in present}
     wide = {}
     if dtype != torch.float32:
-        for name, model in compared.items():
-            pair = measure({"dense": model, "narrow": run_in(model, dtype)}, images, distributed=distributed)
+        for name, narrow in compared.items():
+            pair = measure({"dense": present[name], "narrow": narrow}, images, distributed=distributed)
             wide[name] = pair["dense"], pair["narrow"]
     images.sync()
     if not processes.is_main():
@@ -70,5 +70,5 @@ def measure_models(
     sample = next(iter(images)).images.to(next(models["pruned"].parameters()).device)
     timings = None
     if options.latency:
-        timings = time_models({name: run_in(model, dtype) for name, model in compared.items()}, sample[:1])
+        timings = time_models(compared, sample[:1])
     return Measured(models, results, images, sample, timings, options, wide)

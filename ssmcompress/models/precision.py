@@ -75,28 +75,18 @@ def find_bias(layer: nn.Module) -> Tensor:
     return layer.bias() if callable(layer.bias) else layer.bias
 
 
-def project(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the product of a linear layer with x, and the bias that is still to be added to it.
+def factorise(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (x, weight, bias) of a linear layer: its result is x weight^T, and the bias is still to be added to it.
 
-    A layer of any other type than nn.Linear, for example a quantised one or an adapter, adds its bias itself.
+    A layer of any other type than nn.Linear, for example a quantised one or an adapter, adds its bias itself: then x is
+    its result, and the weight None.
 
     Args:
         times: how many times the bias is to be added in total.
     """
     if type(linear) is nn.Linear:
-        return F.linear(x, linear.weight), linear.bias if times == 1 else times * linear.bias
-    return linear(x), (times - 1) * find_bias(linear)
-
-
-def factorise(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return (x, weight, bias) of a linear layer, whose result is x weight^T + bias; arguments as for `project`.
-
-    For a layer of any other type than nn.Linear, x is its result, and the weight None.
-    """
-    if type(linear) is nn.Linear:
         return x, linear.weight, linear.bias if times == 1 else times * linear.bias
-    result, bias = project(linear, x, times)
-    return result, None, bias
+    return linear(x), None, (times - 1) * find_bias(linear)
 
 
 def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
