@@ -111,14 +111,39 @@ def conv_operator(
     )
 
 
-def grid_conv_operator(name: str, forward: Callable[..., Tensor], devices: Sequence[str]) -> Callable[..., Tensor]:
-    """Define a convolution on a grid as the operator `name`, without gradient.
+def grid_conv_operator(
+    name: str,
+    forward: Callable[..., Tensor],
+    devices: Sequence[str],
+    backward: Callable[..., list[Tensor]] | None = None,
+) -> Callable[..., Tensor]:
+    """Define a convolution on a grid as the operator `name`.
 
     Its inputs are x (batch, length, channels), weight (channels, 1, height, width), bias (channels,) and positions
-    (batch, length) int64.
+    (batch, length) int64. `backward` returns the gradients of x, weight and bias; None: there is no gradient.
     """
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, int rows, int columns, bool silu"
-    return operator(f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x))
+    schema = f"{name}({inputs}) -> Tensor"
+    if backward is None:
+        return operator(schema, forward, devices, lambda x, *others: empty_like(x, x))
+    gradients = operator(
+        f"{name}_backward(Tensor dy, {inputs}) -> Tensor[]",
+        backward,
+        devices,
+        lambda dy, x, weight, bias, *others: [empty_like(t, x) for t in (x, weight, bias)],
+    )
+
+    def save(ctx, inputs, output) -> None:
+        *tensors, rows, columns, silu = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.flags = rows, columns, silu
+
+    def apply_gradients(ctx, dy):
+        tensors = ctx.saved_tensors
+        dx, dweight, dbias = gradients(dy, *tensors, *ctx.flags)
+        return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
+
+    return operator(schema, forward, devices, lambda x, *others: empty_like(x, x), apply_gradients, save)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -131,8 +131,9 @@ def test_grid_conv_is_the_dense_one_with_zeros_at_pruned_positions(grid, kept, w
 @each_backend
 @pytest.mark.parametrize("pruned", [False, True], ids=["", "pruned"])
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_grid_conv_and_its_gradients(activation, pruned, backend):
-    tensors, positions = grid_case((3, 4), 9 if pruned else 12)
+@pytest.mark.parametrize("channels", [37, 150])  # below and beyond one block of channels
+def test_grid_conv_and_its_gradients(channels, activation, pruned, backend):
+    tensors, positions = grid_case((3, 4), 9 if pruned else 12, channels=channels)
     exact, own = leaves(tensors, torch.float64), leaves(tensors, torch.float32, backend)
     y = grid_conv2d(*exact, grid=(3, 4), positions=positions if pruned else None, activation=activation)
     there = positions.to(device_of(backend)) if pruned else None

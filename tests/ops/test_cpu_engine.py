@@ -87,8 +87,8 @@ def test_compiled_ops_pass_the_checks_of_torch():
     tensors = leaves((x, weight, bias), torch.float32)
     torch.library.opcheck(torch.ops.ssmcompress.causal_conv1d.default, (*tensors, positions, True, False))
     tensors, positions = grid_case((3, 4), 5, channels=5)
-    plain = [t.float() for t in tensors]
-    torch.library.opcheck(torch.ops.ssmcompress.grid_conv2d.default, (*plain, positions, 3, 4, True))
+    tensors = leaves(tensors, torch.float32)
+    torch.library.opcheck(torch.ops.ssmcompress.grid_conv2d.default, (*tensors, positions, 3, 4, True))
 
 
 def everything():

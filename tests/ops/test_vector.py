@@ -2,18 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from numba import njit, uint64
 
-from ssmcompress.ops.cpu import vector
+from ssmcompress.ops import selective_scan
+from ssmcompress.ops.cpu import arguments, avx512, lane_functions, vector
 
-AVX512 = pytest.mark.skipif(not vector.HAS_AVX512, reason="needs AVX-512")
+AVX512 = pytest.mark.skipif(not avx512.HAS_AVX512, reason="needs AVX-512")
 EXP2 = ["exp2_portable", pytest.param("exp2_avx512", marks=AVX512)]
 RECIPROCAL = ["reciprocal_portable", pytest.param("reciprocal_avx512", marks=AVX512)]
 
 
 def apply(name: str, x: np.ndarray) -> np.ndarray:
-    """Apply a function of `vector` to an array (numbers,), sixteen at a time."""
-    function, wide = getattr(vector, name), uint64(vector.LANES)
+    """Apply a function of `lane_functions` to an array (numbers,), sixteen at a time."""
+    function, wide = getattr(lane_functions, name), uint64(vector.LANES)
 
     @njit(error_model="numpy")
     def run(x, y):
@@ -70,6 +72,24 @@ def test_sigmoid_and_softplus():
     assert np.isnan(nan)
 
 
+@pytest.mark.skipif(not arguments._HAS_MXCSR, reason="needs a processor of the x86-64 family")
+def test_denormal_numbers_are_zero_in_kernels_alone():
+    @njit
+    def multiply(a, b, product):
+        before = arguments.flush_denormals()
+        product[1] = a[0] * b[0]
+        arguments.restore(before)
+        product[0] = a[0] * b[0]
+
+    product, small = np.empty(2, np.float32), np.full(1, 1e-20, np.float32)
+    multiply(small, small, product)
+    assert product[1] == 0
+    assert 0 < product[0] < 2e-40
+    x = torch.full((1, 3, 16), 1e-39)
+    assert selective_scan(x, x, -torch.ones(16, 2), x[..., :2], x[..., :2], backend="cpu").abs().max() == 0
+    assert (torch.full((64,), 1e-20) * 1e-20).min() > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -82,5 +102,5 @@ def test_sigmoid_and_softplus():
 )
 def test_the_settings_of_numba_decide_what_is_compiled(settings, expected, monkeypatch):
     for name, value in settings.items():
-        monkeypatch.setattr(vector.config, name, value)
-    assert vector._compiles_for_avx512() is expected
+        monkeypatch.setattr(avx512.config, name, value)
+    assert avx512._compiles_for_avx512() is expected

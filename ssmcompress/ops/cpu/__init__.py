@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .entries import COLUMNS, address
+from .arguments import COLUMNS
+from .entries import address
 from .scan import BLOCK
 from .threads import run
 
@@ -82,6 +83,18 @@ def grid_conv_forward(x, weight, bias, positions, rows, columns, silu) -> Tensor
         arrays = [x, weight.flatten(1), bias, positions, y]
         _launch("grid_conv_forward", flags, arrays, x.dtype, y.numel() * weight[0].numel())
     return y
+
+
+def grid_conv_backward(dy, x, weight, bias, positions, rows, columns, silu) -> list[Tensor]:
+    """Return the gradients of x, weight and bias; the arguments are those of `ssmcompress.ops.compiled`."""
+    batch, _, channels = x.shape
+    dx, dweight = _new(x, x.shape, x.dtype), _new(x, (batch, channels, weight[0].numel()))
+    dbias = _new(x, (batch, channels) if bias is not None else (0,))
+    if x.numel():
+        flags = (silu, rows, columns, *weight.shape[2:])
+        arrays = [x, weight.flatten(1), bias, positions, dy, dx, dweight, dbias]
+        _launch("grid_conv_backward", flags, arrays, x.dtype, x.numel() * weight[0].numel())
+    return [dx, _sum(dweight).view(weight.shape), _sum(dbias)]
 
 
 def norm_forward(x, weight, eps, narrow) -> Tensor:

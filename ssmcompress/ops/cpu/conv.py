@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from .vector import LANES, helper, kernel, load, next_item, prefetch, scratch, sigmoid, splat, store
+from .arguments import next_item
+from .lane_functions import sigmoid
+from .vector import LANES, helper, kernel, load, prefetch, scratch, splat, store
 
 ZERO = uint64(0)
 ONE = uint64(1)

@@ -1,7 +1,6 @@
 """The kernels as C functions of one pointer, compiled at their first use and cached on disk.
 
-Every thread of a team calls the same function with the same table of seven int64 a row: the first row has the counter
-of items, flags and sizes; each further row has the address, shape and strides of one array.
+Every thread of a team calls the same function with the same table, which `arguments` describes.
 """
 
 from __future__ import annotations
@@ -13,146 +12,66 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from numba import carray, cfunc, float32, int64, types, uint16, uint64, void
+from numba import boolean, carray, cfunc, float32, int64, types, uint16, uint64, void
 from numba.core import event
+from numba.core.extending import overload
 
+from .arguments import arguments, flush_denormals, restore
 from .conv import conv_backward, conv_forward
-from .grid_conv import grid_conv_forward
+from .grid_conv import grid_conv_backward, grid_conv_forward
 from .memory import keep_freed_memory
 from .norm import norm_forward
 from .scan import scan_backward, scan_forward, scan_rows
 from .segments import segment_sums
-from .vector import array_at
-
-COLUMNS = 7
-
-# `a` is the dtype of activations. Numba's cache checks only the file of a function for changes, but also the values of
-# its closure: `stamp` is a hash of all files that a kernel is built from.
 
 
-def _scan_forward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        scan_forward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, t[0, 3] != 0, array_at(t, 1, a), array_at(t, 2, a),
-            array_at(t, 3, float32), array_at(t, 4, a), array_at(t, 5, a), array_at(t, 6, float32), array_at(t, 7, a),
-            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
-            array_at(t, 12, a), array_at(t, 13, int64), array_at(t, 14, a), array_at(t, 15, a),
-        )  # fmt: skip
+class _Kernel(NamedTuple):
+    """A kernel and what it takes after the table: a letter of `_TYPES` for each flag and each array."""
 
-    return entry
+    function: Callable
+    flags: str
+    arrays: str
 
 
-def _scan_rows(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        scan_rows(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32),
-            array_at(t, 3, float32), array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32),
-            array_at(t, 7, float32), array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, int64),
-            array_at(t, 11, float32),
-        )  # fmt: skip
-
-    return entry
-
-
-def _scan_backward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        scan_backward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, a), array_at(t, 3, float32),
-            array_at(t, 4, float32), array_at(t, 5, float32), array_at(t, 6, float32), array_at(t, 7, a),
-            array_at(t, 8, float32), array_at(t, 9, float32), array_at(t, 10, float32), array_at(t, 11, float32),
-            array_at(t, 12, int64), array_at(t, 13, a), array_at(t, 14, a), array_at(t, 15, a),
-            array_at(t, 16, float32), array_at(t, 17, float32), array_at(t, 18, float32), array_at(t, 19, float32),
-            array_at(t, 20, a), array_at(t, 21, float32), array_at(t, 22, float32),
-        )  # fmt: skip
-
-    return entry
-
-
-def _conv_forward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        conv_forward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32),
-            array_at(t, 4, int64), array_at(t, 5, a),
-        )  # fmt: skip
-
-    return entry
-
-
-def _conv_backward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        conv_backward(
-            t[0], t[0, 1] != 0, t[0, 2] != 0, array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32),
-            array_at(t, 4, int64), array_at(t, 5, a), array_at(t, 6, a), array_at(t, 7, float32),
-            array_at(t, 8, float32),
-        )  # fmt: skip
-
-    return entry
-
-
-def _grid_conv_forward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        grid_conv_forward(
-            t[0], t[0, 1] != 0, t[0, 2], t[0, 3], t[0, 4], t[0, 5], array_at(t, 1, a), array_at(t, 2, float32),
-            array_at(t, 3, float32), array_at(t, 4, int64), array_at(t, 5, a),
-        )  # fmt: skip
-
-    return entry
-
-
-def _norm_forward(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        norm_forward(t[0], array_at(t, 1, a), array_at(t, 2, float32), array_at(t, 3, float32), array_at(t, 4, a))
-
-    return entry
-
-
-def _norm_to_half(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        norm_forward(t[0], array_at(t, 1, float32), array_at(t, 2, float32), array_at(t, 3, float32), array_at(t, 4, a))
-
-    return entry
-
-
-def _segment_sums(a, stamp):
-    def entry(pointer):
-        _ = stamp
-        t = carray(pointer, (1, COLUMNS), int64)
-        segment_sums(
-            t[0], uint64(t[0, 1]), t[0, 2], array_at(t, 1, a), array_at(t, 2, int64), array_at(t, 3, float32),
-            array_at(t, 4, float32), array_at(t, 5, float32),
-        )  # fmt: skip
-
-    return entry
-
-
-_KERNELS: dict[str, Callable] = {
-    "scan_forward": _scan_forward,
-    "scan_rows": _scan_rows,
-    "scan_backward": _scan_backward,
-    "conv_forward": _conv_forward,
-    "conv_backward": _conv_backward,
-    "grid_conv_forward": _grid_conv_forward,
-    "norm_forward": _norm_forward,
-    "norm_to_half": _norm_to_half,
-    "segment_sums": _segment_sums,
+_TYPES = {"b": boolean, "i": int64, "u": uint64, "f": float32}  # and "a", the dtype of activations
+_KERNELS = {
+    "scan_forward": _Kernel(scan_forward, "bbb", "aafaafaffffaiaa"),
+    "scan_rows": _Kernel(scan_rows, "bb", "affffffffif"),
+    "scan_backward": _Kernel(scan_backward, "bb", "aaffffaffffiaaaffffaff"),
+    "conv_forward": _Kernel(conv_forward, "bb", "affia"),
+    "conv_backward": _Kernel(conv_backward, "bb", "affiaaff"),
+    "grid_conv_forward": _Kernel(grid_conv_forward, "biiii", "affia"),
+    "grid_conv_backward": _Kernel(grid_conv_backward, "biiii", "affiaaff"),
+    "norm_forward": _Kernel(norm_forward, "", "affa"),
+    "norm_to_half": _Kernel(norm_forward, "", "fffa"),
+    "segment_sums": _Kernel(segment_sums, "ui", "aifff"),
 }
+
+
+def _run(name, table_and_arrays):
+    """Call a kernel; a closure over the kernel itself would be another one in each process for Numba's cache."""
+
+
+@overload(_run, prefer_literal=True)
+def _typed_run(name, table_and_arrays):
+    kernel = _KERNELS[name.literal_value].function
+    return lambda name, table_and_arrays: kernel(*table_and_arrays)
+
+
+def _make_entry(name, flags, dtypes, stamp):
+    # The cache checks only the file of a function for changes, but also the values of its closure: `stamp` is a hash of
+    # all files that a kernel is built from.
+    def entry(pointer):
+        _ = stamp
+        before = flush_denormals()
+        _run(name, arguments(carray(pointer, (1,), int64), flags, dtypes))
+        restore(before)
+
+    return entry
+
+
 _addresses: dict[tuple[str, bool], int] = {}
 _compiling = threading.Lock()
 _logger = logging.getLogger("ssmcompress")
@@ -170,9 +89,11 @@ def address(kernel: str, half: bool) -> int:
 
 @cache
 def _compiled(kernel: str, half: bool):
-    function = _KERNELS[kernel](uint16 if half else float32, _stamp())
+    _, flags, arrays = _KERNELS[kernel]
+    types_ = {**_TYPES, "a": uint16 if half else float32}
+    entry = _make_entry(kernel, tuple(types_[f] for f in flags), tuple(types_[a] for a in arrays), _stamp())
     with event.install_listener("numba:run_pass", _Announcer()):  # a kernel from the cache runs no compiler pass
-        return _made(function)
+        return _made(entry)
 
 
 def _made(function: Callable):

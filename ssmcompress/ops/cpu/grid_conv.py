@@ -1,4 +1,4 @@
-"""The convolution on a grid of `ssmcompress.ops`, forward only, at the kept tokens.
+"""The convolution on a grid of `ssmcompress.ops`, forward and backward, at the kept tokens.
 
 Arrays have three axes, as in `scan`: x and y (batch, length, channels) are float32, or bfloat16 held as uint16; weight
 (1, channels, height * width) and bias (1, 1, channels), empty if there is none, are float32; positions (1, batch,
@@ -10,15 +10,19 @@ from __future__ import annotations
 import numpy as np
 from numba import int64, uint64
 
-from .vector import LANES, helper, kernel, load, next_item, scratch, sigmoid, splat, store
+from .arguments import next_item
+from .lane_functions import sigmoid
+from .vector import LANES, helper, kernel, load, scratch, splat, store
 
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
 # Vectors of channels that are accumulated in parallel: a single sum would wait for the latency of each addition.
 ABREAST = uint64(4)
-# Tokens that one thread processes at a time.
+# Tokens that one thread processes at a time in the forward pass.
 ROWS = uint64(16)
+# Channels that one thread processes at a time in the backward pass.
+BLOCK = ABREAST * WIDTH
 
 
 @kernel
@@ -34,11 +38,7 @@ def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight,
     stretch = next_item(table)
     while stretch < uint64(x.shape[0]) * stretches:
         b, start = stretch // stretches, stretch % stretches * ROWS
-        token_at[:] = -1
-        for t in range(length):
-            position = positions[ZERO, b, t]
-            if 0 <= position < rows * columns:
-                token_at[position] = int64(t)
+        _place(positions, b, token_at)
         for t in range(start, min(start + ROWS, length)):
             count = _neighbours(token_at, positions[ZERO, b, t], rows, columns, height, width, sources, places)
             for e in range(ZERO, blocks, ABREAST * WIDTH):
@@ -67,6 +67,74 @@ def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight,
                     y_t = y_t + load(taps, row, WIDTH) * load(x, (b, sources[k], e), lanes)
                 store(y, (b, t, e), lanes, y_t * sigmoid(y_t) if with_silu else y_t)
         stretch = next_item(table)
+
+
+@kernel
+def grid_conv_backward(
+    table, with_silu, rows, columns, height, width, x, weight, bias, positions, dy, dx, dweight, dbias
+):  # fmt: skip
+    """Compute the gradients from dy (batch, length, channels) for each block of channels that this thread takes.
+
+    dweight (batch, channels, height * width) and dbias (1, batch, channels) are partial sums, which the caller adds up
+    in an order that is the same each time. The window has odd sides.
+    """
+    length, channels, window = uint64(x.shape[1]), uint64(x.shape[2]), uint64(height * width)
+    blocks, most = (channels + BLOCK - ONE) // BLOCK, ABREAST
+    vectors = (channels + WIDTH - ONE) // WIDTH
+    taps, dsum, dtap, doffset = _taps(weight), scratch(length * most), scratch(window * most), scratch(most)
+    token_at = np.empty(rows * columns, np.int64)
+    sources, places = np.empty(window, np.uint64), np.empty(window, np.uint64)
+    block = next_item(table)
+    while block < uint64(x.shape[0]) * blocks:
+        b, start = block // blocks, block % blocks * BLOCK
+        end = min(start + BLOCK, channels)
+        dtap[:] = np.float32(0)
+        doffset[:] = np.float32(0)
+        _place(positions, b, token_at)
+        for t in range(length):
+            count = _neighbours(token_at, positions[ZERO, b, t], rows, columns, height, width, sources, places)
+            for e in range(start, end, WIDTH):
+                v, lanes = (e - start) // WIDTH, min(WIDTH, end - e)
+                g = load(dy, (b, t, e), lanes)
+                if with_silu:
+                    y_t = _offset(bias, e, lanes)
+                    for k in range(count):
+                        tap = load(taps, (places[k] * vectors + e // WIDTH, ZERO), WIDTH)
+                        y_t = y_t + tap * load(x, (b, sources[k], e), lanes)
+                    share = sigmoid(y_t)
+                    g = g * (share * (1.0 + y_t * (1.0 - share)))
+                store(dsum, (t * most + v, ZERO), WIDTH, g)
+                store(doffset, (v, ZERO), WIDTH, load(doffset, (v, ZERO), WIDTH) + g)
+                for k in range(count):
+                    row = (places[k] * most + v, ZERO)
+                    store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, sources[k], e), lanes))
+        # x at t contributes to each y in the window around t, by the tap at the opposite place.
+        for t in range(length):
+            count = _neighbours(token_at, positions[ZERO, b, t], rows, columns, height, width, sources, places)
+            for e in range(start, end, WIDTH):
+                v = (e - start) // WIDTH
+                dx_t = splat(0.0)
+                for k in range(count):
+                    tap = load(taps, ((window - ONE - places[k]) * vectors + e // WIDTH, ZERO), WIDTH)
+                    dx_t = dx_t + tap * load(dsum, (sources[k] * most + v, ZERO), WIDTH)
+                store(dx, (b, t, e), min(WIDTH, end - e), dx_t)
+        for e in range(start, end):
+            v, lane = (e - start) // WIDTH, (e - start) % WIDTH
+            for place in range(window):
+                dweight[b, e, place] = dtap[place * most + v, lane]
+            if bias.size:
+                dbias[ZERO, b, e] = doffset[v, lane]
+        block = next_item(table)
+
+
+@helper
+def _place(positions, b, token_at):
+    """Write the token at each place of the grid, or -1, to `token_at`."""
+    token_at[:] = -1
+    for t in range(uint64(positions.shape[2])):
+        position = positions[ZERO, b, t]
+        if 0 <= position < len(token_at):
+            token_at[position] = int64(t)
 
 
 @helper

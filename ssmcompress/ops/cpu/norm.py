@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from .vector import LANES, kernel, lane_sum, load, next_item, splat, store
+from .arguments import next_item
+from .vector import LANES, kernel, lane_sum, load, splat, store
 
 ZERO = uint64(0)
 WIDTH = uint64(LANES)

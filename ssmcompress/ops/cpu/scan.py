@@ -12,23 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numba import uint64
 
-from .vector import (
-    LANES,
-    LOG2_E,
-    exp2,
-    helper,
-    kernel,
-    lane_sum,
-    load,
-    next_item,
-    number,
-    prefetch,
-    scratch,
-    sigmoid,
-    softplus,
-    splat,
-    store,
-)
+from .arguments import next_item
+from .lane_functions import LOG2_E, exp2, sigmoid, softplus
+from .vector import LANES, helper, kernel, lane_sum, load, number, prefetch, scratch, splat, store
 
 ZERO = uint64(0)
 ONE = uint64(1)

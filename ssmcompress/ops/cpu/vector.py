@@ -1,4 +1,4 @@
-"""Sixteen float32 lanes as one Numba value: arithmetic, loads, stores, exp2, sigmoid and softplus.
+"""Sixteen float32 lanes as one Numba value: arithmetic, loads and stores.
 
 Numba vectorises a loop only if LLVM can prove that no arrays overlap, and then with a check before every inner loop:
 a scan of (8, 197, 768, 16) took 5.4 ms in that form and takes 3.2 in this one. LLVM's vector types need no such proof
@@ -10,13 +10,13 @@ from __future__ import annotations
 import operator
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.core.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
 
 
@@ -31,7 +31,7 @@ vector = _Vector()
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type) -> None:
-        super().__init__(dmm, fe_type, _FLOATS)
+        super().__init__(dmm, fe_type, FLOATS)
 
 
 def _splat(builder, scalar):
@@ -110,75 +110,20 @@ def minus_magnitude(typing_context, v):
 
     def code(context, builder, signature, values):
         bits = builder.or_(builder.bitcast(values[0], _INTS), _ints(-(2**31)))
-        return builder.bitcast(bits, _FLOATS)
+        return builder.bitcast(bits, FLOATS)
 
     return vector(v), code
 
 
 @intrinsic
-def _scaled(typing_context, p, exponent):
+def add_exponent(typing_context, p, exponent):
     """Return p 2^n, n the low byte of the bits of `exponent`; adding it to p's exponent is cheaper than to multiply."""
 
     def code(context, builder, signature, values):
         p, exponent = (builder.bitcast(v, _INTS) for v in values)
-        return builder.bitcast(builder.add(p, builder.shl(exponent, _ints(23))), _FLOATS)
+        return builder.bitcast(builder.add(p, builder.shl(exponent, _ints(23))), FLOATS)
 
     return vector(p, exponent), code
-
-
-def _instruction(name: str, *further: ir.Constant):
-    """Return the code of an intrinsic of vectors that is one instruction of AVX-512.
-
-    Args:
-        name: of LLVM's intrinsic. further: the arguments that it takes after the vectors.
-    """
-
-    def code(context, builder, signature, values):
-        arguments = [*values, *further]
-        function_type = ir.FunctionType(_FLOATS, [argument.type for argument in arguments])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
-        return builder.call(function, arguments)
-
-    return code
-
-
-# What lanes get that are switched off, the mask by which none is, and the rounding mode: the usual one.
-_NOTHING, _ALL_LANES, _ROUNDING = ir.Constant(_FLOATS, ir.Undefined), ir.IntType(16)(0xFFFF), ir.IntType(32)(4)
-_MINUS_FLOOR = ir.IntType(32)(0b1001)
-
-
-@intrinsic
-def _fraction(typing_context, v):
-    """Return v - floor(v); 0 for an infinite v."""
-    name = "llvm.x86.avx512.mask.reduce.ps.512"
-    return vector(v), _instruction(name, _MINUS_FLOOR, _NOTHING, _ALL_LANES, _ROUNDING)
-
-
-@intrinsic
-def _scaled_by_floor(typing_context, p, v):
-    """Return p 2^floor(v)."""
-    return vector(p, v), _instruction("llvm.x86.avx512.mask.scalef.ps.512", _NOTHING, _ALL_LANES, _ROUNDING)
-
-
-@intrinsic
-def _estimated_reciprocal(typing_context, v):
-    """Return 1 / v, accurate to 2^-14 relative."""
-    return vector(v), _instruction("llvm.x86.avx512.rcp14.ps.512", _NOTHING, _ALL_LANES)
-
-
-def _compiles_for_avx512() -> bool:
-    """Return whether Numba compiles for a processor with AVX-512; its settings can name another one than this."""
-    if not config.ENABLE_AVX:
-        return False
-    if config.CPU_FEATURES is not None:
-        return {"+avx512f", "+avx512dq"} <= set(config.CPU_FEATURES.split(","))
-    if config.CPU_NAME not in (None, "host"):
-        return False
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512dq"))
-
-
-HAS_AVX512 = _compiles_for_avx512()
 
 
 @intrinsic
@@ -241,7 +186,7 @@ def load(typing_context, array, index, count):
         loaded.add_incoming(fast, fast_end)
         loaded.add_incoming(slow, slow_end)
         if half:
-            loaded = builder.bitcast(builder.shl(builder.zext(loaded, _INTS), _ints(16)), _FLOATS)
+            loaded = builder.bitcast(builder.shl(builder.zext(loaded, _INTS), _ints(16)), FLOATS)
         return loaded
 
     return vector(array, index, count), code
@@ -310,135 +255,10 @@ def _rounded_to_bfloat16(builder, v):
     return builder.trunc(builder.lshr(bits, _ints(16)), ir.VectorType(ir.IntType(16), LANES))
 
 
-def _fitted(function, low: float, high: float, degree: int) -> tuple[np.float32, ...]:
-    """Return the coefficients, lowest first, of the near-minimax polynomial of `function` on [low, high]."""
-    nodes = np.cos((2 * np.arange(1000) + 1) * np.pi / 2000) * (high - low) / 2 + (high + low) / 2
-    fit = np.polynomial.Chebyshev.fit(nodes, function(nodes), degree, domain=[low, high])
-    return tuple(np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef)
-
-
-def _interpolated_exp2() -> tuple[np.float32, ...]:
-    """Return the coefficients of q, lowest first, where 1 + f q(f) interpolates 2^f on [0, 1], at 0 and 1 too.
-
-    The nodes are the zeros of the Chebyshev polynomial of degree 6, stretched so that the outermost lie at the ends.
-    The float32 sum of the coefficients, as Horner's rule adds them, is 1.
-    """
-    nodes = (1 + np.cos((2 * np.arange(6) + 1) * np.pi / 12) / np.cos(np.pi / 12)) / 2
-    _, _, *others = np.linalg.solve(np.vander(nodes, increasing=True), np.exp2(nodes)).astype(np.float32)
-    rest = np.float32(0)
-    for coefficient in reversed(others):
-        rest = coefficient + rest
-    return np.float32(1) - rest, *others
-
-
-LOG2_E = np.float32(np.log2(np.e))
-# Adding it to a small number leaves that number, rounded, in the low bits.
-_ROUNDER = np.float32(1.5 * 2**23)
-# 2^f = 1 + f q(f), so that 2^0 is exactly 1 and a state without decay does not shrink by rounding.
-_Q0, _Q1, _Q2, _Q3, _Q4 = _fitted(lambda f: np.expm1(f * np.log(2)) / f, -0.5, 0.5, 4)
-# The same for [0, 1], with q(1) = 1: the fraction of a small negative exponent is rounded to 1, and 2^1 2^-1 must be 1.
-_F0, _F1, _F2, _F3, _F4 = _interpolated_exp2()
-# log(1 + x) = 2 artanh(s), s = x / (2 + x): this is 2 artanh(s) / s in s^2, for x in [0, 1].
-_S0, _S1, _S2, _S3, _S4 = _fitted(lambda s2: 2 * np.arctanh(np.sqrt(s2)) / np.sqrt(s2), 0.0, 1 / 9, 4)
-
-
 # Decorators of the kernels and of the functions that they call with arrays: division by numpy's rules, which raises no
 # exception, and no reference counting of arrays at each such call, which took half of the time.
 kernel = njit(error_model="numpy")
 helper = njit(error_model="numpy", _nrt=False)
-
-
-@njit
-def exp2_portable(v):
-    """Return 2^v, accurate to 3e-7 relative, clamped to 2^-125 and 2^127; NaN for the NaN that arithmetic gives."""
-    v = minimum(maximum(v, -125.0), 127.0)
-    rounded = v + _ROUNDER
-    f = v - (rounded - _ROUNDER)
-    p = 1.0 + f * (_Q0 + f * (_Q1 + f * (_Q2 + f * (_Q3 + f * _Q4))))
-    return _scaled(p, rounded)
-
-
-@njit
-def exp2_avx512(v):
-    """Return 2^v, accurate to 2e-7 relative, in 7 instructions instead of 12: AVX-512 reduces and scales in one each.
-
-    Nothing is clamped: results below the smallest normal number are denormal or 0, and those beyond the largest inf.
-    """
-    f = _fraction(v)
-    p = 1.0 + f * (_F0 + f * (_F1 + f * (_F2 + f * (_F3 + f * _F4))))
-    return _scaled_by_floor(p, v)
-
-
-@njit
-def reciprocal_portable(v):
-    """Return 1 / v."""
-    return 1.0 / v
-
-
-@njit
-def reciprocal_avx512(v):
-    """Return 1 / v for normal v with a normal reciprocal, accurate to 2e-7 relative: an estimate of 14 bits, refined.
-
-    A division of sixteen lanes takes 16 cycles, this takes 4.
-    """
-    estimate = _estimated_reciprocal(v)
-    return estimate + estimate * (1.0 - v * estimate)
-
-
-exp2 = exp2_avx512 if HAS_AVX512 else exp2_portable
-reciprocal = reciprocal_avx512 if HAS_AVX512 else reciprocal_portable
-
-
-@njit
-def sigmoid(v):
-    """Return 1 / (1 + e^-v), accurate to 4e-6 relative on [-60, 60]."""
-    return reciprocal(1.0 + exp2(minimum(v * -LOG2_E, 100.0)))
-
-
-@njit
-def softplus(v):
-    """Return log(1 + e^v) to 4e-6 relative on [-60, 60], mostly the rounding of v log2(e); v itself from 20 on."""
-    x = exp2(minus_magnitude(v) * LOG2_E)
-    s = x * reciprocal(2.0 + x)
-    s2 = s * s
-    return maximum(v, 0.0) + s * (_S0 + s2 * (_S1 + s2 * (_S2 + s2 * (_S3 + s2 * _S4))))
-
-
-@intrinsic
-def next_item(typing_context, table):
-    """Return the first word of `table`, an int64 array, and increment it, atomically."""
-
-    def code(context, builder, signature, values):
-        counter = context.make_array(signature.args[0])(context, builder, values[0]).data
-        return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
-
-    return types.uint64(table), code
-
-
-@intrinsic
-def array_at(typing_context, table, row, dtype):
-    """Return the array (3 axes, any strides) whose address, shape and strides are `row` of `table` (rows, 7)."""
-    array_type = types.Array(dtype.dtype, 3, "A")
-
-    def code(context, builder, signature, values):
-        word = ir.IntType(64)
-        words = context.make_array(signature.args[0])(context, builder, values[0]).data
-        first = builder.gep(words, [builder.mul(builder.zext(values[1], word), word(7))])
-        address, *sizes = (builder.load(builder.gep(first, [word(i)])) for i in range(7))
-        array = context.make_array(array_type)(context, builder)
-        item = context.get_data_type(array_type.dtype)
-        size = word(context.get_abi_sizeof(item))
-        context.populate_array(
-            array,
-            data=builder.inttoptr(address, item.as_pointer()),
-            shape=cgutils.pack_array(builder, sizes[:3]),
-            strides=cgutils.pack_array(builder, [builder.mul(stride, size) for stride in sizes[3:]]),
-            itemsize=size,
-            meminfo=None,
-        )
-        return array._getvalue()
-
-    return array_type(table, row, dtype), code
 
 
 @njit
