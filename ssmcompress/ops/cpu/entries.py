@@ -69,6 +69,7 @@ def _make_entry(name, flags, dtypes, stamp):
         _run(name, arguments(carray(pointer, (1,), int64), flags, dtypes))
         restore(before)
 
+    entry.__qualname__ = name  # by which files of the cache are called: one index for each kernel
     return entry
 
 
