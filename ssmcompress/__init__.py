@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from .jobs.finetune import finetune_folder
     from .jobs.functions import compare, fit_budget, search
     from .jobs.prune import compress
+    from .jobs.push import PushRequest, push_folder
     from .models.checkpoint import load
+    from .models.dense_weights import dense_state_dict
     from .models.rewrite import make_plan, prune
     from .models.saved import read_plan, save
     from .pruning.plan import Plan, Stage
@@ -63,6 +65,7 @@ _HOME = {
     "calibrate": "compression.calibrate",
     "compare": "jobs.functions",
     "compress": "jobs.prune",
+    "dense_state_dict": "models.dense_weights",
     "drop_directions": "compression.trim.layers",
     "drop_layers": "compression.trim.layers",
     "evaluate": "evaluation.measure",
@@ -76,6 +79,8 @@ _HOME = {
     "open_images": "data.find",
     "ops": "ops",
     "prune": "models.rewrite",
+    "push_folder": "jobs.push",
+    "PushRequest": "jobs.push",
     "read_plan": "models.saved",
     "map_levels": "compression.reconstruct.levels",
     "reconstruct": "compression.reconstruct",
@@ -92,6 +97,7 @@ __all__ = [
     "InputError",
     "OnnxOptions",
     "Plan",
+    "PushRequest",
     "Recipe",
     "SsmCompressError",
     "Stage",
@@ -101,6 +107,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
+    "dense_state_dict",
     "drop_directions",
     "drop_layers",
     "evaluate",
@@ -115,6 +122,7 @@ __all__ = [
     "open_images",
     "ops",
     "prune",
+    "push_folder",
     "read_plan",
     "reconstruct",
     "save",

@@ -21,10 +21,11 @@ from .progress import note
 # that steps added, under `onnx` the file that was exported into it.
 OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
-    "sensitivity.json", "last.safetensors", "finetuning.png",
+    "sensitivity.json", "last.safetensors", "finetuning.png", "recipe.yaml",
 }  # fmt: skip
 # The file by which a folder is known to be ours: of a model, and of pictures, whose file names all others in `files`.
 MODEL_FILE, VISUALIZED = "config.json", "visualize.json"
+RECIPE_FILE = "recipe.yaml"  # by which the folder of a model can be made again
 ATTENTION = "attention"  # the folder of pictures in that of a model
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
 HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB

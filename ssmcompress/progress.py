@@ -1,14 +1,19 @@
-"""Progress reports: until a front end is set, lines are logged and the rest is not shown."""
+"""Progress reports: until a front end is set, lines are logged and the rest is not shown.
+
+Messages of the library are records of the logger "ssmcompress" (lines INFO, notes WARNING), so `logging` silences them.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
+_logger = logging.getLogger("ssmcompress")
 
 
 class FrontEnd:
@@ -23,19 +28,54 @@ class FrontEnd:
 
     def line(self, text: str) -> None:
         """Print `text` so that it stays on the screen."""
-        logging.getLogger("ssmcompress").info(text)
+        _logger.info(text)
 
     def note(self, text: str) -> None:
         """Show a note; without a front end, it is logged as a warning, which Python prints by default."""
         if type(self) is FrontEnd:
-            logging.getLogger("ssmcompress").warning(text)
+            _logger.warning(text)
         else:
             self.line(text)
+
+
+class Steps:
+    """The loops of `track` while `record_steps` records them, so that an error can say in which one it was raised.
+
+    Attributes:
+        running: what the loops that run are called, the innermost last.
+        left: the innermost loop that was left before its end, by an error or a `break`, until another one goes on.
+            Python ends the generators of a loop before its caller sees the error, so `running` has it no more then.
+        finished: the last loop that came to its end, None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+        self.left: str | None = None
+        self.finished: str | None = None
+
+    def follow(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """Iterate over `items`, and log the beginning and the end as DEBUG."""
+        self.running.append(what)
+        self.left, began, whole = None, time.perf_counter(), False
+        _logger.debug("%s: %d to do", what, total)
+        try:
+            for item in items:
+                yield item
+                self.left = None
+            whole = True
+        finally:
+            self.running.remove(what)
+            if whole:
+                self.left, self.finished = None, what
+            else:
+                self.left = self.left or what
+            _logger.debug("%s: %s after %.2f s", what, "done" if whole else "left", time.perf_counter() - began)
 
 
 _silent = FrontEnd()
 _held: ContextVar[dict[str, None] | None] = ContextVar("ssmcompress_notes", default=None)
 _front_end: ContextVar[FrontEnd] = ContextVar("ssmcompress_front_end", default=_silent)
+_steps: ContextVar[Steps | None] = ContextVar("ssmcompress_steps", default=None)
 
 
 def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[T]:
@@ -45,7 +85,8 @@ def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[
         items: the remaining items. what: a description of the work.
         total: the number of items in all. done: how many of them were finished before these.
     """
-    return _front_end.get().track(items, what, total, done)
+    shown, steps = _front_end.get().track(items, what, total, done), _steps.get()
+    return shown if steps is None else steps.follow(shown, what, total - done)
 
 
 def status(text: str) -> None:
@@ -64,6 +105,8 @@ def note(text: str) -> None:
     A command prints its notes when it has succeeded (`hold_notes`), so that an error is not preceded by them.
     """
     if (held := _held.get()) is not None:
+        if text not in held:
+            _logger.debug("note: %s", text)  # a command that fails does not print it
         held[text] = None
         return
     front_end = _front_end.get()
@@ -81,6 +124,17 @@ def hold_notes() -> Iterator[dict[str, None]]:
         yield _held.get()
     finally:
         _held.reset(token)
+
+
+@contextmanager
+def record_steps() -> Iterator[Steps]:
+    """Record which loops of `track` run in the body of the with statement."""
+    steps = Steps()
+    token = _steps.set(steps)
+    try:
+        yield steps
+    finally:
+        _steps.reset(token)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import ssmcompress
 from ssmcompress.cli.app import app
+from ssmcompress.cli.recipes import read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,7 +31,7 @@ PAGES = [README, *DOCS]
 OTHER_EXAMPLES = {"extending.md"}
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-LANGUAGES = {"bash", "bash gpu", "python", "text"}
+LANGUAGES = {"bash", "bash gpu", "python", "text", "yaml"}
 PROGRAMS = ("ssmcompress", "python examples/", "torchrun")
 # The demo is run on fewer images by its own test; completion writes to the startup file of the user's shell.
 RUN_ELSEWHERE = {"ssmcompress demo", "ssmcompress --install-completion"}
@@ -128,6 +129,14 @@ def test_commands_run_where_a_page_begins_with_the_three_lines(tmp_path):
         with users_folder(tmp_path / page.stem, page):
             for command in commands_here(page)[3:]:
                 run(command)
+
+
+@name_of
+def test_recipes_can_be_read(page, tmp_path):
+    for number, text in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text, encoding="utf-8")
+        read_recipe(file)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from .options import takes
 ORDER = (
     "inspect",
     "prune",
+    "run",
     "report",
     "evaluate",
     "export",
@@ -55,7 +56,8 @@ def _register() -> None:
     names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
     for name in sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
         module = import_module(f"{commands.__name__}.{name}")
-        app.command(name, cls=Command, epilog=module.EXAMPLE)(takes(getattr(module, name)))
+        settings = getattr(module, "SETTINGS", None)
+        app.command(name, cls=Command, epilog=module.EXAMPLE, context_settings=settings)(takes(getattr(module, name)))
 
 
 _register()

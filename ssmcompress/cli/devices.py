@@ -1,12 +1,149 @@
-"""Why a device that was asked for cannot be used, as torch reports it."""
+"""Devices and their memory: which one is used, why one cannot be, and what to do where its memory does not suffice."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+from ..errors import SsmCompressError
+from ..progress import Steps, record_steps
+
+AUTO = "auto"
+DEFAULT = "CUDA is used if it works, else the CPU"
 # Device types of torch that people have, and names that they type for them.
 TYPES = ("cpu", "cuda", "mps", "xpu")
 OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "hip": "cuda", "metal": "mps"}
+
+# What torch says where there is no GPU, or it was built without CUDA: no reason to say that the CPU is used.
+NO_GPU = ("not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs", "No HIP GPUs", "no CUDA-capable device")
+# What allocators say: torch's on CPUs (Linux, Windows), CUDA's and cuBLAS', C++ (onnxruntime), and torch of a process
+# that decodes images and was ended by the system.
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+    "failed to allocate memory", "bad_alloc", "alloc_failed", "out of shared memory", "killed by signal: killed",
+)  # fmt: skip
+# Parameters of commands that lower the memory a command takes, with the value that cannot be lowered; and those that
+# ask for a search, without which the images to search on take none.
+LOWERABLE = {"batch_size": 1, "batch_sizes": 1, "samples": 1, "search_images": 1, "workers": 0}
+SEARCHES = ("flops", "flops_backbone", "latency", "max_drop")
+TRAINING = "fine-tuning"  # the step that reads as many images at a time as the recipe says, not --batch-size
+
+
+def choose_device(name: str) -> tuple[str, str]:
+    """Return the device that the value of --device stands for, and a line that says so where it is not as typed.
+
+    "auto" is CUDA if torch can compute on it, else the CPU, and never fails: where there is a GPU that cannot be used,
+    the line has the reason. MPS and XPU are used only by name, since no kernels are compiled for them: their scans run
+    in plain torch, as a loop over the tokens.
+
+    Several processes of a launcher must choose alike without asking each other. They take CUDA where there is a GPU for
+    each, and none tries its own: a GPU that fails one of them is an error, not a run on two kinds of devices.
+    """
+    if name != AUTO:
+        return name, ""
+    import torch
+
+    several, local = _number("WORLD_SIZE") > 1, _number("LOCAL_WORLD_SIZE") or _number("WORLD_SIZE")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line below says it
+        try:
+            if not torch.cuda.is_available():
+                torch.cuda.init()  # raises the reason
+                return "cpu", ""
+            if several and (gpus := torch.cuda.device_count()) < local:
+                return "cpu", f"using the CPU: {local} processes on this machine, but {gpus} CUDA devices"
+            if several:
+                return "cuda", "using CUDA, a GPU for each process (--device cpu: the CPU)"
+            torch.zeros(1, device="cuda").item()
+            gpu = torch.cuda.get_device_name()
+        except Exception as error:
+            if any(text in str(error) for text in NO_GPU):
+                return "cpu", ""
+            return "cpu", f"using the CPU: CUDA cannot be used, {_first_sentence(error)}"
+    return "cuda", f"using CUDA, {gpu} (--device cpu: the CPU)"
+
+
+def _number(variable: str) -> int:
+    """Return the whole number in an environment variable of a launcher, else 0."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
+
+
+@contextmanager
+def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
+    """Replace an error for lack of memory in the body of the with statement by one that says what to do.
+
+    Args:
+        command: the name of the command that runs. values: parameter -> value.
+
+    Raises:
+        SsmCompressError: out of memory; it names the step that ran, and the options of the command that lower what it
+            takes.
+    """
+    with record_steps() as steps:
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, SsmCompressError) or not is_out_of_memory(error):
+                raise
+            text = str(error).lower()
+            gpu = any(kind in text for kind in ("cuda", "cublas", "hip out", "mps backend", "xpu out"))
+            where = " of the GPU" if gpu else ""
+            raise SsmCompressError(
+                f"out of memory{where} in {_describe_step(command, steps)}; {_advise(values, steps, gpu)}"
+            ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory could not be allocated, on any device and in any library."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def _current(steps: Steps) -> str | None:
+    """Return the innermost step that an error has ended."""
+    return steps.left or next(reversed(steps.running), None)
+
+
+def _describe_step(command: str, steps: Steps) -> str:
+    """Return during what the memory ran out."""
+    if (step := _current(steps)) is not None:
+        return f'the step "{step}" of {command}'
+    return command + (f', after the step "{steps.finished}"' if steps.finished else "")
+
+
+def _advise(values: Mapping[str, Any], steps: Steps, gpu: bool) -> str:
+    """Return which options lower the memory that a command takes, with their values."""
+    trains, no_model = _current(steps) == TRAINING, not values.get("models", True)  # as in `benchmark --ops`
+    options, texts = [], []
+    for name, least in LOWERABLE.items():
+        value, unused = values.get(name), no_model or (trains and name != "workers")
+        if name == "search_images":
+            unused |= all(values.get(search) is None for search in SEARCHES)
+        if not unused and max((int(part) for part in re.findall(r"\d+", str(value))), default=0) > least:
+            options.append(f"--{name.replace('_', '-')} (now {value})")
+    if "image_size" in values and not no_model:
+        options.append(f"--image-size (now {values['image_size'] or 'as trained'})")
+    if values.get("ops"):
+        options.append(f"--shape (now {values.get('shape') or 'its default'})")
+    if trains:
+        given = [text.partition("=")[2] for text in values.get("recipe_changes") or () if "accumulate" in text]
+        now = f" (now {given[-1].strip()})" if given else ""
+        texts.append(f"split each training step with --set accumulate=NUMBER{now}")
+    if options:
+        texts.append(f"lower {' or '.join(filter(None, [', '.join(options[:-1]), options[-1]]))}")
+    if gpu and "device" in values:
+        texts.append("use --device cpu")
+    return ", or ".join(texts) or "end other programs, or use a machine with more of it"
 
 
 def explain_device(name: str, error: Exception) -> str:
@@ -17,10 +154,13 @@ def explain_device(name: str, error: Exception) -> str:
     """
     kind, _, index = name.partition(":")
     if kind not in TYPES or (index and not index.isdecimal()):
-        guess = OTHER_NAMES.get(kind.lower()) or next(iter(difflib.get_close_matches(kind.lower(), TYPES, 1)), None)
-        advice = f"; did you mean {guess}{':' + index if index else ''}?" if guess and guess != kind else ""
-        return f"expected cpu, cuda, cuda:1, mps or xpu{advice}"
-    return f"{_find_reason(kind, index, error)}; without --device, the CPU is used"
+        similar = difflib.get_close_matches(kind.lower(), (*TYPES, AUTO), 1)
+        guess = OTHER_NAMES.get(kind.lower()) or next(iter(similar), kind)
+        expected = "expected cpu, cuda, cuda:1, mps or xpu"
+        if guess == kind:
+            return f"{expected}; without --device, {DEFAULT}"
+        return f"{expected}; did you mean {guess}{':' + index if index else ''}? Without --device, {DEFAULT}"
+    return f"{_find_reason(kind, index, error)}; without --device, {DEFAULT}"
 
 
 def _find_reason(kind: str, index: str, error: Exception) -> str:

@@ -6,7 +6,9 @@ The heading of an option in `--help` is its `rich_help_panel`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +16,10 @@ import typer
 
 from .. import processes
 from ..errors import InputError
-from .devices import explain_device
+from .devices import AUTO, choose_device, explain_device
 from .inputs import check_inputs, check_model
 from .options import BUDGET, FINETUNING, HARDWARE, IMAGES, MODEL_FILE, OUTPUT, PRUNING, option
-from .terminal import is_quiet, progress_bars
+from .terminal import is_quiet, progress_bars, say, start_log
 from .values import (
     IMPORTANCE_NAMES,
     GapSource,
@@ -44,13 +46,24 @@ def complete_importance(incomplete: str) -> list[str]:
     return [name for name in IMPORTANCE_NAMES if name.startswith(incomplete)]
 
 
-Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Dense checkpoint (.pth, .pt, .safetensors).")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint file, or a folder that prune wrote.")]
+def model_argument(metavar: str, text: str) -> Any:
+    """An argument that is a model."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Checkpoint = Annotated[
+    str, model_argument("CKPT", "Dense checkpoint (.pth, .pt, .safetensors), or a Hub name: owner/name[@rev][:file].")
+]
+Model = Annotated[str, model_argument("MODEL", "Checkpoint file, a folder that prune wrote, or a Hub name.")]
 MaybeModel = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="Folder or file; without it, the newest under compressed/.")
+    str | None, model_argument("MODEL", "Folder, file or Hub name; without it, the newest under compressed/.")
 ]
 Dense = Annotated[
-    str | None, option(MODEL_FILE, help="Dense model to compare with. Default: the one that MODEL was made from.")
+    str | None,
+    option(
+        MODEL_FILE,
+        help="Dense model to compare with. Default: the one that MODEL was made from.",
+    ),
 ]
 
 
@@ -75,7 +88,17 @@ class Processor:
 class Hardware(Processor):
     """Where to compute."""
 
-    device: Annotated[str, option(HARDWARE, help="cpu, cuda, cuda:1, mps or xpu.")] = "cpu"
+    device: Annotated[
+        str, option(HARDWARE, help="cpu, cuda, cuda:1, mps or xpu; auto: cuda if it works, else cpu.")
+    ] = AUTO
+
+    @cached_property
+    def resolved(self) -> str:
+        """The name of the device; where it was chosen by `auto`, a line has said so."""
+        name, why = choose_device(self.device)
+        if why:
+            say(why, is_quiet())
+        return name
 
     def start(self) -> Any:
         """The device to work on, of this process if there are several, with the threads of the CPU set.
@@ -87,12 +110,13 @@ class Hardware(Processor):
 
         super().start()
         try:
-            device = torch.device(processes.start(self.device))
+            device = torch.device(processes.start(self.resolved))
             torch.zeros(1, device=device).item()  # a meta device has no values
         except Exception as error:
-            raise InputError(f"--device {self.device}: {explain_device(self.device, error)}") from error
+            raise InputError(f"--device {self.device}: {explain_device(self.resolved, error)}") from error
         # By default torch lets convolutions in float32, and so the patch embedding, round to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
+        logging.getLogger("ssmcompress").debug("device %s, %d threads", device, torch.get_num_threads())
         return device
 
 
@@ -474,6 +498,18 @@ class Printing:
 
     as_json: Annotated[bool, option(OUTPUT, "--json", help="Print one JSON object instead of a table.")] = False
     quiet: Annotated[bool, option(OUTPUT, "--quiet", help="No progress and no messages.")] = False
+    verbose: Annotated[bool, option(OUTPUT, "--verbose", help="Also say what is done, on stderr.")] = False
+    log_file: Annotated[
+        str | None, option(OUTPUT, help="Append messages, steps and warnings to this file, also with --quiet.")
+    ] = None
+
+    def begin(self) -> None:
+        """Log the command as the options ask for.
+
+        Raises:
+            InputError: the log file cannot be written to, or holds something else.
+        """
+        start_log(self.log_file, self.verbose, self.quiet)
 
 
 @dataclass(frozen=True)
@@ -481,7 +517,12 @@ class ReportPrinting(Printing):
     """What is printed of a report."""
 
     verbose: Annotated[
-        bool, option(OUTPUT, "--verbose", help="Also show what each refitted map misses, before and after.")
+        bool,
+        option(
+            OUTPUT,
+            "--verbose",
+            help="Also show what each refitted map misses, before and after; on stderr what is done.",
+        ),
     ] = False
 
 

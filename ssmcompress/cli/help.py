@@ -77,10 +77,7 @@ class Commands(typer.core.TyperGroup):
         except OSError as error:  # a name too long, a folder that may not be read, ...
             code = complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
         except Exception as error:
-            if isinstance(error, MemoryError) or _is_out_of_memory(error):
-                code = complain("out of memory; try a smaller --batch-size", 1)
-            else:
-                code = complain(f"internal error, {type(error).__name__}: {error}; please report it", 1)
+            code = complain(f"internal error, {type(error).__name__}: {error}; please report it", 1)
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
@@ -113,7 +110,3 @@ class Commands(typer.core.TyperGroup):
             return (no or f"--no-{argument.replace('_', '-')}") if value == "False" else yes
 
         return re.sub(r"`([a-z_]+)(?:=(True|False))?`", name, message)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -11,12 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import InputError
+from ..hub_names import TEXTS, WEIGHTS
 from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 MODEL, ONNX, IMAGES, REPORT, OTHER = "a model", "an ONNX file", "images", "a report", "other"
-WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
 DATA = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)  # not tar: checkpoints are called .pth.tar, too
-TEXTS = (".json", ".html", ".md", ".yaml", ".csv")
 LOOKED_AT = 10_000  # names in a folder, which may hold millions of images
 
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_type_hints
+from contextvars import ContextVar
+from typing import Any, NamedTuple, get_type_hints
 
 import typer
 
 from ..errors import InputError
+from ..hub_names import check_no_address
+from .devices import explain_memory
 
 BUDGET, PRUNING, IMAGES, MODEL_FILE = "Budget", "What to prune", "Images", "Model file"
 FINETUNING, MAPS, OUTPUT, HARDWARE = "Fine-tuning", "Maps", "Output", "Hardware"
 PANELS = (BUDGET, PRUNING, MAPS, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWARE)
+
+
+class Chosen(NamedTuple):
+    """A command that runs: its function, its parameters, and their values by name."""
+
+    command: Callable[..., None]
+    parameters: tuple[inspect.Parameter, ...]
+    values: Mapping[str, Any]
+
+
+chosen: ContextVar[Chosen] = ContextVar("ssmcompress_chosen")
 
 
 def option(panel: str, *names: str, **settings: Any) -> Any:
@@ -23,8 +36,13 @@ def option(panel: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
-def takes(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its option groups as parameters of its own, which is what Typer reads."""
+def list_parameters(
+    command: Callable[..., None],
+) -> tuple[list[inspect.Parameter], dict[str, tuple[type, list[str]]]]:
+    """Return the parameters of a command with the fields of its option groups in their places, and these groups.
+
+    The groups are by the name of the parameter that takes them, with the names of their fields.
+    """
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}
     for name, parameter in inspect.signature(command).parameters.items():
@@ -36,7 +54,15 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
         for field in dataclasses.fields(hints[name]):
             kind, default = inspect.Parameter.KEYWORD_ONLY, field.default
             parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=fields[field.name]))
+    return parameters, groups
 
+
+def takes(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its option groups as parameters of its own, which is what Typer reads.
+
+    The method `begin` of a group that has one is called before the command.
+    """
+    parameters, groups = list_parameters(command)
     by_name = {parameter.name: parameter for parameter in parameters}
 
     @functools.wraps(command)
@@ -46,12 +72,16 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
             # folder.
             if not text.strip():
                 raise InputError(f"{_shown(by_name[name])} is empty: give a value, or leave it out")
-            if re.match(r"[A-Za-z][\w+.-]*://", text):
-                raise InputError(f"{text} is a web address: download the file, and name that")
+            check_no_address(text)
+        chosen.set(Chosen(command, tuple(parameters), dict(values)))
         built = {
             name: group(**{field: values.pop(field) for field in names}) for name, (group, names) in groups.items()
         }
-        command(**values, **built)
+        for group in built.values():
+            if hasattr(group, "begin"):
+                group.begin()
+        with explain_memory(command.__name__, chosen.get().values):
+            command(**values, **built)
 
     call.__signature__ = inspect.Signature(parameters)
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from .. import processes
 from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import ScanBlock, TokenModel
+from ..models.fingerprint import fingerprint
 from ..models.inputs import as_batches, check_unpruned
 from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
 from ..pruning.plan import Calibration, Plan
+from .remember import hash_of, keeps_results, remembered
 from .saliency import fit_probes
 
 # The deltas of a layer without scans.
@@ -90,9 +93,11 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
     device = next(model.parameters()).device
     totals = [torch.zeros_like(delta, dtype=_sum_dtype(device), device=device) for delta in bias_deltas(model)]
     token_count = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
+    known = fingerprint(model) if keeps_results() else ""
     for batch in in_chunks(track(batches, "calibrating", batches.total), model.chunk_size()):
         token_count += len(batch) * model.length
-        for layer, delta in enumerate(_sum_deltas(model, batch)):
+        sums = remembered(partial(hash_of, "deltas", known, batch), partial(_sum_deltas, model, batch))
+        for layer, delta in enumerate(sums):
             totals[layer] += delta
     if distributed:
         processes.all_reduce_sum(token_count, *totals, device=device)
@@ -126,23 +131,35 @@ def _sum_by_position(positions: Tensor, length: int, values: Tensor | None = Non
     return positions.bincount(values, minlength=length)[:length]
 
 
+def _sum_stages(pruned: TokenModel, images: Tensor) -> Tensor:
+    """Return (3, stages, positions) float64: how often each stage kept and had each position, and its scores, summed.
+
+    Raises:
+        InputError: values that are not finite.
+    """
+    logits, decisions = pruned.trace(images.to(next(pruned.parameters()).device))
+    if not logits.isfinite().all():
+        raise InputError(NOT_FINITE)
+    sums = torch.zeros(3, len(decisions), pruned.length, dtype=torch.float64, device="cpu")
+    for stage, (candidates, values, survivors) in enumerate(decisions):
+        candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
+        sums[0, stage] = _sum_by_position(survivors.flatten().cpu(), pruned.length)
+        sums[1, stage] = _sum_by_position(candidates, pruned.length)
+        sums[2, stage] = _sum_by_position(candidates, pruned.length, values)
+    return sums
+
+
 @torch.no_grad()
 def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
     """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
     pruned = prune(model, plan)
-    kept = torch.zeros(len(plan.stages), model.length, dtype=torch.float64, device="cpu")
-    counts, scores = torch.zeros_like(kept), torch.zeros_like(kept)
+    totals = torch.zeros(3, len(plan.stages), model.length, dtype=torch.float64, device="cpu")
     images = torch.zeros((), dtype=torch.float64, device="cpu")
+    known = hash_of(fingerprint(pruned), plan.alignment) if keeps_results() else ""
     for batch in in_chunks(track(batches, "scoring tokens", batches.total), model.chunk_size()):
         images += len(batch)
-        logits, decisions = pruned.trace(batch.to(next(model.parameters()).device))
-        if not logits.isfinite().all():
-            raise InputError(NOT_FINITE)
-        for stage, (candidates, values, survivors) in enumerate(decisions):
-            candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
-            counts[stage] += _sum_by_position(candidates, model.length)
-            scores[stage] += _sum_by_position(candidates, model.length, values)
-            kept[stage] += _sum_by_position(survivors.flatten().cpu(), model.length)
+        totals += remembered(partial(hash_of, "stages", known, batch), partial(_sum_stages, pruned, batch))
+    kept, counts, scores = totals
     if distributed:
         processes.all_reduce_sum(images, kept, counts, scores, device=next(model.parameters()).device)
     if not images:

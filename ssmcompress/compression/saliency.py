@@ -16,6 +16,7 @@ features (0.223 and 0.094).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from .. import processes
 from ..data.any_batches import in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
+from ..models.fingerprint import fingerprint
 from ..models.inputs import as_batches
 from ..progress import track
 from ..pruning.importance import normalize_rms
 from .margin import features_and_gradients
+from .remember import hash_of, keeps_results, remembered
 
 # Ridge strength, added to the covariance of the features, whose mean square is 1.
 RIDGE = 1e-3
@@ -56,12 +59,12 @@ def fit_probes(
     length, width = model.length, model.d_model
     sums = {layer: _RegressionSums(length, width) for layer in layers}
     count = torch.zeros((), dtype=torch.float64, device="cpu")
+    known = hash_of(fingerprint(model), list(layers)) if keeps_results() else ""
     for chunk in in_chunks(track(batches, "fitting saliency", batches.total), model.chunk_size()):
         count += len(chunk)
-        features, gradients = features_and_gradients(model, chunk.to(device))
-        for layer, rows in sums.items():
-            point = model.stage_point(layer)
-            rows.add(features[point], gradients[point])
+        compute = partial(_sum_chunk, model, chunk.to(device), layers)
+        for layer, values in zip(layers, remembered(partial(hash_of, "saliency", known, chunk), compute), strict=True):
+            sums[layer].add(*values)
     if distributed:
         processes.all_reduce_sum(count, *(value for rows in sums.values() for value in rows.values()), device=device)
     if not count:
@@ -71,6 +74,18 @@ def fit_probes(
     if not all(probe.isfinite().all() for probe in probes):
         raise InputError(NOT_FINITE)
     return tuple(probes)
+
+
+def _sum_chunk(model: TokenModel, images: Tensor, layers: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Return the sums over the tokens of a chunk, as `_RegressionSums.values` has them, for each of the layers."""
+    features, gradients = features_and_gradients(model, images)
+    found = []
+    for point in map(model.stage_point, layers):
+        x, y = normalize_rms(features[point].float()), gradients[point].float().norm(dim=-1)
+        rows, norms = x.flatten(0, 1), y.flatten()
+        sums = rows.T @ rows, rows.T @ norms, x.sum(0), y.sum(0)
+        found.append(tuple(value.double().cpu() for value in sums))
+    return found
 
 
 class _RegressionSums:
@@ -85,14 +100,10 @@ class _RegressionSums:
         """Return all sums, to be added over processes."""
         return self.gram, self.cross, self.x, self.y
 
-    def add(self, features: Tensor, gradients: Tensor) -> None:
-        """Add the tokens of a chunk, features and gradients (images, tokens, d_model)."""
-        x, y = normalize_rms(features.float()), gradients.float().norm(dim=-1)
-        self.x += x.sum(0).double().cpu()
-        self.y += y.sum(0).double().cpu()
-        x, y = x.flatten(0, 1), y.flatten()
-        self.gram += (x.T @ x).double().cpu()
-        self.cross += (x.T @ y).double().cpu()
+    def add(self, *chunk: Tensor) -> None:
+        """Add the sums over a chunk, as `values` has them."""
+        for total, value in zip(self.values(), chunk, strict=True):
+            total += value
 
     def solve(self, images: float) -> Tensor:
         """Return the probe (d_model + length,) for sums over this number of images."""

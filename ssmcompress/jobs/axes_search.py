@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import processes
+from ..compression.remember import hash_of, remembered
 from ..compression.search.axes import Option, list_axes, measure_axes, run
 from ..compression.search.combine import Combination, combine
 from ..compression.search.propose import Candidate, propose
@@ -186,7 +188,8 @@ class AxesSearch:
         if missing := [axis for axis in wanted if not any(option.axis == axis for option in known)]:
             few = slice(0, AXIS_IMAGES)
             batch = LabelledBatch(trial.images[few], None if trial.labels is None else trial.labels[few])
-            known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair)
+            key = self.trial.key
+            known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair, key=key)
         # Also with everything from a file: combinations are run on these images, and chosen by them.
         self.sensitivity = replace(self.sensitivity, axes=known).seen(self.runs.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
@@ -310,8 +313,8 @@ class AxesSearch:
                 best = None
             # Several budgets can have the same best combination, such as those below what the axes leave.
             if best is not None and (key := key_of(best.combination)) not in drops:
-                logits, _ = run_all(self.runs.model_of(best.combination), source)
-                drops[key] = drop_of(self.model.task, logits, dense, labels)
+                known = partial(hash_of, "drop", self.trial.key, *key, dense, labels)
+                drops[key] = remembered(known, partial(self.measure_drop, best.combination, source, dense, labels))
                 line(f"{best.flops:.1%} of the FLOPs lose {drops[key]:.2f} points on {len(dense)} images")
             drop = None if best is None else drops[key_of(best.combination)]
             if drop is not None and drop <= most:
@@ -326,6 +329,11 @@ class AxesSearch:
                 f"a loss of at most {most:g} points is out of reach below {high:.1%} of the FLOPs: {shown}"
             )
         return [good[0]], {"drop": {"points": round(good[1], 4), "images": len(dense), "labels": labels is not None}}
+
+    def measure_drop(self, combination: Combination, source: Any, dense: Tensor, labels: Tensor | None) -> float:
+        """Return the percentage points that a combination loses on the images of `run_all`."""
+        logits, _ = run_all(self.runs.model_of(combination), source)
+        return drop_of(self.model.task, logits, dense, labels)
 
     # --------------------------------------------------------------------------------------------------- telling
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..compression.calibrate import calibrate
 from ..compression.reconstruct import reconstruct
+from ..compression.remember import hash_of, remembered
 from ..compression.search.axes import run
 from ..compression.search.combine import Combination
 from ..compression.search.propose import fill_budget
@@ -103,10 +105,13 @@ class AxesTrial:
         """Carry out a combination of `fill` and measure its loss, unless that was done; None if it takes too much."""
         key = key_of(combination)
         if key not in self.tried:
-            model = self.compress(combination)
-            loss = mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
-            share = flops_as_run(model)["full"] / flops(self.model)["full"]
-            self.models[key] = model
+
+            def carry_out() -> tuple[float, float]:
+                model = self.models[key] = self.compress(combination)
+                share = flops_as_run(model)["full"] / flops(self.model)["full"]
+                return share, self.measure(model)
+
+            share, loss = remembered(lambda: hash_of("combination", self.trial.key, *key), carry_out)
             self.tried[key] = Run(combination, share, loss)
         return self.tried[key] if self.tried[key].flops <= budget else None
 
@@ -128,11 +133,18 @@ class AxesTrial:
         for alignment in ALIGNMENTS:
             loss = best.loss
             if alignment != self.request.alignment:
-                model = self.compress(best.combination, alignment)
-                loss = mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
+                values = "alignment", self.trial.key, *key_of(best.combination), alignment
+                loss = remembered(
+                    partial(hash_of, *values),
+                    lambda alignment=alignment: self.measure(self.compress(best.combination, alignment)),
+                )
             losses.append((loss, alignment))
         chosen = min(losses, key=lambda pair: pair[0])[1]
         return chosen, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
+
+    def measure(self, model: TokenModel) -> float:
+        """Return the mean loss of a model on the images to search on."""
+        return mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
 
     def compress(self, combination: Combination, alignment: Alignment | None = None) -> TokenModel:
         """Return the trimmed model, pruned and reconstructed on a part of the images.
@@ -178,9 +190,12 @@ class AxesTrial:
         return self.chains[key]
 
     def chains_of(self, trims: Trims) -> dict[str, Any]:
-        """Return the chains that the steps of these trims can use again, by the names of the steps."""
-        keys = {"states": replace(trims, states=None, channels=None), "channels": replace(trims, channels=None)}
-        return {axis: self.chains[axis, key] for axis, key in keys.items() if (axis, key) in self.chains}
+        """Return the chains for the steps of these trims, by the names of the steps.
+
+        The steps must not compute their own, because they have other images.
+        """
+        chains = {} if trims.states is None else {"states": self.state_chains(trims)}
+        return chains if trims.channels is None else {**chains, "channels": self.channel_chains(trims)}
 
     def dense(self) -> Tensor:
         """Return the dense model's logits of the images to search on."""

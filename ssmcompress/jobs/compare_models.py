@@ -20,6 +20,7 @@ from ..evaluation.flops import flops
 from ..evaluation.latency import latency_settings
 from ..evaluation.timings import describe_load
 from ..files import read_text, write_file
+from ..hub_names import parse_hub_name
 from ..models.base import TokenModel
 from ..models.inputs import check_dense
 from ..models.saved import versions
@@ -91,15 +92,14 @@ def name_models(paths: Sequence[str | Path]) -> list[str]:
     Raises:
         InputError: a model is given twice.
     """
-    resolved = [Path(path).resolve() for path in paths]
-    for number, path in enumerate(resolved):
-        if path in resolved[:number]:
+    models = [_identify(path) for path in paths]
+    for number, model in enumerate(models):
+        if model in models[:number]:
             raise InputError(f"{paths[number]} is given twice: expected different models")
-    plain = [path.name if path.is_dir() else path.stem for path in resolved]
-    keys = [name.casefold() for name in plain]  # some file systems do not tell capitals
+    keys = [name.casefold() for _, _, name in models]  # some file systems do not tell capitals
     names = [
-        f"{path.parent.name}-{name}" if keys.count(key) > 1 and path.parent.name else name
-        for path, name, key in zip(resolved, plain, keys, strict=True)
+        f"{parent}-{name}" if keys.count(key) > 1 and parent else name
+        for (_, parent, name), key in zip(models, keys, strict=True)
     ]
     used = {RESULT_FILE, TABLE_FILE, *CHART_FILES, ".", ".."}
     for number, name in enumerate(names):
@@ -107,6 +107,14 @@ def name_models(paths: Sequence[str | Path]) -> list[str]:
         names[number] = next(one for one in tries if one.casefold() not in used)
         used.add(names[number].casefold())
     return names
+
+
+def _identify(path: str | Path) -> tuple[str, str, str]:
+    """Return (what it is, what holds it, its name) of a model; a model of the Hub is held by its owner."""
+    if (hub := parse_hub_name(path)) is not None:
+        return str(hub), hub.repository.partition("/")[0], hub.title
+    resolved = Path(path).resolve()
+    return str(resolved), resolved.parent.name, resolved.name if resolved.is_dir() else resolved.stem
 
 
 def name_folder(names: Sequence[str]) -> Path:

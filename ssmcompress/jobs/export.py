@@ -8,17 +8,17 @@ from pathlib import Path
 from ..errors import InputError
 from ..export.onnx import Exported, OnnxOptions, export_onnx
 from ..files import MODEL, ONNX, check_target, write_file
+from ..hub_names import WEIGHTS, name_model, parse_hub_name
 from ..models.base import TokenModel
 from ..models.saved import serialise
 from .report import read_report, record_export
-
-WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path:
     """The file that an export of a model folder or checkpoint writes, checked before the long work.
 
-    By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file.
+    By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file. Both
+    go into the working folder for a model of the Hub.
 
     Raises:
         InputError: the file exists, cannot be written, is what is read, or has the suffix of another kind.
@@ -29,8 +29,10 @@ def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path
         ending = file.suffix.lower()
         if not onnx and ending == ".onnx":
             raise InputError(f"{file} is the name of an ONNX file: give `onnx=True`, or a name that ends in {suffix}")
-        if onnx and ending in WEIGHTS_SUFFIXES:
+        if onnx and ending in WEIGHTS:
             raise InputError(f"{file} is not the name of an ONNX file: expected a name that ends in {suffix}")
+    elif parse_hub_name(model) is not None:
+        file = Path(f"{name_model(model)}{suffix}")
     elif path.is_dir():
         file = path / f"model{suffix}" if onnx else path.resolve().with_name(path.resolve().name + suffix)
     else:

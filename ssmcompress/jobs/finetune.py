@@ -13,7 +13,7 @@ from ..compression.finetune.state import remove_state
 from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches
 from ..data.masks import describe_empty, has_labelled_pixel
-from ..errors import InputError
+from ..errors import InputError, SsmCompressError
 from ..models.base import TokenModel
 from ..models.inputs import check_model
 from ..models.learnt import learnt_from
@@ -178,8 +178,9 @@ def warn_about_classes(training: Batches, num_classes: int) -> None:
 def read_earlier(folder: Path | None) -> dict[str, Any]:
     """The report of the model that is fine-tuned, {} where it has none."""
     try:
-        return read_report(folder)[1] if folder is not None else {}
-    except InputError:
+        # As a text, for a model of the Hub comes as a path, too.
+        return read_report(folder.as_posix())[1] if folder is not None else {}
+    except SsmCompressError:
         return {}
 
 

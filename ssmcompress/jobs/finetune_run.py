@@ -11,6 +11,7 @@ from typing import Any
 from .. import processes
 from ..compression.finetune.recipe import Recipe
 from ..compression.finetune.state import describe_differences, is_state_of, remove_state
+from ..compression.remember import check_results, remove_results
 from ..data.batches import Batches, skip_picture
 from ..data.images import Images
 from ..data.signature import sign_images
@@ -19,6 +20,7 @@ from ..files import MODEL_FILE, check_target, read_text
 from ..models.base import TokenModel
 from ..models.fingerprint import fingerprint
 from ..models.saved import CONFIG_FILE
+from ..progress import note
 from .folder import Target
 from .images import open_for
 from .report import read_report
@@ -57,6 +59,30 @@ class FinetuneTarget(Target):
         """Where the state of the run is kept while it lasts."""
         path = self.path if self.path.name else self.path.resolve()  # "." has no name
         return path.with_name(f"{path.name}.training.pt")
+
+    @property
+    def results(self) -> Path:
+        """Where results of a search and a reconstruction are kept while they last."""
+        return self.state.with_name(self.state.name.removesuffix(".training.pt") + ".results")
+
+    def prepare_results(self) -> None:
+        """Check for results of an interrupted run before the long work; with `force`, remove them.
+
+        Raises:
+            InputError: there are some, and neither `resume` nor `force`; or the folder holds anything else.
+        """
+        if not processes.is_main() or not self.results.exists():
+            return
+        check_results(self.results)
+        if self.resume:
+            if processes.count() > 1:
+                note(f"{self.results} is not used by several processes: it stays until one process goes on with it")
+            return
+        if not self.force:
+            raise InputError(
+                f"{self.results} holds results of an interrupted run: `resume=True` goes on, `force=True` starts afresh"
+            )
+        remove_results(self.results)
 
     @property
     def may_replace(self) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import processes
 from ..data.find import absolute_name
-from ..files import MODEL_FILE, check_target
+from ..files import MODEL_FILE, RECIPE_FILE, check_target
+from ..hub_names import name_model
 from ..models.base import TokenModel
 from ..models.records import Source
 from ..models.saved import save
@@ -30,11 +31,13 @@ class Target:
 
     Attributes:
         path: where. force: replace it if ssmcompress wrote it. command: recorded as how it was made.
+        recipe: content of a file by which the folder can be made again; "": there is none.
     """
 
     path: Path
     force: bool = False
     command: str = ""
+    recipe: str = ""
 
     def check(self, model: TokenModel, data: DataOptions) -> None:
         """Find out before the long work whether the folder can be written.
@@ -61,9 +64,9 @@ def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
             return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
         return "-".join(map(text, value)) if isinstance(value, tuple) else str(value)
 
-    path = Path(checkpoint)
-    name = path.resolve().name if path.is_dir() else path.stem  # a folder may be called "."; a link keeps its name
-    return "-".join([name, *(label + text(value) for label, value in choices.items() if value is not None)])
+    return "-".join(
+        [name_model(checkpoint), *(label + text(value) for label, value in choices.items() if value is not None)]
+    )
 
 
 def write_folder(
@@ -96,6 +99,7 @@ def write_folder(
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         "README.md": card.encode(errors="replace"),
         **pictures,
+        **({RECIPE_FILE: target.recipe.encode()} if target.recipe else {}),
         **(files or {}),
     }
     save(pruned, target.path, extra=content, force=target.force)

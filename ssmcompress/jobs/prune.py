@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from .. import processes
 from ..compression.reconstruct.layerwise import RefitOptions
+from ..compression.remember import forget_results, keep_results
 from ..compression.search.equal import least_share, plan_for_budget
 from ..compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ..compression.trim.trims import Trims, build_trimmed, read_trims
@@ -38,6 +40,8 @@ from .steps import Reconstruct, pruning_steps, trimming_steps
 from .trim_sizes import TRIMMED, describe_dense, describe_trims
 
 DEFAULT_RATIO = 0.3
+# Seconds of work that leave something to go on with if they fail or are interrupted.
+WORTH_KEEPING = 20.0
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,11 @@ def _search_request(request: PlanRequest, axes: tuple[str, ...]) -> SearchReques
     )
 
 
-def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dict[str, Any]:
+def prune_model(model: TokenModel, request: PruneRequest, target: FinetuneTarget) -> dict[str, Any]:
     """Find the plan that is asked for and compress the model by it; returns the report in the folder.
+
+    What the search and the reconstruction find is kept in `target.results` until the folder is written. With
+    `target.resume`, a run that was stopped goes on with what it had found, and makes the same weights.
 
     Raises:
         BudgetError: a budget that cannot be reached. InputError: data, plan or output that cannot be used.
@@ -213,10 +220,18 @@ def prune_model(model: TokenModel, request: PruneRequest, target: Target) -> dic
         if request.plan.sensitivity is not None:
             Sensitivity.read(request.plan.sensitivity)
         target.check(model, request.options.data)
-    found = find_plan(model, request)
-    return compress(
-        model, found.plan, target.path, request.options, command=target.command, force=target.force, found=found
-    )
+    target.prepare_results()
+    began, options = time.perf_counter(), {"command": target.command, "force": target.force, "recipe": target.recipe}
+    with keep_results(target.results, next(model.parameters()).device):
+        try:
+            found = find_plan(model, request)
+            return compress(model, found.plan, target.path, request.options, found=found, **options)
+        except BaseException as error:
+            # Nothing is left of what cannot be done; but a full disk may have room at the next try.
+            hopeless = isinstance(error, (BudgetError, InputError)) and not isinstance(error.__cause__, OSError)
+            if not target.resume and (hopeless or time.perf_counter() - began < WORTH_KEEPING):
+                forget_results()
+            raise
 
 
 def check_recipe(model: TokenModel, options: CompressOptions) -> None:
@@ -242,6 +257,7 @@ def compress(
     command: str = "",
     force: bool = False,
     found: FoundPlan | None = None,
+    recipe: str = "",
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; with `options.finetune`, fine-tune and write it again.
 
@@ -254,6 +270,7 @@ def compress(
         command: recorded as how it was made.
         force: replace `output` if ssmcompress wrote it.
         found: how the plan was found, for the report; its images are used.
+        recipe: content of recipe.yaml in the folder; "": there is none.
 
     Returns:
         The report that is in the folder.
@@ -266,14 +283,15 @@ def compress(
     found = found or FoundPlan(plan)
     if plan.stages or (not found.trims and found.search is None):
         plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)
-    target = Target(Path(output), force, command)
+    target = Target(Path(output), force, command, recipe)
     target.check(model, options.data)
     images = found.images or choose_images(model, options.data, options.finetune is not None)
     snapshots, report = _prune_folder(model, replace(found, plan=plan), images, target, options)
+    forget_results()
     if options.finetune is None:
         return report
     processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
-    again = FinetuneTarget(target.path, force=True, command=command, inside=target.path)
+    again = FinetuneTarget(target.path, force=True, command=command, recipe=recipe, inside=target.path)
     name, pruned = snapshots.popitem()
     parts = {"dense": model, "earlier": report, "name": name if options.steps else None}
     return tune_folder(pruned, again, options.finetune, options.data, options.measure, **parts)

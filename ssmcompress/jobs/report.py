@@ -16,7 +16,9 @@ from ..evaluation.flops import backbone_flops, dense_flops, flops, flops_as_run,
 from ..evaluation.latency import latency_settings
 from ..evaluation.timings import Timings, describe_load
 from ..files import WEB_PAGE, check_target, read_text, write_file
+from ..hub_names import HubName, parse_hub_name
 from ..models.base import TokenModel
+from ..models.hub import fetch, fetch_files, title_of
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
 from ..pruning.plan import Calibration, Plan
@@ -24,7 +26,7 @@ from ..tasks import Evaluation
 from . import report_text as text
 from .doubts import Subject, find_doubts
 from .measuring import Measured
-from .report_charts import draw_charts, link_attention
+from .report_charts import SENSITIVITY_FILES, draw_charts, link_attention
 from .trim_sizes import describe_dense, describe_trims
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ..export.onnx import Exported
 
 REPORT_FILE = "report.json"
+SHOWN = (*text.PICTURES, *SENSITIVITY_FILES)  # files that a web page is made from, besides the report
 WANTED = "expected a folder that `ssmcompress prune` wrote, or a .safetensors file that was exported from it"
 
 
@@ -206,8 +209,23 @@ def list_stages(model: TokenModel) -> list[dict[str, Any]]:
 
 
 def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """(model, its report): of a folder, its report.json, a .safetensors file with a report, or the newest folder."""
+    """(model, its report): of a folder, its report.json, a .safetensors file with a report, or the newest folder.
+
+    Of a model of the Hub, the report is fetched with what is shown of it; the path is that of the copy in the cache.
+    """
+    if model is not None and (hub := parse_hub_name(model)) is not None:
+        return _read_path(_fetch_report(hub), str(hub))
     path = Path(model) if model is not None else find_newest()
+    return _read_path(path, str(path))
+
+
+def _fetch_report(name: HubName) -> Path:
+    """Fetch a folder with a report, its pictures and measurements, without the weights; or a file that may have one."""
+    return fetch(name).path if name.file is not None else fetch_files(name, (REPORT_FILE, *SHOWN))
+
+
+def _read_path(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """`read_report` of a path; errors name it as the user did."""
     if path.name == REPORT_FILE and path.is_file():
         path = path.parent
     file = path / REPORT_FILE if path.is_dir() else path
@@ -215,7 +233,7 @@ def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
         content = read_text(file) if path.is_dir() else read_metadata(file)["ssmcompress_report"]
         report = json.loads(content, parse_constant=_no_constant)
     except FileNotFoundError as error:
-        missing = f"no {REPORT_FILE} in {path}" if path.is_dir() else f"{path}: no such file or folder"
+        missing = f"no {REPORT_FILE} in {name}" if path.is_dir() else f"{name}: no such file or folder"
         raise InputError(f"{missing}: {WANTED}") from error
     except (KeyError, InputError) as error:
         damaged = path.suffix == ".safetensors" and isinstance(error, InputError)
@@ -255,7 +273,7 @@ def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) 
     check_target(file, force, [model], kind=WEB_PAGE)
     pictures = {name: (model / name).read_bytes() for name in text.PICTURES if (model / name).is_file()}
     charts, notes = draw_charts(report, model)
-    page = text.render_html(report, model.name, pictures, charts, notes, link_attention(model, file))
+    page = text.render_html(report, title_of(model), pictures, charts, notes, link_attention(model, file))
     write_file(file, page.encode(), force, WEB_PAGE)
 
 

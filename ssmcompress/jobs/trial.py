@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import processes
 from ..compression.calibrate import gap_deltas
+from ..compression.remember import hash_of, keeps_results, remembered
 from ..compression.saliency import fit_probes
 from ..compression.search.axes import run
 from ..compression.search.propose import Candidate
@@ -21,6 +22,7 @@ from ..errors import InputError
 from ..evaluation.flops import remaining_share
 from ..evaluation.latency import latency
 from ..models.base import ScanBlock, TokenModel
+from ..models.fingerprint import fingerprint
 from ..models.rewrite import prune
 from ..progress import track
 from ..pruning.alignment import UNALIGNED, Alignment
@@ -97,6 +99,9 @@ class Trial:
         self.gap = gap if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
         self.device = next(model.parameters()).device
+        # Of all that losses on these images follow from, apart from what is tried.
+        values = self.images, self.labels, self.others, self.gap, self.seed, self.refit, self.request.alignment
+        self.key = hash_of(fingerprint(model), *values) if keeps_results() else ""
 
     def fit(self, layers: Sequence[int]) -> Plan:
         """A plan without stages, calibrated on the images that are not measured on."""
@@ -106,9 +111,19 @@ class Trial:
         calibration = Calibration(self.name, len(self.others), deltas, probes=probes)
         return Plan((), self.request.alignment, self.gap, self.seed, calibration)
 
-    @torch.no_grad()
     def loss(self, plan: Plan) -> float:
         """Mean loss of a plan that is run."""
+
+        def key() -> str:
+            calibration = plan.calibration
+            statistics = (*calibration.gap_deltas, *calibration.probes) if calibration is not None else ()
+            about = plan.stages, plan.alignment, plan.gap, plan.seed, plan.reenter, plan.fill
+            return hash_of("plan", self.key, *about, *statistics)
+
+        return remembered(key, lambda: self._loss(plan))
+
+    @torch.no_grad()
+    def _loss(self, plan: Plan) -> float:
         if self.dense is None:
             self.dense = run(self.model, self.images)
         pruned = prune(self.model, plan)

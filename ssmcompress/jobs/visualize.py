@@ -17,6 +17,7 @@ from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..evaluation.attention_maps import METHODS, Attention, check_method, choose_layers, describe_reader
 from ..files import ATTENTION, VISUALIZED, check_target, is_model_folder, new_folder
+from ..hub_names import name_model
 from ..models.base import Decision, TokenModel
 from ..models.saved import versions
 from ..progress import track
@@ -69,7 +70,7 @@ def default_folder(model: str) -> Path:
     path = Path(model)
     if path.is_dir() and is_model_folder(path):
         return path / ATTENTION
-    return Path("visualized", path.resolve().name if path.is_dir() else path.stem)
+    return Path("visualized", name_model(model))
 
 
 def visualize(

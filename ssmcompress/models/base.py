@@ -28,8 +28,10 @@ from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
 from .families import StateDict
+from .features import FeatureModel, NamePatterns
 from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
+from .pretrained import PretrainedModel
 from .records import MadeBy, Record, Source
 from .sizes import LayerSize, Origin, ScanReading
 from .statements import Statements
@@ -216,7 +218,7 @@ def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
     return trajectories
 
 
-class TokenModel(nn.Module, abc.ABC):
+class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
     """A vision state-space model that can drop tokens between its blocks.
 
     Attributes:
@@ -255,7 +257,7 @@ class TokenModel(nn.Module, abc.ABC):
     # Beginnings of parameter names that other models have in addition, with what they mean.
     foreign_keys: ClassVar[Mapping[str, str]] = {}
     # Patterns of parameters with two dimensions that are no matrices, to which weight decay does not apply.
-    no_weight_decay: ClassVar[tuple[str, ...]] = ("*pos_embed",)
+    no_weight_decay: ClassVar[NamePatterns] = NamePatterns(["*pos_embed"])
     # Whether the model reads out a mean over tokens, to which `Alignment.pool` applies.
     pools: bool = False
     # Whether the model reads out protected tokens alone, and its blocks take `protected_only`.
@@ -364,6 +366,10 @@ class TokenModel(nn.Module, abc.ABC):
         """Return the only patch stride with which images of `side` pixels have the model's patches, or None."""
         return None
 
+    def publish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights, named as here, under their published names: the reverse of `infer_config`."""
+        return state
+
     @property
     @abc.abstractmethod
     def blocks(self) -> nn.ModuleList: ...
@@ -421,9 +427,13 @@ class TokenModel(nn.Module, abc.ABC):
 
     def correct_logits(self, logits: Tensor, tokens: Tokens) -> Tensor:
         """Return the logits (batch, classes) of the tokens that are left, with the correction of them, if any."""
+        return self.add_correction(logits, self.dropped_sums(tokens).summary)
+
+    def add_correction(self, logits: Tensor, summary: Tensor | None) -> Tensor:
+        """Return the logits (batch, classes), corrected by a summary of all tokens if the model has a correction."""
         if self.readout_correction is None:
             return logits
-        return logits + self.readout_correction(cast(tokens.summarise(self.segments), self.readout_correction[0]))
+        return logits + self.readout_correction(cast(summary, self.readout_correction[0]))
 
     def check(self, images: Tensor) -> None:
         """Raise an InputError unless the images have the shape, dtype and device that the model takes."""

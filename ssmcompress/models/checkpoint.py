@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ..data.dense import DensePreprocessing
 from ..data.transforms import INTERPOLATIONS, Preprocessing
-from ..errors import InputError, OptionError
+from ..errors import InputError, OptionError, SsmCompressError
 from ..files import check_regular, sha256
+from ..hub_names import parse_hub_name
 from ..progress import note
 from ..tasks import SEGMENTATION
 from .base import TokenModel
+from .hub import fetch
 from .precision import check_not_quantised
 from .records import Source
 from .registry import build, check_task, is_known, normalise_architecture
@@ -66,6 +68,18 @@ class Loaded(NamedTuple):
     said: Statements
 
 
+class Place(NamedTuple):
+    """Where a model is read from.
+
+    Attributes:
+        path: a file or folder. name: what messages call it. recorded: how the model remembers it.
+    """
+
+    path: Path
+    name: str
+    recorded: str
+
+
 class LoadArguments(TypedDict, total=False):
     """The keyword arguments of `load`, apart from the device: the fields of `LoadOptions`."""
 
@@ -89,7 +103,9 @@ def load(
 
     Args:
         path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module (a Vim of any fork, for
-            instance), its state dict, or a checkpoint that `torch.load` has read.
+            instance), its state dict, or a checkpoint that `torch.load` has read. A text that is no local path may be
+            a name of the Hugging Face Hub: "owner/name", "owner/name@revision" or "owner/name:folder/file.pth". It is
+            fetched into the Hub's cache, and nothing in it is run.
         device: the device of the model. None: the CPU.
         image_size: side, or (height, width), of the images it will run on, in pixels; the position
             embedding is interpolated. None: the size it was trained at. A segmentation model takes images of any size;
@@ -115,7 +131,7 @@ def load(
 
     Raises:
         InputError: the file is missing, damaged, unsafe or not a checkpoint; or it is, or may be, another model than
-            those that are supported, or a model for another task.
+            those that are supported, or a model for another task. SsmCompressError: the Hub cannot be reached.
     """
     model, _ = read_model(path, LoadOptions(**options))
     return model.to(device or "cpu")
@@ -128,7 +144,7 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
     elif isinstance(path, Mapping):
         loaded = _read_content(path, read_statements(path), options)
     else:
-        loaded = _read_path(Path(path), options)
+        loaded = _read_path(_find_place(path), options)
     model = loaded.model
     if model.preprocessing is None:
         model.preprocessing = _find_preprocessing(model, loaded.said)
@@ -205,12 +221,22 @@ def _read_content(content: Any, said: Statements, options: LoadOptions) -> Loade
     return _build(unwrap(clean(state), is_known, part), said, options)
 
 
-def _read_path(path: Path, options: LoadOptions) -> Loaded:
-    """Load a model from a file or folder; errors begin with its path."""
+def _find_place(name: str | Path) -> Place:
+    """Return where a model is; one of the Hub is fetched."""
+    if (hub := parse_hub_name(name)) is None:
+        path = Path(name)
+        return Place(path, str(path), str(path.absolute()))
+    fetched = fetch(hub)
+    return Place(fetched.path, str(hub), str(fetched.name))
+
+
+def _read_path(place: Place, options: LoadOptions) -> Loaded:
+    """Load a model from a file or folder; errors begin with its name."""
+    path, name = place.path, place.name
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{name}: no such file or folder")
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        raise InputError(f"{path}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
+        raise InputError(f"{name}: a folder without {WEIGHTS_FILE}; expected a checkpoint file or a saved model")
     file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
         check_regular(file)
@@ -226,19 +252,20 @@ def _read_path(path: Path, options: LoadOptions) -> Loaded:
         if config is None and isinstance(text, str):
             config = parse_config(text)
         if config is not None and "format_version" in config:
-            return _restore(config, content, options, path, file)
+            return _restore(config, content, options, place, file)
         said = read_statements(content, file) if config is None else read_config(config)
         loaded = _read_content(content, said, options)
     except InputError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    loaded.model.source = Source(str(path.absolute()), sha256(file), options.weights)
+        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
+    loaded.model.source = Source(place.recorded, sha256(file), options.weights)
     return loaded
 
 
-def _restore(config: dict[str, Any], content: Any, options: LoadOptions, path: Path, file: Path) -> Loaded:
-    """Build the model that we saved in `file`, of the folder `path` or itself that file, with its source."""
+def _restore(config: dict[str, Any], content: Any, options: LoadOptions, place: Place, file: Path) -> Loaded:
+    """Build the model that we saved in `file`, of the folder at `place` or itself that file, with its source."""
+    path = place.path
     state, _ = find_state_dict(content, options.weights)
     check_task(state, options.task)
     model = restore(config, clean(state), options.size, options.stride)
@@ -256,26 +283,30 @@ def _restore(config: dict[str, Any], content: Any, options: LoadOptions, path: P
     if isinstance(origin, dict):
         model.source = Source(str(origin.get("path")), str(origin.get("sha256")), str(origin.get("weights")), data)
     else:
-        model.source = Source(str(path.absolute()), sha256(file), data=data)
+        model.source = Source(place.recorded, sha256(file), data=data)
     return Loaded(model, Statements(wrapped=True, writer=find_writer(config)))
 
 
 def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
-    """Load the dense model that a pruned one was made from, or `override` instead.
+    """Load the dense model that a pruned one was made from, or `override` instead; one of the Hub is fetched again.
 
     Raises:
-        InputError: the file is gone or has changed; or `override` is pruned, or has other classes or channels.
+        InputError: the file is gone or has changed, or cannot be fetched; or `override` is pruned, or has other classes
+            or channels.
     """
     source = model.source or Source("", "")
     if override is None:
         if not source.path:
             raise InputError("the dense model was never a file")
-        path = Path(source.path)
+        try:
+            path = _find_place(source.path).path
+        except SsmCompressError as error:  # callers do without the dense model, whatever the reason
+            raise InputError(f"the dense model is not there: {error}") from error
         file = path / WEIGHTS_FILE if path.is_dir() else path
         if not file.is_file():
-            raise InputError(f"the dense model {path} is gone")
+            raise InputError(f"the dense model {source.path} is gone")
         if sha256(file) != source.sha256:
-            raise InputError(f"the dense model {path} has changed since")
+            raise InputError(f"the dense model {source.path} has changed since")
     chosen, weights = (source.path, source.weights) if override is None else (override, "model")
     sizes = {"image_size": model.config.image_size, "stride": model.config.stride}
     hidden = {name: getattr(model.config, name, None) for name in GIVEN}

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import StateDict, TokenModel
+from .classifier import has_no_classes, make_classifier
 from .families import HEAD_OF_SEGMENTATION
+from .features import DroppedSums, NamePatterns
 from .plain_mamba_block import (
     PatchEmbed,
     PlainMambaBlock,
@@ -43,7 +45,7 @@ class Backbone(nn.Module):
 class Head(nn.Module):
     def __init__(self, c: PlainMambaConfig):
         super().__init__()
-        self.fc = nn.Linear(c.d_model, c.num_classes)
+        self.fc = make_classifier(c.d_model, c.num_classes)
 
 
 class PlainMamba(TokenModel):
@@ -52,7 +54,7 @@ class PlainMamba(TokenModel):
     architecture = "plain_mamba"
     config_class = PlainMambaConfig
     telling_keys = ("backbone.patch_embed.projection.weight", "backbone.layers.0.mamba.direction_Bs", "head.fc.weight")
-    no_weight_decay = ("*A_log", "*pos_embed", "*direction_Bs")
+    no_weight_decay = NamePatterns(["*A_log", "*pos_embed", "*direction_Bs"])
     pools = True
 
     def __init__(self, config: PlainMambaConfig):
@@ -68,7 +70,7 @@ class PlainMamba(TokenModel):
         return self.backbone.layers
 
     @property
-    def classifier(self) -> nn.Linear:
+    def classifier(self) -> nn.Module:
         return self.head.fc
 
     def embed(self, images: Tensor) -> Tokens:
@@ -82,13 +84,21 @@ class PlainMamba(TokenModel):
 
         With a correction, the logits also depend on a summary of all tokens.
         """
-        features = self.backbone.ln1(tokens.features)
-        if tokens.alignment.pool and tokens.pruned_sum is not None:
-            total = features.sum(1, dtype=tokens.pruned_sum.dtype) + tokens.pruned_sum
-            pooled = cast(total / tokens.length, self.head.fc)
+        return self.classify(self.normalise(tokens.features), self.dropped_sums(tokens))
+
+    def normalise(self, features: Tensor) -> Tensor:
+        return self.backbone.ln1(features)
+
+    def select_read(self, features: Tensor) -> Tensor:
+        return features
+
+    def classify(self, read: Tensor, sums: DroppedSums, pre_logits: bool = False) -> Tensor:
+        if sums.total is not None:
+            total = read.sum(1, dtype=sums.total.dtype) + sums.total
+            pooled = cast(total / self.length, self.head.fc)
         else:
-            pooled = features.mean(1)
-        return self.correct_logits(self.head.fc(pooled), tokens)
+            pooled = read.mean(1)
+        return pooled if pre_logits else self.add_correction(self.head.fc(pooled), sums.summary)
 
     def memory(self, features: Tensor) -> Tensor:
         return self.backbone.ln1(features)
@@ -127,7 +137,8 @@ class PlainMamba(TokenModel):
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
         shape = Shapes(fitted, "PlainMamba")
         sizes = read_backbone_sizes(shape, stride)
-        sizes["num_classes"] = shape.head("head.fc.weight", sizes["d_model"])
+        headless = has_no_classes(fitted.get("head.fc.weight"))
+        sizes["num_classes"] = 0 if headless else shape.head("head.fc.weight", sizes["d_model"])
         patch = sizes["patch_size"]
 
         def grid_of(size: tuple[int, int]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
 from .base import Expected, StateDict
 from .families import HEAD_OF_SEGMENTATION
+from .features import NamePatterns
 from .plain_mamba_block import (
     PatchEmbed,
     PlainMambaBlock,
@@ -100,7 +101,7 @@ class PlainMambaUperNet(UperNet):
         "backbone.norm_layer5.weight",
         HEAD_OF_SEGMENTATION,
     )
-    no_weight_decay = ("*A_log", "*pos_embed", "*direction_Bs")
+    no_weight_decay = NamePatterns(["*A_log", "*pos_embed", "*direction_Bs"])
     multiple = 32
     # Of PlainMamba's configurations; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
@@ -138,6 +139,9 @@ class PlainMambaUperNet(UperNet):
     def read_values(self, layer: int, values: Tensor) -> Tensor:
         norm = self.backbone.ln1 if layer == len(self.blocks) else getattr(self.backbone, norm_name(layer))
         return norm(values)
+
+    def normalise(self, features: Tensor) -> Tensor:
+        return self.backbone.ln1(features)
 
     def drop_layers(self, layers: Sequence[int]) -> None:
         old = self.config.out_layers

@@ -15,7 +15,8 @@ class Source:
     """The file that a model was read from; for a compressed model, the file of its dense model.
 
     Attributes:
-        path: absolute path. sha256: digest of the weights file. weights: the entry that was read.
+        path: absolute path; of a model of the Hugging Face Hub its name, with the commit and the file.
+        sha256: digest of the weights file. weights: the entry that was read.
         data: the images that the folder names (a path or a hub name), or None.
     """
 

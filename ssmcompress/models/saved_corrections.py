@@ -36,6 +36,18 @@ def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> No
         raise InputError(f"corrections do not fit the stages in config.json: {', '.join(sorted(remaining)[:3])}")
 
 
+def build_correction(model: TokenModel, kind: str, values: Mapping[str, Tensor]) -> nn.Sequential:
+    """Return a correction of a layer with these weights, the state dict of one.
+
+    Args:
+        kind: "corrections" or "class_corrections".
+    """
+    inwards, outwards = values["0.weight"], values["1.weight"]
+    width, rank = model.d_model, len(inwards)
+    empty = low_rank(width, rank) if kind == "corrections" else ClassCorrection(width, model.segments, rank)
+    return _with_weights(empty, (inwards, outwards))
+
+
 def _find_segments(model: TokenModel, corrections: Mapping[str, Tensor]) -> int | None:
     """Return the number of segments that the shapes of corrections show; None if they show none that is possible."""
     width = model.d_model

@@ -225,6 +225,12 @@ class UperNet(TokenModel):
             maps.append(filled.transpose(1, 2).unflatten(2, tokens.grid))
         return self.decode_head(self.form_maps(maps))
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Raise an InputError: the head reads the outputs of several layers, not the last features alone."""
+        raise InputError(
+            f"the head of a segmentation model reads {LEVELS} layers: call the model, or take forward_intermediates"
+        )
+
     def drop_layers(self, layers: Sequence[int]) -> None:
         """Remove layers as `TokenModel.drop_layers` does; InputError for an output layer."""
         if needed := [layer for layer in self.config.out_layers if layer in layers]:

@@ -17,6 +17,8 @@ from ..ops import gather_tokens
 from ..progress import note
 from ..pruning.tokens import Tokens
 from .base import Expected, StateDict, TokenModel
+from .classifier import has_no_classes, make_classifier
+from .features import DroppedSums, NamePatterns
 from .precision import RMSNorm, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid
 from .statements import Statements
@@ -53,7 +55,7 @@ class VisionMamba(TokenModel):
         "head.weight",
     )
 
-    no_weight_decay = ("*A_log", "*A_b_log", "*pos_embed", "*cls_token")
+    no_weight_decay = NamePatterns(["*A_log", "*A_b_log", "*pos_embed", "*cls_token"])
     reads_protected = True
     # Of hustvl's vim/models_mamba.py; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
@@ -88,14 +90,14 @@ class VisionMamba(TokenModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, c.patches + 1, c.d_model))
         self.layers = nn.ModuleList(VimBlock(c, size) for size in c.layers)
         self.norm_f = RMSNorm(c.d_model, eps=EPSILON)
-        self.head = nn.Linear(c.d_model, c.num_classes)
+        self.head = make_classifier(c.d_model, c.num_classes)
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.layers
 
     @property
-    def classifier(self) -> nn.Linear:
+    def classifier(self) -> nn.Module:
         return self.head
 
     @property
@@ -121,7 +123,17 @@ class VisionMamba(TokenModel):
         return Tokens(features, self.length, self.protected, alignment=self.alignment, orders=FORTH_AND_BACK)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        return self.head(self.norm_f(gather_tokens(tokens.features, tokens.protected_index()[:, None])[:, 0]))
+        protected = gather_tokens(tokens.features, tokens.protected_index()[:, None])[:, 0]
+        return self.classify(self.normalise(protected), self.dropped_sums(tokens))
+
+    def normalise(self, features: Tensor) -> Tensor:
+        return self.norm_f(features)
+
+    def select_read(self, features: Tensor) -> Tensor:
+        return features[:, 0]
+
+    def classify(self, read: Tensor, sums: DroppedSums, pre_logits: bool = False) -> Tensor:
+        return read if pre_logits else self.head(read)
 
     @classmethod
     def count_flops(
@@ -205,7 +217,7 @@ class VisionMamba(TokenModel):
             d_model=d_model,
             **sizes,
             in_chans=in_chans,
-            num_classes=shape.head("head.weight", d_model),
+            num_classes=0 if has_no_classes(state.get("head.weight")) else shape.head("head.weight", d_model),
             patch_size=tuple(patch_size),
             stride=stride,
             image_size=tuple(image_size),

@@ -21,6 +21,7 @@ from ..progress import note
 from ..pruning.tokens import Dropped, Tokens
 from .base import Expected, StateDict
 from .families import HEAD_OF_SEGMENTATION
+from .features import NamePatterns
 from .precision import RMSNorm, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid
 from .statements import Statements
@@ -138,7 +139,7 @@ class VimUperNet(UperNet):
     architecture, families = "vim_upernet", ("vim",)
     config_class = VimUperNetConfig
     telling_keys = ("backbone.patch_embed.proj.weight", "backbone.layers.0.mixer.A_b_log", HEAD_OF_SEGMENTATION)
-    no_weight_decay = ("*A_log", "*A_b_log", "*pos_embed")
+    no_weight_decay = NamePatterns(["*A_log", "*A_b_log", "*pos_embed"])
     # Of hustvl's seg/backbone/vim.py; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
         **HEAD_OPTIONS,
@@ -207,6 +208,9 @@ class VimUperNet(UperNet):
     def read_values(self, layer: int, values: Tensor) -> Tensor:
         level = LEVELS[self.config.level]
         return self.backbone.norm_f(values) if level.norm and layer == len(self.blocks) else values
+
+    def normalise(self, features: Tensor) -> Tensor:
+        return self.backbone.norm_f(features)
 
     @property
     def is_residual(self) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..pruning.tokens import Tokens
 from .base import StateDict, TokenModel
+from .classifier import has_no_classes, make_classifier
+from .features import DroppedSums, NamePatterns
 from .precision import LayerNorm, cast, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid
 from .statements import Statements
@@ -37,7 +39,7 @@ class VisionTransformer(TokenModel):
     config_class = ViTConfig
     telling_keys = ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight")
     hidden_options = ("num_heads", "activation", "epsilon", "pool")
-    no_weight_decay = ("*pos_embed", "*cls_token", "*dist_token", "*reg_token")
+    no_weight_decay = NamePatterns(["*pos_embed", "*cls_token", "*dist_token", "*reg_token"])
     foreign_keys: ClassVar[Mapping[str, str]] = {
         "attn_pool.": "attention that pools the tokens",
         "rope.": "rotary position embedding",
@@ -62,14 +64,19 @@ class VisionTransformer(TokenModel):
         self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.depth))
         self.norm = nn.Identity() if c.fc_norm else LayerNorm(width, c.epsilon)
         self.fc_norm = LayerNorm(width, c.epsilon) if c.fc_norm else nn.Identity()
-        self.head = nn.Linear(width * max(1, c.read), c.num_classes)
+        self.head = make_classifier(width * max(1, c.read), c.num_classes)
+
+    def publish(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.config.distillation_token and self.config.read == 2:
+            _split_heads(state)
+        return state
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self._modules["blocks"]
 
     @property
-    def classifier(self) -> nn.Linear:
+    def classifier(self) -> nn.Module:
         return self.head
 
     @property
@@ -116,16 +123,25 @@ class VisionTransformer(TokenModel):
 
     def readout(self, tokens: Tokens) -> Tensor:
         """Classify the class token, or the mean over the patches that are kept; see `Alignment.pool`."""
+        return self.classify(self.normalise(self.select_read(tokens.features)), self.dropped_sums(tokens))
+
+    def normalise(self, features: Tensor) -> Tensor:
+        return self.norm(features)
+
+    def select_read(self, features: Tensor) -> Tensor:
         c = self.config
-        if c.read:
-            return self.head(self.fc_norm(self.norm(tokens.features[:, : c.read])).flatten(1))
-        features = self.norm(tokens.features[:, c.prefix :])
-        if tokens.alignment.pool and tokens.pruned_sum is not None:
-            total = features.sum(1, dtype=tokens.pruned_sum.dtype) + tokens.pruned_sum
-            pooled = total / c.patches
+        return features[:, : c.read] if c.read else features[:, c.prefix :]
+
+    def classify(self, read: Tensor, sums: DroppedSums, pre_logits: bool = False) -> Tensor:
+        if self.config.read:
+            pooled = self.fc_norm(read).flatten(1)
         else:
-            pooled = features.mean(1)
-        return self.correct_logits(self.head(cast(self.fc_norm(pooled), self.head)), tokens)
+            if sums.total is not None:
+                mean = (read.sum(1, dtype=sums.total.dtype) + sums.total) / self.config.patches
+            else:
+                mean = read.mean(1)
+            pooled = cast(self.fc_norm(mean), self.head)
+        return pooled if pre_logits else self.add_correction(self.head(pooled), sums.summary)
 
     def memory(self, features: Tensor) -> Tensor:
         return self.norm(features) if self.pools else super().memory(features)
@@ -198,7 +214,7 @@ class VisionTransformer(TokenModel):
             num_heads=0,
             mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
             in_chans=in_chans,
-            num_classes=shape.head("head.weight", width),
+            num_classes=0 if has_no_classes(state.get("head.weight")) else shape.head("head.weight", width),
             patch_size=tuple(patch_size),
             stride=patch,
             image_size=tuple(image_size),
@@ -272,3 +288,10 @@ def _join_heads(state: dict[str, Tensor]) -> None:
     if weight.shape == state["head.weight"].shape and bias.shape == state["head.bias"].shape:
         state["head.weight"] = torch.cat([state["head.weight"], weight], dim=1) / 2
         state["head.bias"] = (state["head.bias"] + bias) / 2
+
+
+def _split_heads(state: dict[str, Tensor]) -> None:
+    """Replace the classifier of a distilled DeiT by two whose mean it is, in place."""
+    parts = (2 * state["head.weight"]).chunk(2, dim=1)
+    state["head.weight"], state["head_dist.weight"] = (part.contiguous() for part in parts)
+    state["head_dist.bias"] = state["head.bias"].clone()

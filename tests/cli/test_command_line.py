@@ -26,7 +26,7 @@ def test_the_three_lines_in_an_empty_folder():
     assert "of 17 tokens after layer 1" in second
     assert "100.0% in the same class" in third
     assert sorted(p.name for p in os.scandir("compressed/model-r0.30")) == [
-        "README.md", "config.json", "kept_tokens.png", "model.onnx", "model.safetensors", "report.json",
+        "README.md", "config.json", "kept_tokens.png", "model.onnx", "model.safetensors", "recipe.yaml", "report.json",
     ]  # fmt: skip
     assert "\x1b" not in done.stdout + done.stderr  # nothing animated, nothing coloured
 

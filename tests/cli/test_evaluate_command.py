@@ -33,5 +33,5 @@ def test_evaluate_says_when_the_dense_model_is_gone(checkpoint):
 def test_the_bundled_images_on_a_gpu():
     pytest.importorskip("datasets", reason="a machine with a GPU may lack it")
     there = call_json("evaluate", BUNDLED, "--device", "cuda")
-    here = call_json("evaluate", BUNDLED)
+    here = call_json("evaluate", BUNDLED, "--device", "cpu")
     assert (there["top1"], there["top5"], there["images"]) == (here["top1"], here["top5"], here["images"])

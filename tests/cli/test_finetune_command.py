@@ -26,7 +26,7 @@ def test_finetune_reports_beside_what_it_began_with(pruned_folder, class_folders
     found = call_json("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--tensorboard", "logs")
     assert sorted(os.listdir("tuned")) == [
         "README.md", "config.json", "finetuning.png", "kept_tokens.png", "last.safetensors", "model.safetensors",
-        "report.json",
+        "recipe.yaml", "report.json",
     ]  # fmt: skip
     assert not os.path.exists("tuned.training.pt")
     assert found == call_json("report", "tuned")

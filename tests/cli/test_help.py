@@ -148,8 +148,8 @@ def test_options_of_a_group_become_parameters_of_the_command():
         seen.append((name, printing))
 
     spread = takes(command)
-    assert list(inspect.signature(spread).parameters) == ["name", "as_json", "quiet"]
-    spread(name="x", as_json=True, quiet=False)
+    assert list(inspect.signature(spread).parameters) == ["name", "as_json", "quiet", "verbose", "log_file"]
+    spread(name="x", as_json=True, quiet=False, verbose=False, log_file=None)
     assert seen == [("x", Printing(as_json=True, quiet=False))]
 
 

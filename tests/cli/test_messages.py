@@ -282,7 +282,7 @@ def test_export_without_onnx_says_what_it_wrote(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prun"], "Did you mean 'prune'?"),
+        (["prun"], "Did you mean 'prune', 'run'?"),
         (["prune", "DENSE", "--ration", "0.3"], "--ratio"),
         (["prune", "DENSE", "--importance", "sailency"], "did you mean saliency?"),
         (["prune", "DENSE", "--data", "IMAGES", "--finetune-epochs", "1", "--set", "mixxup=1"], "did you mean mixup?"),

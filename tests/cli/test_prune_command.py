@@ -217,7 +217,7 @@ def test_a_few_images_one_of_them_damaged(checkpoint, tmp_path):
 def test_prune_on_a_gpu(checkpoint, class_folders):
     options = ("--data", class_folders, "--ratio", 0.5)
     there = call_json("prune", checkpoint, *options, "--device", "cuda", "-o", "gpu")
-    here = call_json("prune", checkpoint, *options, "-o", "cpu")
+    here = call_json("prune", checkpoint, *options, "--device", "cpu", "-o", "cpu")
     assert there["stages"] == here["stages"]
     assert there["dense"]["top1"] == here["dense"]["top1"]
 

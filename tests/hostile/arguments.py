@@ -55,6 +55,7 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "--dtype": ("", "int8", "float64", "FLOAT16!"),
     "--data": ("", "nowhere", "https://example.com/images", "/dev/null", "x" * 300, "x" * 5000, "a:b",
     "~nobody/x", "\n"),
+    "--log-file": ("", ".", "nowhere/run.log", "https://x.y/z"),
     "--eval-data": ("", "nowhere", "/dev/null", "x" * 300),
     "--dense": ("", "nowhere", "/dev/null", "https://example.com/m.pth", "."),
     "--plan": ("", "nowhere", "/dev/null", ".", "x" * 300),
@@ -131,6 +132,7 @@ def nonsense_that_other_programs_take(rng, box):
     command = rng.choice(["inspect", "evaluate", "report"])
     unfit = (
         "--html",
+        "--log-file",
         "--output",
         "--threads",
         "--workers",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import InputError, OptionError
+from ...hub_names import parse_hub_name
 from ..comparison_tables import show_comparison, show_models
 from ..groups import Hardware, Images, Load, Measure, NoLatency, Printing, Stages
 from ..options import BUDGET, OUTPUT, PRUNING, option
@@ -96,7 +97,8 @@ def _compare_one(
     from ...jobs.compare import compare_methods
 
     model = load.open(checkpoints[0], hardware)
-    folder = Path(output or Path("compared", Path(checkpoints[0]).resolve().stem))
+    hub = parse_hub_name(checkpoints[0])
+    folder = Path(output or Path("compared", hub.title if hub is not None else Path(checkpoints[0]).resolve().stem))
     return compare_methods(model, request, folder, command=command_line(), force=force), folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from ... import processes
 from ...errors import InputError
 from ..groups import ForceFolder, Hardware, Load, Measure, NoLatency, ReportPrinting, Training, TrainingImages
 from ..options import FINETUNING, OUTPUT, option
+from ..recipes import make_recipe
 from ..tables import show_report
 from ..terminal import command_line, find_dense_or_say, progress_bars, say, say_about_data, say_how_to_resume
 
@@ -58,9 +60,11 @@ def finetune(
     found = find_dense_or_say(
         loaded, dense, "learning from labels alone, agreement will not be measured", printing.quiet
     )
-    target = FinetuneTarget(Path(output), force, command_line(), Path(model), resume)
+    target = FinetuneTarget(Path(output), force, command_line(), inside=Path(model), resume=resume)
+    if not target.in_place:  # else what the recipe begins with is gone
+        target = replace(target, recipe=make_recipe(target.path, model))
     again = f"ssmcompress finetune {model} ... -o {output} --resume"
-    with progress_bars(printing.quiet), say_how_to_resume(target.state, again, printing.quiet):
+    with progress_bars(printing.quiet), say_how_to_resume({target.state: again}, printing.quiet):
         data, measuring = images.options(measure), measure.options(not no_latency)
         report = finetune_folder(loaded, target, options, data, measuring, dense=found)
     if processes.is_main():

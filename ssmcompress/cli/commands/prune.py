@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Annotated
 
 from ... import processes
@@ -20,6 +19,7 @@ from ..groups import (
     ReportPrinting,
 )
 from ..options import OUTPUT, option
+from ..recipes import make_recipe
 from ..tables import show_preview, show_report
 from ..terminal import command_line, progress_bars, say, say_about_data, say_how_to_resume
 
@@ -41,6 +41,9 @@ def prune(
     hardware: Hardware,
     measure: Measure,
     no_latency: NoLatency = False,
+    resume: Annotated[
+        bool, option(OUTPUT, "--resume", help="Go on with what an interrupted run of this command had found.")
+    ] = False,
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
 ) -> None:
     """Trim tokens, and within a budget also states, channels and layers, of a dense model; write it with a report."""
@@ -56,11 +59,12 @@ def prune(
     request = PruneRequest(plan, options, load.folder_labels)
     request.check()
     model = load.open(checkpoint, hardware)
-    target = FinetuneTarget(output.path(request.folder(checkpoint)), output.force, command_line())
+    folder = output.path(request.folder(checkpoint))
+    recipe = make_recipe(folder, checkpoint)
+    target = FinetuneTarget(folder, output.force, command_line(), recipe, resume=resume)
     again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
-    tunes = finetune is not None and not dry_run
-    hint = say_how_to_resume(target.state, again, printing.quiet) if tunes else nullcontext()
-    with progress_bars(printing.quiet), hint:
+    interrupted = {target.state: again, target.results: command_line() + " --resume" * (not resume)}
+    with progress_bars(printing.quiet), say_how_to_resume(interrupted, printing.quiet):
         result = preview_request(model, request) if dry_run else prune_model(model, request, target)
     if not processes.is_main():
         return

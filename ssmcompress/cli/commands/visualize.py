@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ...hub_names import parse_hub_name
 from ..groups import Batching, Data, Dense, Hardware, Load, Model, Printing
 from ..inputs import check_inputs
 from ..options import IMAGES, MAPS, OUTPUT, option
@@ -64,7 +65,7 @@ def visualize(
         found = find_dense_or_say(loaded, dense, "the dense model is not shown", printing.quiet)
     folder = Path(output) if output else default_folder(model)
     with progress_bars(printing.quiet):
-        title = Path(model).resolve().name
+        title = Path(model).resolve().name if (hub := parse_hub_name(model)) is None else str(hub)
         result = visualize(loaded, request, folder, dense=found, title=title, command=command_line(), force=force)
     if printing.as_json:
         print_json(result)

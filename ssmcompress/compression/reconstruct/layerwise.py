@@ -15,11 +15,14 @@ from ...data.any_batches import AnyBatches, in_chunks
 from ...data.batches import LabelledBatch, digest
 from ...errors import InputError
 from ...models.base import TokenModel
+from ...models.fingerprint import fingerprint
 from ...models.records import Fit
+from ...models.saved_corrections import build_correction
 from ...ops import gather_tokens
 from ...progress import track
 from ...pruning.tokens import Dropped, Tokens
 from ..margin import margin_gradients
+from ..remember import hash_of, keep, keeps_results, recall
 from .chunks import ChunkFiles
 from .class_corrections import ClassRows, ClassSums, empty_correction
 from .levels import LevelSums, has_levels
@@ -131,8 +134,11 @@ class LayerwiseRefit:
         points = 1 + self.dense.count_points(len(self.dense.blocks))
         self.totals = torch.zeros(points, dtype=torch.float64, device="cpu")
         kl = torch.zeros((), dtype=torch.float64, device="cpu")
+        models = [fingerprint(model) for model in (self.dense, self.pruned, self.reference)] if keeps_results() else []
+        seen: list[str] = []
         for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
             images = images.to(self.device)
+            seen.append(hash_of(images) if keeps_results() else "")
             # The second image is held out, so that two are enough.
             held = (self.images + torch.arange(len(images), device=self.device)) % HELD_OUT == 1
             if held.any():
@@ -142,6 +148,7 @@ class LayerwiseRefit:
             self.images += len(images)
             self.held_out += int(held.sum())
             self.add_chunk(images, held)
+        self.key = hash_of("reconstruction", models, seen, list(self.layers), self.corrects_logits)
         counts = torch.tensor([self.images, self.rows, self.held_out], device="cpu")
         self.all_reduce_sum(self.totals, kl, counts)
         self.images, self.rows, self.held_out = counts.tolist()
@@ -174,6 +181,11 @@ class LayerwiseRefit:
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
         for layer in self.layers:
+            key = hash_of(self.key, layer) if keeps_results() else ""
+            if (kept := recall(key)) is not None:
+                yield from self.restore(layer, *kept)
+                continue
+            count = len(self.fits)
             *inner, projections = self.pruned.blocks[layer - 1].refitted or ((),)
             inner = [names for group in inner if (names := self.comparable(layer, group))]
             yield from self.advance_dense(layer, [name for group in inner for name in group])
@@ -186,7 +198,36 @@ class LayerwiseRefit:
                 yield from self.advance_dense_end(layer)
                 yield from self.refit_end(layer)
                 yield from self.advance_pruned(self.pruned.end, layer)
+            keep(key, self.describe(layer, self.fits[count:]))
         yield from self.refit_levels() if self.dense.levels else self.refit_readout()
+
+    def describe(self, layer: int, fits: Sequence[Fit]) -> dict[str, Any]:
+        """Return the weights of a layer that was refitted, and of its corrections, with the records."""
+        key, model = str(layer), self.pruned
+        corrections = {name: maps[key].state_dict() for name, maps in self.corrections() if key in maps}
+        fitted = [(fit.weight, tuple(fit.ridges), fit.before, fit.after) for fit in fits]
+        return {"block": model.blocks[layer - 1].state_dict(), "corrections": corrections, "fits": fitted}
+
+    def restore(self, layer: int, kept: dict[str, Any]) -> Iterator[None]:
+        """Take over what `describe` returned, and run both models past the layer; yields as `refit` does."""
+        key, block = str(layer), self.pruned.blocks[layer - 1]
+        yield from self.advance_dense(layer, ())
+        block.load_state_dict(kept["block"])
+        for name, maps in self.corrections():
+            if key in maps:
+                del maps[key]
+            if (values := kept["corrections"].get(name)) is not None:
+                maps[key] = build_correction(self.pruned, name, values).to(self.device)
+        self.fits += [Fit(weight, tuple(ridges), before, after) for weight, ridges, before, after in kept["fits"]]
+        yield from self.advance_pruned(self.pruned.begin, layer)
+        if block.end_projection is not None:
+            yield from self.advance_dense_end(layer)
+            yield from self.advance_pruned(self.pruned.end, layer)
+
+    def corrections(self) -> tuple[tuple[str, nn.ModuleDict], ...]:
+        """Return the corrections of the pruned model by layer, with the names of their kinds."""
+        model = self.pruned
+        return ("corrections", model.corrections), ("class_corrections", model.class_corrections)
 
     def refit_levels(self) -> Iterator[None]:
         """Fit the maps of the output levels, and measure the model on the images held out."""

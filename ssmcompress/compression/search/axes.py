@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...errors import NOT_FINITE, InputError
 from ...evaluation.flops import flops_of
 from ...models.base import ScanBlock, TokenModel
 from ...progress import track
+from ..remember import hash_of, keeps_results, remembered
 from ..trim.channels import cut_channels
 from ..trim.layers import drop_directions, drop_layers
 from ..trim.states import cut_states
@@ -102,6 +104,7 @@ def measure_axes(
     chains: Callable[[str], Any],
     *,
     refit: bool = True,
+    key: str = "",
 ) -> tuple[Option, ...]:
     """Measure what trimming a dense model along each axis alone costs, preferably on images that nothing was fitted on.
 
@@ -109,17 +112,24 @@ def measure_axes(
         data: images (count, C, H, W) and labels (count,) to compare with; no labels: the dense model's outputs.
         chains: function from "states" or "channels" to the chains of the model (`ssmcompress.compression.trim`).
         refit: whether the classifier is refitted first, as for a model that is to be reconstructed.
+        key: hash of the model and of what the chains are made from, for `ssmcompress.compression.remember`.
 
     Raises:
         InputError: values that are not finite.
     """
     found, options = [], list_options(model, axes)
     dense = run(model, data.images)
-    for axis, trims in track(options, "measuring axes", len(options)):
+    known = hash_of(key, data.images, data.labels, refit) if keeps_results() else ""
+
+    def measure(trims: Trims) -> float | None:
         if trims.states is not None and trims.states > chains("states").most:
-            continue  # more states than can be refitted in the memory that is free
-        trimmed = _trim(model, trims, chains)
-        loss = average_loss(trimmed, data, dense, refit=refit)
+            return None  # more states than can be refitted in the memory that is free
+        return average_loss(_trim(model, trims, chains), data, dense, refit=refit)
+
+    for axis, trims in track(options, "measuring axes", len(options)):
+        loss = remembered(partial(hash_of, "axis", known, trims), partial(measure, trims))
+        if loss is None:
+            continue
         if loss != loss:
             raise InputError(NOT_FINITE)
         found.append(Option(axis, trims, flops_of(model, trims.apply_to(model.config)), loss))

@@ -8,10 +8,10 @@ are kept; for each stage only the layers after it are run again.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from ...pruning.alignment import Alignment
 from ...pruning.importance import IMPORTANCES
 from ...pruning.plan import MAX_RATIO, Plan, Stage, kept_count, share_removed
 from ...pruning.pruner import TokenPruner
+from ...pruning.tokens import Tokens
+from ..remember import hash_of, keeps_results, remembered
 from .axes import Option
 from .proxy_loss import Collector, average_losses, sum_losses
 
@@ -214,6 +216,60 @@ def candidate_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(1, depth, step))
 
 
+class _StageRuns:
+    """Runs of single stages on one chunk of images after the other.
+
+    Args:
+        work: the model, without pruners. collector: of its outputs. plan: seed and probes. kept: counts of tokens.
+    """
+
+    def __init__(self, work: TokenModel, collector: Collector, plan: Plan, kept: Sequence[int]):
+        self.work, self.collector, self.plan, self.kept = work, collector, plan, kept
+
+    def start(self, images: Tensor) -> None:
+        """Take another chunk (images, C, H, W)."""
+        self.images = images
+        # The dense model's tokens before each layer, and, for each layer from 1, at the place of its stage.
+        self.befores: list[Tokens] = []
+        self.states: list[Tokens | None] = []
+
+    def run_dense(self) -> Tensor:
+        """Return the dense logits of the chunk, and keep its tokens."""
+        work = self.work
+        self.befores, self.states = [work.embed(self.images)], [None]
+        for number in range(1, len(work.blocks) + 1):
+            self.states.append(work.begin(number, self.befores[-1])[0])
+            self.befores.append(work.end(number, self.states[-1]))
+        dense = work.readout(self.befores[-1]).cpu()
+        self.collector.take()
+        return dense
+
+    def run_stages(self, layer: int, metric: str, dense: Tensor, targets: Tensor | None) -> list[Tensor]:
+        """Return what was collected with a stage after a layer, for each count of tokens.
+
+        Args:
+            dense: logits of the chunk. targets: its labels, or None.
+        """
+        if not self.states:
+            self.run_dense()
+        work, found = self.work, []
+        probe = self.plan.probe(layer) if IMPORTANCES[metric].probe else None
+        for k, count in enumerate(self.kept):
+            ratio = share_removed(work.length, count, work.protected_count)
+            pruner = TokenPruner(ratio, metric, work.length, self.plan.seed, probe).to(self.images.device)
+            if not k:
+                tokens = self.states[layer]
+                if pruner.block_metric is not None:
+                    tokens = work.blocks[layer - 1](self.befores[layer - 1], pruner.block_metric, part="begin")
+                    tokens = work.observe(layer, tokens)
+            pruned = work.end(layer, pruner(tokens))
+            for number in range(layer + 1, len(work.blocks) + 1):
+                pruned, _ = work.step(number, pruned)
+            work.readout(pruned)
+            found.append(self.collector.take(dense, targets))
+        return found
+
+
 @torch.no_grad()
 def measure_sensitivity(
     model: TokenModel,
@@ -254,35 +310,23 @@ def measure_sensitivity(
     size = model.chunk_size()
     starts = range(0, len(images), size)
     steps = [(start, row, column) for start in starts for row in range(len(layers)) for column in range(len(metrics))]
+    calibration = plan.calibration
+    statistics = (*calibration.gap_deltas, *calibration.probes) if calibration is not None else ()
+    about = (plan.alignment, plan.gap, plan.seed, *statistics)
+    run = hash_of("sensitivity", fingerprint(model), images, labels, about) if keeps_results() else ""
     with Collector(work) as collector:
+        runs = _StageRuns(work, collector, plan, kept)
         for start, row, column in track(steps, "measuring sensitivity", len(steps)):
             if (row, column) == (0, 0):
-                # Before each layer, and for each layer at the place of its stage.
-                befores, states = [work.embed(images[start : start + size].to(device))], [None]
-                for number in range(1, len(work.blocks) + 1):
-                    states.append(work.begin(number, befores[-1])[0])
-                    befores.append(work.end(number, states[-1]))
-                logits.append(work.readout(befores[-1]).cpu())
-                targets = None if labels is None else labels[start : start + size]
-                collector.take()
+                runs.start(images[start : start + size].to(device))
+                logits.append(remembered(partial(hash_of, run, start), runs.run_dense))
                 if not logits[-1].isfinite().all():
                     raise InputError(NOT_FINITE)
-            layer, metric = layers[row], metrics[column]
-            probe = plan.probe(layer) if IMPORTANCES[metric].probe else None
-            for k, count in enumerate(kept):
-                ratio = share_removed(length, count, model.protected_count)
-                pruner = TokenPruner(ratio, metric, length, plan.seed, probe).to(device)
-                if not k:
-                    tokens = states[layer]
-                    if pruner.block_metric is not None:
-                        tokens = work.blocks[layer - 1](befores[layer - 1], pruner.block_metric, part="begin")
-                        tokens = work.observe(layer, tokens)
-                pruned = work.end(layer, pruner(tokens))
-                for number in range(layer + 1, len(work.blocks) + 1):
-                    pruned, _ = work.step(number, pruned)
-                work.readout(pruned)
-                cells[row, column, k].append(collector.take(logits[-1], targets))
-    add = functools.partial(processes.all_reduce_sum, device=device) if distributed else None
+            chosen, targets = (layers[row], metrics[column]), None if labels is None else labels[start : start + size]
+            compute = partial(runs.run_stages, *chosen, logits[-1], targets)
+            for k, part in enumerate(remembered(partial(hash_of, run, start, *chosen, kept), compute)):
+                cells[row, column, k].append(part)
+    add = partial(processes.all_reduce_sum, device=device) if distributed else None
     dense = torch.cat(logits)
     totals = [
         sum_losses(work.classifier, torch.cat(parts), dense, labels, refit=refit, add=add) for parts in cells.values()

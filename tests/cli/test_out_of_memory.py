@@ -1,0 +1,208 @@
+"""Out of memory: one line that names the step and the options of that command that lower what it takes."""
+
+import errno
+import re
+
+import pytest
+import torch
+import typer
+from command_line import call, refused
+
+from ssmcompress import progress
+from ssmcompress.cli.app import app
+from ssmcompress.cli.devices import LOWERABLE, is_out_of_memory
+
+COMMANDS = typer.main.get_command(app).commands
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "99999999999 bytes. Error code 12 (Cannot allocate memory)"
+)
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 10 GiB.")
+
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+# Command -> (arguments, step in which memory runs out, options that the message names, with their values).
+# DENSE is a checkpoint, IMAGES are class folders, pruned is a folder, m.onnx is made from it.
+SIZE = "--image-size (now as trained)"
+CASES = {
+    "prune": [
+        ("prune DENSE --data IMAGES --batch-size 3 --samples 7 -o out", "calibrating",
+         ["--batch-size (now 3)", "--samples (now 7)", SIZE]),
+        ("prune DENSE --data IMAGES -o out --image-size 32", "reconstructing",
+         ["--batch-size (now 64)", "--samples (now 1024)", "--image-size (now 32)"]),
+        ("prune DENSE --data IMAGES --flops 80% --search-images 9 -o out", "measuring sensitivity",
+         ["--batch-size (now 64)", "--samples (now 1024)", "--search-images (now 9)", SIZE]),
+        ("prune DENSE --data IMAGES --finetune-epochs 1 --set batch_size=6 -o out", "fine-tuning",
+         ["--set accumulate=NUMBER", SIZE]),
+    ],
+    "finetune": [
+        ("finetune pruned --data IMAGES --set batch_size=8 --set accumulate=2 -o out", "fine-tuning",
+         ["--set accumulate=NUMBER (now 2)", SIZE]),
+        ("finetune pruned --data IMAGES --set batch_size=6 --batch-size 5 -o out", "measuring",
+         ["--batch-size (now 5)", SIZE]),
+    ],
+    "evaluate": [
+        ("evaluate DENSE --data IMAGES --batch-size 5 --workers 2", "measuring",
+         ["--batch-size (now 5)", "--workers (now 2)", SIZE]),
+        ("evaluate DENSE --data IMAGES --batch-size 1", "measuring", [SIZE]),
+    ],
+    "compare": [
+        ("compare DENSE --data IMAGES --ratios 0.5 --methods naive -o out", "measuring the dense model",
+         ["--batch-size (now 64)", "--samples (now 1024)", SIZE]),
+    ],
+    "benchmark": [
+        ("benchmark DENSE --batch-sizes 1,8 --repeats 1", "timing, batch 1", ["--batch-sizes (now 1,8)", SIZE]),
+        ("benchmark --ops --shape 1,9,4,2", None, ["--shape (now 1,9,4,2)"]),
+    ],
+    "visualize": [
+        ("visualize pruned --data IMAGES --batch-size 4", "attention maps", ["--batch-size (now 4)", SIZE]),
+    ],
+    "export": [("export pruned --onnx -o e.onnx --no-latency", "verifying", [SIZE])],
+    "verify": [("verify pruned m.onnx", "verifying", [SIZE])],
+    "inspect": [("inspect DENSE", None, [SIZE])],
+}  # fmt: skip
+FLAT = [case for cases in CASES.values() for case in cases]
+
+
+def fail(error):
+    raise error
+
+
+@pytest.fixture
+def run_out(monkeypatch):
+    """Makes the memory run out when the loop of a name takes its first item, or (None) when a job begins."""
+
+    def run_out(step, error):
+        track, jobs = progress.FrontEnd.track, ("benchmark.benchmark_all", "inspect.inspect_file")
+
+        def failing(self, items, what, total, done=0):
+            return (fail(error) for _ in items) if what == step else track(self, items, what, total, done)
+
+        monkeypatch.setattr(progress.FrontEnd, "track", failing)
+        for job in jobs if step is None else ():
+            monkeypatch.setattr(f"ssmcompress.jobs.{job}", lambda *_: fail(error))
+
+    return run_out
+
+
+@pytest.fixture
+def words(checkpoint, class_folders, request):
+    """The arguments in a text, with the names of the files."""
+
+    def words(text):
+        if "pruned" in text:
+            request.getfixturevalue("pruned_folder")
+        if "m.onnx" in text:
+            call("export", "pruned", "--onnx", "-o", "m.onnx", "--no-latency")
+        return [{"DENSE": str(checkpoint), "IMAGES": str(class_folders)}.get(word, word) for word in text.split()]
+
+    return words
+
+
+def options_of(command):
+    return {option for parameter in COMMANDS[command].params for option in parameter.opts}
+
+
+def test_every_command_with_such_options_is_tried():
+    named = {"--image-size", *(f"--{name.replace('_', '-')}" for name in LOWERABLE)}
+    assert {name for name in COMMANDS if named & options_of(name)} == CASES.keys()
+
+
+@pytest.mark.parametrize(("text", "step", "options"), FLAT, ids=[case[0] for case in FLAT])
+def test_the_step_and_the_options_that_lower_it_are_named(run_out, words, text, step, options):
+    arguments = words(text)
+    run_out(step, MemoryError())
+    said = refused_after_work(arguments)
+    command = arguments[0]
+    place = f'the step "{step}" of {command}' if step else command
+    assert said.startswith(f"error: out of memory in {place}; ")
+    assert re.findall(r"--[a-z][\w-]*(?: accumulate=NUMBER)?(?: \(now [^)]*\))?", said) == options
+    assert {option.split()[0] for option in options} <= options_of(command)
+
+
+def refused_after_work(arguments):
+    """The last line on stderr of a command that fails at run time: a step before may have said something."""
+    result = call(*arguments, code=1)
+    assert result.stdout == ""
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(ALLOCATOR),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        GPU,
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:40],
+)
+def test_errors_of_every_allocator_are_recognised(run_out, words, error):
+    run_out("measuring", error)
+    said = refused("evaluate", *words("DENSE --data IMAGES"), code=1)
+    gpu = " of the GPU" if "CUDA" in str(error) else ""
+    assert said.startswith(
+        f'error: out of memory{gpu} in the step "measuring" of evaluate; lower --batch-size (now 64)'
+    )
+    assert said.endswith(", or use --device cpu\n") == bool(gpu)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left"), KeyError(3)])
+def test_other_errors_are_not_about_memory(error):
+    assert not is_out_of_memory(error)
+
+
+def test_compiled_kernels_run_out_of_memory(words, monkeypatch):
+    """A kernel that could not allocate its scratch leaves the count of its items at 0."""
+    monkeypatch.setattr("ssmcompress.ops.cpu.run", lambda *_: None)
+    said = refused("evaluate", *words("DENSE --data IMAGES"), code=1)
+    assert said.startswith('error: out of memory in the step "measuring" of evaluate; lower --batch-size')
+
+
+def test_a_command_without_such_options_names_none(monkeypatch):
+    monkeypatch.setattr("ssmcompress.jobs.demo.run_demo", lambda *_, **__: fail(MemoryError()))
+    said = refused("demo", "-o", "out", code=1)
+    assert said == "error: out of memory in demo; end other programs, or use a machine with more of it\n"
+
+
+def test_what_ran_before_is_named_where_no_step_runs(words, monkeypatch):
+    monkeypatch.setattr("ssmcompress.cli.commands.evaluate.show_evaluation", lambda *_: fail(MemoryError()))
+    said = refused("evaluate", *words("DENSE --data IMAGES"), code=1)
+    assert said.startswith('error: out of memory in evaluate, after the step "measuring"; lower')
+
+
+def test_an_error_in_the_body_of_a_loop_is_of_its_step(words, monkeypatch):
+    """Python has ended the loop's generator when the error arrives."""
+    monkeypatch.setattr("ssmcompress.evaluation.measure._check_outputs", lambda *_: fail(GPU))
+    assert 'in the step "measuring" of evaluate' in refused("evaluate", *words("DENSE --data IMAGES"), code=1)
+
+
+def test_the_innermost_loop_that_an_error_ended_is_the_step():
+    def loop(name, body):
+        for _ in progress.track(range(2), name, 2):
+            body()
+
+    def ended(run):
+        with progress.record_steps() as steps:
+            try:
+                run()
+            except MemoryError:
+                return steps.left, steps.running, steps.finished
+        return None
+
+    oom = MemoryError()
+    assert ended(lambda: loop("outer", lambda: loop("inner", lambda: fail(oom)))) == ("inner", [], None)
+    assert ended(lambda: (loop("first", int), loop("second", lambda: fail(oom)))) == ("second", [], "first")
+    assert ended(lambda: (loop("first", int), fail(oom))) == (None, [], "first")
+
+    def stop_early():
+        for _ in progress.track(range(2), "outer", 2):
+            for _ in progress.track(range(2), "inner", 2):
+                break
+        loop("last", lambda: fail(oom))
+
+    assert ended(stop_early) == ("last", [], "outer")
