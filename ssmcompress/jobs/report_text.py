@@ -91,8 +91,11 @@ def format_notes(report: Report) -> list[str]:
     lines += _list_wide_notes(report)
     if (used := report.get("preprocessing") or {}).get("assumed"):
         lines.append(f"preprocessing was assumed: {', '.join(_list_assumed(used))}")
-    if skipped := [*data.get("unreadable", ()), *calibration.get("unreadable", ())]:
-        lines.append(f"{len(skipped)} unreadable images were skipped ({', '.join(skipped[:3])})")
+    skipped = [*data.get("unreadable", ()), *calibration.get("unreadable", ())]
+    unnamed = sum(block.get("unreadable_images") or 0 for block in (data, calibration))  # of a published report
+    if skipped or unnamed:
+        names = f" ({', '.join(skipped[:3])})" if skipped else ""
+        lines.append(f"{len(skipped) + unnamed} unreadable images were skipped{names}")
     if overlap := describe_overlap(data):
         lines.append(overlap)
     if calibration.get("images") and report["stages"]:
