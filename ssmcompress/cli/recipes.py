@@ -37,8 +37,8 @@ LARGEST = 1 << 20  # bytes
 FILES = ("data", "eval_data", "sensitivity", "plan", "recipe", "dense", "output", "tensorboard")
 NOT_IN_RECIPES = ("unsafe_load", "force", "json", "quiet", "verbose", "dry_run", "resume", "log_file")
 WAYS = ("ratio", "flops", "flops_backbone", "latency", "max_drop", "plan", "merge")
-# Options whose value is written even where it is the default, and those of the hardware that change the report.
 WRITTEN = ("output", "tensorboard")  # of FILES, those that need not be there yet
+# Options whose value is recorded even where it is the default, and those of the hardware that change the report.
 ALWAYS, MEASURED = ("seed", "samples"), ("dtype", "no_latency")
 
 HEADER = f"""\
@@ -52,8 +52,8 @@ class Option:
     """An option of a command, as a recipe has it.
 
     Attributes:
-        key: its key. flag: as it is typed; opposite: its negative, or "". kind: bool, int, float or str. default: the
-            value if it is not given.
+        key: its key. flag: as it is typed; opposite: its negative, or "". kind: bool, int, float or str.
+        default: the value if it is not given.
         several: whether it can be given more than once. choices: the values that there are, if they are limited.
         least, most: limits of a number. panel: the heading it is under. text: its help.
     """
