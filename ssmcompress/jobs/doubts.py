@@ -5,7 +5,9 @@ All functions are pure: figures and facts in, lines out. Arguments are in backti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.images import Images
 from ..data.masks import describe_empty
@@ -13,6 +15,7 @@ from ..models.base import TokenModel
 from ..tasks import CLASSIFICATION, Evaluation, Task
 
 LOW_AGREEMENT = 50.0  # percent
+MANY = 32  # images, among which repetitions and missing classes are no accident
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ def doubt_agreement(result: Evaluation, subject: Subject) -> list[str]:
         return []
     shown = subject.task.describe_likeness(likeness, result.images)
     return [f"{shown}; to lose less, {_next(subject)}"]
+
+
+def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
+    """Return warnings about images to calibrate on that are too much alike for what is fitted to hold for others.
+
+    Args:
+        calibration: `images`, `distinct` and `classes`, {`seen`, `of`}, as a report has them.
+    """
+    images, distinct, classes = (calibration.get(name) for name in ("images", "distinct", "classes"))
+    lines = []
+    if distinct and images >= MANY and distinct * 2 <= images:
+        lines.append(f"only {distinct} of {images} images to calibrate on are different: give more (`data`)")
+    if classes and images >= MANY and classes["seen"] * 2 <= min(images, classes["of"]):
+        lines.append(
+            f"the images to calibrate on are of {classes['seen']} of {classes['of']} classes: what is fitted may not "
+            "hold for the others; give images of all (`data`)"
+        )
+    return lines
 
 
 def _describe_assumed(names: tuple[str, ...]) -> str:

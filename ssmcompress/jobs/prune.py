@@ -328,7 +328,7 @@ def _prune_folder(
     pruned = measured.models["pruned"]
     pruned.made_by = MadeBy(target.command, versions())
     sections = {
-        "calibration": describe_calibration(pruned.plan, calibration),
+        "calibration": describe_calibration(pruned, calibration),
         "reconstruction": describe_reconstruction(pruned, context.seconds.get("reconstructed", 0.0)),
     }
     files = dict(context.files)

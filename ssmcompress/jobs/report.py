@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..data.batches import Batches
-from ..data.content import hash_contents
+from ..data.content import different, hash_contents
 from ..errors import InputError
 from ..evaluation.flops import backbone_flops, dense_flops, flops, flops_as_run, flops_by_part, flops_of
 from ..evaluation.latency import latency_settings
@@ -21,10 +23,10 @@ from ..models.base import TokenModel
 from ..models.hub import fetch, fetch_files, title_of
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
-from ..pruning.plan import Calibration, Plan
+from ..pruning.plan import Calibration
 from ..tasks import Evaluation
 from . import report_text as text
-from .doubts import Subject, find_doubts
+from .doubts import Subject, doubt_calibration, find_doubts
 from .measuring import Measured
 from .report_charts import SENSITIVITY_FILES, draw_charts, link_attention
 from .trim_sizes import describe_dense, describe_trims
@@ -74,7 +76,10 @@ def make_report(
         **blocks,
         "task": pruned.task.name,
         "agreement": pruned.task.describe(result, compared=True),
-        "warnings": find_doubts(subject, measured.results.get("dense"), result),
+        "warnings": [
+            *find_doubts(subject, measured.results.get("dense"), result),
+            *doubt_calibration(sections.get("calibration") or {}),
+        ],
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
         "plan": pruned.plan.to_dict(tensors=False),
@@ -166,13 +171,22 @@ def describe_data(measured: Batches, result: Evaluation, overlap: int | None) ->
     }
 
 
-def describe_calibration(plan: Plan, calibration: Batches) -> dict[str, Any]:
-    """Describe the calibration, with the share of images that kept each position at each stage, and its mean score."""
-    statistics = plan.calibration or Calibration(calibration.source.name, len(calibration.index), ())
+def describe_calibration(model: TokenModel, calibration: Batches) -> dict[str, Any]:
+    """Describe the calibration, with the share of images that kept each position at each stage, and its mean score.
+
+    `distinct` counts different images, and `classes` those of the model's classes that they have; null without labels.
+
+    Args:
+        model: calibrated and pruned. calibration: the images, as far as they were read.
+    """
+    read, labels = np.flatnonzero(calibration.digests), calibration.source.labels
+    statistics = model.plan.calibration or Calibration(calibration.source.name, len(calibration.index), ())
     return {
         "name": statistics.name,
         "images": statistics.images,
         "unreadable": calibration.unreadable_names(),
+        "distinct": len(different(calibration.digests)),
+        "classes": None if labels is None else {"seen": len({labels[i] for i in read}), "of": model.config.num_classes},
         "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in statistics.kept],
         "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in statistics.scores],
     }

@@ -1,6 +1,7 @@
-"""Warnings about accuracy at chance and low agreement."""
+"""Warnings about accuracy at chance, low agreement and images that are alike."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from command_line import call, call_json
 from conftest import make_vim, write_image
 
 from ssmcompress.jobs import report_text
-from ssmcompress.jobs.doubts import Subject, find_doubts
+from ssmcompress.jobs.doubts import Subject, doubt_calibration, find_doubts
 from ssmcompress.tasks import CLASSIFICATION, SEGMENTATION, Evaluation
 
 
@@ -158,3 +159,40 @@ def test_default_preprocessing_is_said_once_and_remembered(tmp_path):
         preprocessing = json.load(file)["preprocessing"]
     assert preprocessing["crop_pct"] == 0.9
     assert "assumed" not in preprocessing
+
+
+@pytest.mark.parametrize(
+    ("images", "distinct", "classes", "words"),
+    [
+        (1024, 1024, {"seen": 640, "of": 1000}, []),  # as a random choice of ImageNet has
+        (1024, 1024, None, []),
+        (8, 4, {"seen": 1, "of": 10}, []),  # too few for it to be no accident
+        (64, 32, None, ["only 32 of 64 images"]),
+        (1024, 1024, {"seen": 50, "of": 1000}, ["of 50 of 1000 classes"]),
+        (64, 64, {"seen": 5, "of": 10}, ["of 5 of 10 classes"]),
+        (64, 64, {"seen": 6, "of": 10}, []),
+        (64, 3, {"seen": 1, "of": 10}, ["only 3 of 64", "of 1 of 10 classes"]),
+    ],
+)
+def test_images_to_calibrate_on_that_are_alike_are_told(images, distinct, classes, words):
+    lines = doubt_calibration({"images": images, "distinct": distinct, "classes": classes})
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_reports_of_earlier_versions_say_nothing_of_it():
+    assert doubt_calibration({"name": "x", "images": 64}) == doubt_calibration({}) == []
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_prune_says_so_of_copies_of_an_image(checkpoint):
+    for label in range(10):
+        for copy in range(8):
+            write_image(Path("same") / f"class{label}" / f"{copy}.png", seed=label % 2)
+    arguments = "prune", checkpoint, "--ratio", 0.3, "--data", "same", "--no-latency", "--no-reconstruct", "-o", "m"
+    shown = " ".join(call(*arguments).stdout.split())
+    assert "only 2 of 40 images to calibrate on are different: give more (--data)" in shown
+    found = json.loads(Path("m/report.json").read_text())["calibration"]
+    assert (found["images"], found["distinct"]) == (40, 2)
+    assert found["classes"]["of"] == 10
+    assert found["classes"]["seen"] > 5
