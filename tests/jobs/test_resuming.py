@@ -42,6 +42,8 @@ from ssmcompress.compression import remember
 stop, kept = int(sys.argv[1]), remember.keep
 def keep(name, value):
     global stop
+    if stop == 0 and {signal} == 2:
+        raise KeyboardInterrupt  # the signal itself is ignored in the background of a shell
     if stop == 0:
         os.kill(os.getpid(), {signal})
     stop -= 1
