@@ -89,26 +89,7 @@ def conv_operator(
     int64. `backward` returns the gradients of x, weight and bias; the last is empty if there is no bias.
     """
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor? positions, bool silu, bool reverse"
-    gradients = operator(
-        f"{name}_backward(Tensor dy, {inputs}) -> Tensor[]",
-        backward,
-        devices,
-        lambda dy, x, weight, bias, *others: [empty_like(t, x) for t in (x, weight, bias)],
-    )
-
-    def save(ctx, inputs, output) -> None:
-        *tensors, silu, reverse = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.flags = silu, reverse
-
-    def apply_gradients(ctx, dy):
-        tensors = ctx.saved_tensors
-        dx, dweight, dbias = gradients(dy, *tensors, *ctx.flags)
-        return dx, dweight, None if tensors[2] is None else dbias, None, None, None
-
-    return operator(
-        f"{name}({inputs}) -> Tensor", forward, devices, lambda x, *others: empty_like(x, x), apply_gradients, save
-    )
+    return _convolution(name, inputs, forward, devices, backward)
 
 
 def grid_conv_operator(
@@ -120,9 +101,20 @@ def grid_conv_operator(
     """Define a convolution on a grid as the operator `name`.
 
     Its inputs are x (batch, length, channels), weight (channels, 1, height, width), bias (channels,) and positions
-    (batch, length) int64. `backward` returns the gradients of x, weight and bias; None: there is no gradient.
+    (batch, length) int64. `backward` is as for `conv_operator`; None: there is no gradient.
     """
     inputs = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, int rows, int columns, bool silu"
+    return _convolution(name, inputs, forward, devices, backward)
+
+
+def _convolution(
+    name: str,
+    inputs: str,
+    forward: Callable[..., Tensor],
+    devices: Sequence[str],
+    backward: Callable[..., list[Tensor]] | None,
+) -> Callable[..., Tensor]:
+    """Define an operator of x, weight, bias, positions and flags, whose result has the shape and dtype of x."""
     schema = f"{name}({inputs}) -> Tensor"
     if backward is None:
         return operator(schema, forward, devices, lambda x, *others: empty_like(x, x))
@@ -134,14 +126,13 @@ def grid_conv_operator(
     )
 
     def save(ctx, inputs, output) -> None:
-        *tensors, rows, columns, silu = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.flags = rows, columns, silu
+        ctx.save_for_backward(*inputs[:4])
+        ctx.flags = inputs[4:]
 
     def apply_gradients(ctx, dy):
         tensors = ctx.saved_tensors
         dx, dweight, dbias = gradients(dy, *tensors, *ctx.flags)
-        return dx, dweight, None if tensors[2] is None else dbias, None, None, None, None
+        return dx, dweight, None if tensors[2] is None else dbias, None, *[None] * len(ctx.flags)
 
     return operator(schema, forward, devices, lambda x, *others: empty_like(x, x), apply_gradients, save)
 

@@ -60,7 +60,7 @@ def prune(
     request.check()
     model = load.open(checkpoint, hardware)
     folder = output.path(request.folder(checkpoint))
-    recipe = make_recipe(folder, checkpoint)
+    recipe = "" if dry_run else make_recipe(folder, checkpoint)
     target = FinetuneTarget(folder, output.force, command_line(), recipe, resume=resume)
     again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
     interrupted = {target.state: again, target.results: command_line() + " --resume" * (not resume)}

@@ -152,7 +152,8 @@ def scan_rows(
                 for n in range(d_state):
                     factor = exp2(decay_t * load(a, (row + n, ZERO), WIDTH))
                     state = factor * load(h, (row + n, ZERO), WIDTH) + splat(C[b, t, n])
-                    # Where nothing is added, states shrink to denormal numbers, which are many times slower.
+                    # Where nothing is added, states shrink to denormal numbers, which are many times slower on
+                    # processors where they cannot be made zero (`flush_denormals`).
                     state = state + splat(FLUSH) - splat(FLUSH)
                     store(h, (row + n, ZERO), WIDTH, state)
                     y_t = y_t + state * B[b, t, n]
