@@ -8,36 +8,31 @@ from __future__ import annotations
 
 import difflib
 import enum
-import inspect
 import json
 import os
 import re
 import reprlib
-import types
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
-
-import typer
+from typing import Any
 
 from ..errors import InputError
 from ..files import RECIPE_FILE, read_text, sha256
 from ..hub_names import parse_hub_name
+from .option_data import FILES, Option, describe_options
 from .options import HARDWARE, OUTPUT, chosen, list_parameters
+from .recipe_names import from_recipe, to_recipe
 
 FORMAT_VERSION = 1
 COMMANDS = ("prune", "finetune")
 LARGEST = 1 << 20  # bytes
 
-# Options that name files; those that a recipe does not have, because a person has to say them at each call; and ways
-# to say how much to prune, of which one given on the command line replaces that of the recipe.
-FILES = ("data", "eval_data", "sensitivity", "plan", "recipe", "dense", "output", "tensorboard")
+# Options that a recipe does not have, because a person has to say them at each call; and ways to say how much to prune,
+# of which one given on the command line replaces that of the recipe.
 NOT_IN_RECIPES = ("unsafe_load", "force", "json", "quiet", "verbose", "dry_run", "resume", "log_file")
 WAYS = ("ratio", "flops", "flops_backbone", "latency", "max_drop", "plan", "merge")
-WRITTEN = ("output", "tensorboard")  # of FILES, those that need not be there yet
 # Options whose value is recorded even where it is the default, and those of the hardware that change the report.
 ALWAYS, MEASURED = ("seed", "samples"), ("dtype", "no_latency")
 
@@ -45,76 +40,6 @@ HEADER = f"""\
 # The whole compression as a file: `ssmcompress run {RECIPE_FILE}` makes the same weights again. Options on its command
 # line override what is here; `ssmcompress run --schema` prints a JSON schema for editors.
 """
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a command, as a recipe has it.
-
-    Attributes:
-        key: its key. flag: as it is typed; opposite: its negative, or "". kind: bool, int, float or str.
-        default: the value if it is not given.
-        several: whether it can be given more than once. choices: the values that there are, if they are limited.
-        least, most: limits of a number. panel: the heading it is under. text: its help.
-    """
-
-    key: str
-    flag: str
-    opposite: str
-    kind: type
-    default: Any
-    several: bool
-    choices: tuple[str, ...]
-    least: float | None
-    most: float | None
-    panel: str
-    text: str
-
-    def schema(self) -> dict[str, Any]:
-        """Return the JSON schema of its value."""
-        names = {bool: "boolean", int: "integer", float: "number"}
-        if self.choices:
-            value: dict[str, Any] = {"enum": [*self.choices]}
-        elif self.kind is str and self.several:
-            value = {"type": "array", "items": {"type": "string"}}
-        elif self.kind is str and self.key not in FILES:
-            value = {"type": ["string", "number", "array"], "items": {"type": ["string", "number"]}}
-        else:
-            value = {"type": names.get(self.kind, "string")}
-        limits = {"minimum": self.least, "maximum": self.most}
-        return {**value, **{k: v for k, v in limits.items() if v is not None}, "description": self.text}
-
-    def arguments(self, value: Any) -> list[str]:
-        """Return what is typed for a value; ValueError for one that the option cannot have."""
-        if self.kind is bool:
-            if not isinstance(value, bool):
-                raise ValueError("true or false")
-            return [self.flag] if value else [self.opposite] if self.opposite else []
-        if self.several:
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise ValueError("a list of texts")
-            return [text for v in value for text in (self.flag, v)]
-        if self.kind is str:
-            return [self.flag, self._text(value)]
-        whole = self.kind is int
-        if isinstance(value, str):  # 1e-1 is a text in YAML
-            with suppress(ValueError):
-                value = int(value) if whole else float(value)
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ValueError("a whole number" if whole else "a number")
-        if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
-            ends = [f"at least {self.least}" if self.least is not None else ""]
-            ends += [f"at most {self.most}" if self.most is not None else ""]
-            raise ValueError(f"a number of {' and '.join(filter(None, ends))}")
-        return [self.flag, str(value)]
-
-    def _text(self, value: Any) -> str:
-        if self.choices and value not in self.choices:
-            raise ValueError(f"one of {', '.join(self.choices)}")
-        parts = value if isinstance(value, list) and self.key not in FILES else [value]
-        if not parts or not all(isinstance(p, (str, int, float)) and not isinstance(p, bool) for p in parts):
-            raise ValueError("a name" if self.key in FILES else "a text, a number or a list of these")
-        return ",".join(map(str, parts))
 
 
 @dataclass(frozen=True)
@@ -149,7 +74,7 @@ class Recipe:
             if value is None or (replaced and key in WAYS):
                 continue
             try:
-                typed += option.arguments(_found(value, key, self.file.parent) if key in FILES else value)
+                typed += option.arguments(from_recipe(value, key, self.file.parent) if key in FILES else value)
             except ValueError as error:
                 raise InputError(f"{self.file}: {key} is {show(value)}: expected {error}") from error
         model = self.model if not self.model.startswith("-") else os.path.join(os.curdir, self.model)
@@ -167,8 +92,8 @@ class Recipe:
 def options_of(command: str) -> dict[str, Option]:
     """Return the options of a command that a recipe can have, by key."""
     function = getattr(import_module(f".commands.{command}", __package__), command)
-    options = (_describe(p) for p in list_parameters(function)[0] if _info(p, typer.models.OptionInfo))
-    return {option.key: option for option in options if option.key not in NOT_IN_RECIPES}
+    options = describe_options(list_parameters(function)[0])
+    return {option.key: option for _, option in options if option.key not in NOT_IN_RECIPES}
 
 
 def read_recipe(file: Path) -> Recipe:
@@ -195,7 +120,7 @@ def read_recipe(file: Path) -> Recipe:
     for key in content:
         if key not in options:
             raise InputError(f"{file}: {_unknown(key, command, options)}")
-    recipe = Recipe(file, command, _found(model, "model", file.parent), digest, content)
+    recipe = Recipe(file, command, from_recipe(model, "model", file.parent), digest, content)
     recipe.arguments(())  # values that cannot be
     return recipe
 
@@ -274,17 +199,15 @@ def make_recipe(folder: Path, name: str) -> str:
     command, parameters, values = chosen.get()
     recipe: dict[str, Any] = {"format_version": FORMAT_VERSION, "command": command.__name__}
     recorded, digest = _identify(name)
-    recipe |= {"model": _seen_from(recorded, folder), "model_sha256": digest}
-    for parameter in parameters:
-        if not _info(parameter, typer.models.OptionInfo):
-            continue
-        option, value = _describe(parameter), values[parameter.name]
+    recipe |= {"model": to_recipe(recorded, folder), "model_sha256": digest}
+    for parameter, option in describe_options(parameters):
+        value = values[parameter.name]
         of_this_call = option.panel == OUTPUT or (option.panel == HARDWARE and option.key not in MEASURED)
         if of_this_call or option.key in (*NOT_IN_RECIPES, "tensorboard"):
             continue
         value = value.value if isinstance(value, enum.Enum) else value
         if value not in (None, [], option.default) or option.key in ALWAYS:
-            recipe[option.key] = _seen_from(value, folder) if option.key in FILES else _plain(value)
+            recipe[option.key] = to_recipe(value, folder) if option.key in FILES else _plain(value)
     recipe["versions"] = {name: str(version) for name, version in versions().items()}
     return HEADER + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
@@ -345,78 +268,3 @@ def _plain(value: Any) -> Any:
         except ValueError:
             pass
     return value
-
-
-# ------------------------------------------------------------------------------------------------------------ names
-
-
-def _candidates(name: str) -> Iterator[tuple[str, str]]:
-    """Yield (path, rest) for the ways to read a name of data, of which `:split` may be the end."""
-    yield name, ""
-    head, colon, tail = name.rpartition(":")
-    if head and colon:
-        yield head, f":{tail}"
-
-
-def _found(name: Any, key: str, base: Path) -> Any:
-    """Return a name in a recipe as one from the working folder: what is beside the recipe is meant.
-
-    Args:
-        key: of the name. What a data set on the hub or a recipe of fine-tuning is called, for instance, stays as it is.
-        base: the folder of the recipe.
-    """
-    if not isinstance(name, str) or os.path.isabs(name):
-        return name
-    if name.startswith("~"):
-        return os.path.expanduser(name)
-    base = Path(os.path.realpath(base))
-    for path, rest in _candidates(name):
-        if (base / path).exists():
-            return os.path.relpath(base / path) + rest
-    # Not that of the working folder, which may happen to have one of this name.
-    local = key in WRITTEN or name.startswith(".") or any(os.path.exists(path) for path, _ in _candidates(name))
-    if key == "model":
-        local |= parse_hub_name(name) is None
-    return os.path.relpath(base / name) if local else name
-
-
-def _seen_from(name: Any, folder: Path) -> Any:
-    """Return a name from the working folder as one from `folder`; absolute ones, and those of no files, stay."""
-    if not isinstance(name, str) or os.path.isabs(name):
-        return name
-    for path, rest in _candidates(name):
-        if os.path.exists(path):
-            try:
-                relative = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix()
-            except ValueError:  # another drive of Windows
-                return os.path.abspath(path) + rest
-            return (relative if relative.startswith(".") else f"./{relative}") + rest
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------- options
-
-
-def _info(parameter: inspect.Parameter, kind: type) -> Any:
-    """Return what Typer is told of a parameter, if it is of this kind."""
-    return next((info for info in getattr(parameter.annotation, "__metadata__", ()) if isinstance(info, kind)), None)
-
-
-def _describe(parameter: inspect.Parameter) -> Option:
-    info, hint = _info(parameter, typer.models.OptionInfo), get_args(parameter.annotation)[0]
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    several = get_origin(hint) is list
-    hint = get_args(hint)[0] if several else hint
-    declared = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or ())]
-    names = [name for part in declared for name in part.split("/")] or [f"--{parameter.name.replace('_', '-')}"]
-    names = [name for name in names if name.startswith("--")]
-    # Of --align/--no-align; --no-latency has no positive form.
-    flag, *others = names
-    opposite = next((name for name in others if name.startswith("--no-")), "")
-    choices = tuple(member.value for member in hint) if issubclass(hint, enum.Enum) else ()
-    default = parameter.default.value if isinstance(parameter.default, enum.Enum) else parameter.default
-    return Option(
-        flag.lstrip("-").replace("-", "_"), flag, opposite, str if choices else hint, default, several, choices,
-        info.min, info.max, info.rich_help_panel or "", info.help or "",
-    )  # fmt: skip
