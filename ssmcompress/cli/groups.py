@@ -16,10 +16,12 @@ import typer
 
 from .. import processes
 from ..errors import InputError
+from ..extras import require_extra
 from .devices import AUTO, choose_device, explain_device
 from .inputs import check_inputs, check_model
+from .log import start_log
 from .options import BUDGET, FINETUNING, HARDWARE, IMAGES, MODEL_FILE, OUTPUT, PRUNING, option
-from .terminal import is_quiet, progress_bars, say, start_log
+from .terminal import command_line, is_quiet, progress_bars, say
 from .values import (
     IMPORTANCE_NAMES,
     GapSource,
@@ -509,7 +511,7 @@ class Printing:
         Raises:
             InputError: the log file cannot be written to, or holds something else.
         """
-        start_log(self.log_file, self.verbose, self.quiet)
+        start_log(self.log_file, self.verbose, self.quiet, command_line())
 
 
 @dataclass(frozen=True)

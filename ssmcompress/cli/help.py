@@ -12,7 +12,8 @@ from .. import processes
 from ..errors import SsmCompressError
 from ..progress import hold_notes
 from .options import PANELS
-from .terminal import arguments, complain, is_quiet, name_options, only_main_prints, say
+from .readable import name_options
+from .terminal import arguments, complain, is_quiet, only_main_prints, say
 
 INTERRUPTED = 130
 OTHER = "Other"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError
-from .terminal import readable
+from .readable import readable
 
 WIDTH = 80  # columns, where stdout is not a terminal
 # Characters that the column of names may always take; longer names are folded if figures need the room.

@@ -1,45 +1,34 @@
-"""Messages, progress and errors on stderr, and the log of a command (--log-file, --verbose)."""
+"""Messages, progress and errors of a command on stderr."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import processes
-from .._version import __version__
-from ..errors import InputError, escape_control
+from ..errors import InputError
 from ..progress import FrontEnd, use_front_end
+from .log import end_log, is_logging, log
+from .readable import readable
 
 if TYPE_CHECKING:
     from ..models.base import TokenModel
 
 OTHERS_WAIT = 3.0  # seconds
-LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters
+LONGEST_LINE = 2000  # characters
 STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
-# Packages whose versions a log file begins with, where they are installed.
-LOGGED_VERSIONS = ("torch", "numpy", "numba", "triton", "timm", "onnxruntime", "huggingface_hub")
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
 # Whether bars are drawn already.
 _shown: ContextVar[bool] = ContextVar("ssmcompress_bars", default=False)
-# What makes options of the arguments that a message of the library names: `force=True` becomes --force.
-name_options: ContextVar[Callable[[str], str]] = ContextVar("ssmcompress_name_options", default=str)
-# Called when the command has ended and its last message was printed.
-_at_the_end: ContextVar[ExitStack | None] = ContextVar("ssmcompress_at_the_end", default=None)
-_log_file: ContextVar[_LogFile | None] = ContextVar("ssmcompress_log_file", default=None)
-# Whether `start_log` decides what the library's logger prints.
-_logs: ContextVar[bool] = ContextVar("ssmcompress_logs", default=False)
 
 
 @contextmanager
@@ -48,149 +37,13 @@ def only_main_prints() -> Iterator[None]:
 
     The log of a command that runs in the body of the with statement ends with it.
     """
-    with ExitStack() as stack:
-        _set(_at_the_end, stack, stack)
+    with open(os.devnull, "w") as nowhere, end_log() as stack:
         if processes.launched_index():
             logger = logging.getLogger("ssmcompress")
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(redirect_stdout(nowhere))
         yield
-
-
-def _set(variable: ContextVar[Any], value: Any, until: ExitStack) -> None:
-    """Set a context variable until a stack ends."""
-    until.callback(variable.reset, variable.set(value))
-
-
-def start_log(file: str | None, verbose: bool, quiet: bool) -> None:
-    """Log the rest of the command: what the library does, and the warnings of other packages.
-
-    A log file is appended to: a run that goes on after a stop, or the next run of a script, belongs in the same file,
-    nothing is lost, and the option means the same in commands with --force and without.
-
-    Args:
-        file: where to; None: nowhere. It also has the messages for the user, errors with their tracebacks, the command
-            line and versions. verbose: whether stderr shows what the library does. quiet: whether it shows only errors.
-
-    Raises:
-        InputError: the file cannot be written to, or it holds something else than a log of ssmcompress.
-    """
-    stack, main = _at_the_end.get(), not processes.launched_index()
-    if stack is None or (file is None and not verbose):
-        return
-    if file is not None:
-        _open_log(Path(file), logging.DEBUG if main else logging.ERROR, stack)
-    if not main:  # the other processes show errors only, in any case
-        return
-    logger, shown = logging.getLogger("ssmcompress"), _Stderr()
-    shown.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
-    stack.callback(logger.setLevel, logger.level)
-    logger.setLevel(logging.DEBUG)
-    stack.callback(logger.removeHandler, shown)
-    logger.addHandler(shown)
-    _set(_logs, True, stack)
-    if file is not None:
-        from importlib import metadata  # 30 ms, which --help does not wait for
-
-        versions = [f"ssmcompress {__version__}", f"Python {sys.version.split()[0]}"]
-        for package in LOGGED_VERSIONS:
-            with suppress(metadata.PackageNotFoundError):
-                versions.append(f"{package} {metadata.version(package)}")
-        log(f"{', '.join(versions)}, {sys.platform}")
-        log(f"command: {command_line()}, in {os.getcwd()}")
-        began = time.perf_counter()
-        stack.callback(lambda: log(f"ended after {time.perf_counter() - began:.1f} s"))
-
-
-def _open_log(path: Path, level: int, stack: ExitStack) -> None:
-    """Append to a log file until the stack ends."""
-    try:
-        if path.is_file():
-            with open(path, "rb") as content:
-                start = content.read(100)
-            if start and not re.match(rb"\d{4}-\d\d-\d\d \S+ [A-Z]+ ssmcompress: ", start):
-                raise InputError(f"--log-file {path} is no log of ssmcompress: it is left as it is, name another file")
-        handler = _LogFile(path, level)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--log-file {path}: {reason}; expected a file in a folder that exists") from error
-    _set(_log_file, handler, stack)
-    stack.callback(handler.close)
-    # Neither the loggers of torch, which do not propagate, nor those that a handler of their own prints would reach a
-    # handler of the root. All records are made by the factory.
-    make, show = logging.getLogRecordFactory(), warnings.showwarning
-
-    def make_and_log(*arguments: Any, **named: Any) -> logging.LogRecord:
-        record = make(*arguments, **named)
-        if record.name:  # `logging.makeLogRecord` makes them empty
-            handler.write(record)
-        return record
-
-    def show_and_log(message, category, filename, lineno, file=None, line=None) -> None:
-        log(f"{category.__name__}: {message} ({filename}, line {lineno})", logging.WARNING)
-        show(message, category, filename, lineno, file, line)
-
-    stack.callback(logging.setLogRecordFactory, make)
-    logging.setLogRecordFactory(make_and_log)
-    stack.callback(setattr, warnings, "showwarning", show)
-    warnings.showwarning = show_and_log
-
-
-def log(text: str, level: int = logging.INFO, error: BaseException | None = None) -> None:
-    """Write a text to the log file of the command, if it has one, with the traceback of an error."""
-    if (handler := _log_file.get()) is not None:
-        info = (type(error), error, error.__traceback__) if error is not None else None
-        handler.write(logging.LogRecord("ssmcompress", level, "", 0, text, (), info))
-
-
-class _LogFile(logging.FileHandler):
-    """Appends records to a file, each with the time; where that fails, says so once, and the command goes on."""
-
-    def __init__(self, path: Path, level: int):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self.setLevel(level)
-        self.broken = False
-
-    def write(self, record: logging.LogRecord) -> None:
-        """Append a record, unless its level is too low."""
-        if record.levelno >= self.level and not self.broken:
-            self.handle(record)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The time with the zone, the level and the logger, then the text, its further lines indented."""
-        when = datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "milliseconds")
-        text = escape_control(name_options.get()(super().format(record)))
-        return f"{when} {record.levelname} {record.name}: {text}".replace("\n", "\n    ")
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, as logging calls it
-        """Say that the file cannot be written. What is wrong with a record is for the logger's own handler to say."""
-        if isinstance(error := sys.exc_info()[1], OSError) and not self.broken:
-            self.broken = True
-            print(readable(f"--log-file {self.baseFilename}: {error.strerror}; it ends here"), file=sys.stderr)
-
-    def close(self) -> None:
-        """Close the file, even if its last lines cannot be written."""
-        with suppress(OSError):
-            super().close()
-
-
-class _Stderr(logging.Handler):
-    """Prints records of the library on stderr, which Python does by itself from WARNING on if there is no handler."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print(readable(record.getMessage()), file=sys.stderr, flush=True)
-        except Exception:
-            self.handleError(record)
-
-
-def readable(message: str) -> str:
-    """A message with the names of options, without control characters, and without the middle of very long parts."""
-    text = escape_control(name_options.get()(message))
-    return re.sub(
-        rf"\S{{{LONGEST_WORD + 1},}}", lambda m: f"{m.group()[: LONGEST_WORD // 2]}...{m.group()[-20:]}", text
-    )
 
 
 def complain(message: str, code: int) -> int:
@@ -227,7 +80,7 @@ def progress_bars(quiet: bool) -> Iterator[None]:
     """Bars with the time left, on stderr, where that is a terminal; if `quiet`, no messages of the library either."""
     if quiet or processes.launched_index():
         logger = logging.getLogger("ssmcompress")
-        if _logs.get():  # and prints errors only
+        if is_logging():  # and prints errors only
             yield
             return
         before = logger.level
