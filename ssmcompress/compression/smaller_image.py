@@ -20,7 +20,7 @@ from ..evaluation.flops import flops_of
 from ..models.base import TokenModel
 from ..models.checkpoint import load
 from ..progress import track
-from .reconstruct.layerwise import HELD_OUT
+from .reconstruct.both_models import HELD_OUT
 from .reconstruct.least_squares import Rows, refit
 from .search.proxy_loss import Collector
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import ssmcompress
 from ssmcompress.compression.margin import margin_gradients
-from ssmcompress.compression.reconstruct.layerwise import LEAST_WEIGHT
+from ssmcompress.compression.reconstruct.both_models import LEAST_WEIGHT
 from ssmcompress.compression.reconstruct.least_squares import Rows, refit, ridge_regression
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches

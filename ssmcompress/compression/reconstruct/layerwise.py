@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ... import processes
-from ...data.any_batches import AnyBatches, in_chunks
-from ...data.batches import LabelledBatch, digest
-from ...errors import InputError
 from ...models.base import TokenModel
-from ...models.fingerprint import fingerprint
 from ...models.records import Fit
 from ...models.saved_corrections import build_correction
-from ...ops import gather_tokens
-from ...progress import track
-from ...pruning.tokens import Dropped, Tokens
-from ..margin import margin_gradients
 from ..remember import hash_of, keep, keeps_results, recall
-from .chunks import ChunkFiles
+from .both_models import BothModels
 from .class_corrections import ClassRows, ClassSums, empty_correction
 from .levels import LevelSums, has_levels
 from .linear import LinearSums, full_rank, zero_map
-from .readout import ReadoutRefit, set_pool
+from .readout import ReadoutRefit
 from .recording import find_name, record
-
-# One in HELD_OUT images is held out.
-HELD_OUT = 5
-# Least weight of a row, relative to the mean weight of the layer's rows: rows that are not read out still decide which
-# tokens are kept later. Values between 1e-4 and 0.5 made no difference (0.3 points).
-LEAST_WEIGHT = 1e-3
-# The fields of `Tokens` that change from layer to layer.
-TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes", "ranks")
 
 
 @dataclass(frozen=True)
@@ -52,17 +35,14 @@ class RefitOptions:
     class_corrections: bool = True
 
 
-class LayerwiseRefit:
+class LayerwiseRefit(BothModels):
     """Runs a dense and a pruned model layer by layer on the same images, and refits the layers of the pruned one.
 
-    The images are processed in chunks, which are identified by their number. `files` has for each chunk the `weights`
-    of all rows (points, images, tokens), see `margin_gradients`, the `dense` features and the `pruned` tokens before
-    the current layer, the dense `targets` of the layer's inner maps at the kept tokens, and what the fit of its `class`
-    correction needs.
+    In addition to what `BothModels` has, `files` has for each chunk what the fit of the `class` correction needs.
 
     Args:
-        layers: the layers to refit, from 1. folder: an empty folder for values of chunks.
-        distributed, reference, options: as for `reconstruct`.
+        dense, pruned, layers, folder, distributed, reference: as for `BothModels`.
+        options: as for `reconstruct`.
     """
 
     def __init__(
@@ -75,21 +55,11 @@ class LayerwiseRefit:
         reference: TokenModel,
         options: RefitOptions = RefitOptions(),
     ):
-        self.dense, self.pruned, self.layers = dense, pruned, layers
-        self.reference = reference
-        # The dense model's number of each layer, and of the end.
-        numbers = pruned.origin.layers if pruned.origin is not None else range(1, len(pruned.blocks) + 1)
-        self.numbers = (*numbers, len(dense.blocks) + 1)
+        super().__init__(dense, pruned, layers, folder, distributed, reference)
         self.counts = pruned.token_counts()
-        self.device = next(pruned.parameters()).device
         self.old_corrections = dict(pruned.corrections.items())
         self.corrects_logits = options.class_corrections and pruned.pools and bool(pruned.plan.stages)
         self.add_corrections(options)
-        self.files = ChunkFiles(folder, self.device)
-        self.distributed = distributed
-        self.size = dense.chunk_size()
-        self.images = self.rows = self.held_out = 0
-        self.held: list[Tensor] = []  # for each chunk (images,), whether an image is held out
         self.kl = 0.0
         self.fits: list[Fit] = []
 
@@ -109,79 +79,11 @@ class LayerwiseRefit:
         if self.corrects_logits and model.readout_correction is None:
             model.readout_correction = zero_map(model.segments * (width + 1), model.config.num_classes, self.device)
 
-    def get_tokens(self, chunk: int) -> Tokens:
-        """Read the pruned model's tokens before the current layer."""
-        *values, dropped = self.files.get("pruned", chunk)
-        values = dict(zip(TOKENS, values, strict=True))
-        groups = None if dropped is None else tuple(Dropped(*group) for group in dropped)
-        values |= {"dropped": groups, "fused": self.fused}
-        return replace(self.template, **values, paths=None, summary=None, layout=None)
-
-    def put_tokens(self, chunk: int, tokens: Tokens) -> None:
-        """Write the pruned model's tokens before the next layer."""
-        dropped = None if tokens.dropped is None else tuple(map(tuple, tokens.dropped))
-        self.files.put("pruned", chunk, (*(getattr(tokens, name) for name in TOKENS), dropped))
-
-    @property
-    def chunks(self) -> int:
-        """The number of chunks."""
-        return len(self.held)
-
-    # ------------------------------------------------------------------------------------------------- the passes
-
-    def start(self, batches: AnyBatches) -> float:
-        """Run both models up to the first layer to be refitted, and return the mean KL of the images held out."""
-        points = 1 + self.dense.count_points(len(self.dense.blocks))
-        self.totals = torch.zeros(points, dtype=torch.float64, device="cpu")
-        kl = torch.zeros((), dtype=torch.float64, device="cpu")
-        models = [fingerprint(model) for model in (self.dense, self.pruned, self.reference)] if keeps_results() else []
-        seen: list[str] = []
-        for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
-            images = images.to(self.device)
-            seen.append(hash_of(images) if keeps_results() else "")
-            # The second image is held out, so that two are enough.
-            held = (self.images + torch.arange(len(images), device=self.device)) % HELD_OUT == 1
-            if held.any():
-                kl += self.pruned.task.total_distance(
-                    self.dense.raw_outputs(images[held]), self.pruned.raw_outputs(images[held])
-                )
-            self.images += len(images)
-            self.held_out += int(held.sum())
-            self.add_chunk(images, held)
-        self.key = hash_of("reconstruction", models, seen, list(self.layers), self.corrects_logits)
-        counts = torch.tensor([self.images, self.rows, self.held_out], device="cpu")
-        self.all_reduce_sum(self.totals, kl, counts)
-        self.images, self.rows, self.held_out = counts.tolist()
-        if not self.held_out:
-            raise InputError(
-                f"{self.images} different images: reconstruction needs at least 2, one to fit and one to check on "
-                f"(or leave it out, `reconstruct=False`)"
-            )
-        return float(kl) / self.held_out
-
-    def add_chunk(self, images: Tensor, held: Tensor) -> None:
-        """Run both models on images up to the first layer to be refitted, and write what they have there."""
-        chunk, weights = self.chunks, margin_gradients(self.dense, images).cpu()
-        self.totals += weights.sum((1, 2), dtype=torch.float64)
-        full, kept = self.dense.embed(images), set_pool(self.pruned.embed(images), self.pruned.pools)
-        self.template, self.fused = replace(kept, features=kept.features[:1], dropped=None), kept.fused
-        for run in self.dense.run_layers(full, range(1, self.numbers[self.layers[0] - 1])):
-            full = run.after
-        for run in self.pruned.run_layers(kept, range(1, self.layers[0])):
-            kept = run.after
-        self.fused = kept.fused
-        self.files.put("weights", chunk, weights)
-        if self.dense.levels:
-            self.files.put("images", chunk, images)
-        self.files.put("dense", chunk, full.features)
-        self.put_tokens(chunk, kept)
-        self.rows += len(images)
-        self.held.append(held)
-
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
+        known = hash_of("reconstruction", *self.content, list(self.layers), self.corrects_logits)
         for layer in self.layers:
-            key = hash_of(self.key, layer) if keeps_results() else ""
+            key = hash_of(known, layer) if keeps_results() else ""
             if (kept := recall(key)) is not None:
                 yield from self.restore(layer, *kept)
                 continue
@@ -259,10 +161,6 @@ class LayerwiseRefit:
         """Return the names of the linear layers of a layer that are refitted."""
         return self.pruned.blocks[layer - 1].refitted
 
-    def reference_block(self, layer: int) -> nn.Module:
-        """Return the layer whose inner maps are the targets of those of a layer of the pruned model."""
-        return self.reference.blocks[(self.numbers[layer - 1] if self.reference is self.dense else layer) - 1]
-
     def comparable(self, layer: int, names: Sequence[str]) -> tuple[str, ...]:
         """Return those of the inner maps that have as many outputs in the reference."""
         ours, theirs = self.pruned.blocks[layer - 1], dict(self.reference_block(layer).named_modules())
@@ -271,50 +169,6 @@ class LayerwiseRefit:
             for name in names
             if name in theirs and theirs[name].out_features == ours.get_submodule(name).out_features
         )
-
-    def advance_dense(self, layer: int, inner: Sequence[str]) -> Iterator[None]:
-        """Run the dense model up to the next projection that is refitted; write the inner maps' outputs at kept tokens.
-
-        That is at the end of this layer, or of those after it that are not kept; or at the place of its stage if the
-        layer has a second part.
-        """
-        first, stop = self.numbers[layer - 1 : layer + 1]
-        block, part = self.reference_block(layer), None
-        if self.pruned.blocks[layer - 1].end_projection is not None:
-            stop, part = first + 1, "begin"
-        for k in range(self.chunks):
-            tokens = replace(self.template, features=self.files.get("dense", k))
-            done = self.reference is self.dense
-            with record(block, inner) as records:
-                after = block(tokens, part=part) if inner or done else tokens
-            tokens = after if done else tokens
-            for number in range(first + done, stop):
-                tokens = self.dense.blocks[number - 1](tokens, part=part)
-            self.files.put("dense", k, tokens.features)
-            positions = self.get_tokens(k).explicit_positions()
-            self.files.put("targets", k, {name: gather_tokens(out, positions) for name, (_, out) in records.items()})
-            yield
-
-    def advance_dense_end(self, layer: int) -> Iterator[None]:
-        """Run the dense model from the place of the stage of a layer up to the next layer that is kept."""
-        first, stop = self.numbers[layer - 1 : layer + 1]
-        for k in range(self.chunks):
-            tokens = self.dense.end(first, replace(self.template, features=self.files.get("dense", k)))
-            for number in range(first + 1, stop):
-                tokens = self.dense.blocks[number - 1](tokens)
-            self.files.put("dense", k, tokens.features)
-            yield
-
-    def advance_pruned(self, run: Callable[[int, Tokens], Any], layer: int) -> Iterator[None]:
-        """Run a part of a layer of the pruned model, `TokenModel.begin` or `end`."""
-        fused = self.fused
-        for k in range(self.chunks):
-            after = run(layer, self.get_tokens(k))
-            after = after if isinstance(after, Tokens) else after[0]
-            self.put_tokens(k, after)
-            fused = after.fused
-            yield
-        self.fused = fused
 
     def refit_end(self, layer: int) -> Iterator[None]:
         """Refit the projection of the second part of a layer to the dense features after it, at tokens with a place."""
@@ -329,18 +183,6 @@ class LayerwiseRefit:
             sums.add(records[name][0], targets - tokens.features, weights, self.held[k])
             yield
         self.fits.append(self.solve(sums))
-
-    def targets_at(self, chunk: int, tokens: Tokens, point: int) -> tuple[Tensor, Tensor]:
-        """Return the dense features (images, kept, d_model) of the kept tokens, and the weights of their rows.
-
-        A token without a position, which the dense model does not have, gets a weight of zero.
-        """
-        positions, weights = tokens.explicit_positions(), self.row_weights(chunk, point)
-        placed = positions.clamp(max=tokens.length - 1)
-        weights = weights.gather(1, placed)
-        if tokens.fused:
-            weights = weights * (positions < tokens.length)
-        return gather_tokens(self.files.get("dense", chunk), placed), weights
 
     def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
         """Refit maps of a layer that do not feed each other to their outputs in the dense model."""
@@ -418,36 +260,8 @@ class LayerwiseRefit:
         self.fits.append(fit)
         self.kl = kl / self.held_out
 
-    def dense_logits(self, chunk: int) -> Tensor:
-        """Return the dense logits (images, classes) of a chunk, after the dense model ran all layers."""
-        return self.dense.readout(replace(self.template, features=self.files.get("dense", chunk)))
-
-    def all_reduce_sum(self, *values: Tensor) -> None:
-        """Sum each of the values over the processes, in place, if there are several."""
-        if self.distributed:
-            processes.all_reduce_sum(*values, device=self.device)
-
-    def row_weights(self, chunk: int, point: int) -> Tensor:
-        """Return the weights (images, tokens) of the rows after `point` parts of layers, relative to their mean."""
-        mean = float(self.totals[point]) / (self.rows * self.dense.length)
-        weights = self.files.get("weights", chunk)[point]
-        return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
-
     def solve(self, sums: LinearSums) -> Fit:
         """Refit a linear layer by its sums over all processes, in place, and return the record."""
         self.all_reduce_sum(*sums.rows.sums())
         result = sums.refit()
         return Fit(find_name(self.pruned, sums.linear), result.ridges, result.before, result.after)
-
-
-def _drop_repeats(batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
-    """Yield the batches without repeated images, because a repeated image could be both fitted and held out."""
-    digests: set[bytes] = set()
-    for images, _ in batches:
-        rows = []
-        for row, image in enumerate(images):
-            value = digest(image.float())  # numpy has no bfloat16
-            if value not in digests:
-                digests.add(value)
-                rows.append(row)
-        yield LabelledBatch(images[rows], None)
