@@ -1,32 +1,27 @@
-"""Models from the Hugging Face Hub: which files of a repository are the model, and fetching them into its cache.
+"""Models from the Hugging Face Hub, fetched into its cache, and files that are uploaded to it.
 
 Only the files that are needed are fetched, and nothing in them is run: they are read as local files are.
 """
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, SsmCompressError, suggest
-from ..hub_names import WEIGHTS, HubName
-from ..progress import note, track
-from .saved import CONFIG_FILE, WEIGHTS_FILE
+from ..errors import InputError, SsmCompressError
+from ..hub_names import HubName
+from ..progress import track
+from .hub_errors import explained, first_line, is_network
+from .hub_files import TIMEOUT, Listing, choose_files, describe_files, is_complete, list_cached, list_files
 
-LISTED = 10  # files in a message
-TIMEOUT = 10.0  # seconds to wait for the listing of a repository
-# What trainers leave next to the weights.
-STATES = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state(?:_\d+)?)\.(?:bin|pt|pth)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MEGABYTE = 1_000_000
 LARGEST_JSON = 64 * MEGABYTE  # bytes; config.json has some KB, report.json at most a few MB
@@ -43,14 +38,6 @@ class Fetched:
 
     path: Path
     name: HubName
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a repository: path in it -> size in bytes or None; `cached`: only those in the cache are known."""
-
-    files: Mapping[str, int | None]
-    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +64,9 @@ def fetch(name: HubName) -> Fetched:
         InputError: there is no such repository, revision or file, access is not allowed, or it is not clear which file
             is meant. SsmCompressError: the Hub cannot be reached, or its answer cannot be read.
     """
-    with _explained(name):
-        listing = _list_cached(name) if COMMIT.fullmatch(name.revision or "") else None
-        if listing is None or not _is_complete(name, listing):
+    with explained(name):
+        listing = list_cached(name) if COMMIT.fullmatch(name.revision or "") else None
+        if listing is None or not is_complete(name, listing):
             listing = list_files(name)
         files = choose_files(name, listing)
         paths = _download(name, files, listing)
@@ -95,11 +82,11 @@ def fetch_files(name: HubName, wanted: Sequence[str]) -> Path:
     Raises:
         InputError, SsmCompressError: as `fetch`; or the repository does not have the first of them.
     """
-    with _explained(name):
+    with explained(name):
         listing = list_files(name)
         files = [file for file in wanted if file in listing.files]
         if wanted[0] not in files:
-            raise InputError(f"{name} has no {wanted[0]}: it has {_describe(listing.files)}")
+            raise InputError(f"{name} has no {wanted[0]}: it has {describe_files(listing.files)}")
         return _download(name, files, listing)[0].parent
 
 
@@ -111,7 +98,7 @@ def read_license(name: HubName) -> str | None:
     """
     from huggingface_hub import HfApi
 
-    with _explained(name):
+    with explained(name):
         info = HfApi().model_info(name.repository, revision=name.revision, timeout=TIMEOUT)
         value = getattr(info.card_data, "license", None)
     return value if isinstance(value, str) else None
@@ -135,7 +122,7 @@ def inspect_target(name: HubName, wanted: Sequence[str]) -> Target | None:
         raise SsmCompressError(f"{name}: HF_HUB_OFFLINE is set, but an upload needs the network")
     if get_token() is None:
         raise InputError(f"{name}: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
-    with _explained(name, writes=True):
+    with explained(name, writes=True):
         ask = partial(HfApi().model_info, name.repository, files_metadata=True, timeout=TIMEOUT)
         try:
             info = ask(revision=name.revision)
@@ -183,7 +170,7 @@ def upload(
     api = HfApi()
     changes = [CommitOperationAdd(file, str(path)) for file, path in files.items()]
     changes += [CommitOperationDelete(file, is_folder=False) for file in deleted]
-    with _explained(name, writes=True), _own_bars(bars):
+    with explained(name, writes=True), _own_bars(bars):
         api.create_repo(name.repository, private=private or None, exist_ok=True)
         if name.revision is not None:
             api.create_branch(name.repository, branch=name.revision, exist_ok=True)
@@ -215,84 +202,6 @@ def title_of(folder: Path) -> str:
     return match[1] if match else folder.name
 
 
-def list_files(name: HubName) -> Listing:
-    """Return the files of a repository; where the Hub cannot be reached, those in the cache."""
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=TIMEOUT)
-        files = {str(file.rfilename): file.size if isinstance(file.size, int) else None for file in info.siblings}
-        return Listing(files)
-    except Exception as error:  # of several libraries, one for each version of huggingface_hub
-        cached = _list_cached(name) if _is_network(error) else None
-        if cached is None:
-            raise
-        if not _is_offline(error):
-            note(f"the Hub cannot be reached: {name} is the version in the cache")
-        return cached
-
-
-def choose_files(name: HubName, listing: Listing) -> list[str]:
-    """Return which files of a repository are its model: one file of weights, or model.safetensors and config.json.
-
-    Raises:
-        InputError: none is, or several may be.
-    """
-    files = listing.files
-    if name.file is not None:
-        if name.file in files:
-            return [name.file]
-        if listing.cached:
-            raise _not_cached(name)
-        weights = [file for file in files if file.lower().endswith(WEIGHTS)]
-        raise InputError(
-            f"{HubName(name.repository, name.revision)} has no file {name.file}{suggest(name.file, files)}: it has "
-            f"{_describe({file: files[file] for file in weights} or files)}"
-        )
-    if WEIGHTS_FILE in files and CONFIG_FILE in files:
-        return [CONFIG_FILE, WEIGHTS_FILE]
-    weights = [file for file in files if file.lower().endswith(WEIGHTS)]
-    candidates = [file for file in weights if not STATES.fullmatch(PurePosixPath(file).name)] or weights
-    if len(candidates) == 1:
-        return candidates
-    if candidates:
-        raise InputError(
-            f"{name} has {len(candidates)} files of weights, {_describe({file: files[file] for file in candidates})}: "
-            f"write {name}:FILE"
-        )
-    if listing.cached:
-        raise _not_cached(name)
-    raise InputError(f"{name} has no file of weights ({', '.join(WEIGHTS)}): it has {_describe(files)}")
-
-
-def _is_complete(name: HubName, listing: Listing) -> bool:
-    """Return whether the files in the cache are those that the whole repository would be read from.
-
-    Several files of weights that are not in the cache could make the only one that is there ambiguous.
-    """
-    if name.file is not None:
-        return name.file in listing.files
-    return {WEIGHTS_FILE, CONFIG_FILE} <= listing.files.keys()
-
-
-def _list_cached(name: HubName) -> Listing | None:
-    """Return the files of a repository that are in the cache, None if there are none."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    root = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name.repository, repo_type="model"))
-    revision = name.revision or constants.DEFAULT_REVISION
-    try:
-        reference = root / "refs" / revision
-        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-        folder = root / "snapshots" / commit
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    except (OSError, ValueError):
-        return None
-    return Listing(files, cached=True) if files else None
-
-
 def _download(name: HubName, files: list[str], listing: Listing) -> list[Path]:
     """Return the paths in the cache of files of a repository, all of one commit, after fetching what is not there."""
     from huggingface_hub import hf_hub_download
@@ -309,9 +218,9 @@ def _download(name: HubName, files: list[str], listing: Listing) -> list[Path]:
                     hf_hub_download(name.repository, file, revision=revision, local_files_only=listing.cached, **bars)
                 )
         except Exception as error:  # as in `list_files`
-            if _is_network(error) and not isinstance(error, LocalEntryNotFoundError):
+            if is_network(error) and not isinstance(error, LocalEntryNotFoundError):
                 raise SsmCompressError(
-                    f"{name}: the download of {file} broke off ({_first_line(error)}); run the command again"
+                    f"{name}: the download of {file} broke off ({first_line(error)}); run the command again"
                 ) from error
             raise
         paths.append(path)
@@ -355,136 +264,3 @@ class DownloadProgress:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
-@contextmanager
-def _explained(name: HubName, writes: bool = False) -> Iterator[None]:
-    """Let all that goes wrong in the body of the with statement be an error in one line, without the Hub's own logs."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)  # it logs every retry and how to log in; the error is enough
-    try:
-        yield
-    except SsmCompressError:
-        raise
-    except Exception as error:  # the network, the Hub and damaged answers raise many kinds of errors
-        raise explain(name, error, writes) from error
-    finally:
-        logger.setLevel(before)
-
-
-def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCompressError:
-    """Return the error of a request about a repository as one line: what was found and what to do.
-
-    What the user named wrongly is an InputError; failures of the network and of the Hub are not. A name that is read
-    could also have been meant as that of a local file, unless the request `writes`.
-    """
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of a thread that uploads a file
-        error = error.__cause__
-    if str(error).startswith("Invalid metadata"):
-        return InputError(f"{name}: the Hub refuses the card: {' '.join(str(error).split())[:300]}")
-    locally = "" if writes else "no such file or folder, and "
-    repository, page = name.repository, f"{constants.ENDPOINT}/{name.repository}"
-    status = _status(error)
-    if isinstance(error, errors.GatedRepoError):
-        return InputError(f"{name} is gated: accept its conditions at {page}, then log in with `hf auth login`")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return InputError(
-            f"{name}: {locally}no model {repository} on the Hub; if it is private, log in with `hf auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"{repository} has no branch, tag or commit {name.revision or constants.DEFAULT_REVISION}")
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return InputError(f"{name}: no such file in the repository, see {page}")
-    if isinstance(error, errors.HFValidationError):
-        return InputError(f"{name}: no name of the Hub ({_first_line(error)})")
-    if _is_offline(error):
-        return _not_cached(name)
-    if status == 401:
-        return InputError(f"{name}: the Hub refuses the token; log in again with `hf auth login`, or check HF_TOKEN")
-    if status == 403:
-        return InputError(f"{name}: the Hub allows no access ({_first_line(error)}); check the token's permissions")
-    if status is not None:
-        return SsmCompressError(f"{name}: the Hub answers {status} ({_first_line(error)}); try again later")
-    if _is_network(error):
-        return SsmCompressError(
-            f"{name}: {locally}{constants.ENDPOINT} cannot be reached ({_first_line(_root(error))}); check the network"
-        )
-    if isinstance(error, OSError) and error.errno is None:  # a file that is shorter than it was said to be
-        return SsmCompressError(f"{name}: the download ended early ({_first_line(error)}); run the command again")
-    if isinstance(error, OSError):
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        return SsmCompressError(f"{name}: the cache {constants.HF_HUB_CACHE} cannot be written: {what}")
-    kind = "" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__} "
-    return SsmCompressError(f"{name}: the answer of {constants.ENDPOINT} cannot be read ({kind}{_first_line(error)})")
-
-
-def _not_cached(name: HubName) -> SsmCompressError:
-    """Return the error for what only the cache could have, and has not."""
-    from huggingface_hub import constants
-
-    reason = "the Hub cannot be reached"
-    if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set; fetch it once without that"
-    return SsmCompressError(f"{name}: no such file or folder, and it is not in the cache of the Hub: {reason}")
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the status of the answer that an error is about, if there was one."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_offline(error: BaseException) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return any(isinstance(part, OfflineModeIsEnabled) for part in _chain(error))
-
-
-def _is_network(error: BaseException) -> bool:
-    """Return whether a request got no answer, or the Hub is down."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, HfHubHTTPError):
-        return (_status(error) or 0) >= 500
-    libraries = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-    of_network = (ConnectionError, TimeoutError, LocalEntryNotFoundError)
-    return isinstance(error, of_network) or type(error).__module__.partition(".")[0] in libraries
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes."""
-    seen: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in seen:
-        seen.append(current)
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _root(error: BaseException) -> BaseException:
-    return list(_chain(error))[-1]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def _describe(files: Mapping[str, int | None]) -> str:
-    """Return the names of files with their sizes, `LISTED` of them at most."""
-    listed = [file if size is None else f"{file} ({_size(size)})" for file, size in list(files.items())[:LISTED]]
-    more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
-    return ", ".join(listed) + more if listed else "no files"
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes with a unit: 980 B, 4.1 kB, 102.3 MB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
