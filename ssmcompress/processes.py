@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from .extras import require_extra
+
 T = TypeVar("T")
 
 
@@ -32,6 +34,7 @@ def start(device: str) -> str:
     size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal() or int(size) < 2:
         return device
+    require_extra("finetune")
     import torch
     from accelerate import PartialState
 

@@ -11,7 +11,7 @@ import pytest
 import ssmcompress
 
 PACKAGE = Path(ssmcompress.__file__).parent
-GROUND = {"_version", "errors", "files", "hub_names", "openmp", "processes", "progress", "suffixes"}
+GROUND = {"_version", "errors", "extras", "files", "hub_names", "openmp", "processes", "progress", "suffixes"}
 # From the ground up; rooms of one floor do not know each other.
 FLOORS = (
     {"ground"},

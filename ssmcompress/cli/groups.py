@@ -456,6 +456,9 @@ class Training:
 
     def options(self, epochs: int | None, teacher: bool = True) -> FinetuneOptions:
         """As the library takes them."""
+        require_extra("finetune")
+        if self.tensorboard is not None:
+            require_extra("tensorboard")
         from ..jobs.finetune import FinetuneOptions
 
         return FinetuneOptions(self._recipe(epochs), teacher, self.tensorboard)

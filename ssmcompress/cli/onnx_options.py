@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import InputError
+from ..extras import require_extra
 from .groups import Data, Dense
 from .options import HARDWARE, OUTPUT, option
 from .values import ScanForm, Stored
@@ -44,11 +45,14 @@ class OnnxFile:
     provider: Provider = "cpu"
 
     def check(self, onnx: bool) -> None:
-        """Check that these options are given only with `onnx`.
+        """Check that these options are given only with `onnx`, and that what writes ONNX files is installed.
 
         Raises:
-            InputError: an option has another value than its default, but no ONNX file is asked for.
+            InputError: an option has another value than its default, but no ONNX file is asked for; or a package that
+                is needed is missing.
         """
+        if onnx:
+            require_extra("onnx")
         given = [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name) != f.default]
         if given and not onnx:
             verb = "belongs" if len(given) == 1 else "belong"

@@ -15,6 +15,7 @@ from ..data.labels import class_names
 from ..errors import InputError
 from ..evaluation.latency import device_name, summarize_times
 from ..evaluation.timings import describe_load, system_load
+from ..extras import require_extra
 from ..files import ONNX, check_target, replace_files
 from ..models.base import ScanBlock, TokenModel
 from ..models.inputs import check_model
@@ -122,6 +123,7 @@ def export_onnx(
         VerificationError: the graph computes something else; no file is written.
         InputError: the file exists or cannot be written, or an option is not available on this machine.
     """
+    require_extra("onnx")
     import onnx
     import onnxruntime
 
@@ -186,6 +188,7 @@ def export_onnx(
 
 def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") -> onnx.ModelProto:
     """Build the ONNX graph of `model`; onnx checks it, but it is not run."""
+    require_extra("onnx")
     import onnx
 
     graph = assemble(trace(model, opset or newest_opset()), scan)

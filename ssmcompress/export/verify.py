@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.batches import Batch, Batches
 from ..data.images import Images
 from ..errors import InputError, VerificationError
+from ..extras import require_extra
 from ..files import check_regular
 from ..models.base import Decision, TokenModel
 from ..models.inputs import check_model
@@ -105,6 +106,7 @@ def verify_onnx(
             pixels of a segmentation model, at most 1 % may get another class.
         InputError: not an ONNX file, one of another kind of model, or one whose metadata has odd session options.
     """
+    require_extra("onnx")
     if not 0 <= atol < float("inf"):
         raise InputError(f"atol {atol}: expected a number from 0")
     check_model(model)

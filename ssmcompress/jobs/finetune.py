@@ -14,6 +14,7 @@ from ..compression.search.sensitivity import SENSITIVITY_FILE
 from ..data.batches import Batches
 from ..data.masks import describe_empty, has_labelled_pixel
 from ..errors import InputError, SsmCompressError
+from ..extras import require_extra
 from ..models.base import TokenModel
 from ..models.inputs import check_model
 from ..models.learnt import learnt_from
@@ -60,6 +61,7 @@ def finetune_folder(
     options.recipe.check_task(model.task)
     if data.data is None:
         raise InputError("fine-tuning needs images to learn from: give `data`")
+    require_extra("finetune")
     if target.resume:
         run = describe_run(model, options, data, dense)
         if is_interrupted(target, run):
@@ -190,12 +192,9 @@ def _logger(folder: str | None) -> Iterator[Callable[[dict[str, float], int], No
     if folder is None or not processes.is_main():
         yield None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "`tensorboard` needs the package tensorboard: pip install 'ssmcompress[tensorboard]'"
-        ) from error
+    require_extra("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder)
     try:
         yield lambda figures, step: [writer.add_scalar(name, value, step) for name, value in figures.items()] and None

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..data.find import HUB_NAME
 from ..errors import InputError
+from ..extras import require_extra
 from ..files import RECIPE_FILE, is_model_folder, read_text
 from ..hub_names import HubName, check_revision, is_repository, parse_hub_name
 from ..models.hub import Target, inspect_target, read_license, upload
@@ -355,6 +356,7 @@ def copy_weights(source: Path, target: Path, remover: PathRemover) -> None:
 
 def copy_graph(source: Path, target: Path, remover: PathRemover) -> None:
     """Copy an ONNX file with cleaned texts in its metadata."""
+    require_extra("onnx")
     import onnx
 
     try:

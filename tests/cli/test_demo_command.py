@@ -1,18 +1,21 @@
 """`demo`: the whole chain on what comes with the package."""
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from command_line import call_json, refused
+from command_line import call, call_json, refused
 
 from ssmcompress.models.base import TokenModel
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
-def test_demo(monkeypatch):
-    """The whole chain, on the first 100 of the bundled images."""
-
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """The first 100 of the bundled images."""
     find = TokenModel.find_images
 
     def first(*arguments, **options):
@@ -20,6 +23,10 @@ def test_demo(monkeypatch):
         return replace(images, size=100, labels=images.labels[:100])
 
     monkeypatch.setattr(TokenModel, "find_images", first)
+
+
+def test_demo():
+    """The whole chain."""
     found = call_json("demo")
     assert (found["data"]["images"], found["data"]["labelled"]) == (50, True)
     assert found["dense"]["top1"] > found["aligned"]["top1"] > found["naive"]["top1"]
@@ -27,3 +34,12 @@ def test_demo(monkeypatch):
     assert found["onnx"]["passed"]
     assert found["pruned"]["flops"]["full"] < 0.65 * found["dense"]["flops"]["full"]
     assert "exists" in refused("demo", "--quiet")
+
+
+def test_demo_without_the_packages_for_onnx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = call("demo", "--json")
+    assert json.loads(result.stdout)["onnx"] is None
+    assert "no ONNX file: ONNX files need onnxruntime" in result.stderr
+    assert "pip install 'ssmcompress[onnx]'" in result.stderr
+    assert not list(Path.cwd().glob("compressed/*/*.onnx"))

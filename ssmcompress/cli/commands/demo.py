@@ -19,9 +19,10 @@ def demo(output: Output, printing: ReportPrinting, processor: Processor) -> None
         report, exported = run_demo(folder, command=command_line(), force=output.force)
     file = folder / "model.onnx"
     if printing.as_json:
-        print_json({**report, "onnx": verification_json(exported, file)})
+        print_json({**report, "onnx": None if exported is None else verification_json(exported, file)})
     else:
         show_report(report, False, printing.verbose)
-        show_export(exported, file, False)
+        if exported is not None:
+            show_export(exported, file, False)
     hint = "look at kept_tokens.png there, or run `ssmcompress report --html report.html`"
     say(f"wrote {folder}; {hint}", printing.quiet)

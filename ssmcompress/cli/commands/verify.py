@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ...extras import require_extra
 from ..groups import Data, Load, Model, Printing, Processor
 from ..inputs import check_inputs, check_onnx_pair
 from ..onnx_options import Atol, Provider
@@ -28,6 +29,7 @@ def verify(
 ) -> None:
     """Check in onnxruntime that an ONNX file computes what its model does."""
     check_onnx_pair(model, file)
+    require_extra("onnx")
     check_inputs(model, {"--data": data})
     from ...export.verify import verify_onnx
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import processes
 from ...evaluation.measure import autocast
+from ...extras import require_extra
 from ...models.base import TokenModel
 from ...ops import gather_tokens
 from ...tasks import Task
@@ -82,6 +83,7 @@ class Trainer:
     """
 
     def __init__(self, pruned: TokenModel, dense: TokenModel | None, recipe: Recipe, batch_size: int, steps: int):
+        require_extra("finetune")
         from accelerate import Accelerator
         from timm.optim import param_groups_weight_decay
         from timm.scheduler import CosineLRScheduler
