@@ -54,7 +54,12 @@ def model_argument(metavar: str, text: str) -> Any:
 
 
 Checkpoint = Annotated[
-    str, model_argument("CKPT", "Dense checkpoint (.pth, .pt, .safetensors), or a Hub name: owner/name[@rev][:file].")
+    str,
+    model_argument(
+        "CKPT",
+        "Dense checkpoint (.pth, .pt, .safetensors), a folder that prune wrote, to drop more tokens, or a Hub name: "
+        "owner/name[@rev][:file].",
+    ),
 ]
 Model = Annotated[str, model_argument("MODEL", "Checkpoint file, a folder that prune wrote, or a Hub name.")]
 MaybeModel = Annotated[

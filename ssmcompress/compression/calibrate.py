@@ -13,8 +13,9 @@ from .. import processes
 from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
 from ..models.base import ScanBlock, TokenModel
+from ..models.continuation import check_fewer, is_pruned, remove_stages
 from ..models.fingerprint import fingerprint
-from ..models.inputs import as_batches, check_unpruned
+from ..models.inputs import as_batches, check_model
 from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
 from ..pruning.plan import Calibration, Plan
@@ -42,7 +43,8 @@ def calibrate(
     with their number. A loader may shuffle or augment them: the statistics are sums over all images.
 
     Args:
-        model: the dense or trimmed model.
+        model: the model, dense, trimmed or pruned. For a pruned one, which the plan prunes further, the deltas are
+            those of its weights on all tokens.
         images: a folder or another name that `ssmcompress.open_images` takes; `Images` or `Batches`; a tensor
             (count, C, H, W) of prepared images; a DataLoader or any iterable of batches: tensors, (images, ...) or
             dicts; a data set of torch or of `datasets`. Labels are not used. An iterator is read into memory, up to
@@ -60,15 +62,17 @@ def calibrate(
     Raises:
         InputError: no images, values that are not finite on them, or a plan that does not fit the model.
     """
-    check_unpruned(model)
+    check_model(model)
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
+    check_fewer(model, plan)
     batches = as_batches(model, images)
+    whole = remove_stages(model, corrections=False) if is_pruned(model) else model
     # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.
     scans = any(isinstance(block, ScanBlock) for block in model.blocks)
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan and scans else "bias"
-    deltas = gap_deltas(model, batches, gap, distributed)
+    deltas = gap_deltas(whole, batches, gap, distributed)
     layers = plan.probed_layers
-    probes = fit_probes(model, batches, layers, distributed=distributed) if layers else ()
+    probes = fit_probes(whole, batches, layers, distributed=distributed) if layers else ()
     plan = replace(plan, gap=gap, calibration=Calibration(name or batches.name, 0, deltas, probes=probes))
     return replace(plan, calibration=_collect_stage_statistics(model, plan, batches, distributed))
 

@@ -18,7 +18,7 @@ from ..extras import require_extra
 from ..models.base import TokenModel
 from ..models.inputs import check_model
 from ..models.learnt import learnt_from
-from ..models.records import MadeBy
+from ..models.records import MadeBy, list_own_steps
 from ..models.saved import versions
 from ..progress import line, note
 from .finetune_run import FinetuneOptions, FinetuneTarget, describe_run, find_finished, is_interrupted, sign_run
@@ -134,9 +134,10 @@ def tune_folder(
 
 def snapshot_name(model: TokenModel) -> str:
     """What reports call a model that is fine-tuned next."""
-    if model.find_record("finetuning") is not None:
+    done = {step.kind: step for step in list_own_steps(model.steps)}
+    if "finetuning" in done:
         return "before"
-    if (refit := model.find_record("reconstruction")) is not None and refit.kept:
+    if "reconstruction" in done and done["reconstruction"].kept:
         return "reconstructed"
     if not model.plan.stages:
         return TRIMMED

@@ -46,12 +46,10 @@ class FinetuneTarget(Target):
     """The folder to write, and what may be there already.
 
     Attributes:
-        inside: the folder that the model was read from; it may be `path`, which is then replaced, with `force` or
-            `resume`.
+        inside: a fine-tuning may replace the folder that the model was read from, with `force` or `resume`.
         resume: continue from the state of an interrupted run, if there is one; a finished run returns at once.
     """
 
-    inside: Path | None = None
     resume: bool = False
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,16 @@ class Target:
 
     Attributes:
         path: where. force: replace it if ssmcompress wrote it. command: recorded as how it was made.
-        recipe: content of a file by which the folder can be made again; "": there is none.
+        recipe: content of a file by which the folder can be made again, or what makes it from the report; "": there is
+            none.
+        inside: the folder that a compressed model was read from, to be pruned further or fine-tuned.
     """
 
     path: Path
     force: bool = False
     command: str = ""
-    recipe: str = ""
+    recipe: str | Callable[[Mapping[str, Any]], str] = ""
+    inside: Path | None = None
 
     def check(self, model: TokenModel, data: DataOptions) -> None:
         """Find out before the long work whether the folder can be written.
@@ -45,7 +48,7 @@ class Target:
         Raises:
             InputError: it exists, cannot be written, or is or holds what is read.
         """
-        inputs = [data.data, data.eval_data]
+        inputs = [data.data, data.eval_data, self.inside]
         if model.source is not None:
             inputs += [model.source.path, model.source.data]
         if processes.is_main():
@@ -95,11 +98,12 @@ def write_folder(
         pictures[SEGMENTS_FILE] = draw_segments(models, images, masks, pruned.classes, pruned.palette)
     pictures |= {AXES_FILE: draw_axes(report["search"])} if has_axes(report) else {}
     card = render_card(report, target.path.name, pictures)
+    recipe = target.recipe if isinstance(target.recipe, str) else target.recipe(report)
     content = {
         REPORT_FILE: json.dumps(report, indent=2).encode() + b"\n",
         "README.md": card.encode(errors="replace"),
         **pictures,
-        **({RECIPE_FILE: target.recipe.encode()} if target.recipe else {}),
+        **({RECIPE_FILE: recipe.encode()} if recipe else {}),
         **(files or {}),
     }
     save(pruned, target.path, extra=content, force=target.force)

@@ -62,7 +62,8 @@ def choose_images(
     """Choose images to calibrate on and images to measure on: others of the same data, unless `eval_data` names some.
 
     Args:
-        training: whether the same images will be learnt from: then as many as possible are kept for that.
+        training: whether the same images will be learnt from: then as many as possible are kept for that. A model that
+            was fine-tuned is measured on images that it did not learn from, as far as there are any.
         judged: whether further images are needed to judge a loss by: at most half of those left, and JUDGED_MOST.
 
     Raises:
@@ -74,8 +75,12 @@ def choose_images(
     if options.eval_data is None:
         if len(images) < 2:
             raise InputError(f"{images.name} has 1 image: expected one to calibrate and one to measure on")
-        if training:
+        tuned = model.find_record("finetuning") is not None
+        if training or tuned:
             train, rest = train_test_split(len(images), options.seed)
+            if tuned:  # on all images but a tenth, so half of them cannot be measured on
+                rest = choose_measured(images, learnt_from(model), options)
+                train = sorted(set(range(len(images))) - set(rest))
             chosen = [train[i] for i in sample_indices(len(train), options.samples, options.seed)[0]]
         else:
             count = min(options.samples, len(images) // 2)

@@ -21,6 +21,7 @@ from ..files import WEB_PAGE, check_target, read_text, write_file
 from ..hub_names import HubName, parse_hub_name
 from ..models.base import TokenModel
 from ..models.hub import fetch, fetch_files, title_of
+from ..models.records import INPUT, list_own_steps
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
 from ..pruning.plan import Calibration
@@ -82,6 +83,7 @@ def make_report(
         ],
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
+        **({"made_from": made_from.values} if (made_from := pruned.find_record(INPUT)) is not None else {}),
         "plan": pruned.plan.to_dict(tensors=False),
         "trims": describe_trims(pruned),
         "preprocessing": about["preprocessing"],
@@ -175,6 +177,7 @@ def describe_calibration(model: TokenModel, calibration: Batches) -> dict[str, A
     """Describe the calibration, with the share of images that kept each position at each stage, and its mean score.
 
     `distinct` counts different images, and `classes` those of the model's classes that they have; null without labels.
+    `content` is a hash of the images with their labels; null where none was read.
 
     Args:
         model: calibrated and pruned. calibration: the images, as far as they were read.
@@ -186,6 +189,7 @@ def describe_calibration(model: TokenModel, calibration: Batches) -> dict[str, A
         "images": statistics.images,
         "unreadable": calibration.unreadable_names(),
         "distinct": len(different(calibration.digests)),
+        "content": hash_contents(calibration.digests, calibration.content_labels()) if len(read) else None,
         "classes": None if labels is None else {"seen": len({labels[i] for i in read}), "of": model.config.num_classes},
         "kept_share": [[round(v, 4) for v in kept.tolist()] for kept in statistics.kept],
         "mean_score": [[round(v, 6) for v in scores.tolist()] for scores in statistics.scores],
@@ -200,9 +204,12 @@ def describe_alignment(model: TokenModel) -> dict[str, Any]:
 
 
 def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    """Describe the reconstruction, with the seconds it took and the ranks of each layer's corrections."""
+    """Describe the reconstruction, with the seconds it took and the ranks of each layer's corrections.
+
+    None if there was none since the model was made, which may be from a reconstructed one.
+    """
     record = model.find_record("reconstruction")
-    if record is None:
+    if record not in list_own_steps(model.steps):
         return None
     ranks = {layer: correction[0].out_features for layer, correction in model.corrections.items()}
     class_ranks = {layer: correction[0].out_features for layer, correction in model.class_corrections.items()}

@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 Report = Mapping[str, Any]
+# What is said of a model that has a record of this kind.
+DONE = {
+    "directions": "trimmed in directions",
+    "layers": "trimmed in layers",
+    "states": "trimmed in states",
+    "channels": "trimmed in channels",
+    "level_maps": "mapped to the dense output levels",
+    "reconstruction": "reconstructed",
+    "finetuning": "fine-tuned",
+}
 
 
 def list_stage_notes(report: Report) -> list[str]:
@@ -22,6 +32,18 @@ def list_stage_notes(report: Report) -> list[str]:
         + (f", gap deltas {alignment['gap']}" if alignment.get("scan") else "")
         + (", pruned tokens as last seen in the mean that is read out" if alignment.get("pool") else ""),
     ]
+
+
+def list_input_notes(report: Report) -> list[str]:
+    """Which compressed model a compression went on from, and what that had lost and learnt, where it did."""
+    if not (made_from := report.get("made_from")):
+        return []
+    kept, layers = (", ".join(str(stage[key]) for stage in made_from["stages"]) for key in ("kept", "after"))
+    parts = [f"keeps {kept} tokens after layer{'s' * (', ' in layers)} {layers}"] if kept else []
+    if done := [DONE[kind] for kind in made_from["steps"] if kind in DONE]:
+        parts.append(f"was {', '.join(done)}")
+    name = made_from["path"] or "a compressed model"
+    return [f"made from {name}" + (f", which {' and '.join(parts)}" if parts else "")]
 
 
 def list_repair_notes(report: Report) -> list[str]:

@@ -10,7 +10,7 @@ from ..errors import escape_control
 from ..evaluation.timings import is_busy, quartiles_overlap
 from ..tasks import find_task
 from .report_axes import AXES_FILE, format_axes, format_tried, list_search_notes, list_trim_notes
-from .report_steps import list_repair_notes, list_stage_notes
+from .report_steps import list_input_notes, list_repair_notes, list_stage_notes
 
 PICTURE_FILE, SEGMENTS_FILE = "kept_tokens.png", "segments.png"
 UNKNOWN_IMAGES = "the model does not say what it was made on"
@@ -43,9 +43,10 @@ def format_rows(report: Report) -> list[tuple[str, list[str]]]:
 def list_columns(report: Report) -> list[str]:
     """The models that a report compares, the last of them the one that it is about.
 
-    `naive` is the pruned one without alignment, `aligned` with the old weights, `reconstructed` with refitted ones
-    before it was fine-tuned, `before` one that had been fine-tuned already, `trimmed` one without states, channels,
-    layers or directions before it was reconstructed; other steps have names of their own.
+    `input` is the compressed model that was pruned further, `naive` the pruned one without alignment, `aligned` with
+    the old weights, `reconstructed` with refitted ones before it was fine-tuned, `before` one that had been fine-tuned
+    already, `trimmed` one without states, channels, layers or directions before it was reconstructed; other steps have
+    names of their own.
     """
     names = [name for name, value in report.items() if isinstance(value, dict) and isinstance(value.get("flops"), dict)]
     return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
@@ -80,7 +81,7 @@ def format_notes(report: Report) -> list[str]:
     """What the figures were measured on, and how the model was compressed, in sentences."""
     data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
     lines = [f"warning: {text}" for text in report.get("warnings") or ()]
-    lines += [*list_trim_notes(report), *list_stage_notes(report)]
+    lines += [*list_input_notes(report), *list_trim_notes(report), *list_stage_notes(report)]
     if data["labelled"]:
         lines.append(f"accuracy measured on {data['images']} images of {data['name']}")
     else:

@@ -43,7 +43,7 @@ def list_variants(model: TokenModel, dense: TokenModel | None) -> dict[str, Toke
 
 def name_last_step(model: TokenModel) -> str | None:
     """Return what a model is called after the last step that changed its weights; None if they are the dense ones."""
-    return next((name for kind, name in LAST_STEPS.items() if model.find_record(kind) is not None), None)
+    return next((LAST_STEPS[step.kind] for step in reversed(model.steps) if step.kind in LAST_STEPS), None)
 
 
 def is_trimmed(model: TokenModel) -> bool:

@@ -287,6 +287,12 @@ def _restore(config: dict[str, Any], content: Any, options: LoadOptions, place: 
     return Loaded(model, Statements(wrapped=True, writer=find_writer(config)))
 
 
+def describe_file(name: str | Path) -> Source:
+    """Return the file of the model that a name stands for, with its digest; one of the Hub is fetched."""
+    place = _find_place(name)
+    return Source(place.recorded, sha256(place.path / WEIGHTS_FILE if place.path.is_dir() else place.path))
+
+
 def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
     """Load the dense model that a pruned one was made from, or `override` instead; one of the Hub is fetched again.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,8 @@ def check_model(model: Any, name: str = "model") -> None:
 def check_dense(model: Any) -> None:
     """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned or trimmed already."""
     check_model(model)
-    if model.plan is not None:
-        _refuse_pruned(model)
-
-
-def check_unpruned(model: Any) -> None:
-    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or drops tokens already."""
-    check_model(model)
-    if model.plan is not None and model.plan.stages:
-        _refuse_pruned(model)
-
-
-def _refuse_pruned(model: TokenModel) -> NoReturn:
+    if model.plan is None:
+        return
     origin = f", {model.source.path}" if model.source is not None and model.source.path else ""
     done = "trimmed" if model.dense_config != model.config else "compressed"
     done = "pruned" if model.plan.stages else done

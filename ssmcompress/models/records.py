@@ -60,6 +60,11 @@ class Fit:
     ridges: tuple[float | None, ...]
     before: float
     after: float
+    half: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object, without `half` where that was not measured."""
+        return {key: value for key, value in asdict(self).items() if key != "half" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,13 @@ class Reconstruction:
     kept: bool
     fits: tuple[Fit, ...] = field(repr=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object, as `from_dict` reads it."""
+        return {**asdict(self), "fits": [fit.to_dict() for fit in self.fits]}
+
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Reconstruction:
-        """Read a record from the JSON object that `dataclasses.asdict` wrote.
+        """Read a record from a JSON object.
 
         Raises:
             InputError: the value is not such an object.
@@ -98,6 +107,7 @@ class Reconstruction:
                     tuple(None if ridge is None else float(ridge) for ridge in f["ridges"]),
                     float(f["before"]),
                     float(f["after"]),
+                    None if f.get("half") is None else float(f["half"]),
                 )
                 for f in value["fits"]
             )
@@ -195,6 +205,8 @@ def _are_paths(value: Any) -> bool:
     )  # fmt: skip
 
 
+# The models in a row, each made from the one before, that a file may name.
+MOST_INPUTS = 64
 _IMAGES = {"name": (_is_text, "a text"), "images": (_is_count, "a number of at least 1")}
 _COUNTS, _LOSSES = (_are_counts, "a list of numbers of at least 1"), (_are_numbers, "a list of finite numbers")
 # What the records of trimming hold: for each kind, key -> (test of its value, what is expected).
@@ -209,11 +221,38 @@ TRIMMING: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 def _read_step(kind: Any, values: Any) -> StepRecord:
     """Return the record of a step that has no record class; InputError for values that a kind of trimming never has."""
     record = StepRecord(str(kind), dict(values))
+    if record.kind == INPUT:
+        _check_input(record.values)
     for key, (is_valid, expected) in TRIMMING.get(record.kind, {}).items():
         found = f"is {str(record.values[key])[:40]!r}" if key in record.values else "is missing"
         if key not in record.values or not is_valid(record.values[key]):
             raise InputError(f"bad record of trimmed {record.kind}: `{key}` {found}; expected {expected}")
     return record
+
+
+# The record of the compressed model that a compression went on from. Records before it are of that model.
+INPUT = "input"
+
+
+def list_own_steps(steps: Sequence[Record]) -> tuple[Record, ...]:
+    """Return the records of what was done since a compression went on from a compressed model; all if none did."""
+    start = next((number for number, step in enumerate(steps, 1) if step.kind == INPUT), 0)
+    return tuple(steps[start:])
+
+
+def _check_input(value: Any, depth: int = 0) -> None:
+    """Raise an InputError unless a value is a record of the model that a compression went on from."""
+    valid = isinstance(value, dict) and depth < MOST_INPUTS
+    valid = valid and all(value.get(key) is None or isinstance(value[key], str) for key in ("path", "sha256"))
+    valid = valid and isinstance(value.get("steps"), list) and all(map(_is_text, value["steps"]))
+    valid = valid and isinstance(value.get("stages"), list)
+    if not valid or not all(
+        isinstance(stage, dict) and _is_count(stage.get("after")) and _is_count(stage.get("kept"))
+        for stage in value["stages"]
+    ):
+        raise InputError(f"bad record of the model that was compressed further: {str(value)[:80]}")
+    if value.get("input") is not None:
+        _check_input(value["input"], depth + 1)
 
 
 # Kinds that have their own key in config.json; all others are listed under `steps`.
@@ -226,14 +265,16 @@ def steps_to_dict(steps: Sequence[Record]) -> dict[str, Any]:
     The key `steps` exists only if a record has no key of its own; it lists all records in order.
     """
     value: dict[str, Any] = dict.fromkeys(KEYED)
-    value |= {step.kind: asdict(step) for step in steps if step.kind in KEYED}
+    value |= {step.kind: _values(step) for step in steps if step.kind in KEYED}
     if any(step.kind not in KEYED for step in steps):
         value["steps"] = [{"kind": s.kind} | ({} if s.kind in KEYED else {"values": _values(s)}) for s in steps]
     return value
 
 
 def _values(step: Record) -> dict[str, Any]:
-    return step.values if isinstance(step, StepRecord) else asdict(step)
+    if isinstance(step, StepRecord):
+        return step.values
+    return step.to_dict() if isinstance(step, Reconstruction) else asdict(step)
 
 
 def steps_from_dict(value: Mapping[str, Any]) -> tuple[Record, ...]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage
 from ..pruning.pruner import TokenPruner
 from .base import ScanBlock, TokenModel
-from .inputs import check_dense, check_model, check_unpruned
+from .continuation import check_fewer, inherit, is_pruned, keep_level_maps, remove_stages
+from .inputs import check_dense, check_model
 
 
 def make_plan(
@@ -25,20 +27,22 @@ def make_plan(
     *,
     stages: Sequence[int] | None = None,
     ratio: float | Sequence[float] = 0.3,
-    importance: str | None = None,
-    alignment: Alignment | bool = True,
+    importance: str | Sequence[str] | None = None,
+    alignment: Alignment | bool | None = None,
     seed: int = 0,
     fuse: bool = False,
 ) -> Plan:
     """Make a plan without images and check it against the model; its gap source is left open.
 
     Args:
+        model: dense, trimmed or pruned. Of a pruned one, the stages, importance, alignment and `fuse` of its plan take
+            the place of the defaults, and `ratio` still counts from all tokens.
         stages: layers, 1-based, after which to prune, or in which, between attention and the MLP; None: ToP-ViM's or
             EViT's, scaled to the model's depth.
         ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
-        importance: the metric, see `ssmcompress.pruning.importance`; None: "clip", or "attention" where a class token
-            pays it.
-        alignment: True for conv and scan, False for neither, or an Alignment.
+        importance: the metric, see `ssmcompress.pruning.importance`, one for all stages, or one for each; None: "clip",
+            or "attention" where a class token pays it.
+        alignment: True for conv and scan, False for neither, or an Alignment; None: True.
         seed: seed of importance `random`.
         fuse: fuse the tokens that a stage removes into one, by their attention, as EViT does.
 
@@ -46,6 +50,7 @@ def make_plan(
         InputError: the model cannot be pruned by these stages, ratios or metric.
     """
     check_model(model)
+    stages, importance, alignment, fuse = inherit(model, stages, importance, alignment, fuse)
     importance = model.default_importance if importance is None else importance
     stages = model.default_stages() if stages is None else list_numbers("stages", stages, "layers")
     ratio = (ratio,) if isinstance(ratio, Real) else ratio
@@ -53,12 +58,13 @@ def make_plan(
     ratios = ratios * len(stages) if len(ratios) == 1 else ratios
     if len(ratios) != len(stages):
         raise InputError(f"{len(ratios)} ratios for {len(stages)} stages: expected one, or one for each stage")
+    metrics = tuple(importance) if isinstance(importance, (tuple, list)) else (importance,) * len(stages)
+    if len(metrics) != len(stages):
+        raise InputError(f"{len(metrics)} importances for {len(stages)} stages: expected one, or one for each stage")
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
-    merge, pairs = "fused" if fuse else None, zip(stages, ratios, strict=True)
-    return model.check_plan(
-        Plan(tuple(Stage(after, share, importance, merge) for after, share in pairs), alignment, seed=seed)
-    )
+    merge, parts = "fused" if fuse else None, zip(stages, ratios, metrics, strict=True)
+    return model.check_plan(Plan(tuple(Stage(*part, merge) for part in parts), alignment, seed=seed))
 
 
 def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
@@ -85,22 +91,25 @@ def prune(
     *,
     ratio: float | Sequence[float] | None = None,
     stages: Sequence[int] | None = None,
-    importance: str | None = None,
+    importance: str | Sequence[str] | None = None,
     alignment: Alignment | bool | None = None,
     seed: int | None = None,
 ) -> TokenModel:
     """Return a copy of `model` that prunes by `plan`; `model` is not changed.
 
+    A model that is pruned already is pruned further: it keeps its weights and corrections, and `plan` takes the place
+    of its own. Tokens are counted from the dense model, so a ratio of 0.4 keeps as many as it does there.
+
     Args:
-        model: a model from `load`, dense or trimmed.
+        model: a model from `load`, dense, trimmed or pruned.
         plan: from `calibrate`, `search` or `make_plan`, or written by hand (with `gap="bias"`, no images are needed);
             also the dict that `Plan.to_dict` made. None: one is made without images of the other arguments, which are
             those of `make_plan`; the gap deltas then come from the bias.
 
     Raises:
-        InputError: the plan does not fit the model, or the model is pruned already.
+        InputError: the plan does not fit the model, or keeps more tokens before a layer than the model has there.
     """
-    check_unpruned(model)
+    check_model(model)
     options = {"ratio": ratio, "stages": stages, "importance": importance, "alignment": alignment, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
@@ -108,7 +117,14 @@ def prune(
         if plan.probe(layer) is None:
             metric = next(stage.importance for stage in plan.stages if stage.after == layer)
             raise InputError(f"importance {metric!r} after layer {layer} is fitted on images: use calibrate()")
-    return install(copy.deepcopy(model), plan)
+    if not is_pruned(model):
+        return install(copy.deepcopy(model), plan)
+    check_fewer(model, plan)
+    further = remove_stages(model)
+    if model.levels and len(model.level_maps) and not keep_level_maps(model, plan):
+        note("the maps of output levels are left out, because the stages are others: map_levels() makes new ones")
+        further.level_maps.clear()
+    return install(further, plan)
 
 
 def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: int | None = None) -> Plan:

@@ -1,7 +1,9 @@
-"""`ssmcompress prune`: a dense model in, a pruned one in a folder out."""
+"""`ssmcompress prune`: a dense model, or one to prune further, in; a pruned one in a folder out."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from ... import processes
@@ -18,7 +20,7 @@ from ..groups import (
     Pruning,
     ReportPrinting,
 )
-from ..options import OUTPUT, option
+from ..options import MODEL_FILE, OUTPUT, option
 from ..recipes import make_recipe
 from ..tables import show_preview, show_report
 from ..terminal import command_line, progress_bars, say, say_about_data, say_how_to_resume
@@ -26,6 +28,7 @@ from ..terminal import command_line, progress_bars, say, say_about_data, say_how
 EXAMPLE = """
 ssmcompress prune model.pt --ratio 0.3 --data images
 ssmcompress prune model.pt --flops 60% --data images -o compressed/small
+ssmcompress prune compressed/model-r0.30 --ratio 0.4 --data images
 """
 
 
@@ -41,12 +44,16 @@ def prune(
     hardware: Hardware,
     measure: Measure,
     no_latency: NoLatency = False,
+    dense: Annotated[
+        str | None,
+        option(MODEL_FILE, help="Dense model of a compressed CKPT. Default: the one that it was made from."),
+    ] = None,
     resume: Annotated[
         bool, option(OUTPUT, "--resume", help="Go on with what an interrupted run of this command had found.")
     ] = False,
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
 ) -> None:
-    """Trim tokens, and within a budget also states, channels and layers, of a dense model; write it with a report."""
+    """Trim tokens, and within a budget also states, channels and layers, of a model; write it with a report."""
     plan = pruning.plan_request(budget)
     plan.check()
     gap, finetune = pruning.gap.value if pruning.gap else None, tuning.options_if_asked()
@@ -60,12 +67,14 @@ def prune(
     request.check()
     model = load.open(checkpoint, hardware)
     folder = output.path(request.folder(checkpoint))
-    recipe = "" if dry_run else make_recipe(folder, checkpoint)
+    recipe = "" if dry_run else make_recipe(folder, checkpoint, model)
     target = FinetuneTarget(folder, output.force, command_line(), recipe, resume=resume)
+    if model.plan is not None:  # its file is read again, and must stay for the recipe
+        target = replace(target, inside=Path(checkpoint))
     again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
     interrupted = {target.state: again, target.results: command_line() + " --resume" * (not resume)}
     with progress_bars(printing.quiet), say_how_to_resume(interrupted, printing.quiet):
-        result = preview_request(model, request) if dry_run else prune_model(model, request, target)
+        result = preview_request(model, request, dense) if dry_run else prune_model(model, request, target, dense)
     if not processes.is_main():
         return
     if dry_run:

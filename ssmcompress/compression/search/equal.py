@@ -18,16 +18,15 @@ def plan_for_budget(
     """Make the plan that prunes every stage alike, by the smallest ratio that leaves at most `budget` of the FLOPs.
 
     Args:
-        budget: share of the dense FLOPs to keep. stages: layers to prune after; None: the default ones.
+        budget: share of the dense FLOPs to keep. stages: layers to prune after; None: those of `make_plan`.
         reserve: share of the dense FLOPs to leave to the corrections of a reconstruction.
         options: as `make_plan` takes them.
 
     Raises:
         BudgetError: these stages cannot reach it.
     """
-    stages = tuple(stages or model.default_stages())
     options["stages"] = stages
-    make_plan(model, **options)  # reports bad stages before they are counted with
+    stages = tuple(stage.after for stage in make_plan(model, **options).stages)
     least = least_share(model, **options) + reserve
     if not least <= budget < 1:
         raise BudgetError(

@@ -1,0 +1,126 @@
+"""Pruning of a model that is pruned already: what it takes over from the old plan, and what it must not bring back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..errors import InputError
+from ..pruning.alignment import Alignment
+from ..pruning.merging import MERGED_BY
+from ..pruning.plan import Plan, token_counts
+from .base import ScanBlock, TokenModel
+
+
+class Inherited(NamedTuple):
+    """The arguments of `make_plan` as a plan that the model has already completes them."""
+
+    stages: Sequence[int] | None
+    importance: str | Sequence[str] | None
+    alignment: Alignment | bool
+    fuse: bool
+
+
+def is_pruned(model: TokenModel) -> bool:
+    """Return whether a model drops or merges tokens; one that was only trimmed does not."""
+    return model.plan is not None and bool(model.plan.stages)
+
+
+def inherit(
+    model: TokenModel,
+    stages: Sequence[int] | None,
+    importance: str | Sequence[str] | None,
+    alignment: Alignment | bool | None,
+    fuse: bool,
+) -> Inherited:
+    """Return the arguments of `make_plan`, with those that are None taken from the plan of a model that has stages.
+
+    The importance of each stage is taken over with the stages. For other stages it is taken over only if all old ones
+    have the same. Whether pruned tokens stay in the mean that is read out (`Alignment.pool`) is taken over also where
+    `alignment` is True or False, because the classifier was fitted for it.
+
+    Raises:
+        InputError: the old stages merge tokens in a way that no ratio describes.
+    """
+    if not is_pruned(model):
+        return Inherited(stages, importance, True if alignment is None else alignment, fuse)
+    old, merges = model.plan, {stage.merge for stage in model.plan.stages}
+    if isinstance(alignment, bool):
+        alignment = replace(old.alignment, conv=alignment, scan=alignment)
+    # Dropping where the model merges, or merging a share in every layer, is nothing that a ratio alone asks for.
+    if (merges - {None, "fused"} and None in (stages, importance)) or (importance is None and len(merges) > 1):
+        found = f"{sum(stage.merge is not None for stage in old.stages)} layers ({', '.join(merges - {None})})"
+        way_out = "`merge` with more tokens, or `plan`" if MERGED_BY["keys"] in merges else "`plan`"
+        raise InputError(
+            f"the model merges tokens in {found}, which a ratio does not describe: give {way_out}, or start from the "
+            f"dense model{name_dense(model)}"
+        )
+    if importance is None:
+        fuse = fuse or "fused" in merges
+        metrics = tuple(stage.importance for stage in old.stages)
+        if stages is None or len({*metrics}) == 1:
+            importance = metrics if stages is None else metrics[0]
+    stages = tuple(stage.after for stage in old.stages) if stages is None else stages
+    return Inherited(stages, importance, old.alignment if alignment is None else alignment, fuse)
+
+
+def name_dense(model: TokenModel) -> str:
+    """Return ", PATH" of the dense model that a model was made from, "" where it was never a file."""
+    return f", {model.source.path}" if model.source is not None and model.source.path else ""
+
+
+def check_fewer(model: TokenModel, plan: Plan) -> None:
+    """Raise an InputError if a plan keeps more tokens before any layer than a model that is pruned by it has there.
+
+    The weights of a pruned model, and its corrections, were made for the tokens that it keeps.
+    """
+    if not is_pruned(model):
+        return
+    depth = len(model.blocks)
+    new = token_counts(depth, model.length, plan.stages, model.protected_count, plan.reenter)
+    for layer, (now, then) in enumerate(zip(model.token_counts(), new, strict=True), 1):
+        if then > now:
+            place = f"before layer {layer}" if layer <= depth else "after the last layer"
+            raise InputError(
+                f"the model has {now} tokens left {place}, and by this plan it would have {then}: prune more (a higher "
+                f"`ratio`, a lower `flops`), or start from the dense model{name_dense(model)}"
+            )
+
+
+def remove_stages(model: TokenModel, corrections: bool = True) -> TokenModel:
+    """Return a copy of a model that drops no tokens, with its weights and sizes; the argument is not changed.
+
+    Args:
+        corrections: whether the copy keeps the corrections, and the maps of output levels, for which a new plan is
+            installed next. They make up for dropped tokens, so a model that is run without any must not have them.
+    """
+    model = copy.deepcopy(model)
+    model.pruners.clear()
+    for block in model.blocks:
+        if isinstance(block, ScanBlock):
+            block.scans.gap_delta = None
+    model.plan = None if model.origin is None else Plan((), gap="bias")
+    model.alignment = Alignment()
+    if not corrections:
+        model.corrections.clear()
+        model.class_corrections.clear()
+        model.readout_correction = None
+        if model.levels:
+            model.level_maps.clear()
+    return model
+
+
+def has_corrections(model: TokenModel) -> bool:
+    """Return whether a model has corrections besides its weights, which cost FLOPs."""
+    return bool(len(model.corrections) or len(model.class_corrections)) or model.readout_correction is not None
+
+
+def keep_level_maps(model: TokenModel, plan: Plan) -> bool:
+    """Return whether maps of output levels can stay where a model is pruned by `plan` instead of its own.
+
+    There is one map for the tokens that each stage dropped, so the stages must be after the same layers.
+    """
+    old = model.plan
+    return [s.after for s in old.stages] == [s.after for s in plan.stages] and old.reenter == plan.reenter
