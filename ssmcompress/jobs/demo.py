@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..export.onnx import Exported, OnnxOptions, export_onnx
 from ..extras import describe_missing, has_extra
+from ..files import RECIPE_FILE
 from ..models.checkpoint import load
 from ..models.rewrite import make_plan
 from ..progress import line
@@ -15,17 +17,26 @@ from .report import record_export
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "vim-fashion-mnist"
 DEFAULT_FOLDER = Path("compressed") / f"{BUNDLED.name}-demo"
+STAGES, RATIO = (2,), 0.6
 
 
-def run_demo(folder: Path, *, command: str = "", force: bool = False) -> tuple[dict[str, Any], Exported | None]:
+def run_demo(
+    folder: Path, *, command: str = "", force: bool = False, recipe: Callable[[Mapping[str, Any]], str] | None = None
+) -> tuple[dict[str, Any], Exported | None]:
     """Prune the bundled model into a folder and export it.
+
+    Args:
+        folder: the folder to write. command: recorded as how it was made. force: replace it if ssmcompress wrote it.
+        recipe: what makes, from the report, the content of a file by which the folder can be made again.
 
     Returns:
         Its report, and the comparison with onnxruntime; None where the packages for ONNX files are not installed.
     """
     model = load(BUNDLED)
     line(f"pruning 60 % of the tokens after layer 2 of {len(model.blocks)} of a small Vim trained on Fashion-MNIST")
-    report = compress(model, make_plan(model, stages=(2,), ratio=0.6), folder, command=command, force=force)
+    report = compress(model, make_plan(model, stages=STAGES, ratio=RATIO), folder, command=command, force=force)
+    if recipe is not None:
+        (folder / RECIPE_FILE).write_text(recipe(report), encoding="utf-8")
     if not has_extra("onnx"):
         line(f"no ONNX file: {describe_missing('onnx')}")
         return report, None

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call, call_json, refused
+from safetensors.torch import load_file
 
 from ssmcompress.models.base import TokenModel
 
@@ -34,6 +36,17 @@ def test_demo():
     assert found["onnx"]["passed"]
     assert found["pruned"]["flops"]["full"] < 0.65 * found["dense"]["flops"]["full"]
     assert "exists" in refused("demo", "--quiet")
+
+
+def test_the_recipe_of_the_demo_makes_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    call("demo", "-o", "shown")
+    recipe = Path("shown/recipe.yaml").absolute()
+    monkeypatch.chdir(tmp_path)
+    call("run", recipe, "-o", "again", "--no-latency")
+    shown, again = (load_file(folder / "model.safetensors") for folder in (recipe.parent, Path("again")))
+    assert shown.keys() == again.keys()
+    assert all(torch.equal(shown[name], again[name]) for name in shown)
 
 
 def test_demo_without_the_packages_for_onnx(monkeypatch):

@@ -1,5 +1,6 @@
 """Recipes: a run as a file, written by commands, run again by `run`, and refused in useful words where it is wrong."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 import yaml
 from command_line import call
-from conftest import make_vim, select_bundled_images
+from conftest import make_vim, select_bundled_images, write_image
 
 from ssmcompress.cli.recipes import options_of, schema
+from ssmcompress.files import sha256
 
 WEIGHTS = "model.safetensors"
 
@@ -90,6 +92,64 @@ def test_a_model_that_has_changed_is_refused_unless_it_is_named(recipe, checkpoi
     assert weights("a") == weights("b")
 
 
+@pytest.fixture
+def searched(checkpoint, images, in_an_empty_folder) -> Path:
+    """A folder with a plan and a sensitivity that was searched for."""
+    options = ["--flops", "80%", "--no-reconstruct", "--axes", "tokens", "--search-images", 12]
+    call("prune", checkpoint, "--data", images, "--samples", 24, "--no-latency", *options, "-o", "searched")
+    return Path("searched")
+
+
+@pytest.mark.parametrize(
+    ("option", "more", "file", "other"),
+    [
+        ("plan", (), "config.json", ["--ratio", "0.3"]),
+        ("sensitivity", ("--flops", "75%", "--axes", "tokens", "--search-images", 12), "sensitivity.json", None),
+    ],
+)
+def test_a_plan_or_a_sensitivity_that_has_changed_is_refused(searched, checkpoint, images, option, more, file, other):
+    data = "--data", images, "--samples", 24, "--no-latency", "--no-reconstruct"
+    call("prune", checkpoint, *data, f"--{option}", "searched", *more, "-o", "a")
+    found = recipe_of("a")
+    assert found[option] == "../searched"
+    assert found[f"{option}_sha256"] == hashlib.sha256((searched / file).read_bytes()).hexdigest()
+    call("run", "a/recipe.yaml", "-o", "b")
+    assert weights("a") == weights("b")
+    content = (searched / file).read_text()
+    (searched / file).write_text(content + "\n")
+    error = call("run", "a/recipe.yaml", "-o", "c", code=2).stderr
+    assert "searched has changed since a/recipe.yaml was made" in error
+    assert f"remove {option}_sha256" in error
+    assert not Path("c").exists()
+    Path("copy").mkdir()
+    Path("copy", file).write_text(content)
+    call("run", "a/recipe.yaml", "-o", "d", *(other or (f"--{option}", "copy")))  # it does not count then
+
+
+def test_images_that_have_changed_are_said_in_one_line(recipe, class_folders):
+    said = "warning: the images that were calibrated on are not those that a/recipe.yaml was made with"
+    call("run", recipe, "-o", "a")
+    kept = json.loads(Path("a/report.json").read_text())["calibration"]["content"]
+    assert recipe_of("a")["images_digest"] == kept
+    assert "warning" not in call("run", "a/recipe.yaml", "-o", "b", "--batch-size", 3).stderr
+    assert "warning" not in call("run", "a/recipe.yaml", "-o", "c", "--samples", 4).stderr  # others are asked for
+    for number, file in enumerate(sorted(class_folders.rglob("*.*"))):
+        write_image(file, seed=1000 + number)
+    changed = call("run", "a/recipe.yaml", "-o", "d")
+    assert changed.stderr.splitlines().count(said) == 1
+    assert recipe_of("d")["images_digest"] != kept
+    assert said not in call("run", "a/recipe.yaml", "-o", "e", "--quiet").stderr
+
+
+def test_the_file_of_a_dense_model_is_hashed_once(checkpoint, in_an_empty_folder, monkeypatch):
+    read = []
+    for module in ("ssmcompress.models.checkpoint", "ssmcompress.cli.recipes"):
+        monkeypatch.setattr(f"{module}.sha256", lambda path: read.append(path) or sha256(path))
+    call("prune", checkpoint, "--no-latency", "-o", "a")
+    assert read == [checkpoint]
+    assert recipe_of("a")["model_sha256"] == sha256(checkpoint)
+
+
 def test_fine_tuning_has_a_recipe_too(recipe):
     call("run", recipe, "-o", "a")
     data = Path("a", recipe_of("a")["data"])
@@ -138,6 +198,16 @@ WRONG = {
     "a list as key": ("? [a, b]\n: 1\nmodel: vim.pth\n", "a key that is no text (line 1)"),
     "versions as text": ("model: vim.pth\nversions: '1'\n", "versions: expected package names"),
     "a number as hash": ("model: vim.pth\nmodel_sha256: 12\n", "model_sha256 is 12: expected 64"),
+    "a hash of nothing": (
+        "model: vim.pth\nplan_sha256: " + "a" * 64 + "\n",
+        "plan_sha256 is there, but plan is missing",
+    ),
+    "half a hash of a plan": ("model: vim.pth\nplan: p\nplan_sha256: ab\n", "plan_sha256 is 'ab': expected 64"),
+    "a number for images": ("model: vim.pth\nimages_digest: 1\n", "images_digest is 1: expected 16 hexadecimal digits"),
+    "images of a fine-tuning": (
+        "model: vim.pth\ncommand: finetune\nimages_digest: '0123456789abcdef'\n",
+        "unknown key 'images_digest' for finetune",
+    ),
     "half a hash": ("model: vim.pth\nmodel_sha256: abcd\n", "model_sha256 is 'abcd': expected 64"),
 }
 

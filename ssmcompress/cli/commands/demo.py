@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..groups import Output, Processor, ReportPrinting
+from ..recipes import describe_run
 from ..tables import print_json, show_export, show_report, verification_json
 from ..terminal import command_line, progress_bars, say
 
@@ -11,12 +12,13 @@ EXAMPLE = "ssmcompress demo"
 
 def demo(output: Output, printing: ReportPrinting, processor: Processor) -> None:
     """Prune, measure and export a small trained Vim that is included."""
-    from ...jobs.demo import DEFAULT_FOLDER, run_demo
+    from ...jobs.demo import BUNDLED, DEFAULT_FOLDER, RATIO, STAGES, run_demo
 
     processor.start()
     folder = output.path(DEFAULT_FOLDER)
+    recipe = describe_run(folder, "prune", str(BUNDLED), None, {"ratio": RATIO, "stages": [*STAGES]})
     with progress_bars(printing.quiet):
-        report, exported = run_demo(folder, command=command_line(), force=output.force)
+        report, exported = run_demo(folder, command=command_line(), force=output.force, recipe=recipe)
     file = folder / "model.onnx"
     if printing.as_json:
         print_json({**report, "onnx": None if exported is None else verification_json(exported, file)})

@@ -62,7 +62,7 @@ def finetune(
     )
     target = FinetuneTarget(Path(output), force, command_line(), inside=Path(model), resume=resume)
     if not target.in_place:  # else what the recipe begins with is gone
-        target = replace(target, recipe=make_recipe(target.path, model))
+        target = replace(target, recipe=make_recipe(target.path, model, loaded))
     again = f"ssmcompress finetune {model} ... -o {output} --resume"
     with progress_bars(printing.quiet), say_how_to_resume({target.state: again}, printing.quiet):
         data, measuring = images.options(measure), measure.options(not no_latency)

@@ -11,6 +11,7 @@ import typer
 from ...errors import InputError
 from ..options import OUTPUT, option
 from ..recipes import read_recipe, schema
+from ..terminal import is_quiet
 
 EXAMPLE = """
 ssmcompress run recipe.yaml
@@ -39,10 +40,12 @@ def run(
     if recipe.startswith("-"):
         raise InputError(f"{recipe}: expected the recipe first, then options that override it")
     asked = read_recipe(Path(recipe))
-    if model is None:
-        asked.check_model()
-    else:
-        asked = replace(asked, model=model)
+    overrides = tuple(context.args)
+    if model is not None:
+        others = {key: digest for key, digest in asked.hashes.items() if key != "model"}
+        asked = replace(asked, model=model, hashes=others)
+    asked.check_files(overrides)
     command = context.parent.command.get_command(context, asked.command)
-    with command.make_context(asked.command, asked.arguments(tuple(context.args)), parent=context.parent) as inner:
+    with command.make_context(asked.command, asked.arguments(overrides), parent=context.parent) as inner:
         command.invoke(inner)
+    asked.say_if_images_differ(overrides, is_quiet())
