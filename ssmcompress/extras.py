@@ -43,6 +43,23 @@ def require_extra(extra: str) -> None:
         raise InputError(message)
 
 
+def explain_import(error: BaseException) -> str:
+    """Return what is wrong with the installed packages if an error comes from importing one of them; else "".
+
+    torchvision of another build than torch, such as one for CUDA next to the CPU build, fails with a RuntimeError about
+    an operator.
+    """
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        return (
+            "the installed torchvision was built for another torch: install torch and torchvision together, from the "
+            f"same source ({error})"
+        )
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__:
+        found = "is not installed" if isinstance(error, ModuleNotFoundError) else "cannot be imported"
+        return f"the package {error.name or ''} {found}: install it again ({error})".replace("  ", " ")
+    return ""
+
+
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None

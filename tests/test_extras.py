@@ -81,3 +81,25 @@ def test_extras_bring_the_modules_that_messages_name():
 def _name(requirement: str) -> str:
     """Return the distribution of a requirement, normalised."""
     return re.match(r"[\w.-]+", requirement).group().lower().replace("_", "-")
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), "install torch and torchvision together"),
+        (ModuleNotFoundError("No module named 'pandas'", name="pandas"), "the package pandas is not installed"),
+        (ImportError("libGL.so.1: no such file", name="timm"), "the package timm cannot be imported"),
+    ],
+)
+def test_broken_packages_are_named(monkeypatch, checkpoint, error, message):
+    """An installation that does not fit together is no fault of ssmcompress to report."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("ssmcompress.jobs.measuring.measure", fail)
+    text = refused("prune", checkpoint, code=1)
+    assert message in text
+    assert str(error) in text
+    assert "please report it" not in text

@@ -10,6 +10,7 @@ import typer
 
 from .. import processes
 from ..errors import SsmCompressError
+from ..extras import explain_import
 from ..progress import hold_notes
 from .options import PANELS
 from .readable import name_options
@@ -78,7 +79,8 @@ class Commands(typer.core.TyperGroup):
         except OSError as error:  # a name too long, a folder that may not be read, ...
             code = complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
         except Exception as error:
-            code = complain(f"internal error, {type(error).__name__}: {error}; please report it", 1)
+            broken = explain_import(error)
+            code = complain(broken or f"internal error, {type(error).__name__}: {error}; please report it", 1)
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
