@@ -338,6 +338,8 @@ def test_two_processes_add_their_sums(dense, pruned, tmp_path):
     for ours, theirs in zip(record.fits, record_of(whole).fits, strict=True):
         assert (ours.weight, ours.ridges) == (theirs.weight, theirs.ridges)
         assert (ours.before, ours.after) == pytest.approx((theirs.before, theirs.after), rel=1e-4)
+        assert (ours.half is None) == (theirs.half is None) == (not ours.ridges)
+        assert ours.half == (None if theirs.half is None else pytest.approx(theirs.half, rel=1e-4))
 
 
 # ----------------------------------------------------------------------------------------- what a user may bring
@@ -386,7 +388,7 @@ def test_a_model_that_comes_no_closer_is_left_as_it_was(dense, pruned, many, mon
     from ssmcompress.compression.reconstruct import split_rows as module
 
     def worse(fitted, held_out, weight, groups):
-        return module.Refit(-3 * weight.double(), (1.0,), 1.0, 0.0)
+        return module.Refit(-3 * weight.double(), (1.0, *[None] * (len(groups) - 1)), 1.0, 0.0)
 
     monkeypatch.setattr(module, "refit", worse)
     found = ssmcompress.reconstruct(pruned, dense, many[:10])

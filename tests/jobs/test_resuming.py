@@ -1,5 +1,6 @@
 """A search and a reconstruction that are killed at any moment, and gone on with: the weights of an unbroken run."""
 
+import json
 import os
 import random
 import signal
@@ -76,6 +77,9 @@ def test_a_run_killed_at_random_moments_makes_the_same_weights(work, monkeypatch
     if not Path("broken").exists():
         call("prune", "model.pt", "--data", "images.parquet", *OPTIONS, "-o", "broken", "--resume")
     assert weights("broken") == weights("whole")
+    broken, whole = (json.loads(Path(name, "config.json").read_text())["pruning"] for name in ("broken", "whole"))
+    assert broken["reconstruction"] == whole["reconstruction"]
+    assert any(fit.get("half") for fit in broken["reconstruction"]["fits"])
     assert not results.exists()
 
 

@@ -18,7 +18,7 @@ from ...models.class_corrections import ClassCorrection
 from ...models.precision import cast
 from ...ops import gather_tokens
 from ...pruning.tokens import Tokens
-from .least_squares import Refit, reduce_rank
+from .least_squares import Refit
 from .linear import fill_zero
 from .split_rows import SplitRows
 
@@ -80,15 +80,15 @@ class ClassSums:
     def refit(self) -> tuple[Refit, ClassCorrection | None]:
         """Return the fit and the correction, or None if none helps on the images held out."""
         # The map from the same inputs to the update that is wanted; without a correction that is the update itself.
-        old = torch.eye(self.width, sum(self.groups), device="cpu").to(self.rows.fitted.gram)
+        old = torch.eye(self.width, sum(self.groups), device="cpu").to(self.rows.held_out.gram)
         result = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None
         # Half the width: there are as many of these maps as layers, and their cost is reserved in budgets.
         columns, most = sum(self.groups), max(1, self.width // 2)
-        reduced, outwards, inwards = reduce_rank(result, self.rows.fitted, self.rows.held_out, columns, old, most)
+        reduced, outwards, inwards = self.rows.reduce_rank(result, columns, old, most)
         if reduced.after >= result.before:  # the rank is too low for any gain
-            return replace(result, ridges=(), after=result.before), None
+            return replace(result, ridges=(), after=result.before, half=None), None
         correction = ClassCorrection(self.width, self.segments, len(inwards), self.device)
         correction[0].weight.copy_(inwards)
         correction[1].weight.copy_(outwards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class LayerwiseRefit(BothModels):
 
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
-        known = hash_of("reconstruction", *self.content, list(self.layers), self.corrects_logits)
+        known = hash_of("reconstruction and its halves", *self.content, list(self.layers), self.corrects_logits)
         for layer in self.layers:
             key = hash_of(known, layer) if keeps_results() else ""
             if (kept := recall(key)) is not None:
@@ -107,8 +107,8 @@ class LayerwiseRefit(BothModels):
         """Return the weights of a layer that was refitted, and of its corrections, with the records."""
         key, model = str(layer), self.pruned
         corrections = {name: maps[key].state_dict() for name, maps in self.corrections() if key in maps}
-        fitted = [(fit.weight, tuple(fit.ridges), fit.before, fit.after) for fit in fits]
-        return {"block": model.blocks[layer - 1].state_dict(), "corrections": corrections, "fits": fitted}
+        records = list(map(astuple, fits))
+        return {"block": model.blocks[layer - 1].state_dict(), "corrections": corrections, "fits": records}
 
     def restore(self, layer: int, kept: dict[str, Any]) -> Iterator[None]:
         """Take over what `describe` returned, and run both models past the layer; yields as `refit` does."""
@@ -120,7 +120,7 @@ class LayerwiseRefit(BothModels):
                 del maps[key]
             if (values := kept["corrections"].get(name)) is not None:
                 maps[key] = build_correction(self.pruned, name, values).to(self.device)
-        self.fits += [Fit(weight, tuple(ridges), before, after) for weight, ridges, before, after in kept["fits"]]
+        self.fits += [Fit(*values) for values in kept["fits"]]
         yield from self.advance_pruned(self.pruned.begin, layer)
         if block.end_projection is not None:
             yield from self.advance_dense_end(layer)
@@ -244,7 +244,7 @@ class LayerwiseRefit(BothModels):
         if class_correction is not None:
             self.pruned.class_corrections[key] = class_correction
         label = f"{find_name(self.pruned, block)}.class_correction"
-        self.fits.append(Fit(label, result.ridges, result.before, result.after))
+        self.fits.append(result.to_record(label))
 
     def refit_readout(self) -> Iterator[None]:
         """Refit the classifier to the dense logits."""
@@ -264,4 +264,4 @@ class LayerwiseRefit(BothModels):
         """Refit a linear layer by its sums over all processes, in place, and return the record."""
         self.all_reduce_sum(*sums.rows.sums())
         result = sums.refit()
-        return Fit(find_name(self.pruned, sums.linear), result.ridges, result.before, result.after)
+        return result.to_record(find_name(self.pruned, sums.linear))

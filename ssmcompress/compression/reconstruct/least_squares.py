@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import NOT_FINITE, InputError
 from ...models.class_corrections import max_rank
+from ...models.records import Fit
 
 # Ridge strengths to choose from, relative to the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
 RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))
@@ -52,6 +53,15 @@ class Rows:
         self.cross += weighted.T @ t
         self.power += (w[:, None] * t.square()).sum()
 
+    def include(self, other: Rows) -> None:
+        """Add the sums over other rows, in place."""
+        for total, value in zip(self.values(), other.values(), strict=True):
+            total += value
+
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums, which may be changed in place."""
+        return self.gram, self.cross, self.power
+
     def error(self, weight: Tensor) -> float:
         """Return the sum of w |weight x - t|^2 for a weight (outputs, inputs)."""
         W = weight.T
@@ -67,12 +77,19 @@ class Refit:
         ridges: for each group of inputs the ridge strength towards the old weight, relative to the group's mean power;
             None for a group that keeps its old weight; empty if all groups do.
         before, after: error of the old weight and of `weight` on the held-out rows, as shares of the targets' power.
+        half: that of a weight which was fitted in the same way on half of the images, with the same ridges and the same
+            rank; None: not measured, or nothing was refitted.
     """
 
     weight: Tensor
     ridges: tuple[float | None, ...]
     before: float
     after: float
+    half: float | None = None
+
+    def to_record(self, name: str) -> Fit:
+        """Return the record of this refit of the weight `name`."""
+        return Fit(name, self.ridges, self.before, self.after, self.half)
 
 
 def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
@@ -101,7 +118,7 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
         InputError: the rows are not finite.
     """
     for rows in (fitted, held_out):
-        if not all(value.isfinite().all() for value in (rows.gram, rows.cross, rows.power)):
+        if not all(value.isfinite().all() for value in rows.values()):
             raise InputError(NOT_FINITE)
     old = weight.to(fitted.gram)
     power = float(held_out.power)
@@ -110,18 +127,23 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
     if not power or error <= NEGLIGIBLE * power:  # nothing to gain
         return unchanged
     groups = groups or [weight.shape[1]]
-    units = [part.mean().expand(len(part)) for part in fitted.gram.diagonal().split(list(groups))]
-    units = [torch.where(unit > 0, unit, 1) for unit in units]  # inputs that are always zero
     for group in range(len(groups)):
         chosen = best.ridges or (None,) * len(groups)
         for ridge in RIDGES:
             ridges = (*chosen[:group], ridge, *chosen[group + 1 :])
-            penalty = [(FROZEN if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
-            candidate = ridge_regression(fitted, old, torch.cat(penalty))
+            candidate = refit_with(fitted, old, groups, ridges)
             after = held_out.error(candidate) / power
             if after < best.after:
                 best = Refit(candidate, ridges, unchanged.before, after)
     return best
+
+
+def refit_with(rows: Rows, weight: Tensor, groups: Sequence[int], ridges: Sequence[float | None]) -> Tensor:
+    """Return the ridge regression of the rows, with a ridge for each group of inputs, as in `Refit`."""
+    units = [part.mean().expand(len(part)) for part in rows.gram.diagonal().split(list(groups))]
+    units = [torch.where(unit > 0, unit, 1) for unit in units]  # inputs that are always zero
+    penalty = [(FROZEN if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
+    return ridge_regression(rows, weight, torch.cat(penalty))
 
 
 def reduce_rank(
@@ -138,16 +160,30 @@ def reduce_rank(
     Returns:
         The refit with the product in its weight, then the factors, (outputs, rank) and (rank, columns).
     """
-    part, gram = full.weight[:, -columns:], fitted.gram[-columns:, -columns:]
-    base = torch.zeros_like(part) if base is None else base
-    part = part - base
-    directions = torch.linalg.eigh(part @ gram @ part.T).eigenvectors.flip(1)
-    rank, most = 1, most or max_rank(*part.shape)
+    rank, most = 1, most or max_rank(len(full.weight), columns)
+    directions = principal_directions(full.weight, fitted, columns, base)
     while True:
-        outwards = directions[:, :rank]
-        inwards = outwards.T @ part
-        weight = torch.cat([full.weight[:, :-columns], base + outwards @ inwards], dim=1)
+        weight, outwards, inwards = project(full.weight, directions[:, :rank], columns, base)
         after = held_out.error(weight) / float(held_out.power)
         if rank == most or full.before - after >= KEPT_GAIN * (full.before - full.after):
             return replace(full, weight=weight, after=after), outwards, inwards
         rank = min(2 * rank, most)
+
+
+def principal_directions(weight: Tensor, rows: Rows, columns: int, base: Tensor | None = None) -> Tensor:
+    """Return the directions (outputs, outputs) of what the last columns, less `base`, add to the outputs of rows.
+
+    The direction in which they add most is the first column.
+    """
+    part = weight[:, -columns:] if base is None else weight[:, -columns:] - base
+    return torch.linalg.eigh(part @ rows.gram[-columns:, -columns:] @ part.T).eigenvectors.flip(1)
+
+
+def project(
+    weight: Tensor, directions: Tensor, columns: int, base: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight whose last columns, less `base`, are projected on directions (outputs, rank), and the factors."""
+    part = weight[:, -columns:]
+    base = torch.zeros_like(part) if base is None else base
+    inwards = directions.T @ (part - base)
+    return torch.cat([weight[:, :-columns], base + directions @ inwards], dim=1), directions, inwards

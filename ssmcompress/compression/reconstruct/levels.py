@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def map_levels(
     if distributed and (read := find_batches(batches)) is not None:
         read.sync()
     add_learnt(model, [batches])
-    values = {"name": name or batches.name, "images": run.images, "fits": [asdict(fit) for fit in fits]}
+    values = {"name": name or batches.name, "images": run.images, "fits": [fit.to_dict() for fit in fits]}
     model.add_record(StepRecord("level_maps", values))
     return model
 
@@ -131,7 +130,7 @@ class LevelSums:
                     processes.all_reduce_sum(*rows.rows.sums(), device=rows.linear.weight.device)
                 result = rows.refit()
                 name = f"level {number}, {'kept' if group + 1 == len(sums) else f'dropped by stage {group + 1}'}"
-                fits.append(Fit(name, result.ridges, result.before, result.after))
+                fits.append(result.to_record(name))
                 parts.append(LevelMap.from_linear(rows.linear) if result.ridges else nn.Identity())
             model.level_maps[str(number)] = parts
         return fits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ...models.base import low_rank
-from .least_squares import Refit, reduce_rank
+from .least_squares import Refit
 from .split_rows import SplitRows
 
 
@@ -60,10 +60,9 @@ class LinearSums:
         old += [] if self.correction is None else [self.correction.weight]
         result = self.rows.refit(torch.cat(old, dim=1), self.groups)
         if len(result.ridges) == 2 and result.ridges[1] is not None:
-            fitted, held_out = self.rows.fitted, self.rows.held_out
-            reduced, outwards, inwards = reduce_rank(result, fitted, held_out, self.groups[1], most=self.most)
+            reduced, outwards, inwards = self.rows.reduce_rank(result, self.groups[1], most=self.most)
             if reduced.after >= result.before:  # the rank is too low for any gain
-                return replace(result, ridges=(), after=result.before)
+                return replace(result, ridges=(), after=result.before, half=None)
             self.new_correction = low_rank(self.groups[1], len(inwards), len(weight), weight.device)
             self.new_correction[0].weight.copy_(inwards)
             self.new_correction[1].weight.copy_(outwards)

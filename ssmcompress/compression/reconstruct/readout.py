@@ -87,7 +87,7 @@ class ReadoutRefit:
             all_reduce_sum(*way.sums.rows.sums())
             self.classifier.load_state_dict(old)
             result = way.sums.refit()
-            way.fit = Fit(self.name, result.ridges, result.before, result.after)
+            way.fit = result.to_record(self.name)
             way.weights, way.correction = copy.deepcopy(self.classifier.state_dict()), way.sums.new_correction
             way.kl = torch.zeros((), dtype=torch.float64, device="cpu")
             if way.correction is None and way.sums.correction is not None:
