@@ -13,6 +13,7 @@ from ..data.images import Images
 from ..data.masks import describe_empty
 from ..models.base import TokenModel
 from ..tasks import CLASSIFICATION, Evaluation, Task
+from .report_refits import read_learning
 
 LOW_AGREEMENT = 50.0  # percent
 MANY = 32  # images, among which repetitions and missing classes are no accident
@@ -113,6 +114,28 @@ def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"the images to calibrate on are of {classes['seen']} of {classes['of']} classes: what is fitted may not "
             "hold for the others; give images of all (`data`)"
+        )
+    return lines
+
+
+def doubt_reconstruction(section: Mapping[str, Any]) -> list[str]:
+    """Return warnings about a reconstruction on too few images, or that does not hold for those measured on.
+
+    Args:
+        section: `reconstruction`, as a report has it.
+    """
+    lines = []
+    if (curve := read_learning(section)) is not None and curve.is_starved:
+        lines.append(
+            f"{section['images']} images are few to reconstruct on: half of them bring {curve.half_gain:.0%} of what "
+            "all bring to the refitted maps; give more (`samples`, `data`)"
+        )
+    before, after = (section.get(f"kl_measured_{name}") for name in ("before", "after"))
+    if before is not None and after > before:
+        lines.append(
+            "the reconstruction does not hold for the measured images: KL from dense "
+            f"{before:.4f} -> {after:.4f} nats; give more images (`samples`), images like these (`data`), or leave it "
+            "out (`reconstruct=False`)"
         )
     return lines
 

@@ -27,9 +27,10 @@ from ..models.state_dict import read_metadata
 from ..pruning.plan import Calibration
 from ..tasks import Evaluation
 from . import report_text as text
-from .doubts import Subject, doubt_calibration, find_doubts
+from .doubts import Subject, doubt_calibration, doubt_reconstruction, find_doubts
 from .measuring import Measured
 from .report_charts import SENSITIVITY_FILES, draw_charts, link_attention
+from .report_refits import add_measured, describe_learning
 from .trim_sizes import describe_dense, describe_trims
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def make_report(
         blocks = {name: earlier[name] for name in text.list_columns(earlier) if name != "pruned"} | blocks
     device = next(pruned.parameters()).device
     subject = Subject.of(pruned, measured.images.source, result.images)
+    if "reconstruction" in sections:
+        sections = {**sections, "reconstruction": add_measured(sections["reconstruction"], measured)}
     return {
         "data": data,
         "content": about["content"],
@@ -80,6 +83,7 @@ def make_report(
         "warnings": [
             *find_doubts(subject, measured.results.get("dense"), result),
             *doubt_calibration(sections.get("calibration") or {}),
+            *doubt_reconstruction(sections.get("reconstruction") or {}),
         ],
         "stages": list_stages(pruned),
         "alignment": describe_alignment(pruned),
@@ -217,7 +221,7 @@ def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any]
     if model.pools:
         readout = model.readout_correction
         found["readout_correction_rank"] = None if readout is None else readout[0].out_features
-    return {**asdict(record), "seconds": round(seconds, 2), **found}
+    return {**record.to_dict(), "learning": describe_learning(record), "seconds": round(seconds, 2), **found}
 
 
 def list_stages(model: TokenModel) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .report_refits import describe_measured, list_learning_notes
+
 Report = Mapping[str, Any]
 # What is said of a model that has a record of this kind.
 DONE = {
@@ -55,8 +57,9 @@ def list_repair_notes(report: Report) -> list[str]:
             f"reconstruction: {new} of {len(refit['fits'])} weights refitted on {refit['images']} images of "
             f"{refit['name']} in {refit['seconds']:.0f} s; KL from dense on the {refit['held_out']} held out "
             f"{refit['kl_before']:.4f} -> {refit['kl_after']:.4f} nats"
-            + ("" if refit["kept"] else ", no closer: the old weights were kept")
+            + (describe_measured(refit) if refit["kept"] else ", no closer: the old weights were kept")
         )
+        lines += list_learning_notes(refit)
     if tuned := report.get("finetuning"):
         lines.append(_describe_finetuning(tuned))
     return lines
