@@ -1,10 +1,11 @@
-"""Exceptions with messages for users: what was found, what was expected and how to proceed.
+"""Exceptions and warnings with messages for users: what was found, what was expected and how to proceed.
 
 The command line prints the message as one line on stderr and exits with `exit_code`. A message names arguments of the
 library in backticks (`samples`, `force=True`); the command line shows its own options instead (--samples, --force).
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,10 @@ class BudgetError(SsmCompressError):
     exit_code = 3
 
 
+class SsmCompressWarning(UserWarning):
+    """Category of the warnings of this package: what was assumed or left out, or can be done better."""
+
+
 class VerificationError(SsmCompressError):
     """Raised when an exported file does not compute what the model computes; `result` holds the differences."""
 
@@ -53,3 +58,32 @@ NOT_FINITE = "the model's values are not finite on these images: check its weigh
 def escape_control(text: str) -> str:
     """Return a text with its control characters escaped: a file name may hold some that a terminal obeys."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+# What allocators say: torch's on CPUs (Linux, Windows), CUDA's and cuBLAS', C++ (onnxruntime), and torch of a process
+# that decodes images and was ended by the system.
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+    "failed to allocate memory", "bad_alloc", "alloc_failed", "out of shared memory", "killed by signal: killed",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory could not be allocated, on any device and in any library."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return any(text in str(error).lower() for text in OUT_OF_MEMORY)
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise an error again if it says that memory could not be allocated.
+
+    Readers call it for an error that they would else report as a damaged file. An OSError or RuntimeError of a library
+    becomes a MemoryError, because callers take those for damage as well.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        raise error
+    if is_out_of_memory(error):
+        raise MemoryError(str(error)) from error

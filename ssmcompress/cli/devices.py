@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from ..errors import SsmCompressError
+from ..errors import SsmCompressError, is_out_of_memory
 from ..progress import Steps, record_steps
 
 AUTO = "auto"
@@ -22,17 +22,14 @@ OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "
 
 # What torch says where there is no GPU, or it was built without CUDA: no reason to say that the CPU is used.
 NO_GPU = ("not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs", "No HIP GPUs", "no CUDA-capable device")
-# What allocators say: torch's on CPUs (Linux, Windows), CUDA's and cuBLAS', C++ (onnxruntime), and torch of a process
-# that decodes images and was ended by the system.
-OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
-    "failed to allocate memory", "bad_alloc", "alloc_failed", "out of shared memory", "killed by signal: killed",
-)  # fmt: skip
 # Parameters of commands that lower the memory a command takes, with the value that cannot be lowered; and those that
 # ask for a search, without which the images to search on take none.
 LOWERABLE = {"batch_size": 1, "batch_sizes": 1, "samples": 1, "search_images": 1, "workers": 0}
 SEARCHES = ("flops", "flops_backbone", "latency", "max_drop")
 TRAINING = "fine-tuning"  # the step that reads as many images at a time as the recipe says, not --batch-size
+
+# The command that goes on from what a run that was ended by an error has kept; None: nothing was kept.
+goes_on: ContextVar[str | None] = ContextVar("ssmcompress_goes_on", default=None)
 
 
 def choose_device(name: str) -> tuple[str, str]:
@@ -86,6 +83,7 @@ def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
         SsmCompressError: out of memory; it names the step that ran, and the options of the command that lower what it
             takes.
     """
+    goes_on.set(None)
     with record_steps() as steps:
         try:
             yield
@@ -95,18 +93,12 @@ def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
             text = str(error).lower()
             gpu = any(kind in text for kind in ("cuda", "cublas", "hip out", "mps backend", "xpu out"))
             where = " of the GPU" if gpu else ""
+            # A training that goes on must be split as before, so that the advice for it and this exclude each other.
+            resumes = goes_on.get() is not None and _current(steps) != TRAINING
+            kept = f"; then `{goes_on.get()}` goes on from what was kept" if resumes else ""
             raise SsmCompressError(
-                f"out of memory{where} in {_describe_step(command, steps)}; {_advise(values, steps, gpu)}"
+                f"out of memory{where} in {_describe_step(command, steps)}; {_advise(values, steps, gpu)}{kept}"
             ) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory could not be allocated, on any device and in any library."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 def _current(steps: Steps) -> str | None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import processes
-from ..errors import InputError
+from ..errors import InputError, SsmCompressWarning
 from ..progress import FrontEnd, use_front_end
+from .devices import goes_on
 from .log import end_log, is_logging, log
 from .readable import readable
 
@@ -35,14 +37,35 @@ _shown: ContextVar[bool] = ContextVar("ssmcompress_bars", default=False)
 def only_main_prints() -> Iterator[None]:
     """Let only the main process of a launcher print; errors of the others go to stderr all the same.
 
+    Warnings of the library are messages of the command.
+
     The log of a command that runs in the body of the with statement ends with it.
     """
-    with open(os.devnull, "w") as nowhere, end_log() as stack:
+    with open(os.devnull, "w") as nowhere, _say_warnings(), end_log() as stack:
         if processes.launched_index():
             logger = logging.getLogger("ssmcompress")
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
             stack.enter_context(redirect_stdout(nowhere))
+        yield
+
+
+@contextmanager
+def _say_warnings() -> Iterator[None]:
+    """Say each warning of the library once, as one line; warnings of other packages are shown as ever."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say_or_show(message: Warning, category: type[Warning], *place: Any, **named: Any) -> None:
+            if not issubclass(category, SsmCompressWarning):
+                show(message, category, *place, **named)
+            elif (text := str(message)) not in said:
+                said.add(text)
+                say(text, is_quiet(), logging.WARNING)
+
+        warnings.showwarning = say_or_show
+        warnings.simplefilter("always", SsmCompressWarning)
         yield
 
 
@@ -68,9 +91,9 @@ def is_quiet() -> bool:
     return "--quiet" in arguments.get()
 
 
-def say(message: str, quiet: bool) -> None:
-    """A message for a person, on stderr and in the log file."""
-    log(message)
+def say(message: str, quiet: bool, level: int = logging.INFO) -> None:
+    """A message for a person, on stderr and in the log file, there with its level."""
+    log(message, level)
     if not quiet and not processes.launched_index():
         print(readable(message), file=sys.stderr)
 
@@ -149,6 +172,8 @@ class _Bars(FrontEnd):
 def say_how_to_resume(commands: Mapping[Path, str], quiet: bool) -> Iterator[None]:
     """Where the body is interrupted, say where the state of the run is and which command goes on from it.
 
+    The message about an error for lack of memory has this command, too.
+
     Args:
         commands: the command that goes on for each place where there may be a state.
     """
@@ -158,6 +183,9 @@ def say_how_to_resume(commands: Mapping[Path, str], quiet: bool) -> Iterator[Non
         for state, command in commands.items():
             if state.exists():
                 say(f"the state is in {state}: `{command}` goes on", quiet)
+        raise
+    except Exception:
+        goes_on.set(next((command for state, command in commands.items() if state.exists()), None))
         raise
 
 

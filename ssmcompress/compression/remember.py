@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..processes import count
 
 Result = TypeVar("Result")
@@ -162,6 +162,7 @@ def recall(name: str) -> tuple[Any] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # what torch raises for a file of another kind is not documented
+        raise_if_out_of_memory(error)
         _logger.debug("a result of %s cannot be read: %s", results.folder, error)
         return None
 

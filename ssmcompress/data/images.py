@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..errors import raise_if_out_of_memory
+
 
 @dataclass(frozen=True)
 class Images:
@@ -84,6 +86,7 @@ def decode(source: Any, root: Path | None = None, *, shown: bool = False) -> Ima
         way = TRANSPOSITIONS.get(find_orientation(image)) if shown else None
         return _reduce_depth(image if way is None else image.transpose(way))
     except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
+        raise_if_out_of_memory(error)
         raise OSError(f"unreadable image: {error}") from error
 
 
@@ -113,7 +116,8 @@ def find_orientation(image: Image.Image) -> int:
     """
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # PIL raises many kinds of errors for damaged EXIF data
+    except Exception as error:  # PIL raises many kinds of errors for damaged EXIF data
+        raise_if_out_of_memory(error)
         return 1
     return orientation if orientation in TRANSPOSITIONS else 1
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..progress import note, track
 from ..tasks import IGNORED, SEGMENTATION, Task
 from ..tasks.segmentation import find_wrong_labels
@@ -79,6 +79,7 @@ def read_mask(source: Any, root: Path, rules: MaskRules, where: str) -> np.ndarr
     try:
         pixels, mode = _read_pixels(find_source(source, root))
     except Exception as error:  # PIL's decoders raise many kinds of errors for a damaged file
+        raise_if_out_of_memory(error)
         raise InputError(f"{where}: unreadable mask ({error})") from error
     if mode is not None:
         raise InputError(f"{where}: {describe_channels(mode)}")
@@ -162,7 +163,8 @@ def read_header(source: Any, root: Path, *, shown: bool = False, whole: bool = F
             known = shown and (whole or image.format != "PNG" or "exif" in image.info)
             turned = known and find_orientation(image) >= 5
             return Header((image.width, image.height) if turned else (image.height, image.width), image.mode)
-    except Exception:  # as in `read_mask`
+    except Exception as error:  # as in `read_mask`
+        raise_if_out_of_memory(error)
         return None
 
 

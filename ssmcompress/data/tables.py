@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..progress import note
 from ..tasks import CLASSIFICATION, Task
 from .columns import find_missing, image_column, is_text, mask_column, read_labels
@@ -49,10 +49,12 @@ def _read_tables(files: Sequence[Path]) -> Any:
             else:
                 parts.append(Dataset(parquet.read_table(file)))
         except Exception as error:  # pyarrow and datasets raise many kinds of errors for a damaged file
+            raise_if_out_of_memory(error)
             raise InputError(f"{file}: not a whole {file.suffix[1:]} file ({_first_line(error)})") from error
     try:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     except Exception as error:  # likewise
+        raise_if_out_of_memory(error)
         raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
 
 
@@ -63,6 +65,7 @@ def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None 
     try:
         table = load_from_disk(str(path))
     except Exception as error:  # as above
+        raise_if_out_of_memory(error)
         message = f"{path}: not a whole folder of `save_to_disk` ({_first_line(error)})"
         raise InputError(message) from error
     used = {Path(file["filename"]).name for file in table.cache_files}
@@ -95,6 +98,7 @@ def read_hub(repo: str, split: str, num_classes: int, masks: MaskRules | None = 
     try:
         table = load_dataset(repo, config or None, split=rest)
     except Exception as error:  # the hub, the network and loading scripts raise many kinds of errors
+        raise_if_out_of_memory(error)
         if "config name is missing" in str(error).lower():
             found = " ".join(str(error).split())[:300]
             raise InputError(f"{repo} has several configurations; name one, as {repo}:NAME:{rest} ({found})") from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..progress import note, track
 from .functions import FORMS, STANDARD_OPSET
 
@@ -168,6 +168,7 @@ def open_session(
             content if isinstance(content, bytes) else str(content), options, providers=providers
         )
     except Exception as error:  # onnxruntime's errors share no base class
+        raise_if_out_of_memory(error)
         raise InputError(f"onnxruntime cannot load the graph: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise InputError(f"{provider} does not work on this machine; without `provider`, the CPU is used")
@@ -183,6 +184,7 @@ def run(session: Any, outputs: Sequence[str] | None, images: np.ndarray) -> list
     try:
         return session.run(outputs, {session.get_inputs()[0].name: images})
     except Exception as error:
+        raise_if_out_of_memory(error)
         raise InputError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
 
 

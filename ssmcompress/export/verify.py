@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, Batches
 from ..data.images import Images
-from ..errors import InputError, VerificationError
+from ..errors import InputError, VerificationError, raise_if_out_of_memory
 from ..extras import require_extra
 from ..files import check_regular
 from ..models.base import Decision, TokenModel
@@ -170,6 +170,7 @@ class _OnnxFile:
             try:
                 yield tensor.name, onnx.numpy_helper.to_array(tensor, base_dir=self.folder)
             except Exception as error:  # missing, too short, outside the folder, or of an unknown type
+                raise_if_out_of_memory(error)
                 raise InputError(f"cannot read the weight {tensor.name} of the ONNX file ({error})") from error
 
 
@@ -181,8 +182,10 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
         check_regular(Path(file))
         graph = onnx.load(file, load_external_data=False, format="protobuf")
     except OSError as error:
+        raise_if_out_of_memory(error)
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's own
+        raise_if_out_of_memory(error)
         raise InputError(f"{file}: not an ONNX file") from error
     if not graph.graph.node:
         raise InputError(f"{file}: not an ONNX file")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..extras import require_extra
 from ..files import RECIPE_FILE, read_text
 from ..hub_names import HubName
@@ -95,6 +95,7 @@ def copy_graph(source: Path, target: Path, remover: PathRemover) -> None:
     try:
         model = onnx.load(str(source), load_external_data=False)
     except Exception as error:  # protobuf's own, and those of onnx
+        raise_if_out_of_memory(error)
         raise InputError(f"{source}: not an ONNX file ({type(error).__name__})") from error
     texts = {entry.key: _clean_json_text(entry.value, remover) for entry in model.metadata_props}
     if texts == {entry.key: entry.value for entry in model.metadata_props}:

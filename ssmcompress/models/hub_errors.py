@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import InputError, SsmCompressError
+from ..errors import InputError, SsmCompressError, raise_if_out_of_memory
 from ..hub_names import HubName
 
 
@@ -23,6 +23,7 @@ def explained(name: HubName, writes: bool = False) -> Iterator[None]:
     except SsmCompressError:
         raise
     except Exception as error:  # the network, the Hub and damaged answers raise many kinds of errors
+        raise_if_out_of_memory(error)
         raise explain(name, error, writes) from error
     finally:
         logger.setLevel(before)

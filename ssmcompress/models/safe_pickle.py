@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, raise_if_out_of_memory
 from ..files import check_regular
 
 
@@ -54,9 +54,9 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; unreadable files raise below
             return torch.load(file, map_location="cpu", weights_only=not unsafe_load)
-    except MemoryError:
-        raise
     except Exception as error:  # torch raises many kinds of errors for a damaged file
+        if not _asks_for_more(error, file):
+            raise_if_out_of_memory(error)
         reported = re.findall(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and (names := _unsafe_globals(file) or reported[:1]):
             raise InputError(
@@ -64,6 +64,12 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
                 f"(`unsafe_load=True` reads it all the same, if you trust where it comes from)"
             ) from error
         raise InputError(f"not a checkpoint, or a damaged one{_describe_start(file)}") from error
+
+
+def _asks_for_more(error: Exception, file: Path) -> bool:
+    """Return whether torch asked for more memory than a file has bytes, of which it compresses none: it is damaged."""
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return asked is not None and int(asked[1]) > file.stat().st_size
 
 
 def _describe_start(file: Path) -> str:
@@ -97,7 +103,8 @@ def _check_sums(file: Path) -> None:
                             pass
                 except zipfile.BadZipFile:
                     damaged += 1
-    except Exception:  # what is no archive of torch's is reported by torch.load
+    except Exception as error:  # what is no archive of torch's is reported by torch.load
+        raise_if_out_of_memory(error)
         return
     if 0 < damaged < records:
         raise InputError(f"damaged: {damaged} of {records} records differ from their check sums; get the file again")
@@ -135,6 +142,6 @@ def _unsafe_globals(file: Path) -> list[str]:
                     strings.append(memo[argument])
                 elif opcode.name not in ("FRAME", "PROTO"):
                     strings.append(argument if isinstance(argument, str) else None)
-    except Exception:  # a damaged tail: report the names read so far
-        pass
+    except Exception as error:  # a damaged tail: report the names read so far
+        raise_if_out_of_memory(error)
     return sorted(name for name in names if not _SAFE_NAMES.fullmatch(name))[:3]

@@ -2,15 +2,20 @@
 
 import errno
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from command_line import call, refused
+from PIL import Image
 
 from ssmcompress import progress
 from ssmcompress.cli.app import app
-from ssmcompress.cli.devices import LOWERABLE, is_out_of_memory
+from ssmcompress.cli.devices import LOWERABLE
+from ssmcompress.data.masks import MaskRules, read_header, read_mask
+from ssmcompress.errors import is_out_of_memory
 
 COMMANDS = typer.main.get_command(app).commands
 ALLOCATOR = (
@@ -116,7 +121,8 @@ def test_the_step_and_the_options_that_lower_it_are_named(run_out, words, text, 
     command = arguments[0]
     place = f'the step "{step}" of {command}' if step else command
     assert said.startswith(f"error: out of memory in {place}; ")
-    assert re.findall(r"--[a-z][\w-]*(?: accumulate=NUMBER)?(?: \(now [^)]*\))?", said) == options
+    advice = said.partition("; then `")[0]  # a fine-tuning that ends in the last step has left a state
+    assert re.findall(r"--[a-z][\w-]*(?: accumulate=NUMBER)?(?: \(now [^)]*\))?", advice) == options
     assert {option.split()[0] for option in options} <= options_of(command)
 
 
@@ -154,6 +160,66 @@ def test_errors_of_every_allocator_are_recognised(run_out, words, error):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left"), KeyError(3)])
 def test_other_errors_are_not_about_memory(error):
     assert not is_out_of_memory(error)
+
+
+# Reader, with the command that calls it: an error there would else be one of a damaged file.
+READERS = {
+    "torch.load": "evaluate DENSE --data IMAGES",
+    "ssmcompress.data.images.load": "evaluate DENSE --data IMAGES",
+    "pyarrow.parquet.read_table": "evaluate DENSE --data images.parquet",
+    "onnx.load": "verify pruned m.onnx",
+    "onnxruntime.InferenceSession": "verify pruned m.onnx",
+}
+LACKS = {
+    "MemoryError": MemoryError(),
+    "OSError": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "RuntimeError": RuntimeError(ALLOCATOR.replace("99999999999", "64")),
+    "GPU": GPU,
+}
+
+
+@pytest.mark.parametrize("error", LACKS.values(), ids=LACKS)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_there_is_no_memory_for_is_not_damaged(words, monkeypatch, reader, error):
+    arguments = words(READERS[reader])
+    Path("images.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(reader, lambda *_, **__: fail(error))
+    said = refused(*arguments, code=1)
+    assert said.startswith("error: out of memory")
+    assert f" of {arguments[0]}" in said or f" in {arguments[0]}" in said
+
+
+@pytest.mark.parametrize("error", LACKS.values(), ids=LACKS)
+def test_a_mask_that_there_is_no_memory_for_is_not_damaged(tmp_path, monkeypatch, error):
+    Image.new("L", (4, 4)).save(tmp_path / "mask.png")
+    monkeypatch.setattr("PIL.Image.open", lambda *_: fail(error))
+    rules = MaskRules(3, False)
+    for read in (
+        lambda: read_mask(tmp_path / "mask.png", tmp_path, rules, "m"),
+        lambda: read_header(tmp_path / "mask.png", tmp_path),
+    ):
+        with pytest.raises((MemoryError, torch.OutOfMemoryError)):
+            read()
+
+
+def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_damaged(words, monkeypatch):
+    monkeypatch.setattr("torch.load", lambda *_, **__: fail(RuntimeError(ALLOCATOR)))
+    assert "not a checkpoint, or a damaged one" in refused("evaluate", *words("DENSE --data IMAGES"))
+
+
+def test_results_that_were_kept_are_gone_on_with(run_out, words, monkeypatch):
+    monkeypatch.setattr("ssmcompress.jobs.prune.WORTH_KEEPING", 0)
+    arguments, track = words("prune DENSE --data IMAGES --no-latency -o out"), progress.FrontEnd.track
+    run_out("reconstructing", MemoryError())
+    said = refused_after_work(arguments)
+    assert said.endswith(f"; then `{shlex.join(['ssmcompress', *arguments])} --resume` goes on from what was kept")
+    monkeypatch.setattr(progress.FrontEnd, "track", track)
+    assert "wrote out" in call(*arguments, "--resume").stderr
+
+
+def test_without_results_no_resuming_is_advised(run_out, words):
+    run_out("reconstructing", MemoryError())
+    assert "--resume" not in refused_after_work(words("prune DENSE --data IMAGES --no-latency -o out"))
 
 
 def test_compiled_kernels_run_out_of_memory(words, monkeypatch):

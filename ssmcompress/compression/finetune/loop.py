@@ -22,7 +22,7 @@ from ... import processes
 from ...data.batches import Batches
 from ...data.images import Images
 from ...data.signature import sign_images
-from ...errors import InputError, SsmCompressError
+from ...errors import InputError, SsmCompressError, raise_if_out_of_memory
 from ...models.base import TokenModel
 from ...models.fingerprint import fingerprint
 from ...models.inputs import as_batches, check_model, open_training
@@ -251,6 +251,7 @@ class _Run:
             if (digests := content.get("digests")) is not None:
                 self.training.digests[self._index()] = digests.numpy().view(np.uint64)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise_if_out_of_memory(error)
             raise InputError(
                 f"{self.path}: damaged ({type(error).__name__} {error}); remove it to start afresh"
             ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...data.signature import compare_signatures
-from ...errors import InputError, SsmCompressError
+from ...errors import InputError, SsmCompressError, raise_if_out_of_memory
 from ...models.base import TokenModel
 from ...models.safe_pickle import read_pickle
 from ...models.saved import describe
@@ -59,6 +59,7 @@ def write_state(file: Path, model: TokenModel, entries: Mapping[str, Any]) -> No
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
+        raise_if_out_of_memory(error)
         raise SsmCompressError(f"cannot keep the state of the run in {file}: {error}") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...errors import SsmCompressError
+from ...errors import SsmCompressError, raise_if_out_of_memory
 
 
 class ChunkFiles:
@@ -25,6 +25,7 @@ class ChunkFiles:
         try:
             torch.save(value, self.folder / f"{kind}{chunk}")
         except (OSError, RuntimeError) as error:
+            raise_if_out_of_memory(error)
             raise SsmCompressError(
                 f"cannot keep features in {self.folder}: {error}; use fewer `samples`, or set TMPDIR to a folder with "
                 f"more room"
