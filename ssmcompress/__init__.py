@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .compression.trim.states import trim_states
     from .data.batches import Batches
     from .data.find import open_images
-    from .errors import BudgetError, InputError, SsmCompressError, VerificationError
+    from .errors import BudgetError, InputError, SsmCompressError, SsmCompressWarning, VerificationError
     from .evaluation.attention_maps import attention_maps
     from .evaluation.flops import flops
     from .evaluation.measure import evaluate
@@ -59,6 +59,7 @@ _HOME = {
     "Plan": "pruning.plan",
     "Recipe": "compression.finetune.recipe",
     "SsmCompressError": "errors",
+    "SsmCompressWarning": "errors",
     "Stage": "pruning.plan",
     "VerificationError": "errors",
     "attention_maps": "evaluation.attention_maps",
@@ -100,6 +101,7 @@ __all__ = [
     "PushRequest",
     "Recipe",
     "SsmCompressError",
+    "SsmCompressWarning",
     "Stage",
     "VerificationError",
     "__version__",

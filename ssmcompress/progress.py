@@ -1,16 +1,20 @@
-"""Progress reports: until a front end is set, lines are logged and the rest is not shown.
+"""Progress reports and warnings: until a front end is set, lines are logged, notes are warnings, the rest is not shown.
 
-Messages of the library are records of the logger "ssmcompress" (lines INFO, notes WARNING), so `logging` silences them.
+Lines are records of the logger "ssmcompress" (INFO). Warnings have the category `SsmCompressWarning`.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
+
+from .errors import SsmCompressWarning
 
 T = TypeVar("T")
 _logger = logging.getLogger("ssmcompress")
@@ -31,9 +35,9 @@ class FrontEnd:
         _logger.info(text)
 
     def note(self, text: str) -> None:
-        """Show a note; without a front end, it is logged as a warning, which Python prints by default."""
+        """Show a note; without a front end, it is a warning, which Python prints by default."""
         if type(self) is FrontEnd:
-            _logger.warning(text)
+            warn(text)
         else:
             self.line(text)
 
@@ -102,7 +106,8 @@ def line(text: str) -> None:
 def note(text: str) -> None:
     """Say what was assumed or left out, and a user should know of the result: a line, printed once.
 
-    A command prints its notes when it has succeeded (`hold_notes`), so that an error is not preceded by them.
+    A command prints its notes when it has succeeded (`hold_notes`), so that an error is not preceded by them. In Python
+    a note is a warning, and the filters of `warnings` decide how often it is shown.
     """
     if (held := _held.get()) is not None:
         if text not in held:
@@ -110,10 +115,21 @@ def note(text: str) -> None:
         held[text] = None
         return
     front_end = _front_end.get()
+    if type(front_end) is FrontEnd:
+        front_end.note(text)
+        return
     noted = vars(front_end).setdefault("noted", set())  # in the front end: another one shows the note again
     if text not in noted:
         noted.add(text)
         front_end.note(text)
+
+
+def warn(text: str) -> None:
+    """Warn of what a user can do something about, at the line of the caller's code that led to it."""
+    level, frame, package = 2, sys._getframe(1), __name__.partition(".")[0]
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, SsmCompressWarning, stacklevel=level)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -75,7 +76,7 @@ def users_folder(folder: Path, page: Path) -> Iterator[None]:
     images, and the repository's examples.
     """
     depth, per_class = DEPTHS.get(page.name, 3), 4 if page.name in TRIMMING else 1
-    threads = torch.get_num_threads()
+    threads, logger = torch.get_num_threads(), logging.getLogger("ssmcompress")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         if not Path("model.pt").exists():
@@ -93,6 +94,7 @@ def users_folder(folder: Path, page: Path) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+            logger.setLevel(logging.NOTSET)  # an example silences it
 
 
 def run(command: str) -> None:

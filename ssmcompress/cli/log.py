@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import processes
 from .._version import __version__
-from ..errors import InputError, escape_control
+from ..errors import InputError, SsmCompressWarning, escape_control
 from .readable import name_options, readable
 
 # Packages whose versions a log file begins with, where they are installed.
@@ -116,7 +116,8 @@ def _open_log(path: Path, level: int, stack: ExitStack) -> None:
         return record
 
     def show_and_log(message, category, filename, lineno, file=None, line=None) -> None:
-        log(f"{category.__name__}: {message} ({filename}, line {lineno})", logging.WARNING)
+        if not issubclass(category, SsmCompressWarning):  # those are logged where they are printed
+            log(f"{category.__name__}: {message} ({filename}, line {lineno})", logging.WARNING)
         show(message, category, filename, lineno, file, line)
 
     stack.callback(logging.setLogRecordFactory, make)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..progress import warn
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .batches import Batches, LabelledBatch
 from .dense import DensePreprocessing
@@ -109,7 +109,7 @@ class AnyBatches:
         if self._warn_unreadable and self.data.unreadable:
             self._warn_unreadable = False
             names = self.data.unreadable_names()
-            warnings.warn(f"left out {len(names)} unreadable images: {', '.join(names[:3])}", stacklevel=2)
+            warn(f"left out {len(names)} unreadable images: {', '.join(names[:3])}")
 
     def read_all(self) -> LabelledBatch:
         """Return all images and labels as one batch.
@@ -159,11 +159,10 @@ def warn_about_range(images: Tensor, preprocessing: Preprocessing | DensePreproc
     # Values that are not finite are reported by the model.
     if not (0 <= low < high and darkest < -0.25 and (high <= 1 or 10 * brightest < high < math.inf)):
         return
-    warnings.warn(
+    warn(
         f"the images have values from {low:.3g} to {high:.3g}, as if they were not normalised: the model takes images "
         f"scaled to 0..1, minus mean {preprocessing.mean}, divided by std {preprocessing.std}, as model.transform() "
-        f"makes them",
-        stacklevel=2,
+        f"makes them"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -12,6 +11,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ..progress import warn
 
 # A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
 # have `scan_paths`, which is otherwise composed of its `selective_scan`; `scan_parameters`, for paths that are given by
@@ -24,7 +25,6 @@ BACKENDS: dict[str, str | ModuleType] = {
     "triton": "ssmcompress.ops.triton",
 }
 
-_logger = logging.getLogger("ssmcompress")
 _override: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", default=None)
 
 
@@ -113,7 +113,7 @@ def _try(backend: str) -> bool:
             _load(backend)
             _modules[backend].check_driver()
     except Exception as error:  # numba raises not only ImportError: a numpy it does not support, for instance
-        _logger.warning("%s cannot be used (%s): the ops run in plain torch, many times slower", package, error)
+        warn(f"{package} cannot be used ({error}): the ops run in plain torch, many times slower")
         return False
     return True
 

@@ -3,10 +3,14 @@
 import logging
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+from command_line import call
 
-from ssmcompress import progress
+import ssmcompress
+from ssmcompress import SsmCompressWarning, progress
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -55,19 +59,51 @@ def test_notes_and_warnings_are_shown_by_default_and_stdout_is_left_alone(checkp
     done = run_session(BEGIN, checkpoint, class_folders)
     assert done.stdout == ""
     assert "preprocessing is not in the file" in done.stderr
-    assert "UserWarning: the images have values from" in done.stderr
+    assert "SsmCompressWarning: the images have values from" in done.stderr
 
 
-def test_a_note_is_a_warning_and_a_line_is_information(monkeypatch, caplog):
-    monkeypatch.setattr(progress, "_silent", progress.FrontEnd())
-    with caplog.at_level(logging.DEBUG, "ssmcompress"), progress.use_front_end(progress.FrontEnd()):
+def test_a_note_is_a_warning_and_a_line_is_information(caplog):
+    with pytest.warns(SsmCompressWarning) as warned:
         progress.note("assumed")
-        progress.note("assumed")
+    with caplog.at_level(logging.DEBUG, "ssmcompress"):
         progress.line("epoch 1")
-    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [
-        ("ssmcompress", "WARNING", "assumed"),
-        ("ssmcompress", "INFO", "epoch 1"),
-    ]
+    assert [(r.name, r.levelname, r.message) for r in caplog.records] == [("ssmcompress", "INFO", "epoch 1")]
+    (warning,) = warned
+    assert (str(warning.message), warning.filename) == ("assumed", __file__)
+
+
+def test_a_warning_is_at_the_line_of_the_caller(checkpoint):
+    """Not of the package: so Python shows it once for each place, and names the place to act on it."""
+    with pytest.warns(SsmCompressWarning, match="preprocessing is not in the file") as warned:
+        [ssmcompress.load(checkpoint).transform() for _ in range(2)]
+    assert [w.filename for w in warned] == [__file__, __file__]
+
+
+def test_the_category_silences_the_warnings_of_the_package_alone(checkpoint, class_folders):
+    silent = "import warnings, ssmcompress as s\nwarnings.filterwarnings('ignore', category=s.SsmCompressWarning)\n"
+    done = run_session(silent + BEGIN, checkpoint, class_folders)
+    assert (done.stdout, done.stderr) == ("", "")
+    other = "import warnings; warnings.warn('of another package')"
+    assert "of another package" in run_session(silent + other, checkpoint, class_folders).stderr
+
+
+def test_a_warning_is_a_line_of_a_command_once(checkpoint, monkeypatch):
+    def warn_twice(*_):
+        for text in ("slow ops, use `force=True`", "slow ops, use `force=True`", "other"):
+            progress.warn(text)
+        warnings.warn("of another package", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setattr("ssmcompress.evaluation.measure._check_outputs", warn_twice)
+    for more in ([], ["--verbose"], ["--quiet"]):
+        with pytest.warns(RuntimeWarning) as others:
+            result = call("evaluate", checkpoint, "--log-file", "run.log", *more)
+        assert {str(w.message) for w in others} == {"of another package"}
+        lines = result.stderr.splitlines()
+        assert [lines.count(text) for text in ("slow ops, use --force", "other")] == [int(more != ["--quiet"])] * 2
+    logged = [line.partition(" ssmcompress: ")[::2] for line in Path("run.log").read_text().splitlines()]
+    levels = [start.split()[-1] for start, text in logged if text == "slow ops, use --force"]
+    assert levels == ["WARNING"] * 3
+    assert "SsmCompressWarning" not in Path("run.log").read_text()
 
 
 def test_without_a_command_loops_are_neither_recorded_nor_logged(caplog):

@@ -1,7 +1,6 @@
 """The options of onnxruntime's sessions: in the file's metadata, and in every session that is opened here."""
 
 import json
-import logging
 
 import onnx
 import pytest
@@ -9,7 +8,7 @@ import torch
 from conftest import make_vim
 
 import ssmcompress
-from ssmcompress.errors import InputError
+from ssmcompress.errors import InputError, SsmCompressWarning
 from ssmcompress.export import runtime
 from ssmcompress.export.graph import trace
 from ssmcompress.export.onnx import build_onnx
@@ -128,13 +127,13 @@ def test_verify_says_what_is_odd(model, graph):
         verify_onnx(model, with_session(graph, {"intra_op_num_threads": "all"}))
 
 
-def test_unknown_options_are_not_applied_and_noted(model, graph, tmp_path, caplog):
+def test_unknown_options_are_not_applied_and_noted(model, graph, tmp_path):
     """onnxruntime has entries that make it write files, or read weights of another folder."""
     harm = "session.optimized_model_external_initializers_file_name"
     asked = {"config": {harm: str(tmp_path / "x"), SPINNING: "0"}, "inter_op_num_threads": 7}
-    with caplog.at_level(logging.WARNING, logger="ssmcompress"):
+    with pytest.warns(SsmCompressWarning) as warned:
         assert verify_onnx(model, with_session(graph, asked)).passed
-    (line,) = [record.message for record in caplog.records]
+    (line,) = [str(warning.message) for warning in warned]
     assert "2 unknown session options are not applied ('inter_op_num_threads', 'session.opti" in line
     assert list(tmp_path.iterdir()) == []
     assert read_session(json.dumps({"session": asked}))["config"] == {SPINNING: "0"}

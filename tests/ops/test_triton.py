@@ -4,7 +4,6 @@ TRITON_INTERPRET must be set before triton is imported and spoils compiling, so 
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ssmcompress.errors import SsmCompressWarning
 from ssmcompress.ops import dispatch, selective_scan
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton for this platform")
@@ -92,18 +92,18 @@ def test_cuda_tensors_go_to_triton_by_themselves(afresh, monkeypatch):
     assert len(called) == 1
 
 
-def test_without_a_driver_the_ops_run_in_torch_and_say_so_once(afresh, monkeypatch, caplog):
+def test_without_a_driver_the_ops_run_in_torch_and_say_so_once(afresh, monkeypatch):
     from ssmcompress.ops import triton
 
     def no_driver():
         raise RuntimeError("no C compiler here")
 
     monkeypatch.setattr(triton, "check_driver", no_driver)
-    with caplog.at_level(logging.WARNING, logger="ssmcompress"):
-        for _ in range(2):
-            assert fake_scan().shape == (2, 9, 5)
+    with pytest.warns(SsmCompressWarning) as warned:
+        shapes = [fake_scan().shape for _ in range(2)]
+    assert shapes == [(2, 9, 5)] * 2
     expected = "triton cannot be used (no C compiler here): the ops run in plain torch, many times slower"
-    assert [record.message for record in caplog.records] == [expected]
+    assert [str(warning.message) for warning in warned] == [expected]
 
 
 def test_without_triton_the_ops_run_in_torch_and_say_so(tmp_path):
