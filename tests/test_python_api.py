@@ -456,7 +456,8 @@ def test_pruning_by_a_ratio_is_pruning_by_the_plan_of_it(vim):
         ((), {"stages": "1,2"}, "`stages` '1,2': expected numbers, layers"),
         ((), {"stages": 2}, "`stages` 2: expected numbers, layers"),
         ((), {"stages": (1.5,)}, "a stage after layer 1.5: expected the number of a layer"),
-        ((), {"importance": ["clip"]}, r"unknown importance \['clip'\]"),
+        ((), {"importance": 3}, "unknown importance 3"),
+        ((), {"importance": ["clip"]}, "1 importances for 3 stages: expected one, or one for each stage"),
         ((), {"alignment": "conv"}, "`alignment` 'conv': expected True, False or an Alignment"),
         ((ssmcompress.Plan((1, 0.3)),), {}, r"`stages` of a plan: expected Stage\(after, ratio\) values"),
     ],
@@ -472,13 +473,11 @@ def test_ratios_and_stages_may_be_arrays(vim):
     assert [(s.after, s.ratio) for s in plan.stages] == [(1, 0.25), (3, 0.5)]
 
 
-def test_calibrate_takes_a_plan_or_options_and_only_dense_models(vim, pruned):
+def test_calibrate_takes_a_plan_or_options(vim):
     with pytest.raises(InputError, match="`plan` and `ratio`: a plan has that in it"):
         ssmcompress.calibrate(vim, IMAGES, ssmcompress.make_plan(vim), ratio=0.5)
     with pytest.raises(InputError, match="`plan` is 0.5: pass a share of tokens to remove as ratio=0.5"):
         ssmcompress.calibrate(vim, IMAGES, 0.5)
-    with pytest.raises(InputError, match="pruned already; expected the dense model"):
-        ssmcompress.calibrate(pruned, IMAGES)
 
 
 # ------------------------------------------------------------------------------------------- search, compare, flops

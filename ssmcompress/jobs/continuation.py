@@ -155,4 +155,4 @@ def check_further(start: Start, request: PlanRequest, plan: Plan) -> None:
     if taken := [text for given, text in parts.values() if given is None]:
         line(f"taken over from the plan of the model: {'; '.join(taken)}")
     if start.model.plan.reenter and not plan.reenter:
-        note("`reenter` of the model is not taken over: a budget is met with the tokens dropped to the end")
+        note("all tokens entered the last layers of the model again (`reenter`); by this plan they do not")

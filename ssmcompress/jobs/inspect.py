@@ -24,7 +24,7 @@ from .trim_sizes import describe_sizes, describe_trims
 
 # The commands that take a dense and a pruned model.
 DENSE = ("prune", "compare", "evaluate", "export", "verify", "benchmark")
-PRUNED = ("evaluate", "finetune", "report", "export", "verify", "benchmark")
+PRUNED = ("prune", "evaluate", "finetune", "report", "export", "verify", "benchmark")
 
 
 def inspect_file(path: str, options: LoadOptions) -> dict[str, Any]:

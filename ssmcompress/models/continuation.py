@@ -8,19 +8,26 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.merging import MERGED_BY
-from ..pruning.plan import Plan, token_counts
+from ..pruning.plan import FILLS, Plan, token_counts
 from .base import ScanBlock, TokenModel
 
 
 class Inherited(NamedTuple):
-    """The arguments of `make_plan` as a plan that the model has already completes them."""
+    """The arguments of `make_plan` as a plan that the model has already completes them.
+
+    Attributes:
+        reenter, fill: as a `Plan` has them.
+    """
 
     stages: Sequence[int] | None
     importance: str | Sequence[str] | None
     alignment: Alignment | bool
     fuse: bool
+    reenter: int = 0
+    fill: str = FILLS[0]
 
 
 def is_pruned(model: TokenModel) -> bool:
@@ -62,8 +69,9 @@ def inherit(
         metrics = tuple(stage.importance for stage in old.stages)
         if stages is None or len({*metrics}) == 1:
             importance = metrics if stages is None else metrics[0]
+    reenter = old.reenter if stages is None else 0  # other stages may be too late for it
     stages = tuple(stage.after for stage in old.stages) if stages is None else stages
-    return Inherited(stages, importance, old.alignment if alignment is None else alignment, fuse)
+    return Inherited(stages, importance, old.alignment if alignment is None else alignment, fuse, reenter, old.fill)
 
 
 def name_dense(model: TokenModel) -> str:
@@ -117,10 +125,16 @@ def has_corrections(model: TokenModel) -> bool:
     return bool(len(model.corrections) or len(model.class_corrections)) or model.readout_correction is not None
 
 
-def keep_level_maps(model: TokenModel, plan: Plan) -> bool:
-    """Return whether maps of output levels can stay where a model is pruned by `plan` instead of its own.
+def make_ready(model: TokenModel, plan: Plan) -> TokenModel:
+    """Return a copy of a pruned model in which `plan` can take the place of its own.
 
-    There is one map for the tokens that each stage dropped, so the stages must be after the same layers.
+    Maps of output levels are for the tokens that each stage dropped, so they stay only if the stages are after the same
+    layers; a note says if they do not.
     """
-    old = model.plan
-    return [s.after for s in old.stages] == [s.after for s in plan.stages] and old.reenter == plan.reenter
+    old, model = model.plan, remove_stages(model)
+    same = [s.after for s in old.stages] == [s.after for s in plan.stages] and old.reenter == plan.reenter
+    if model.levels and len(model.level_maps) and not same:
+        note("the maps of output levels are for other stages and are left out, unless new ones are fitted")
+        model.level_maps.clear()
+        model.steps = tuple(step for step in model.steps if step.kind != "level_maps")
+    return model

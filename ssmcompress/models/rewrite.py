@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage
 from ..pruning.pruner import TokenPruner
 from .base import ScanBlock, TokenModel
-from .continuation import check_fewer, inherit, is_pruned, keep_level_maps, remove_stages
+from .continuation import check_fewer, inherit, is_pruned, make_ready
 from .inputs import check_dense, check_model
 
 
@@ -50,7 +49,7 @@ def make_plan(
         InputError: the model cannot be pruned by these stages, ratios or metric.
     """
     check_model(model)
-    stages, importance, alignment, fuse = inherit(model, stages, importance, alignment, fuse)
+    stages, importance, alignment, fuse, reenter, fill = inherit(model, stages, importance, alignment, fuse)
     importance = model.default_importance if importance is None else importance
     stages = model.default_stages() if stages is None else list_numbers("stages", stages, "layers")
     ratio = (ratio,) if isinstance(ratio, Real) else ratio
@@ -64,7 +63,8 @@ def make_plan(
     if isinstance(alignment, bool):
         alignment = Alignment(alignment, alignment)
     merge, parts = "fused" if fuse else None, zip(stages, ratios, metrics, strict=True)
-    return model.check_plan(Plan(tuple(Stage(*part, merge) for part in parts), alignment, seed=seed))
+    made = tuple(Stage(*part, merge) for part in parts)
+    return model.check_plan(Plan(made, alignment, seed=seed, reenter=reenter, fill=fill))
 
 
 def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
@@ -117,14 +117,8 @@ def prune(
         if plan.probe(layer) is None:
             metric = next(stage.importance for stage in plan.stages if stage.after == layer)
             raise InputError(f"importance {metric!r} after layer {layer} is fitted on images: use calibrate()")
-    if not is_pruned(model):
-        return install(copy.deepcopy(model), plan)
     check_fewer(model, plan)
-    further = remove_stages(model)
-    if model.levels and len(model.level_maps) and not keep_level_maps(model, plan):
-        note("the maps of output levels are left out, because the stages are others: map_levels() makes new ones")
-        further.level_maps.clear()
-    return install(further, plan)
+    return install(make_ready(model, plan) if is_pruned(model) else copy.deepcopy(model), plan)
 
 
 def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: int | None = None) -> Plan:

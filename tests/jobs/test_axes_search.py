@@ -373,7 +373,7 @@ def test_a_trimmed_model_is_refused_as_trimmed(vim, images, tmp_path):
         with pytest.raises(InputError, match="trimmed already; expected the dense model"):
             search(trimmed, many, flops=0.5)
     ssmcompress.save(trimmed, "m")
-    assert "the model is trimmed already" in refused("prune", "m", "-o", "n")
+    assert "the dense one is needed, and the dense model was never a file" in refused("prune", "m", "-o", "n")
     pruned = ssmcompress.prune(trimmed, ratio=0.5)
     with pytest.raises(InputError, match="pruned already; expected the dense model"):
         ssmcompress.search(pruned, many, flops=0.5)
