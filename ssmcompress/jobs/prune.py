@@ -120,15 +120,16 @@ def compress(
     check_recipe(model, options)
     if start.input is not None and (found.trims or found.search is not None):
         raise InputError("`found` trims or searched, and a compressed model only loses tokens: pass the dense model")
-    if plan.stages or (not found.trims and found.search is None):
-        plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)
-        check_fewer(model, plan)
     return _compress(start, replace(found, plan=plan), Target(Path(output), force, command), options)
 
 
 def _compress(start: Start, found: FoundPlan, target: Target, options: CompressOptions) -> dict[str, Any]:
-    """Do what `compress` does by a plan that was checked."""
-    model = start.model
+    """Do what `compress` does."""
+    model, plan = start.model, found.plan
+    if plan.stages or (not found.trims and found.search is None):
+        plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)
+        check_fewer(model, plan)
+    found = replace(found, plan=plan)
     target.check(model, options.data)
     images = found.images or choose_images(model, options.data, options.finetune is not None)
     snapshots, report = _prune_folder(start, found, images, target, options)

@@ -164,7 +164,7 @@ class Plan:
                 )
             if not isinstance(stage.importance, str) or stage.importance not in IMPORTANCES:
                 names = [name for name, importance in IMPORTANCES.items() if importance.ranks]
-                hint = suggest(stage.importance, names)
+                hint = suggest(str(stage.importance), names)
                 raise InputError(f"unknown importance {stage.importance!r}: expected one of {', '.join(names)}{hint}")
             if stage.merge not in (None, *MERGES):
                 raise InputError(f"unknown merge {stage.merge!r}: expected one of {', '.join(MERGES)}")
