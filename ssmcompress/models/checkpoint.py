@@ -120,7 +120,7 @@ def load(
             bare state dict of a Vim has the names and shapes of a VideoMamba's.
         task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
         level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
-            "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_upernet.LEVELS`. None: as the file says,
+            "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as the file says,
             else "hidden".
         num_heads: number of attention heads of a ViT, which its weights do not show. None: as the file says it, or the
             model of timm that it names, else the width divided by 64.

@@ -1,7 +1,7 @@
 """UperNet on a Vim (hustvl, seg/): a Vim without class token, whose output levels pass through a neck of convolutions.
 
 Module and parameter names are those of the published code (mmseg's, `backbone.` and `decode_head.`). Which tensor an
-output level is, the weights do not show: see `LEVELS`.
+output level is, the weights do not show: see `ssmcompress.models.vim_levels.LEVELS`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from .families import HEAD_OF_SEGMENTATION
 from .features import NamePatterns
 from .precision import RMSNorm, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid
+from .rotations import cached_rotations, rotations
 from .statements import Statements
 from .upernet import (
     HEAD_OPTIONS,
@@ -46,42 +46,12 @@ from .vim_block import (
     count_layers,
     read_layer_sizes,
 )
+from .vim_levels import DEFAULT_LEVEL, LEVELS, find_level
 
 Size = tuple[int, int]
 
 
-class Level(NamedTuple):
-    """What an output level is: the residual stream or what its layer added to it; the last one also normalised.
-
-    `rope` stands for rotary positions in front of every layer, the first too: the stream is rotated.
-    """
-
-    stream: bool
-    norm: bool = False
-    rope: bool = False
-
-
-# In the published code: the default, of the Tiny model; use_residual_as_feature with last_layer_process "add"; the same
-# with "add & norm"; the former with if_rope and if_rope_residual.
-LEVELS: Mapping[str, Level] = {
-    "hidden": Level(stream=False),
-    "residual": Level(stream=True),
-    "residual_norm": Level(stream=True, norm=True),
-    "rope": Level(stream=True, rope=True),
-}
-DEFAULT_LEVEL = "hidden"
-# The options of the published code that say it, and what their values mean: use_residual_as_feature,
-# last_layer_process, which has no effect without the former, if_rope.
-LEVEL_OPTIONS = ("use_residual_as_feature", "last_layer_process", "if_rope", "if_rope_residual")
-CONFIGURED = {
-    (False, None, False): "hidden",
-    (True, "add", False): "residual",
-    (True, "add & norm", False): "residual_norm",
-    (True, "add", True): "rope",
-}
 ROPE_KEYS = ("backbone.rope.freqs_cos", "backbone.rope.freqs_sin")
-# Positions on a side of the grid that the rotary embedding was pretrained with; other grids are scaled to it.
-ROPE_SIDE = 14
 PATCH_SIZES = (16, 8)
 
 
@@ -339,59 +309,6 @@ class VimUperNet(UperNet):
         if assumed:
             note(f"nothing says what the head reads: taken for {', and '.join(assumed)}")
         return replace(config, out_layers=out_layers, level=level or DEFAULT_LEVEL)
-
-
-def find_level(said: Statements) -> str | None:
-    """Return what is said about the output levels, a key of `LEVELS`; None if nothing is.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    given = said.options.get("level")
-    if given is not None and given.value not in LEVELS:
-        raise InputError(f"{given.where} {given.value!r}: expected one of {', '.join(map(repr, LEVELS))}")
-    values = {name: said.options[name].value for name in LEVEL_OPTIONS if name in said.options}
-    stream, process, rope, both = map(values.get, LEVEL_OPTIONS)
-    if stream is None:
-        configured, is_known = "rope" if rope else None, True
-    else:
-        configured = CONFIGURED.get((bool(stream), process if stream else None, bool(rope)))
-        is_known = configured is not None
-    if given is None:
-        if not is_known or (rope and both is False):
-            text = ", ".join(f"{name}={value!r}" for name, value in values.items())
-            raise InputError(f"the file says {text}: output levels that are not supported (see `level`)")
-        return configured
-    if configured not in (None, given.value):
-        note(f"{given.where} {given.value!r} counts, although the file says {configured!r} by its options")
-    return given.value
-
-
-def rotations(
-    grid: Size, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines (rows * columns, width) of the rotary positions on a grid.
-
-    The first half of the features is rotated by the row and the second by the column, each pair by one angle.
-    """
-    if width % 4:
-        raise InputError(f"rotary positions need a width that is a multiple of 4, found {width}")
-    options = {"dtype": torch.float64, "device": "cpu"}
-    frequencies = 10000.0 ** (-2 * torch.arange(width // 4, **options) / (width // 2))
-    angles = []
-    for axis, count in enumerate(grid):
-        places = torch.arange(count, **options) / count * ROPE_SIDE
-        angle = (places[:, None] * frequencies).repeat_interleave(2, dim=1)
-        angles.append(angle[:, None] if axis == 0 else angle[None])
-    angles = torch.cat([angle.expand(*grid, -1) for angle in angles], dim=-1).flatten(0, 1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-@lru_cache(maxsize=8)
-def cached_rotations(grid: Size, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `rotations`, which all layers and batches share."""
-    with torch.inference_mode(False):  # they are also used where gradients are computed
-        return rotations(grid, width, device, dtype)
 
 
 def window_starts(side: int, window: int) -> list[int]:

@@ -18,7 +18,9 @@ from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import flops_by_part
 from ssmcompress.models.checkpoint import find_dense
 from ssmcompress.models.plain_mamba_upernet import PlainMambaUperNet, PlainMambaUperNetConfig
-from ssmcompress.models.vim_upernet import LEVELS, VimUperNet, VimUperNetConfig, rotations, window_starts
+from ssmcompress.models.rotations import rotations
+from ssmcompress.models.vim_levels import LEVELS
+from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig, window_starts
 from ssmcompress.progress import hold_notes
 
 PLAIN_MAMBA, VIM = GOLDEN / "upernet_plain_mamba.pth", GOLDEN / "upernet_vim.pth"
