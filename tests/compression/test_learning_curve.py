@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import make_vim
 
+import ssmcompress
 from ssmcompress.compression.reconstruct.class_corrections import ClassSums
 from ssmcompress.compression.reconstruct.least_squares import refit_with
 from ssmcompress.compression.reconstruct.linear import LinearSums
 from ssmcompress.compression.reconstruct.split_rows import SplitRows
+from ssmcompress.compression.remember import keep_results
 from ssmcompress.models.records import Fit, Reconstruction
 
 INPUTS, OUTPUTS, NOISE = 8, 4, 1.0
@@ -116,3 +118,17 @@ def test_records_of_earlier_versions_have_none():
     record = Reconstruction.from_dict(value)
     assert record.fits[0].half == 0.15
     assert json.loads(json.dumps(record.to_dict())) == value
+
+
+def test_a_run_that_goes_on_has_the_record_of_an_unbroken_one(tmp_path, monkeypatch):
+    dense, images = make_vim(depth=3), draw(torch.Generator().manual_seed(0), 40, 3, 16, 16).float()
+    pruned = ssmcompress.prune(dense, ssmcompress.calibrate(dense, images, ratio=0.4, stages=(1,)))
+    whole = ssmcompress.reconstruct(pruned, dense, images).find_record("reconstruction")
+    with keep_results(tmp_path / "results"):
+        kept = ssmcompress.reconstruct(pruned, dense, images).find_record("reconstruction")
+        refit, calls = SplitRows.refit, []
+        monkeypatch.setattr(SplitRows, "refit", lambda *args: calls.append(1) or refit(*args))
+        again = ssmcompress.reconstruct(pruned, dense, images).find_record("reconstruction")
+    assert len(calls) == 1  # the classifier's alone: the layers were kept
+    assert whole == kept == again
+    assert any(fit.half is not None for fit in whole.fits[:-1])
