@@ -126,8 +126,9 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     """Warn of what a user can do something about, at the line of the caller's code that led to it."""
-    level, frame, package = 2, sys._getframe(1), __name__.partition(".")[0]
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+    level, frame = 2, sys._getframe(1)
+    inside = (__name__.partition(".")[0], "torch")  # whose decorators and modules call this package
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, SsmCompressWarning, stacklevel=level)
 

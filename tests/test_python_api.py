@@ -97,7 +97,7 @@ def test_unreadable_images_of_a_named_folder_are_warned_about_once(vim, class_fo
     with pytest.warns(UserWarning, match=r"left out 1 unreadable images: .*class3/0.png") as warned:
         plan = ssmcompress.calibrate(vim, class_folders)
     assert plan.calibration.images == 19
-    assert len(warned) == 1
+    assert sum("unreadable" in str(warning.message) for warning in warned) == 1
 
 
 class Pairs(Dataset):

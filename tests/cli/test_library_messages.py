@@ -72,11 +72,14 @@ def test_a_note_is_a_warning_and_a_line_is_information(caplog):
     assert (str(warning.message), warning.filename) == ("assumed", __file__)
 
 
-def test_a_warning_is_at_the_line_of_the_caller(checkpoint):
+def test_a_warning_is_at_the_line_of_the_caller(checkpoint, class_folders):
     """Not of the package: so Python shows it once for each place, and names the place to act on it."""
     with pytest.warns(SsmCompressWarning, match="preprocessing is not in the file") as warned:
         [ssmcompress.load(checkpoint).transform() for _ in range(2)]
     assert [w.filename for w in warned] == [__file__, __file__]
+    with pytest.warns(SsmCompressWarning, match="preprocessing is not in the file") as warned:
+        ssmcompress.evaluate(ssmcompress.load(checkpoint), class_folders)  # under a decorator of torch
+    assert {w.filename for w in warned} == {__file__}
 
 
 def test_the_category_silences_the_warnings_of_the_package_alone(checkpoint, class_folders):
