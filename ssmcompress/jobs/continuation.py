@@ -41,11 +41,6 @@ class Start:
         """The models that a report shows after the dense one and before the snapshots."""
         return {} if self.input is None else {INPUT_COLUMN: self.input}
 
-    @property
-    def is_tuned(self) -> bool:
-        """Whether the model was fine-tuned before."""
-        return self.input is not None and self.input.find_record("finetuning") is not None
-
 
 def find_start(
     model: TokenModel, dense: TokenModel | str | Path | None = None, folder: str | Path | None = None

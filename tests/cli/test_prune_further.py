@@ -93,11 +93,31 @@ def test_the_recipe_makes_the_same_weights(pruned_folder, class_folders):
     assert "has changed since" in refused("run", "m/recipe.yaml", "-o", "other")
 
 
-def test_resuming_a_run_makes_the_same_weights(pruned_folder, class_folders):
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(pruned_folder, class_folders, monkeypatch):
     options = ("--ratio", "0.7", "--data", class_folders, *QUICK)
     call("prune", "pruned", *options, "-o", "m")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssmcompress.jobs.prune.write_folder", stop)
+        patch.setattr("ssmcompress.jobs.prune.WORTH_KEEPING", 0)
+        assert "--resume` goes on" in call("prune", "pruned", *options, "-o", "n", code=130).stderr
+    assert os.listdir("n.results")
     call("prune", "pruned", *options, "-o", "n", "--resume")
     assert same("m", "n")
+    assert not os.path.exists("n.results")
+
+
+def test_an_exported_file_goes_on_too(pruned_folder, class_folders):
+    call("export", "pruned", "-o", "one.safetensors")
+    options = ("--ratio", "0.7", "--data", class_folders, *QUICK)
+    report = call_json("prune", "one.safetensors", *options, "-o", "m")
+    call("prune", "pruned", *options, "-o", "n")
+    assert same("m", "n")
+    assert report["made_from"]["path"] == str(Path("one.safetensors").absolute())
+    assert call_json("inspect", "pruned")["commands"][0] == "prune"
 
 
 def test_a_dry_run_counts_and_makes_a_plan(checkpoint, pruned_folder, class_folders):
