@@ -160,20 +160,25 @@ def _count_corrections(model: TokenModel) -> int:
     return sum(weight.numel() for weight in maps) + summed * model.d_model + model.count_level_maps()
 
 
-def corrections_share(model: TokenModel, stages: Sequence[int]) -> float:
-    """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`."""
-    layers, width = len(model.blocks) - min(stages, default=len(model.blocks)), model.d_model
-    count = layers * width**2  # two factors of half the rank
-    if model.protected is not None:
-        inputs = count_inputs(width, model.segments)
-        count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)
-        count += len(set(stages)) * 2 * model.length * width
-    elif model.pools:
-        inputs, classes = model.segments * (width + 1), model.config.num_classes
-        count += (
-            max_readout_rank(classes, inputs) * (inputs + classes) + (1 + 2 * len(set(stages))) * model.length * width
-        )
-    count += model.levels * (model.length + len(set(stages)) + 1) * width**2  # every token, and a mean for each group
+def corrections_share(model: TokenModel, stages: Sequence[int], reconstruct: bool = True) -> float:
+    """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`.
+
+    Args:
+        reconstruct: whether the layers are refitted; if not, only the maps of a segmentation model's levels count, which
+            are fitted in any case where there are images.
+    """
+    width, groups = model.d_model, len(set(stages))
+    count = model.levels * (model.length + groups + 1) * width**2  # every token, and a mean for each group
+    if reconstruct:
+        layers = len(model.blocks) - min(stages, default=len(model.blocks))
+        count += layers * width**2  # two factors of half the rank
+        if model.protected is not None:
+            inputs = count_inputs(width, model.segments)
+            count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)
+            count += groups * 2 * model.length * width
+        elif model.pools:
+            inputs, classes = model.segments * (width + 1), model.config.num_classes
+            count += max_readout_rank(classes, inputs) * (inputs + classes) + (1 + 2 * groups) * model.length * width
     return count / _count_dense(model)
 
 

@@ -248,7 +248,7 @@ class AxesSearch:
 
     def fill_tokens(self, budget: float) -> Combination | None:
         """Return the best plan for tokens alone at this budget, if it is within reach."""
-        budget -= corrections_share(self.model, self.layers) if self.repair else 0.0
+        budget -= corrections_share(self.model, self.layers, self.repair)
         best = propose(self.model, self.usable(), budget, 1) if budget > 0 else []
         if not best:
             return None

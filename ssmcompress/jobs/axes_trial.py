@@ -87,9 +87,9 @@ class AxesTrial:
 
     def reserve(self, combination: Combination) -> float:
         """Return the share of the FLOPs to leave to the corrections of a combination."""
-        if not combination.stages or not self.repair:
+        if not combination.stages:
             return 0.0
-        return corrections_share(self.model, [stage.after for stage in combination.stages])
+        return corrections_share(self.model, [stage.after for stage in combination.stages], self.repair)
 
     def fill(self, combination: Combination, budget: float) -> Combination | None:
         """Return a combination with the stages that fill the budget; None if it cannot have any within it."""

@@ -94,7 +94,8 @@ def _find_plan(start: Start, request: PruneRequest) -> FoundPlan:
     stages = tuple(stage.after for stage in make_plan(model, **parts).stages)
     images = choose_images(model, options.data, options.finetune is not None)
     corrected = images.wants_reconstruction(options.reconstruct) or has_corrections(model)
-    reserve = corrections_share(model, stages) if corrected else 0.0
+    mapped = bool(model.levels) and images.wants_reconstruction(None)
+    reserve = corrections_share(model, stages, corrected) if corrected or mapped else 0.0
     lowest = least_share(model, **parts) + reserve
     line(f"reachable with stages {','.join(map(str, stages))}: {lowest:.1%} to 100%")
     plan = plan_for_budget(model, asked.flops, reserve=reserve, **parts)

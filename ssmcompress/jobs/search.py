@@ -71,7 +71,7 @@ def search_plan(
     begin = time.perf_counter()
     sensitivity = read_sensitivity(model, request, reconstruct) if request.sensitivity is not None else None
     layers = choose_layers(model, request, sensitivity)
-    reserve = corrections_share(model, layers) if reconstruct else 0.0
+    reserve = corrections_share(model, layers, reconstruct)
     lowest = smallest_share(model, layers) + reserve
     if request.flops is not None:
         highest = remaining_share(model, ())

@@ -108,6 +108,10 @@ def test_a_budget_can_be_the_backbone_s_alone(data, tmp_path):
     assert 0.7 < shares[0] <= 0.8 < shares[1]
     searched = call_json("prune", "s.pth", "--flops-backbone", "80%", "--dry-run", "--search-images", 8, *options[:5])
     assert searched["pruned"]["flops"]["full"] <= shares[1] * report["dense"]["flops"]["full"] * 1.05
+    # The maps of the output levels are fitted without a reconstruction, too, and the budget leaves room for them.
+    for share in (60, 65, 70, 75):
+        within = call_json("prune", "s.pth", "--flops-backbone", f"{share}%", "--no-search", *options, "--force")
+        assert within["pruned"]["flops_backbone"]["full"] <= share / 100 * within["dense"]["flops_backbone"]["full"]
     far = call("prune", "s.pth", "--flops-backbone", "1%", "--no-search", *options, "--force", code=3).stderr
     assert "1.0% of the FLOPs of the backbone, " in far
     both = refused("prune", "s.pth", "--flops", "80%", "--flops-backbone", "80%", "--data", data)
