@@ -164,8 +164,8 @@ def corrections_share(model: TokenModel, stages: Sequence[int], reconstruct: boo
     """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`.
 
     Args:
-        reconstruct: whether the layers are refitted; if not, only the maps of a segmentation model's levels count, which
-            are fitted in any case where there are images.
+        reconstruct: whether the layers are refitted; if not, only the maps of a segmentation model's levels count,
+            which are fitted in any case where there are images.
     """
     width, groups = model.d_model, len(set(stages))
     count = model.levels * (model.length + groups + 1) * width**2  # every token, and a mean for each group
