@@ -13,11 +13,14 @@ from ..models.checkpoint import load
 from ..models.rewrite import make_plan
 from ..progress import line
 from .prune import compress
+from .prune_request import CompressOptions
 from .report import record_export
+from .requests import DataOptions
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "vim-fashion-mnist"
 DEFAULT_FOLDER = Path("compressed") / f"{BUNDLED.name}-demo"
 STAGES, RATIO = (2,), 0.6
+SAMPLES = 512  # of 2,000 images; half of them would take 12 s longer on two cores
 
 
 def run_demo(
@@ -34,7 +37,8 @@ def run_demo(
     """
     model = load(BUNDLED)
     line(f"pruning 60 % of the tokens after layer 2 of {len(model.blocks)} of a small Vim trained on Fashion-MNIST")
-    report = compress(model, make_plan(model, stages=STAGES, ratio=RATIO), folder, command=command, force=force)
+    plan, options = make_plan(model, stages=STAGES, ratio=RATIO), CompressOptions(DataOptions(samples=SAMPLES))
+    report = compress(model, plan, folder, options, command=command, force=force)
     if recipe is not None:
         (folder / RECIPE_FILE).write_text(recipe(report), encoding="utf-8")
     if not has_extra("onnx"):

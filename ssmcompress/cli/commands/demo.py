@@ -12,11 +12,12 @@ EXAMPLE = "ssmcompress demo"
 
 def demo(output: Output, printing: ReportPrinting, processor: Processor) -> None:
     """Prune, measure and export a small trained Vim that is included."""
-    from ...jobs.demo import BUNDLED, DEFAULT_FOLDER, RATIO, STAGES, run_demo
+    from ...jobs.demo import BUNDLED, DEFAULT_FOLDER, RATIO, SAMPLES, STAGES, run_demo
 
     processor.start()
     folder = output.path(DEFAULT_FOLDER)
-    recipe = describe_run(folder, "prune", str(BUNDLED), None, {"ratio": RATIO, "stages": [*STAGES]})
+    options = {"ratio": RATIO, "stages": [*STAGES], "samples": SAMPLES}
+    recipe = describe_run(folder, "prune", str(BUNDLED), None, options)
     with progress_bars(printing.quiet):
         report, exported = run_demo(folder, command=command_line(), force=output.force, recipe=recipe)
     file = folder / "model.onnx"
