@@ -1,4 +1,4 @@
-"""Optional packages: what an installation without extras lacks, and how to get it."""
+"""Messages about installed packages: extras that are missing, and packages that cannot be imported."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .requests import DataOptions
 BUNDLED = Path(__file__).parents[1] / "assets" / "vim-fashion-mnist"
 DEFAULT_FOLDER = Path("compressed") / f"{BUNDLED.name}-demo"
 STAGES, RATIO = (2,), 0.6
-SAMPLES = 512  # of 2,000 images; half of them would take 12 s longer on two cores
+SAMPLES = 512  # of 2,000 images; half of them would take about 12 s longer on two cores
 
 
 def run_demo(

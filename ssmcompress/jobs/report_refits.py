@@ -8,10 +8,11 @@ from typing import Any
 
 from ..compression.reconstruct.learning_curve import LearningCurve, learning_curve
 from ..models.records import Reconstruction
+from .continuation import INPUT_COLUMN
 from .measuring import Measured
 
 # Columns of models that the steps of a report did not make.
-EARLIER = ("dense", "input", "before")
+EARLIER = ("dense", INPUT_COLUMN, "before")
 # Changes below this share are not told from none.
 LEAST_CHANGE = 0.005
 
