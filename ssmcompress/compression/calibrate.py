@@ -96,18 +96,19 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
     """Return the mean of delta over the images and tokens of the dense model, (deltas, d_inner) for each layer."""
     device = next(model.parameters()).device
     totals = [torch.zeros_like(delta, dtype=_sum_dtype(device), device=device) for delta in bias_deltas(model)]
-    token_count = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
+    images = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
     known = fingerprint(model) if keeps_results() else ""
     for batch in in_chunks(track(batches, "calibrating", batches.total), model.chunk_size()):
-        token_count += len(batch) * model.length
+        images += len(batch)
         sums = remembered(partial(hash_of, "deltas", known, batch), partial(_sum_deltas, model, batch))
         for layer, delta in enumerate(sums):
             totals[layer] += delta
     if distributed:
-        processes.all_reduce_sum(token_count, *totals, device=device)
-    if not token_count:
+        processes.all_reduce_sum(images, *totals, device=device)
+    if not images:
         raise InputError("no images to calibrate on")
-    means = tuple((total / token_count.item()).float().cpu() for total in totals)
+    lengths = (model.section_of(layer).length for layer in range(1, len(totals) + 1))
+    means = tuple((t / (images.item() * n)).float().cpu() for t, n in zip(totals, lengths, strict=True))
     if not all(mean.isfinite().all() for mean in means):
         raise InputError(NOT_FINITE)
     return means
@@ -144,20 +145,26 @@ def _sum_stages(pruned: TokenModel, images: Tensor) -> Tensor:
     logits, decisions = pruned.trace(images.to(next(pruned.parameters()).device))
     if not logits.isfinite().all():
         raise InputError(NOT_FINITE)
-    sums = torch.zeros(3, len(decisions), pruned.length, dtype=torch.float64, device="cpu")
+    longest = _longest(pruned)
+    sums = torch.zeros(3, len(decisions), longest, dtype=torch.float64, device="cpu")
     for stage, (candidates, values, survivors) in enumerate(decisions):
         candidates, values = candidates.flatten().cpu(), values.flatten().cpu().double()
-        sums[0, stage] = _sum_by_position(survivors.flatten().cpu(), pruned.length)
-        sums[1, stage] = _sum_by_position(candidates, pruned.length)
-        sums[2, stage] = _sum_by_position(candidates, pruned.length, values)
+        sums[0, stage] = _sum_by_position(survivors.flatten().cpu(), longest)
+        sums[1, stage] = _sum_by_position(candidates, longest)
+        sums[2, stage] = _sum_by_position(candidates, longest, values)
     return sums
+
+
+def _longest(model: TokenModel) -> int:
+    """Return the largest number of positions of a section."""
+    return max(section.length for section in model.sections)
 
 
 @torch.no_grad()
 def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
     """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
     pruned = prune(model, plan)
-    totals = torch.zeros(3, len(plan.stages), model.length, dtype=torch.float64, device="cpu")
+    totals = torch.zeros(3, len(plan.stages), _longest(model), dtype=torch.float64, device="cpu")
     images = torch.zeros((), dtype=torch.float64, device="cpu")
     known = hash_of(fingerprint(pruned), plan.alignment) if keeps_results() else ""
     for batch in in_chunks(track(batches, "scoring tokens", batches.total), model.chunk_size()):
@@ -168,9 +175,10 @@ def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches
         processes.all_reduce_sum(images, kept, counts, scores, device=next(model.parameters()).device)
     if not images:
         raise InputError("no images to calibrate on")
+    lengths = [model.section_of(stage.after).length for stage in plan.stages]
     return replace(
         plan.calibration,
         images=int(images),
-        kept=tuple((kept / images).float()),
-        scores=tuple((scores / counts.clamp(min=1)).float()),
+        kept=tuple(row[:n] for row, n in zip((kept / images).float(), lengths, strict=True)),
+        scores=tuple(row[:n] for row, n in zip((scores / counts.clamp(min=1)).float(), lengths, strict=True)),
     )

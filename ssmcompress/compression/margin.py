@@ -14,20 +14,20 @@ from ..models.precision import check_not_quantised
 from ..pruning.tokens import Level, Tokens
 
 
-def margin_gradients(model: TokenModel, images: Tensor) -> Tensor:
-    """Return the squared norm of each gradient of `features_and_gradients`, (points, images, tokens) float32.
+def margin_gradients(model: TokenModel, images: Tensor) -> list[Tensor]:
+    """Return the squared norm of each gradient of `features_and_gradients`, (images, tokens) float32 for each point.
 
     It measures how much an error in a token's features changes the model's decision.
     """
-    return torch.stack([gradient.square().sum(-1) for gradient in features_and_gradients(model, images)[1]])
+    return [gradient.square().sum(-1) for gradient in features_and_gradients(model, images)[1]]
 
 
 def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return every token's features and the gradients of the margin by them, each (images, tokens, d_model).
 
     The margin is `Task.margin`, for a classifier the largest logit minus the second largest. Entry 0 is for the
-    features before the first layer, entry i for those after i parts of layers (`TokenModel.count_points`), which are
-    whole layers where these have one part. The activations of one part are held at a time.
+    features before the first layer, entry i for those at the i-th point (`TokenModel.count_points`), which are the ends
+    of layers where these have one part. The activations of one part are held at a time.
     """
     check_not_quantised(model)
     with torch.no_grad():  # no graph is needed before the first layer
@@ -35,6 +35,11 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
     with torch.enable_grad():
         states, levels = [tokens.features.detach().requires_grad_()], []
         for layer, block in enumerate(model.blocks, 1):
+            if model.starts_section(layer):
+                before = tokens
+                states.append(checkpoint(_enter, model, layer, before, states[-1], use_reentrant=False))
+                with torch.no_grad():
+                    tokens = model.enter(layer, before.updated(states[-2][:1].detach())).updated(states[-1])
             for part in ("begin", "end")[: 1 + (block.end_projection is not None)]:
                 after, *level = checkpoint(_run_part, model, layer, part, tokens, states[-1], use_reentrant=False)
                 states.append(after)
@@ -46,6 +51,11 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
         margin = model.task.margin(logits).sum()
         gradients = torch.autograd.grad(margin, states, allow_unused=True, materialize_grads=True)
     return [state.detach() for state in states], list(gradients)
+
+
+def _enter(model: TokenModel, layer: int, tokens: Tokens, features: Tensor) -> Tensor:
+    """Return the features that a layer of a dense model is run on."""
+    return model.enter(layer, tokens.updated(features)).features
 
 
 def _run_part(model: TokenModel, layer: int, part: str, tokens: Tokens, features: Tensor) -> tuple[Tensor, ...]:

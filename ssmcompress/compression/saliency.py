@@ -50,14 +50,14 @@ def fit_probes(
         model: the dense model. images: as for `ssmcompress.calibrate`. layers: layers to fit probes for, from 1.
 
     Returns:
-        A probe (d_model + length,) for each layer of the model, empty for layers that are not in `layers`.
+        A probe (d_model + length,) of its section for each layer of the model, empty for layers that are not in
+        `layers`.
 
     Raises:
         InputError: no images, or values that are not finite.
     """
     batches, device = as_batches(model, images), next(model.parameters()).device
-    length, width = model.length, model.d_model
-    sums = {layer: _RegressionSums(length, width) for layer in layers}
+    sums = {layer: _RegressionSums(*model.section_of(layer)[2:]) for layer in layers}
     count = torch.zeros((), dtype=torch.float64, device="cpu")
     known = hash_of(fingerprint(model), list(layers)) if keeps_results() else ""
     for chunk in in_chunks(track(batches, "fitting saliency", batches.total), model.chunk_size()):

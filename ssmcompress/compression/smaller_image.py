@@ -36,8 +36,7 @@ def choose_image_size(model: TokenModel, share: float) -> tuple[int, int]:
     least = 1.0
     for size in _list_sizes(model):
         config = replace(model.config, image_size=size)
-        length = model.length - model.config.patches + config.patches  # tokens without a patch stay
-        least = min(least, flops_of(model, config, [length] * (config.depth + 1)))
+        least = min(least, flops_of(model, config))
         if least <= share:
             return size
     raise InputError(f"cannot reach {share:.1%}: a smaller image leaves {least:.1%} at least")

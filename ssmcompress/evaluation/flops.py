@@ -31,7 +31,7 @@ from ..models.inputs import check_model
 from ..models.sizes import LayeredConfig
 from ..pruning.importance import IMPORTANCES
 from ..pruning.merging import count_merge
-from ..pruning.plan import MAX_RATIO, Stage, token_counts
+from ..pruning.plan import MAX_RATIO, Stage
 
 CONVENTIONS = ("full", "paper")
 # The parts of a segmentation model that dropped tokens do not change.
@@ -51,7 +51,7 @@ def flops_as_run(model: TokenModel) -> dict[str, float]:
 
 def backbone_flops(model: TokenModel) -> dict[str, float] | None:
     """Return the GFLOPs (`flops`) of a segmentation model without its neck and head; None for a classifier."""
-    if not model.levels:
+    if not model.reads_levels:
         return None
     parts = {convention: flops_by_part(model, convention) for convention in CONVENTIONS}
     return {
@@ -91,7 +91,7 @@ def dense_flops(model: TokenModel) -> dict[str, float]:
 
 def _count_dense(model: TokenModel, convention: str = "full") -> int:
     config = model.dense_config
-    counts = [model.length] * (config.depth + 1)
+    counts = model.counts_for((), config=config)
     return sum(model.count_flops(config, counts, convention, as_run=False).values())
 
 
@@ -101,7 +101,7 @@ def flops_of(model: TokenModel, config: LayeredConfig, counts: Sequence[int] | N
     Args:
         counts: tokens of each layer and of the readout (`token_counts`); None: all tokens.
     """
-    counts = [model.length] * (config.depth + 1) if counts is None else counts
+    counts = model.counts_for((), config=config) if counts is None else counts
     return sum(model.count_flops(config, counts, "full").values()) / _count_dense(model)
 
 
@@ -127,7 +127,7 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
     The model is counted as it is run, the dense one as published; so a Vim that prunes nothing has less than 1.
     """
-    counts = token_counts(len(model.blocks), model.length, stages, model.protected_count)
+    counts = model.counts_for(stages)
     as_run = all(stage.after < len(model.blocks) for stage in stages)  # a last layer with a stage is run in full
     run = sum(model.flops_by_part(counts, "full", as_run).values()) + sum(_stage_parts(model, stages).values())
     return run / _count_dense(model)
@@ -135,10 +135,10 @@ def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
 
 def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
     """Return the FLOPs of the stages themselves: products of a probe or query (scoring), cosines and sums (merging)."""
-    counts = token_counts(len(model.blocks), model.length, stages, model.protected_count)
-    width, parts = model.d_model, {}
+    counts, parts = model.counts_for(stages), {}
     for stage in stages:
-        tokens, kept = counts[stage.after - 1], counts[stage.after]
+        index, width = model.count_index(stage.after), model.section_of(stage.after).width
+        tokens, kept = counts[index : index + 2]
         if (scoring := IMPORTANCES[stage.importance].flops) > 0:
             parts["scoring"] = parts.get("scoring", 0) + scoring * tokens * width
         if stage.merge is not None:
@@ -167,11 +167,13 @@ def corrections_share(model: TokenModel, stages: Sequence[int], reconstruct: boo
         reconstruct: whether the layers are refitted; if not, only the maps of a segmentation model's levels count,
             which are fitted in any case where there are images.
     """
-    width, groups = model.d_model, len(set(stages))
-    count = model.levels * (model.length + groups + 1) * width**2  # every token, and a mean for each group
+    width, groups, count = model.d_model, len(set(stages)), model.bound_level_maps(stages)
     if reconstruct:
+        for section in model.sections:
+            inside = [after for after in stages if section.first <= after <= section.last]
+            # Two factors of half the rank in each layer after the first of these stages.
+            count += (section.last - min(inside, default=section.last)) * section.width**2
         layers = len(model.blocks) - min(stages, default=len(model.blocks))
-        count += layers * width**2  # two factors of half the rank
         if model.protected is not None:
             inputs = count_inputs(width, model.segments)
             count += layers * (max(1, width // 2) * (inputs + width) + model.length * width)

@@ -322,7 +322,7 @@ def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device
         for layer, theirs in enumerate(outputs, 1):
             # Files of earlier versions have all tokens of the last layer, others those that are read out.
             alone = model.shortens_last and layer == len(outputs) and theirs.shape[1] < counts[-1]
-            tokens, _ = model.step(layer, tokens, protected_only=alone)
+            tokens, _ = model.step(layer, model.enter(layer, tokens), protected_only=alone)
             ours = _to_numpy(tokens.features)
             if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= FEATURES_RTOL * np.abs(ours).max():
                 return layer

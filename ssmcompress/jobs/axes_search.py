@@ -20,7 +20,7 @@ from .. import processes
 from ..compression.remember import hash_of, remembered
 from ..compression.search.axes import Option, list_axes, measure_axes, run
 from ..compression.search.combine import Combination, combine
-from ..compression.search.propose import Candidate, propose
+from ..compression.search.propose import Candidate, propose, prune_most
 from ..compression.search.sensitivity import Sensitivity, identify
 from ..compression.trim.trims import Trims
 from ..data.batches import Batches, LabelledBatch
@@ -29,7 +29,7 @@ from ..errors import BudgetError, InputError
 from ..evaluation.flops import corrections_share, remaining_share, smallest_share
 from ..models.base import TokenModel
 from ..progress import line, note, track
-from ..pruning.plan import MAX_RATIO, Plan, Stage
+from ..pruning.plan import Plan
 from ..tasks import Evaluation, Task
 from .axes_trial import AxesTrial, Key, Run, key_of
 from .images import CalibrationImages
@@ -217,8 +217,8 @@ class AxesSearch:
         """Return the lowest and the highest share of the FLOPs within reach."""
         lowest = min(combination.flops for combination in combine(self.model, self.options, []))
         if self.layers:
-            stage = Stage(self.layers[0], MAX_RATIO)
-            fewest = [c for c in combine(self.model, self.options, [Candidate((stage,), 0.0)]) if c.stages]
+            most = prune_most(self.model, self.layers)
+            fewest = [c for c in combine(self.model, self.options, [Candidate(most, 0.0)]) if c.stages]
             lowest = min([lowest, *(c.flops + self.runs.reserve(c) for c in fewest)])
         return lowest, remaining_share(self.model, ())
 

@@ -276,7 +276,7 @@ class Comparison:
         return Calibration(name, images, self._deltas, probes=self._probes or ())
 
     def evaluate(self, model: TokenModel) -> Evaluation:
-        if self.model.levels:  # outputs for each pixel are too large to be kept
+        if self.model.reads_levels:  # outputs for each pixel are too large to be kept
             models = {"dense": self.model, "row": model}
             return measure(models, self.measured, dtype=self.options.torch_dtype)["row"]
         if self._dense is None:

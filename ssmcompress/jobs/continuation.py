@@ -85,12 +85,14 @@ def describe_input(model: TokenModel, folder: str | Path | None) -> dict[str, An
     It has the `path` and `sha256` of its file, None if they are unknown; `stages`, what each of its stages keeps; the
     kinds of the `steps` that made its weights; and `input`, the same of the model that it was made from, or None.
     """
-    file, counts, earlier = describe_file(folder) if folder is not None else None, model.token_counts(), model.steps
+    file, earlier = describe_file(folder) if folder is not None else None, model.steps
     before = model.find_record(INPUT)
     return {
         "path": None if file is None else file.path,
         "sha256": None if file is None else file.sha256,
-        "stages": [{"after": s.after, "kept": counts[s.after]} for s in model.plan.stages],
+        "stages": [
+            {"after": s.after, "kept": kept} for s, kept in zip(model.plan.stages, model.kept_counts(), strict=True)
+        ],
         "steps": [step.kind for step in earlier if step.kind != INPUT],
         "input": None if before is None else before.values,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..compression.search.axes import Option, list_axes, list_options
 from ..compression.search.combine import combine
-from ..compression.search.propose import Candidate
+from ..compression.search.propose import Candidate, prune_most
 from ..evaluation.flops import (
     backbone_flops,
     flops,
@@ -19,7 +19,6 @@ from ..evaluation.flops import (
 )
 from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
-from ..pruning.plan import MAX_RATIO, Stage
 from .trim_sizes import describe_sizes, describe_trims
 
 # The commands that take a dense and a pruned model.
@@ -101,7 +100,8 @@ def list_ranges(model: TokenModel) -> dict[str, float]:
     # What trims fewer states or channels leaves more, whatever else is trimmed.
     least = [min((o for o in options if o.axis == axis), key=lambda o: o.flops) for axis in axes if axis != "layers"]
     least += [option for option in options if option.axis == "layers"]
-    plans = [Candidate((Stage(1, MAX_RATIO),), 0.0)] if len(model.blocks) > 1 else []
+    layers = range(1, len(model.blocks))
+    plans = [Candidate(prune_most(model, layers), 0.0)] if layers else []
     ranges = {axis: combine(model, [o for o in least if o.axis == axis], []) for axis in axes}
     ranges |= {"tokens": combine(model, [], plans)} if plans else {}
     ranges |= {"all": combine(model, least, plans)} if len(ranges) > 1 else {}

@@ -225,9 +225,9 @@ def find_obstacle(method: Method, model: TokenModel) -> str | None:
     It depends on what the layers of the model can do, not on the name of its architecture.
     """
     if method.axis == IMAGE:
-        return "is for classifiers alone" if model.levels else None
+        return "is for classifiers alone" if model.reads_levels else None
     if method.of_levels and not model.levels:
-        return "is for segmentation models alone"
+        return "is for segmentation models alone, and those of several resolutions"
     if method.axis is not None:
         axes = list_axes(model)
         if axes and method.axis in (ALL, *axes):

@@ -76,11 +76,12 @@ def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows:
     batch = torch.stack([_cut_centre(image, model.config.image_size) for image in images[:rows]])
     _, decisions = model.trace(batch.to(next(model.parameters()).device))
     kept = [decision.kept.cpu() for decision in decisions]
+    grids = [model.patch_positions_at(stage.after) for stage in model.plan.stages]
     size = SIDE, max(1, round(SIDE * batch.shape[2] / batch.shape[3]))
     sheet: list[list[Image.Image]] = []
     for row, image in enumerate(batch.cpu()):
         photo = _resize(show_pixels(model, image), size)
-        masks = [torch.isin(model.patch_positions, positions[row]).numpy() for positions in kept]
+        masks = [torch.isin(grid, positions[row]).numpy() for grid, positions in zip(grids, kept, strict=True)]
         sheet.append([photo, *(dim_dropped(photo, mask) for mask in masks)])
     return _encode_png(_stack([_draw_titles(title_columns(model), SIDE), *map(_join, sheet)]))
 
@@ -90,9 +91,9 @@ def title_columns(model: TokenModel) -> list[str]:
 
     The numbers are those of `token_counts`, with class tokens and those that others were fused into.
     """
-    counts = model.token_counts()
-    stages = model.plan.stages
-    return ["image", *(f"after layer {s.after}:\n{counts[s.after]} of {model.length} kept" for s in stages)]
+    kept = zip(model.plan.stages, model.kept_counts(), strict=True)
+    lengths = ((s.after, count, model.section_of(s.after).length) for s, count in kept)
+    return ["image", *(f"after layer {after}:\n{count} of {length} kept" for after, count, length in lengths)]
 
 
 def dim_dropped(photo: Image.Image, kept: np.ndarray) -> Image.Image:

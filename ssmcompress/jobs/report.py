@@ -227,9 +227,10 @@ def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any]
 def list_stages(model: TokenModel) -> list[dict[str, Any]]:
     """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
     counts = model.token_counts()
+    found = zip(model.plan.stages, model.kept_counts(), strict=True)
     return [
-        {"after": s.after, "kept": counts[s.after], "of": counts[s.after - 1], "importance": s.importance}
-        for s in model.plan.stages
+        {"after": s.after, "kept": kept, "of": counts[model.count_index(s.after)], "importance": s.importance}
+        for s, kept in found
     ]
 
 

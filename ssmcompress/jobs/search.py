@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..compression.search.propose import propose
+from ..compression.search.propose import propose, prune_most
 from ..compression.search.sensitivity import METRICS, NO_DIGESTS, Sensitivity, candidate_layers, measure_sensitivity
 from ..compression.trim.trims import Trims
 from ..data.batches import LabelledBatch
@@ -17,7 +17,7 @@ from ..evaluation.flops import corrections_share, remaining_share, smallest_shar
 from ..models.base import TokenModel
 from ..progress import line, note, track
 from ..pruning.importance import IMPORTANCES
-from ..pruning.plan import MAX_RATIO, Plan, Stage
+from ..pruning.plan import Plan, Stage
 from .images import CalibrationImages
 from .requests import DataOptions
 from .trial import SearchRequest, Trial
@@ -210,8 +210,8 @@ def _for_latency(
     model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: Trial
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
-    fewest = Stage(sensitivity.layers[0], MAX_RATIO, sensitivity.metrics[0])
-    least = trial.latency_share(replace(plan, stages=(fewest,)))
+    fewest = prune_most(model, sensitivity.layers, sensitivity.metrics[0])
+    least = trial.latency_share(replace(plan, stages=fewest))
     line(f"reachable: {least:.1%} to 100% of the latency at batch 1")
     _check_range(wanted, least, "latency")
     low, high = lowest, 1.0

@@ -209,8 +209,7 @@ def describe(
     model: TokenModel, variants: Mapping[str, TokenModel], survey: Survey, options: MapOptions
 ) -> dict[str, Any]:
     """Return what is shown, of which models, and the figures over all images, as JSON values."""
-    counts, numbers = model.token_counts(), number_layers(model)
-    stages = model.plan.stages if model.plan is not None else ()
+    numbers, stages = number_layers(model), model.plan.stages if model.plan is not None else ()
     return {
         "architecture": model.architecture,
         "task": model.task.name,
@@ -220,8 +219,13 @@ def describe(
         "grid": list(model.config.grid),
         "stages": [
             # Layers are numbered as in the dense model, as those of the maps are.
-            {"after": numbers[s.after - 1], "kept": counts[s.after], "of": model.length, "importance": s.importance}
-            for s in stages
+            {
+                "after": numbers[s.after - 1],
+                "kept": kept,
+                "of": model.section_of(s.after).length,
+                "importance": s.importance,
+            }
+            for s, kept in zip(stages, model.kept_counts(), strict=True)
         ],
         "variants": [
             {"name": name, "layers": list_mapped(variant, options), "figures": summarise(survey.predictions[name])}

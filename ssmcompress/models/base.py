@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,7 +24,7 @@ from ..ops.selective_scan import Expander
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
-from ..pruning.plan import Plan, default_stages, token_counts
+from ..pruning.plan import Plan, Stage, default_stages, token_counts
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
@@ -33,7 +34,7 @@ from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
 from .pretrained import PretrainedModel
 from .records import MadeBy, Record, Source
-from .sizes import LayerSize, Origin, ScanReading
+from .sizes import LayerSize, Origin, ScanReading, Section
 from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
@@ -51,7 +52,10 @@ class Expected(NamedTuple):
 
 
 class LayerRun(NamedTuple):
-    """A layer as it was run: its number, from 1, the tokens before and after it, and the decision of its stage."""
+    """A layer as it was run: its number, from 1, the tokens before and after it, and the decision of its stage.
+
+    `before` are the tokens that it is run on, which `TokenModel.enter` returned.
+    """
 
     layer: int
     before: Tokens
@@ -132,10 +136,7 @@ class Block(nn.Module, abc.ABC):
 
 
 class ScanBlock(Block):
-    """A layer of scans, whose states decay at pruned positions.
-
-    It can lose states, channels and directions; see `ssmcompress.compression.trim`.
-    """
+    """A layer of scans, whose states decay at pruned positions."""
 
     scores = frozenset(SCORES)
 
@@ -148,18 +149,25 @@ class ScanBlock(Block):
         """Return the delta (deltas, d_inner) of a position without input: softplus of the bias."""
 
     @abc.abstractmethod
-    def set_gap_delta(self, delta: Tensor) -> None:
-        """Set the delta (deltas, d_inner) with which pruned positions decay the state."""
+    def set_gap_delta(self, delta: Tensor | None) -> None:
+        """Set the delta (deltas, d_inner) with which pruned positions decay the state; None: they are not aligned."""
+
+    @property
+    @abc.abstractmethod
+    def scans(self) -> nn.Module:
+        """The module of the scans; it has a buffer `gap_delta`."""
+
+
+class TrimmableBlock(ScanBlock):
+    """A layer of scans that can lose states, channels and directions; see `ssmcompress.compression.trim`.
+
+    Its `scans` also have d_inner, d_state, directions, cut_states, cut_channels and keep_directions.
+    """
 
     @property
     @abc.abstractmethod
     def channel_maps(self) -> tuple[tuple[str, ...], str]:
         """Names of the linear layers that read the channels: those inside, and the projection."""
-
-    @property
-    @abc.abstractmethod
-    def scans(self) -> nn.Module:
-        """The module of the scans; it has d_inner, d_state, directions, cut_states, cut_channels, keep_directions."""
 
     @property
     def d_inner(self) -> int:
@@ -262,8 +270,11 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
     pools: bool = False
     # Whether the model reads out protected tokens alone, and its blocks take `protected_only`.
     reads_protected: bool = False
-    # Number of layers whose outputs are read at every position; 0: the tokens after the last layer alone are read.
-    levels: ClassVar[int] = 0
+    # Number of output levels, at which every position is needed, also those of dropped tokens
+    # (`ssmcompress.models.level_maps`); 0: none, the tokens after the last layer alone are read.
+    levels: int = 0
+    # Whether the levels are what the model reads out; if not, its later layers process them.
+    reads_levels: ClassVar[bool] = False
 
     def __init__(self, config: Any):
         super().__init__()
@@ -409,6 +420,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """The position (rows, columns) of each patch of the image grid."""
         return torch.arange(self.length, device="cpu").view(self.config.grid)
 
+    def patch_positions_at(self, layer: int) -> Tensor:
+        """Return `patch_positions` on the grid of a layer, from 1."""
+        return self.patch_positions
+
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
         """Return the tokens of images (batch, channels, height, width), with the model's alignment."""
@@ -509,6 +524,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """Return the FLOPs of the maps of output levels for one image."""
         return 0
 
+    def bound_level_maps(self, stages: Sequence[int]) -> int:
+        """Return the most FLOPs that maps of output levels can take for pruning after layers `stages`."""
+        return 0
+
     def flops_by_part(self, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
         """Return `count_flops` of this model's sizes."""
         return self.count_flops(self.config, counts, convention, as_run)
@@ -553,13 +572,43 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
             self.check_importance(stage.importance, stage.after)
         return plan
 
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The layers in groups that process tokens of the same grid; most models have one."""
+        return self.config.sections(self.length - self.config.patches)
+
+    def section_of(self, layer: int) -> Section:
+        """Return the section of a layer, from 1."""
+        return next(section for section in self.sections if layer <= section.last)
+
+    def starts_section(self, layer: int) -> bool:
+        """Return whether a layer, from 1, is the first one of a section other than the first."""
+        return any(layer == section.first for section in self.sections[1:])
+
+    def changes_at(self, layer: int) -> bool:
+        """Return whether a layer, from 1, is run on other tokens than those after the layer before it (`enter`)."""
+        again = self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1
+        return bool(again) or self.starts_section(layer)
+
     def count_points(self, layers: int) -> int:
-        """Return the number of parts, each of which adds to the residual stream, that the first layers have."""
-        return sum(1 + (block.end_projection is not None) for block in self.blocks[:layers])
+        """Return the number of points up to the end of the first layers at which there is a residual stream.
+
+        Each part of a layer has one, where it has added to the stream, and the beginning of each further section.
+        """
+        parts = sum(1 + (block.end_projection is not None) for block in self.blocks[:layers])
+        return parts + sum(section.first <= layers for section in self.sections[1:])
+
+    def input_point(self, layer: int) -> int:
+        """Return the number of points up to the tokens that a layer, from 1, is run on."""
+        return self.count_points(layer - 1) + self.starts_section(layer)
 
     def stage_point(self, layer: int) -> int:
-        """Return the number of parts up to the place of a stage after (or in) a layer, from 1."""
-        return self.count_points(layer - 1) + 1
+        """Return the number of points up to the place of a stage after (or in) a layer, from 1."""
+        return self.input_point(layer) + 1
+
+    def count_index(self, layer: int) -> int:
+        """Return the index in `token_counts` of the tokens that a layer, from 1, processes; those after it follow."""
+        return layer - 1 + sum(section.first <= layer for section in self.sections[1:])
 
     def check_importance(self, name: str, layer: int) -> None:
         """Raise an InputError unless tokens can be ranked by this metric after a layer, from 1."""
@@ -568,10 +617,36 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
             others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks) or "nothing else"
             raise InputError(f"importance {name!r}: layer {layer} of a {self.architecture} has none; expected {others}")
 
+    def name_count(self, index: int) -> str:
+        """Return where the tokens of an entry of `token_counts` are: "before layer 3"."""
+        layers = range(1, len(self.blocks) + 1)
+        before = next((layer for layer in layers if self.count_index(layer) == index), None)
+        after = next((layer for layer in layers if self.count_index(layer) + 1 == index), None)
+        if before is not None:
+            return f"before layer {before}"
+        return "after the last layer" if after == len(self.blocks) else f"after layer {after}"
+
     def token_counts(self) -> list[int]:
-        """Return the number of tokens that each layer processes, and last the number read out (depth + 1 values)."""
-        stages, reenter = (self.plan.stages, self.plan.reenter) if self.plan else ((), 0)
-        return token_counts(len(self.blocks), self.length, stages, self.protected_count, reenter)
+        """Return the number of tokens that each layer processes, and after the last layer of each section those left.
+
+        These are depth + 1 values in a model of one section, of which the last one is the number read out. In others,
+        `count_index` says where a layer is.
+        """
+        return self.counts_for(self.plan.stages, self.plan.reenter) if self.plan else self.counts_for(())
+
+    def kept_counts(self) -> list[int]:
+        """Return the number of tokens that are left after each stage."""
+        counts = self.token_counts()
+        return [counts[self.count_index(stage.after) + 1] for stage in self.plan.stages] if self.plan else []
+
+    def counts_for(self, stages: Sequence[Stage], reenter: int = 0, config: Any = None) -> list[int]:
+        """Return the `token_counts` that these stages would give the model, or one of the sizes `config`."""
+        sections = self.sections if config is None else config.sections(self.length - self.config.patches)
+        counts: list[int] = []
+        for first, last, length, _ in sections:
+            inside = [replace(s, after=s.after - first + 1) for s in stages if first <= s.after <= last]
+            counts += token_counts(last - first + 1, length, inside, self.protected_count, reenter)
+        return counts
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
@@ -603,7 +678,8 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """
         tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.shortens_last)
         if self.shortens_last:
-            tokens, _ = self.step(len(self.blocks), tokens, protected_only=True)
+            last = len(self.blocks)
+            tokens, _ = self.step(last, self.enter(last, tokens), protected_only=True)
         return self.readout(tokens), decisions
 
     @property
@@ -627,10 +703,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """Run layers and their stages one after the other, and yield each.
 
         Args:
-            tokens: those before the first of these layers. numbers: of the layers, ascending; None: all.
+            tokens: those after the layer before the first of these. numbers: of the layers, ascending; None: all.
         """
         for layer in range(1, len(self.blocks) + 1) if numbers is None else numbers:
-            before = tokens
+            before = self.enter(layer, tokens)
             tokens, decision = self.step(layer, before)
             yield LayerRun(layer, before, tokens, decision)
 
@@ -644,7 +720,9 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
     def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
         """Run a layer (from 1) and its stage, if any; return the tokens and the decision of the stage.
 
-        With `protected_only`, the layer is computed for the tokens alone that are read out.
+        Args:
+            tokens: those that `enter` returned for the layer.
+            protected_only: compute the layer for the tokens alone that are read out.
         """
         tokens, decision = self.begin(layer, tokens, protected_only)
         return self.end(layer, tokens), decision
@@ -655,14 +733,14 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         return tokens if block.end_projection is None else block(tokens, part="end")
 
     def enter(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens that a layer (from 1) is run on: with the dropped ones where all of them enter again."""
-        if self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1:
-            return tokens.rejoin()
-        return tokens
+        """Return the tokens that a layer (from 1) is run on, from those after the layer before it.
+
+        They are the same, except where all dropped tokens enter again, or where a section begins.
+        """
+        return tokens.rejoin() if self.plan is not None and self.plan.reenter and self.changes_at(layer) else tokens
 
     def begin(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
         """Run the part of a layer before its stage, its corrections and the stage; arguments as for `step`."""
-        tokens = self.enter(layer, tokens)
         name = str(layer)
         pruner = self.pruners[name] if name in self.pruners else None
         pruned_mean = tokens.pruned_mean() if name in self.corrections else None

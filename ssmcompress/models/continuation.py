@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.merging import MERGED_BY
-from ..pruning.plan import FILLS, Plan, token_counts
+from ..pruning.plan import FILLS, Plan
 from .base import ScanBlock, TokenModel
 
 
@@ -86,11 +86,10 @@ def check_fewer(model: TokenModel, plan: Plan) -> None:
     """
     if not is_pruned(model):
         return
-    depth = len(model.blocks)
-    new = token_counts(depth, model.length, plan.stages, model.protected_count, plan.reenter)
-    for layer, (now, then) in enumerate(zip(model.token_counts(), new, strict=True), 1):
+    new = model.counts_for(plan.stages, plan.reenter)
+    for index, (now, then) in enumerate(zip(model.token_counts(), new, strict=True)):
         if then > now:
-            place = f"before layer {layer}" if layer <= depth else "after the last layer"
+            place = model.name_count(index)
             raise InputError(
                 f"the model has {now} tokens left {place}, and by this plan it would have {then}: prune more (a higher "
                 f"`ratio`, a lower `flops`), or start from the dense model{name_dense(model)}"

@@ -1,15 +1,22 @@
-"""Maps of tokens to the output levels that a dense model has; `compression.reconstruct.levels` fits them."""
+"""Models with output levels, at which every position is needed, and the maps of tokens to what a dense model has there.
+
+A segmentation model reads its levels out; in a model with several resolutions, later layers process them. Of a dropped
+token a level has the value that was last seen. `compression.reconstruct.levels` fits the maps.
+"""
 
 from __future__ import annotations
 
+import abc
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..errors import InputError
+from ..pruning.plan import Stage
 from ..pruning.tokens import Level
 from .base import TokenModel
 from .precision import cast
@@ -43,11 +50,6 @@ class LevelMap(nn.Module):
         """Map values (batch, tokens, width) with the mean over the kept tokens (batch, width)."""
         return self.own(cast(values, self.own)) + self.mean(cast(context, self.mean))[:, None]
 
-    @staticmethod
-    def count_flops(tokens: int, width: int) -> int:
-        """Return the FLOPs of mapping `tokens` tokens of one image."""
-        return (tokens + 1) * width**2
-
 
 def fill_level(level: Level, maps: Sequence[nn.Module] | None, zero: bool = False) -> Tensor:
     """Return a level at all positions, (batch, length, d_model).
@@ -67,13 +69,69 @@ def fill_level(level: Level, maps: Sequence[nn.Module] | None, zero: bool = Fals
     )
 
 
-def group_sizes(model: TokenModel, level: int) -> list[int]:
-    """Return the tokens of each group at an output level, from 1: those that each stage before it dropped, and kept."""
-    plan, counts, layer = model.plan, model.token_counts(), model.config.out_layers[level - 1]
-    if plan is None or (plan.reenter and layer > len(model.blocks) - plan.reenter):
-        return [model.length]
-    dropped = [counts[stage.after - 1] - counts[stage.after] for stage in plan.stages if stage.after < layer]
-    return [*dropped, model.length - sum(dropped)]
+class LevelledModel(TokenModel):
+    """A model with output levels, which are numbered from 1.
+
+    Attributes:
+        level_maps: for each level, by its number, a `LevelMap` or an Identity for each group of its tokens; outside of
+            the layers, so that published parameter names do not change.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.level_maps = nn.ModuleDict()
+
+    @abc.abstractmethod
+    def level_layer(self, level: int) -> int:
+        """Return the layer, from 1, after which a level is taken."""
+
+    @abc.abstractmethod
+    def level_stages(self, level: int) -> list[Stage]:
+        """Return the stages whose tokens are missing at a level."""
+
+    @abc.abstractmethod
+    def level_passes(self) -> list[tuple[int, ...]]:
+        """Return the levels whose maps are fitted, in groups in their order; maps of a group do not feed each other."""
+
+    @abc.abstractmethod
+    def read_levels(self, images: Tensor, levels: Sequence[int]) -> list[Level]:
+        """Return levels of images, those of one group of `level_passes`, without their maps."""
+
+    def fill(self, number: int, level: Level) -> Tensor:
+        """Return a level at all positions, (batch, length, width), with its maps."""
+        maps = self.level_maps[str(number)] if str(number) in self.level_maps else None
+        return fill_level(level, maps, self.plan is not None and self.plan.fill == "zero")
+
+    def group_sizes(self, level: int) -> list[int]:
+        """Return the tokens of each group at a level: those that each stage dropped, and those that are kept."""
+        layer, counts = self.level_layer(level), self.token_counts()
+        length = self.section_of(layer).length
+        if self.plan is None or (self.plan.reenter and layer > len(self.blocks) - self.plan.reenter):
+            return [length]
+        places = [self.count_index(stage.after) for stage in self.level_stages(level)]
+        dropped = [counts[place] - counts[place + 1] for place in places]
+        return [*dropped, length - sum(dropped)]
+
+    def level_products(self) -> list[tuple[int, Tensor]]:
+        """Return the matrix products (rows, weight) of the maps of levels, for one image."""
+        maps = (
+            (size, part)
+            for level, parts in self.level_maps.items()
+            for part, size in zip(parts, self.group_sizes(int(level)), strict=True)
+            if isinstance(part, LevelMap)
+        )
+        return [pair for size, part in maps for pair in ((size, part.own.weight), (1, part.mean.weight))]
+
+    def count_level_maps(self) -> int:
+        return sum(rows * weight.numel() for rows, weight in self.level_products())
+
+    def bound_level_maps(self, stages: Sequence[int]) -> int:
+        count = 0
+        for level in range(1, self.levels + 1):
+            first, last, length, width = self.section_of(self.level_layer(level))
+            if groups := len({after for after in stages if first <= after <= last}):
+                count += (length + groups + 1) * width**2  # every token, and a mean for each group
+        return count
 
 
 def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:
@@ -88,16 +146,17 @@ def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:
     """
     if not state:
         return
-    width, names = model.d_model, ("own.weight", "own.bias", "mean.weight")
-    shapes = dict(zip(names, ((width, width), (width,), (width, width)), strict=True))
+    names = ("own.weight", "own.bias", "mean.weight")
     parsed = [re.fullmatch(r"level_maps\.(\d{1,3})\.(\d{1,3})\.(.+)", key) for key in state]
     places = {(int(match[1]), int(match[2])) for match in parsed if match is not None}
     expected = {f"level_maps.{level}.{group}.{name}" for level, group in places for name in names}
-    fitting = all(1 <= level <= model.levels and group < len(group_sizes(model, level)) for level, group in places)
+    fitting = all(1 <= level <= model.levels and group < len(model.group_sizes(level)) for level, group in places)
     if None in parsed or not fitting or expected != set(state):
         raise InputError(f"maps of output levels ({next(iter(state))}, ...) that do not belong to the model")
     for level in sorted({level for level, _ in places}):
-        parts = nn.ModuleList(nn.Identity() for _ in range(len(group_sizes(model, level))))
+        width = model.section_of(model.level_layer(level)).width
+        shapes = dict(zip(names, ((width, width), (width,), (width, width)), strict=True))
+        parts = nn.ModuleList(nn.Identity() for _ in range(len(model.group_sizes(level))))
         for _, group in sorted(place for place in places if place[0] == level):
             values = {name: state[f"level_maps.{level}.{group}.{name}"] for name in names}
             if any(values[name].shape != shapes[name] or not values[name].isfinite().all() for name in names):

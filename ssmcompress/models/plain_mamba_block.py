@@ -22,7 +22,7 @@ from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.orders import invert_order
 from ..ops.selective_scan import Expander, step_size
 from ..pruning.tokens import Tokens
-from .base import ScanBlock, read_state
+from .base import TrimmableBlock, read_state
 from .precision import LayerNorm, cast, embed_patches, factorise, find_bias, widen
 from .reading import Shapes, layer_sizes
 from .sizes import (
@@ -227,7 +227,7 @@ def conv_on_grid(
     return grid_conv2d(x, conv.weight, conv.bias, grid=grid, positions=positions, activation=activation)
 
 
-class PlainMambaBlock(ScanBlock):
+class PlainMambaBlock(TrimmableBlock):
     def __init__(self, c: PlainMambaConfig, layer: int):
         super().__init__()
         self.norm = LayerNorm(c.d_model, eps=1e-5)

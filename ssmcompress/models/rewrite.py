@@ -201,8 +201,9 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
     for index, stage in enumerate(plan.stages):
         seed = plan.seed * 1000 + index  # a different draw for each stage
         probe = None
+        *_, length, width = model.section_of(stage.after)
         if IMPORTANCES[stage.importance].probe:
-            size = model.d_model + model.length
+            size = width + length
             probe = plan.probe(stage.after)
             probe = torch.zeros(size, dtype=torch.float32, device="cpu") if probe is None else probe.clone()
             if len(probe) != size:
@@ -210,8 +211,8 @@ def install(model: TokenModel, plan: Plan) -> TokenModel:
                     f"the saliency after layer {stage.after} was fitted for {len(probe)} features and positions, the "
                     f"model has {size}: the plan was made for another model or image size"
                 )
-        grid = model.config.grid if model.levels else None
-        pruner = TokenPruner(stage.ratio, stage.importance, model.length, seed, probe, stage.merge, grid)
+        grid = model.config.grid if model.reads_levels else None
+        pruner = TokenPruner(stage.ratio, stage.importance, length, seed, probe, stage.merge, grid)
         model.pruners[str(stage.after)] = pruner
     if plan.gap == "calibrated" and len(plan.calibration.gap_deltas) != len(model.blocks):
         raise InputError(

@@ -134,7 +134,7 @@ def restore(
             raise InputError(f"{CONFIG_FILE}: {error}") from error
         model.origin = _parse_origin(model, pruning)
         _check_trimming(model)
-        counts = [model.token_counts()[stage.after] for stage in plan.stages]
+        counts = model.kept_counts()
         if size in (None, trained) and stride == architecture["stride"] and pruning.get("kept", counts) != counts:
             raise InputError(f"{CONFIG_FILE}: its stages keep {counts} tokens, but it says {str(pruning['kept'])[:80]}")
         model.learnt = LearntFrom.from_tensors(learnt)
@@ -183,7 +183,7 @@ def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | Non
         if not depth <= MOST_LAYERS or min(min(size[:2]) for size in origin.config.layers) < 1:
             raise ValueError(f"{depth} layers, or sizes below 1")
         _check_origin(model.config, origin)
-        model.count_flops(origin.config, [1] * (depth + 1), "full")
+        model.count_flops(origin.config, [1] * len(model.counts_for((), config=origin.config)), "full")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError, RecursionError) as error:
         raise InputError(f"{CONFIG_FILE}: bad sizes of the dense model ({type(error).__name__} {error})") from error
     return origin
@@ -333,7 +333,7 @@ def describe(model: TokenModel) -> dict[str, Any]:
         source = model.source or Source("", "")
         pruning = {
             **model.plan.to_dict(tensors=False),
-            "kept": [model.token_counts()[stage.after] for stage in model.plan.stages],
+            "kept": model.kept_counts(),
             **_describe_origin(model),
             **steps_to_dict(model.steps),
             "source": {"path": source.path, "sha256": source.sha256, "weights": source.weights},

@@ -16,11 +16,12 @@ CORRECTIONS = ("corrections.", "class_corrections.", "readout_correction.")
 
 def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
     """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
-    width, remaining = model.d_model, dict(corrections)
+    remaining = dict(corrections)
     model.fitted_segments = _find_segments(model, corrections)
     segments = model.segments
     first, depth = min((int(layer) for layer in model.pruners), default=len(model.blocks)), len(model.blocks)
     for layer in map(str, range(first + 1, depth + 1)):
+        width = model.section_of(int(layer)).width
         if (pair := _take_factors(remaining, f"corrections.{layer}.", width, width)) is not None:
             model.corrections[layer] = _with_weights(low_rank(width, len(pair[0])), pair)
         if model.protected is None:
@@ -29,7 +30,7 @@ def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> No
         if (pair := _take_factors(remaining, prefix, inputs, width)) is not None:
             model.class_corrections[layer] = _with_weights(ClassCorrection(width, segments, len(pair[0])), pair)
     if model.pools and first < depth:
-        inputs, classes = segments * (width + 1), model.config.num_classes
+        inputs, classes = segments * (model.d_model + 1), model.config.num_classes
         if (pair := _take_factors(remaining, "readout_correction.", inputs, classes)) is not None:
             model.readout_correction = _with_weights(low_rank(inputs, len(pair[0]), classes), pair)
     if remaining:
@@ -43,7 +44,7 @@ def build_correction(model: TokenModel, kind: str, values: Mapping[str, Tensor])
         kind: "corrections" or "class_corrections".
     """
     inwards, outwards = values["0.weight"], values["1.weight"]
-    width, rank = model.d_model, len(inwards)
+    rank, width = inwards.shape[0], outwards.shape[0]
     empty = low_rank(width, rank) if kind == "corrections" else ClassCorrection(width, model.segments, rank)
     return _with_weights(empty, (inwards, outwards))
 

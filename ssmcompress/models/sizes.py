@@ -20,9 +20,23 @@ class LayerSize(NamedTuple):
     directions: tuple[int, ...]
 
 
+class Section(NamedTuple):
+    """Consecutive layers that process tokens of the same grid.
+
+    Attributes:
+        first, last: numbers of its layers, from 1. length: number of tokens before any pruning. width: their features.
+    """
+
+    first: int
+    last: int
+    length: int
+    width: int
+
+
 class ModelConfig:
     """Base of the configurations of all models, frozen dataclasses."""
 
+    d_model: int
     depth: int
     grid: tuple[int, int]
 
@@ -35,6 +49,14 @@ class ModelConfig:
     def layers(self) -> Sequence[Any]:
         """The sizes of each layer, as far as layers can differ."""
         return (None,) * self.depth
+
+    def sections(self, others: int = 0) -> tuple[Section, ...]:
+        """Return the layers in groups that process tokens of the same grid; most models have one.
+
+        Args:
+            others: number of tokens that are no patches.
+        """
+        return (Section(1, self.depth, self.patches + others, self.d_model),)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a JSON object; fields that are None are left out."""

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..data.dense import DensePreprocessing
 from ..errors import InputError
-from ..pruning.tokens import Tokens
+from ..pruning.plan import Stage
+from ..pruning.tokens import Level, Tokens
 from ..tasks import SEGMENTATION
-from .base import Decision, Expected, StateDict, TokenModel
-from .level_maps import LevelMap, fill_level, group_sizes
+from .base import Decision, Expected, StateDict
+from .level_maps import LevelledModel
 from .precision import cast
 from .reading import Shapes
 from .sizes import LayeredConfig, LayerSize
@@ -131,7 +132,7 @@ def resize(x: Tensor, size: Size) -> Tensor:
     return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-class UperNet(TokenModel):
+class UperNet(LevelledModel):
     """A segmentation model. `forward`: images (B, C, H, W) -> logits (B, classes, H, W).
 
     Its `backbone` has `layers`. `readout` returns the logits of the head, which are smaller than the images, as `trace`
@@ -140,6 +141,7 @@ class UperNet(TokenModel):
 
     task = SEGMENTATION
     levels = LEVELS
+    reads_levels = True
     hidden_options = ("level", "out_layers")
     # What both sides of an image are enlarged to a multiple of before it is given to the model; None: they are not.
     multiple: ClassVar[int | None] = None
@@ -149,8 +151,6 @@ class UperNet(TokenModel):
     def __init__(self, config: Any):
         super().__init__(config)
         self.decode_head = UPerHead(config.d_model, config.head_channels, config.num_classes)
-        # By level, from 1; outside the backbone, so that published parameter names do not change.
-        self.level_maps = nn.ModuleDict()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -185,13 +185,19 @@ class UperNet(TokenModel):
     def raw_outputs(self, images: Tensor) -> Tensor:
         return self.readout(self.encode(images)[0])
 
-    def count_level_maps(self) -> int:
-        return sum(
-            LevelMap.count_flops(size, self.d_model)
-            for level, parts in self.level_maps.items()
-            for part, size in zip(parts, group_sizes(self, int(level)), strict=True)
-            if isinstance(part, LevelMap)
-        )
+    def level_layer(self, level: int) -> int:
+        return self.config.out_layers[level - 1]
+
+    def level_stages(self, level: int) -> list[Stage]:
+        stages = self.plan.stages if self.plan is not None else ()
+        return [stage for stage in stages if stage.after < self.level_layer(level)]
+
+    def level_passes(self) -> list[tuple[int, ...]]:
+        return [tuple(range(1, LEVELS + 1))]
+
+    def read_levels(self, images: Tensor, levels: Sequence[int]) -> list[Level]:
+        found = self.encode(images)[0].levels
+        return [found[level - 1] for level in levels]
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Compute the logits (batch, classes, height, width); return them and the decision of each stage."""
@@ -217,11 +223,9 @@ class UperNet(TokenModel):
 
     def readout(self, tokens: Tokens) -> Tensor:
         """Compute the logits (batch, classes, rows, columns) of the head, at the size of its finest map."""
-        zero = self.plan is not None and self.plan.fill == "zero"
         maps = []
         for number, level in enumerate(tokens.levels, 1):
-            parts = self.level_maps[str(number)] if str(number) in self.level_maps else None
-            filled = cast(fill_level(level, parts, zero), self.classifier)
+            filled = cast(self.fill(number, level), self.classifier)
             maps.append(filled.transpose(1, 2).unflatten(2, tokens.grid))
         return self.decode_head(self.form_maps(maps))
 

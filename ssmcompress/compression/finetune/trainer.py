@@ -184,7 +184,7 @@ class Trainer:
         """
         counts = self.model.token_counts() if self.model.levels else None
         return {
-            name: min(ratio, 1 / counts[int(name) - 1]) if counts is not None else 0.0
+            name: min(ratio, 1 / counts[self.model.count_index(int(name))]) if counts is not None else 0.0
             for name, ratio in self.ratios.items()
         }
 

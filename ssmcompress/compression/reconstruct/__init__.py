@@ -138,12 +138,13 @@ def reconstruct(
 
 def _find_changed(model: TokenModel, dense: TokenModel) -> range:
     """Return the layers (from 1) from the first one whose result can differ from the dense model's."""
-    depth, counts = len(model.blocks), model.token_counts()
+    depth, counts, whole = len(model.blocks), model.token_counts(), model.counts_for(())
     numbers = [*(model.origin.layers if model.origin is not None else range(1, depth + 1)), len(dense.blocks) + 1]
     ours, theirs = model.config.layers, dense.config.layers
     for layer in range(1, depth + 1):
         number, following = numbers[layer - 1 : layer + 1]
-        if counts[layer - 1] < model.length or number != layer or following != number + 1:
+        places = range(model.count_index(layer) + 1)
+        if any(counts[i] < whole[i] for i in places) or number != layer or following != number + 1:
             return range(layer, depth + 1)
         if ours[layer - 1] != theirs[number - 1]:
             return range(layer, depth + 1)

@@ -117,22 +117,40 @@ class BothModels:
 
     def add_chunk(self, images: Tensor, held: Tensor) -> None:
         """Run both models on images up to the first layer to be refitted, and write what they have there."""
-        chunk, weights = self.chunks, margin_gradients(self.dense, images).cpu()
-        self.totals += weights.sum((1, 2), dtype=torch.float64)
+        chunk, weights = self.chunks, [gradient.cpu() for gradient in margin_gradients(self.dense, images)]
+        self.totals += torch.stack([gradient.sum(dtype=torch.float64) for gradient in weights])
         full, kept = self.dense.embed(images), set_pool(self.pruned.embed(images), self.pruned.pools)
-        self.template, self.fused = replace(kept, features=kept.features[:1], dropped=None), kept.fused
         for run in self.dense.run_layers(full, range(1, self.numbers[self.layers[0] - 1])):
             full = run.after
         for run in self.pruned.run_layers(kept, range(1, self.layers[0])):
             kept = run.after
+        self.take_template(kept)
         self.fused = kept.fused
         self.files.put("weights", chunk, weights)
-        if self.dense.levels:
+        if self.dense.reads_levels:
             self.files.put("images", chunk, images)
         self.files.put("dense", chunk, full.features)
         self.put_tokens(chunk, kept)
         self.rows += len(images)
         self.held.append(held)
+
+    def take_template(self, tokens: Tokens) -> None:
+        """Take what tokens of a section have in common with those of its other layers, of the dense model, too."""
+        nothing = dict.fromkeys(("positions", "dropped", "update", "summary", "layout", "scores", "keys", "paths"))
+        nothing |= dict.fromkeys(("pruned_sum", "pruned_segments", "sizes", "ranks"))
+        self.template = replace(tokens, features=tokens.features[:1], fused=0, levels=(), **nothing)
+
+    def enter(self, layer: int) -> Iterator[None]:
+        """Let both models enter a layer (`TokenModel.enter`), where its tokens are not those after the layer before."""
+        for k in range(self.chunks):
+            tokens = self.get_tokens(k)
+            features = self.files.get("dense", k)
+            full = self.dense.enter(self.numbers[layer - 1], replace(self.template, features=features, dropped=()))
+            self.files.put("dense", k, full.features)
+            self.put_tokens(k, entered := self.pruned.enter(layer, tokens))
+            yield
+        self.take_template(entered)
+        self.fused = entered.fused
 
     def reference_block(self, layer: int) -> nn.Module:
         """Return the layer whose inner maps are the targets of those of a layer of the pruned model."""
@@ -205,8 +223,8 @@ class BothModels:
 
     def row_weights(self, chunk: int, point: int) -> Tensor:
         """Return the weights (images, tokens) of the rows after `point` parts of layers, relative to their mean."""
-        mean = float(self.totals[point]) / (self.rows * self.dense.length)
         weights = self.files.get("weights", chunk)[point]
+        mean = float(self.totals[point]) / (self.rows * weights.shape[1])
         return weights / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(weights)
 
 

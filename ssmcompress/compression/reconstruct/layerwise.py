@@ -13,6 +13,7 @@ from torch import nn
 from ...models.base import TokenModel
 from ...models.records import Fit
 from ...models.saved_corrections import build_correction
+from ...pruning.tokens import Level
 from ..remember import hash_of, keep, keeps_results, recall
 from .both_models import BothModels
 from .class_corrections import ClassRows, ClassSums, empty_correction
@@ -68,21 +69,24 @@ class LayerwiseRefit(BothModels):
 
         Those of all tokens have full rank while they are fitted.
         """
-        model, width = self.pruned, self.pruned.d_model
+        model = self.pruned
         for layer in map(str, self.layers):
-            if not model.blocks[int(layer) - 1].refitted or self.counts[int(layer) - 1] == model.length:
+            *_, length, width = model.section_of(int(layer))
+            if not model.blocks[int(layer) - 1].refitted or self.counts[model.count_index(int(layer))] == length:
                 continue
             old = self.old_corrections.get(layer) or zero_map(width, width, self.device)
             model.corrections[layer] = full_rank(old)
             if options.class_corrections and model.protected is not None and layer not in model.class_corrections:
                 model.class_corrections[layer] = empty_correction(model)
         if self.corrects_logits and model.readout_correction is None:
-            model.readout_correction = zero_map(model.segments * (width + 1), model.config.num_classes, self.device)
+            inputs = model.segments * (model.d_model + 1)
+            model.readout_correction = zero_map(inputs, model.config.num_classes, self.device)
 
     def refit(self) -> Iterator[None]:
         """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
         known = hash_of("reconstruction and its halves", *self.content, list(self.layers), self.corrects_logits)
         for layer in self.layers:
+            yield from self.enter_layer(layer)
             key = hash_of(known, layer) if keeps_results() else ""
             if (kept := recall(key)) is not None:
                 yield from self.restore(layer, *kept)
@@ -101,7 +105,36 @@ class LayerwiseRefit(BothModels):
                 yield from self.refit_end(layer)
                 yield from self.advance_pruned(self.pruned.end, layer)
             keep(key, self.describe(layer, self.fits[count:]))
-        yield from self.refit_levels() if self.dense.levels else self.refit_readout()
+        if self.dense.reads_levels:
+            yield from self.refit_levels()
+            return
+        yield from self.refit_last_level(len(self.pruned.blocks))
+        yield from self.refit_readout()
+
+    def enter_layer(self, layer: int) -> Iterator[None]:
+        """Let both models enter a layer; where a section begins, with the map of the level at the end of the last."""
+        if self.pruned.starts_section(layer):
+            yield from self.refit_last_level(layer - 1)
+        if self.pruned.changes_at(layer):
+            yield from self.enter(layer)
+
+    def refit_last_level(self, layer: int) -> Iterator[None]:
+        """Fit the maps of the level after a layer, if the model has one there that is processed further."""
+        level = next((n for (n,) in self.section_levels() if self.pruned.level_layer(n) == layer), None)
+        if level is None:
+            return
+        sums = None
+        for k in range(self.chunks):
+            ours, theirs = self.get_tokens(k).level(), Level(None, self.files.get("dense", k))
+            sums = sums or LevelSums(self.pruned, (level,), [ours])
+            sums.add([theirs], [ours], self.held[k])
+            yield
+        self.fits += sums.install(self.pruned, self.distributed)
+
+    def section_levels(self) -> list[tuple[int, ...]]:
+        """Return the groups of levels whose maps feed later layers."""
+        model = self.pruned
+        return model.level_passes() if model.levels and not model.reads_levels and has_levels(model) else []
 
     def describe(self, layer: int, fits: Sequence[Fit]) -> dict[str, Any]:
         """Return the weights of a layer that was refitted, and of its corrections, with the records."""
@@ -137,7 +170,7 @@ class LayerwiseRefit(BothModels):
         for k in range(self.chunks):
             images = self.files.get("images", k)
             dense, pruned = (model.encode(images)[0].levels for model in (self.dense, self.pruned))
-            sums = sums or LevelSums(self.pruned, pruned)
+            sums = sums or LevelSums(self.pruned, range(1, self.pruned.levels + 1), pruned)
             sums.add(dense, pruned, self.held[k])
             yield
         if has_levels(self.pruned):
@@ -155,7 +188,8 @@ class LayerwiseRefit(BothModels):
         """Return how many times `refit` passes over the chunks."""
         inner = sum(bool(self.comparable(x, group)) for x in self.layers for group in self.maps(x)[:-1])
         ends = sum(self.pruned.blocks[layer - 1].end_projection is not None for layer in self.layers)
-        return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 3 * ends + 2
+        entered = sum(map(self.pruned.changes_at, self.layers)) + len(self.section_levels())
+        return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 3 * ends + entered + 2
 
     def maps(self, layer: int) -> tuple[tuple[str, ...], ...]:
         """Return the names of the linear layers of a layer that are refitted."""
@@ -192,7 +226,7 @@ class LayerwiseRefit(BothModels):
             tokens, targets = self.get_tokens(k), self.files.get("targets", k)
             with record(block, names) as records:
                 block(tokens)
-            point = self.dense.count_points(self.numbers[layer - 1] - 1)
+            point = self.dense.input_point(self.numbers[layer - 1])
             weights = self.row_weights(k, point).gather(1, tokens.explicit_positions())
             for name, rows in sums.items():
                 rows.add(records[name][0], targets[name], weights, self.held[k])

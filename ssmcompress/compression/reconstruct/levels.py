@@ -1,10 +1,11 @@
-"""Maps of dropped and kept tokens to the output levels of the dense model, for models that read out every position.
+"""Maps of dropped and kept tokens to the output levels of the dense model, for models that need every position there.
 
-A segmentation model reads each token at several layers, the output levels. Of a dropped token it has the value that was
-last seen, which is stale; that of a kept token is changed, too, because others are gone. In each level, the tokens that
-one stage dropped, and those that are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in
-closed form to the dense model's values at the same positions on unlabelled images. A fifth of the images is held out:
-they choose the ridge, and a group keeps its values if no map helps on them.
+A segmentation model reads each token at several layers, the output levels; a model with several resolutions needs each
+token where the resolution changes. Of a dropped token it has the value that was last seen, which is stale; that of a
+kept token is changed, too, because others are gone. In each level, the tokens that one stage dropped, and those that
+are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in closed form to the dense model's
+values at the same positions on unlabelled images. A fifth of the images is held out: they choose the ridge, and a group
+keeps its values if no map helps on them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ HELD_OUT = 5
 
 
 def has_levels(model: TokenModel) -> bool:
-    """Return whether a model reads out levels, and drops tokens before the last of them."""
-    return hasattr(model, "level_maps") and model.plan is not None and bool(model.plan.stages)
+    """Return whether a model has levels, and drops tokens."""
+    return model.levels > 0 and model.plan is not None and bool(model.plan.stages)
 
 
 @torch.no_grad()
@@ -46,8 +47,9 @@ def map_levels(
     """Return a copy of `pruned` with maps of its output levels to those of `dense`; the arguments are not changed.
 
     Args:
-        pruned: a pruned segmentation model. dense: the model it was made from.
-        images: as for `ssmcompress.calibrate`, without labels. They are iterated once.
+        pruned: a pruned model with output levels. dense: the model it was made from.
+        images: as for `ssmcompress.calibrate`, without labels. They are iterated once where a model reads its levels
+            out, else once for each level with dropped tokens.
         name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
 
@@ -60,20 +62,24 @@ def map_levels(
     check_model(pruned, "pruned")
     check_model(dense, "dense")
     if not has_levels(pruned):
-        raise InputError("output levels are mapped in a segmentation model that drops tokens: prune one first")
+        raise InputError(
+            "levels are mapped in a segmentation model that drops tokens, or one of several resolutions: prune it"
+        )
     if pruned.dense_config != dense.dense_config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     model = copy.deepcopy(pruned)
-    batches = as_batches(dense, images, repeat=False)
-    device, run = next(model.parameters()).device, None
-    for chunk in in_chunks(track(batches, "mapping output levels", batches.total), dense.chunk_size()):
-        ours = model.encode(chunk.to(device))[0].levels
-        theirs = dense.encode(chunk.to(device))[0].levels
-        run = run or LevelSums(model, ours)
-        run.add(theirs, ours)
-    if run is None or run.images < 2:
-        raise InputError("output levels are mapped on at least 2 images, one to fit and one to check on")
-    fits = run.install(model, distributed)
+    passes = model.level_passes()
+    batches = as_batches(dense, images, repeat=len(passes) > 1)
+    device, fits = next(model.parameters()).device, []
+    for levels in passes:
+        run = None
+        for chunk in in_chunks(track(batches, "mapping output levels", batches.total), dense.chunk_size()):
+            ours, theirs = (m.read_levels(chunk.to(device), levels) for m in (model, dense))
+            run = run or LevelSums(model, levels, ours)
+            run.add(theirs, ours)
+        if run is None or run.images < 2:
+            raise InputError("output levels are mapped on at least 2 images, one to fit and one to check on")
+        fits += run.install(model, distributed)
     if distributed and (read := find_batches(batches)) is not None:
         read.sync()
     add_learnt(model, [batches])
@@ -94,12 +100,17 @@ class LevelSums:
     """Sums over the tokens of each group of each level, by which the maps of a pruned model are fitted.
 
     Args:
-        model: the pruned model. levels: its levels on some images, which show the groups that there are.
+        model: the pruned model. numbers: those of the levels, from 1.
+        levels: the levels on some images, which show the groups that there are.
     """
 
-    def __init__(self, model: TokenModel, levels: Sequence[Level]):
-        device, width = next(model.parameters()).device, model.d_model
-        self.sums = [[LinearSums(_identity(width, device), device) for _ in level.groups()] for level in levels]
+    def __init__(self, model: TokenModel, numbers: Sequence[int], levels: Sequence[Level]):
+        device, self.numbers = next(model.parameters()).device, numbers
+        widths = [level.values.shape[-1] for level in levels]
+        self.sums = [
+            [LinearSums(_identity(width, device), device) for _ in level.groups()]
+            for level, width in zip(levels, widths, strict=True)
+        ]
         self.images = 0
 
     def add(self, dense: Sequence[Level], levels: Sequence[Level], held: Tensor | None = None) -> None:
@@ -123,7 +134,7 @@ class LevelSums:
     def install(self, model: TokenModel, distributed: bool = False) -> list[Fit]:
         """Fit the maps and put them into the model, in place of earlier ones; return what they bring."""
         fits = []
-        for number, sums in enumerate(self.sums, 1):
+        for number, sums in zip(self.numbers, self.sums, strict=True):
             parts = nn.ModuleList()
             for group, rows in enumerate(sums):
                 if distributed:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...data.batches import LabelledBatch
 from ...errors import NOT_FINITE, InputError
 from ...evaluation.flops import flops_of
-from ...models.base import ScanBlock, TokenModel
+from ...models.base import TokenModel, TrimmableBlock
 from ...progress import track
 from ..remember import hash_of, keeps_results, remembered
 from ..trim.channels import cut_channels
@@ -62,7 +62,7 @@ class Option:
 
 def list_axes(model: TokenModel) -> tuple[str, ...]:
     """Return the axes, apart from tokens, along which a model can be trimmed."""
-    if not all(isinstance(block, ScanBlock) for block in model.blocks):
+    if not all(isinstance(block, TrimmableBlock) for block in model.blocks):
         return ()
     sizes = model.config.layers
     several = {

@@ -13,7 +13,7 @@ from itertools import product
 
 from ...evaluation.flops import flops_of
 from ...models.base import TokenModel
-from ...pruning.plan import Stage, token_counts
+from ...pruning.plan import Stage
 from ..trim.trims import Trims
 from .axes import Option, iterate_axes
 from .propose import Candidate
@@ -53,7 +53,7 @@ def combine(model: TokenModel, options: Sequence[Option], tokens: Sequence[Candi
             stages = move_stages(plan.stages, trims.layers, config.depth)
             if stages is None:
                 continue
-            counts = token_counts(config.depth, model.length, stages, model.protected_count)
+            counts = model.counts_for(stages, config=config)
             expected = loss_n + loss_e + loss_l + plan.expected
             combinations.append(Combination(trims, stages, flops_of(model, config, counts), expected))
     return sorted(combinations, key=lambda c: (c.expected, c.flops))

@@ -6,6 +6,9 @@ it was measured at (its square root is interpolated, which is nearly linear in t
 what each layer takes for its tokens, by any function of their number. So dynamic programming over (layer, tokens,
 budget left) finds the best plan of this model for each number of stages and each first layer; the caller checks the
 model by running the best few plans.
+
+In a model of several sections (`TokenModel.sections`) all tokens are there again where one begins. A number of tokens
+stands for the same share of any section: it counts those of the first one.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 
 from ...evaluation.flops import dense_flops, remaining_share
 from ...models.base import TokenModel
-from ...pruning.plan import Stage, share_removed, token_counts
+from ...pruning.plan import MAX_RATIO, Stage, kept_count, share_removed
 from .sensitivity import Sensitivity
 
 MOST_STAGES = 3
@@ -43,7 +46,7 @@ def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: in
     """
     grid = _Grid(model, sensitivity, budget)
     losses: dict[tuple[Stage, ...], float] = {}
-    for later in range(MOST_STAGES):
+    for later in range(MOST_STAGES + len(model.sections) - 1):
         for first in range(len(grid.layers)):
             for path in grid.best_paths(first, later):
                 stages = fill_budget(model, grid.stages(path), budget)
@@ -53,19 +56,33 @@ def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: in
     return [Candidate(stages, loss) for stages, loss in ranked[:most]]
 
 
+def prune_most(model: TokenModel, layers: Sequence[int], importance: str = "clip") -> tuple[Stage, ...]:
+    """Return the stages after some of these layers that drop the most: after the first one of each section."""
+    found = (min((x for x in layers if s.first <= x <= s.last), default=None) for s in model.sections)
+    return tuple(Stage(layer, MAX_RATIO, importance) for layer in found if layer is not None)
+
+
+def list_before(model: TokenModel, stages: Sequence[Stage], kept: Sequence[int]) -> list[int]:
+    """Return the number of tokens before each stage, from those that are left after each."""
+    before: list[int] = []
+    for index, stage in enumerate(stages):
+        section = model.section_of(stage.after)
+        follows = index > 0 and stages[index - 1].after >= section.first
+        before.append(kept[index - 1] if follows else section.length)
+    return before
+
+
 def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
     """Scale the token counts of stages to fill the budget; None if the budget is too small for these stages."""
-    protected = model.protected_count
-    counts = token_counts(len(model.blocks), model.length, stages, protected)
-    kept = [counts[stage.after] for stage in stages]
+    protected, kept = model.protected_count, count_kept(model, stages)
 
     def scale(factor: float) -> tuple[Stage, ...]:
-        scaled, before = [], model.length
-        for stage, count in zip(stages, kept, strict=True):
-            count = min(before, max(2, protected + 1, int(count * factor)))
-            if count < before:  # a stage that removes nothing is left out
-                scaled.append(Stage(stage.after, share_removed(before, count, protected), stage.importance))
-            before = count
+        scaled, counts = [], [max(2, protected + 1, int(count * factor)) for count in kept]
+        for index, stage in enumerate(stages):
+            before = list_before(model, stages, counts)[index]
+            counts[index] = min(before, counts[index])
+            if counts[index] < before:  # a stage that removes nothing is left out
+                scaled.append(Stage(stage.after, share_removed(before, counts[index], protected), stage.importance))
         return tuple(scaled)
 
     low, high = 1.0, 1.5
@@ -85,12 +102,11 @@ def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tu
 
 def _add_token(model: TokenModel, stages: Sequence[Stage], budget: float) -> tuple[Stage, ...] | None:
     """Add one token to the last stage where the budget and the stage before allow it; None if there is none."""
-    protected = model.protected_count
-    counts = token_counts(len(model.blocks), model.length, stages, protected)
+    protected, counts = model.protected_count, count_kept(model, stages)
     for index in reversed(range(len(stages))):
-        kept = [counts[stage.after] for stage in stages]
+        kept = list(counts)
         kept[index] += 1
-        before = [model.length, *kept[:-1]]
+        before = list_before(model, stages, kept)
         if kept[index] >= before[index]:
             continue
         candidate = tuple(
@@ -102,42 +118,53 @@ def _add_token(model: TokenModel, stages: Sequence[Stage], budget: float) -> tup
     return None
 
 
+def count_kept(model: TokenModel, stages: Sequence[Stage]) -> list[int]:
+    """Return the number of tokens that are left after each stage."""
+    counts = model.counts_for(stages)
+    return [counts[model.count_index(stage.after) + 1] for stage in stages]
+
+
 class _Grid:
     """The dynamic program for one model, sensitivity and budget."""
 
     def __init__(self, model: TokenModel, sensitivity: Sensitivity, budget: float):
         self.model, self.sensitivity = model, sensitivity
         self.layers = sensitivity.layers
-        length, depth = model.length, len(model.blocks)
+        length = model.length
         fewest = max(2, model.protected_count + 1)
         span = np.linspace(length - 1, fewest, max(0, min(COUNTS, length - fewest)))
         extra = span.round().astype(int).tolist()
         self.counts = sorted({*sensitivity.kept, *extra}, reverse=True)
         self.loss = np.stack([self._interpolate(row.numpy()) for row in sensitivity.loss])  # (layers, metrics, counts)
         self.least = self.loss.min(1)
-        self.totals, fixed = self._measure_costs(length, depth)
+        self.totals, fixed = self._measure_costs()
         self.unit = max(budget - fixed, 1e-9) / STEPS
         self.tables: dict[tuple[int, int], np.ndarray] = {}
 
-    def _measure_costs(self, length: int, depth: int) -> tuple[np.ndarray, float]:
+    def _measure_costs(self) -> tuple[np.ndarray, float]:
         """Return what numbers of tokens cost, and what costs the same with any, as shares of the dense FLOPs.
 
-        The first is (depth + 2, counts + 1): in row i the cost of the first i of `token_counts` for all tokens (column
+        The first is (places + 1, counts + 1): in row i the cost of the first i of `token_counts` for all tokens (column
         0) and for each of `counts`. FLOPs must be a sum over these numbers; what each of them adds need not be linear.
         """
-        full, dense = [length] * (depth + 1), dense_flops(self.model)["full"] * 1e9
+        full, dense = self.model.counts_for(()), dense_flops(self.model)["full"] * 1e9
 
         def total(place: int, count: int) -> float:
             counts = [*full[:place], count, *full[place + 1 :]]
             return sum(self.model.flops_by_part(counts, "full").values()) / dense
 
-        run, rows = total(0, length), []
-        for place in range(depth + 1):
+        run, rows = total(0, full[0]), []
+        for place, length in enumerate(full):
             # In a layer whose FLOPs are linear, this much for each token and nothing else.
-            each = run - total(place, length - 1)
-            rows.append([each * length, *(total(place, count) - run + each * length for count in self.counts)])
+            each, counts = run - total(place, length - 1), [self.count_in(length, count) for count in self.counts]
+            rows.append([each * length, *(total(place, count) - run + each * length for count in counts)])
         costs = np.array(rows)
         return np.concatenate([np.zeros((1, costs.shape[1])), costs.cumsum(0)]), run - costs[:, 0].sum()
+
+    def count_in(self, length: int, count: int) -> int:
+        """Return the tokens of a section of `length` of which as large a share is left as of `count` in the first."""
+        protected = self.model.protected_count
+        return kept_count(length, share_removed(self.model.length, count, protected), protected)
 
     def _interpolate(self, loss: np.ndarray) -> np.ndarray:
         """Interpolate losses (metrics, measured counts) -> (metrics, counts), non-decreasing as tokens are removed."""
@@ -150,11 +177,27 @@ class _Grid:
         """Return the steps of the budget that layers start + 1 to stop take, rounded up.
 
         Args:
-            stop: None: to the end, the readout included. row: of the count of tokens; None: all tokens.
+            stop: None: to the end, the readout included. row: of the count of tokens, up to the end of the section of
+                layer `start`; None: all tokens.
         """
-        column = 0 if row is None else row + 1
-        first, last = self.totals[start, column], self.totals[-1 if stop is None else stop, column]
-        return int(np.ceil((last - first) / self.unit - 1e-9))
+        model, column = self.model, 0 if row is None else row + 1
+        first = model.count_index(start) + 1 if start else 0
+        last = len(self.totals) - 1 if stop is None else model.count_index(stop) + 1
+        end = model.count_index(model.section_of(max(1, start)).last) + 2  # the tokens after the last layer, too
+        middle = max(first, min(last, end))
+        spent = self.totals[middle, column] - self.totals[first, column] + self.totals[last, 0] - self.totals[middle, 0]
+        return int(np.ceil(spent / self.unit - 1e-9))
+
+    def rows_after(self, place: int, after: int, row: int) -> tuple[slice, float]:
+        """Return the counts that a stage at index `after` of the candidates can leave, and the loss before it.
+
+        Args:
+            place, row: the stage before it, at another index, and what that leaves.
+        """
+        section = self.model.section_of(self.layers[after])
+        if self.layers[place] >= section.first:
+            return slice(row + 1, None), float(self.least[after, row])
+        return slice(0, None), 0.0
 
     def table(self, place: int, later: int) -> np.ndarray:
         """Return (counts, steps + 1), the least further loss with at most `later` more stages.
@@ -172,10 +215,11 @@ class _Grid:
                 continue
             for after in range(place + 1, len(self.layers)):
                 spent = self.cost(self.layers[place], self.layers[after], row)
-                if spent > STEPS or row + 1 >= len(self.counts):
+                rows, lost = self.rows_after(place, after, row)
+                if spent > STEPS or rows.start >= len(self.counts):
                     continue
-                added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
-                tail = self.table(after, later - 1)[row + 1 :, : STEPS + 1 - spent]
+                added = np.maximum(0, self.least[after, rows] - lost)
+                tail = self.table(after, later - 1)[rows, : STEPS + 1 - spent]
                 best = (added[:, None] + tail).min(0)
                 least[row, spent:] = np.minimum(least[row, spent:], best)
         self.tables[place, later] = least
@@ -198,29 +242,35 @@ class _Grid:
                 rest = left - self.cost(self.layers[place], self.layers[after], row)
                 if rest < 0:
                     continue
-                added = np.maximum(0, self.least[after, row + 1 :] - self.least[after, row])
-                totals = added + self.table(after, later - 1)[row + 1 :, rest]
+                rows, lost = self.rows_after(place, after, row)
+                added = np.maximum(0, self.least[after, rows] - lost)
+                totals = added + self.table(after, later - 1)[rows, rest]
                 if len(totals) and np.isfinite(target) and totals.min() <= target + 1e-12:
-                    return [(place, row), *self._backtrack(after, row + 1 + int(totals.argmin()), rest, later - 1)]
+                    return [(place, row), *self._backtrack(after, rows.start + int(totals.argmin()), rest, later - 1)]
         return [(place, row)]
 
     def stages(self, path: Sequence[tuple[int, int]]) -> list[Stage]:
         """Convert a path to stages, each with the best metric for its layer and count."""
-        protected = self.model.protected_count
-        stages, before = [], self.model.length
+        protected, made = self.model.protected_count, []
         for place, row in path:
             metric = self.sensitivity.metrics[int(self.loss[place, :, row].argmin())]
-            stages.append(Stage(self.layers[place], share_removed(before, self.counts[row], protected), metric))
-            before = self.counts[row]
-        return stages
+            made.append(Stage(self.layers[place], 0.0, metric))
+        lengths = [self.model.section_of(stage.after).length for stage in made]
+        kept = [self.count_in(length, self.counts[row]) for length, (_, row) in zip(lengths, path, strict=True)]
+        before = list_before(self.model, made, kept)
+        return [
+            replace(stage, ratio=share_removed(many, min(few, many), protected))
+            for stage, many, few in zip(made, before, kept, strict=True)
+        ]
 
     def expected_loss(self, stages: Sequence[Stage]) -> float:
         """Return the expected loss of stages, whose counts may lie between those of the grid."""
-        counts = token_counts(len(self.model.blocks), self.model.length, stages, self.model.protected_count)
+        kept = count_kept(self.model, stages)
         grid = -np.array([self.model.length, *self.counts], dtype=float)
         total = 0.0
-        for stage in stages:
+        for stage, many, few in zip(stages, list_before(self.model, stages, kept), kept, strict=True):
             curve = np.concatenate([[0.0], self.least[self.layers.index(stage.after)]])
-            n, m = np.interp([-counts[stage.after - 1], -counts[stage.after]], grid, curve)
+            scale = self.model.length / self.model.section_of(stage.after).length
+            n, m = np.interp([-many * scale, -few * scale], grid, curve)
             total += max(0.0, m - n)
         return float(total)

@@ -236,11 +236,12 @@ class _StageRuns:
     def run_dense(self) -> Tensor:
         """Return the dense logits of the chunk, and keep its tokens."""
         work = self.work
-        self.befores, self.states = [work.embed(self.images)], [None]
+        self.befores, self.states, after = [], [None], work.embed(self.images)
         for number in range(1, len(work.blocks) + 1):
+            self.befores.append(work.enter(number, after))
             self.states.append(work.begin(number, self.befores[-1])[0])
-            self.befores.append(work.end(number, self.states[-1]))
-        dense = work.readout(self.befores[-1]).cpu()
+            after = work.end(number, self.states[-1])
+        dense = work.readout(after).cpu()
         self.collector.take()
         return dense
 
@@ -254,9 +255,10 @@ class _StageRuns:
             self.run_dense()
         work, found = self.work, []
         probe = self.plan.probe(layer) if IMPORTANCES[metric].probe else None
+        length = work.section_of(layer).length
         for k, count in enumerate(self.kept):
             ratio = share_removed(work.length, count, work.protected_count)
-            pruner = TokenPruner(ratio, metric, work.length, self.plan.seed, probe).to(self.images.device)
+            pruner = TokenPruner(ratio, metric, length, self.plan.seed, probe).to(self.images.device)
             if not k:
                 tokens = self.states[layer]
                 if pruner.block_metric is not None:
@@ -264,7 +266,7 @@ class _StageRuns:
                     tokens = work.observe(layer, tokens)
             pruned = work.end(layer, pruner(tokens))
             for number in range(layer + 1, len(work.blocks) + 1):
-                pruned, _ = work.step(number, pruned)
+                pruned, _ = work.step(number, work.enter(number, pruned))
             work.readout(pruned)
             found.append(self.collector.take(dense, targets))
         return found

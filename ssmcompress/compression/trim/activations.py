@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...data.any_batches import in_chunks
 from ...errors import NOT_FINITE, InputError
-from ...models.base import ScanBlock, TokenModel
+from ...models.base import TokenModel, TrimmableBlock
 from ...models.inputs import as_batches, check_model
 from ...progress import track
 from ...pruning.tokens import Tokens
@@ -38,7 +38,7 @@ class LayerInputs:
         self.model, self.layer, self.chunk, self.images = model, 1, 0, 0
         self.batches = as_batches(model, images, repeat=False)
         self.features: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.gradients: list[list[Tensor]] = []
         device = next(model.parameters()).device
         for chunk in in_chunks(track(self.batches, "looking at images", self.batches.total), model.chunk_size()):
             chunk = chunk.to(device)
@@ -49,11 +49,13 @@ class LayerInputs:
             self.images += len(chunk)
         if self.images < LEAST_IMAGES:
             raise InputError(f"`images` has {self.images}: expected at least {LEAST_IMAGES}; 128 are enough")
-        self.means = sum(gradient.sum((1, 2), dtype=torch.float32) for gradient in self.gradients)
-        self.means = self.means / (self.images * model.length)
+        points = zip(*self.gradients, strict=True)
+        self.means = [
+            sum(part.sum(dtype=torch.float32) for part in point) / (self.images * model.length) for point in points
+        ]
 
     @property
-    def block(self) -> ScanBlock:
+    def block(self) -> TrimmableBlock:
         """The current layer."""
         return self.model.blocks[self.layer - 1]
 
@@ -81,7 +83,12 @@ class LayerInputs:
 
 
 def check_trimmable(model: Any) -> None:
-    """Raise an InputError if an argument is not a model, or one that drops tokens already."""
+    """Raise an InputError if an argument is not a model, or has other layers, or drops tokens already."""
     check_model(model)
+    if not all(isinstance(block, TrimmableBlock) for block in model.blocks):
+        raise InputError(
+            f"a {model.architecture} cannot be trimmed, its layers have no states, channels or paths to spare: drop "
+            f"tokens instead"
+        )
     if model.plan is not None and model.plan.stages:
         raise InputError("`model` drops tokens already: trim the dense model, then prune the result")

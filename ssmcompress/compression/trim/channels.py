@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.any_batches import AnyBatches
-from ...models.base import ScanBlock, TokenModel
+from ...models.base import TokenModel, TrimmableBlock
 from ...models.learnt import add_learnt
 from ...models.records import StepRecord
 from ...progress import track
@@ -122,7 +122,7 @@ def _counts(model: TokenModel, e: Count) -> list[int]:
     return count_per_layer(e, _sizes(model), "e", "channels")
 
 
-def _cut(block: ScanBlock, chain: ChannelChain, count: int) -> None:
+def _cut(block: TrimmableBlock, chain: ChannelChain, count: int) -> None:
     """Keep `count` channels of a layer in place, with its maps refitted."""
     index = chain.keep(count)
     inner, projection = block.channel_maps

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...data.any_batches import AnyBatches
 from ...errors import InputError
-from ...models.base import ScanBlock, TokenModel
+from ...models.base import TokenModel, TrimmableBlock
 from ...models.learnt import add_learnt
 from ...models.records import StepRecord
 from ...progress import track
@@ -181,7 +181,7 @@ def _chains(inputs: LayerInputs) -> Iterator[tuple[int, StateChain]]:
         inputs.advance()
 
 
-def _chain(inputs: LayerInputs, block: ScanBlock, scan: int) -> StateChain:
+def _chain(inputs: LayerInputs, block: TrimmableBlock, scan: int) -> StateChain:
     """Return the chain of one scan of the current layer."""
     C, D = block.read_weights()[scan]
     projection = block.get_submodule(block.channel_maps[1]).weight
@@ -199,7 +199,7 @@ def _chain(inputs: LayerInputs, block: ScanBlock, scan: int) -> StateChain:
     return StateChain(steps, len(C), len(D))
 
 
-def _readings(inputs: LayerInputs, block: ScanBlock, scan: int) -> Iterator[tuple[Any, Tensor]]:
+def _readings(inputs: LayerInputs, block: TrimmableBlock, scan: int) -> Iterator[tuple[Any, Tensor]]:
     """Yield the reading of one scan and the weights of its tokens, by chunk."""
     for chunk, tokens in enumerate(inputs.chunks()):
         yield block.read_scans(tokens)[scan], inputs.weights(chunk, inputs.layer)
