@@ -1,15 +1,18 @@
-"""Train a small model on Fashion-MNIST, on a CPU: the Vim that comes with the package, a PlainMamba or a DeiT.
+"""Train a small model on Fashion-MNIST, on a CPU: the Vim that comes with the package, a PlainMamba, VMamba or DeiT.
 
     apt-get install dataset-fashion-mnist        # Debian; or --idx, any folder with the four original files
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth
     python examples/train_fashion_mnist.py plain_mamba_fashion_mnist.pth --architecture plain_mamba
+    python examples/train_fashion_mnist.py vmamba_fashion_mnist.pth --architecture vmamba --epochs 5
     python examples/train_fashion_mnist.py deit_fashion_mnist.pth --architecture deit
 
 A Vim and a DeiT get the images as they are, 28 x 28 pixels in patches of 2 x 2; a PlainMamba gets them resized to
-112 x 112, for its patches are 16 x 16. The DeiT is timm's VisionTransformer. The checkpoint is in the official format
-of its architecture and is written every few minutes; the same command goes on from it, and a run in pieces gives the
-same model as a run in one. A finished run goes on, too, with more --epochs. After each epoch a line with the accuracy
-on the test images goes to standard output and to the checkpoint's "history". `examples/make_bundled_model.py` makes the
+112 x 112, for its patches are 16 x 16, and a VMamba to 80 x 80, of which its four sections have 20 x 20, 10 x 10, 5 x 5
+and 3 x 3 tokens. The DeiT is timm's VisionTransformer. The checkpoint is in the
+official format of its architecture, except for the names of a VMamba's parameters, and is written every few minutes;
+the same command goes on from it, and a run in pieces gives the same model as a run in one. A finished run goes on, too,
+with more --epochs. After each epoch a line with the accuracy on the test images goes to standard output and to the
+checkpoint's "history". `examples/make_bundled_model.py` makes the
 folder of the bundled model.
 """
 
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +35,7 @@ from training_loop import Training, add_options, initialise, train
 
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
+from ssmcompress.models.vmamba import VMamba, VMambaConfig
 
 SHIFT = 2  # pixels that a crop may be off by
 HEAD_WIDTH = 16  # channels of a head of the DeiT
@@ -83,6 +88,24 @@ def make_plain_mamba(d_model: int, depth: int, d_state: int) -> PlainMamba:
     return model
 
 
+def make_vmamba(d_model: int, depth: int, d_state: int) -> VMamba:
+    """Sections of 2, 2, `depth` and 2 layers, d_model to 8 d_model wide; the published models have one state."""
+    widths = tuple(d_model * 2**section for section in range(4))
+    config = VMambaConfig(
+        widths=widths, depths=(2, 2, depth, 2), d_inner=tuple(2 * width for width in widths),
+        dt_rank=tuple(-(-width // 16) for width in widths), mlp_dim=tuple(4 * width for width in widths),
+        d_state=d_state, stem_width=d_model // 2, window=3, in_chans=1, num_classes=10, stride=4, image_size=(80, 80),
+    )  # fmt: skip
+    model = VMamba(config)
+
+    def dt_projs(mixer: nn.Module) -> list[SimpleNamespace]:
+        paths = zip(mixer.dt_projs_weight.data, mixer.dt_projs_bias.data, strict=True)
+        return [SimpleNamespace(weight=weight, bias=bias) for weight, bias in paths]
+
+    initialise(model, dt_projs, [block.op for block in model.blocks])
+    return model
+
+
 def make_deit(d_model: int, depth: int, d_state: int) -> VisionTransformer:
     """A ViT as timm has it, with matrices scaled for few channels and positions of sines and cosines to begin with.
 
@@ -117,11 +140,13 @@ class Architecture(NamedTuple):
     d_model: int
     depth: int
     weights: str
+    d_state: int = 8
 
 
 ARCHITECTURES = {
     "vim": Architecture(make_vim, 64, 6, "model"),
     "plain_mamba": Architecture(make_plain_mamba, 64, 8, "state_dict"),
+    "vmamba": Architecture(make_vmamba, 16, 5, "model", d_state=1),
     "deit": Architecture(make_deit, 32, 12, "model"),
 }
 
@@ -148,15 +173,18 @@ def parse() -> argparse.Namespace:
     add_options(parser)
     parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="vim")
-    parser.add_argument("--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba, 12 for a DeiT")
+    parser.add_argument(
+        "--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba, 12 for a DeiT, 5 in the third section"
+    )
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--plain-epochs", type=int, default=0, help="the last so many without shifts")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.set_defaults(d_model=None)  # 64; 32 for a DeiT
+    parser.set_defaults(d_model=None, d_state=None)  # 64 and 8; 32 for a DeiT, 16 and 1 for a VMamba
     args = parser.parse_args()
     args.d_model = args.d_model or ARCHITECTURES[args.architecture].d_model
+    args.d_state = args.d_state or ARCHITECTURES[args.architecture].d_state
     args.depth = args.depth or ARCHITECTURES[args.architecture].depth
     return args
 

@@ -52,8 +52,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="stop after this many more steps")
 
 
-def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable[nn.Linear]], mixers: list) -> None:
-    """What all models have alike: step sizes spread over 0.001 to 0.1, small steps of the residual stream."""
+def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable], mixers: list) -> None:
+    """What all models have alike: step sizes spread over 0.001 to 0.1, small steps of the residual stream.
+
+    `dt_projs` gives for a mixer what has a weight (d_inner, dt_rank) and a bias (d_inner,).
+    """
     nn.init.trunc_normal_(model.classifier.weight, std=0.02)
     nn.init.zeros_(model.classifier.bias)
     for mixer in mixers:
@@ -62,12 +65,12 @@ def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable[nn.Li
             d_inner, dt_rank = dt_proj.weight.shape
             nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
             delta = torch.exp(torch.empty(d_inner).uniform_(np.log(1e-3), np.log(1e-1)))
-            dt_proj.bias.data = delta + torch.log(-torch.expm1(-delta))  # softplus of this is delta
+            dt_proj.bias.data.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of this is delta
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
-    spared = ("A_log", "A_b_log", "pos_embed", "cls_token", "direction_Bs")
+    spared = ("A_log", "A_b_log", "A_logs", "dt_projs_bias", "pos_embed", "cls_token", "direction_Bs")
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(spared)]
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(spared)]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -21,6 +21,7 @@ from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
 from ssmcompress.models.vit import VisionTransformer
 from ssmcompress.models.vit_block import ViTConfig
+from ssmcompress.models.vmamba import VMamba, VMambaConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 BUNDLED = Path(ssmcompress.__file__).parent / "assets" / "vim-fashion-mnist"
@@ -144,6 +145,35 @@ def make_vit(depth=4, d_model=24, heads=3, image=(16, 16), patch=4, channels=3, 
             value.normal_(0, 0.3, generator=generator)
         elif name.endswith("gamma"):
             value.uniform_(0.2, 1, generator=generator)
+    return ssmcompress.load(model, image_size=image)
+
+
+def make_vmamba(depths=(1, 2, 3, 1), width=8, image=(64, 48), channels=3, seed=0, **others) -> VMamba:
+    """A VMamba with random weights, spread as those of `make_vim`; `width` is that of its first section.
+
+    Args:
+        others: `classes`, `ratio` (of the inner width to that of the tokens) and fields of `VMambaConfig`.
+    """
+    widths = tuple(width * 2**section for section in range(len(depths)))
+    ratio = others.pop("ratio", 2)
+    sizes = {
+        "d_inner": tuple(ratio * width for width in widths),
+        "dt_rank": tuple(-(-width // 16) for width in widths),
+        "mlp_dim": tuple(2 * width for width in widths),
+        "d_state": 1,
+        "stem_width": width // 2,
+        "window": 3,
+        "num_classes": others.pop("classes", 10),
+    }
+    sizes |= others
+    config = VMambaConfig(widths=widths, depths=depths, in_chans=channels, stride=4, image_size=image, **sizes)
+    generator = torch.Generator().manual_seed(seed)
+    model = VMamba(config)
+    for name, value in model.state_dict().items():
+        if "norm" in name or ".3." in name or name.endswith(("A_logs", "Ds", "patch_embed.2.weight")):
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+        else:
+            value.normal_(0, 0.3, generator=generator)
     return ssmcompress.load(model, image_size=image)
 
 

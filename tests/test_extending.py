@@ -97,19 +97,19 @@ def as_before():
 
 @pytest.mark.usefixtures("as_before")
 def test_an_own_architecture_comes_before_the_packages_and_what_it_refuses():
-    vmamba = {"layers.0.blocks.0.op.A_logs": torch.zeros(1)}
-    with pytest.raises(ssmcompress.InputError, match="VMamba, second version"):
-        recognise(vmamba)
+    refused = {"patch_embed.conv_down.0.weight": torch.zeros(1)}
+    with pytest.raises(ssmcompress.InputError, match="MambaVision"):
+        recognise(refused)
 
     @register_architecture
     class Own(PlainMamba):
-        architecture = "vmamba"
+        architecture = "mamba_vision"
 
         @classmethod
         def recognises(cls, state):
-            return vmamba.keys() <= state.keys()
+            return refused.keys() <= state.keys()
 
-    assert recognise(vmamba) is Own
+    assert recognise(refused) is Own
     assert recognise(make_vim().state_dict()) is VisionMamba
 
 

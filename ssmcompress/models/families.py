@@ -49,7 +49,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("VideoMamba", "masked pretraining", _beginning("clip_decoder.", "layers.0.mixer.")),
     Family("VideoMamba", "video classification", _with("temporal_pos_embedding")),
     Family("Mamba-Reg", CLASSIFICATION, _with("pos_embed_cls", "layers.0.mixer.A_log")),
-    Family("VMamba, second version (v05_noz)", CLASSIFICATION, _with("layers.0.blocks.0.op.A_logs")),
     Family("VMamba, first version", CLASSIFICATION, _with("layers.0.blocks.0.self_attention.A_logs")),
     Family("MambaVision", CLASSIFICATION, _with("patch_embed.conv_down.0.weight")),
     Family("a Mamba language model", "text", _with("backbone.embeddings.weight", "backbone.layers.0.mixer.A_log")),

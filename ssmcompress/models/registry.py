@@ -18,10 +18,11 @@ from .statements import Statement, Statements
 from .vim import VisionMamba
 from .vim_upernet import VimUperNet
 from .vit import VisionTransformer
+from .vmamba import VMamba
 
 # In the order in which they are asked whether a state dict is theirs. A list, which other modules import by value: what
 # `register_architecture` adds is seen there, too.
-MODELS: list[type[TokenModel]] = [VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer]
+MODELS: list[type[TokenModel]] = [VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer, VMamba]
 _registered: list[type[TokenModel]] = []  # those of `MODELS` that the package does not have itself
 
 

@@ -10,6 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import torch
 
 from ..errors import InputError, raise_if_out_of_memory
 from ..files import check_regular
+
+
+# Dictionaries of settings, which are read as `OrderedDict` without their packages; VMamba's files have the first.
+SETTINGS = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict", "easydict.EasyDict")
 
 
 def _safe_globals() -> list[Any]:
@@ -35,11 +40,12 @@ def _safe_globals() -> list[Any]:
         *{type(number) for number in numbers},
         *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
         *((path_class, name) for name, path_class in paths.items()),
+        *((OrderedDict, name) for name in SETTINGS),
     ]
 
 
 def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
-    """Read a checkpoint file: tensors, numbers, strings, containers, Namespaces and paths.
+    """Read a checkpoint file: tensors, numbers, strings, containers, Namespaces, `SETTINGS` and paths.
 
     Raises:
         InputError: the file is damaged, or asks for an object that could run code; the message names it, nothing runs.
@@ -114,7 +120,8 @@ def _check_sums(file: Path) -> None:
 _SAFE_NAMES = re.compile(
     r"torch\.(_utils\._rebuild\w+|\w+Storage|storage\.\w+|nn\.parameter\.Parameter|Size|device|b?float\d+|u?int\d+|bool)"
     r"|numpy\.(dtype|dtypes\.\w+|_?core\.multiarray\.scalar)|pathlib\.(_local\.)?(Pure)?(Posix|Windows)Path"
-    r"|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
+    r"|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode|(__builtin__|builtins)\.set|"
+    + "|".join(map(re.escape, SETTINGS))
 )
 
 

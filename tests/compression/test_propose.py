@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_plain_mamba, make_vim, make_vit
+from conftest import make_plain_mamba, make_vim, make_vit, make_vmamba
 from segmenters import make_vim_upernet
 
 from ssmcompress.compression.search.propose import _Grid, propose
@@ -13,7 +13,6 @@ from ssmcompress.evaluation.flops import remaining_share, smallest_share
 from ssmcompress.models.fingerprint import fingerprint
 from ssmcompress.models.vim import VisionMamba
 from ssmcompress.pruning.alignment import Alignment
-from ssmcompress.pruning.plan import Stage, share_removed
 
 
 class Quadratic(VisionMamba):
@@ -37,6 +36,7 @@ MODELS = {
     "plain_mamba": lambda: make_plain_mamba(depth=5),
     "segmentation": make_vim_upernet,
     "quadratic": quadratic,
+    "vmamba": lambda: make_vmamba(depths=(2, 1, 3)),
     "vit": lambda: make_vit(depth=5, image=(32, 32)),
     "vit, mean": lambda: make_vit(depth=5, image=(32, 32), pool="avg", registers=2),
 }
@@ -63,18 +63,17 @@ def test_a_plan_costs_what_is_counted(model):
     """For random plans: the sum of what the search has for each run of layers equals the count to rounding."""
     grid = _Grid(model, sensitivity_of(model), budget=0.7)
     grid.unit = 1e-6  # fine enough to compare
-    fixed = grid._measure_costs(model.length, len(model.blocks))[1]
-    draw, protected = random.Random(0), model.protected_count
+    fixed = grid._measure_costs()[1]
+    draw = random.Random(0)
     for _ in range(30):
         places = sorted(draw.sample(range(len(grid.layers)), draw.randint(1, 3)))
         rows = sorted(draw.sample(range(len(grid.counts)), len(places)))
         reckoned, before, row = fixed, 0, None
-        stages, tokens = [], model.length
         for place, after in zip(places, rows, strict=True):
             reckoned += grid.unit * grid.cost(before, grid.layers[place], row)
-            stages.append(Stage(grid.layers[place], share_removed(tokens, grid.counts[after], protected), "clip"))
-            before, row, tokens = grid.layers[place], after, grid.counts[after]
+            before, row = grid.layers[place], after
         reckoned += grid.unit * grid.cost(before, None, row)
+        stages = grid.stages(list(zip(places, rows, strict=True)))
         assert reckoned == pytest.approx(remaining_share(model, stages), abs=1e-5)
 
 

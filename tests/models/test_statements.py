@@ -429,7 +429,6 @@ def test_class_tokens_that_are_not_supported(vim):
 OTHERS = {
     "UperNet on a VMamba": ["decode_head.conv_seg.weight", "backbone.layers.0.blocks.0.op.A_logs"],
     "a detector": ["backbone.layers.0.mixer.A_log", "rpn_head.rpn_conv.weight"],
-    "VMamba, second version": ["patch_embed.0.weight", "layers.0.blocks.0.op.A_logs"],
     "VMamba, first version": ["patch_embed.proj.weight", "layers.0.blocks.0.self_attention.A_logs"],
     "MambaVision": ["model.patch_embed.conv_down.0.weight", "model.head.weight"],
     "VideoMamba, masked": ["clip_decoder.0.weight", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
