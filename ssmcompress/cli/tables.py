@@ -336,6 +336,9 @@ def show_inspection(value: dict[str, Any]) -> None:
     sums = {"backbone": flops.get("backbone"), "total": flops}
     lines += [(name, [f"{sums[name][key]:.4g}" for key in ("full", "paper")]) for name in sums if sums[name]]
     show_table(["GFLOPs of one image", "full", "paper"], lines)
+    if sections := flops.get("by_section"):
+        lines = [(_name_section(part), _describe_section(part, flops["full"])) for part in sections]
+        show_table(["section", "tokens", "width", "GFLOPs", "share"], lines)
     if span["stages"]:
         write(
             f"  pruning after {','.join(map(str, span['stages']))} leaves {span['min_percent']:.1f}% "
@@ -347,6 +350,18 @@ def show_inspection(value: dict[str, Any]) -> None:
         if span.get(key):
             ranges = ", ".join(f"{axis} {percent:.1f}%" for axis, percent in span[key].items())
             write(f"  a search leaves at least, of {what}: {ranges}")
+
+
+def _name_section(section: dict[str, Any]) -> str:
+    """Return the layers of a section."""
+    first, last = section["first"], section["last"]
+    return f"layers {first} to {last}" if last > first else f"layer {first}"
+
+
+def _describe_section(section: dict[str, Any], whole: float) -> list[str]:
+    """Return the tokens and the width of a section, its GFLOPs, and their share of all."""
+    spent = section["gflops"]
+    return [str(section["length"]), str(section["width"]), f"{spent:.4g}", f"{spent / whole:.0%}"]
 
 
 def show_evaluation(value: dict[str, Any]) -> None:

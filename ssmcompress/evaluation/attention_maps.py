@@ -48,14 +48,14 @@ class Attention:
         kept: (batch, rows, columns) bool, whether a patch is there in all layers of the map.
         outputs: of the model, (batch, classes) of a classifier.
         decisions: of the stages, as `TokenModel.trace` returns them.
-        patches: (rows, columns) int64, the position of each patch.
+        places: for each of them (rows, columns) int64, the position that each patch of the image has or lies in.
     """
 
     maps: Tensor
     kept: Tensor
     outputs: Tensor
     decisions: list[Decision]
-    patches: Tensor
+    places: list[Tensor]
 
 
 def attention_maps(
@@ -135,7 +135,9 @@ def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str
     """
     learns, published = method == "attribution", _reads_as_published(model)
     chosen: list[Layer] = []
+    grids: list[Tensor] = []  # for each of these layers where the patches are
     decisions: list[Decision] = []
+    places: list[Tensor] = []
     streams: list[Tensor] = []
     with torch.no_grad():
         tokens = model.embed(images)
@@ -153,20 +155,26 @@ def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str
             return readings[layer].rows
 
         for view in view_layers(model, tokens, start):
-            decisions += [] if view.decision is None else [view.decision]
+            grid = find_places(view.before, patches)
+            if view.decision is not None:
+                decisions.append(view.decision)
+                places.append(grid)
             tokens = view.after
             if view.layer in readings:
+                grids.append(grid)
                 chosen.append(readings.pop(view.layer).finish(method))
                 streams.append(view.before.features)
         outputs = model.readout(tokens)
         if learns:
             chosen = weigh_layers(chosen, streams, outputs)
     with torch.no_grad():
+        if any(grid is not patches for grid in grids):
+            chosen = [layer.spread(grid, patches) for layer, grid in zip(chosen, grids, strict=True)]
         positions = patches.flatten()
         kept = torch.stack([layer.present[:, positions] for layer in chosen]).all(0)
         maps = torch.where(kept, combine_layers(chosen, method)[:, positions], 0.0)
     shape = patches.shape
-    return Attention(maps.unflatten(1, shape), kept.unflatten(1, shape), outputs.detach(), decisions, patches)
+    return Attention(maps.unflatten(1, shape), kept.unflatten(1, shape), outputs.detach(), decisions, places)
 
 
 def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
@@ -179,6 +187,21 @@ def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
     if tokens.protected is not None:
         positions = positions[~tokens.is_protected(positions)]
     return positions.view(grid if tokens.grid is None else tokens.grid)
+
+
+def find_places(tokens: Tokens, patches: Tensor) -> Tensor:
+    """Return the position (rows, columns) among these tokens that each patch of the image has, or lies in.
+
+    Args:
+        patches: the positions in the first layer; they are returned where the grid is the same.
+    """
+    (rows, columns), grid = patches.shape, tokens.grid
+    if grid is None or tuple(grid) == (rows, columns):
+        return patches
+    down, across = (
+        torch.arange(many, device=patches.device) * few // many for many, few in ((rows, grid[0]), (columns, grid[1]))
+    )
+    return down[:, None] * grid[1] + across
 
 
 @dataclass(frozen=True)
@@ -248,6 +271,18 @@ class Layer:
             read = sum_attention_rows(self.attention, row.gather(1, self.positions)).mean(-1)
             mixed = (row + torch.zeros_like(row).scatter(1, self.positions, read)) / 2
         return torch.where(self.present, mixed, row)
+
+    def spread(self, places: Tensor, patches: Tensor) -> Layer:
+        """Return the layer on the grid of the image; what a coarser position has is divided among its patches.
+
+        Args:
+            places, patches: as `find_places` returns and takes them.
+        """
+        index, order = places.flatten(), patches.flatten().argsort()
+        shares = 1 / index.bincount(minlength=self.present.shape[1]).clamp(min=1)
+        values = {"present": self.present, "reader": self.reader * shares, "vector": self.vector * shares}
+        positions = patches.flatten()[order].expand(len(self.positions), -1)
+        return replace(self, positions=positions, **{name: x[:, index][:, order] for name, x in values.items()})
 
     def padded(self, length: int) -> Layer:
         """Return the layer with more positions, at which there are no tokens."""

@@ -23,6 +23,7 @@ class token, and in an ONNX file, part of this saving is lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import InputError
 from ..models.base import TokenModel
@@ -120,6 +121,23 @@ def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | No
     if (count := _count_corrections(model)) > 0:
         parts = {**parts, "corrections": count}
     return {part: count / 1e9 for part, count in parts.items()}
+
+
+def flops_by_section(model: TokenModel) -> list[dict[str, Any]]:
+    """Return the layers of each section of a model, its tokens and width, and its GFLOPs (`full`) of one image.
+
+    What is before, between and after the sections is in none of them. The list is empty for a model of one section.
+    """
+    counts, sections = model.token_counts(), model.sections
+    if len(sections) == 1:
+        return []
+    whole, found = sum(model.flops_by_part(counts, "full").values()), []
+    for section in sections:
+        first, last = model.count_index(section.first), model.count_index(section.last) + 2
+        without = [*counts[:first], *[0] * (last - first), *counts[last:]]
+        spent = (whole - sum(model.flops_by_part(without, "full").values())) / 1e9
+        found.append({**section._asdict(), "gflops": spent})
+    return found
 
 
 def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:

@@ -13,6 +13,7 @@ from ..evaluation.flops import (
     flops,
     flops_as_run,
     flops_by_part,
+    flops_by_section,
     flops_of,
     share_of_backbone,
     smallest_share,
@@ -51,7 +52,8 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
 
     Returns:
         A JSON object: `architecture`, `params`, `tokens` by layer; `sizes` of the layers and what was trimmed, `trims`;
-        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here, and of a segmentation model its `backbone`;
+        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here, of a segmentation model its `backbone`, and
+        `by_section` of a model whose layers process grids of several sizes;
         `range`, percentages of the full FLOPs that can be left, `axes_backbone` of those of the backbone; `pruned`.
     """
     depth = len(model.blocks)
@@ -69,6 +71,7 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
             "as_run": flops_as_run(model)["full"],
             "by_part": flops_by_part(model, "full"),
             "by_part_paper": flops_by_part(model, "paper"),
+            **({"by_section": sections} if (sections := flops_by_section(model)) else {}),
             **({} if backbone is None else {"backbone": backbone}),
         },
         "range": {

@@ -98,7 +98,7 @@ def find_kept(found: Attention) -> Tensor:
     """Return which patches the last stage keeps, (batch, rows, columns) bool; all of them where there is no stage."""
     if not found.decisions:
         return torch.ones_like(found.kept)
-    return torch.stack([torch.isin(found.patches, kept) for kept in found.decisions[-1].kept])
+    return torch.stack([torch.isin(found.places[-1], kept) for kept in found.decisions[-1].kept])
 
 
 def _judge(model: TokenModel, found: Attention, dense: Attention | None, labels: Tensor | None) -> list[Prediction]:

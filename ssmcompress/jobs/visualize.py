@@ -170,8 +170,8 @@ def view_images(
 
 
 def _view_model(model: TokenModel, prediction: Prediction, found: Attention, names: Sequence[str] | None) -> ModelView:
-    patches = found.patches.cpu()
-    stages = [_view_stage(decision, patches) for decision in found.decisions]
+    pairs = zip(found.decisions, found.places, strict=True)
+    stages = [_view_stage(decision, places.cpu()) for decision, places in pairs]
     said = say_prediction(prediction, names, model.task.name == SEGMENTATION.name)
     return ModelView(prediction, said, found.maps[0].cpu().numpy(), found.kept[0].cpu().numpy(), stages)
 

@@ -20,7 +20,6 @@ import torch
 from ..errors import InputError, raise_if_out_of_memory
 from ..files import check_regular
 
-
 # Dictionaries of settings, which are read as `OrderedDict` without their packages; VMamba's files have the first.
 SETTINGS = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict", "easydict.EasyDict")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,10 @@ class VMambaConfig(ModelConfig):
             found.append(Section(first, first + depth - 1, rows * columns, width))
             first += depth
         return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object, with the width and the depth that follow from the sections."""
+        return {"d_model": self.d_model, "depth": self.depth, **super().to_dict()}
 
 
 def halve(size: Size) -> Size:

@@ -1,6 +1,7 @@
-"""VMamba: the authors' logits, published sizes, alignment on its four paths, and what dropping inside a section does."""
+"""VMamba: the authors' logits, published sizes, alignment on its four paths, and dropping inside of a section."""
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +16,7 @@ import ssmcompress
 from ssmcompress.compression.reconstruct import reconstruct
 from ssmcompress.compression.reconstruct.levels import map_levels
 from ssmcompress.errors import InputError
-from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share
+from ssmcompress.evaluation.flops import flops, flops_by_part, flops_by_section, remaining_share
 from ssmcompress.models.vmamba import VMamba, VMambaConfig
 from ssmcompress.models.vmamba_block import make_paths
 from ssmcompress.ops import selective_scan
@@ -80,22 +81,15 @@ def test_published_flops_and_parameters(name):
     assert flops(model)["full"] == pytest.approx(gflops, rel=0.005)
 
 
-def test_shares_of_the_sections():
-    """Of the tiny model s1l8: 13, 13, 50 and 13 %; stem, downsampling and head are the rest."""
-    model, *_ = make_published("tiny s1l8")
-    whole = flops(model)["full"]
-    shares = []
-    for section in model.sections:
-        stages = tuple(Stage(layer, 0.5) for layer in [section.first])
-        counts = model.counts_for(stages)
-        halved = sum(model.flops_by_part(counts, "full").values()) / 1e9
-        layers = section.last - section.first + 1
-        block = model.blocks[section.first - 1]
-        _, mlp = (sum(w.numel() for _, w in part) for part in (block.op.products(1), [(1, block.mlp.fc1.weight)] * 2))
-        # Half of the tokens from the MLP of the first layer on.
-        scans = (whole - halved) * 1e9 / (section.length / 2) - layers * mlp
-        shares.append((scans / (layers - 1) + mlp) * layers * section.length / whole / 1e9)
-    assert shares == pytest.approx([0.13, 0.13, 0.50, 0.13], abs=0.01)
+SHARES = {"tiny s1l8": (13, 13, 50, 13), "tiny s2l5": (17, 16, 40, 16), "small s2l15": (10, 9, 67, 9)}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_the_sections(name):
+    """Stem, downsampling and head are the rest."""
+    model, *_ = make_published(name)
+    shares = [100 * section["gflops"] / flops(model)["full"] for section in flops_by_section(model)]
+    assert shares == pytest.approx(SHARES[name], abs=1)
 
 
 def test_flops_of_a_pruned_model_are_its_matrix_products(vmamba):
@@ -170,7 +164,7 @@ def test_each_path_has_gaps_of_its_own(vmamba):
         for positions, visited, gaps in zip(tokens.positions, path.order, path.gaps, strict=True):
             steps = [step for step, place in enumerate(order.tolist()) if place in positions.tolist()]
             assert positions[visited].tolist() == order[steps].tolist()
-            assert gaps.tolist() == [0, *(after - before - 1 for before, after in zip(steps, steps[1:], strict=False))]
+            assert gaps.tolist() == [0, *(after - before - 1 for before, after in pairwise(steps))]
 
 
 # -------------------------------------------------------------------------------------------------- dropped tokens
@@ -203,7 +197,7 @@ def test_the_grid_is_whole_again_where_a_section_ends(vmamba, fill):
 
 
 def test_maps_and_reconstruction_come_closer_to_the_dense_model(vmamba):
-    images, others = images_of(vmamba, 64, seed=1), images_of(vmamba, 32, seed=2)
+    images, others = images_of(vmamba, 256, seed=1), images_of(vmamba, 64, seed=2)
     plan = ssmcompress.calibrate(vmamba, images, stages=(1, 2, 4, 5), ratio=0.4)
     pruned = ssmcompress.prune(vmamba, plan)
     mapped, refitted = map_levels(pruned, vmamba, images), reconstruct(pruned, vmamba, images)
@@ -237,6 +231,20 @@ def test_reconstruction_begins_after_a_stage_in_the_last_layer_of_a_section(vmam
     names = [fit.weight for fit in refitted.find_record("reconstruction").fits]
     assert names[:2] == ["level 2, dropped by stage 1", "level 2, kept"]
     assert names[2].startswith("layers.2.blocks.0.")
+
+
+@pytest.mark.parametrize("method", ["row", "raw", "rollout", "attribution"])
+def test_maps_of_a_coarser_section_are_divided_among_its_patches(vmamba, method):
+    """The last section has 2 x 2 tokens, the first one 16 x 12 and the second one 8 x 6."""
+    images, plan = images_of(vmamba), Plan((Stage(2, 0.5), Stage(6, 0.5)))
+    pruned = ssmcompress.prune(vmamba, plan)
+    maps = ssmcompress.attention_maps(pruned, images, layer=7, method=method)
+    assert maps.shape == (5, 16, 12)
+    cells = maps.unflatten(1, (2, 8)).unflatten(3, (2, 6))
+    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
+    both = ssmcompress.attention_maps(pruned, images, layer=(3, 7), method=method)
+    assert (both != 0).flatten(1).any(1).all()
+    assert (both == 0).flatten(1).sum(1).min() >= 96  # the half of the second section that was dropped
 
 
 # ------------------------------------------------------------------------------------------------------------- files
