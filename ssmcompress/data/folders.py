@@ -35,26 +35,41 @@ def read_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules 
         raise InputError(f"{name} holds both images and class folders ({next(iter(tops))}); name one of the two")
     if flat:
         return _from_files(listing.root, name, listing.images)
+    labels, classes = label_by_folder(listing, listing.images, name, num_classes)
+    return _from_files(listing.root, name, listing.images, labels, classes)
+
+
+def label_by_folder(
+    listing: Listing, items: Sequence[str], name: str, num_classes: int, what: str = "images"
+) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+    """Return the class of each item by the folder directly in the listed one, and the names of the classes.
+
+    Args:
+        items: paths relative to the listed folder, all of them in a folder. what: what they are, for notes.
+
+    Raises:
+        InputError: the folders are not the classes of the head.
+    """
+    tops = list(dict.fromkeys(map(top_of, items)))
     empty = [folder for folder in listing.folders if folder not in tops]
-    inside = _folders_inside(listing.images)
+    inside = _folders_inside(items)
     if len(tops) + sum(map(is_number, empty)) != num_classes:
         _check_numbers(listing.root, name, inside)
-    index, notes = class_index(list(tops), num_classes, name, empty, _hint(listing.root, inside, num_classes))
-    deeper = [file for file in listing.images if file.count("/") > 1]
+    index, notes = class_index(tops, num_classes, name, empty, _hint(listing.root, inside, num_classes))
+    deeper = [item for item in items if item.count("/") > 1]
     if deeper:
         top = top_of(deeper[0])
-        notes.append(f"images in further folders count for their class folder: {len(deeper)} ({deeper[0]} is {top})")
+        notes.append(f"{what} in further folders count for their class folder: {len(deeper)} ({deeper[0]} is {top})")
     for text in notes:
         note(f"{name}: {text}")
-    labels = tuple(index[top_of(file)] for file in listing.images)
-    return _from_files(listing.root, name, listing.images, labels, known_classes(index, num_classes))
+    return tuple(index[top_of(item)] for item in items), known_classes(index, num_classes)
 
 
-def _folders_inside(images: Sequence[str]) -> dict[str, set[str]]:
-    """Return class folder -> the folders directly in it that hold its images, "" for images in itself."""
+def _folders_inside(items: Sequence[str]) -> dict[str, set[str]]:
+    """Return class folder -> the folders directly in it that hold its images or videos, "" for those in itself."""
     inside: dict[str, set[str]] = {}
-    for file in images:
-        top, _, rest = file.partition("/")
+    for item in items:
+        top, _, rest = item.partition("/")
         inside.setdefault(top, set()).add(top_of(rest))
     return inside
 

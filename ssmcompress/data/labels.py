@@ -52,7 +52,7 @@ def class_index(
             f"model has {num_classes} classes; its images cannot be scored{hint}"
         )
     ordered = sorted(chosen)
-    natural = sorted(chosen, key=_natural_key)
+    natural = sorted(chosen, key=natural_key)
     if ordered != natural:
         i = next(i for i, pair in enumerate(zip(ordered, natural, strict=True)) if pair[0] != pair[1])
         notes.append(
@@ -124,8 +124,8 @@ def is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal() and len(name) <= 18
 
 
-def _natural_key(name: str) -> list[Any]:
-    """Sort key that compares digits as numbers, and letters without their case, as timm's reader of folders does."""
+def natural_key(name: str) -> list[Any]:
+    """Return a sort key that compares digits as numbers, and letters without their case, as timm's reader does."""
     parts = re.split(r"(\d+)", name.lower())  # letters at even places, digits at odd ones
     return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
 
