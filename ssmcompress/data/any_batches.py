@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,38 +12,19 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..progress import warn
-from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .batches import Batches, LabelledBatch
 from .dense import DensePreprocessing
-from .items import Transform, as_items, collect_singles, join_batches, parse_item
+from .items import IMAGES, InputSpec, as_items, collect_singles, join_batches, parse_item
 from .transforms import Preprocessing
 
 # Most bytes of images of an iterator that are kept in memory: 7,100 images of 224 pixels.
 KEPT_BYTES = 1 << 32
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What a model takes.
-
-    Attributes:
-        shape: (channels, height, width) of an image, None for a side of any length; None: any.
-        dtype: dtype of the images.
-        transform: function from a PIL image to an image; None: PIL images are refused.
-        preprocessing: how images are normalised; None: unknown.
-        task: what the model is for; for segmentation, labels are masks, and batches may differ in size.
-    """
-
-    shape: tuple[int | None, ...] | None = None
-    dtype: torch.dtype = torch.float32
-    transform: Transform | None = None
-    preprocessing: Preprocessing | DensePreprocessing | None = None
-    task: Task = CLASSIFICATION
-
-    @property
-    def dense(self) -> bool:
-        """Whether labels are masks."""
-        return self.task.name == SEGMENTATION.name
+# What batches in another order of dimensions lack, and the order that brings them into the expected one, by the number
+# of dimensions of an image: 3, or 4 of a video.
+ORDERS = {
+    3: {"channels first": (0, 3, 1, 2)},
+    4: {"channels before frames": (0, 2, 1, 3, 4), "channels first": (0, 4, 1, 2, 3)},
+}
 
 
 class AnyBatches:
@@ -73,13 +53,13 @@ class AnyBatches:
     def __init__(
         self,
         data: Any,
-        spec: InputSpec = InputSpec(),
+        spec: InputSpec = IMAGES,
         *,
         repeat: bool = True,
         labelled: bool = True,
         named: bool = False,
     ):
-        self.data, self.spec, self.labelled = as_items(data, spec.dense), spec, labelled
+        self.data, self.spec, self.labelled = as_items(data, spec), spec, labelled
         self.name = data.source.name if isinstance(data, Batches) else "images"
         self._seen, self._warn_unreadable = 0, named
         self._check_range = not isinstance(data, Batches) and spec.preprocessing is not None
@@ -89,9 +69,8 @@ class AnyBatches:
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         count = 0
-        dense = self.spec.dense
-        parsed = (parse_item(item, self.spec.transform, self.labelled, dense) for item in self.data)
-        for images, labels in collect_singles(parsed, dense):
+        parsed = (parse_item(item, self.spec, self.labelled) for item in self.data)
+        for images, labels in collect_singles(parsed, self.spec):
             if not len(images):
                 continue
             count += len(images)
@@ -137,16 +116,17 @@ class AnyBatches:
         shape, found = self.spec.shape, tuple(images.shape)
         if shape is None or _fits(found[1:], shape):
             return
-        sides = (side or name for side, name in zip(shape, ("channels", "height", "width"), strict=True))
+        sides = (side or name for side, name in zip(shape, self.spec.sides, strict=True))
         expected = f"expected (batch, {', '.join(map(str, sides))})"
-        if _fits((found[3], *found[1:3]), shape):
-            raise InputError(f"images {found}: {expected}, channels first: images.permute(0, 3, 1, 2)")
+        for what, order in ORDERS[len(shape)].items():
+            if _fits([found[i] for i in order[1:]], shape):
+                raise InputError(f"images {found}: {expected}, {what}: images.permute({', '.join(map(str, order))})")
         if found[0] == 1 and shape[0] == 1 and _fits(found[2:], shape[1:]):
             raise InputError(f"images {found[1:]}: {expected}: add the channels with images[:, None]")
         raise InputError(f"images {found}: {expected}; load the model with another image_size for other images")
 
 
-def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+def _fits(found: Sequence[int], shape: tuple[int | None, ...]) -> bool:
     return all(side in (None, size) for size, side in zip(found, shape, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,64 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import InputError
+from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .batches import Batch, Batches, LabelledBatch
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, MASK_COLUMNS
+from .dense import DensePreprocessing
+from .transforms import Preprocessing
 
 # Images in a batch where the data has no batches of its own.
 BATCH_SIZE = 64
 EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a data set or batches of images"
 Transform = Callable[[Any], Tensor]
+IMAGE_SIDES = ("channels", "height", "width")
+# The dimensions of images and of videos, by their number.
+SIDES = {3: IMAGE_SIDES, 4: ("channels", "frames", "height", "width")}
 # The images and labels of an item, and whether it is a single image.
 Parsed = tuple[LabelledBatch, bool]
 
 
-def as_items(data: Any, dense: bool = False) -> Any:
-    """Return an iterable of batches or single images for the data that a caller passed; `dense`: labels are masks."""
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model takes.
+
+    Attributes:
+        shape: (channels, height, width) of an image, (channels, frames, height, width) of a video, None for a side of
+            any length; None: images of any size.
+        dtype: dtype of the images.
+        transform: function from a PIL image to an image; None: PIL images are refused, as they are where videos are
+            expected.
+        preprocessing: how images are normalised; None: unknown.
+        task: what the model is for; for segmentation, labels are masks, and batches may differ in size.
+    """
+
+    shape: tuple[int | None, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    transform: Transform | None = None
+    preprocessing: Preprocessing | DensePreprocessing | None = None
+    task: Task = CLASSIFICATION
+
+    @property
+    def dense(self) -> bool:
+        """Whether labels are masks."""
+        return self.task.name == SEGMENTATION.name
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The names of the dimensions of an image, for messages."""
+        return IMAGE_SIDES if self.shape is None else SIDES[len(self.shape)]
+
+    def is_single(self, value: Any) -> bool:
+        """Return whether a tensor, an array or a PIL image is one image, not a batch of them."""
+        return isinstance(value, Image) or value.ndim == len(self.sides)
+
+
+# What a module of other code takes, for all that is known.
+IMAGES = InputSpec()
+
+
+def as_items(data: Any, spec: InputSpec = IMAGES) -> Any:
+    """Return an iterable of batches or single images for the data that a caller passed."""
     if isinstance(data, Batches):
         return data
     if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
@@ -35,11 +81,11 @@ def as_items(data: Any, dense: bool = False) -> Any:
     if isinstance(data, np.ndarray):
         data = _to_tensor(data)
     if isinstance(data, Tensor):
-        if data.ndim != 4:
-            raise InputError(f"a tensor {tuple(data.shape)}: expected images (count, channels, height, width)")
+        if data.ndim != len(spec.sides) + 1:
+            raise InputError(f"a tensor {tuple(data.shape)}: expected images (count, {', '.join(spec.sides)})")
         return data.split(BATCH_SIZE)
-    if _is_pair(data, dense):
-        images, labels = _to_images(data[0], None), data[1]
+    if _is_pair(data, spec):
+        images, labels = _to_images(data[0], replace(spec, transform=None)), data[1]
         starts = range(0, len(images), BATCH_SIZE)
         if labels is not None and len(labels) != len(images):
             raise InputError(f"{len(labels)} labels for {len(images)} images: expected one for each")
@@ -67,21 +113,21 @@ class _Rows:
         return (self.data[i] for i in range(len(self.data)))
 
 
-def _is_pair(data: Any, dense: bool) -> bool:
-    """Return whether data is (images, labels): images of four dimensions, and what is no batch of images."""
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or getattr(data[0], "ndim", 0) != 4:
+def _is_pair(data: Any, spec: InputSpec) -> bool:
+    """Return whether data is (images, labels): a batch of images, and what is none."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or getattr(data[0], "ndim", 0) != len(spec.sides) + 1:
         return False
     if isinstance(data[1], (Tensor, np.ndarray)):
-        return data[1].ndim < (4 if dense else 3)
+        return data[1].ndim < (4 if spec.dense else 3)
     return data[1] is None or (isinstance(data[1], list) and not any(map(_is_image, data[1])))
 
 
-def collect_singles(parsed: Iterable[Parsed], dense: bool = False) -> Iterator[LabelledBatch]:
-    """Yield batches as they are, and single images in batches of `BATCH_SIZE`; `dense`: of each shape apart."""
+def collect_singles(parsed: Iterable[Parsed], spec: InputSpec = IMAGES) -> Iterator[LabelledBatch]:
+    """Yield batches as they are, and single images in batches of `BATCH_SIZE`, for segmentation each shape apart."""
 
     def kind(pair: Parsed) -> tuple[Any, ...]:
         (images, labels), single = pair
-        return single, *((images.shape, labels is not None and labels.shape) if dense and single else ())
+        return single, *((images.shape, labels is not None and labels.shape) if spec.dense and single else ())
 
     for (single, *_), group in itertools.groupby(parsed, kind):
         batches = (batch for batch, _ in group)
@@ -106,14 +152,14 @@ def join_batches(parts: Sequence[LabelledBatch]) -> LabelledBatch:
     return LabelledBatch(torch.cat([batch.images for batch in parts]), torch.cat(labels) if labels else None)
 
 
-def parse_item(item: Any, transform: Transform | None, labelled: bool, dense: bool = False) -> Parsed:
+def parse_item(item: Any, spec: InputSpec, labelled: bool) -> Parsed:
     """Return the images and labels of an item, and whether it is a single image.
 
     Args:
         item: a tensor or array; (images, labels, ...); a dict, a `Batch`, or a list of single images or pairs.
-        transform: function from a PIL image to a tensor; None: PIL images are refused.
+        spec: what the model takes. For segmentation, labels are masks, (images, height, width), or (height, width) of a
+            single image.
         labelled: whether labels are read; if not, they may be anything.
-        dense: whether labels are masks, (images, height, width), or (height, width) of a single image.
 
     Raises:
         InputError: another kind of item, or images or labels of another shape or dtype.
@@ -122,20 +168,20 @@ def parse_item(item: Any, transform: Transform | None, labelled: bool, dense: bo
     if isinstance(item, (Batch, LabelledBatch)):
         images, labels = item.images, item.labels
     elif isinstance(item, Mapping):
-        images, labels = _from_mapping(item, labelled, dense)
-    elif isinstance(item, list) and _are_singles(item) and len(item) > 1:
+        images, labels = _from_mapping(item, labelled, spec.dense)
+    elif isinstance(item, list) and _are_singles(item, spec) and len(item) > 1:
         images = item
-    elif isinstance(item, (tuple, list)) and item and (_is_image(item[0]) or _are_singles(item[0])):
+    elif isinstance(item, (tuple, list)) and item and (_is_image(item[0]) or _are_singles(item[0], spec)):
         images, labels = item[0], item[1] if len(item) > 1 else None
-        if not (dense and _is_integer(labels)):
-            _check_views(images, labels)
+        if not (spec.dense and _is_integer(labels)):
+            _check_views(images, labels, spec)
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], (tuple, list, Mapping)):
-        return join_batches([parse_item(part, transform, labelled, dense)[0] for part in item]), False
+        return join_batches([parse_item(part, spec, labelled)[0] for part in item]), False
     else:
         images = item
-    single = _is_image(images) and _is_single(images)
-    images = _to_images(images, transform)
-    to_labels = _to_masks if dense else _to_labels
+    single = _is_image(images) and spec.is_single(images)
+    images = _to_images(images, spec)
+    to_labels = _to_masks if spec.dense else _to_labels
     return LabelledBatch(images, to_labels(labels, len(images)) if labelled else None), single
 
 
@@ -143,28 +189,27 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, (Tensor, np.ndarray, Image))
 
 
-def _is_single(value: Any) -> bool:
-    return isinstance(value, Image) or value.ndim == 3
-
-
-def _check_views(images: Any, labels: Any) -> None:
+def _check_views(images: Any, labels: Any, spec: InputSpec) -> None:
     """Raise InputError for a second view in the place of the labels, as loaders for contrastive learning give it.
 
     Masks have another number of dimensions or channels.
     """
     pair = (images, labels)
-    if not all(isinstance(v, (Tensor, np.ndarray)) and v.ndim in (3, 4) for v in pair) or images.ndim != labels.ndim:
+    ranks, channels = (len(spec.sides), len(spec.sides) + 1), -len(spec.sides)
+    if not all(isinstance(v, (Tensor, np.ndarray)) and v.ndim in ranks for v in pair) or images.ndim != labels.ndim:
         return
-    if images.shape[-3] == labels.shape[-3]:
+    if images.shape[channels] == labels.shape[channels]:
         raise InputError(
             f"labels {tuple(labels.shape)} {_name(labels.dtype)}: these are images again, expected class numbers; pass "
             f"one view of the images, or all as one batch, torch.cat(views)"
         )
 
 
-def _are_singles(value: Any) -> bool:
+def _are_singles(value: Any, spec: InputSpec) -> bool:
     """Return whether value is a list of single images."""
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_image(v) and _is_single(v) for v in value)
+    return (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_image(v) and spec.is_single(v) for v in value)
+    )
 
 
 def _from_mapping(item: Mapping[Any, Any], labelled: bool, dense: bool) -> tuple[Any, Any]:
@@ -190,14 +235,16 @@ def _to_tensor(value: np.ndarray) -> Tensor:
         raise InputError(f"an array of {value.dtype}: expected numbers") from error
 
 
-def _to_images(value: Any, transform: Transform | None) -> Tensor:
-    """Return images (count, channels, height, width) from a tensor, an array, a PIL image or a list of single ones."""
-    if _are_singles(value):
-        return join_batches([LabelledBatch(_to_images(v, transform), None) for v in value]).images
+def _to_images(value: Any, spec: InputSpec) -> Tensor:
+    """Return a batch of images from a tensor, an array, a PIL image or a list of single ones."""
+    if _are_singles(value, spec):
+        return join_batches([LabelledBatch(_to_images(v, spec), None) for v in value]).images
     if isinstance(value, Image):
-        if transform is None:
+        if len(spec.sides) > len(IMAGE_SIDES):
+            raise InputError("PIL images: the model takes videos, tensors that its transform() makes of `Video`s")
+        if spec.transform is None:
             raise InputError("PIL images: prepare them with the model's transform(), which gives tensors")
-        return transform(value)[None]
+        return spec.transform(value)[None]
     if isinstance(value, np.ndarray):
         value = _to_tensor(value)
     if not isinstance(value, Tensor):
@@ -205,10 +252,10 @@ def _to_images(value: Any, transform: Transform | None) -> Tensor:
         found = repr(str(value))[:60] if named else type(value).__name__
         hint = "; pass the folder, or open_images()" if named else ""
         raise InputError(f"the data gives {found} where images are expected: expected tensors{hint}")
-    if value.ndim == 3:
+    if spec.is_single(value):
         value = value[None]
-    if value.ndim != 4:
-        raise InputError(f"images {tuple(value.shape)}: expected (batch, channels, height, width)")
+    if value.ndim != len(spec.sides) + 1:
+        raise InputError(f"images {tuple(value.shape)}: expected (batch, {', '.join(spec.sides)})")
     if not value.is_floating_point():
         raise InputError(
             f"images are {_name(value.dtype)}: expected floats, scaled to 0..1 and normalised as model.transform() does"

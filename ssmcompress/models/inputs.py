@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.any_batches import AnyBatches, InputSpec
+from ..data.any_batches import AnyBatches
 from ..data.batches import Batches
 from ..data.find import open_images
 from ..data.images import Images
+from ..data.items import InputSpec
 from ..data.tables import is_table, read_dataset
 from ..errors import InputError
 from .base import TokenModel

@@ -14,10 +14,11 @@ from test_folders import Recorder
 
 from ssmcompress import processes
 from ssmcompress.data import Batches, masks, open_images
-from ssmcompress.data.any_batches import AnyBatches, InputSpec, in_chunks
+from ssmcompress.data.any_batches import AnyBatches, in_chunks
 from ssmcompress.data.content import hash_contents
 from ssmcompress.data.dense import DensePreprocessing
 from ssmcompress.data.find import check_name, find_images
+from ssmcompress.data.items import InputSpec
 from ssmcompress.data.signature import compare_signatures, sign_images
 from ssmcompress.data.tables import read_dataset
 from ssmcompress.errors import InputError
