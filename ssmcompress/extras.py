@@ -10,6 +10,7 @@ from .errors import InputError
 EXTRAS = {
     "onnx": ("ONNX files need", ("onnx", "onnxscript", "onnxruntime")),
     "finetune": ("fine-tuning and work in several processes need", ("accelerate",)),
+    "video": ("video files need", ("av",)),
     "tensorboard": ("`tensorboard` needs", ("tensorboard",)),
 }
 

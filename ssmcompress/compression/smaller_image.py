@@ -134,7 +134,7 @@ def resize_batches(images: Batches, model: TokenModel, small: TokenModel) -> Bat
 
 def _silent_transform(model: TokenModel) -> Callable[[Any], Tensor]:
     """Return the transform of a model, without a note of what was assumed about it."""
-    return replace(model.preprocessing, recorded=True).transform(model.config.image_size)
+    return model.transform_with(replace(model.preprocessing, recorded=True))
 
 
 def _prepares(images: Batches, transform: Callable[[Any], Tensor]) -> bool:
@@ -149,5 +149,7 @@ def _prepares(images: Batches, transform: Callable[[Any], Tensor]) -> bool:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return an image (channels, height, width) at another size; the filter is that of PIL's bicubic resizing."""
-    return F.interpolate(image[None].float(), size, mode="bicubic", align_corners=False, antialias=True)[0]
+    """Return an image (..., height, width) at another size; the filter is that of PIL's bicubic resizing."""
+    planes = image.flatten(0, -3)[None].float()
+    resized = F.interpolate(planes, size, mode="bicubic", align_corners=False, antialias=True)[0]
+    return resized.unflatten(0, image.shape[:-2])

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .. import processes
 from ..errors import InputError
+from ..progress import note
+from .clips import Views
 from .content import digest_mask, digest_picture
 from .images import Images
 from .masks import describe_sizes
@@ -27,6 +29,7 @@ class Item(NamedTuple):
         index: its index in the source. image: prepared; None: unreadable. digest: of its pixels.
         mask: class numbers (height, width), where the source has masks, with their digest.
         error: what is wrong with the mask, as the process that reads it cannot raise an error of one line.
+        remark: what is to be noted of the image, once for all images of which the same is.
     """
 
     index: int
@@ -35,6 +38,7 @@ class Item(NamedTuple):
     mask: Tensor | None = None
     mask_digest: int = 0
     error: str | None = None
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Batch:
     """Images, their labels, and their places in the source.
 
     Attributes:
-        images: (batch, channels, height, width).
+        images: (batch, channels, height, width), with frames after the channels of videos.
         labels: (batch,), or masks (batch, mask height, mask width) uint8, or None.
         index: the index of each image in its source.
     """
@@ -66,6 +70,7 @@ class Batches:
     Attributes:
         source: the images. transform: function from a PIL image to (channels, height, width): `TokenModel.transform()`.
             Its method `pair`, if it has one, prepares an image and its mask; without, masks stay as they are.
+            Its method `remark`, if it has one, returns what is to be noted of a picture, or None.
         index: indices of the images to use, in order; None: all of them.
         batch_size: images in a batch, fewer in the last one.
         workers: number of processes that decode images; 0: this process decodes them.
@@ -92,6 +97,11 @@ class Batches:
             self.index = range(len(self.source))
         self.digests = np.zeros(len(self.source), np.uint64)
         self.mask_digests = np.zeros(len(self.source), np.uint64)
+
+    @property
+    def views(self) -> Views | None:
+        """The views of each video, which its prepared images have in front of their channels; None: a single one."""
+        return getattr(self.transform, "views", None)
 
     @property
     def reads_masks(self) -> bool:
@@ -137,6 +147,8 @@ class Batches:
         for item in items:
             if item.error is not None:
                 raise InputError(item.error)
+            if item.remark is not None:
+                note(f"{self.source.name}: {item.remark}")
             if item.image is None:
                 self.unreadable.add(item.index)
                 continue
@@ -150,7 +162,8 @@ class Batches:
             picture = self.source.read(i)
             digest = int(self.digests[i]) or digest_picture(picture)
             if not self.reads_masks:
-                return Item(i, self.transform(picture), digest)
+                remark = getattr(self.transform, "remark", None)
+                return Item(i, self.transform(picture), digest, remark=remark and remark(picture))
         except (OSError, ValueError):
             return Item(i, None, 0)
         try:

@@ -16,6 +16,9 @@ def digest_picture(picture: Any) -> int:
     RGB. The same picture compressed again with loss has another one. Among 1.28 million images, the probability that
     any two of them share a digest is 4e-8. It takes 0.1 ms for 224 x 224 pixels and 0.5 ms for 500 x 500; decoding
     these from JPEG files takes three times as long, and preparing them for a model longer still.
+
+    Args:
+        picture: a PIL image, or a `Video`, of which a few frames are taken.
     """
     pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
     value = hashlib.sha1(f"{pixels.size}".encode(), usedforsecurity=False)

@@ -1,4 +1,4 @@
-"""Images: a list of images with or without labels or masks, each read on demand."""
+"""Images: a list of images or videos with or without labels or masks, each read on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Images:
 
     Attributes:
         name: the name that the user gave for the data. size: the number of images.
-        read: function from an index to a PIL image; it raises OSError for an unreadable image.
+        read: function from an index to a PIL image, or to a `Video` of `ssmcompress.data.video`; it raises OSError for
+            an unreadable image. Frames of a video are read later.
         describe: function from an index to a name of that image for messages.
         labels: a class index for each image, or None.
         masks: function from an index to the class numbers of the pixels (height, width) uint8, 255 for pixels without a
@@ -52,7 +53,7 @@ class Images:
     def readable(self, index: int) -> bool:
         """Return whether the image at `index` can be read."""
         try:
-            self.read(index)
+            self.read(index).load()
         except OSError:
             return False
         return True

@@ -8,24 +8,28 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
+from ..suffixes import ARRAY_SUFFIXES, VIDEO_SUFFIXES
 from .folders import read_folder
 from .images import Images
-from .listing import ANNOTATIONS, IMAGES, LeftOut, Listing, kind_of, list_files, top_of
+from .listing import ANNOTATIONS, IMAGES, LeftOut, Listing, kind_of, list_files, suffix_of, top_of
 from .masks import MaskRules
 from .shards import read_shards
 from .splits import choose_split, find_split, split_folders, split_of_file
 from .tables import read_saved, read_tables
+from .videos import EXPECTED as VIDEOS
+from .videos import VIDEO_FILES, read_array_set, read_video_folder
 
 # What opens images, for a number of classes, and for what masks mean where they are read.
 Reader = Callable[[int, MaskRules | None], Images]
 EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
 
 
-def find_reader(path: Path, name: str, split: str | None) -> Reader:
+def find_reader(path: Path, name: str, split: str | None, videos: bool = False) -> Reader:
     """Return what reads the images of a file or folder, for a number of classes; this looks at names of files alone.
 
     Args:
         name: how the user called the data. split: the split of it that the user asked for, if any.
+        videos: whether videos are read, not images.
 
     Raises:
         InputError: there are no images, or it is not clear which are meant. What is returned raises it where the images
@@ -33,10 +37,16 @@ def find_reader(path: Path, name: str, split: str | None) -> Reader:
         OSError: something cannot be read.
     """
     if path.is_dir():
-        return _find_folder_reader(path, name, split)
+        return _find_folder_reader(path, name, split, videos=videos)
     kind = kind_of(path.name)
     if split is not None:
         raise InputError(f"{path} is a file, which has no split {split}; name the file alone")
+    if videos:
+        if suffix_of(path.name) in ARRAY_SUFFIXES:
+            return partial(read_array_set, path, name)
+        single = suffix_of(path.name) in VIDEO_SUFFIXES
+        what = "is a single video; name a folder that holds it" if single else f"holds no videos: expected {VIDEOS}"
+        raise InputError(f"{path} {what}")
     if kind == "shards":
         return partial(read_shards, [path], name)
     if kind == "tables":
@@ -48,8 +58,10 @@ def find_reader(path: Path, name: str, split: str | None) -> Reader:
     raise InputError(f"{path} holds no images that can be read: expected {EXPECTED}")
 
 
-def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False) -> Reader:
+def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False, videos: bool = False) -> Reader:
     """Return what reads a folder; `inner`: what is left out in it has been told with the folder around it."""
+    if videos and any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        raise InputError(f"{path} is a data set of tables, of which no videos are read: expected {VIDEOS}")
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
         return partial(read_saved, path / choose_split(splits, split, str(path)), name)
@@ -57,27 +69,29 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
         if split is not None:
             raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
         return partial(read_saved, path, name)
-    listing = list_files(path)
+    listing = list_files(path, VIDEO_FILES if videos else ())
     if inner:
         listing.left_out = LeftOut()
     if "" in (pairs := _find_pairs(listing)):
         return partial(_refuse_masks, path, name)
     if folder := _choose_folder(listing, name, split):
-        return _find_folder_reader(path / folder, name, None)
+        return _find_folder_reader(path / folder, name, None, videos=videos)
     if split is not None:
         _leave_out_images(listing)
     tops = _tops(listing)
     # Such as `data` in a clone of a hub data set. A single folder of images could be a class, unless a split is asked.
     if len(tops) == 1 and "" not in tops and (split is not None or not listing.images):
         listing.left_out.tell(name)
-        return _find_folder_reader(path / tops[0], name, split, inner=True)
+        return _find_folder_reader(path / tops[0], name, split, inner=True, videos=videos)
     _choose_split(listing, split)
-    _check_kinds(listing)
+    _check_kinds(listing, "videos" if videos else "images")
     if listing.images and pairs:
         return partial(_refuse_masks, path / pairs[0], name)
+    if videos and not listing.images:
+        raise InputError(f"{path} holds tables or tar shards, of which no videos are read: expected {VIDEOS}")
     listing.left_out.tell(name)
     if listing.images:
-        return partial(read_folder, listing, name)
+        return partial(read_video_folder if videos else read_folder, listing, name)
     read = read_shards if listing.shards else read_tables
     return partial(read, [path / file for file in listing.shards or listing.tables], name)
 
@@ -187,13 +201,13 @@ def _choose_split(listing: Listing, split: str | None) -> None:
     listing.shards = [file for file in listing.shards if file in chosen]
 
 
-def _check_kinds(listing: Listing) -> None:
-    """Raise InputError unless a folder holds data of one kind in one place."""
+def _check_kinds(listing: Listing, what: str) -> None:
+    """Raise InputError unless a folder holds data of one kind in one place; `what`: images or videos."""
     path = listing.root
-    kinds = {"images": listing.images, "tables": listing.tables, "tar shards": listing.shards}
+    kinds = {what: listing.images, "tables": listing.tables, "tar shards": listing.shards}
     held = {kind: files for kind, files in kinds.items() if files}
     if not held:
-        raise InputError(f"no images in {path}" + (f"; it holds only {listing.left_out}" if listing.left_out else ""))
+        raise InputError(f"no {what} in {path}" + (f"; it holds only {listing.left_out}" if listing.left_out else ""))
     if len(held) > 1:
         texts = " and ".join(f"{kind} ({files[0]})" for kind, files in held.items())
         raise InputError(f"{path} holds {texts}; name one file or folder in it, or move the others out")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -36,9 +37,12 @@ class Preprocessing:
     recorded: bool = field(default=False, compare=False)
 
     @classmethod
-    def default(cls, in_chans: int, image_size: tuple[int, int]) -> Preprocessing:
-        """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below."""
-        crop_pct = 0.875 if min(image_size) >= 224 else 1.0
+    def default(cls, in_chans: int, image_size: tuple[int, int], video: bool = False) -> Preprocessing:
+        """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below.
+
+        The frames of videos are not cropped on their shorter side, as video models are trained and measured.
+        """
+        crop_pct = 0.875 if min(image_size) >= 224 and not video else 1.0
         if in_chans == 3:
             return cls(IMAGENET_MEAN, IMAGENET_STD, crop_pct, defaults=VALUES)
         return cls((0.5,) * in_chans, (0.5,) * in_chans, crop_pct, defaults=VALUES)
@@ -94,6 +98,27 @@ class Preprocessing:
 
         Values that were assumed are noted, unless a saved model recorded them.
         """
+        steps = self._steps(image_size)
+        mode = "L" if len(self.mean) == 1 else "RGB"
+        return lambda image: _apply(steps, image.convert(mode))
+
+    def transform_crops(self, image_size: tuple[int, int], crops: int) -> Callable[[Any], Tensor]:
+        """Return a function from a PIL image to crops (crops, channels, height, width) float32.
+
+        They lie evenly along the longer side of the resized image, from one end to the other, in the centre of the
+        other side; a single one is what `transform` gives.
+        """
+        resize, _, *finish = self._steps(image_size)
+        mode = "L" if len(self.mean) == 1 else "RGB"
+
+        def prepare(image: Any) -> Tensor:
+            resized = resize(image.convert(mode))
+            return torch.stack([_apply(finish, part) for part in cut_crops(resized, image_size, crops)])
+
+        return prepare
+
+    def _steps(self, image_size: tuple[int, int]) -> list[Callable[[Any], Any]]:
+        """Return the steps of timm's transform: resize, centre crop, to a tensor, normalise."""
         channels = len(self.mean)
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels}-channel input; images have 1 or 3 channels")
@@ -110,13 +135,31 @@ class Preprocessing:
         )
         if self.assumed and not self.recorded:
             note(self.describe_assumption())
-        mode = "L" if channels == 1 else "RGB"
-        return lambda image: to_tensor(image.convert(mode))
+        return to_tensor.transforms
 
     def describe_assumption(self) -> str:
         """Return a line that says which values were assumed, and which arguments change them."""
         shown = {"crop_pct": f"{self.crop_pct:g}", "interpolation": self.interpolation}
         return describe_defaults(self.defaults, {**describe_colours(self.mean, self.std), **shown})
+
+
+def cut_crops(image: Any, size: tuple[int, int], crops: int) -> list[Any]:
+    """Return crops (height, width) of a PIL image, evenly along its longer side; a single one is the centre crop."""
+    height, width = size
+    rooms = image.height - height, image.width - width
+    along = int(rooms[1] >= rooms[0])  # the side that leaves more room: 0 vertical, 1 horizontal
+    shares = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
+    parts = []
+    for share in shares:
+        top, left = (round(room * (share if side == along else 0.5)) for side, room in enumerate(rooms))
+        parts.append(image.crop((left, top, left + width, top + height)))
+    return parts
+
+
+def _apply(steps: Iterable[Callable[[Any], Any]], value: Any) -> Any:
+    for step in steps:
+        value = step(value)
+    return value
 
 
 # The values that may be assumed, in the order of messages.

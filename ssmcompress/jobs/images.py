@@ -200,6 +200,7 @@ def _count_images(count: int) -> str:
 def open_for(model: TokenModel, data: str, options: DataOptions) -> Images:
     """The images that `data` names, with labels as the task of a model has them."""
     kind = {"task": model.task, "reduce_zero_label": model.label_rule(options.reduce_zero_label)}
+    kind["videos"] = model.frames is not None
     return open_images(data, model.config.num_classes, **kind)
 
 

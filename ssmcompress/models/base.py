@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..data.clips import VideoTransform, Views
 from ..data.dense import DensePreprocessing
 from ..data.find import find_images
 from ..data.images import Images
@@ -297,6 +298,11 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         self.origin: Origin | None = None
 
     @property
+    def frames(self) -> int | None:
+        """The number of frames of an input, or None if inputs are images."""
+        return None
+
+    @property
     def dense_config(self) -> Any:
         """The configuration of the dense model that this one was made from, or is."""
         return self.origin.config if self.origin is not None else self.config
@@ -426,7 +432,7 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
-        """Return the tokens of images (batch, channels, height, width), with the model's alignment."""
+        """Return the tokens of images (batch, *`image_shape`), with the model's alignment."""
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
@@ -455,21 +461,40 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         check_images(images, self.image_shape, find_weight(self.classifier))
 
     @property
-    def image_shape(self) -> tuple[int, int | None, int | None]:
-        """(channels, height, width) of the images; None stands for a side of any length."""
-        return (self.config.in_chans, *self.config.image_size)
+    def image_shape(self) -> tuple[int | None, ...]:
+        """(channels, height, width) of the images, None for a side of any length; of videos (., frames, ., .)."""
+        frames = () if self.frames is None else (self.frames,)
+        return (self.config.in_chans, *frames, *self.config.image_size)
 
     def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
         """Return the preparation of images where nothing says another one."""
-        return Preprocessing.default(self.config.in_chans, self.config.image_size)
+        return Preprocessing.default(self.config.in_chans, self.config.image_size, video=self.frames is not None)
 
     def read_preprocessing(self, value: Mapping[str, Any]) -> Preprocessing | DensePreprocessing:
         """Return the preparation of images that a configuration describes; InputError for invalid values."""
         return Preprocessing.from_dict(value, self.config.in_chans)
 
-    def transform(self) -> Callable[[Any], Tensor]:
-        """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32."""
-        return self.preprocessing.transform(self.config.image_size)
+    def transform(self, views: tuple[int, int] | None = None) -> Callable[[Any], Tensor]:
+        """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32.
+
+        For a model that takes videos, it is a function from a `Video` to (channels, frames, height, width).
+
+        Args:
+            views: clips and crops of each video, which the result then has in front of its channels (`Views`).
+
+        Raises:
+            InputError: views for a model that takes images.
+        """
+        return self.transform_with(self.preprocessing, views)
+
+    def transform_with(self, preprocessing: Preprocessing, views: tuple[int, int] | None = None) -> Any:
+        """Return the transform that `transform` gives, with another preparation of the images."""
+        if self.frames is None:
+            if views is not None:
+                raise InputError("`views` are of videos: the model takes images, of which the centre crop is measured")
+            return preprocessing.transform(self.config.image_size)
+        views = None if views is None else Views(*views)
+        return VideoTransform(preprocessing, self.config.image_size, self.frames, views)
 
     def fixed_transform(self) -> Callable[[Any], Tensor]:
         """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
@@ -486,6 +511,7 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """
         recorded = self.source.data if self.source is not None else None
         options = {"task": self.task, "reduce_zero_label": self.label_rule(reduce_zero_label)}
+        options["frames"] = self.frames
         return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
 
     def chunk_size(self) -> int:

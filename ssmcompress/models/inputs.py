@@ -89,10 +89,12 @@ def open_batches(model: nn.Module, data: Any) -> Batches | None:
         raise InputError(
             f"a {type(model).__name__} does not say how to prepare images: pass batches of tensors, or load(...) of it"
         )
+    if table and model.frames is not None:
+        raise InputError("a data set of `datasets`: the model takes videos, which are read from folders and .npz files")
     if table:
         data = read_dataset(data, model.config.num_classes, task=model.task)
     elif not isinstance(data, Images):
-        data = open_images(data, model.config.num_classes, task=model.task)
+        data = open_images(data, model.config.num_classes, task=model.task, videos=model.frames is not None)
     return Batches(data, model.transform())
 
 
@@ -128,6 +130,9 @@ class PreparedImage:
 
     def __init__(self, image: Tensor):
         self.image, self.size = image, tuple(image.shape)
+
+    def load(self) -> None:
+        """Do nothing: the image is in memory."""
 
     def tobytes(self) -> bytes:
         """Return the values, by which the image is recognised in other data."""

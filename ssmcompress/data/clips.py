@@ -1,0 +1,83 @@
+"""Clips: which frames of a video a model sees, and which crops of them, prepared as one tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .transforms import Preprocessing
+
+if TYPE_CHECKING:
+    from .video import Video
+
+
+def sample_frames(length: int, frames: int, offset: tuple[int, int] = (1, 2)) -> list[int]:
+    """Return the numbers of `frames` frames evenly spaced over a video of `length` frames.
+
+    The video is cut into `frames` equal parts, and of part t the frame at an offset a/b of the part is taken:
+    floor((t + a/b) length / frames). The default is the centre of each part. A video with fewer frames repeats some.
+
+    Args:
+        offset: (a, b), with 0 <= a < b.
+    """
+    a, b = offset
+    return [(t * b + a) * length // (frames * b) for t in range(frames)]
+
+
+class Views(NamedTuple):
+    """The parts of a video whose predictions are averaged: so many clips, and of each so many crops."""
+
+    clips: int = 1
+    crops: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of views."""
+        return self.clips * self.crops
+
+    def describe(self) -> str:
+        """Return the views as text: "1 clip x centre crop", "4 clips x 3 crops"."""
+        crops = "centre crop" if self.crops == 1 else f"{self.crops} crops"
+        return f"{self.clips} clip{'s' * (self.clips > 1)} x {crops}"
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """Return the offset of each clip in the parts of `sample_frames`: the c-th of C is at c / (C + 1)."""
+        return [(clip, self.clips + 1) for clip in range(1, self.clips + 1)]
+
+
+class VideoTransform:
+    """A function from a `Video` to one clip, (channels, frames, height, width) float32.
+
+    Each frame is prepared as an image is (`Preprocessing.transform`). The frames are the centres of as many equal parts
+    of the video.
+
+    With `views`, the result is (views, channels, frames, height, width), the crops of the first clip first. The c-th of
+    C clips has the frames at c / (C + 1) of the parts. Crops have the size of the model's input, and lie evenly along
+    the longer side of the resized frame, from one end to the other; a single one is in the centre. In the protocol of
+    VideoMamba's figures on Kinetics-400, 4 x 3, a crop has the whole shorter side (`--test_num_segment 4
+    --test_num_crop 3`; there frames are spaced by (length - 1) / frames, and rounded twice).
+
+    Args:
+        preprocessing: how frames are prepared. size: (height, width). frames: number of frames of a clip.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, size: tuple[int, int], frames: int, views: Views | None = None):
+        self.frames, self.views = frames, views
+        self.prepare = preprocessing.transform_crops(size, 1 if views is None else views.crops)
+
+    def __call__(self, video: Video) -> Tensor:
+        offsets = (Views() if self.views is None else self.views).offsets()
+        pictures = video.pick(lambda length: [i for o in offsets for i in sample_frames(length, self.frames, o)])
+        different = {id(picture): picture for picture in pictures}  # frames that repeat are prepared once
+        prepared = {key: self.prepare(picture) for key, picture in different.items()}
+        chosen = torch.stack([prepared[id(picture)] for picture in pictures])  # (frames of all clips, crops, ...)
+        clips = chosen.unflatten(0, (len(offsets), self.frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
+        return clips.contiguous() if self.views is not None else clips[0].contiguous()
+
+    def remark(self, video: Any) -> str | None:
+        """Return what is to be told once of such a video: that its frames repeat."""
+        if len(video) >= self.frames:
+            return None
+        return f"some videos have fewer than {self.frames} frames, which the model takes: their frames are repeated"

@@ -1,0 +1,204 @@
+"""Videos: frames that are read on demand, from a folder of pictures, an array, a video file or a function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import raise_if_out_of_memory
+from ..suffixes import ARRAY_SUFFIXES
+from .clips import sample_frames
+from .images import decode
+from .labels import natural_key
+from .listing import is_system, kind_of
+
+# Frames by which a video is recognised in other data.
+SIGNED_FRAMES = 8
+# The names that the array of one video, or of several, may have in an .npz file.
+VIDEO_KEYS = ("videos", "video", "frames")
+
+
+class Video:
+    """A video, whose frames are read when they are asked for; all have one size.
+
+    It stands in the place of a picture in `Images`, and has what `digest_picture` reads of one: a video is recognised
+    by the number of its frames and by `SIGNED_FRAMES` of them, evenly spaced.
+
+    Args:
+        length: number of frames, at least 1.
+        read: function from the number of a frame, from 0, to a PIL image; it raises OSError for an unreadable one.
+    """
+
+    mode = "RGB"
+
+    def __init__(self, length: int, read: Callable[[int], Image.Image]):
+        if length < 1:
+            raise OSError("unreadable video: it has no frames")
+        self.length, self.read = length, read
+
+    def __len__(self) -> int:
+        return self.length
+
+    def frame(self, index: int) -> Image.Image:
+        """Return a frame; OSError if it is unreadable."""
+        return self.pick(lambda length: [index])[0]
+
+    def pick(self, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
+        """Return some of the frames, each read once.
+
+        Args:
+            choose: function from the number of frames to the numbers of those to return, which may repeat.
+
+        Raises:
+            OSError: one of them is unreadable, or they differ in size.
+        """
+        wanted = choose(len(self))
+        frames = {index: self.read(index) for index in sorted(set(wanted))}
+        return _order(wanted, frames)
+
+    @cached_property
+    def signed(self) -> list[Image.Image]:
+        """The frames by which the video is recognised."""
+        return [frame.convert("RGB") for frame in self.pick(lambda length: sample_frames(length, SIGNED_FRAMES))]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(frames, width, height); OSError if the video is unreadable."""
+        first = self.signed[0]  # the number of frames of a file is known once it was read
+        return len(self), *first.size
+
+    def tobytes(self) -> bytes:
+        """Return the pixels by which the video is recognised; OSError if it is unreadable."""
+        return b"".join(frame.tobytes() for frame in self.signed)
+
+    def load(self) -> None:
+        """Read the frames by which the video is recognised; OSError if it is unreadable."""
+        self.tobytes()
+
+
+class VideoFile(Video):
+    """The first video stream of a file, read through PyAV. A rotation that the file records is not applied."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        super().__init__(self._count(), self.frame)
+
+    def pick(self, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
+        """Return some of the frames, as `Video.pick`; this decodes the whole stream.
+
+        The packets of a stream are not always as many as its frames: then the frames are chosen again.
+        """
+        wanted = choose(len(self))
+        frames, count = self._decode(set(wanted))
+        if count != len(self):
+            super().__init__(count, self.frame)
+            wanted = choose(count)
+            frames, _ = self._decode(set(wanted))
+        return _order(wanted, frames)
+
+    def _count(self) -> int:
+        """Return the number of packets of the stream, which takes no decoding."""
+        with _Opened(self.path) as (container, stream):
+            return sum(1 for packet in container.demux(stream) if packet.size)
+
+    def _decode(self, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
+        """Return frames by their number, and the number of all frames."""
+        frames, count = {}, 0
+        with _Opened(self.path) as (container, stream):
+            for frame in container.decode(stream):
+                if count in wanted:
+                    frames[count] = frame.to_image()
+                count += 1
+        return frames, count
+
+
+class _Opened:
+    """A context in which a video file is open: (container, stream); what goes wrong in it is an OSError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        import av
+
+        try:
+            self.container = av.open(str(self.path))
+        except Exception as error:  # PyAV raises errors of many kinds for a damaged file
+            raise_if_out_of_memory(error)
+            raise OSError(f"unreadable video: {error}") from error
+        if not self.container.streams.video:
+            self.container.close()
+            raise OSError("unreadable video: the file has no video stream")
+        return self.container, self.container.streams.video[0]
+
+    def __exit__(self, kind, error, trace):
+        self.container.close()
+        if isinstance(error, Exception):
+            raise_if_out_of_memory(error)
+            raise OSError(f"unreadable video: {error}") from error
+
+
+def open_video(path: Path) -> Video:
+    """Return the video at a path: a folder of frames, an .npy or .npz file, or a video file; OSError for none.
+
+    The frames of a folder are its pictures, their names in natural order: frame_2 comes before frame_10.
+    """
+    if path.is_dir():
+        names = sorted(entry.name for entry in os.scandir(path) if kind_of(entry.name) == "images")
+        names = sorted((name for name in names if not is_system(name)), key=natural_key)
+        return Video(len(names), lambda i: decode(path / names[i]))
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        frames, _ = read_arrays(path)
+        return array_video(frames)
+    return VideoFile(path)
+
+
+def array_video(frames: np.ndarray) -> Video:
+    """Return a video of frames (frames, height, width, 3) uint8; OSError for others."""
+    check_frames(frames, ("frames", "height", "width"))
+    return Video(len(frames), lambda i: Image.fromarray(np.asarray(frames[i])))
+
+
+def check_frames(array: np.ndarray, sides: Sequence[str]) -> None:
+    """Raise OSError unless an array has these dimensions and three channels last, and is uint8."""
+    if array.dtype != np.uint8 or array.ndim != len(sides) + 1 or array.shape[-1] != 3:
+        raise OSError(f"an array {array.shape} {array.dtype}: expected ({', '.join(sides)}, 3) uint8")
+
+
+def read_arrays(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the array of frames in an .npy or .npz file, and the other arrays by name; nothing is unpickled.
+
+    The frames are the only array, or the one with a name of `VIDEO_KEYS`. Those of an .npy file are mapped, not read.
+
+    Raises:
+        OSError: the file is unreadable, or does not say which array it is.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")
+        if isinstance(loaded, np.ndarray):
+            return loaded, {}
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # numpy and zipfile raise errors of many kinds for a damaged file
+        raise_if_out_of_memory(error)
+        raise OSError(f"unreadable array: {error}") from error
+    named = [name for name in VIDEO_KEYS if name in arrays]
+    if len(named) != 1 and len(arrays) != 1:
+        found = ", ".join(arrays) or "none"
+        raise OSError(f"arrays {found}: expected a single one, or one of them called {' or '.join(VIDEO_KEYS)}")
+    frames = arrays.pop(named[0] if named else next(iter(arrays)))
+    return frames, arrays
+
+
+def _order(wanted: Sequence[int], frames: dict[int, Image.Image]) -> list[Image.Image]:
+    """Return frames in the order that is wanted; OSError if they differ in size."""
+    sizes = {frame.size for frame in frames.values()}
+    if len(sizes) > 1:
+        first, second = (f"{width}x{height}" for width, height in sorted(sizes)[:2])
+        raise OSError(f"unreadable video: frames of {first} and {second}, expected one size")
+    return [frames[index] for index in wanted]
