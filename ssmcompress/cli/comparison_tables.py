@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import column_width, names_width, show_load, show_table, show_warnings, terminal_width, write
+from .tables import column_width, names_width, show_load, show_table, show_views, show_warnings, terminal_width, write
 
 # The columns of several models that are left out where there is no room for all, the first ones first; before them
 # those of the figures that rows are not ranked by, the last ones first.
@@ -25,6 +25,7 @@ def show_comparison(value: dict[str, Any]) -> None:
     print(f"  {explained}; FLOPs as a share of dense")
     about = value["settings"]
     write(f"  measured on {about['data']['images']} images of {about['data']['name']}")
+    show_views(about)
     write(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
     if any(row.get("latency_within_noise") for row in value["rows"]):
         print("  ~: the difference in latency is within the noise")
@@ -103,6 +104,7 @@ def show_models(value: Mapping[str, Any]) -> None:
         write(f"  left out at this width: {', '.join(hidden)}; compare.csv has them")
     about = value["settings"]
     write(f"  measured on {about['data']['images']} images of {about['data']['name']}")
+    show_views(about)
     write(f"  calibrated on {about['calibration']['images']} images of {about['calibration']['name']}")
     for model in value["models"]:
         for method, why in model["left_out"].items():

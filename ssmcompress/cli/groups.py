@@ -31,6 +31,7 @@ from .values import (
     parse_ratios,
     parse_share,
     parse_size,
+    parse_views,
 )
 
 if TYPE_CHECKING:
@@ -253,18 +254,29 @@ class Measure(Batching):
         Precision,
         option(HARDWARE, help="Precision when measuring; with bfloat16, reports have figures in float32 beside it."),
     ] = Precision.float32
+    views: Annotated[
+        str | None,
+        option(
+            IMAGES,
+            metavar="CLIPSxCROPS",
+            help="Videos: measure the mean of these views, 4x3. Default: 1x1, one clip and its centre crop.",
+        ),
+    ] = None
 
     def options(self, latency: bool = True) -> MeasureOptions:
         """As the library takes them."""
         from ..jobs.requests import MeasureOptions
 
-        return MeasureOptions(self.dtype.value, latency)
+        return MeasureOptions(self.dtype.value, latency, parse_views(self.views))
 
 
 NoLatency = Annotated[bool, option(HARDWARE, "--no-latency", help="Do not time the models.")]
 Data = Annotated[
     str | None,
-    option(IMAGES, help="Folder of (class folders of) images, parquet, arrow or tar file, folder:split or hub:split."),
+    option(
+        IMAGES,
+        help="Folder of (class folders of) images or videos, parquet, arrow, tar, npz file, folder:split or hub:split.",
+    ),
 ]
 
 

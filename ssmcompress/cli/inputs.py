@@ -12,10 +12,15 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..hub_names import TEXTS, WEIGHTS
-from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
+from ..suffixes import ARRAY_SUFFIXES, IMAGE_SUFFIXES, TABLE_SUFFIXES, VIDEO_SUFFIXES
 
 MODEL, ONNX, IMAGES, REPORT, OTHER = "a model", "an ONNX file", "images", "a report", "other"
-DATA = (*IMAGE_SUFFIXES, *TABLE_SUFFIXES)  # not tar: checkpoints are called .pth.tar, too
+DATA = (
+    *IMAGE_SUFFIXES,
+    *TABLE_SUFFIXES,
+    *VIDEO_SUFFIXES,
+    *ARRAY_SUFFIXES,
+)  # not tar: checkpoints are called .pth.tar, too
 LOOKED_AT = 10_000  # names in a folder, which may hold millions of images
 
 

@@ -364,6 +364,14 @@ def _describe_section(section: dict[str, Any], whole: float) -> list[str]:
     return [str(section["length"]), str(section["width"]), f"{spent:.4g}", f"{spent / whole:.0%}"]
 
 
+def show_views(value: dict[str, Any]) -> None:
+    """Print which clips and crops of videos were measured."""
+    from ..jobs.report_text import list_view_notes
+
+    for text in list_view_notes(value):
+        write(f"  {text}")
+
+
 def show_evaluation(value: dict[str, Any]) -> None:
     """Print what was measured."""
     from ..tasks import find_task
@@ -375,6 +383,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
     if lines:
         show_table(["", "model"], lines)
         write(f"  measured on {value['images']} images of {value['data']['name']}")
+    show_views(value)
     show_warnings(value)
 
 

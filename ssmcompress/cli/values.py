@@ -1,4 +1,4 @@
-"""Values of options from their texts: "60%", "224x256", "5,10,15"."""
+"""Values of options from their texts: "60%", "224x256", "5,10,15", "4x3"."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 6 and int(side) > 0 for side in sides):
         raise InputError(f"--image-size {text}: expected a side in pixels, or HEIGHTxWIDTH")
     return int(sides[0]), int(sides[-1])
+
+
+def parse_views(text: str | None) -> tuple[int, int] | None:
+    """(clips, crops) of "4x3"; None for None. The library says which are too many."""
+    if text is None:
+        return None
+    counts = text.lower().split("x")
+    if len(counts) != 2 or not all(count.isdecimal() and len(count) < 6 and int(count) > 0 for count in counts):
+        raise InputError(f"--views {text}: expected CLIPSxCROPS, as 4x3")
+    return int(counts[0]), int(counts[1])
 
 
 def parse_share(text: str | None, option: str, what: str = "a share") -> float | None:

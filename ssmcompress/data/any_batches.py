@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class AnyBatches:
     Attributes:
         name: name of the data, "images" where it has none.
         total: the number of batches, 0 if it is unknown.
+        views: the views of each video, in front of the channels; None: a single one.
 
     Raises:
         InputError: the data, or a batch in an iteration, is of another kind, shape or dtype.
@@ -59,6 +61,9 @@ class AnyBatches:
         labelled: bool = True,
         named: bool = False,
     ):
+        self.views = data.views if isinstance(data, Batches) else None
+        if self.views is not None and spec.shape is not None:
+            spec = replace(spec, shape=(self.views.count, *spec.shape))
         self.data, self.spec, self.labelled = as_items(data, spec), spec, labelled
         self.name = data.source.name if isinstance(data, Batches) else "images"
         self._seen, self._warn_unreadable = 0, named
@@ -118,7 +123,7 @@ class AnyBatches:
             return
         sides = (side or name for side, name in zip(shape, self.spec.sides, strict=True))
         expected = f"expected (batch, {', '.join(map(str, sides))})"
-        for what, order in ORDERS[len(shape)].items():
+        for what, order in ORDERS.get(len(shape), {}).items():
             if _fits([found[i] for i in order[1:]], shape):
                 raise InputError(f"images {found}: {expected}, {what}: images.permute({', '.join(map(str, order))})")
         if found[0] == 1 and shape[0] == 1 and _fits(found[2:], shape[1:]):

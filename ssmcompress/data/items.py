@@ -25,8 +25,9 @@ BATCH_SIZE = 64
 EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a data set or batches of images"
 Transform = Callable[[Any], Tensor]
 IMAGE_SIDES = ("channels", "height", "width")
-# The dimensions of images and of videos, by their number.
-SIDES = {3: IMAGE_SIDES, 4: ("channels", "frames", "height", "width")}
+VIDEO_SIDES = ("channels", "frames", "height", "width")
+# The dimensions of images, of videos and of their views, by their number.
+SIDES = {3: IMAGE_SIDES, 4: VIDEO_SIDES, 5: ("views", *VIDEO_SIDES)}
 # The images and labels of an item, and whether it is a single image.
 Parsed = tuple[LabelledBatch, bool]
 

@@ -17,6 +17,7 @@ from ..models.inputs import as_batches, check_module
 from ..models.precision import narrow_products
 from ..progress import track
 from ..tasks import CLASSIFICATION, Evaluation, Task
+from .views import predict
 
 
 def evaluate(
@@ -35,7 +36,8 @@ def evaluate(
         data: the images, with labels or without: a folder or another name that `ssmcompress.open_images` takes, for a
             model from `load`; `Images` or `Batches`; a tensor of prepared images, alone or as (images, labels); a
             DataLoader, or any iterable of batches: tensors, (images, labels, ...) or dicts; a data set of torch or of
-            `datasets`. Labels are class numbers. It is iterated once, so an iterator may be of any length.
+            `datasets`. Labels are class numbers. It is iterated once, so an iterator may be of any length. Of `Batches`
+            with views (`model.transform(views=(4, 3))`), probabilities are averaged over the views of each video.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16, see `run_in`.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images;
@@ -79,7 +81,7 @@ def measure(
             raise InputError("some batches have labels and others have none: expected labels for all or for none")
         labelled = labels is not None
         for name, model in modules.items():
-            logits[name] = model(images.to(next(model.parameters()).device)).float().cpu()
+            logits[name] = predict(model, images, batches.views).cpu()
         dense = logits.get("dense")
         _check_outputs(logits)
         if labels is not None:
@@ -144,10 +146,10 @@ class Logits:
 @torch.no_grad()
 def compute_logits(model: nn.Module, data: Any, dtype: torch.dtype = torch.float32) -> Logits:
     """Compute the logits of a model, for `measure` with other models on the same images in the same order."""
-    device, logits, samples = next(model.parameters()).device, [], []
+    logits, samples = [], []
     batches, run = as_batches(model, data, repeat=False), run_in(model, dtype)
     for images, _ in track(batches, "measuring the dense model", batches.total):
-        logits.append(run(images.to(device)).float().cpu())
+        logits.append(predict(run, images, batches.views).cpu())
         samples.append(_sample_values(images))
     if not logits:
         raise InputError("no images to measure on")

@@ -41,6 +41,7 @@ from .compare_axes import AxisModels
 from .compare_rows import check_row, describe_differences, list_figures, rename_rows, select_measured, to_csv
 from .doubts import Subject, doubt_accuracy
 from .images import CalibrationImages, choose_images
+from .measuring import add_views, describe_views
 from .methods import Level, Method, choose_methods, make_levels, ratio_for_flops, stages_for_level
 from .pareto import draw_pareto
 from .pipeline import Context, run_steps
@@ -78,6 +79,7 @@ def compare_methods(
         InputError: a pruned model, images or a folder that cannot be used.
     """
     check_dense(model)
+    model.check_views(request.measure.views)
     methods = choose_methods(model, request.methods, search=request.search, reconstruct=request.reconstruct)
     check_alone()
     levels = list_levels(model, request)
@@ -134,6 +136,7 @@ class Comparison:
             "preprocessing": {k: v for k, v in model.preprocessing.to_dict().items() if k != "assumed"},
         }
         device = next(model.parameters()).device
+        self.settings |= describe_views(model, request.measure)
         self.settings["timing"] = latency_settings(device) if request.measure.latency else None
         self.settings["content"] = {
             "calibration": sign_images(self.calibration),
@@ -280,9 +283,10 @@ class Comparison:
             models = {"dense": self.model, "row": model}
             return measure(models, self.measured, dtype=self.options.torch_dtype)["row"]
         if self._dense is None:
-            self._dense = compute_logits(self.model, self.measured, self.options.torch_dtype)
+            viewed = add_views(self.model, self.measured, self.options)
+            self._dense = compute_logits(self.model, viewed, self.options.torch_dtype)
         dense = self._dense if self._has_dense_size(model) else _InOrder(self._dense.values, self._dense.samples)
-        models, images = {"dense": dense, "row": model}, self._images_for(model)
+        models, images = {"dense": dense, "row": model}, add_views(model, self._images_for(model), self.options)
         result = measure(models, images, dtype=self.options.torch_dtype)["row"]
         if result.images != len(dense.values):
             raise InputError("the images cannot be read a second time")

@@ -38,6 +38,7 @@ from .compare import (
 from .compare_rows import check_row, list_figures, select_measured, to_csv
 from .fronts import COLUMNS, has_labels, place_rows, time_dense
 from .images import CalibrationImages, choose_images
+from .measuring import describe_views
 from .methods import check_names, choose_methods, list_obstacles
 from .pareto import draw_models
 from .requests import CompareRequest
@@ -68,14 +69,15 @@ class Survey:
     Attributes:
         about: its entry in compare.json. flops: GFLOPs of the dense model, by convention.
         task: what its outputs mean. classes: of its head.
-        image_shape: (channels, height, width) of its images. methods: names of the methods to compare.
+        image_shape: (channels, height, width) of its images, (channels, frames, height, width) of videos.
+        methods: names of the methods to compare.
     """
 
     about: dict[str, Any]
     flops: dict[str, float]
     task: Task
     classes: int
-    image_shape: tuple[int, int | None, int | None]
+    image_shape: tuple[int | None, ...]
     methods: tuple[str, ...]
 
     @property
@@ -232,6 +234,7 @@ class ModelsComparison:
         model = candidate.load()
         with _naming(candidate.name):
             check_dense(model)
+            model.check_views(self.request.measure.views)
             levels = list_levels(model, self.request)
             survey = survey_model(candidate.name, model, self.request)
             if self.surveys:
@@ -249,6 +252,7 @@ class ModelsComparison:
                 "levels": [level.asked or level.ratio for level in levels],
                 "timing": self._describe_timing(model),
                 "pictures": images.measured.pictures,
+                **describe_views(model, self.request.measure),
                 "content": content,
             }
         for key, use in (("calibration", "calibrated"), ("data", "measured")):
@@ -271,6 +275,9 @@ class ModelsComparison:
             raise InputError(
                 f"{other.classes} classes, and {first.name} has {first.classes}: expected models with the same classes"
             )
+        if len(first.image_shape) != len(other.image_shape):
+            ours, theirs = ("images" if len(survey.image_shape) == 3 else "videos" for survey in (other, first))
+            raise InputError(f"a model that takes {ours}, and {first.name} takes {theirs}")
         if not self.settings["pictures"] and first.image_shape != other.image_shape:
             ours, theirs = ("x".join(map(str, survey.image_shape)) for survey in (other, first))
             raise InputError(

@@ -33,6 +33,8 @@ def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     found += [SETTINGS[key] for key in changed]
     if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
         found.append(f"latency on {old['device']} with {old['threads']} threads")
+    if then.get("views") != now.get("views"):  # of videos alone
+        found.append("other views of each video")
     recorded = then.get("content") or {}
     for key, use in (("calibration", "calibrate"), ("data", "measure")):
         if difference := compare_signatures(recorded.get(key, {}), now["content"][key]):

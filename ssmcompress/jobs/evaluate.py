@@ -10,6 +10,7 @@ from ..models.base import TokenModel
 from ..models.learnt import learnt_from
 from .doubts import Subject, find_doubts
 from .images import make_batches
+from .measuring import add_views, describe_views
 from .requests import DataOptions, MeasureOptions
 
 
@@ -21,17 +22,19 @@ def evaluate_model(
     Raises:
         InputError: no images, or images of other classes than the model's.
     """
+    model.check_views(measure.views)
     images = model.find_images(data.data, reduce_zero_label=data.reduce_zero_label)
     batches = make_batches(model, images, processes.shard(range(len(images))), data)
     together = processes.count() > 1
     models = {"model": model} if dense is None else {"dense": dense, "model": model}
-    results = measure_all(models, batches, dtype=measure.torch_dtype, distributed=together)
+    results = measure_all(models, add_views(model, batches, measure), dtype=measure.torch_dtype, distributed=together)
     result = results["model"]
     batches.sync()
     value: dict[str, Any] = {
         "task": model.task.name,
         **model.task.describe(result, compared=False),
         "images": result.images,
+        **describe_views(model, measure),
         "data": {
             "name": images.name,
             "images": result.images,

@@ -59,6 +59,7 @@ def finetune_folder(
     if model.plan is None:
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     options.recipe.check_task(model.task)
+    model.check_views(measure.views)
     if data.data is None:
         raise InputError("fine-tuning needs images to learn from: give `data`")
     require_extra("finetune")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import processes
 from ..data.batches import Batches
+from ..data.clips import Views
+from ..errors import InputError
 from ..evaluation.latency import time_models
 from ..evaluation.measure import Evaluation, measure, run_in
 from ..evaluation.timings import Timings
@@ -47,6 +50,32 @@ def name_columns(dense: TokenModel | None, snapshots: Mapping[str, TokenModel]) 
     return {"dense": dense, **{name: snapshots[name] for name in earlier}, "pruned": snapshots[result]}
 
 
+def add_views(model: TokenModel, images: Batches, options: MeasureOptions) -> Batches:
+    """Return images as they are measured: the same, or with the views of each video that are asked for.
+
+    What is noted of them, digests and what is unreadable, is noted of `images`, too.
+
+    Raises:
+        InputError: views of images, or of what is no picture any more.
+    """
+    if (views := model.check_views(options.views)) is None:
+        return images
+    if not images.pictures:
+        raise InputError("`views` are made of videos, and these are prepared already: give a folder, or leave it out")
+    transform = model.transform_with(replace(model.preprocessing, recorded=True), views)
+    batch_size = max(1, images.batch_size // views.count)  # as much memory as without views
+    viewed = replace(images, transform=transform, batch_size=batch_size)
+    viewed.digests, viewed.mask_digests = images.digests, images.mask_digests
+    return viewed
+
+
+def describe_views(model: TokenModel, options: MeasureOptions) -> dict[str, Any]:
+    """Return `views`, a JSON object, with the clips and crops that a model of videos is measured on; {} of images."""
+    if model.frames is None:
+        return {}
+    return {"views": (model.check_views(options.views) or Views())._asdict()}
+
+
 def measure_models(
     models: Mapping[str, TokenModel | None], images: Batches, options: MeasureOptions, distributed: bool
 ) -> Measured:
@@ -57,12 +86,13 @@ def measure_models(
     """
     present = {name: model for name, model in models.items() if model is not None}
     dtype = options.torch_dtype
-    results = measure(present, images, dtype=dtype, distributed=distributed)
+    viewed = add_views(models["pruned"], images, options)
+    results = measure(present, viewed, dtype=dtype, distributed=distributed)
     compared = {name: run_in(present[name], dtype) for name in ("dense", "pruned") if name in present}
     wide = {}
     if dtype != torch.float32:
         for name, narrow in compared.items():
-            pair = measure({"dense": present[name], "narrow": narrow}, images, distributed=distributed)
+            pair = measure({"dense": present[name], "narrow": narrow}, viewed, distributed=distributed)
             wide[name] = pair["dense"], pair["narrow"]
     images.sync()
     if not processes.is_main():

@@ -54,7 +54,7 @@ def prune_model(
     """
     start = find_start(model, dense, target.inside)
     check_request(start, request.plan)
-    check_recipe(model, request.options)
+    check_options(model, request.options)
     if request.plan.searches:  # before the long work
         if request.plan.sensitivity is not None:
             Sensitivity.read(request.plan.sensitivity)
@@ -72,8 +72,9 @@ def prune_model(
             raise
 
 
-def check_recipe(model: TokenModel, options: CompressOptions) -> None:
-    """Raise an InputError for a recipe of fine-tuning that is not for the task of the model, before the long work."""
+def check_options(model: TokenModel, options: CompressOptions) -> None:
+    """Raise an InputError for a recipe that is not for the task of the model, or views of images, before long work."""
+    model.check_views(options.measure.views)
     if options.finetune is not None:
         options.finetune.recipe.check_task(model.task)
 
@@ -117,7 +118,7 @@ def compress(
         InputError: data, plan or output that cannot be used.
     """
     start, found = find_start(model, dense), found or FoundPlan(plan)
-    check_recipe(model, options)
+    check_options(model, options)
     if start.input is not None and (found.trims or found.search is not None):
         raise InputError("`found` trims or searched, and a compressed model only loses tokens: pass the dense model")
     return _compress(start, replace(found, plan=plan), Target(Path(output), force, command), options)

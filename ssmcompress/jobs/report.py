@@ -28,7 +28,7 @@ from ..pruning.plan import Calibration
 from ..tasks import Evaluation
 from . import report_text as text
 from .doubts import Subject, doubt_calibration, doubt_reconstruction, find_doubts
-from .measuring import Measured
+from .measuring import Measured, describe_views
 from .report_charts import SENSITIVITY_FILES, draw_charts, link_attention
 from .report_refits import add_measured, describe_learning
 from .trim_sizes import describe_dense, describe_trims
@@ -67,6 +67,7 @@ def make_report(
         "content": hash_contents(measured.images.digests, measured.images.content_labels()),
         "dtype": measured.options.dtype,
         "preprocessing": pruned.preprocessing.to_dict(),
+        **describe_views(pruned, measured.options),
     }
     if earlier and measures_the_same(earlier, about):
         blocks = {name: earlier[name] for name in text.list_columns(earlier) if name != "pruned"} | blocks
@@ -93,6 +94,7 @@ def make_report(
         "preprocessing": about["preprocessing"],
         **sections,
         "dtype": about["dtype"],
+        **({"views": about["views"]} if "views" in about else {}),
         **describe_wide(measured),
         "latency": describe_latency(measured.timings, device) if measured.timings else None,
         "command": command,
@@ -114,11 +116,11 @@ def describe_wide(measured: Measured) -> dict[str, Any]:
 
 
 def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two reports measure on the same images and labels, prepared in the same way, in the same dtype."""
+    """Whether two reports measure on the same images and labels, prepared and viewed alike, in one dtype."""
     if not isinstance(prepared := earlier.get("preprocessing"), Mapping):
         return False
     one, other = ({k: v for k, v in p.items() if k != "assumed"} for p in (prepared, now["preprocessing"]))
-    return one == other and all(earlier.get(name) == now[name] for name in ("content", "dtype"))
+    return one == other and all(earlier.get(name) == now.get(name) for name in ("content", "dtype", "views"))
 
 
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ..data.clips import Views
 from ..errors import escape_control
 from ..evaluation.timings import is_busy, quartiles_overlap
 from ..tasks import find_task
@@ -89,7 +90,7 @@ def format_notes(report: Report) -> list[str]:
             f"accuracy was not measured: no labels in {data['name']}; agreement with the dense model on "
             f"{data['images']} images"
         )
-    lines += _list_wide_notes(report)
+    lines += [*list_view_notes(report), *_list_wide_notes(report)]
     if (used := report.get("preprocessing") or {}).get("assumed"):
         lines.append(f"preprocessing was assumed: {', '.join(_list_assumed(used))}")
     skipped = [*data.get("unreadable", ()), *calibration.get("unreadable", ())]
@@ -115,6 +116,19 @@ def format_notes(report: Report) -> list[str]:
             lines.append(f"latency of onnxruntime at batch 1: {', '.join(listed)} ms{_overlap_note(rows)}")
             lines += list_load_notes(onnx.get("latency_settings") or {})
     return lines + list_flops_notes(report) + list_search_notes(report) + _latency_notes(report)
+
+
+def list_view_notes(value: Mapping[str, Any]) -> list[str]:
+    """Which clips and crops of each video were measured, a sentence; none of images.
+
+    Args:
+        value: a report, or what was measured of one model, with `views` where it takes videos.
+    """
+    if not isinstance(counts := value.get("views"), Mapping):
+        return []
+    views = Views(**counts)
+    averaged = ", the mean of their probabilities" if views.count > 1 else ""
+    return [f"view of each video: {views.describe()}{averaged}"]
 
 
 def _list_wide_notes(report: Report) -> list[str]:

@@ -45,10 +45,13 @@ class MeasureOptions:
 
     Attributes:
         dtype: "float32", or "bfloat16" (`evaluation.measure.run_in`). latency: whether to time the models at batch 1.
+        views: clips and crops of each video, whose probabilities are averaged; None: one clip and its centre crop, and
+            the only choice for models that take images.
     """
 
     dtype: str = "float32"
     latency: bool = True
+    views: tuple[int, int] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

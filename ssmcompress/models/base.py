@@ -40,6 +40,8 @@ from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
 CHUNK_BYTES = 1 << 26
+# Most clips of a video, and most crops.
+MOST_VIEWS = 64
 # Bytes of activations of a batch up to which two threads are not faster than one. The bundled model, two cores, batch 1
 # (1.0 MB), 2, 3 and 4: one thread takes 5.3, 7.6, 9.9 and 17 ms, two take 5.5, 7.6, 10.4 and 15 ms.
 ONE_THREAD_BYTES = 2 << 20
@@ -489,12 +491,20 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     def transform_with(self, preprocessing: Preprocessing, views: tuple[int, int] | None = None) -> Any:
         """Return the transform that `transform` gives, with another preparation of the images."""
+        checked = self.check_views(views)
         if self.frames is None:
-            if views is not None:
-                raise InputError("`views` are of videos: the model takes images, of which the centre crop is measured")
             return preprocessing.transform(self.config.image_size)
-        views = None if views is None else Views(*views)
-        return VideoTransform(preprocessing, self.config.image_size, self.frames, views)
+        return VideoTransform(preprocessing, self.config.image_size, self.frames, checked)
+
+    def check_views(self, views: tuple[int, int] | None) -> Views | None:
+        """Return the views (clips, crops) of a video; InputError for a model that takes images, or for no views."""
+        if views is None:
+            return None
+        if self.frames is None:
+            raise InputError("`views` are clips and crops of videos, and the model takes images")
+        if min(views) < 1 or max(views) > MOST_VIEWS:
+            raise InputError(f"`views` {views[0]}x{views[1]}: expected clips and crops, 1 to {MOST_VIEWS} of each")
+        return Views(*views)
 
     def fixed_transform(self) -> Callable[[Any], Tensor]:
         """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
