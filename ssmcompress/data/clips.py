@@ -26,6 +26,11 @@ def sample_frames(length: int, frames: int, offset: tuple[int, int] = (1, 2)) ->
     return [(t * b + a) * length // (frames * b) for t in range(frames)]
 
 
+def draw_frames(length: int, frames: int) -> list[int]:
+    """Return the numbers of frames as `sample_frames`, each at a random place in its part, by torch's generator."""
+    return [min(length - 1, int((t + share) * length / frames)) for t, share in enumerate(torch.rand(frames).tolist())]
+
+
 class Views(NamedTuple):
     """The parts of a video whose predictions are averaged: so many clips, and of each so many crops."""
 

@@ -20,10 +20,11 @@ from timm.data import Mixup
 
 import ssmcompress
 from ssmcompress import progress
-from ssmcompress.compression.finetune.examples import Examples, seed_rng, select_pairs
+from ssmcompress.compression.finetune.examples import Examples, select_pairs
 from ssmcompress.compression.finetune.loop import finetune
 from ssmcompress.compression.finetune.losses import distillation_loss, objective
 from ssmcompress.compression.finetune.recipe import RECIPES, Recipe
+from ssmcompress.compression.finetune.seeds import seed_rng
 from ssmcompress.compression.finetune.state import StateFile, read_state
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches

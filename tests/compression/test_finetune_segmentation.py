@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ssmcompress
-from ssmcompress.compression.finetune.examples import Examples, seed_rng
+from ssmcompress.compression.finetune.examples import Examples
 from ssmcompress.compression.finetune.loop import finetune
 from ssmcompress.compression.finetune.losses import label_loss
 from ssmcompress.compression.finetune.recipe import RECIPES, Recipe
+from ssmcompress.compression.finetune.seeds import seed_rng
 from ssmcompress.compression.finetune.state import StateFile
 from ssmcompress.compression.reconstruct.levels import map_levels
 from ssmcompress.data.batches import Batches

@@ -1,4 +1,4 @@
-"""Augmentation of training images: timm's for classification; for segmentation mmsegmentation's, masks as well."""
+"""Augmentation of training images: timm's for classification, alike for all frames of a clip; masks as well."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...data.clips import draw_frames
 from ...data.dense import DensePreprocessing
 from ...data.transforms import Preprocessing
+from ...data.video import Video
 from ...tasks import IGNORED
 from .recipe import Recipe
+from .seeds import seed_rng
 
 # As in mmsegmentation: a crop in which one class has more than this share of the labelled pixels is drawn again, up to
 # this many times in all.
@@ -24,11 +27,18 @@ HUE = 0.2
 
 
 def training_transform(
-    preprocessing: Preprocessing | DensePreprocessing, image_size: tuple[int, int], recipe: Recipe
+    preprocessing: Preprocessing | DensePreprocessing,
+    image_size: tuple[int, int],
+    recipe: Recipe,
+    frames: int | None = None,
 ) -> Callable[[Any], Tensor]:
     """Return a function from a PIL image, in any mode, to an augmented tensor (channels, height, width), float32.
 
     For segmentation it has a method `pair`, which augments an image and its mask alike.
+
+    Args:
+        frames: number of frames of a clip, for a function from a `Video` to (channels, frames, height, width); None:
+            images.
     """
     if isinstance(preprocessing, DensePreprocessing):
         return DenseAugmentation(preprocessing, image_size, recipe)
@@ -51,8 +61,36 @@ def training_transform(
         separate=True,
     )
     mode = "L" if channels == 1 else "RGB"
-    # RandAugment fills with a colour of three channels, so it needs an RGB image.
-    return lambda image: finish(colours(augment(image.convert("RGB"))).convert(mode))
+
+    def prepare(image: Any) -> Tensor:
+        # RandAugment fills with a colour of three channels, so it needs an RGB image.
+        return finish(colours(augment(image.convert("RGB"))).convert(mode))
+
+    return prepare if frames is None else VideoAugmentation(prepare, frames)
+
+
+@dataclass(frozen=True)
+class VideoAugmentation:
+    """A function from a `Video` to an augmented clip (channels, frames, height, width).
+
+    A frame is drawn from each of `frames` equal parts of the video, and all frames are augmented alike: with the same
+    crop, flip, operations and erased box, because `prepare` runs with the same random numbers for each.
+
+    Attributes:
+        prepare: function from a frame, all of which have one size, to an augmented tensor (channels, height, width).
+        frames: number of frames.
+    """
+
+    prepare: Callable[[Any], Tensor]
+    frames: int
+
+    def __call__(self, video: Video) -> Tensor:
+        pictures = video.pick(lambda length: draw_frames(length, self.frames))
+        seed, clip = int(torch.randint(1 << 62, ())), []
+        for picture in pictures:
+            with seed_rng(seed):
+                clip.append(self.prepare(picture))
+        return torch.stack(clip, 1)
 
 
 class Window(NamedTuple):

@@ -7,10 +7,8 @@ step as one.
 
 from __future__ import annotations
 
-import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,13 +21,14 @@ from ...errors import InputError
 from ...models.base import TokenModel
 from .augmentation import training_transform
 from .recipe import Recipe
+from .seeds import seed_rng
 
 
 class MicroBatch(NamedTuple):
     """A part of a step.
 
     Attributes:
-        images: (n, channels, height, width).
+        images: (n, channels, height, width), with frames after the channels of videos.
         targets: class probabilities (n, classes), for segmentation masks (n, height, width) uint8; None: no labels.
     """
 
@@ -58,7 +57,7 @@ class Examples:
         processes = self.processes
         recipe.check_task(model.task)
         self.task, self.classes = model.task, model.config.num_classes
-        transform = training_transform(model.preprocessing, model.config.image_size, recipe)
+        transform = training_transform(model.preprocessing, model.config.image_size, recipe, model.frames)
         self.reader = replace(training, transform=transform, labelled=True)
         images = len(training.index)
         # If there are fewer images than a batch, a step has all of them.
@@ -130,8 +129,11 @@ class Examples:
             from timm.data import Mixup
 
             mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
+            # timm cuts boxes out of the third and fourth dimension; those of videos are frames and height.
+            planes = images.flatten(1, -3)
             with seed_rng(self.seed, *place, 1):
-                return MicroBatch(*mix(images, labels))
+                mixed, targets = mix(planes, labels)
+            return MicroBatch(mixed.view(images.shape), targets)
         targets = torch.nn.functional.one_hot(labels, self.classes).float()
         return MicroBatch(images, targets * (1 - recipe.smoothing) + recipe.smoothing / self.classes)
 
@@ -145,22 +147,6 @@ def select_pairs(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
     half = len(rows) // 2
     inner = np.arange(part * half // parts, (part + 1) * half // parts)
     return np.concatenate([rows[inner], rows[::-1][inner[::-1]]])
-
-
-@contextmanager
-def seed_rng(*numbers: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's generators in the body of the with statement; their states return after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.random.default_generator.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _ignore_signals(worker: int) -> None:
