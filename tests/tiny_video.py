@@ -25,12 +25,11 @@ class TinyVideoConfig(ModelConfig):
 
     @property
     def grid(self):
-        return self.frames, self.image_size[0] // self.stride, self.image_size[1] // self.stride
+        return self.frames * self.image_size[0] // self.stride, self.image_size[1] // self.stride
 
     @property
-    def patches(self):
-        frames, rows, columns = self.grid
-        return frames * rows * columns
+    def frame_grid(self):
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
 
 
 class TinyBlock(Block):
@@ -67,6 +66,9 @@ class TinyVideo(TokenModel):
     blocks = property(lambda self: self.layers)
     classifier = property(lambda self: self.head)
     frames = property(lambda self: self.config.frames)
+
+    def resize_frames(self, frames):
+        assert frames == self.frames
 
     def check(self, images):
         assert images.shape[1:] == self.image_shape, images.shape

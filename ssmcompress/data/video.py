@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ VIDEO_KEYS = ("videos", "video", "frames")
 
 
 class Video:
-    """A video, whose frames are read when they are asked for; all have one size.
+    """A video, whose frames are read when they are asked for, and then kept; all have one size.
 
     It stands in the place of a picture in `Images`, and has what `digest_picture` reads of one: a video is recognised
     by the number of its frames and by `SIGNED_FRAMES` of them, evenly spaced.
@@ -40,6 +39,7 @@ class Video:
         if length < 1:
             raise OSError("unreadable video: it has no frames")
         self.length, self.read = length, read
+        self._frames: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -49,7 +49,7 @@ class Video:
         return self.pick(lambda length: [index])[0]
 
     def pick(self, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
-        """Return some of the frames, each read once.
+        """Return some of the frames.
 
         Args:
             choose: function from the number of frames to the numbers of those to return, which may repeat.
@@ -58,27 +58,35 @@ class Video:
             OSError: one of them is unreadable, or they differ in size.
         """
         wanted = choose(len(self))
-        frames = {index: self.read(index) for index in sorted(set(wanted))}
-        return _order(wanted, frames)
+        for index in sorted(set(wanted) - set(self._frames)):
+            self._frames[index] = self.read(index)
+        self._check_sizes()
+        return [self._frames[index] for index in wanted]
 
-    @cached_property
-    def signed(self) -> list[Image.Image]:
-        """The frames by which the video is recognised."""
+    def _check_sizes(self) -> None:
+        """Raise OSError if the frames that were read differ in size."""
+        sizes = {frame.size for frame in self._frames.values()}
+        if len(sizes) > 1:
+            first, second = (f"{width}x{height}" for width, height in sorted(sizes)[:2])
+            raise OSError(f"unreadable video: frames of {first} and {second}, expected one size")
+
+    def read_signed(self) -> list[Image.Image]:
+        """Return the frames by which the video is recognised; OSError if it is unreadable."""
         return [frame.convert("RGB") for frame in self.pick(lambda length: sample_frames(length, SIGNED_FRAMES))]
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(frames, width, height); OSError if the video is unreadable."""
-        first = self.signed[0]  # the number of frames of a file is known once it was read
+        first = self.read_signed()[0]  # the number of frames of a file is known once it was read
         return len(self), *first.size
 
     def tobytes(self) -> bytes:
         """Return the pixels by which the video is recognised; OSError if it is unreadable."""
-        return b"".join(frame.tobytes() for frame in self.signed)
+        return b"".join(frame.tobytes() for frame in self.read_signed())
 
     def load(self) -> None:
         """Read the frames by which the video is recognised; OSError if it is unreadable."""
-        self.tobytes()
+        self.read_signed()
 
 
 class VideoFile(Video):
@@ -93,13 +101,13 @@ class VideoFile(Video):
 
         The packets of a stream are not always as many as its frames: then the frames are chosen again.
         """
-        wanted = choose(len(self))
-        frames, count = self._decode(set(wanted))
-        if count != len(self):
-            super().__init__(count, self.frame)
-            wanted = choose(count)
-            frames, _ = self._decode(set(wanted))
-        return _order(wanted, frames)
+        if missing := set(choose(len(self))) - set(self._frames):
+            frames, count = self._decode(missing)
+            if count != len(self):
+                super().__init__(count, self.frame)
+                frames, _ = self._decode(set(choose(count)))
+            self._frames |= frames
+        return super().pick(choose)
 
     def _count(self) -> int:
         """Return the number of packets of the stream, which takes no decoding."""
@@ -149,13 +157,18 @@ def open_video(path: Path) -> Video:
     The frames of a folder are its pictures, their names in natural order: frame_2 comes before frame_10.
     """
     if path.is_dir():
-        names = sorted(entry.name for entry in os.scandir(path) if kind_of(entry.name) == "images")
-        names = sorted((name for name in names if not is_system(name)), key=natural_key)
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries if _is_frame(entry))
+        names.sort(key=natural_key)
         return Video(len(names), lambda i: decode(path / names[i]))
     if path.suffix.lower() in ARRAY_SUFFIXES:
         frames, _ = read_arrays(path)
         return array_video(frames)
     return VideoFile(path)
+
+
+def _is_frame(entry: os.DirEntry[str]) -> bool:
+    return kind_of(entry.name) == "images" and not is_system(entry.name) and not entry.is_dir()
 
 
 def array_video(frames: np.ndarray) -> Video:
@@ -193,12 +206,3 @@ def read_arrays(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise OSError(f"arrays {found}: expected a single one, or one of them called {' or '.join(VIDEO_KEYS)}")
     frames = arrays.pop(named[0] if named else next(iter(arrays)))
     return frames, arrays
-
-
-def _order(wanted: Sequence[int], frames: dict[int, Image.Image]) -> list[Image.Image]:
-    """Return frames in the order that is wanted; OSError if they differ in size."""
-    sizes = {frame.size for frame in frames.values()}
-    if len(sizes) > 1:
-        first, second = (f"{width}x{height}" for width, height in sorted(sizes)[:2])
-        raise OSError(f"unreadable video: frames of {first} and {second}, expected one size")
-    return [frames[index] for index in wanted]

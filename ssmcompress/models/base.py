@@ -463,10 +463,15 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         check_images(images, self.image_shape, find_weight(self.classifier))
 
     @property
-    def image_shape(self) -> tuple[int | None, ...]:
-        """(channels, height, width) of the images, None for a side of any length; of videos (., frames, ., .)."""
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an input of `config.image_size`; of a video with the frames second."""
         frames = () if self.frames is None else (self.frames,)
         return (self.config.in_chans, *frames, *self.config.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int | None, ...]:
+        """The shape of every input, as `input_shape` has it; None stands for a side of any length."""
+        return self.input_shape
 
     def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
         """Return the preparation of images where nothing says another one."""
