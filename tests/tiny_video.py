@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
+from ssmcompress.errors import InputError
 from ssmcompress.models import Block, TokenModel, register_architecture
 from ssmcompress.models.reading import Shapes
 from ssmcompress.models.sizes import ModelConfig
@@ -71,7 +72,8 @@ class TinyVideo(TokenModel):
         assert frames == self.frames
 
     def check(self, images):
-        assert images.shape[1:] == self.image_shape, images.shape
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(f"videos {tuple(images.shape)}: expected (batch, {self.image_shape})")
 
     def embed(self, images):
         self.check(images)
