@@ -1,34 +1,15 @@
-"""Clips: which frames of a video a model sees, and which crops of them, prepared as one tensor."""
+"""Clips: frames of a video, and crops of them, prepared as one tensor; and views, of which a video has several."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .frames import sample_frames
 from .transforms import Preprocessing
-
-if TYPE_CHECKING:
-    from .video import Video
-
-
-def sample_frames(length: int, frames: int, offset: tuple[int, int] = (1, 2)) -> list[int]:
-    """Return the numbers of `frames` frames evenly spaced over a video of `length` frames.
-
-    The video is cut into `frames` equal parts, and of part t the frame at an offset a/b of the part is taken:
-    floor((t + a/b) length / frames). The default is the centre of each part. A video with fewer frames repeats some.
-
-    Args:
-        offset: (a, b), with 0 <= a < b.
-    """
-    a, b = offset
-    return [(t * b + a) * length // (frames * b) for t in range(frames)]
-
-
-def draw_frames(length: int, frames: int) -> list[int]:
-    """Return the numbers of frames as `sample_frames`, each at a random place in its part, by torch's generator."""
-    return [min(length - 1, int((t + share) * length / frames)) for t, share in enumerate(torch.rand(frames).tolist())]
+from .video import Video
 
 
 class Views(NamedTuple):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import raise_if_out_of_memory
 from ..suffixes import ARRAY_SUFFIXES
-from .clips import sample_frames
+from .frames import sample_frames
 from .images import decode
 from .labels import natural_key
 from .listing import is_system, kind_of

@@ -113,7 +113,8 @@ def test_a_pruned_model_is_measured_on_the_views_and_remembers_its_data(folder):
     assert value["images"] == 12
     assert value["agreement"]["top1"] is not None
     call("run", "out/recipe.yaml", "-o", "again")
-    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+    again = ssmcompress.load("again").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in ssmcompress.load("out").state_dict().items())
 
 
 def test_a_pruned_model_is_fine_tuned(folder):

@@ -10,7 +10,8 @@ from test_folders import Recorder
 from videos import make_frames
 
 from ssmcompress.data import Batches, Images, Video
-from ssmcompress.data.clips import VideoTransform, Views, draw_frames, sample_frames
+from ssmcompress.data.clips import VideoTransform, Views
+from ssmcompress.data.frames import draw_frames, sample_frames
 from ssmcompress.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, cut_crops
 from ssmcompress.progress import use_front_end
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.clips import draw_frames
 from ...data.dense import DensePreprocessing
+from ...data.frames import draw_frames
 from ...data.transforms import Preprocessing
 from ...data.video import Video
 from ...tasks import IGNORED
