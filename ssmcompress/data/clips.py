@@ -18,6 +18,12 @@ class Views(NamedTuple):
     clips: int = 1
     crops: int = 1
 
+    @classmethod
+    def from_json(cls, value: Any) -> Views | None:
+        """Return the views in a JSON object, `_asdict` of them; None for anything else, as in a report of images."""
+        counts = [value.get(name) for name in cls._fields] if isinstance(value, dict) else [None]
+        return cls(*counts) if all(type(count) is int and count > 0 for count in counts) else None
+
     @property
     def count(self) -> int:
         """The number of views."""

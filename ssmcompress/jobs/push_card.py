@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.clips import Views
 from ..hub_names import HubName
 from ..tasks import find_task
 from .local_paths import PathRemover
-from .push_content import CARD_FILE, PIPELINES, Content, find_dataset
+from .push_content import CARD_FILE, Content, find_dataset
 
 METRICS = {"top1": "accuracy", "miou": "mean_iou"}
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n+", re.DOTALL)
@@ -42,7 +43,7 @@ def make_card(folder: Path, content: Content, name: HubName, license_name: str |
     header = ModelCardData(
         license=license_name,
         library_name="ssmcompress",
-        pipeline_tag=PIPELINES[content.task],
+        pipeline_tag=content.pipeline,
         tags=["ssmcompress", "pruning", "token-pruning", content.config["architecture"]["type"]],
         datasets=[data[0]] if data else None,
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -64,16 +65,18 @@ def list_results(content: Content, remover: PathRemover) -> list[Any]:
     value = measured.get(figure.report_key)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return []
+    views = Views.from_json(content.report.get("views"))
+    measured_on = f"{data.get('images')} {'images' if views is None else f'videos, {views.describe()}'}"
     known, shown = find_dataset(content), remover.clean_path(str(data.get("name")))
     repository, split = known or (shown, None)
     return [
         EvalResult(
-            task_type=PIPELINES[content.task],
+            task_type=content.pipeline,
             dataset_type=repository,
             dataset_name=shown,
             dataset_split=split,
             metric_type=METRICS.get(figure.report_key, figure.report_key),
-            metric_name=f"{figure.title}, % ({data.get('images')} images)",
+            metric_name=f"{figure.title}, % ({measured_on})",
             metric_value=round(value, 4),
         )
     ]

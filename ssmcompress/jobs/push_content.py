@@ -63,6 +63,12 @@ class Content:
         return _parse_name(path) if path is not None and not is_absolute(path) else None
 
     @property
+    def pipeline(self) -> str:
+        """What the Hub calls the task of the model."""
+        videos = "views" in self.report or self.config["architecture"].get("frames") is not None
+        return "video-classification" if videos else PIPELINES[self.task]
+
+    @property
     def task(self) -> str:
         """The task of the model, by name."""
         kind = self.config["architecture"]["type"]

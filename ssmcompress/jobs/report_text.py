@@ -124,9 +124,8 @@ def list_view_notes(value: Mapping[str, Any]) -> list[str]:
     Args:
         value: a report, or what was measured of one model, with `views` where it takes videos.
     """
-    if not isinstance(counts := value.get("views"), Mapping):
+    if (views := Views.from_json(value.get("views"))) is None:
         return []
-    views = Views(**counts)
     averaged = ", the mean of their probabilities" if views.count > 1 else ""
     return [f"view of each video: {views.describe()}{averaged}"]
 

@@ -114,6 +114,9 @@ def test_a_pruned_model_is_measured_on_the_views_and_remembers_its_data(folder):
     assert "2 clips x 3 crops" in call("report", "out").stdout
     assert "2 clips x 3 crops" in Path("out/README.md").read_text()
     assert "views: 2x3" in Path("out/recipe.yaml").read_text()
+    card = call("push", "out", "owner/name", "--license", "mit", "--dry-run").stdout
+    assert "video-classification" in card
+    assert "6 videos, 2 clips x 3 crops" in card
     value = json.loads(call("evaluate", "out", "--json").stdout)  # on the videos that the folder names
     assert value["images"] == 12
     assert value["agreement"]["top1"] is not None

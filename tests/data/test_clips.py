@@ -128,3 +128,22 @@ def test_frames_are_read_once():
     VideoTransform(PLAIN, (8, 8), 4, Views(3, 2))(video)
     VideoTransform(PLAIN, (8, 8), 4)(video)
     assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {},
+        [2, 3],
+        "2x3",
+        {"clips": 2},
+        {"clips": 0, "crops": 1},
+        {"clips": True, "crops": 1},
+        {"clips": "2", "crops": 3},
+    ],
+    ids=str,
+)
+def test_what_no_views_are_in_json_is_told(value):
+    assert Views.from_json(value) is None
+    assert Views.from_json(Views(2, 3)._asdict()) == (2, 3)
