@@ -268,6 +268,12 @@ def test_a_video_has_one_digest_however_it_is_stored(tmp_path):
     }
 
 
+def test_videos_of_other_lengths_have_other_digests():
+    """Even where all frames are alike."""
+    still = Image.new("RGB", (8, 8))
+    assert len({digest_picture(Video(length, lambda i: still)) for length in (8, 9, 16)}) == 3
+
+
 def test_signatures_tell_videos_apart(data):
     for name in ("v", "w", "x"):
         write_frames(data / name, 5)
