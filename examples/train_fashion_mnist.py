@@ -3,7 +3,7 @@
     apt-get install dataset-fashion-mnist        # Debian; or --idx, any folder with the four original files
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth
     python examples/train_fashion_mnist.py plain_mamba_fashion_mnist.pth --architecture plain_mamba
-    python examples/train_fashion_mnist.py vmamba_fashion_mnist.pth --architecture vmamba --epochs 5
+    python examples/train_fashion_mnist.py vmamba_fashion_mnist.pth --architecture vmamba --epochs 8 --plain-epochs 1
     python examples/train_fashion_mnist.py deit_fashion_mnist.pth --architecture deit
 
 A Vim and a DeiT get the images as they are, 28 x 28 pixels in patches of 2 x 2; a PlainMamba gets them resized to

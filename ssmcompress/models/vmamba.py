@@ -105,10 +105,12 @@ class VMamba(LevelledModel):
         return ()
 
     def default_stages(self) -> tuple[int, ...]:
-        """Return ToP-ViM's layers, scaled to the depth of the section with the most layers."""
-        section = max(self.sections, key=lambda section: section.last - section.first)
-        depth = section.last - section.first + 1
-        return tuple(section.first - 1 + layer for layer in (default_stages(depth) if depth > 1 else (1,)))
+        """Return the first layer of each section of several layers, and ToP-ViM's of the section with the most."""
+        deepest = max(self.sections, key=lambda section: section.last - section.first)
+        depth = deepest.last - deepest.first + 1
+        layers = {section.first for section in self.sections if section.last > section.first} or {1}
+        layers |= {deepest.first - 1 + layer for layer in default_stages(depth)} if depth > 1 else set()
+        return tuple(sorted(layers))
 
     def starts_section(self, layer: int) -> bool:
         return layer in self._first
