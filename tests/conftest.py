@@ -199,8 +199,7 @@ def model(request) -> TokenModel:
 
 
 def images_of(model: TokenModel, count=5, seed=1) -> torch.Tensor:
-    shape = count, model.config.in_chans, *model.config.image_size
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, *model.input_shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write_checkpoint(folder: Path, depth: int = 4) -> Path:

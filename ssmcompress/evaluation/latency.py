@@ -147,7 +147,7 @@ def benchmark(
     for batch in batch_sizes:
         calls: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
-            images = torch.randn(batch, model.config.in_chans, *model.config.image_size, dtype=torch.float32)
+            images = torch.randn(batch, *model.input_shape, dtype=torch.float32)
             images = images.to(device, next(model.parameters()).dtype)
             calls[name] = _make_forward(model, images, dtype)
             calls[f"{name}, {PRODUCTS}"] = _make_products(model, batch, dtype, device)

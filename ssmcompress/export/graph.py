@@ -60,13 +60,12 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
         raise InputError(f"opset {opset}: expected one from {OLDEST_OPSET} to {newest}, the newest this onnx knows")
     model = copy.deepcopy(model).cpu().float().eval()
     lowering.lower_modules(model)
-    config = model.config
     kept = [f"{KEPT_PREFIX}{layer}" for layer in model.pruners]
     features = [f"{FEATURES_PREFIX}{layer}" for layer in range(1, len(model.blocks) + 1)]
     with use_backend("onnx"), _silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
             _WithIntermediates(model),
-            (torch.zeros(2, config.in_chans, *config.image_size, dtype=torch.float32, device="cpu"),),
+            (torch.zeros(2, *model.input_shape, dtype=torch.float32, device="cpu"),),
             dynamo=True,
             optimize=False,
             opset_version=min(opset, NEWEST_TRACED),

@@ -150,7 +150,7 @@ def export_onnx(
     if len(forms) > 1:
         with TemporaryDirectory() as folder:
             files = {form: _save(assemble(traced, form), Path(folder) / f"{form}.onnx") for form in forms}
-            times = rank_by_speed(files, _image_shape(model), provider_name, _batches(model))
+            times = rank_by_speed(files, model.input_shape, provider_name, _batches(model))
         refused |= {form: f"{provider} does not run it" for form in forms if form not in times}
     form = next(iter(times), forms[0])
     kept = find_values(traced, KEPT_PREFIX) if options.debug_outputs else ()
@@ -201,10 +201,6 @@ def _batches(model: TokenModel) -> tuple[int, ...]:
     return BATCHES if takes_batches(model) else BATCHES[:1]
 
 
-def _image_shape(model: TokenModel) -> tuple[int, int, int]:
-    return model.config.in_chans, *model.config.image_size
-
-
 def _save(graph: onnx.ModelProto, file: Path) -> Path:
     """Write a graph to a file; beyond protobuf's limit, large weights move from `graph` into a second file."""
     import onnx
@@ -241,7 +237,7 @@ def _time_models(models: Mapping[str, tuple[TokenModel, Path]], provider: str) -
     batches = _batches(next(iter(models.values()))[0])
     rounds = [(batch, name) for _ in range(2) for batch in batches for name in models]
     for batch, name in track(rounds, "timing", len(rounds)):
-        (model, file), shape = models[name], (batch, *_image_shape(models[name][0]))
+        (model, file), shape = models[name], (batch, *models[name][0].input_shape)
         images = torch.zeros(shape, dtype=torch.float32, device=next(model.parameters()).device)
         with torch.inference_mode():
             round_ms = time_repeats(lambda: model(images).cpu(), LATENCY_REPEATS)  # noqa: B023

@@ -18,7 +18,7 @@ from ..data.dense import DensePreprocessing
 from ..data.find import find_images
 from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..errors import InputError
+from ..errors import InputError, OptionError
 from ..openmp import one_thread
 from ..ops import SCORES, ScanPath, selective_scan
 from ..ops.selective_scan import Expander
@@ -350,6 +350,11 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         """Return whether these parameter names are those of this architecture."""
 
     @classmethod
+    def has_own_size(cls, state: StateDict) -> bool:
+        """Return whether weights that it recognises have a size that only this architecture is published in."""
+        return False
+
+    @classmethod
     @abc.abstractmethod
     def infer_config(
         cls,
@@ -434,7 +439,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
-        """Return the tokens of images (batch, *`image_shape`), with the model's alignment."""
+        """Return the tokens of images (batch, channels, height, width), with the model's alignment.
+
+        Those of a model with `frames` are videos (batch, channels, frames, height, width), here and elsewhere.
+        """
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:
@@ -461,6 +469,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
     def check(self, images: Tensor) -> None:
         """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
         check_images(images, self.image_shape, find_weight(self.classifier))
+
+    def resize_frames(self, frames: int) -> None:
+        """Change the number of frames of an input, in place; OptionError if inputs are images."""
+        raise OptionError(f"`frames`: inputs of this {self.architecture} are images, not videos")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -698,11 +710,10 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     def _is_small(self, images: Any) -> bool:
         """Return whether a forward is too small for a second thread of the CPU."""
-        if not isinstance(images, Tensor) or not images.is_cpu or images.ndim != 4:
+        if not isinstance(images, Tensor) or not images.is_cpu or images.ndim != 1 + len(self.input_shape):
             return False  # what is no batch of images is refused later
-        batch, _, height, width = images.shape
-        larger = max(1.0, height * width / math.prod(self.config.image_size))
-        return batch * larger * self.activation_bytes() <= ONE_THREAD_BYTES
+        larger = max(1.0, math.prod(images.shape[2:]) / math.prod(self.input_shape[1:]))
+        return len(images) * larger * self.activation_bytes() <= ONE_THREAD_BYTES
 
     def raw_outputs(self, images: Tensor) -> Tensor:
         """Return the outputs (batch, classes, ...) by which the model is compared with another one: the logits.

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..ops import rms_norm
 from ..ops.dispatch import full_precision
 from ..ops.reference import accumulation_dtype
+from .input_shapes import advise_on_shape, describe_shape, fits_shape
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,8 +97,10 @@ def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     return linear(x)[..., rows]
 
 
-def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
+def embed_patches(projection: nn.Conv2d | nn.Conv3d, images: Tensor) -> Tensor:
     """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
+
+    Or videos (batch, channels, frames, height, width) as patches (batch, d_model, times, rows, columns).
 
     On a CPU it runs in float32 or wider, even under autocast and in a bfloat16 model: on processors with AMX, torch
     2.14's bfloat16 convolution of 4 to 24 channels with windows of 4 to 16 pixels has errors as large as its result.
@@ -110,7 +113,8 @@ def embed_patches(projection: nn.Conv2d, images: Tensor) -> Tensor:
         images = images.to(weight.dtype)
         if weight is projection.weight:
             return projection(images)
-        return F.conv2d(images, weight, bias, projection.stride, projection.padding)
+        convolve = F.conv3d if images.ndim == 5 else F.conv2d
+        return convolve(images, weight, bias, projection.stride, projection.padding)
 
 
 def check_not_quantised(model: nn.Module) -> None:
@@ -147,29 +151,29 @@ def narrow_products(model: Model, dtype: torch.dtype) -> Model:
     return narrow
 
 
-def check_images(images: Any, shape: tuple[int, int | None, int | None], weight: Tensor | None) -> None:
+def check_images(images: Any, shape: Sequence[int | None], weight: Tensor | None) -> None:
     """Raise an InputError unless `images` can be given to a model.
 
     Args:
-        shape: (channels, height, width) of an image; None: any number of pixels.
+        shape: (channels, height, width) of an image, or (channels, frames, height, width) of a video; None: any number
+            of pixels.
         weight: a weight of the model, which has its dtype and device; None: a quantised model, float32 on the CPU.
     """
-    names = ("channels", "height", "width")
-    size = ", ".join(str(side or name) for side, name in zip(shape, names, strict=True))
+    size = describe_shape(shape)
     if isinstance(images, torch.fx.Proxy):
         raise InputError("torch.fx cannot trace this model symbolically: use torch.export, or quantize_dynamic")
     if not isinstance(images, Tensor):
         advice = "; use torch.from_numpy(images).float()" if isinstance(images, np.ndarray) else ""
         raise InputError(f"images are a {type(images).__name__}: expected a tensor (batch, {size}){advice}")
-    if images.ndim != 4 or not _fits(images.shape[1:], shape):
-        advice = "load the model with another image_size for other images"
-        if None in shape:
+    found = tuple(images.shape)
+    if not fits_shape(found[1:], shape):
+        if fits_shape(found, shape):
+            advice = f"use images[None] for one {'image' if len(shape) == 3 else 'video'}"
+        elif None in shape and len(found) == 4:
             advice = "this model takes images of any size, normalised and in colour"
-        if images.ndim == 3 and _fits(images.shape, shape):
-            advice = "use images[None] for one image"
-        elif images.ndim == 4 and _fits(images.shape[1:], (*shape[1:], shape[0])):
-            advice = "use images.permute(0, 3, 1, 2) for channels that come last"
-        raise InputError(f"images {tuple(images.shape)}: expected (batch, {size}); {advice}")
+        else:
+            advice = advise_on_shape(found, shape)
+        raise InputError(f"images {found}: expected (batch, {size}); {advice}")
     if images.layout != torch.strided:
         raise InputError(f"images are {images.layout}: expected a dense tensor; use images.to_dense()")
     dtype, device = (torch.float32, torch.device("cpu")) if weight is None else (weight.dtype, weight.device)
@@ -181,12 +185,6 @@ def check_images(images: Any, shape: tuple[int, int | None, int | None], weight:
         raise InputError(f"images are on {images.device}, the model is on {device}: use images.to({str(device)!r})")
     if images.dtype != dtype and not _is_autocast(device):
         raise InputError(f"images are {images.dtype}, the model is {dtype}: use images.to({dtype})")
-
-
-def _fits(found: Sequence[int], shape: Sequence[int | None]) -> bool:
-    """Return whether an image has a shape, in which None stands for any number of pixels, but not for none."""
-    pairs = zip(found, shape, strict=True)
-    return all(side > 0 if expected is None else side == expected for side, expected in pairs)
 
 
 def _is_autocast(device: torch.device) -> bool:

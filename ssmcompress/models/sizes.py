@@ -42,8 +42,18 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
-        """The number of patches of an image."""
+        """The number of patches of an input."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def frame_grid(self) -> tuple[int, int]:
+        """The patches of one image, in (rows, columns); in `grid`, those of a video lie below each other."""
+        return self.grid
+
+    @property
+    def frame_patches(self) -> int:
+        """The number of patches of one image, of which a video has several."""
+        return self.frame_grid[0] * self.frame_grid[1]
 
     @property
     def layers(self) -> Sequence[Any]:

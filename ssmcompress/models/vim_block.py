@@ -1,7 +1,7 @@
-"""The layers of a Vim: patches, and bidirectional scans over a raster of them.
+"""The layers of a Vim and of its relatives: patches, and bidirectional scans over a raster of them.
 
-arXiv 2401.09417; `vim` and `vim_upernet` are made of them. Parameter names are
-those of the published checkpoints (`bimambav2`, `div2`).
+arXiv 2401.09417; `vim`, `video_mamba` and `vim_upernet` are made of them. Parameter names are those of the published
+checkpoints (`bimambav2`, `div2`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class VimConfig(LayeredConfig):
     Attributes:
         d_inner, d_state: one number for all layers, or one for each.
         directions: for each layer the scans that it has, 0 forward and 1 backward; None: both in all layers.
+        residual_scale: factor of the sum of both scans, projected, when it is added to the residual stream.
     """
 
     PATHS: ClassVar[tuple[int, ...]] = (0, 1)
+    residual_scale: ClassVar[float] = 0.5  # the mean of the two
 
     d_model: int
     depth: int
@@ -69,11 +71,24 @@ class VimConfig(LayeredConfig):
         (height, width), (ph, pw) = self.image_size, self.patch_size
         return (height - ph) // self.stride + 1, (width - pw) // self.stride + 1
 
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The sides of a patch, (height, width)."""
+        return self.patch_size
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The distances of patches along the sides of `window`."""
+        return self.stride, self.stride
+
+
+CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}  # by the number of sides of a patch
+
 
 class PatchEmbed(nn.Module):
     def __init__(self, c: VimConfig):
         super().__init__()
-        self.proj = nn.Conv2d(c.in_chans, c.d_model, c.patch_size, stride=c.stride)
+        self.proj = CONVOLUTIONS[len(c.window)](c.in_chans, c.d_model, c.window, stride=c.steps)
 
 
 # Names of the parameters of the forward and of the backward path: conv, x_proj, dt_proj, A_log, D.
@@ -84,10 +99,7 @@ PARAMETERS = (
 
 
 class VimMixer(nn.Module):
-    """The two scans of a layer, forward and backward over the same tokens, each gated, then averaged.
-
-    A layer that has lost one of them keeps the factor of the average.
-    """
+    """The two scans of a layer, forward and backward over the same tokens, each gated, then added and projected."""
 
     def __init__(self, c: VimConfig, size: LayerSize):
         super().__init__()
@@ -183,15 +195,15 @@ class VimMixer(nn.Module):
         inner = [layer for path in reversed(self.directions) for layer in self.parameters_of(path)[1:3]]
         return [(count, layer.weight) for layer in (self.in_proj, *inner, self.out_proj)]
 
-    def last_products(self, count: int) -> list[tuple[int, Tensor]]:
-        """Return the matrix products (rows, weight) of `forward_protected`, for one image of `count` tokens."""
+    def last_products(self, count: int, spans: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Return the matrix products (rows, weight) of `forward_protected`, for one image of `count` tokens.
+
+        Args:
+            spans: steps of the forward and of the backward path up to the protected token, as `count_spans` has them.
+        """
         x, z = self.in_proj.weight.chunk(2)
-        products, left = [(count, x), (1, z)], (count + 1) * len(self.directions) // 2
-        for number, path in enumerate(self.directions, 1):
-            steps = left // (len(self.directions) + 1 - number)
-            products += [(steps, layer.weight) for layer in self.parameters_of(path)[1:3]]
-            left -= steps
-        return [*products, (1, self.out_proj.weight)]
+        inner = [(spans[path], layer.weight) for path in self.directions for layer in self.parameters_of(path)[1:3]]
+        return [(count, x), (1, z), *inner, (1, self.out_proj.weight)]
 
     # ------------------------------------------------------------------------------------------------- trimming
 
@@ -244,15 +256,17 @@ class VimMixer(nn.Module):
 class VimBlock(TrimmableBlock):
     """One layer.
 
+    One that has lost a scan keeps the factor `residual_scale` of the sum of both.
+
     Attributes:
         keeps_update: whether the tokens after it hold in `update` what it added to the residual stream.
     """
 
-    residual_scale = 0.5  # the mean of the two paths
     keeps_update = False
 
     def __init__(self, c: VimConfig, size: LayerSize):
         super().__init__()
+        self.residual_scale = c.residual_scale
         self.norm = RMSNorm(c.d_model, eps=EPSILON)
         self.mixer = VimMixer(c, size)
 
@@ -322,32 +336,45 @@ def _either(state: StateDict, name: str, end: str = "") -> str:
     return backward if f"{name}{end}" not in state and backward in state else f"{name}{end}"
 
 
-def count_layers(c: VimConfig, counts: Sequence[int], convention: str, read_one: bool) -> dict[str, int]:
+def count_spans(tokens: int, patches: int, protected: int) -> tuple[int, int]:
+    """Return the steps of the forward and of the backward path that reach the protected token; both include it.
+
+    Together they are one more than the tokens. Exact without pruning and for a token at an end; else that of an image
+    that keeps the same share of the patches on either side.
+
+    Args:
+        tokens: the number that is kept, the protected one among them. patches: their number without pruning.
+        protected: the position of the protected token among all.
+    """
+    before = (tokens - 1) * protected // patches
+    return before + 1, tokens - before
+
+
+def count_layers(c: VimConfig, counts: Sequence[int], convention: str, read: int | None) -> dict[str, int]:
     """Return the FLOPs of the patches and of the layers by part, as `TokenModel.count_flops` does.
 
     One direction only for `paper`, as the papers count, and both for `full`; the gate belongs to the scan.
 
     Args:
-        read_one: whether the last layer is computed for the protected token alone.
+        read: the position of the only token that the last layer is computed for; None: all of them.
     """
     R = c.dt_rank
     parts = dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"), 0)
     for layer, (tokens, (E, N, directions)) in enumerate(zip(counts[:-1], c.layers, strict=True), 1):
-        last = read_one and layer == c.depth
-        # Both scans together take one step more than there are tokens: both include the class token.
-        steps = (tokens + 1) * len(directions) // 2 if last else tokens * len(directions)
-        read = 1 if last else tokens  # tokens that are gated and projected
-        paths = len(directions)
+        last = read is not None and layer == c.depth
+        spans = count_spans(tokens, c.patches, read) if last else (tokens, tokens)
+        steps, paths = sum(spans[path] for path in directions), len(directions)
+        gated = 1 if last else tokens  # and projected
         for part, count in (
             ("conv", (steps + paths * (c.d_conv - 1)) * E * c.d_conv),
             ("x_proj", steps * E * (R + 2 * N)),
             ("dt_proj", steps * R * E),
-            ("scan", steps * (9 * E * N + E) + paths * read * E),
+            ("scan", steps * (9 * E * N + E) + paths * gated * E),
         ):
             parts[part] += count if convention == "full" else count // 2
-        parts["in_proj"] += (tokens + read) * c.d_model * E
-        parts["out_proj"] += read * E * c.d_model
-    return {"embedding": c.patches * c.d_model * c.in_chans * math.prod(c.patch_size), **parts}
+        parts["in_proj"] += (tokens + gated) * c.d_model * E
+        parts["out_proj"] += gated * E * c.d_model
+    return {"embedding": c.patches * c.d_model * c.in_chans * math.prod(c.window), **parts}
 
 
 def count_layer_bytes(c: VimConfig, size: int) -> int:

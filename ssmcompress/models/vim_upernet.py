@@ -215,7 +215,7 @@ class VimUperNet(UperNet):
         cls, config: VimUperNetConfig, counts: Sequence[int], convention: str, as_run: bool = True
     ) -> dict[str, int]:
         return {
-            **count_layers(config, counts, convention, read_one=False),
+            **count_layers(config, counts, convention, read=None),
             "neck": config.count_neck(),
             "head": config.count_head(),
         }

@@ -8,7 +8,9 @@ from conftest import GOLDEN, images_of, make_vim
 
 import ssmcompress
 from ssmcompress.errors import InputError
-from ssmcompress.models.vim import FORTH_AND_BACK, resize_pos_embed
+from ssmcompress.models.vim import VisionMamba
+from ssmcompress.models.vim_block import FORTH_AND_BACK
+from ssmcompress.models.vim_classifier import resize_pos_embed
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.tokens import Tokens
 
@@ -57,8 +59,8 @@ def test_other_image_sizes_keep_the_class_token_entry_and_the_layout_of_the_grid
     rows, columns = torch.meshgrid(torch.linspace(0, 1, 4), torch.linspace(0, 1, 4), indexing="ij")
     table = torch.stack([rows, columns], -1).view(1, 16, 2)
     table = torch.cat([table[:, :8], torch.full((1, 1, 2), 7.0), table[:, 8:]], 1)
-    assert torch.equal(resize_pos_embed(table, (4, 4), (4, 4)), table)
-    resized = resize_pos_embed(table, (4, 4), (6, 5))
+    assert torch.equal(resize_pos_embed(table, (4, 4), (4, 4), VisionMamba.place_class_token), table)
+    resized = resize_pos_embed(table, (4, 4), (6, 5), VisionMamba.place_class_token)
     assert resized.shape == (1, 31, 2)
     assert resized[0, 15].tolist() == [7.0, 7.0]
     patches = torch.cat([resized[:, :15], resized[:, 16:]], 1).view(6, 5, 2)
