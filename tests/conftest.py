@@ -18,7 +18,8 @@ from PIL import Image
 import ssmcompress
 from ssmcompress.models import TokenModel
 from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
-from ssmcompress.models.vim import VimConfig, VisionMamba
+from ssmcompress.models.video_mamba import VideoMamba
+from ssmcompress.models.vim import VisionMamba
 from ssmcompress.models.vit import VisionTransformer
 from ssmcompress.models.vit_block import ViTConfig
 from ssmcompress.models.vmamba import VMamba, VMambaConfig
@@ -60,11 +61,11 @@ def make_vim(depth=4, d_model=16, image=(16, 16), patch=4, channels=3, seed=0, *
     """A Vim with random weights, spread widely enough that tokens differ in importance.
 
     Args:
-        others: `classes`, `stride`, `d_state`.
+        others: `classes`, `stride`, `d_state`; `kind`, the class of a relative, and fields of its configuration.
     """
+    kind = others.pop("kind", VisionMamba)
     stride, d_state, classes = (others.pop(k, v) for k, v in (("stride", None), ("d_state", 4), ("classes", 10)))
-    assert not others, others
-    config = VimConfig(
+    config = kind.config_class(
         d_model=d_model,
         depth=depth,
         d_inner=2 * d_model,
@@ -76,13 +77,19 @@ def make_vim(depth=4, d_model=16, image=(16, 16), patch=4, channels=3, seed=0, *
         patch_size=(patch, patch),
         stride=stride or patch,
         image_size=image,
+        **others,
     )
     generator = torch.Generator().manual_seed(seed)
-    model = VisionMamba(config)
+    model = kind(config)
     for name, value in model.state_dict().items():
         if not name.endswith(("norm.weight", "norm_f.weight", "_log", "D", "D_b")):
             value.normal_(0, 0.3, generator=generator)
     return ssmcompress.load(model, image_size=image)
+
+
+def make_video_mamba(**sizes) -> VideoMamba:
+    """A VideoMamba with random weights, as `make_vim` makes a Vim; `frames` makes one for videos."""
+    return make_vim(kind=VideoMamba, **sizes)
 
 
 def make_plain_mamba(depth=4, d_model=16, image=(64, 64), channels=3, seed=0, **others) -> PlainMamba:
@@ -180,6 +187,12 @@ def make_vmamba(depths=(1, 2, 3, 1), width=8, image=(64, 48), channels=3, seed=0
 @pytest.fixture
 def vim() -> VisionMamba:
     return make_vim()
+
+
+@pytest.fixture
+def video_mamba() -> VideoMamba:
+    """One for videos of four frames."""
+    return make_video_mamba(frames=4, image=(8, 8))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from .base import TokenModel
 from .hub import fetch
 from .precision import check_not_quantised
 from .records import Source
-from .registry import build, check_task, is_known, normalise_architecture
+from .registry import build, check_task, give_architecture, is_known, normalise_architecture
 from .safe_pickle import read_pickle
 from .saved import CONFIG_FILE, WEIGHTS_FILE, find_writer, parse_config, read_config_file, restore
 from .state_dict import clean, find_state_dict, looks_like_safetensors, read_safetensors, unwrap
@@ -49,6 +49,7 @@ class LoadOptions:
     task: str | None = None
     level: str | None = None
     num_heads: int | None = None
+    frames: int | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -91,6 +92,7 @@ class LoadArguments(TypedDict, total=False):
     task: str | None
     level: str | None
     num_heads: int | None
+    frames: int | None
 
 
 def load(
@@ -116,18 +118,21 @@ def load(
             the state of our own fine-tuning also "best".
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
-        architecture: "vim", "plain_mamba" or "vit". Needed only where neither the weights nor anything else says it: a
-            bare state dict of a Vim has the names and shapes of a VideoMamba's.
+        architecture: "vim", "video_mamba", "plain_mamba" or "vit". Needed only where neither the weights nor anything
+            else says it: a bare state dict of a Vim has the names and shapes of a VideoMamba's for images.
         task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
         level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
             "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as the file says,
             else "hidden".
         num_heads: number of attention heads of a ViT, which its weights do not show. None: as the file says it, or the
             model of timm that it names, else the width divided by 64.
+        frames: number of frames of a video that a model for videos will run on; the embedding of their times is
+            interpolated. None: the number it was trained at.
 
     Returns:
-        A module whose forward takes images (B, C, H, W) and returns logits, (B, classes) or, for segmentation,
-        (B, classes, H, W), in eval mode and float32, with `.config`, `.plan`, `.task`, `.preprocessing` and `.source`.
+        A module whose forward takes images (B, C, H, W), or videos (B, C, frames, H, W), and returns logits,
+        (B, classes) or, for segmentation, (B, classes, H, W), in eval mode and float32, with `.config`, `.plan`,
+        `.task`, `.preprocessing` and `.source`.
 
     Raises:
         InputError: the file is missing, damaged, unsafe or not a checkpoint; or it is, or may be, another model than
@@ -203,7 +208,7 @@ def _build(
 ) -> Loaded:
     """Build the model; what the caller says of its architecture counts where nothing else than a file name does."""
     if options.architecture is not None:
-        said.set_family(normalise_architecture(options.architecture), "`architecture`")
+        give_architecture(said, options.architecture)
     check_task(state, options.task)
     for name in GIVEN:
         if (value := getattr(options, name)) is not None:
@@ -212,6 +217,8 @@ def _build(
     for name in GIVEN:
         if getattr(options, name) is not None and name not in model.hidden_options:
             raise OptionError(f"`{name}`: a model of type {model.architecture} has no such option")
+    if options.frames is not None:
+        model.resize_frames(options.frames)
     return Loaded(model, said)
 
 
@@ -268,7 +275,7 @@ def _restore(config: dict[str, Any], content: Any, options: LoadOptions, place: 
     path = place.path
     state, _ = find_state_dict(content, options.weights)
     check_task(state, options.task)
-    model = restore(config, clean(state), options.size, options.stride)
+    model = restore(config, clean(state), options.size, options.stride, options.frames)
     for name in GIVEN:
         given, ours = getattr(options, name), getattr(model.config, name, None)
         if given not in (None, ours):
@@ -314,7 +321,7 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
         if sha256(file) != source.sha256:
             raise InputError(f"the dense model {source.path} has changed since")
     chosen, weights = (source.path, source.weights) if override is None else (override, "model")
-    sizes = {"image_size": model.config.image_size, "stride": model.config.stride}
+    sizes = {"image_size": model.config.image_size, "stride": model.config.stride, "frames": model.frames}
     hidden = {name: getattr(model.config, name, None) for name in GIVEN}
     dense = load(chosen, **sizes, weights=weights, architecture=model.architecture, **hidden)
     if dense.plan is not None:

@@ -47,7 +47,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("a model with a head of mmseg", SEGMENTATION, _has_other_backbone),
     Family("a detector of mmdet", DETECTION, lambda state: any("rpn_head." in k or "bbox_head." in k for k in state)),
     Family("VideoMamba", "masked pretraining", _beginning("clip_decoder.", "layers.0.mixer.")),
-    Family("VideoMamba", "video classification", _with("temporal_pos_embedding")),
     Family("Mamba-Reg", CLASSIFICATION, _with("pos_embed_cls", "layers.0.mixer.A_log")),
     Family("VMamba, first version", CLASSIFICATION, _with("layers.0.blocks.0.self_attention.A_logs")),
     Family("MambaVision", CLASSIFICATION, _with("patch_embed.conv_down.0.weight")),

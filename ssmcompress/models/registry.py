@@ -15,6 +15,7 @@ from .families import FAMILY_NAMES, HEAD_OF_SEGMENTATION, find_family
 from .plain_mamba import PlainMamba
 from .plain_mamba_upernet import PlainMambaUperNet
 from .statements import Statement, Statements
+from .video_mamba import VideoMamba
 from .vim import VisionMamba
 from .vim_upernet import VimUperNet
 from .vit import VisionTransformer
@@ -22,7 +23,15 @@ from .vmamba import VMamba
 
 # In the order in which they are asked whether a state dict is theirs. A list, which other modules import by value: what
 # `register_architecture` adds is seen there, too.
-MODELS: list[type[TokenModel]] = [VisionMamba, PlainMamba, VimUperNet, PlainMambaUperNet, VisionTransformer, VMamba]
+MODELS: list[type[TokenModel]] = [
+    VisionMamba,
+    PlainMamba,
+    VideoMamba,
+    VimUperNet,
+    PlainMambaUperNet,
+    VisionTransformer,
+    VMamba,
+]
 _registered: list[type[TokenModel]] = []  # those of `MODELS` that the package does not have itself
 
 
@@ -58,13 +67,26 @@ def is_known(state: StateDict) -> bool:
     return find_family(state) is not None or any(model_class.recognises(state) for model_class in MODELS)
 
 
-def recognise(state: StateDict, writer: str | None = None) -> type[TokenModel]:
+def is_named(model_class: type[TokenModel], family: str) -> bool:
+    """Return whether files call an architecture by this entry of `FAMILY_NAMES`."""
+    return family in (model_class.architecture, *model_class.families)
+
+
+def recognise(state: StateDict, writer: str | None = None, family: str | None = None) -> type[TokenModel]:
     """Return the architecture that these parameter names belong to.
 
+    Args:
+        writer: the tool that wrote its file, for messages.
+        family: the architecture that is named. It decides between several that have these names of parameters; else
+            a size does that only one of them is published in, and then their order in `MODELS`.
+
     Raises:
-        InputError: it is none of `MODELS`; the message names it, and the tool `writer` that wrote its file, if known.
+        InputError: it is none of `MODELS`; the message names it, and its writer, if known.
     """
-    found = next((model_class for model_class in MODELS if model_class.recognises(state)), None)
+    fitting = [model_class for model_class in MODELS if model_class.recognises(state)]
+    named = [model_class for model_class in fitting if family is not None and is_named(model_class, family)]
+    typical = [model_class for model_class in fitting if model_class.has_own_size(state)]
+    found = next(iter([*named, *typical, *fitting]), None)
     if found not in _registered and (family := find_family(state)) is not None:
         origin = f"written by {writer}" if writer else "nothing in the file says what wrote it"
         supported = ", ".join(m.architecture for m in MODELS)
@@ -88,6 +110,18 @@ def normalise_architecture(name: str) -> str:
     title = {_key(known): title for known, title, _ in FAMILY_NAMES}.get(_key(name))
     reason = f"{title} is not supported" if title else f"unknown architecture {name!r}"
     raise InputError(f"`architecture`: {reason}; expected one of {', '.join(m.architecture for m in MODELS)}")
+
+
+def give_architecture(said: Statements, name: str) -> None:
+    """Set the architecture that the caller gives, which counts for more than the name of a file.
+
+    Raises:
+        InputError: it is not supported, or not the one that anything else says.
+    """
+    architecture = normalise_architecture(name)
+    said.set_family(architecture, "`architecture`")
+    if not any(is_named(m, said.family.value) and is_named(m, architecture) for m in MODELS):
+        raise InputError(f"{said.family.where} says {said.family.value}, but `architecture` says {architecture}")
 
 
 def build(
@@ -114,7 +148,7 @@ def build(
             finite.
     """
     said = said or Statements()
-    model_class = recognise(state, said.writer)
+    model_class = recognise(state, said.writer, said.family.value if said.family is not None else None)
     _check_statements(model_class, said)
     stride = stride or _find_stride(model_class, state, said)
     config, fitted = model_class.infer_config(state, image_size, stride, trained_size)
@@ -173,7 +207,7 @@ def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statemen
 
 def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
     """Raise an InputError if something is said about a model that is not so in this architecture."""
-    if said.family is not None and said.family.value not in (model_class.architecture, *model_class.families):
+    if said.family is not None and not is_named(model_class, said.family.value):
         if said.family.value in [m.architecture for m in MODELS]:
             raise InputError(
                 f"{said.family.where} says {said.family.value}, but the weights are a {model_class.architecture}'s"

@@ -75,13 +75,18 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def restore(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], size: tuple[int, int] | None, stride: int | None
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    size: tuple[int, int] | None,
+    stride: int | None,
+    frames: int | None = None,
 ) -> TokenModel:
     """Build the model, pruned or not, that a configuration and its tensors describe.
 
     Args:
         config: from `parse_config`. state: cleaned tensors.
         size: (height, width) of its images, stride: step between patches, both in pixels; None: as saved.
+        frames: the number of frames of its videos; None: as saved.
 
     Returns:
         The model without its source.
@@ -113,6 +118,9 @@ def restore(
     model = build(weights, size or trained, stride, trained, said, directions)
     if model.architecture != architecture["type"]:
         raise InputError(f"{CONFIG_FILE} says {architecture['type']}, but the weights are a {model.architecture}'s")
+    saved_length = None if size not in (None, trained) or stride != architecture["stride"] else model.length
+    if frames is not None:
+        model.resize_frames(frames)
     model.preprocessing = model.read_preprocessing(config.get("preprocessing") or {})
     model.reduce_zero_label = _parse_flag(config, "reduce_zero_label")
     pruning = config.get("pruning")
@@ -135,7 +143,7 @@ def restore(
         model.origin = _parse_origin(model, pruning)
         _check_trimming(model)
         counts = model.kept_counts()
-        if size in (None, trained) and stride == architecture["stride"] and pruning.get("kept", counts) != counts:
+        if model.length == saved_length and pruning.get("kept", counts) != counts:
             raise InputError(f"{CONFIG_FILE}: its stages keep {counts} tokens, but it says {str(pruning['kept'])[:80]}")
         model.learnt = LearntFrom.from_tensors(learnt)
     return model

@@ -31,8 +31,6 @@ NAMES = {
     PUBLISHED.replace("abs_pos_embed", "abs_pos_embed_rope_also_residual"): "if_rope=True.*rotary",
     PUBLISHED.replace("bimambav2", "bimambav1"): "bimamba_type='v1'",
     PUBLISHED.replace("pool_mean", "pool_max"): "final_pool_type='max'",
-    "videomamba_small": "is a VideoMamba, which is not supported",
-    "VideoMamba-T": "is a VideoMamba",
     "local_vim_tiny": "is a LocalVim",
     "mambar_small_patch16_224": "is a Mamba-Reg",
     "plain_mamba_l1": "says plain_mamba, but the weights are a vim's",
@@ -60,15 +58,15 @@ def test_the_name_of_the_model_in_a_training_file_is_read(vim, tmp_path, name, m
         ("meta.config", {"meta": {"config": "model = dict(backbone=dict(type='Vim', if_bidirectional=True))"}}),
         ("args", {"args": argparse.Namespace(norm_epsilon=1e-6)}),
         ("args", {"args": argparse.Namespace(flip_img_sequences_ratio=0.5)}),
-        ("arch", {"arch": "videomamba_tiny"}),
-        ("name", {"name": "videomamba_tiny"}),
+        ("arch", {"arch": "local_vim_tiny"}),
+        ("name", {"name": "mambar_tiny"}),
         ("use_middle_cls_token", {"use_middle_cls_token": False}),
-        ("args.model", {"args": ["--lr", "0.1", "--model", "videomamba_tiny"]}),
-        ("args.model", {"args": json.dumps({"lr": 0.1, "model": "videomamba_tiny"})}),
-        ("config.model", {"config": "lr: 0.1\nmodel: videomamba_tiny"}),
+        ("args.model", {"args": ["--lr", "0.1", "--model", "mambar_tiny"]}),
+        ("args.model", {"args": json.dumps({"lr": 0.1, "model": "mambar_tiny"})}),
+        ("config.model", {"config": "lr: 0.1\nmodel: mambar_tiny"}),
         ("params", {"params": {"if_rope": True}}),
         ("meta.config", {"meta": {"config": "model = dict(backbone={'type': 'Vim', 'use_middle_cls_token': False})"}}),
-        ("config.architectures", {"config": {"architectures": ["Classifier", "VideoMambaModel"]}}),
+        ("config.architectures", {"config": {"architectures": ["Classifier", "LocalVimModel"]}}),
         ("config.recipe", {"config": {"recipe": {"if_rope": True, "name": "deit"}}}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -138,7 +136,7 @@ def test_a_live_module_that_says_what_is_supported(channels):
         (DIVIDED, {"final_pool_type": "all"}, "final_pool_type='all'"),
         ({"bimamba_type": "v2", "if_devide_out": False}, {}, "if_divide_out=False"),
         ({"bimamba_type": "v2"}, {}, "a mixer without the attribute if_divide_out"),
-        ({"bimamba": True}, {}, "is a VideoMamba"),
+        ({"bimamba": True}, {}, "a video_mamba with the class token in front"),
     ],
 )
 def test_a_live_module_that_says_that_it_is_another_model(mixer, attributes, message):
@@ -249,21 +247,48 @@ def test_a_bare_vim_may_be_a_video_mamba_and_is_asked_about(vim, images, tmp_pat
     torch.save(state, tmp_path / "vim_s_81p6acc.pth")
     assert ssmcompress.load(tmp_path / "vim_s_81p6acc.pth").config == vim.config
     torch.save(state, tmp_path / "videomamba_t16_in1k_res224.pth")
-    with pytest.raises(InputError, match="the name of the file says that the model is a VideoMamba"):
-        ssmcompress.load(tmp_path / "videomamba_t16_in1k_res224.pth")
+    assert ssmcompress.load(tmp_path / "videomamba_t16_in1k_res224.pth").architecture == "video_mamba"
     # The caller knows better than the name of a file, but not than the run that wrote it.
     assert ssmcompress.load(tmp_path / "videomamba_t16_in1k_res224.pth", architecture="vim").config == vim.config
-    torch.save({"model": state, "args": argparse.Namespace(model="videomamba_tiny")}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match="args.model 'videomamba_tiny' says"):
-        ssmcompress.load(tmp_path / "m.pth", architecture="vim")
+    for said, given in (("videomamba_tiny", "vim"), ("vim_tiny", "videomamba")):
+        torch.save({"model": state, "args": argparse.Namespace(model=said)}, tmp_path / "m.pth")
+        with pytest.raises(InputError, match=f"args.model '{said}' says .*but `architecture` says {given[:3]}"):
+            ssmcompress.load(tmp_path / "m.pth", architecture=given)
+
+
+SAYING_VIDEO_MAMBA = {
+    "args.model": {"args": argparse.Namespace(model="videomamba_small")},
+    "arch": {"arch": "VideoMamba-T"},
+    "architectures": {"config": {"architectures": ["Classifier", "VideoMambaModel"]}},
+}
+
+
+@pytest.mark.parametrize("said", SAYING_VIDEO_MAMBA)
+@pytest.mark.parametrize("entry", ["model", "module"])
+def test_weights_that_a_vim_could_have_are_the_video_mamba_that_they_are_said_to_be(vim, said, entry):
+    state = {f"backbone.{k}": v for k, v in vim.state_dict().items()}
+    with hold_notes() as notes:
+        loaded = ssmcompress.load({entry: state, **SAYING_VIDEO_MAMBA[said]})
+    assert (loaded.architecture, loaded.frames, list(notes)) == ("video_mamba", None, [])
+    with pytest.raises(InputError, match="says if_divide_out=True.*a video_mamba with the sum.* not divided"):
+        ssmcompress.load({entry: state, **SAYING_VIDEO_MAMBA[said], "if_divide_out": True})
 
 
 @pytest.mark.parametrize(("width", "depth"), [(576, 1), (16, 32)])
-def test_the_size_of_a_video_mamba_that_no_vim_has(width, depth):
+def test_a_size_that_no_vim_has_is_asked_about(width, depth):
     state = make_vim(d_model=width, depth=depth).state_dict()
-    with pytest.raises(InputError, match="the size of VideoMamba-M"):
+    with pytest.raises(InputError, match="VideoMamba-M has 32 layers of width 576; give `architecture`.*`evaluate`"):
         ssmcompress.load({"model": state})
-    assert ssmcompress.load({"model": state, "arch": "vim_custom"}).config.d_model == width
+    for name in ("vim_custom", "videomamba_custom"):
+        assert ssmcompress.load({"model": state, "arch": name}).architecture.startswith(name[:3])
+
+
+def test_the_size_of_video_mamba_m_alone_is_taken_for_one_with_a_note(vim, monkeypatch):
+    monkeypatch.setattr("ssmcompress.models.video_mamba.VIDEO_MAMBA_M", (16, 4))
+    with hold_notes() as notes:
+        assert ssmcompress.load(vim.state_dict()).architecture == "video_mamba"
+    assert "taken for a VideoMamba: its 4 layers of width 16" in next(iter(notes))
+    assert ssmcompress.load({"model": vim.state_dict(), "arch": "vim_tiny"}).architecture == "vim"
 
 
 def test_the_size_and_container_of_video_mamba_b_are_asked_about(vim, monkeypatch):
@@ -281,7 +306,7 @@ def test_a_vim_in_a_checkpoint_that_does_not_name_it_is_read_with_a_note(vim):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("videomamba", "VideoMamba is not supported"),
+        ("mamba-reg", "Mamba-Reg is not supported"),
         ("resnet50", "unknown architecture 'resnet50'"),
         ("", "unknown"),
         (5, "5: expected"),
@@ -310,7 +335,7 @@ def test_a_configuration_of_another_tool_next_to_the_weights(vim, images, tmp_pa
     save_file(vim.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["VisionMamba"], "num_classes": 10}))
     assert torch.equal(ssmcompress.load(tmp_path)(images), vim(images))
-    for change in ({"architecture": "videomamba_tiny"}, {"model_type": "vim", "if_divide_out": False}):
+    for change in ({"architecture": "mambar_tiny"}, {"model_type": "vim", "if_divide_out": False}):
         (tmp_path / "config.json").write_text(json.dumps(change))
         with pytest.raises(InputError, match=r"config.json\..* says"):
             ssmcompress.load(tmp_path)
@@ -432,7 +457,7 @@ OTHERS = {
     "VMamba, first version": ["patch_embed.proj.weight", "layers.0.blocks.0.self_attention.A_logs"],
     "MambaVision": ["model.patch_embed.conv_down.0.weight", "model.head.weight"],
     "VideoMamba, masked": ["clip_decoder.0.weight", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
-    "VideoMamba, video": ["temporal_pos_embedding", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
+    "Mamba-Reg": ["pos_embed_cls", "layers.0.mixer.A_log", "patch_embed.proj.weight"],
     "a Mamba language model": ["backbone.embeddings.weight", "backbone.layers.0.mixer.A_log"],
     "ResNet": ["conv1.weight", "layer1.0.conv1.weight"],
 }
