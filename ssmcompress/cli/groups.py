@@ -143,7 +143,10 @@ class Reading:
     ] = "model"
     architecture: Annotated[
         str | None,
-        option(MODEL_FILE, help="vim, plain_mamba or vit, where neither the weights nor the rest of the file says it."),
+        option(
+            MODEL_FILE,
+            help="vim, video_mamba, plain_mamba or vit, where neither the weights nor the rest of the file says it.",
+        ),
     ] = None
     task: Annotated[
         str | None,
@@ -160,6 +163,9 @@ class Reading:
     num_heads: Annotated[
         int | None,
         option(MODEL_FILE, min=1, help="Attention heads of a ViT. Default: as its file says, else its width over 64."),
+    ] = None
+    frames: Annotated[
+        int | None, option(MODEL_FILE, min=1, help="Frames of a video, of a model for videos. Default: as trained.")
     ] = None
     unsafe_load: Annotated[
         bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
@@ -183,14 +189,15 @@ class Reading:
         from ..models.checkpoint import LoadOptions
 
         size = parse_size(self.image_size)
-        said = {"architecture": self.architecture, "task": self.task, "level": self.level, "num_heads": self.num_heads}
-        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, **said)
+        names = ("architecture", "task", "level", "num_heads", "frames")
+        own = {name: getattr(self, name) for name in names}
+        return LoadOptions(size, self.stride, self.weights, self.unsafe_load, **own)
 
     @property
     def folder_labels(self) -> dict[str, Any]:
         """What the default name of a folder says of these options: label -> text or None."""
         weights = self.weights if self.weights != "model" else None
-        own = {"level-": self.level, "heads": self.num_heads}
+        own = {"level-": self.level, "heads": self.num_heads, "frames": self.frames}
         return {"weights-": weights, "image": self.image_size, "stride": self.stride, **own}
 
 

@@ -317,9 +317,11 @@ def _spread(row: dict[str, Any]) -> str:
 def show_inspection(value: dict[str, Any]) -> None:
     """Print what a checkpoint is."""
     about, flops, span = value["architecture"], value["flops"], value["range"]
-    size = "x".join(map(str, about["image_size"]))
+    kind, size = "image", "x".join(map(str, about["image_size"]))
+    if "frames" in about:
+        kind, size = "video", f"{size} of {about['frames']} frames"
     counts = f"{value['tokens'][0]} tokens" + (f", {value['tokens'][-1]} at the end" if value["pruned"] else "")
-    write(f"{about['type']}, {about['depth']} layers, images {size}, {counts}, {value['params']:,} parameters")
+    write(f"{about['type']}, {about['depth']} layers, {kind}s {size}, {counts}, {value['params']:,} parameters")
     origin = f"written by {value['writer']}" if value["writer"] else "nothing in the file says what wrote it"
     write(f"{value['task']}; {origin}" + (f"; named by {value['named']}" if value["named"] else ""))
     write(f"commands that take it: {', '.join(value['commands'])}")
@@ -335,7 +337,7 @@ def show_inspection(value: dict[str, Any]) -> None:
     lines = [(part, [f"{full[part]:.4g}", f"{paper[part]:.4g}"]) for part in full]
     sums = {"backbone": flops.get("backbone"), "total": flops}
     lines += [(name, [f"{sums[name][key]:.4g}" for key in ("full", "paper")]) for name in sums if sums[name]]
-    show_table(["GFLOPs of one image", "full", "paper"], lines)
+    show_table([f"GFLOPs of one {kind}", "full", "paper"], lines)
     if sections := flops.get("by_section"):
         lines = [(_name_section(part), _describe_section(part, flops["full"])) for part in sections]
         show_table(["section", "tokens", "width", "GFLOPs", "share"], lines)

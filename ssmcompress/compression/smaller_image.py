@@ -44,7 +44,7 @@ def choose_image_size(model: TokenModel, share: float) -> tuple[int, int]:
 
 def _list_sizes(model: TokenModel) -> Iterator[tuple[int, int]]:
     """Yield the model's image size and smaller ones, each with one row of patches less than the one before."""
-    (rows, columns), (height, width) = model.patch_positions.shape, model.config.image_size
+    (rows, columns), (height, width) = model.config.frame_grid, model.config.image_size
     for fewer in range(rows):
         kept = max(1, round(columns * (rows - fewer) / rows))
         yield height - fewer * model.config.stride, width - (columns - kept) * model.config.stride

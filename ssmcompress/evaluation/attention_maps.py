@@ -78,7 +78,8 @@ def attention_maps(
             these vectors (without a class token, of exact means of rows), of which negative values are set to 0.
 
     Returns:
-        (images, rows, columns) float32 on the CPU; 0 for patches that were dropped, or merged into others.
+        (images, rows, columns) float32 on the CPU; 0 for patches that were dropped, or merged into others. Those of the
+        frames of a video lie below each other.
 
     Raises:
         InputError: a layer or a method that the model does not have, or images that cannot be used.

@@ -20,10 +20,11 @@ def make_peers(model: TokenModel) -> dict[str, nn.Module]:
     16 x 16 patches of their names, an image of 28 x 28 pixels would be a single patch. Nothing is downloaded.
 
     Raises:
-        InputError: the model is not a classifier, or timm is not installed.
+        InputError: the model is not a classifier of images, or timm is not installed.
     """
-    if model.task.name != CLASSIFICATION.name:
-        raise InputError(f"`peers` are models for classification, and the first model is one for {model.task.name}")
+    if model.task.name != CLASSIFICATION.name or model.frames is not None:
+        found = "takes videos" if model.frames is not None else f"is one for {model.task.name}"
+        raise InputError(f"`peers` are models for classification of images, and the first model {found}")
     try:
         from timm import create_model
     except ImportError as error:

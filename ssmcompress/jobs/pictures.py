@@ -19,10 +19,12 @@ from ..errors import escape_control
 from ..models.base import TokenModel
 from ..tasks import IGNORED
 from .charts import shorten
+from .frames import count_times, tile_frames, to_picture
 
 Colour = tuple[int, int, int]
 
 SIDE = 168  # pixels of an image in the picture
+FRAMES_SIDE = 336  # width of the frames of a video
 ROWS = 4  # images in a picture
 GAP = 6
 PAPER, INK = (255, 255, 255), (30, 30, 30)
@@ -65,25 +67,26 @@ def read_sample(images: Batches, rows: int = ROWS) -> tuple[list[Tensor], list[T
 def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows: int = ROWS) -> bytes:
     """Draw a PNG with a row for each image: the image, then for each stage what is kept, and the rest in pale grey.
 
-    A patch whose token was merged into that of another, or fused, is drawn as dropped. Over the columns are their
+    The frames of a video lie next to each other, in rows. A patch whose token was merged into that of another, or fused, is drawn as dropped. Over the columns are their
     titles (`title_columns`).
 
     Args:
         model: pruned.
-        images: each (channels, height, width), prepared as for the model; the first `rows`. Of images of another size
-            than `config.image_size`, the centre of that size is taken.
+        images: each (channels, height, width), or (channels, frames, height, width), prepared as for the model; the
+            first `rows`. Of images of another size than `config.image_size`, the centre of that size is taken.
     """
     batch = torch.stack([_cut_centre(image, model.config.image_size) for image in images[:rows]])
     _, decisions = model.trace(batch.to(next(model.parameters()).device))
     kept = [decision.kept.cpu() for decision in decisions]
-    grids = [model.patch_positions_at(stage.after) for stage in model.plan.stages]
-    size = SIDE, max(1, round(SIDE * batch.shape[2] / batch.shape[3]))
+    width, times = SIDE if model.frames is None else FRAMES_SIDE, count_times(model)
+    grids = [tile_frames(model.patch_positions_at(stage.after), times) for stage in model.plan.stages]
     sheet: list[list[Image.Image]] = []
     for row, image in enumerate(batch.cpu()):
-        photo = _resize(show_pixels(model, image), size)
+        photo = show_pixels(model, image)
+        photo = _resize(photo, (width, max(1, round(width * photo.height / photo.width))))
         masks = [torch.isin(grid, positions[row]).numpy() for grid, positions in zip(grids, kept, strict=True)]
         sheet.append([photo, *(dim_dropped(photo, mask) for mask in masks)])
-    return _encode_png(_stack([_draw_titles(title_columns(model), SIDE), *map(_join, sheet)]))
+    return _encode_png(_stack([_draw_titles(title_columns(model), width), *map(_join, sheet)]))
 
 
 def title_columns(model: TokenModel) -> list[str]:
@@ -93,7 +96,8 @@ def title_columns(model: TokenModel) -> list[str]:
     """
     kept = zip(model.plan.stages, model.kept_counts(), strict=True)
     lengths = ((s.after, count, model.section_of(s.after).length) for s, count in kept)
-    return ["image", *(f"after layer {after}:\n{count} of {length} kept" for after, count, length in lengths)]
+    first = "image" if model.frames is None else f"{model.frames} frames"
+    return [first, *(f"after layer {after}:\n{count} of {length} kept" for after, count, length in lengths)]
 
 
 def dim_dropped(photo: Image.Image, kept: np.ndarray) -> Image.Image:
@@ -339,11 +343,11 @@ def _stack(parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def _cut_centre(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the centre of an image (channels, height, width), filled with the mean colour where it is too small."""
-    missing = [max(0, wanted - side) for wanted, side in zip(size, image.shape[1:], strict=True)]
+    """Return the centre of an image (..., height, width), filled with the mean colour where it is too small."""
+    missing = [max(0, wanted - side) for wanted, side in zip(size, image.shape[-2:], strict=True)]
     image = F.pad(image, (0, missing[1], 0, missing[0]))
-    top, left = ((side - wanted) // 2 for wanted, side in zip(size, image.shape[1:], strict=True))
-    return image[:, top : top + size[0], left : left + size[1]]
+    top, left = ((side - wanted) // 2 for wanted, side in zip(size, image.shape[-2:], strict=True))
+    return image[..., top : top + size[0], left : left + size[1]]
 
 
 def _encode_png(sheet: Image.Image) -> bytes:
@@ -353,7 +357,8 @@ def _encode_png(sheet: Image.Image) -> bytes:
 
 
 def show_pixels(model: TokenModel, image: Tensor) -> Image.Image:
-    """Undo the normalisation of an image."""
+    """Undo the normalisation of an input; the frames of a video lie next to each other, in rows."""
+    image = to_picture(model, image)
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.squeeze(2).numpy() if pixels.shape[2] == 1 else pixels.numpy()).convert("RGB")

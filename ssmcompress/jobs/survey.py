@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..evaluation.attention_maps import Attention, attend
 from ..models.base import TokenModel
 from ..progress import track
 from ..tasks import SEGMENTATION
+from .frames import count_times, tile_frames
 from .variants import DENSE, match_layers
 
 LEAST_PATCHES = 3  # of which a correlation is computed
@@ -86,11 +87,17 @@ def run_survey(variants: Mapping[str, TokenModel], images: Batches, options: Map
 
 
 def attend_all(variants: Mapping[str, TokenModel], images: Tensor, options: MapOptions) -> dict[str, Attention]:
-    """Return what each model does with prepared images (batch, channels, height, width), with maps by the options."""
+    """Return what each model does with prepared images (batch, channels, height, width), with maps by the options.
+
+    The maps of the frames of a video lie next to each other, as the frames do in its picture.
+    """
     found = {}
     for name, model in variants.items():
         device = next(model.parameters()).device
-        found[name] = attend(model, images.to(device), match_layers(model, options.layers), options.method)
+        attention = attend(model, images.to(device), match_layers(model, options.layers), options.method)
+        times = count_times(model)
+        tiled = {part: tile_frames(getattr(attention, part), times) for part in ("maps", "kept", "patches")}
+        found[name] = replace(attention, **tiled)
     return found
 
 

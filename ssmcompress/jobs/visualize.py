@@ -24,6 +24,7 @@ from ..progress import track
 from ..tasks import SEGMENTATION
 from .attention_pictures import ImageView, ModelView, StageView, draw_image, draw_summary, encode_url, to_grid
 from .explore_page import render_page
+from .frames import find_grid
 from .images import make_batches
 from .pictures import draw_segments, show_pixels
 from .requests import DataOptions
@@ -216,7 +217,7 @@ def describe(
         "method": options.method,
         "layers": list(options.layers),
         "reader": describe_reader(model),
-        "grid": list(model.config.grid),
+        "grid": list(find_grid(model)),
         "stages": [
             # Layers are numbered as in the dense model, as those of the maps are.
             {

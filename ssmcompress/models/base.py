@@ -439,10 +439,7 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tokens:
-        """Return the tokens of images (batch, channels, height, width), with the model's alignment.
-
-        Those of a model with `frames` are videos (batch, channels, frames, height, width), here and elsewhere.
-        """
+        """Return the tokens of images (batch, *`image_shape`), with the model's alignment."""
 
     @abc.abstractmethod
     def readout(self, tokens: Tokens) -> Tensor:

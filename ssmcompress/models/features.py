@@ -112,6 +112,8 @@ class FeatureModel(nn.Module):
     ) -> Any:
         """Compute features after layers on the full grid of patches, (batch, d_model, rows, columns), as timm does.
 
+        The grid of a video is that of its frames below each other: `unflatten(2, (times, -1))` takes them apart.
+
         A token that a stage dropped keeps the features with which it was last seen: after the layer of its stage, or,
         in a ViT, after the attention of that layer.
 
@@ -246,7 +248,7 @@ class FeatureModel(nn.Module):
         dense = isinstance(prepared, DensePreprocessing)
         return {
             "architecture": self.architecture,
-            "input_size": (self.config.in_chans, *self.config.image_size),
+            "input_size": self.input_shape,
             "fixed_input_size": None not in self.image_shape,
             "interpolation": "bilinear" if dense else prepared.interpolation,
             "crop_pct": 1.0 if dense else prepared.crop_pct,
