@@ -242,7 +242,7 @@ def _write_batch_norm(parts: list[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Write images as they are, or one image of zeros if there is none.
+    """Write images or videos as they are, or one of zeros if there is none.
 
     onnxruntime's Scan divides by the size of the batch (1.22 to 1.31 end in a SIGFPE), and its LinearAttention cannot
     reshape an empty batch.
@@ -251,12 +251,12 @@ def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]
         "batch = Shape <start = 0, end = 1> (images)",
         "one = Constant <value_ints = [1]> ()",
         "zero = Constant <value_ints = [0]> ()",
-        "three = Constant <value_ints = [0, 0, 0]> ()",
-        "four = Constant <value_ints = [0, 0, 0, 0]> ()",
         "lacking = Sub (one, batch)",
         "added = Max (lacking, zero)",
-        "padding = Concat <axis = 0> (four, added, three)",
-        "filled = Pad (images, padding)",
+        "sides = Shape <start = 1> (images)",
+        "shape = Concat <axis = 0> (added, sides)",
+        "zeros = ConstantOfShape (shape)",
+        "filled = Concat <axis = 0> (images, zeros)",
     ]
     return ["images"], ["filled"], lines
 

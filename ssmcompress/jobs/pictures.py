@@ -67,8 +67,8 @@ def read_sample(images: Batches, rows: int = ROWS) -> tuple[list[Tensor], list[T
 def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows: int = ROWS) -> bytes:
     """Draw a PNG with a row for each image: the image, then for each stage what is kept, and the rest in pale grey.
 
-    The frames of a video lie next to each other, in rows. A patch whose token was merged into that of another, or fused, is drawn as dropped. Over the columns are their
-    titles (`title_columns`).
+    The frames of a video lie next to each other, in rows. A patch whose token was merged into that of another, or
+    fused, is drawn as dropped. Over the columns are their titles (`title_columns`).
 
     Args:
         model: pruned.
