@@ -21,8 +21,8 @@ from .features import NamePatterns
 from .precision import widen
 from .reading import Shapes
 from .statements import Statements
-from .vim_block import EPSILON, VimConfig
-from .vim_classifier import PROJECTION, VIDEO_MAMBA_M, VimClassifier, has_vim_layers, is_of_video
+from .vim_block import VimConfig
+from .vim_classifier import PROJECTION, VIDEO_MAMBA_M, VIM_OPTIONS, VimClassifier, has_vim_layers, is_of_video
 
 # Frames of the longest video, for which positions are made; the published models have at most 64.
 MOST_FRAMES = 4096
@@ -73,20 +73,12 @@ class VideoMamba(VimClassifier):
     architecture, title = "video_mamba", "VideoMamba"
     config_class = VideoMambaConfig
     no_weight_decay = NamePatterns([*VimClassifier.no_weight_decay, "temporal_pos_embedding"])
-    # Of OpenGVLab's videomamba.py; of the options of Vim's code, the values that make the same model.
+    # Of OpenGVLab's videomamba.py, and those of Vim's code that make the same model.
     expected_options: ClassVar[Mapping[str, Expected]] = {
+        **VIM_OPTIONS,
         "bimamba": Expected((True,), "bidirectional blocks"),
-        "if_cls_token": Expected((True,), "one class token"),
-        "use_double_cls_token": Expected((False,), "one class token"),
         "use_middle_cls_token": Expected((False,), "the class token in front of the sequence"),
         "if_divide_out": Expected((False,), "the sum of both scans not divided by two"),
-        "bimamba_type": Expected(("v2",), "bidirectional blocks"),
-        "if_bidirectional": Expected((False,), "both scans in every layer"),
-        "if_abs_pos_embed": Expected((True,), "a learnt position embedding"),
-        "if_rope": Expected((False,), "no rotary position embedding"),
-        "if_rope_residual": Expected((False,), "no rotary position embedding"),
-        "rms_norm": Expected((True,), "RMSNorm"),
-        "norm_epsilon": Expected((EPSILON,), f"norms with an epsilon of {EPSILON:g}"),
     }
     foreign_keys: ClassVar[Mapping[str, str]] = {
         "rope.": "rotary position embedding",

@@ -14,11 +14,12 @@ from ..errors import InputError
 from ..progress import note
 from .base import Expected, StateDict
 from .statements import Statements
-from .vim_block import EPSILON, VimBlock, VimConfig, VimMixer
+from .vim_block import VimBlock, VimConfig, VimMixer
 from .vim_classifier import (
     SAME_NAMES,
     VIDEO_MAMBA_B,
     VIDEO_MAMBA_M,
+    VIM_OPTIONS,
     VimClassifier,
     has_vim_layers,
     is_of_video,
@@ -39,20 +40,12 @@ class VisionMamba(VimClassifier):
     config_class = VimConfig
     # Of hustvl's vim/models_mamba.py; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
-        "if_cls_token": Expected((True,), "one class token"),
-        "use_double_cls_token": Expected((False,), "one class token"),
+        **VIM_OPTIONS,
         "use_middle_cls_token": Expected((True,), "the class token in the middle of the sequence"),
         "if_divide_out": Expected((True,), "the sum of both scans divided by two"),
-        "bimamba_type": Expected(("v2",), "bidirectional blocks of type v2"),
         "if_bimamba": Expected((False,), "bidirectional blocks of type v2"),
-        "if_bidirectional": Expected((False,), "both scans in every layer"),
-        "if_abs_pos_embed": Expected((True,), "a learnt position embedding"),
-        "if_rope": Expected((False,), "no rotary position embedding"),
-        "if_rope_residual": Expected((False,), "no rotary position embedding"),
         "final_pool_type": Expected(("mean", "none", None), "the class token as its output"),
         "flip_img_sequences_ratio": Expected((-1, 0), "no random flips of the sequence"),
-        "rms_norm": Expected((True,), "RMSNorm"),
-        "norm_epsilon": Expected((EPSILON,), f"norms with an epsilon of {EPSILON:g}"),
     }
     foreign_keys: ClassVar[Mapping[str, str]] = {
         "rope.": "rotary position embedding",

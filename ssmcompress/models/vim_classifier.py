@@ -6,7 +6,7 @@ An architecture says where the token is, and what tells its weights from those o
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops import gather_tokens
 from ..pruning.tokens import Tokens
-from .base import StateDict, TokenModel
+from .base import Expected, StateDict, TokenModel
 from .classifier import has_no_classes, make_classifier
 from .features import DroppedSums, NamePatterns
 from .precision import RMSNorm, embed_patches, widen
@@ -37,6 +37,19 @@ PROJECTION = "patch_embed.proj.weight"
 # entry of a checkpoint, as a Vim's are.
 VIDEO_MAMBA_M, VIDEO_MAMBA_B = (576, 32), (768, 24)
 SAME_NAMES = "the weights of a Vim or of a VideoMamba, which have the same names and shapes"
+
+# Of hustvl's vim/models_mamba.py: what all of these models have in common.
+VIM_OPTIONS: Mapping[str, Expected] = {
+    "if_cls_token": Expected((True,), "one class token"),
+    "use_double_cls_token": Expected((False,), "one class token"),
+    "bimamba_type": Expected(("v2",), "bidirectional blocks of type v2"),
+    "if_bidirectional": Expected((False,), "both scans in every layer"),
+    "if_abs_pos_embed": Expected((True,), "a learnt position embedding"),
+    "if_rope": Expected((False,), "no rotary position embedding"),
+    "if_rope_residual": Expected((False,), "no rotary position embedding"),
+    "rms_norm": Expected((True,), "RMSNorm"),
+    "norm_epsilon": Expected((EPSILON,), f"norms with an epsilon of {EPSILON:g}"),
+}
 
 
 class VimClassifier(TokenModel):
