@@ -37,4 +37,6 @@ def advise_on_shape(found: Sequence[int], shape: Sequence[int | None]) -> str:
         return "this model takes images, not videos"
     if last == 4 and len(found) == 5 and fits_shape((found[1], *found[3:]), (shape[0], *shape[2:])):
         return "load the model with another number of `frames` for other videos"
+    if None in shape:
+        return "this model takes images of any size, normalised and in colour"
     return "load the model with another image_size for other images"

@@ -167,12 +167,8 @@ def check_images(images: Any, shape: Sequence[int | None], weight: Tensor | None
         raise InputError(f"images are a {type(images).__name__}: expected a tensor (batch, {size}){advice}")
     found = tuple(images.shape)
     if not fits_shape(found[1:], shape):
-        if fits_shape(found, shape):
-            advice = f"use images[None] for one {'image' if len(shape) == 3 else 'video'}"
-        elif None in shape and len(found) == 4:
-            advice = "this model takes images of any size, normalised and in colour"
-        else:
-            advice = advise_on_shape(found, shape)
+        alone = f"use images[None] for one {'image' if len(shape) == 3 else 'video'}"
+        advice = alone if fits_shape(found, shape) else advise_on_shape(found, shape)
         raise InputError(f"images {found}: expected (batch, {size}); {advice}")
     if images.layout != torch.strided:
         raise InputError(f"images are {images.layout}: expected a dense tensor; use images.to_dense()")
