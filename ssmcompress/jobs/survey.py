@@ -96,8 +96,9 @@ def attend_all(variants: Mapping[str, TokenModel], images: Tensor, options: MapO
         device = next(model.parameters()).device
         attention = attend(model, images.to(device), match_layers(model, options.layers), options.method)
         times = count_times(model)
-        tiled = {part: tile_frames(getattr(attention, part), times) for part in ("maps", "kept", "patches")}
-        found[name] = replace(attention, **tiled)
+        maps, kept = (tile_frames(values, times) for values in (attention.maps, attention.kept))
+        places = [tile_frames(grid, times) for grid in attention.places]
+        found[name] = replace(attention, maps=maps, kept=kept, places=places)
     return found
 
 

@@ -66,7 +66,7 @@ def test_maps_of_videos_lie_as_the_frames_do(video_mamba):
     assert found.maps.shape == found.kept.shape == (3, 4, 4)
     assert show_pixels(pruned, videos[0]).size == (16, 16)
     for image in range(3):
-        assert torch.equal(found.kept[image], torch.isin(found.patches, found.decisions[0].kept[image]))
+        assert torch.equal(found.kept[image], torch.isin(found.places[0], found.decisions[0].kept[image]))
         assert (found.maps[image][~found.kept[image]] == 0).all()
         assert found.maps[image][found.kept[image]].abs().min() > 0
 
