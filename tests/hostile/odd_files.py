@@ -113,8 +113,8 @@ def places_of_the_system(rng, box, variant):
 
 
 _OTHER_MODELS = (
-    "videomamba_small",
-    "videomamba_middle",
+    "mambar_small_patch16_224",
+    "local_vim_small",
     "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok",
     "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_cls_token_div2",
     "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_double_cls_token_div2",
