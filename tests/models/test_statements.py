@@ -283,6 +283,14 @@ def test_a_size_that_no_vim_has_is_asked_about(width, depth):
         assert ssmcompress.load({"model": state, "arch": name}).architecture.startswith(name[:3])
 
 
+def test_the_size_of_video_mamba_m_in_a_file_that_is_called_a_vim_is_asked_about(vim, monkeypatch, tmp_path):
+    monkeypatch.setattr("ssmcompress.models.vim.VIDEO_MAMBA_M", (16, 4))
+    torch.save(vim.state_dict(), tmp_path / "vim_m.pth")
+    with pytest.raises(InputError, match="No published Vim has this width or depth.*give `architecture`"):
+        ssmcompress.load(tmp_path / "vim_m.pth")
+    assert ssmcompress.load(tmp_path / "vim_m.pth", architecture="vim").architecture == "vim"
+
+
 def test_the_size_of_video_mamba_m_alone_is_taken_for_one_with_a_note(vim, monkeypatch):
     monkeypatch.setattr("ssmcompress.models.video_mamba.VIDEO_MAMBA_M", (16, 4))
     with hold_notes() as notes:
