@@ -1,7 +1,6 @@
 """Commands on a model of videos, and `--views`."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import ssmcompress
 from ssmcompress.data import Batches, open_images
 
 # `prune` draws the tokens that are kept of frames by the module that lays them out.
-draws_frames = pytest.mark.skipif(find_spec("ssmcompress.jobs.frames") is None, reason="no pictures of videos")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,6 @@ def test_sample_photographs_stand_in(folder):
     assert value["agreement"]["top1"] == 100
 
 
-@draws_frames
 def test_a_pruned_model_is_measured_on_the_views_and_remembers_its_data(folder):
     """The report, its table and the model card name the views; the recipe repeats them."""
     options = ("--ratio", "0.5", "--importance", "l2", "--no-latency", "-o", "out")
@@ -125,7 +122,6 @@ def test_a_pruned_model_is_measured_on_the_views_and_remembers_its_data(folder):
     assert all(torch.equal(again[name], value) for name, value in ssmcompress.load("out").state_dict().items())
 
 
-@draws_frames
 def test_a_pruned_model_is_fine_tuned(folder):
     options = ("--ratio", "0.5", "--importance", "l2", "--no-latency", "-o", "out")
     call("prune", folder / "tiny.pt", "--data", folder / "data", *options)
