@@ -40,7 +40,7 @@ def inspect_file(path: str, options: LoadOptions) -> dict[str, Any]:
     model, said = read_model(path, options)
     commands = DENSE if model.plan is None else PRUNED
     return inspect_model(model) | {
-        "task": model.task.title,
+        "task": model.task.title if model.frames is None else model.task.title.replace("image", "video"),
         "writer": said.writer,
         "named": said.family.where if said.family is not None else None,
         "commands": list(commands),

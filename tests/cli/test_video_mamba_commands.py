@@ -51,6 +51,7 @@ def test_prune_visualize_export_and_fine_tune(files):
 
 def test_inspect_names_videos_and_frames(files):
     shown = call("inspect", files / "model.pt").stdout
+    assert "video classification;" in shown
     assert shown.startswith("video_mamba, 3 layers, videos 8x8 of 4 frames, 17 tokens, ")
     assert "GFLOPs of one video" in shown
     assert "videos 8x8 of 6 frames, 25 tokens" in call("inspect", files / "model.pt", "--frames", 6).stdout
