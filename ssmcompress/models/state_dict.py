@@ -154,7 +154,7 @@ def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors detached, without the marks of compiled modules and counters in their names.
 
     Raises:
-        InputError: a value is not a plain dense tensor.
+        InputError: a value is not a plain dense tensor, or two have the same name without these marks.
     """
     cleaned = {}
     for key, value in state.items():
@@ -165,7 +165,12 @@ def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
         plain = value.layout == torch.strided and not (value.is_meta or value.is_nested or value.is_quantized)
         if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise InputError(f"{key[:80]!r} holds no plain dense tensor (it is sparse, nested, expanded or the like)")
-        cleaned[re.sub(r"(^|\.)_orig_mod\.", r"\1", re.sub(r"^module\.", "", key))] = value.detach()
+        name = re.sub(r"(^|\.)_orig_mod\.", r"\1", re.sub(r"^module\.", "", key))
+        if name in cleaned:
+            raise InputError(
+                f"holds {name[:80]!r} twice, once as {key[:80]!r}, so the model is not certain: remove one"
+            )
+        cleaned[name] = value.detach()
     return cleaned
 
 

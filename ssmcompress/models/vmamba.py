@@ -290,16 +290,22 @@ def to_own_form(state: StateDict) -> dict[str, Tensor]:
     """Return weights in any of the published forms under the names and in the shapes of the model here.
 
     Matrices may be stored as 1x1 convolutions, and those of the four paths as one tensor of two or of three dimensions.
+
+    Raises:
+        InputError: a parameter is there in two forms.
     """
     found: dict[str, Tensor] = {}
-    for key, value in state.items():
+    for stored, value in state.items():
+        key = stored.removeprefix("classifier.")
         if key.endswith(PROJECTIONS) and value.ndim == 4 and tuple(value.shape[2:]) == (1, 1):
             value = value.flatten(1)
         elif key.endswith("op.x_proj_weight") and value.ndim == 3:
             key, value = f"{key.removesuffix('_weight')}.weight", value.flatten(0, 1)
         elif key.endswith("op.dt_projs.weight") and value.ndim == 2 and len(value) % PATHS == 0:
             key, value = f"{key.removesuffix('.weight')}_weight", value.unflatten(0, (PATHS, -1))
-        found[key.removeprefix("classifier.")] = value
+        if key in found:
+            raise InputError(f"{key} of a VMamba is there twice, once as {stored}: remove one of them")
+        found[key] = value
     return found
 
 

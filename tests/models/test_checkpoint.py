@@ -382,6 +382,12 @@ def test_tensors_that_are_not_plain(vim, tensor):
         ssmcompress.load(edited(vim, norm_f__weight=tensor))
 
 
+@pytest.mark.parametrize("key", ["module.head.bias", "_orig_mod.head.bias", "head._orig_mod.bias"])
+def test_two_tensors_that_are_one_parameter_without_the_marks_of_wrappers(vim, key):
+    with pytest.raises(InputError, match=f"holds 'head.bias' twice, once as '{key}'"):
+        ssmcompress.load({"model": vim.state_dict() | {key: torch.zeros(10)}})
+
+
 def test_weights_too_large_for_float32(vim):
     state = {k: v.double() for k, v in vim.state_dict().items()}
     state["head.weight"] = state["head.weight"] * 1e300

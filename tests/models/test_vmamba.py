@@ -354,3 +354,19 @@ def test_layers_and_channels_are_not_trimmed(vmamba):
     for trim, arguments in ((ssmcompress.drop_layers, ((2,),)), (ssmcompress.trim_channels, (4, images_of(vmamba)))):
         with pytest.raises(InputError, match="a vmamba cannot be trimmed"):
             trim(vmamba, *arguments)
+
+
+TWICE = {
+    "classifier": ("head.weight", (10, 64)),
+    "norm": ("norm.bias", (64,)),
+    "a form of the single file": ("layers.0.blocks.0.op.x_proj.weight", (12, 16)),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_in_two_forms_is_refused(vmamba, name, first):
+    key, shape = TWICE[name]
+    state, more = published(vmamba), {key: torch.zeros(shape)}
+    with pytest.raises(InputError, match="is there twice, once as .*: remove one of them"):
+        ssmcompress.load({"model": more | state if first else state | more})
