@@ -10,6 +10,8 @@ from torch import Tensor
 StateDict = Mapping[str, Tensor]
 
 HEAD_OF_SEGMENTATION = "decode_head.conv_seg.weight"
+# The scans of the first version of VMamba and of what is built on it: VM-UNet, MedMamba.
+FIRST_VERSION = "layers.0.blocks.0.self_attention"
 SUPPORTED_BACKBONES = ("backbone.layers.0.mixer.", "backbone.layers.0.mamba.direction_Bs")
 
 
@@ -28,9 +30,22 @@ def _with(*keys: str) -> Callable[[StateDict], bool]:
     return lambda state: all(key in state for key in keys)
 
 
-def _has_other_backbone(state: StateDict) -> bool:
-    """Return whether there is a head for segmentation on a backbone that is neither a Vim nor a PlainMamba."""
-    return HEAD_OF_SEGMENTATION in state and not any(key.startswith(SUPPORTED_BACKBONES) for key in state)
+def _with_part(key: str, part: str) -> Callable[[StateDict], bool]:
+    """Return a test for a parameter, and for a module of this name at any place."""
+    return lambda state: key in state and any(f".{part}." in name for name in state)
+
+
+def _has_other_head_or_backbone(state: StateDict) -> bool:
+    """Return whether there is a head of mmseg that is no UperNet, or is on neither a Vim nor a PlainMamba."""
+    if HEAD_OF_SEGMENTATION in state:
+        return not any(key.startswith(SUPPORTED_BACKBONES) for key in state)
+    backbones = any(key.startswith(("backbone.layers.", "backbone.levels.")) for key in state)
+    return backbones and any(key.startswith("decode_head.") for key in state)
+
+
+def _scans_parts_of_grids(state: StateDict) -> bool:
+    """Return whether layers have the scans over windows of LocalVim and LocalVMamba."""
+    return any(".multi_scan." in key for key in state if key.startswith("layers.0."))
 
 
 def _beginning(*prefixes: str) -> Callable[[StateDict], bool]:
@@ -44,11 +59,16 @@ FAMILIES: tuple[Family, ...] = (
         SEGMENTATION,
         _with(HEAD_OF_SEGMENTATION, "backbone.layers.0.blocks.0.op.A_logs"),
     ),
-    Family("a model with a head of mmseg", SEGMENTATION, _has_other_backbone),
+    Family("a model with a head of mmseg", SEGMENTATION, _has_other_head_or_backbone),
     Family("a detector of mmdet", DETECTION, lambda state: any("rpn_head." in k or "bbox_head." in k for k in state)),
     Family("VideoMamba", "masked pretraining", _beginning("clip_decoder.", "layers.0.mixer.")),
     Family("Mamba-Reg", CLASSIFICATION, _with("pos_embed_cls", "layers.0.mixer.A_log")),
-    Family("VMamba, first version", CLASSIFICATION, _with("layers.0.blocks.0.self_attention.A_logs")),
+    Family("LocalMamba", CLASSIFICATION, _scans_parts_of_grids),
+    Family("VM-UNet", SEGMENTATION, _beginning("layers_up.", f"{FIRST_VERSION}.")),
+    Family("MedMamba", CLASSIFICATION, _with_part(f"{FIRST_VERSION}.A_logs", "conv33conv33conv11")),
+    Family("EfficientVMamba", CLASSIFICATION, _with_part("layers.0.blocks.0.op.A_logs", "conv_branch")),
+    Family("VSSD", CLASSIFICATION, _with("layers.0.blocks.0.attn.A_log", "layers.0.blocks.0.cpe1.weight")),
+    Family("VMamba, first version", CLASSIFICATION, _with(f"{FIRST_VERSION}.A_logs")),
     Family("MambaVision", CLASSIFICATION, _with("patch_embed.conv_down.0.weight")),
     Family("a Mamba language model", "text", _with("backbone.embeddings.weight", "backbone.layers.0.mixer.A_log")),
     Family("a Mamba language model", "text", _with("backbone.embedding.weight", "backbone.layers.0.mixer.A_log")),
@@ -61,7 +81,10 @@ FAMILY_NAMES: tuple[tuple[str, str, str], ...] = (
     ("video_mamba", "VideoMamba", r"video[-_ ]?mamba"),
     ("plain_mamba", "PlainMamba", r"plain[-_ ]?mamba"),
     ("mamba_vision", "MambaVision", r"mamba[-_ ]?vision"),
-    ("local_vim", "LocalVim", r"local[-_ ]?(vim|vmamba|mamba)"),
+    ("vm_unet", "VM-UNet", r"vm[-_ ]?unet"),
+    ("med_mamba", "MedMamba", r"med[-_ ]?mamba"),
+    ("vssd", "VSSD", r"(?<![a-z])vssd"),
+    ("local_vim", "LocalMamba", r"local[-_ ]?(vim|vmamba|mamba)"),
     ("efficient_vmamba", "EfficientVMamba", r"efficient[-_ ]?vmamba"),
     ("mamba_reg", "Mamba-Reg", r"mamba[-_ ]?(reg|r)(?![a-z])"),
     ("vmamba", "VMamba", r"vmamba|(?<![a-z])vssm"),

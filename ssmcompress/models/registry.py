@@ -214,7 +214,7 @@ def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
             )
         title = next(title for key, title, _ in FAMILY_NAMES if key == said.family.value)
         raise InputError(
-            f"{said.family.where} says that the model is a {title}, which is not supported, although its weights fit "
+            f"{said.family.where} says that the model is {title}, which is not supported, although its weights fit "
             f"into a {model_class.architecture}"
         )
     for name, expected in model_class.expected_options.items():

@@ -31,8 +31,8 @@ NAMES = {
     PUBLISHED.replace("abs_pos_embed", "abs_pos_embed_rope_also_residual"): "if_rope=True.*rotary",
     PUBLISHED.replace("bimambav2", "bimambav1"): "bimamba_type='v1'",
     PUBLISHED.replace("pool_mean", "pool_max"): "final_pool_type='max'",
-    "local_vim_tiny": "is a LocalVim",
-    "mambar_small_patch16_224": "is a Mamba-Reg",
+    "local_vim_tiny": "is LocalMamba",
+    "mambar_small_patch16_224": "is Mamba-Reg",
     "plain_mamba_l1": "says plain_mamba, but the weights are a vim's",
 }
 
