@@ -34,8 +34,19 @@ from .families import FAMILY_NAMES
 DESCRIPTIONS = ("model", "model_args", "model_config", "model_kwargs", "args", "config", "cfg", "hyper_parameters",
                 "hparams", "opt", "options", "meta", "params", "kwargs", "init_args", "net", "network", "backbone",
                 "encoder", "student", "pretrained_cfg")  # fmt: skip
-# Spellings in the published code, and those of the Hugging Face hub.
-SPELLINGS = {"if_devide_out": "if_divide_out", "image_mean": "mean", "image_std": "std"}
+# Spellings in the published code, those of the Hugging Face hub, and the arguments of VMamba's class.
+SPELLINGS = {
+    "if_devide_out": "if_divide_out",
+    "image_mean": "mean",
+    "image_std": "std",
+    "forward_type": "SSM_FORWARDTYPE",
+    "ssm_act_layer": "SSM_ACT_LAYER",
+    "mlp_act_layer": "MLP_ACT_LAYER",
+    "posembed": "POSEMBED",
+    "gmlp": "GMLP",
+}
+# The option of yacs's configurations, in their section "DATA", that is about the model, too.
+IMAGE_SIZE = "IMG_SIZE"
 DEPTH = 4
 FILE_NAME = "the name of the file"
 
@@ -122,6 +133,17 @@ class Statements:
         return next(
             (o for o in found if isinstance(o.value, int) and not isinstance(o.value, bool) and o.value > 0), None
         )
+
+    def size(self, *names: str) -> Statement | None:
+        """Return the first of these options that is a size, (height, width) of one or of two positive whole numbers."""
+        for name in names:
+            if (side := self.number(name)) is not None:
+                return Statement((side.value, side.value), side.where)
+            option = self.options.get(name)
+            sides = option.value if option is not None else None
+            if isinstance(sides, tuple) and len(sides) == 2 and all(type(s) is int and s > 0 for s in sides):
+                return option
+        return None
 
 
 def family_of_name(name: str) -> str | None:
@@ -225,6 +247,8 @@ def _read_description(
         elif isinstance(entry, (Mapping, argparse.Namespace)):
             # The entries of a checkpoint that are not known hold weights, or the state of an optimiser.
             is_part = known and name in PARTS and "backbone" in values
+            if known and name == "DATA" and isinstance(entry, Mapping) and IMAGE_SIZE in entry:
+                _read_value(IMAGE_SIZE, entry[IMAGE_SIZE], f"{place}.{IMAGE_SIZE}", said)
             if where and (is_part or not ABOUT_OTHERS.search(name.lower())):
                 _read_description(_to_mapping(entry, name, place) or {}, place, said, depth + 1, known=False)
         else:

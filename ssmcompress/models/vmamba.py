@@ -28,7 +28,7 @@ from .features import DroppedSums, NamePatterns
 from .level_maps import LevelledModel
 from .precision import LayerNorm, cast, widen
 from .reading import LARGEST_SIDE, Shapes
-from .statements import Statements
+from .statements import IMAGE_SIZE, Statements
 from .vmamba_block import (
     EPSILON,
     PATHS,
@@ -261,9 +261,9 @@ class VMamba(LevelledModel):
         cls, config: VMambaConfig, said: Statements, image_size: tuple[int, int] | None
     ) -> VMambaConfig:
         """Return the configuration with the image size that is said, if the caller asks for none."""
-        found = said.number("IMG_SIZE", "img_size", "input_size", "image_size")
+        found = said.size(IMAGE_SIZE, "img_size", "input_size", "image_size")
         if image_size is None and found is not None:
-            config = replace(config, image_size=(found.value, found.value))
+            config = replace(config, image_size=found.value)
         elif image_size is None:
             note(f"images of {config.image_size[0]} pixels are assumed: the weights do not show it (`image_size`)")
         if not 1 <= min(config.image_size) <= max(config.image_size) <= LARGEST_SIDE:

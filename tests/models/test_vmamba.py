@@ -1,5 +1,6 @@
 """VMamba: the authors' logits, published sizes, alignment on its four paths, and dropping inside of a section."""
 
+import argparse
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -324,6 +325,52 @@ def test_what_a_file_says_of_its_layers_is_read(vmamba, tmp_path):
     torch.save({"model": published(vmamba), "config": config}, tmp_path / "b.pth")
     with pytest.raises(InputError, match="supports only a vmamba with layers of type v05_noz"):
         ssmcompress.load(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"args": argparse.Namespace(forward_type="v3noz")},
+        {"hyper_parameters": {"model": {"name": "vmamba_tiny", "forward_type": "v052d_noz"}}},
+        {"meta": {"config": "model = dict(backbone=dict(type='MM_VSSM', forward_type='v05', ssm_act_layer='silu'))"}},
+        {"model_args": {"ssm_act_layer": "gelu"}},
+        {"model_args": {"mlp_act_layer": "relu"}},
+        {"model_args": {"gmlp": True}},
+    ],
+    ids=["args", "hyper_parameters", "mmcv", "activation", "MLP", "gate"],
+)
+def test_arguments_of_the_authors_class_count_as_its_configuration(vmamba, content):
+    with pytest.raises(InputError, match="says (SSM_FORWARDTYPE|SSM_ACT_LAYER|MLP_ACT_LAYER|GMLP)=.*supports only"):
+        ssmcompress.load({"state_dict": published(vmamba), **content})
+    same = {"forward_type": "v05_noz", "ssm_act_layer": "silu", "mlp_act_layer": "gelu", "gmlp": False}
+    assert ssmcompress.load({"state_dict": published(vmamba), "model_args": same}).architecture == "vmamba"
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        ({"config": {"MODEL": {"TYPE": "vssm"}, "DATA": {"IMG_SIZE": 96}}}, (96, 96)),
+        ({"config": {"DATA": {"IMG_SIZE": [64, 48]}, "TEST": {"IMG_SIZE": 32}}}, (64, 48)),
+        ({"config": "MODEL:\n  TYPE: vssm\nDATA:\n  IMG_SIZE: 96\n"}, (96, 96)),
+        ({"args": argparse.Namespace(img_size=[64, 48])}, (64, 48)),
+        ({"config": {"DATA": {"IMG_SIZE": 0}}}, (224, 224)),
+        ({"config": {"DATA": {"IMG_SIZE": "large"}}}, (224, 224)),
+        ({"config": {"data": {"img_size": 96}}}, (224, 224)),
+        ({"config": {"teacher": {"DATA": {"IMG_SIZE": 96}}}}, (224, 224)),
+    ],
+    ids=["a side", "a pair", "text", "args", "none", "a word", "of data alone", "of a teacher"],
+)
+def test_the_image_size_of_a_configuration(vmamba, recwarn, content, size):
+    content = {"model": published(vmamba), **content}
+    assert ssmcompress.load(content).config.image_size == size
+    assumed = any("images of 224 pixels are assumed" in str(w.message) for w in recwarn.list)
+    assert assumed == (size == (224, 224))
+    assert ssmcompress.load(content, image_size=40).config.image_size == (40, 40)
+
+
+def test_an_image_size_of_a_configuration_that_is_too_large(vmamba):
+    with pytest.raises(InputError, match="expected 1 to 8192 pixels"):
+        ssmcompress.load({"model": published(vmamba), "config": {"DATA": {"IMG_SIZE": 9999}}})
 
 
 def test_a_training_checkpoint_with_a_configuration_of_yacs(vmamba, tmp_path, monkeypatch):
