@@ -265,7 +265,7 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
     expected_options: ClassVar[Mapping[str, Expected]] = {}
     # Fields of the configuration that weights do not show, which `complete_config` reads from what is said.
     hidden_options: ClassVar[tuple[str, ...]] = ()
-    # Beginnings of parameter names that other models have in addition, with what they mean.
+    # Parts of the names of parameters that other models have in addition, with what they mean.
     foreign_keys: ClassVar[Mapping[str, str]] = {}
     # Patterns of parameters with two dimensions that are no matrices, to which weight decay does not apply.
     no_weight_decay: ClassVar[NamePatterns] = NamePatterns(["*pos_embed"])

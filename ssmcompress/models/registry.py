@@ -14,7 +14,7 @@ from .base import StateDict, TokenModel
 from .families import FAMILY_NAMES, HEAD_OF_SEGMENTATION, find_family
 from .plain_mamba import PlainMamba
 from .plain_mamba_upernet import PlainMambaUperNet
-from .statements import Statement, Statements
+from .statements import FILE_NAME, GIVEN_NAME, Statement, Statements, family_of_name
 from .video_mamba import VideoMamba
 from .vim import VisionMamba
 from .vim_upernet import VimUperNet
@@ -119,9 +119,9 @@ def give_architecture(said: Statements, name: str) -> None:
         InputError: it is not supported, or not the one that anything else says.
     """
     architecture = normalise_architecture(name)
-    said.set_family(architecture, "`architecture`")
+    said.set_family(architecture, GIVEN_NAME)
     if not any(is_named(m, said.family.value) and is_named(m, architecture) for m in MODELS):
-        raise InputError(f"{said.family.where} says {said.family.value}, but `architecture` says {architecture}")
+        raise InputError(f"{said.family.where} says {said.family.value}, but {GIVEN_NAME} says {architecture}")
 
 
 def build(
@@ -209,14 +209,17 @@ def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
     """Raise an InputError if something is said about a model that is not so in this architecture."""
     if said.family is not None and not is_named(model_class, said.family.value):
         if said.family.value in [m.architecture for m in MODELS]:
+            way_out = ": rename it, or give `architecture`" if said.family.where == FILE_NAME else ""
             raise InputError(
                 f"{said.family.where} says {said.family.value}, but the weights are a {model_class.architecture}'s"
+                f"{way_out}"
             )
         title = next(title for key, title, _ in FAMILY_NAMES if key == said.family.value)
         raise InputError(
             f"{said.family.where} says that the model is {title}, which is not supported, although its weights fit "
             f"into a {model_class.architecture}"
         )
+    _note_another_name(said)
     for name, expected in model_class.expected_options.items():
         statement = said.options.get(name)
         if statement is not None and statement.value not in expected.values:
@@ -224,6 +227,16 @@ def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
                 f"{statement.where} says {name}={statement.value!r}: this version supports only a "
                 f"{model_class.architecture} with {expected.meaning}"
             )
+
+
+def _note_another_name(said: Statements) -> None:
+    """Note that the name of the file says another architecture than what counts for more, if the caller gives none."""
+    if said.family is None or said.family.where == GIVEN_NAME:
+        return
+    others = {family_of_name(s.value) for s in said.names if s.where == FILE_NAME} - {None, said.family.value}
+    for other in sorted(others):
+        if not any(is_named(m, other) and is_named(m, said.family.value) for m in MODELS):
+            note(f"{FILE_NAME} says {other}, but {said.family.where} says {said.family.value}, which counts")
 
 
 def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
@@ -234,7 +247,7 @@ def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
     if missing or extra:
         faults = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in
                   (("missing", missing), ("unknown", extra)) if keys]  # fmt: skip
-        meaning = next((text for key, text in model.foreign_keys.items() if any(k.startswith(key) for k in extra)), "")
+        meaning = next((text for key, text in model.foreign_keys.items() if any(key in k for k in extra)), "")
         meaning = f", which means {meaning}: not supported" if meaning else ""
         raise InputError(f"the parameters are not those of a {model.architecture}: {'; '.join(faults)}{meaning}")
     for key, value in state.items():

@@ -49,6 +49,7 @@ SPELLINGS = {
 IMAGE_SIZE = "IMG_SIZE"
 DEPTH = 4
 FILE_NAME = "the name of the file"
+GIVEN_NAME = "`architecture`"  # the argument of `load`
 
 
 class Statement(NamedTuple):

@@ -75,6 +75,12 @@ class VMamba(LevelledModel):
         "GMLP": Expected((False,), "an MLP without a gate"),
     }
 
+    foreign_keys: ClassVar[Mapping[str, str]] = {
+        "running_mean": "norms over the batch",
+        "op.conv2d.bias": "a bias of the convolution",
+        "downsample.reduction": "patches that are merged",
+    }
+
     def __init__(self, config: VMambaConfig):
         super().__init__(config)
         c = config

@@ -78,12 +78,33 @@ def test_weights_of_videos_are_recognised_wherever_a_file_has_them(video_mamba, 
 def test_a_video_model_that_is_said_to_be_a_vim_is_refused_by_name(video_mamba, tmp_path):
     state = video_mamba.state_dict()
     torch.save(state, tmp_path / "vim_tiny.pth")
-    with pytest.raises(InputError, match="the name of the file says vim, but the weights are a video_mamba's"):
+    with pytest.raises(InputError, match="the weights are a video_mamba's: rename it, or give `architecture`"):
         ssmcompress.load(tmp_path / "vim_tiny.pth")
+    assert ssmcompress.load(tmp_path / "vim_tiny.pth", architecture="video_mamba").frames == 4
     with pytest.raises(InputError, match="`architecture` says vim, but the weights are a video_mamba's"):
         ssmcompress.load(state, architecture="vim")
     with pytest.raises(InputError, match="args.model 'vim_tiny' says vim, but the weights are a video_mamba's"):
         ssmcompress.load({"model": state, "args": argparse.Namespace(model="vim_tiny")})
+
+
+@pytest.mark.parametrize(("said", "file"), [("vim_tiny", "videomamba_t16"), ("videomamba_tiny", "vim_t")])
+def test_a_file_name_that_contradicts_the_arguments_is_noted(tmp_path, recwarn, said, file):
+    """The arguments count, as they are written with the weights."""
+    architecture = "vim" if said == "vim_tiny" else "video_mamba"
+    content = {"model": make_video_mamba().state_dict(), "args": argparse.Namespace(model=said)}
+    for name, noted in ((file, True), (said, False), ("x", False)):
+        torch.save(content, tmp_path / f"{name}.pth")
+        recwarn.clear()
+        assert ssmcompress.load(tmp_path / f"{name}.pth").architecture == architecture
+        notes = [str(warning.message) for warning in recwarn.list]
+        assert (
+            notes
+            == [
+                f"the name of the file says {'video_mamba' if architecture == 'vim' else 'vim'}, "
+                f"but args.model '{said}' says {architecture}, which counts"
+            ]
+            * noted
+        )
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,14 @@ CHANGES = {
     ),
     "another stem": (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}), "a stem of one convol"),
     "position embedding": (lambda s: s.update({"pos_embed": torch.zeros(1, 8, 16, 12)}), "a position embedding is not"),
+    "norms over the batch": (
+        lambda s: s.update({"layers.1.blocks.0.norm.running_mean": torch.zeros(16)}),
+        "1 unknown .* which means norms over the batch: not supported",
+    ),
+    "bias of one layer": (
+        lambda s: s.update({"layers.2.blocks.1.op.conv2d.bias": torch.zeros(64)}),
+        "1 unknown .* which means a bias of the convolution: not supported",
+    ),
     "a shape": (lambda s: s.update({"layers.1.blocks.0.op.Ds": torch.zeros(7)}), "contradicting shapes"),
 }
 
