@@ -3,6 +3,7 @@
 import argparse
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -388,10 +389,29 @@ def test_a_training_checkpoint_with_a_configuration_of_yacs(vmamba, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "yacs", ModuleType("yacs"))
         patch.setitem(sys.modules, "yacs.config", module)
-        torch.save({"model": published(vmamba), "config": module.CfgNode(A=1), "epoch": 3}, tmp_path / "vssm.pth")
+        config = module.CfgNode(DATA=module.CfgNode(IMG_SIZE=[64, 48]), MODEL=module.CfgNode(TYPE="vssm"))
+        vars(config).update(__immutable__=True, __deprecated_keys__=set(), __renamed_keys__={})  # as yacs has them
+        torch.save({"model": published(vmamba), "config": config, "epoch": 3}, tmp_path / "vssm.pth")
     with torch.no_grad():
         images = images_of(vmamba)
-        assert torch.equal(ssmcompress.load(tmp_path / "vssm.pth", image_size=(64, 48))(images), vmamba(images))
+        assert torch.equal(ssmcompress.load(tmp_path / "vssm.pth")(images), vmamba(images))
+
+
+def test_an_object_in_a_configuration_of_yacs_is_not_made(vmamba, tmp_path, monkeypatch):
+    """Neither as an entry nor as an attribute, which a pickle sets afterwards."""
+    module = ModuleType("yacs.config")
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    creation = type("Creation", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "ran",))})()
+    as_entry, as_attribute = module.CfgNode(A=creation), module.CfgNode(A=1)
+    vars(as_attribute)["a"] = creation
+    for name, config in (("entry", as_entry), ("attribute", as_attribute)):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "yacs", ModuleType("yacs"))
+            patch.setitem(sys.modules, "yacs.config", module)
+            torch.save({"model": published(vmamba), "config": config}, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match="refused: this pickle asks for .*nothing was run"):
+            ssmcompress.load(tmp_path / f"{name}.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_any_image_size_runs_with_the_same_weights(vmamba):
