@@ -138,7 +138,7 @@ class VideoMamba(VimClassifier):
     @classmethod
     def has_own_size(cls, state: StateDict) -> bool:
         depth = Shapes(state, cls.title).count("layers.")
-        return (state[PROJECTION].shape[0], depth) == VIDEO_MAMBA_M
+        return (*state[PROJECTION].shape[:1], depth) == VIDEO_MAMBA_M
 
     @classmethod
     def read_patches(cls, shape: Shapes) -> dict[str, Any]:

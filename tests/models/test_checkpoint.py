@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import images_of, make_vim
+from conftest import images_of, make_plain_mamba, make_video_mamba, make_vim, make_vit, make_vmamba
 from safetensors.torch import save_file
 
 import ssmcompress
@@ -370,6 +370,35 @@ def test_a_pruned_model_is_no_dense_one(vim, tmp_path):
         find_dense(pruned, folder)
     with pytest.raises(InputError, match="never a file"):
         find_dense(ssmcompress.load(folder))
+
+
+MAKERS = {
+    "vim": make_vim,
+    "images": make_video_mamba,
+    "videos": lambda: make_video_mamba(frames=4, image=(8, 8)),
+    "plain_mamba": make_plain_mamba,
+    "vit": make_vit,
+    "vmamba": make_vmamba,
+}
+RESHAPED = {
+    "a number": lambda v: v.flatten()[0].clone(),
+    "empty": lambda v: v[:0],
+    "more dimensions": lambda v: v[None, None, None],
+}
+
+
+@pytest.mark.parametrize("change", RESHAPED)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_no_shape_of_a_tensor_is_more_than_an_input_error(kind, change):
+    model = MAKERS[kind]()
+    state = model.publish({key: value.clone() for key, value in model.state_dict().items()})
+    first = {key for key in state if ".0." in key or ("layers." not in key and "blocks." not in key)}
+    keys = sorted(key for key in first if state[key].ndim)
+    heads = {"head.weight", "head.bias", "classifier.head.weight", "head.fc.weight"}  # one of no classes may be empty
+    for key in keys if change != "empty" else sorted({*keys} - heads):
+        changed = {"model": state | {key: RESHAPED[change](state[key])}, "args": {"model": model.architecture}}
+        with pytest.raises(InputError):
+            ssmcompress.load(changed)
 
 
 @pytest.mark.parametrize(
