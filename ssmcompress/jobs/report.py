@@ -149,10 +149,10 @@ def describe_missing(pruned: TokenModel) -> dict[str, Any]:
     """Describe a dense model that is gone."""
     unknown = pruned.task.describe(None, compared=False)
     unknown |= dict.fromkeys(("params", "latency_ms", "latency_quartiles_ms"))
-    published, depth = dense_flops(pruned), pruned.dense_config.depth
-    share = flops_of(pruned, pruned.origin.config if pruned.origin is not None else pruned.config)
+    published, dense = dense_flops(pruned), pruned.dense_config
+    share = flops_of(pruned, dense)
     as_run = describe_as_run(published["full"], share * published["full"])
-    parts = pruned.count_flops(pruned.dense_config, [pruned.length] * (depth + 1), "full", as_run=False)
+    parts = pruned.count_flops(dense, pruned.counts_for((), config=dense), "full", as_run=False)
     counted = {"flops": published, "flops_by_part": {part: count / 1e9 for part, count in parts.items()}, **as_run}
     return {**unknown, **counted, "sizes": describe_dense(pruned)}
 

@@ -262,6 +262,8 @@ def count_layers(c: VMambaConfig, counts: Sequence[int], convention: str) -> dic
     All four directions in both conventions. A convolution on the grid costs exactly all taps of its window for each
     kept token: see `grid_conv2d`. An MLP is computed for the tokens that are left after the stage in its layer.
     """
+    if len(counts) != c.depth + len(c.depths):
+        raise ValueError(f"{len(counts)} numbers of tokens for {c.depth} layers in {len(c.depths)} sections")
     N, parts = c.d_state, dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj", "mlp"), 0)
     place = 0
     for section, depth in enumerate(c.depths):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import call_json
-from conftest import make_vim
+from conftest import make_vim, make_vmamba
 
 from ssmcompress.compression.search.sensitivity import SENSITIVITY_FILE, Sensitivity
 from ssmcompress.errors import InputError
@@ -242,8 +242,9 @@ def test_reports_have_the_parts_of_the_flops(checkpoint, class_folders, tmp_path
     assert charts_in(write(tmp_path / "m", found)) == ["quality", "parts", "fits"]
 
 
-def test_a_dense_model_that_is_gone_has_the_parts_of_its_flops():
-    dense = make_vim()
+@pytest.mark.parametrize("make", [make_vim, make_vmamba])
+def test_a_dense_model_that_is_gone_has_the_parts_of_its_flops(make):
+    dense = make()
     assert describe_missing(prune(dense, ratio=0.5, stages=[2]))["flops_by_part"] == flops_by_part(dense)
 
 
