@@ -51,16 +51,14 @@ class LevelMap(nn.Module):
         return self.own(cast(values, self.own)) + self.mean(cast(context, self.mean))[:, None]
 
 
-def fill_level(level: Level, maps: Sequence[nn.Module] | None, zero: bool = False) -> Tensor:
+def fill_level(level: Level, maps: Sequence[nn.Module] | None, values: Sequence[Tensor] | None = None) -> Tensor:
     """Return a level at all positions, (batch, length, d_model).
 
     Args:
         maps: for each group of tokens a `LevelMap`, or an Identity; None: values as they are.
-        zero: whether dropped tokens are zeros.
+        values: of each group, as `LevelledModel.read_groups` returns them; None: those of the level.
     """
-    values = level.groups()
-    if zero:
-        values = [*(torch.zeros_like(group) for group in values[:-1]), values[-1]]
+    values = level.groups() if values is None else values
     if maps is None:
         return level.fill(values)
     context = level.values.mean(1)
@@ -100,7 +98,16 @@ class LevelledModel(TokenModel):
     def fill(self, number: int, level: Level) -> Tensor:
         """Return a level at all positions, (batch, length, width), with its maps."""
         maps = self.level_maps[str(number)] if str(number) in self.level_maps else None
-        return fill_level(level, maps, self.plan is not None and self.plan.fill == "zero")
+        return fill_level(level, maps, self.read_groups(level))
+
+    def read_groups(self, level: Level) -> list[Tensor]:
+        """Return what is read of each group of tokens of a level (batch, tokens, width), before its map.
+
+        Of dropped tokens that is what the plan's `fill` says.
+        """
+        *dropped, kept = level.groups()
+        zero = self.plan is not None and self.plan.fill == "zero"
+        return [*(map(torch.zeros_like, dropped) if zero else dropped), kept]
 
     def group_sizes(self, level: int) -> list[int]:
         """Return the tokens of each group at a level: those that each stage dropped, and those that are kept."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import images_of, make_vmamba
 from segmenters import MAKERS, make_vim_upernet, scene_tensors
 
 import ssmcompress
@@ -9,6 +10,7 @@ from ssmcompress.compression.reconstruct.levels import HELD_OUT, map_levels
 from ssmcompress.errors import InputError
 from ssmcompress.models.level_maps import fill_level
 from ssmcompress.ops import gather_tokens
+from ssmcompress.pruning.plan import Plan, Stage
 
 
 @pytest.fixture(params=MAKERS)
@@ -83,6 +85,27 @@ def test_a_reconstruction_fits_the_maps_of_its_own_weights(segmenter):
     ]
     assert changed
     assert all(name.startswith(("layers.2.", "layers.3.", "layers.4.", "layers.5.")) for name in changed)
+
+
+@pytest.mark.parametrize("make", [make_vim_upernet, make_vmamba])
+@torch.no_grad()
+def test_maps_of_tokens_that_are_read_as_zeros_are_fitted_to_zeros(make):
+    """What the record says of the error after the maps is the error of the level that the model reads."""
+    model = make()
+    images = images_of(model, 40)
+    pruned = ssmcompress.prune(model, Plan((Stage(2, 0.5),), gap="bias", fill="zero"))
+    mapped = map_levels(pruned, model, images)
+    fits = {fit["weight"]: fit for fit in mapped.find_record("level_maps").values["fits"]}
+    level = next(level for level in range(1, mapped.levels + 1) if len(mapped.group_sizes(level)) == 2)
+    held = images[1::5]
+    (ours,), (theirs,) = (m.read_levels(held, [level]) for m in (mapped, model))
+    filled = mapped.fill(level, ours)
+    for name, positions in (("dropped by stage 1", ours.dropped[0].positions), ("kept", ours.positions)):
+        found, expected = (gather_tokens(values, positions) for values in (filled, theirs.values))
+        fit = fits[f"level {level}, {name}"]
+        error = float((found - expected).square().sum() / expected.square().sum())
+        assert error == pytest.approx(fit["after"], rel=1e-3)
+    assert fits[f"level {level}, dropped by stage 1"]["before"] == pytest.approx(1)
 
 
 def test_the_result_does_not_depend_on_batches():

@@ -4,8 +4,9 @@ A segmentation model reads each token at several layers, the output levels; a mo
 token where the resolution changes. Of a dropped token it has the value that was last seen, which is stale; that of a
 kept token is changed, too, because others are gone. In each level, the tokens that one stage dropped, and those that
 are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in closed form to the dense model's
-values at the same positions on unlabelled images. A fifth of the images is held out: they choose the ridge, and a group
-keeps its values if no map helps on them.
+values at the same positions on unlabelled images. Where a plan reads dropped tokens as zeros, the map of a group of them
+has these as its input, so it is fitted to the mean over the kept tokens alone. A fifth of the images is held out: they
+choose the ridge, and a group keeps its values if no map helps on them.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class LevelSums:
     """
 
     def __init__(self, model: TokenModel, numbers: Sequence[int], levels: Sequence[Level]):
-        device, self.numbers = next(model.parameters()).device, numbers
+        device, self.numbers, self.read_groups = next(model.parameters()).device, numbers, model.read_groups
         widths = [level.values.shape[-1] for level in levels]
         self.sums = [
             [LinearSums(_identity(width, device), device) for _ in level.groups()]
@@ -126,7 +127,7 @@ class LevelSums:
         for target, level, sums in zip(dense, levels, self.sums, strict=True):
             positions = [*(group.positions for group in level.dropped), level.positions]
             context = level.values.mean(1)
-            for values, places, rows in zip(level.groups(), positions, sums, strict=True):
+            for values, places, rows in zip(self.read_groups(level), positions, sums, strict=True):
                 targets = target.values if places is None else gather_tokens(target.values, places)
                 inputs = torch.cat([values, context[:, None].expand_as(values)], dim=-1)
                 rows.add(inputs, targets, torch.ones_like(values[..., 0]), held)
