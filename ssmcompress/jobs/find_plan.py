@@ -87,8 +87,6 @@ def _find_plan(start: Start, request: PruneRequest) -> FoundPlan:
     if asked.flops is None:
         ratio = asked.ratio or (DEFAULT_RATIO,)
         plan = make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts)
-        if asked.reenter and not model.reads_levels:
-            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
         return FoundPlan(model.check_plan(replace(plan, reenter=asked.reenter or plan.reenter)))
     # Reports bad stages before the range is computed from them.
     stages = tuple(stage.after for stage in make_plan(model, **parts).stages)

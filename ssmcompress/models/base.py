@@ -25,7 +25,7 @@ from ..ops.selective_scan import Expander
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
-from ..pruning.plan import Plan, Stage, default_stages, token_counts
+from ..pruning.plan import FILLS, Plan, Stage, default_stages, token_counts
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
@@ -620,6 +620,13 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
         plan.validate(len(self.blocks), self.drops_inside)
         for stage in plan.stages:
             self.check_importance(stage.importance, stage.after)
+        if plan.reenter and not self.reads_levels:
+            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
+        if plan.fill != FILLS[0] and not self.levels:
+            raise InputError(
+                f"`fill` {plan.fill!r} says what is read of dropped tokens, and this {self.architecture} reads nothing of "
+                f"them: leave it out"
+            )
         return plan
 
     @property

@@ -110,8 +110,8 @@ class Plan:
         seed: seed of the `random` metric.
         calibration: required by gap "calibrated".
         reenter: number of last layers that all tokens enter again, of a model that reads out every position.
-        fill: what such a model reads out of a dropped token: "stale", its features as they were last seen, or "zero",
-            nothing, which is worse and serves comparisons.
+        fill: what a model with output levels has there of a dropped token: "stale", its features as they were last
+            seen, or "zero", nothing, which is worse and serves comparisons.
     """
 
     stages: tuple[Stage, ...]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_vim, make_vmamba
 from segmenters import MAKERS, make_plain_mamba_upernet, make_vim_upernet, scene_tensors
 
 import ssmcompress
@@ -77,6 +78,21 @@ def test_zero_filling_reads_nothing_of_dropped_tokens():
         level = model.encode(images)[0].levels[-1]
         dropped[name] = level.dropped[0].values
     torch.testing.assert_close(dropped["zero"], dropped["stale"])  # only the readout differs
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "message"),
+    [
+        (make_vim, {"reenter": 1}, "`reenter` is for models that read out every position"),
+        (make_vmamba, {"reenter": 1}, "`reenter` is for models that read out every position"),
+        (make_vim, {"fill": "zero"}, "`fill` 'zero' says what is read of dropped tokens, and this vim reads nothing"),
+    ],
+    ids=["reenter vim", "reenter vmamba", "fill vim"],
+)
+def test_what_a_model_does_not_read_is_refused(make, option, message):
+    """A VMamba has levels, but all tokens are there again at its sections' ends in any case."""
+    with pytest.raises(InputError, match=message):
+        ssmcompress.prune(make(), Plan((Stage(2, 0.5),), gap="bias", **option))
 
 
 @torch.no_grad()
