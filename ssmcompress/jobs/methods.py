@@ -83,9 +83,16 @@ def remove_steadily(make: Callable[[Method, TokenModel, int], Sequence[Stage]]) 
 
 
 def merge_every_second(method: Method, model: TokenModel, number: int) -> list[Stage]:
-    """Return the stages of R-MeeTo, which merges before every second layer from the third on, as its code does."""
+    """Return the stages of R-MeeTo, which merges before every second layer from the third on, as its code does.
+
+    It does not merge before a layer where a section begins, in which all tokens are there in any case.
+    """
     merges, count, protected = [], model.length, model.protected_count
     for layer in range(2, len(model.blocks), 2):
+        if model.starts_section(layer + 1):
+            continue
+        section = model.section_of(layer)
+        count = section.length if not merges or merges[-1].after < section.first else count
         ratio = share_removed(count, count - min(number, (count - protected) // 2), protected)
         merges.append(Stage(layer, ratio, method.importance, method.merge))
         count = kept_count(count, ratio, protected)

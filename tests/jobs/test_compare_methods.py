@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from conftest import make_plain_mamba, make_vim
+from conftest import make_plain_mamba, make_vim, make_vmamba
 from segmenters import make_vim_upernet
 from torch import nn
 
@@ -17,6 +17,7 @@ from ssmcompress.jobs.methods import (
     find_obstacle,
     list_obstacles,
     make_levels,
+    merge_every_second,
     remove_steadily,
     stages_for_level,
 )
@@ -159,6 +160,15 @@ def test_r_meeto_merges_before_every_second_layer_from_the_third_on():
     assert [(stage.after, stage.importance, stage.merge) for stage in stages] == [
         (after, "similarity", "ordered") for after in (2, 4, 6)
     ]
+
+
+def test_r_meeto_merges_as_many_tokens_in_every_section():
+    """Or half of those that there are; not where a section ends, since all tokens are there again after it."""
+    model = make_vmamba(depths=(3, 1, 6, 3), image=(64, 64))
+    method = next(method for method in METHODS if method.name == "R-MeeTo")
+    stages = merge_every_second(method, model, 5)
+    assert [stage.after for stage in stages] == [2, 6, 8, 12]
+    assert model.counts_for(stages) == [256, 256, 251, 251, 64, 64, 16, 16, 11, 11, 6, 6, 6, 4, 4, 2, 2]
 
 
 def test_merging_that_does_not_save_as_much_says_so():
