@@ -164,6 +164,8 @@ class AxesTrial:
 
     def trim(self, trims: Trims) -> TokenModel:
         """Return the model with what is trimmed, before reconstruction."""
+        if not trims:  # also of a model whose layers cannot be trimmed
+            return self.model
         model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
         if trims.states is not None:
             n = fit_counts(trims.states, [block.d_state for block in model.blocks])

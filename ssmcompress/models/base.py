@@ -617,11 +617,11 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
 
     def check_plan(self, plan: Plan) -> Plan:
         """Return a plan for the model as it is, or raise an InputError if the model cannot be pruned by it."""
+        if plan.reenter and not self.reads_levels:
+            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
         plan.validate(len(self.blocks), self.drops_inside)
         for stage in plan.stages:
             self.check_importance(stage.importance, stage.after)
-        if plan.reenter and not self.reads_levels:
-            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
         if plan.fill != FILLS[0] and not self.levels:
             raise InputError(
                 f"`fill` {plan.fill!r} says what is read of dropped tokens, and this {self.architecture} reads nothing of "

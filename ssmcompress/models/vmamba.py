@@ -172,7 +172,7 @@ class VMamba(LevelledModel):
         if features.shape[-1] != self.d_model:
             raise InputError(
                 f"the norm after the last layer is for {self.d_model} features, and these are {features.shape[-1]}: "
-                f"leave out `norm`, or take layers of the last section"
+                f"leave out `norm`, set `intermediates_only` with `stop_early`, or take layers of the last section"
             )
         return self.norm(features)
 

@@ -151,7 +151,7 @@ class Sensitivity:
             raise ValueError(f"losses {tuple(self.loss.shape)} for its layers, metrics and counts")
         if not self.loss.isfinite().all() or self.objective not in OBJECTIVES:
             raise ValueError("losses that are not finite, or of an unknown objective")
-        if list(self.layers) != sorted(set(self.layers)) or not all(1 <= v < depth for v in self.layers):
+        if list(self.layers) != sorted(set(self.layers)) or not all(1 <= v <= depth for v in self.layers):
             raise ValueError(f"layers {self.layers}")
         if list(self.kept) != sorted(set(self.kept), reverse=True) or not all(2 <= v <= length for v in self.kept):
             raise ValueError(f"counts {self.kept}")
