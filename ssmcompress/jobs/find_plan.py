@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..compression.search.equal import least_share, plan_for_budget
 from ..compression.trim.trims import Trims
-from ..errors import BudgetError, InputError
+from ..errors import BudgetError
 from ..evaluation.flops import corrections_share, share_of_whole
 from ..models.base import TokenModel
 from ..models.continuation import has_corrections

@@ -624,8 +624,8 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
             self.check_importance(stage.importance, stage.after)
         if plan.fill != FILLS[0] and not self.levels:
             raise InputError(
-                f"`fill` {plan.fill!r} says what is read of dropped tokens, and this {self.architecture} reads nothing of "
-                f"them: leave it out"
+                f"`fill` {plan.fill!r} says what is read of dropped tokens, and this {self.architecture} reads nothing "
+                f"of them: leave it out"
             )
         return plan
 

@@ -28,7 +28,9 @@ def test_a_loss_is_kept_by_dropping_tokens_alone(vmamba, tmp_path):
     for number in range(40):
         write_image(tmp_path / "many" / f"class{number % 10}" / f"{number}.png", seed=number)
     options = (*SIZE, "--data", tmp_path / "many", "--search-images", 16, "--no-latency", "--no-reconstruct")
-    report = call_json("prune", vmamba, *options, "--max-drop", "60", "-o", "m")
+    report = call_json(
+        "prune", vmamba, *options, "--max-drop", "60", "--stages", "1,3", "--importance", "l2", "-o", "m"
+    )
     assert report["search"]["drop"]["points"] <= 60
     assert report["trims"] == {}
     assert report["stages"]

@@ -4,9 +4,9 @@ A segmentation model reads each token at several layers, the output levels; a mo
 token where the resolution changes. Of a dropped token it has the value that was last seen, which is stale; that of a
 kept token is changed, too, because others are gone. In each level, the tokens that one stage dropped, and those that
 are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in closed form to the dense model's
-values at the same positions on unlabelled images. Where a plan reads dropped tokens as zeros, the map of a group of them
-has these as its input, so it is fitted to the mean over the kept tokens alone. A fifth of the images is held out: they
-choose the ridge, and a group keeps its values if no map helps on them.
+values at the same positions on unlabelled images. Where a plan reads dropped tokens as zeros, their maps have zeros as
+input, too, and use the mean over the kept tokens alone. A fifth of the images is held out: they choose the ridge, and a
+group keeps its values if no map helps on them.
 """
 
 from __future__ import annotations
