@@ -118,8 +118,8 @@ def load(
             the state of our own fine-tuning also "best".
         unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
             trust.
-        architecture: "vim", "video_mamba", "plain_mamba" or "vit". Needed only where neither the weights nor anything
-            else says it: a bare state dict of a Vim has the names and shapes of a VideoMamba's for images.
+        architecture: "vim", "video_mamba", "plain_mamba", "vmamba" or "vit". Needed only where neither the weights
+            nor anything else says it: a bare state dict of a Vim has the names and shapes of a VideoMamba's for images.
         task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
         level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
             "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as the file says,

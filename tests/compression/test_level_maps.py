@@ -7,6 +7,7 @@ from segmenters import MAKERS, make_vim_upernet, scene_tensors
 
 import ssmcompress
 from ssmcompress.compression.reconstruct.levels import HELD_OUT, map_levels
+from ssmcompress.compression.reconstruct.linear import LinearSums
 from ssmcompress.errors import InputError
 from ssmcompress.models.level_maps import fill_level
 from ssmcompress.ops import gather_tokens
@@ -106,6 +107,22 @@ def test_maps_of_tokens_that_are_read_as_zeros_are_fitted_to_zeros(make):
         error = float((found - expected).square().sum() / expected.square().sum())
         assert error == pytest.approx(fit["after"], rel=1e-3)
     assert fits[f"level {level}, dropped by stage 1"]["before"] == pytest.approx(1)
+
+
+def test_layers_that_all_tokens_enter_again_are_fitted_on_all_of_them(segmenter, monkeypatch):
+    """There are 16 tokens, 10 after the stage in layer 2, and all of them again in the last of 6 layers."""
+    counts, add = {}, LinearSums.add
+
+    def spy(self, inputs, *arguments):
+        counts.setdefault(self.linear, set()).add(inputs.shape[1])
+        add(self, inputs, *arguments)
+
+    monkeypatch.setattr(LinearSums, "add", spy)
+    images = scene_tensors(segmenter, 20)
+    pruned = ssmcompress.prune(segmenter, Plan((Stage(2, 0.4),), gap="bias", reenter=1))
+    ssmcompress.reconstruct(pruned, segmenter, images)
+    fitted = [found for linear, found in counts.items() if linear.out_features == segmenter.d_model]
+    assert fitted[:4] == [{10}, {10}, {10}, {16}]  # the projections of layers 3 to 6, before the maps of levels
 
 
 def test_the_result_does_not_depend_on_batches():
