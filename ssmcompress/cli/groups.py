@@ -145,8 +145,8 @@ class Reading:
         str | None,
         option(
             MODEL_FILE,
-            help="vim, video_mamba, plain_mamba, vmamba or vit, where neither the weights nor the rest of the file says "
-            "it.",
+            help="vim, video_mamba, plain_mamba, vmamba or vit, where neither the weights nor the rest of the file "
+            "says it.",
         ),
     ] = None
     task: Annotated[
@@ -373,8 +373,8 @@ class Stages:
         str | None,
         option(
             PRUNING,
-            help="Layers (from 1) after which to prune; in a ViT or a VMamba, in which. Default: 5,10,15 of 24; in a ViT "
-            "4,7,10 of 12; scaled to the depth; in a VMamba some of each section.",
+            help="Layers (from 1) after which to prune; in a ViT or a VMamba, in which. Default: 5,10,15 of 24; in a "
+            "ViT 4,7,10 of 12; scaled to the depth; in a VMamba some of each section.",
         ),
     ] = None
     gap: Annotated[

@@ -301,9 +301,7 @@ def test_a_method_that_a_model_cannot_carry_out_is_left_out_for_that_model(pictu
 
 
 def test_a_method_that_no_model_can_carry_out_is_refused(pictures, tmp_path):
-    with pytest.raises(
-        InputError, match="'zero-filled' is for segmentation models alone, and .*: no model has it"
-    ):
+    with pytest.raises(InputError, match="'zero-filled' is for segmentation models alone, and .*: no model has it"):
         compare(tmp_path / "c", pictures, methods=("naive", "zero-filled"))
     with pytest.raises(InputError, match="unknown method 'naiv'; did you mean naive"):
         compare(tmp_path / "c", pictures, methods=("naiv",))
