@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +24,7 @@ from ..ops.selective_scan import Expander
 from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES, normalize_rms
-from ..pruning.plan import FILLS, Plan, Stage, default_stages, token_counts
+from ..pruning.plan import FILLS, Plan, default_stages
 from ..pruning.tokens import Tokens
 from ..tasks import CLASSIFICATION, SEGMENTATION, Task
 from .class_corrections import choose_segments
@@ -35,7 +34,8 @@ from .learnt import LearntFrom
 from .precision import cast, check_images, find_weight
 from .pretrained import PretrainedModel
 from .records import MadeBy, Record, Source
-from .sizes import LayerSize, Origin, ScanReading, Section
+from .sections import SectionedModel
+from .sizes import LayerSize, Origin, ScanReading
 from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
@@ -229,7 +229,7 @@ def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
     return trajectories
 
 
-class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
+class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
     """A vision state-space model that can drop tokens between its blocks.
 
     Attributes:
@@ -629,81 +629,12 @@ class TokenModel(FeatureModel, PretrainedModel, abc.ABC):
             )
         return plan
 
-    @property
-    def sections(self) -> tuple[Section, ...]:
-        """The layers in groups that process tokens of the same grid; most models have one."""
-        return self.config.sections(self.length - self.config.patches)
-
-    def section_of(self, layer: int) -> Section:
-        """Return the section of a layer, from 1."""
-        return next(section for section in self.sections if layer <= section.last)
-
-    def starts_section(self, layer: int) -> bool:
-        """Return whether a layer, from 1, is the first one of a section other than the first."""
-        return any(layer == section.first for section in self.sections[1:])
-
-    def changes_at(self, layer: int) -> bool:
-        """Return whether a layer, from 1, is run on other tokens than those after the layer before it (`enter`)."""
-        again = self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1
-        return bool(again) or self.starts_section(layer)
-
-    def count_points(self, layers: int) -> int:
-        """Return the number of points up to the end of the first layers at which there is a residual stream.
-
-        Each part of a layer has one, where it has added to the stream, and the beginning of each further section.
-        """
-        parts = sum(1 + (block.end_projection is not None) for block in self.blocks[:layers])
-        return parts + sum(section.first <= layers for section in self.sections[1:])
-
-    def input_point(self, layer: int) -> int:
-        """Return the number of points up to the tokens that a layer, from 1, is run on."""
-        return self.count_points(layer - 1) + self.starts_section(layer)
-
-    def stage_point(self, layer: int) -> int:
-        """Return the number of points up to the place of a stage after (or in) a layer, from 1."""
-        return self.input_point(layer) + 1
-
-    def count_index(self, layer: int) -> int:
-        """Return the index in `token_counts` of the tokens that a layer, from 1, processes; those after it follow."""
-        return layer - 1 + sum(section.first <= layer for section in self.sections[1:])
-
     def check_importance(self, name: str, layer: int) -> None:
         """Raise an InputError unless tokens can be ranked by this metric after a layer, from 1."""
         score, block = IMPORTANCES[name].block_metric, self.blocks[layer - 1]
         if score is not None and score not in block.scores:
             others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks) or "nothing else"
             raise InputError(f"importance {name!r}: layer {layer} of a {self.architecture} has none; expected {others}")
-
-    def name_count(self, index: int) -> str:
-        """Return where the tokens of an entry of `token_counts` are: "before layer 3"."""
-        layers = range(1, len(self.blocks) + 1)
-        before = next((layer for layer in layers if self.count_index(layer) == index), None)
-        after = next((layer for layer in layers if self.count_index(layer) + 1 == index), None)
-        if before is not None:
-            return f"before layer {before}"
-        return "after the last layer" if after == len(self.blocks) else f"after layer {after}"
-
-    def token_counts(self) -> list[int]:
-        """Return the number of tokens that each layer processes, and after the last layer of each section those left.
-
-        These are depth + 1 values in a model of one section, of which the last one is the number read out. In others,
-        `count_index` says where a layer is.
-        """
-        return self.counts_for(self.plan.stages, self.plan.reenter) if self.plan else self.counts_for(())
-
-    def kept_counts(self) -> list[int]:
-        """Return the number of tokens that are left after each stage."""
-        counts = self.token_counts()
-        return [counts[self.count_index(stage.after) + 1] for stage in self.plan.stages] if self.plan else []
-
-    def counts_for(self, stages: Sequence[Stage], reenter: int = 0, config: Any = None) -> list[int]:
-        """Return the `token_counts` that these stages would give the model, or one of the sizes `config`."""
-        sections = self.sections if config is None else config.sections(self.length - self.config.patches)
-        counts: list[int] = []
-        for first, last, length, _ in sections:
-            inside = [replace(s, after=s.after - first + 1) for s in stages if first <= s.after <= last]
-            counts += token_counts(last - first + 1, length, inside, self.protected_count, reenter)
-        return counts
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
