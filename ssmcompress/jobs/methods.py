@@ -171,6 +171,7 @@ def _methods() -> tuple[Method, ...]:
         Method("zero-filled", alignment=UNALIGNED, fill="zero"),
         Method("naive, mapped", alignment=UNALIGNED, mapped=True),
         Method("clip, aligned, mapped", mapped=True),
+        Method("saliency, aligned, mapped", "saliency", mapped=True),
     ]
     again = ("naive", "clip, aligned", "saliency, aligned", "R-MeeTo", "MTR", "EViT", "EViT, fused", "ToMe", "search")
     rows += [replace(m, name=f"{m.name}, reconstructed", reconstructed=True) for m in rows if m.name in again]
