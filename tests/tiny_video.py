@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import silu
 
 from ssmcompress.errors import InputError
-from ssmcompress.models import Block, TokenModel, register_architecture
+from ssmcompress.models import Block, TokenModel, register_architecture, registry
 from ssmcompress.models.reading import Shapes
 from ssmcompress.models.sizes import ModelConfig
 from ssmcompress.ops import SCORES
@@ -48,7 +49,6 @@ class TinyBlock(Block):
         return tokens.updated(tokens.features + self.out(y), SCORES[metric](y) if metric else None)
 
 
-@register_architecture
 class TinyVideo(TokenModel):
     """Videos (batch, channels, frames, height, width) -> logits (batch, classes)."""
 
@@ -121,3 +121,12 @@ def make_tiny_video(classes=3, frames=4, seed=0):
     model = TinyVideo(TinyVideoConfig(16, 4, 3, classes, 4, frames, (8, 8))).eval()
     model.preprocessing = model.default_preprocessing()
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_video_is_known():
+    """The architecture is registered for the tests of a module that imports this, and for no others."""
+    register_architecture(TinyVideo)
+    yield
+    registry.MODELS.remove(TinyVideo)
+    registry._registered.remove(TinyVideo)

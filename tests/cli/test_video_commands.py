@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import call, refused
-from tiny_video import make_tiny_video
+from tiny_video import make_tiny_video, tiny_video_is_known  # noqa: F401
 from videos import write_frames
 
 import ssmcompress

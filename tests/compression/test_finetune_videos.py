@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_video import make_tiny_video
+from tiny_video import make_tiny_video, tiny_video_is_known  # noqa: F401
 from videos import write_frames
 
 from ssmcompress.compression.finetune.augmentation import training_transform

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_video import make_tiny_video
+from tiny_video import make_tiny_video, tiny_video_is_known  # noqa: F401
 from videos import write_frames
 
 from ssmcompress.data import Batches, open_images
