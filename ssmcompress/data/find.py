@@ -173,13 +173,12 @@ def photographs(
         size = (image_size[1], image_size[0])
         return originals[i % 2].resize(size, Image.Resampling.BICUBIC, box=box)
 
-    if frames is None:
-        read = lambda i: cut(i, boxes[i])  # noqa: E731
-    else:
-        places = generator.uniform(size=(count, 2))
+    places = generator.uniform(size=(count, 2))  # where the crops of a video move to
 
-        def read(i: int) -> Video:
-            return Video(frames, lambda t: cut(i, _move(boxes[i], places[i], originals[i % 2].size, t / frames)))
+    def read(i: int) -> Image.Image | Video:
+        if frames is None:
+            return cut(i, boxes[i])
+        return Video(frames, lambda t: cut(i, _move(boxes[i], places[i], originals[i % 2].size, t / frames)))
 
     return Images("sample photographs", count, read, lambda i: f"crop {i} of the sample photographs", stand_in=True)
 

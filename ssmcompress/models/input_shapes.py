@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-NAMES = {3: ("channels", "height", "width"), 4: ("channels", "frames", "height", "width")}
+from ..data.items import SIDES
 
 
 def describe_shape(shape: Sequence[int | None]) -> str:
     """Return the sides of an input for messages, "3, height, width"."""
-    return ", ".join(str(side or name) for side, name in zip(shape, NAMES[len(shape)], strict=True))
+    return ", ".join(str(side or name) for side, name in zip(shape, SIDES[len(shape)], strict=True))
 
 
 def fits_shape(found: Sequence[int], shape: Sequence[int | None]) -> bool:

@@ -108,17 +108,17 @@ class LayerwiseRefit(BothModels):
         if self.dense.reads_levels:
             yield from self.refit_levels()
             return
-        yield from self.refit_last_level(len(self.pruned.blocks))
+        yield from self.refit_level_after(len(self.pruned.blocks))
         yield from self.refit_readout()
 
     def enter_layer(self, layer: int) -> Iterator[None]:
         """Let both models enter a layer; where a section begins, with the map of the level at the end of the last."""
         if self.pruned.starts_section(layer):
-            yield from self.refit_last_level(layer - 1)
+            yield from self.refit_level_after(layer - 1)
         if self.pruned.changes_at(layer):
             yield from self.enter(layer)
 
-    def refit_last_level(self, layer: int) -> Iterator[None]:
+    def refit_level_after(self, layer: int) -> Iterator[None]:
         """Fit the maps of the level after a layer, if the model has one there that is processed further."""
         level = next((n for (n,) in self.section_levels() if self.pruned.level_layer(n) == layer), None)
         if level is None:
