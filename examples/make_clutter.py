@@ -32,6 +32,7 @@ from fashion_mnist import CLASSES, FOLDER, read
 from PIL import Image
 
 SIDE = 112
+LARGEST = 80  # side of a garment, in pixels
 # Photographs by split. Both pictures of the motorcycle are of the same scene.
 SCIKIT_LEARN = {"train": ("china.jpg",), "test": ("flower.jpg",)}
 SCIKIT_IMAGE = {
@@ -64,9 +65,11 @@ class Clutter:
 
     Args:
         split: train or test. folder: of the original files of Fashion-MNIST. seed: seed of all random choices.
+        side: of the images, in pixels.
     """
 
-    def __init__(self, split: str, folder: Path, seed: int):
+    def __init__(self, split: str, folder: Path, seed: int, side: int = SIDE):
+        self.side = side
         self.seed = [seed, ("train", "test").index(split)]
         self.garments, self.labels = read(folder, FILES[split])
         self.photographs = list(load_photographs(split))
@@ -74,7 +77,7 @@ class Clutter:
     def draw_scene(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """Return image `number` for segmentation, and the class of each pixel (112, 112) uint8, 0 the photograph."""
         generator = np.random.default_rng([*self.seed, 0, number])
-        canvas, mask = self._crop(generator), np.zeros((SIDE, SIDE), np.uint8)
+        canvas, mask = self._crop(generator), np.zeros((self.side, self.side), np.uint8)
         for _ in range(generator.integers(1, 6)):
             garment = generator.integers(len(self.garments))
             side = int(generator.integers(28, 65))
@@ -84,14 +87,14 @@ class Clutter:
     def draw_object(self, number: int) -> tuple[Image.Image, int]:
         """Return image `number` for classification, and its class."""
         generator = np.random.default_rng([*self.seed, 1, number])
-        canvas, mask = self._crop(generator), np.zeros((SIDE, SIDE), np.uint8)
+        canvas, mask = self._crop(generator), np.zeros((self.side, self.side), np.uint8)
         for _ in range(generator.integers(4, 13)):
             pixels = self.garments[generator.integers(len(self.garments))]
             top, left = generator.integers(4, 16, 2)
             side = int(generator.integers(12, 29))
             self._paste(canvas, mask, generator, pixels[top : top + 9, left : left + 9], 1, side)
         garment = generator.integers(len(self.garments))
-        side = int(generator.integers(40, 81))
+        side = int(generator.integers(40, LARGEST + 1))
         self._paste(canvas, mask, generator, self.garments[garment], 2, side)
         return to_picture(canvas), int(self.labels[garment])
 
@@ -102,10 +105,10 @@ class Clutter:
         """
         photograph = self.photographs[generator.integers(len(self.photographs))]
         shorter = min(photograph.size)
-        side = int(generator.integers(min(SIDE, shorter // 2), shorter + 1))
+        side = int(generator.integers(min(self.side, shorter // 2), shorter + 1))
         left, top = (int(generator.integers(0, extent - side + 1)) for extent in photograph.size)
         box = (left, top, left + side, top + side)
-        pixels = np.asarray(photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box), np.float32)
+        pixels = np.asarray(photograph.resize((self.side, self.side), Image.Resampling.BILINEAR, box=box), np.float32)
         pixels = np.rot90(pixels, generator.integers(4))
         pixels = pixels[:, ::-1] if generator.random() < 0.5 else pixels
         pixels = pixels[..., generator.permutation(3)]
@@ -127,7 +130,7 @@ class Clutter:
         shade = np.asarray(picture, np.float32)
         if generator.random() < 0.5:
             shade = shade[:, ::-1]
-        top, left = generator.integers(0, SIDE - side + 1, 2)
+        top, left = generator.integers(0, self.side - side + 1, 2)
         colour = generator.uniform(60, 255, 3).astype(np.float32)
         # A garment keeps its texture: the brightness within it is spread around that of its colour.
         pixels = (0.35 + 0.65 * shade[..., None] / 255) * colour
@@ -180,10 +183,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a .parquet file")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--idx", type=Path, default=FOLDER, help="folder of the original files of Fashion-MNIST")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the images, in pixels; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.side < LARGEST:
+        parser.error(f"--side {args.side}: expected at least {LARGEST}, the largest that a garment can be")
 
-    clutter = Clutter(args.split, args.idx, args.seed)
+    clutter = Clutter(args.split, args.idx, args.seed, args.side)
     features: dict[str, Any] = {"image": ImageFeature()}
     if args.task == "segmentation":
         features["annotation"] = ImageFeature()

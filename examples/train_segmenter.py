@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from make_clutter import CLASS_NAMES, SIDE
 from torch import Tensor, nn
-from training_loop import Training, add_options, initialise, train
+from training_loop import Training, add_options, initialise, normalise, train
 
-from ssmcompress.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig
 from ssmcompress.tasks import SEGMENTATION
 
@@ -45,12 +44,6 @@ def load(file: Path) -> tuple[Tensor, Tensor]:
     for number, row in enumerate(table):
         images[number], masks[number] = np.asarray(row["image"]), np.asarray(row["annotation"])
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks)
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Images (n, 3, height, width) uint8 as the model takes them."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
 
 
 def make_model(d_model: int, depth: int, d_state: int, channels: int) -> VimUperNet:
@@ -83,7 +76,7 @@ def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float
     """The figures of a model on test images."""
     meter = SEGMENTATION.meter(len(CLASS_NAMES))
     for x, y in zip(images.split(50), masks.split(50), strict=True):
-        meter.add(model(normalised(x)), y, None)
+        meter.add(model(normalise(x)), y, None)
     result = meter.result()
     return {"miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
 
@@ -109,6 +102,8 @@ def main() -> None:
     test = load(args.test)
     torch.manual_seed(args.seed)
     model = make_model(args.d_model, args.depth, args.d_state, args.channels).train()
+    if args.start is not None:
+        model.load_state_dict(torch.load(args.start, weights_only=True)["state_dict"])
     text = CONFIG.format(
         side=SIDE, patch=PATCH, d_model=args.d_model, depth=args.depth, channels=args.channels,
         out_indices=[layer - 1 for layer in model.config.out_layers], classes=len(CLASS_NAMES),
@@ -116,7 +111,7 @@ def main() -> None:
 
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         batch, targets = augmented(images[chosen], masks[chosen], generator)
-        return SEGMENTATION.loss(model(normalised(batch)), targets).mean()
+        return SEGMENTATION.loss(model(normalise(batch)), targets).mean()
 
     fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "seed")
     training = Training(

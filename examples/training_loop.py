@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from ssmcompress.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssmcompress.models import TokenModel
 
 SAVE_EVERY = 180  # seconds
@@ -68,6 +70,35 @@ def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable], mix
             dt_proj.bias.data.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of this is delta
 
 
+def normalise(images: Tensor) -> Tensor:
+    """Return images (n, 3, height, width) uint8 as models of ImageNet take them."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def shift_and_mirror(images: Tensor, shift: int, fill: float, generator: torch.Generator) -> Tensor:
+    """Return images (n, channels, height, width), each shifted by up to `shift` pixels, about half of them mirrored.
+
+    Pixels from outside are `fill`.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, [shift] * 4, value=fill)
+    corner = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
+    rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)
+    columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns, columns.flip(1))
+    chosen = padded.movedim(1, -1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
+    return chosen.movedim(-1, 1).contiguous()
+
+
+@torch.inference_mode()
+def measure_top1(model: nn.Module, prepare: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    """Return the top-1 accuracy in percent; `prepare` makes what the model takes of some images."""
+    right = 0
+    for x, y in zip(images.split(250), labels.split(250), strict=True):
+        right += (model(prepare(x)).argmax(1) == y).sum().item()
+    return 100 * right / len(labels)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
     spared = ("A_log", "A_b_log", "A_logs", "dt_projs_bias", "pos_embed", "cls_token", "direction_Bs")
@@ -80,8 +111,7 @@ def train(training: Training, args: argparse.Namespace) -> None:
     """Train to the last epoch, or for `args.steps` steps; print the loss, the time left and figures after each epoch.
 
     Args:
-        args: checkpoint, epochs, batch_size, lr, weight_decay, seed and steps; `start`, if there, is a checkpoint whose
-            weights a new run begins with.
+        args: checkpoint, epochs, batch_size, lr, weight_decay, seed and steps.
     """
     model, weights, settings = training.model, training.weights, training.settings
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.98))
@@ -96,8 +126,6 @@ def train(training: Training, args: argparse.Namespace) -> None:
         model.load_state_dict(saved[weights])
         optimizer.load_state_dict(saved["optimizer"])
         step, history = saved["step"], saved["history"]
-    elif getattr(args, "start", None) is not None:
-        model.load_state_dict(torch.load(args.start, weights_only=True)[weights])
 
     def save() -> None:
         state = {weights: model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, Value
 
 import ssmcompress
 
@@ -28,13 +28,22 @@ def run(monkeypatch):
 
 
 def write_segments(file, count):
-    """A table as make_clutter.py writes it."""
+    """A table as make_clutter.py writes it for segmentation."""
     generator = np.random.default_rng(0)
     rows = {"image": [], "annotation": []}
     for _ in range(count):
         rows["image"].append(generator.integers(0, 255, (112, 112, 3), np.uint8))
         rows["annotation"].append(generator.integers(0, 3, (112, 112), np.uint8))
     Dataset.from_dict(rows, Features({"image": Image(), "annotation": Image()})).to_parquet(str(file))
+
+
+def write_objects(file, count, side):
+    """A table as make_clutter.py writes it for classification."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 255, (side, side, 3), np.uint8) for _ in range(count)]
+    labels = [number % 10 for number in range(count)]
+    table = Dataset.from_dict({"image": images, "label": labels}, Features({"image": Image(), "label": Value("int64")}))
+    table.to_parquet(str(file))
 
 
 def write_idx(folder, count):
@@ -82,3 +91,25 @@ def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key, width,
         run("train_fashion_mnist", tmp_path / "two.pth", *options, "--epochs", 2, "--steps", 2)
     assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", key)
     assert ssmcompress.load(tmp_path / "one.pth").architecture == name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "width"), [("vim", "model", 8), ("plain_mamba", "state_dict", 8), ("deit", "model", 16)]
+)
+def test_a_classifier_of_clutter_begun_on_small_images(run, tmp_path, architecture, key, width):
+    options = ("--architecture", architecture, "--d-model", width, "--depth", 2, "--batch-size", 10)
+    small, large = tmp_path / "small.parquet", tmp_path / "large.parquet"
+    write_objects(small, 20, 32)
+    write_objects(large, 20, 48)
+    run("train_clutter", tmp_path / "small.pth", small, small, *options, "--epochs", 1)
+    continued = (large, large, *options, "--epochs", 2, "--start", tmp_path / "small.pth")
+    run("train_clutter", tmp_path / "one.pth", *continued)
+    for _ in range(2):
+        run("train_clutter", tmp_path / "two.pth", *continued, "--steps", 2)
+    assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", key)
+    assert ssmcompress.load(tmp_path / "one.pth").config.image_size == (48, 48)
+    run("train_clutter", tmp_path / "three.pth", *continued, "--lr", 0, "--steps", 1)  # still the weights of the start
+    start = ssmcompress.load(tmp_path / "small.pth", image_size=48).state_dict()
+    kept = torch.load(tmp_path / "three.pth", weights_only=True)[key]
+    names = [name for name in start if "running" not in name and "tracked" not in name]
+    assert all(torch.allclose(kept[name], start[name], atol=1e-3) for name in names)
