@@ -84,8 +84,11 @@ class Clutter:
             self._paste(canvas, mask, generator, self.garments[garment], 1 + int(self.labels[garment]), side)
         return to_picture(canvas), mask
 
-    def draw_object(self, number: int) -> tuple[Image.Image, int]:
-        """Return image `number` for classification, and its class."""
+    def draw_object(self, number: int) -> tuple[Image.Image, int, np.ndarray]:
+        """Return image `number` for classification, its class, and what each pixel shows.
+
+        The last is an array (side, side) uint8: 0 the photograph, 1 a fragment, 2 the whole garment.
+        """
         generator = np.random.default_rng([*self.seed, 1, number])
         canvas, mask = self._crop(generator), np.zeros((self.side, self.side), np.uint8)
         for _ in range(generator.integers(4, 13)):
@@ -96,7 +99,7 @@ class Clutter:
         garment = generator.integers(len(self.garments))
         side = int(generator.integers(40, LARGEST + 1))
         self._paste(canvas, mask, generator, self.garments[garment], 2, side)
-        return to_picture(canvas), int(self.labels[garment])
+        return to_picture(canvas), int(self.labels[garment]), mask
 
     def _crop(self, generator: np.random.Generator) -> np.ndarray:
         """Return a crop (112, 112, 3) of a photograph, float32 from 0 to 255, turned and in other colours.
@@ -168,7 +171,7 @@ def encode(picture: Image.Image, **options: Any) -> dict[str, Any]:
 def make_rows(clutter: Clutter, task: str, count: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table."""
     for number in range(count):
-        picture, target = clutter.draw_scene(number) if task == "segmentation" else clutter.draw_object(number)
+        picture, target, *_ = clutter.draw_scene(number) if task == "segmentation" else clutter.draw_object(number)
         row = {"image": encode(picture, format="JPEG", quality=92)}
         if task == "segmentation":
             yield row | {"annotation": encode(Image.fromarray(target), format="PNG")}

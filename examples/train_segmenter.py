@@ -3,10 +3,11 @@
     python examples/make_clutter.py segmentation train seg-train.parquet --images 20000
     python examples/make_clutter.py segmentation test seg-test.parquet --images 1000
     python examples/train_segmenter.py segmenter.pth seg-train.parquet seg-test.parquet
+    python examples/train_segmenter.py segmenter.pth seg-train.parquet seg-test.parquet --backbone vim.pth
 
-The checkpoint has mmseg's format and is written every few minutes; the same command goes on from it, and a run in
-pieces gives the same model as a run in one. After each epoch a line with the mIoU on the test images goes to standard
-output and to the checkpoint's "history".
+The last command begins with the layers of a classifier of train_clutter.py. The checkpoint has mmseg's format and is
+written every few minutes; the same command goes on from it, and a run in pieces gives the same model as a run in one.
+After each epoch a line with the mIoU on the test images goes to standard output and to the checkpoint's "history".
 """
 
 import argparse
@@ -20,6 +21,8 @@ from make_clutter import CLASS_NAMES, SIDE
 from torch import Tensor, nn
 from training_loop import Training, add_options, initialise, normalise, train
 
+import ssmcompress
+from ssmcompress.models.vim import VisionMamba
 from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig
 from ssmcompress.tasks import SEGMENTATION
 
@@ -60,6 +63,15 @@ def make_model(d_model: int, depth: int, d_state: int, channels: int) -> VimUper
     return model
 
 
+def load_backbone(model: VimUperNet, vim: VisionMamba) -> None:
+    """Take the weights of a Vim for the backbone, without its class token and the position of that."""
+    state = {f"backbone.{k}": v for k, v in vim.state_dict().items() if not k.startswith(("head.", "cls_token"))}
+    patches = [position for position in range(vim.length) if position != vim.protected]
+    state["backbone.pos_embed"] = state["backbone.pos_embed"][:, patches]
+    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+        raise SystemExit(f"--backbone: the segmentation model has no {unknown[0]}")
+
+
 def augmented(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Half of the images mirrored, each shifted by up to a patch; pixels from outside are ignored (255)."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
@@ -88,12 +100,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")
     parser.add_argument("test", type=Path, help="a .parquet file of make_clutter.py")
     parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--backbone", type=Path, help="checkpoint of a Vim that a new run begins with; gives the sizes")
     parser.add_argument("--channels", type=int, default=32, help="width of the head")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.backbone is not None:
+        sizes = ssmcompress.load(args.backbone, architecture="vim").config
+        args.d_model, args.depth, args.d_state = sizes.d_model, sizes.depth, sizes.d_state
+    return args
 
 
 def main() -> None:
@@ -102,6 +119,8 @@ def main() -> None:
     test = load(args.test)
     torch.manual_seed(args.seed)
     model = make_model(args.d_model, args.depth, args.d_state, args.channels).train()
+    if args.backbone is not None:
+        load_backbone(model, ssmcompress.load(args.backbone, architecture="vim"))
     if args.start is not None:
         model.load_state_dict(torch.load(args.start, weights_only=True)["state_dict"])
     text = CONFIG.format(

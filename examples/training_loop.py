@@ -6,6 +6,7 @@ A batch is drawn from the seed and the step alone, so that a run in pieces gives
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -99,6 +100,16 @@ def measure_top1(model: nn.Module, prepare: Callable[[Tensor], Tensor], images: 
     return 100 * right / len(labels)
 
 
+def peak_memory() -> float | None:
+    """Return the largest memory of this process so far in MB; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
     spared = ("A_log", "A_b_log", "A_logs", "dt_projs_bias", "pos_embed", "cls_token", "direction_Bs")
@@ -110,6 +121,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def train(training: Training, args: argparse.Namespace) -> None:
     """Train to the last epoch, or for `args.steps` steps; print the loss, the time left and figures after each epoch.
 
+    The checkpoint also has the seconds of all runs so far, and the peak memory of the last one.
+
     Args:
         args: checkpoint, epochs, batch_size, lr, weight_decay, seed and steps.
     """
@@ -118,17 +131,19 @@ def train(training: Training, args: argparse.Namespace) -> None:
     per_epoch = training.images // args.batch_size
     last = args.epochs * per_epoch
     schedule = CosineLRScheduler(optimizer, last, warmup_t=per_epoch // 2, warmup_lr_init=1e-5, t_in_epochs=False)
-    step, history = 0, []
+    step, history, seconds = 0, [], 0.0
     if args.checkpoint.exists():
         saved = torch.load(args.checkpoint, weights_only=True)
         if any(saved["settings"].get(name) != settings[name] for name in training.fixed):
             raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
         model.load_state_dict(saved[weights])
         optimizer.load_state_dict(saved["optimizer"])
-        step, history = saved["step"], saved["history"]
+        step, history, seconds = saved["step"], saved["history"], saved.get("seconds", 0.0)
 
     def save() -> None:
         state = {weights: model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}
+        state["seconds"] = seconds + time.monotonic() - started
+        state["peak_mb"] = peak_memory()
         temporary = args.checkpoint.with_suffix(".tmp")
         torch.save({**state, "settings": settings, **training.describe(step)}, temporary)
         os.replace(temporary, args.checkpoint)

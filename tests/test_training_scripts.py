@@ -75,6 +75,16 @@ def test_a_segmenter_trained_in_pieces(run, tmp_path, capsys):
     assert (model.architecture, model.config.level) == ("vim_upernet", "residual")
     run("train_segmenter", tmp_path / "three.pth", *data, *options, "--start", tmp_path / "one.pth", "--steps", 1)
     assert not same_weights(tmp_path / "one.pth", tmp_path / "three.pth", "state_dict")
+    write_objects(tmp_path / "o.parquet", 10, 112)
+    objects = (tmp_path / "o.parquet", tmp_path / "o.parquet", "--d-model", 8, "--depth", 8, "--batch-size", 10)
+    run("train_clutter", tmp_path / "vim.pth", *objects, "--epochs", 1)
+    options_of_head = ("--channels", 4, "--batch-size", 2, "--epochs", 1, "--lr", 0, "--steps", 1)
+    run("train_segmenter", tmp_path / "four.pth", *data, *options_of_head, "--backbone", tmp_path / "vim.pth")
+    vim = torch.load(tmp_path / "vim.pth", weights_only=True)["model"]
+    segmenter = torch.load(tmp_path / "four.pth", weights_only=True)["state_dict"]
+    name = "layers.7.mixer.in_proj.weight"
+    torch.testing.assert_close(segmenter[f"backbone.{name}"], vim[name], atol=1e-4, rtol=0)
+    torch.testing.assert_close(segmenter["backbone.pos_embed"][:, 98], vim["pos_embed"][:, 99], atol=1e-4, rtol=0)
     with pytest.raises(SystemExit, match="was made with"):
         run("train_segmenter", tmp_path / "one.pth", *data, *options, "--seed", 3)
 

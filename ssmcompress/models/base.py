@@ -35,7 +35,7 @@ from .precision import cast, check_images, find_weight
 from .pretrained import PretrainedModel
 from .records import MadeBy, Record, Source
 from .sections import SectionedModel
-from .sizes import LayerSize, Origin, ScanReading
+from .sizes import LayeredConfig, LayerSize, Origin, ScanReading
 from .statements import Statements
 
 # Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
@@ -310,10 +310,10 @@ class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
         return self.origin.config if self.origin is not None else self.config
 
     def mark_compressed(self) -> None:
-        """Make a dense model a compressed one that drops no tokens, and remember the sizes that it has now."""
+        """Make a dense model a compressed one that drops no tokens, and remember the sizes of its layers, if any."""
         if self.plan is None:
             self.plan = Plan((), gap="bias")
-        if self.origin is None:
+        if self.origin is None and isinstance(self.config, LayeredConfig):
             self.origin = Origin(self.config, tuple(range(1, len(self.blocks) + 1)))
 
     def read_sizes(self) -> None:

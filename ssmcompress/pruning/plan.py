@@ -184,6 +184,15 @@ class Plan:
         if afters != sorted(set(afters)):
             shown = ", ".join(map(str, afters[:10])) + (", ..." if len(afters) > 10 else "")
             raise InputError(f"stages {shown}: expected layers in rising order, each once")
+        fused = False
+        for stage in self.stages:
+            metric = IMPORTANCES[stage.importance]
+            if fused and (metric.draw or metric.probe):
+                raise InputError(
+                    f"importance {stage.importance!r} after layer {stage.after} goes by positions, and a fused token "
+                    "of an earlier stage has none: expected another importance, or no merge 'fused' before it"
+                )
+            fused = fused or stage.merge == "fused"
         if not isinstance(self.reenter, Integral) or isinstance(self.reenter, bool) or self.reenter < 0:
             raise InputError(f"`reenter` {self.reenter!r}: expected a number of layers, from 0")
         if self.reenter and afters and afters[-1] + self.reenter >= depth:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import forked
-from conftest import images_of, make_plain_mamba, make_vim, write_image
+from conftest import images_of, make_plain_mamba, make_vim, make_vit, write_image
 from distributed_work import main as work_alone
 from timm.data import Mixup
 
@@ -22,7 +22,7 @@ import ssmcompress
 from ssmcompress import progress
 from ssmcompress.compression.finetune.examples import Examples, select_pairs
 from ssmcompress.compression.finetune.loop import finetune
-from ssmcompress.compression.finetune.losses import distillation_loss, objective
+from ssmcompress.compression.finetune.losses import distillation_loss, feature_distance, objective
 from ssmcompress.compression.finetune.recipe import RECIPES, Recipe
 from ssmcompress.compression.finetune.seeds import seed_rng
 from ssmcompress.compression.finetune.state import StateFile, read_state
@@ -31,6 +31,7 @@ from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError, SsmCompressError
 from ssmcompress.evaluation.measure import evaluate
 from ssmcompress.models.records import Finetuning
+from ssmcompress.pruning.plan import Plan, Stage
 from ssmcompress.tasks import CLASSIFICATION
 
 TESTS = Path(__file__).parent
@@ -143,6 +144,25 @@ def test_what_there_is_has_all_the_weight():
     torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, targets, theirs), 0.75 * labels + 0.25 * teacher)
     torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, targets), labels)
     torch.testing.assert_close(objective(CLASSIFICATION, recipe, ours, None, theirs), teacher)
+
+
+def test_fused_tokens_have_no_teacher(pictures):
+    dense = make_vit()
+    plan = Plan((Stage(1, 0.3, "attention", "fused"), Stage(3, 0.3, "attention", "fused")))
+    pruned = ssmcompress.prune(dense, plan)
+    model = finetune(pruned, batches(dense, pictures), dense=dense, recipe=SMALL).model
+    assert not same(weights(model), weights(pruned))
+
+
+def test_features_of_fused_tokens_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    features, teacher = torch.randn(2, 4, 6, generator=generator), torch.randn(2, 5, 6, generator=generator)
+    positions = torch.tensor([[0, 2, 3, 5], [1, 2, 6, 7]])  # from 5 on, tokens that others were fused into
+    known = [
+        (1 - F.cosine_similarity(features[0, :3], teacher[0, [0, 2, 3]])).mean(),
+        (1 - F.cosine_similarity(features[1, :2], teacher[1, [1, 2]])).mean(),
+    ]
+    torch.testing.assert_close(feature_distance(features, teacher, positions), torch.stack(known))
 
 
 def test_features_are_compared_at_the_kept_positions(pictures):

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from conftest import images_of, make_plain_mamba, make_vim
+from conftest import images_of, make_plain_mamba, make_vim, make_vit, make_vmamba
 
 import ssmcompress
 from ssmcompress.compression.smaller_image import choose_image_size, refit_classifier, resize_batches, shrink_image
@@ -115,6 +115,15 @@ def test_a_smaller_image_changes_the_position_embedding_alone(make):
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in small.state_dict().items())
     changed = {name for name, value in model.state_dict().items() if value.shape != small.state_dict()[name].shape}
     assert all("pos_embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("make", [make_vim, make_plain_mamba, make_vit, make_vmamba])
+def test_a_model_of_smaller_images_is_saved_and_loaded(make, tmp_path):
+    model = make()
+    small = shrink_image(model, choose_image_size(model, 0.7))
+    loaded = ssmcompress.load(ssmcompress.save(small, tmp_path / "small"))
+    assert loaded.plan is not None
+    assert torch.equal(loaded(images_of(small)), small(images_of(small)))
 
 
 @pytest.mark.parametrize("make", [make_vim, make_plain_mamba])

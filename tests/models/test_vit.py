@@ -287,6 +287,9 @@ def test_what_a_vit_cannot_give_is_refused_by_name():
         ssmcompress.prune(bare, Plan((Stage(1, 0.3, "attention"),)))
     with pytest.raises(InputError, match="merge 'fused' weighs tokens by importance 'attention'"):
         ssmcompress.prune(model, Plan((Stage(1, 0.3, "l1", "fused"),)))
+    for metric in ("random", "saliency"):  # which look a token up by its position
+        with pytest.raises(InputError, match=f"'{metric}' after layer 3 goes by positions, and a fused token"):
+            ssmcompress.prune(model, Plan((Stage(1, 0.3, "attention", "fused"), Stage(3, 0.3, metric))))
     with pytest.raises(InputError, match="importance 'keys' and merge 'bipartite' go together"):
         ssmcompress.prune(model, Plan((Stage(1, 0.3, "attention", "bipartite"),)))
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...ops import gather_tokens
 from ...tasks import Task
 from .recipe import Recipe
 
@@ -22,9 +23,18 @@ def distillation_loss(task: Task, logits: Tensor, teacher: Tensor, temperature: 
     return task.distance(teacher.float(), logits.float(), temperature) * temperature**2
 
 
-def feature_distance(features: Tensor, teacher: Tensor) -> Tensor:
-    """Return (images,) 1 - cosine of features (images, tokens, d_model) and the teacher's, averaged over the tokens."""
-    return 1 - F.cosine_similarity(features.float(), teacher.float(), dim=2).mean(1)
+def feature_distance(features: Tensor, teacher: Tensor, positions: Tensor) -> Tensor:
+    """Return (images,) 1 - cosine of features and the teacher's, averaged over the tokens that the teacher has, too.
+
+    Args:
+        features: (images, kept, d_model). teacher: (images, length, d_model), at all positions.
+        positions: (images, kept) of `features`. Tokens that others were fused into, with numbers from `length` on, have
+            no counterpart and are left out.
+    """
+    length = teacher.shape[1]
+    same = gather_tokens(teacher.float(), positions.clamp(max=length - 1))
+    known = (positions < length).to(same.dtype)
+    return 1 - (F.cosine_similarity(features.float(), same, dim=2) * known).sum(1) / known.sum(1)
 
 
 def label_loss(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,13 +58,14 @@ def objective(
     teacher: Tensor | None = None,
     features: Tensor | None = None,
     teacher_features: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Return (images,) the loss of each image.
 
     Args:
         logits, teacher: (images, classes, ...); no teacher: the labels have all the weight.
         targets: from the labels, as `task.loss` takes them; None: the teacher has all the weight.
-        features, teacher_features: (images, kept, d_model) of the last layer, at the same positions.
+        features, teacher_features, positions: of the last layer, as `feature_distance` takes them.
     """
     weight = teacher_weight(recipe, teacher is not None, targets is not None)
     total = torch.zeros(len(logits), device=logits.device)
@@ -63,7 +74,7 @@ def objective(
     if weight < 1:
         total = total + (1 - weight) * label_loss(task, logits.float(), targets)
     if features is not None:
-        total = total + recipe.features * feature_distance(features, teacher_features)
+        total = total + recipe.features * feature_distance(features, teacher_features, positions)
     return total
 
 

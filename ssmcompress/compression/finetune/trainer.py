@@ -14,7 +14,6 @@ from ... import processes
 from ...evaluation.measure import autocast
 from ...extras import require_extra
 from ...models.base import TokenModel
-from ...ops import gather_tokens
 from ...tasks import Task
 from .examples import MicroBatch
 from .losses import objective, teacher_weight
@@ -159,12 +158,10 @@ class Trainer:
                     tokens, _ = self.dense.encode(images)
                     teacher, teacher_features = self.dense.readout(tokens), tokens.features
             logits, features, positions = self.student(images)
-        if teacher is not None and self.recipe.features:
-            teacher_features = gather_tokens(teacher_features, positions)
-        else:
+        if teacher is None or not self.recipe.features:
             features = teacher_features = None
         task = self.model.task
-        losses = objective(task, self.recipe, logits, targets, teacher, features, teacher_features)
+        losses = objective(task, self.recipe, logits, targets, teacher, features, teacher_features, positions)
         logits = logits.detach()
         right = task.agreement(teacher, logits) if targets is None else task.accuracy(logits, targets)
         return losses, right.sum()

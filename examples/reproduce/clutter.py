@@ -1,0 +1,112 @@
+"""The miniature: images with clutter, and models that the training scripts make of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from make_clutter import FOLDER, Clutter
+
+from ssmcompress.progress import line
+
+from .settings import read, write
+from .subjects import Subject
+
+EXAMPLES = Path(__file__).parents[1]
+# Images are as the models see them; the files do not say so.
+AS_IT_IS = {"crop_pct": 1.0}
+ARCHITECTURES = {"vim": "vim", "plain_mamba": "plain_mamba", "deit": "vit"}
+
+
+class Making(NamedTuple):
+    """A file of the cache and how it is made: a script of the examples with its arguments, files by name in braces."""
+
+    file: str
+    script: str
+    arguments: str
+
+
+def list_makings(data: dict[str, int], epochs: dict[str, tuple[int, int]]) -> list[Making]:
+    """Return what makes all files, in order.
+
+    Args:
+        data: number of images by file. epochs: by model, on small images and then on whole ones.
+    """
+    makings = [
+        Making(file, "make_clutter", f"{task} {split} {{{file}}} --images {data[file]}{side}")
+        for file, task, split, side in (
+            ("train80.parquet", "classification", "train", " --side 80"),
+            ("test80.parquet", "classification", "test", " --side 80"),
+            ("train.parquet", "classification", "train", ""),
+            ("test.parquet", "classification", "test", ""),
+            ("scenes-train.parquet", "segmentation", "train", ""),
+            ("scenes-test.parquet", "segmentation", "test", ""),
+        )
+    ]
+    for name in ARCHITECTURES:
+        small, whole = epochs[name]
+        for file, parts in (
+            (f"{name}80.pth", f"{{train80.parquet}} {{test80.parquet}} --epochs {small}"),
+            (f"{name}.pth", f"{{train.parquet}} {{test.parquet}} --start {{{name}80.pth}} --epochs {whole} --lr 1e-3"),
+        ):
+            makings.append(Making(file, "train_clutter", f"{{{file}}} {parts} --architecture {name}"))
+    data = "{scenes-train.parquet} {scenes-test.parquet}"
+    arguments = f"{{segmenter.pth}} {data} --backbone {{vim.pth}} --epochs {epochs['segmenter'][1]}"
+    return [*makings, Making("segmenter.pth", "train_segmenter", arguments)]
+
+
+DATA = {
+    "train80.parquet": 60000, "test80.parquet": 2000, "train.parquet": 60000, "test.parquet": 5000,
+    "scenes-train.parquet": 16000, "scenes-test.parquet": 1000,
+}  # fmt: skip
+EPOCHS = {"vim": (6, 3), "plain_mamba": (6, 3), "deit": (10, 4), "segmenter": (0, 5)}
+MAKINGS = list_makings(DATA, EPOCHS)
+
+
+def make_all(cache: Path, only: set[str] | None) -> None:
+    """Make the files that are not finished; a training that was stopped goes on.
+
+    Args:
+        only: names of models; None: all of them.
+    """
+    finished = cache / "made.json"
+    for making in MAKINGS:
+        model = making.file.removesuffix(".pth").removesuffix("80")
+        if making.file in read(finished) or (making.file.endswith(".pth") and only is not None and model not in only):
+            continue
+        arguments = [fill(cache, part) for part in making.arguments.split()]
+        line(f"making {making.file}: {making.script}.py {' '.join(arguments)}")
+        subprocess.run([sys.executable, str(EXAMPLES / f"{making.script}.py"), *arguments], check=True)
+        write(finished, read(finished) | {making.file: making.arguments})
+
+
+def fill(cache: Path, part: str) -> str:
+    """Return an argument with the path of a file for its name in braces."""
+    return str(cache / part[1:-1]) if part.startswith("{") else part
+
+
+def list_subjects(cache: Path) -> list[Subject]:
+    """Return the models of the miniature."""
+
+    def draw(number: int) -> Any:
+        return _test_images().draw_object(number)[2]
+
+    images = str(cache / "train.parquet"), str(cache / "test.parquet")
+    subjects = [
+        Subject(name, cache / f"{name}.pth", *images, {"architecture": architecture}, AS_IT_IS, draw)
+        for name, architecture in ARCHITECTURES.items()
+    ]
+    scenes = str(cache / "scenes-train.parquet"), str(cache / "scenes-test.parquet")
+    return [*subjects, Subject("segmenter", cache / "segmenter.pth", *scenes)]
+
+
+_made: list[Clutter] = []
+
+
+def _test_images() -> Clutter:
+    """The test images, which are drawn again for what their pixels show; made when first used."""
+    if not _made:
+        _made.append(Clutter("test", FOLDER, seed=0))
+    return _made[0]

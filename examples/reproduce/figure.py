@@ -1,0 +1,52 @@
+"""The figure: attention maps of the dense, the plainly pruned and the aligned model on the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+import ssmcompress
+from ssmcompress.jobs.requests import DataOptions
+from ssmcompress.jobs.visualize import VisualizeRequest, visualize
+
+from .methods import SHARE
+from .rows import name_row
+from .settings import Settings
+from .subjects import Subject
+
+METHOD = "clip, aligned"
+IMAGES = 3
+SUMMARY = "summary.png"
+
+
+def find_figure(name: str, settings: Settings) -> Path:
+    """Return the folder of the attention maps of a model."""
+    return settings.cache / "figure" / name
+
+
+def draw_figure(subject: Subject, settings: Settings) -> None:
+    """Draw the maps of a model, if its row of the aligned model is there and they are not drawn yet."""
+    folder = find_figure(subject.name, settings)
+    kept = settings.rows_of(subject.name, settings.seeds[0]) / "models" / name_row(METHOD, SHARE)
+    if folder.exists() or not kept.exists():
+        return
+    dense = subject.load(settings.device)
+    request = VisualizeRequest(DataOptions(data=subject.test), IMAGES, settings.reason_images)
+    model = ssmcompress.load(kept, device=settings.device)
+    visualize(model, request, folder, dense=dense, title=subject.name, command=settings.command)
+
+
+def copy_figure(name: str, settings: Settings, target: Path) -> bool:
+    """Write the pictures of a model below each other into a PNG file; return whether there are any."""
+    files = sorted(find_figure(name, settings).glob("attention-*.png"))
+    if not files:
+        return False
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    whole.quantize(256).save(target, optimize=True)
+    return True

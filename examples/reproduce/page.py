@@ -1,0 +1,282 @@
+"""The page with all tables, in Markdown, of what has been measured so far."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmcompress.files import write_file
+
+from .figure import copy_figure
+from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, SHARE, SHARES, WITH_AND_WITHOUT
+from .rows import name_row, read_rows
+from .settings import Settings, read, write
+from .speed import images_per_second
+from .subjects import Subject
+from .tuning import DENSE
+
+MISSING = "–"
+MAIN = {"classification": "top1", "segmentation": "miou"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What has been measured of a model.
+
+    Attributes:
+        rows: row name -> its figures by seed, as `compare.json` has them. tuned, speed, reasons, cost: see `Settings`.
+    """
+
+    name: str
+    rows: dict[str, dict[int, dict[str, Any]]]
+    tuned: dict[str, Any]
+    speed: dict[str, Any]
+    reasons: dict[str, Any]
+    cost: dict[str, Any]
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """The row of the dense model."""
+        return next(iter(self.rows[DENSE].values()))
+
+    @property
+    def figure(self) -> str:
+        """The figure that counts: top-1 or mIoU."""
+        return MAIN["segmentation" if "miou" in self.dense else "classification"]
+
+    def values(self, key: str, figure: str | None = None) -> list[float]:
+        """Return a figure of a row, one value a seed; none where it was not measured or is out of reach."""
+        name = figure or self.figure
+        rows = self.rows.get(key, {}).values()
+        return [row[name] for row in rows if not row.get("failed") and row.get(name) is not None]
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a row over the seeds."""
+        values = self.values(key)
+        return statistics.mean(values) if values else None
+
+    def tuned_value(self, key: str) -> float | None:
+        """Return the figure of a row after fine-tuning."""
+        return self.tuned.get(key, {}).get("figures", {}).get(self.figure)
+
+
+def find(subject: Subject, settings: Settings) -> Found:
+    """Return what has been measured of a model."""
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for seed in settings.seeds:
+        for row in read_rows(subject.name, seed, settings):
+            key = DENSE if row["method"] == DENSE else name_row(row["method"], row["share"])
+            rows.setdefault(key, {})[seed] = row
+    kinds = ("tuned", "speed", "reasons", "cost")
+    return Found(subject.name, rows, *(read(settings.file_of(kind, subject.name)) for kind in kinds))
+
+
+def write_page(output: Path, subjects: Sequence[Subject], settings: Settings) -> None:
+    """Write the page and its figure, and all that it has as JSON into the cache."""
+    found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = [describe_run(settings), *(section(found) for section in SECTIONS), draw(found, output, settings)]
+    parts += [describe_cost(found)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_file(output, text.encode(), force=True)
+    write(settings.cache / "results.json", {f.name: vars(f) for f in found})
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def show(value: float | None, form: str = "{:.2f}") -> str:
+    """Return a number as text."""
+    return MISSING if value is None else form.format(value)
+
+
+def show_seeds(values: Sequence[float]) -> str:
+    """Return the mean over seeds, with the smallest and the largest value where they differ."""
+    if not values:
+        return MISSING
+    text = f"{statistics.mean(values):.2f}"
+    return text if min(values) == max(values) else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+
+def describe_run(settings: Settings) -> str:
+    """Return the head of the page."""
+    return f"""# The tables of the paper, reproduced
+
+Written on {date.today()} by `examples/reproduce_tables.py`; do not edit. Command: `{settings.command}`.
+
+Machine: {describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, device {settings.device}.
+
+Figures without training: mean over {len(settings.seeds)} choices of the {settings.samples:,} images to calibrate,
+search and refit on (seeds {", ".join(map(str, settings.seeds))}), in brackets the smallest and the largest. Fine-tuned:
+the models of seed {settings.seeds[0]}, {settings.tune_epochs} epochs of {settings.tune_images:,} training images with
+the default recipe of `finetune`; models of smaller images learn from labels alone, for the dense model does not take
+their images. GFLOPs count what is run (`full`) and what papers count (`paper`). Images a second: of the models of the
+first seed, timed in turn with the dense one."""
+
+
+def describe_machine() -> str:
+    """Return processor, cores and system."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def list_methods(found: Found, names: Iterable[str], share: float = SHARE) -> list[tuple[str, str]]:
+    """Return (method, row name) of those methods that were measured or are out of reach."""
+    return [(name, key) for name in names if (key := name_row(name, share)) in found.rows]
+
+
+def main_table(found: Found, names: Iterable[str]) -> str:
+    """Return the rows of a model at the main share of the FLOPs."""
+    dense, figure = found.dense, {"top1": "top-1", "miou": "mIoU"}[found.figure]
+    others = [] if found.figure == "top1" else [("pixel_accuracy", "pixels")]
+    header = ["method", figure, *(title for _, title in others), "lost", "of dense", "GFLOPs full", "paper"]
+    header += ["images/s, 1", "8", "fine-tuned"]
+    rows = []
+    for method, key in [(DENSE, DENSE), *list_methods(found, names)]:
+        row = next(iter(found.rows[key].values()))
+        if row.get("failed"):
+            rows.append([method, "out of reach", *[""] * (len(header) - 2)])
+            continue
+        lost = dense[found.figure] - found.mean(key)
+        share = [r["flops_share"] for r in found.rows[key].values() if not r.get("failed")]
+        cells = [show_seeds(found.values(key)), *(show_seeds(found.values(key, name)) for name, _ in others)]
+        cells += [show(lost), show(100 * statistics.mean(share), "{:.1f} %")]
+        cells += [show(row["flops"][name], "{:.4f}") for name in ("full", "paper")]
+        cells += [show(images_per_second(found.speed, key, batch), "{:.0f}") for batch in (1, 8)]
+        rows.append([method, *cells, show(found.tuned_value(key))])
+    return f"**{found.name}**, {dense['images']:,} test images:\n\n{table(header, rows)}"
+
+
+def show_first(found: Sequence[Found]) -> str:
+    """Return table 1: classifiers by method."""
+    parts = [main_table(f, CLASSIFIERS) for f in found if f.figure == "top1"]
+    return "\n\n".join([f"## Table 1: methods at {SHARE:.0%} of the FLOPs", *parts]) if parts else ""
+
+
+def show_second(found: Sequence[Found]) -> str:
+    """Return table 2: segmentation models by method."""
+    parts = [main_table(f, SEGMENTERS) for f in found if f.figure == "miou"]
+    title = f"## Table 2: segmentation at {SHARE:.0%} of the backbone's FLOPs"
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
+def show_third(found: Sequence[Found]) -> str:
+    """Return table 3: without and with alignment, by share of the FLOPs."""
+    rows = []
+    for f in found:
+        for pair in WITH_AND_WITHOUT:
+            for share in SHARES:
+                without, aligned = (name_row(name, share) for name in pair)
+                if f.values(without) and f.values(aligned):
+                    row = next(iter(f.rows[aligned].values()))
+                    rows.append([
+                        f.name, pair[0] if pair[0] != "naive" else "clip", show(row["flops"]["full"], "{:.4f}"),
+                        show_seeds(f.values(without)), show_seeds(f.values(aligned)),
+                        show(f.mean(aligned) - f.mean(without), "{:+.2f}"),
+                        show(f.tuned_value(without)), show(f.tuned_value(aligned)),
+                        *(show(images_per_second(f.speed, key, 8), "{:.0f}") for key in (without, aligned)),
+                    ])  # fmt: skip
+    header = ["model", "tokens by", "GFLOPs", "not aligned", "aligned", "difference", "fine-tuned: not", "aligned"]
+    header += ["images/s, 8: not", "aligned"]
+    return f"## Table 3: with and without alignment\n\n{table(header, rows)}" if rows else ""
+
+
+def show_fourth(found: Sequence[Found]) -> str:
+    """Return table 4: importance metrics, without and with alignment."""
+    rows = []
+    for f in found:
+        for metric, pair in IMPORTANCES.items():
+            keys = [name_row(name, SHARE) for name in pair]
+            if f.values(keys[0]):
+                cells = [show_seeds(f.values(key)) for key in keys]
+                rows.append([f.name, metric, *cells, *(show(f.tuned_value(key)) for key in keys)])
+        for method, key in list_methods(f, HALVES):
+            rows.append([f.name, method.removesuffix(" aligned"), "", show_seeds(f.values(key)), "",
+                         show(f.tuned_value(key))])  # fmt: skip
+    header = ["model", "tokens by", "not aligned", "aligned", "fine-tuned: not", "aligned"]
+    title = f"## Table 4: importance metrics at {SHARE:.0%} of the FLOPs"
+    return f"{title}\n\n{table(header, rows)}" if rows else ""
+
+
+def show_reasons(found: Sequence[Found]) -> str:
+    """Return what was measured to explain the tables 3 and 4."""
+    parts = []
+    for f in (f for f in found if f.reasons):
+        header = ["tokens by", "none", "conv", "scan", "both", "mean gap"]
+        drawn = any("dropped" in r for r in f.reasons.values())
+        header += ["of the dropped: background", "clutter", "object"] if drawn else []
+        rows = []
+        for metric, r in f.reasons.items():
+            cells = [show(r["figures"][name]["top1"]) for name in ("none", "conv", "scan", "both")]
+            cells.append(show(r["gap"], "{:.1f}"))
+            cells += [show(100 * r["dropped"][kind], "{:.0f} %") for kind in r.get("dropped", {})]
+            rows.append([metric, *cells])
+        if drawn:
+            everything = next(r["all"] for r in f.reasons.values() if "all" in r)
+            rows.append(["all tokens", *[""] * 5, *(f"{100 * share:.0f} %" for share in everything.values())])
+        parts.append(f"**{f.name}**, top-1 by which half is aligned:\n\n{table(header, rows)}")
+        parts.append(layer_errors(f))
+    text = """## Why
+
+Each metric was measured again on fewer images, with the convolution alone aligned, the scan alone, or both. The mean
+gap is the number of dropped tokens between two kept ones. The error of a layer is what it adds to the kept tokens,
+beside what it adds in the dense model to the same tokens, when it gets the features of the dense model: squares as a
+share of those of the dense model, over all kept tokens."""
+    return "\n\n".join([text, *parts]) if parts else ""
+
+
+def layer_errors(found: Found) -> str:
+    """Return the table of the errors of single layers."""
+    rows = []
+    for metric, r in found.reasons.items():
+        layers = list(next(iter(r["errors"].values())))
+        for name, errors in r["errors"].items():
+            rows.append([metric, name, *(show(errors[layer][0], "{:.3f}") for layer in layers)])
+    return f"Errors of single layers of {found.name}:\n\n{table(['tokens by', 'aligned', *map(str, layers)], rows)}"
+
+
+SECTIONS: tuple[Callable[[Sequence[Found]], str], ...] = (
+    show_first, show_second, show_third, show_fourth, show_reasons,
+)  # fmt: skip
+
+
+def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:
+    """Write the figure next to the page, and return the section with it."""
+    for f in found:
+        target = output.with_name(f"{output.stem}_attention.png")
+        if f.figure == "top1" and copy_figure(f.name, settings, target):
+            return (
+                "## Figure: attention maps\n\n"
+                f"![Attention maps of three images of the dense, the pruned and the aligned model]({target.name})\n\n"
+                f"*{f.name} at {SHARE:.0%} of the FLOPs ([how to read it](visualize.md)). The images are chosen by a "
+                "rule that does not look at the maps.*"
+            )
+    return ""
+
+
+def describe_cost(found: Sequence[Found]) -> str:
+    """Return the time and the memory that each part took."""
+    rows = [
+        [f.name, part, f"{cost['seconds'] / 60:.0f}", show(cost["peak_mb"], "{:,.0f}")]
+        for f in found
+        for part, cost in f.cost.items()
+    ]
+    total = sum(cost["seconds"] for f in found for cost in f.cost.values())
+    header = ["model", "part", "minutes", "peak MB"]
+    return f"## Time and memory\n\n{table(header, rows)}\n\nIn all {total / 3600:.1f} hours." if rows else ""

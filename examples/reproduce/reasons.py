@@ -1,0 +1,134 @@
+"""Why alignment helps or not, by measurement: which half of it, in which layers, and what is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ssmcompress
+from ssmcompress.jobs.methods import ratio_for_flops
+from ssmcompress.models import TokenModel
+from ssmcompress.models.base import ScanBlock
+from ssmcompress.models.rewrite import prune_like
+from ssmcompress.ops import gather_tokens
+from ssmcompress.progress import line, track
+from ssmcompress.pruning.alignment import UNALIGNED, Alignment
+
+from .methods import SHARE
+from .settings import Settings, read, write
+from .subjects import Subject
+
+METRICS = ("clip", "saliency", "random")
+ALIGNMENTS = {"none": UNALIGNED, "conv": Alignment(True, False), "scan": Alignment(False, True), "both": Alignment()}
+CONTENTS = ("background", "clutter", "object")
+
+
+def explain(subject: Subject, settings: Settings) -> None:
+    """Measure what the rows of a model do not show, for each metric that was not measured yet.
+
+    Models whose layers have no scan are left out, as nothing is aligned in them.
+    """
+    file = settings.file_of("reasons", subject.name)
+    found = read(file)
+    dense = subject.load(settings.device)
+    if dense.reads_levels or not all(isinstance(block, ScanBlock) for block in dense.blocks):
+        return
+    ratio = ratio_for_flops(dense, None, SHARE)
+    for metric in METRICS:
+        if metric in found or metric not in dense.importances:
+            continue
+        line(f"{subject.name}: explaining {metric}")
+        plan = ssmcompress.calibrate(
+            dense, choose(subject.training, dense, settings.samples, settings), ratio=ratio, importance=metric
+        )
+        pruned = ssmcompress.prune(dense, plan)
+        models = {name: prune_like(dense, pruned, alignment) for name, alignment in ALIGNMENTS.items()}
+        images = choose(subject.test, dense, settings.reason_images, settings)
+        top1 = {name: ssmcompress.evaluate(model, images, dense=dense).figures for name, model in models.items()}
+        found[metric] = {"figures": top1, **run_both(subject, dense, models, images)}
+        write(file, found)
+
+
+def choose(name: str, model: TokenModel, count: int, settings: Settings) -> ssmcompress.Batches:
+    """Return the first images of a data set."""
+    images = model.find_images(name)
+    index = range(min(count, len(images)))
+    return ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
+
+
+@torch.inference_mode()
+def run_both(
+    subject: Subject, dense: TokenModel, models: Mapping[str, TokenModel], images: ssmcompress.Batches
+) -> dict[str, Any]:
+    """Return the error that each layer makes by itself, the lengths of the gaps, and what the dropped tokens show.
+
+    Returns:
+        `errors`, for each alignment and layer after the first stage: the squared error of what the layer adds to the
+        kept tokens, and to the class token alone, as a share of what it adds in the dense model. The layer gets the
+        features of the dense model, at the tokens that the aligned model keeps, so errors of earlier layers are not in
+        it. `gap`: the mean number of dropped tokens between two kept ones, where there are any, after the last stage.
+        `dropped`, `all`: the shares of the pixels of dropped tokens, and of all, by content; empty if not known.
+    """
+    sums: dict[str, dict[int, list[Tensor]]] = {name: {} for name in models}
+    gaps, contents = [], {"dropped": [], "all": []}
+    last = models["both"]
+    for batch in track(images, "explaining", len(images)):
+        pictures = batch.images.to(next(dense.parameters()).device)
+        before = {run.layer: run for run in dense.run_layers(dense.embed(pictures))}
+        for run in last.run_layers(last.embed(pictures)):
+            positions = run.before.positions
+            if positions is None:
+                continue
+            full = before[run.layer]
+            inputs, outputs = (gather_tokens(t.features, positions) for t in (full.before, full.after))
+            for name, model in models.items():
+                tokens = replace(model.embed(pictures), features=full.before.features).keep(positions)
+                error = model.blocks[run.layer - 1](tokens).features - outputs
+                parts = [measure(error, tokens), measure(outputs - inputs, tokens)]
+                add(sums[name].setdefault(run.layer, []), parts)
+        gaps.append(mean_gap(positions))
+        if subject.draw is not None:
+            for key, shares in share_contents(subject, dense, batch.index, positions).items():
+                contents[key].append(shares)
+    errors = {
+        name: {layer: (error / size).tolist() for layer, (error, size) in layers.items()}
+        for name, layers in sums.items()
+    }
+    shares = {k: dict(zip(CONTENTS, np.mean(v, axis=0).tolist(), strict=True)) for k, v in contents.items() if v}
+    return {"errors": errors, "gap": sum(gaps) / len(gaps), **shares}
+
+
+def measure(values: Tensor, tokens: Any) -> Tensor:
+    """Return the sums (2,) of the squares of all tokens, and of the token that is never dropped, if there is one."""
+    squares = values.double().square().sum(2)
+    own = squares[tokens.is_protected(tokens.positions)] if tokens.protected is not None else squares
+    return torch.stack([squares.sum(), own.sum()])
+
+
+def add(total: list[Tensor], parts: list[Tensor]) -> None:
+    """Add tensors to those of a list, in place."""
+    total[:] = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+
+
+def mean_gap(positions: Tensor) -> float:
+    """Return the mean number of missing positions between neighbours (batch, kept) where some are missing."""
+    missing = positions.diff(dim=1) - 1
+    return missing[missing > 0].double().mean().item() if (missing > 0).any() else 0.0
+
+
+def share_contents(subject: Subject, model: TokenModel, index: list[int], kept: Tensor) -> dict[str, np.ndarray]:
+    """Return the shares (3,) of background, clutter and object in the pixels of the dropped tokens, and of all."""
+    rows, columns = model.config.grid
+    gone = torch.ones(len(index), model.length, dtype=torch.bool).scatter(1, kept.cpu(), False).numpy()
+    if model.protected is not None:
+        gone = np.delete(gone, slice(model.protected, model.protected + model.protected_count), axis=1)
+    drawn = np.stack([subject.draw(number) for number in index])
+    count, height, width = drawn.shape
+    tiles = drawn.reshape(count, rows, height // rows, columns, width // columns)
+    shares = np.stack([(tiles == kind).mean(axis=(2, 4)).reshape(count, -1) for kind in range(len(CONTENTS))], axis=2)
+    return {"dropped": shares[gone].mean(axis=0), "all": shares.mean(axis=(0, 1))}

@@ -1,0 +1,53 @@
+"""What holds for all rows, and where they are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssmcompress.files import write_file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows are measured.
+
+    Attributes:
+        cache: folder of everything that is kept. seeds: each chooses other images to calibrate on; the first one's
+            models are fine-tuned and timed.
+        samples: images to calibrate, search and refit on. tune_images, tune_epochs: of fine-tuning.
+        reason_images: images that the explanations are measured on.
+        command: how the script was called.
+    """
+
+    cache: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    samples: int = 1024
+    tune_images: int = 4000
+    tune_epochs: int = 2
+    reason_images: int = 1000
+    device: str = "cpu"
+    batch_size: int = 64
+    workers: int = 0
+    command: str = ""
+
+    def rows_of(self, name: str, seed: int) -> Path:
+        """Return the folder of the rows without training of a model."""
+        return self.cache / "rows" / f"{name}-seed{seed}"
+
+    def file_of(self, kind: str, name: str) -> Path:
+        """Return the file of other figures of a model: "tuned", "speed", "reasons" or "cost"."""
+        return self.cache / kind / f"{name}.json"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write(file: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, in place of an earlier one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, json.dumps(value, indent=1).encode() + b"\n", force=True)

@@ -1,0 +1,76 @@
+"""What the tables are of: models, with the images that they are calibrated, tuned and measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ssmcompress
+from ssmcompress.files import is_model_folder
+from ssmcompress.models import TokenModel
+from ssmcompress.progress import line
+from ssmcompress.tasks import SEGMENTATION
+
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its images.
+
+    Attributes:
+        name: as the tables have it. checkpoint: a file or folder that `ssmcompress.load` takes, with `options`.
+        training: images to calibrate on and to learn from, as `ssmcompress.open_images` takes them, such as
+            `imagenet:train`. test: images to measure on.
+        preprocessing: what the checkpoint does not say of its preprocessing.
+        draw: (number of a test image) -> what each of its pixels shows, (height, width) of 0 background, 1 clutter and
+            2 the object; None: that is not known.
+    """
+
+    name: str
+    checkpoint: Path
+    training: str
+    test: str
+    options: dict[str, Any] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    draw: Callable[[int], Any] | None = None
+
+    def load(self, device: str) -> TokenModel:
+        """Return the dense model."""
+        model = ssmcompress.load(self.checkpoint, device=device, **self.options)
+        if self.preprocessing:
+            model.preprocessing = model.preprocessing.changed(**self.preprocessing)
+        return model
+
+
+def find_models(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder: files by their suffix, and folders that ssmcompress wrote.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not a folder: --models expects one with checkpoints")
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES or (p.is_dir() and is_model_folder(p))]
+    if not found:
+        raise SystemExit(f"{folder} has no checkpoint: expected {', '.join(SUFFIXES)} files or model folders")
+    return found
+
+
+def find_subjects(models: Path, imagenet: Path | None, scenes: Path | None) -> list[Subject]:
+    """Return the checkpoints of a folder, classifiers with the images of `imagenet`, segmentation models with `scenes`.
+
+    Both are folders with two splits, `train` and `val` or `training` and `validation`. Models whose images are not
+    given are left out, and a line says so.
+    """
+    subjects = []
+    for checkpoint in find_models(models):
+        task = ssmcompress.load(checkpoint).task
+        folder = scenes if task is SEGMENTATION else imagenet
+        if folder is None:
+            line(f"{checkpoint} is left out: a model for {task.name}, and no such images were given")
+            continue
+        subjects.append(Subject(checkpoint.stem, checkpoint, f"{folder}:train", f"{folder}:validation"))
+    return subjects

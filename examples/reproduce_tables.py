@@ -1,0 +1,132 @@
+"""Reproduce the tables of the paper: on models that anyone can train, or on ImageNet and published checkpoints.
+
+    apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
+    pip install '.[all]' scikit-image
+    python examples/reproduce_tables.py
+    python examples/reproduce_tables.py --imagenet imagenet --models checkpoints -o imagenet.md
+
+The first form makes images with clutter (make_clutter.py), trains a Vim, a PlainMamba, a DeiT and a segmentation model
+on them, and takes about a day on two cores. The second form takes the folders `train` and `val` of a data set and all
+checkpoints in a folder; segmentation models among them need `--scenes`, a folder with `images` and `annotations`.
+
+For each model there are rows without training, with three choices of the images to calibrate on, and rows after a short
+fine-tuning. The script also times all models, measures why alignment helps or not, and draws attention maps. It writes
+a page, and everything else to the cache. It can be stopped at any time; the same command goes on where it stopped.
+`--only` and `--parts` divide the work: two processes that share a cache must not have the same models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from reproduce.figure import draw_figure
+from reproduce.page import write_page
+from reproduce.reasons import explain
+from reproduce.rows import measure_rows
+from reproduce.settings import Settings, read, write
+from reproduce.speed import time_rows
+from reproduce.subjects import Subject, find_subjects
+from reproduce.tuning import tune_rows
+from training_loop import peak_memory
+
+from ssmcompress.cli.terminal import only_main_prints, progress_bars
+from ssmcompress.errors import SsmCompressError
+from ssmcompress.progress import line
+
+CACHE = Path(__file__).parent / "cache"
+# What is done for each model, in order.
+PARTS: dict[str, Callable[[Subject, Settings], None]] = {
+    "rows": measure_rows, "tuned": tune_rows, "speed": time_rows, "reasons": explain, "figure": draw_figure,
+}  # fmt: skip
+MAKE = "make"
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"), help="default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
+    parser.add_argument("--imagenet", type=Path, help="a folder with train and val, each with a folder for each class")
+    parser.add_argument("--models", type=Path, help="a folder with checkpoints, with --imagenet or --scenes")
+    parser.add_argument("--scenes", type=Path, help="a folder with images and annotations, each with both splits")
+    parser.add_argument("--only", help="names of models, with commas between them")
+    parser.add_argument("--parts", default=",".join([MAKE, *PARTS]), help="default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=Settings.samples, help="images to calibrate and refit on")
+    parser.add_argument("--tune-images", type=int, default=Settings.tune_images)
+    parser.add_argument("--tune-epochs", type=int, default=Settings.tune_epochs)
+    parser.add_argument("--reason-images", type=int, default=Settings.reason_images)
+    parser.add_argument("--device", default=Settings.device)
+    parser.add_argument("--threads", type=int, help="of the CPU; results are the same to the bit with as many alone")
+    parser.add_argument("--batch-size", type=int, default=Settings.batch_size)
+    parser.add_argument("--workers", type=int, default=Settings.workers)
+    args = parser.parse_args()
+    if unknown := set(args.parts.split(",")) - {MAKE, *PARTS}:
+        parser.error(f"--parts {', '.join(sorted(unknown))}: expected some of {', '.join([MAKE, *PARTS])}")
+    if (args.models is None) != (args.imagenet is None and args.scenes is None):
+        parser.error("--models goes with --imagenet or --scenes")
+    return args
+
+
+def list_subjects(args: argparse.Namespace) -> list[Subject]:
+    """Return the models: those of a folder, or those of the miniature, which are made where they are missing."""
+    if args.models is None:
+        from reproduce.clutter import list_subjects, make_all
+
+        if MAKE in args.parts.split(","):
+            make_all(args.cache, set(args.only.split(",")) if args.only else None)
+        return list_subjects(args.cache)
+    return find_subjects(args.models, args.imagenet, args.scenes)
+
+
+def run_part(name: str, subject: Subject, settings: Settings) -> None:
+    """Do a part of the work for a model, and note the time and the memory that it took."""
+    begin = time.monotonic()
+    PARTS[name](subject, settings)
+    file = settings.file_of("cost", subject.name)
+    cost = read(file)
+    earlier = cost.get(name, {"seconds": 0.0})
+    cost[name] = {"seconds": round(earlier["seconds"] + time.monotonic() - begin, 1), "peak_mb": peak_memory()}
+    write(file, cost)
+
+
+def main() -> None:
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    command = shlex.join(["python", "examples/reproduce_tables.py", *sys.argv[1:]])
+    args.cache.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        args.cache, tuple(int(seed) for seed in args.seeds.split(",")), args.samples, args.tune_images,
+        args.tune_epochs, args.reason_images, args.device, args.batch_size, args.workers, command,
+    )  # fmt: skip
+    try:
+        with only_main_prints(), progress_bars(quiet=False):
+            run_all(args, settings)
+    except SsmCompressError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run_all(args: argparse.Namespace, settings: Settings) -> None:
+    """Do the parts that are asked for, for the models that are asked for, and write the page of all that is there."""
+    subjects, parts = list_subjects(args), args.parts.split(",")
+    only = args.only.split(",") if args.only else [subject.name for subject in subjects]
+    if unknown := set(only) - {subject.name for subject in subjects}:
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(s.name for s in subjects)}")
+    for subject in subjects:
+        for name in PARTS:
+            if subject.name in only and name in parts:
+                line(f"{subject.name}: {name}")
+                run_part(name, subject, settings)
+    write_page(args.output, subjects, settings)
+    line(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""examples/reproduce_tables.py on stand-ins: data in ImageNet's and ADE20K's layout, random official files."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_plain_mamba, make_vim, make_vit, write_image
+from PIL import Image
+from segmenters import make_plain_mamba_upernet, scenes
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FEW = ("--seeds", "0,1", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
+PARTS = ("rows", "tuned", "speed", "reasons", "figure")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs the script in the folder of the stand-ins; `page` is what it wrote."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    import reproduce_tables
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reproduce_tables.py", "--cache", "cache", "-o", "page.md", *arguments])
+        reproduce_tables.main()
+        return Path("page.md").read_text(encoding="utf-8")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """A folder with `imagenet`, `scenes`, and in `checkpoints` files in the official formats and with their names."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(10):
+            for number in range(count):
+                seed = 1000 * count + 10 * label + number
+                write_image(folder / "imagenet" / split / f"n0144{label:04}" / f"{number}.JPEG", seed, (80, 70))
+    for split, count in (("training", 24), ("validation", 8)):
+        for part, values in zip(("images", "annotations"), scenes(count, seed=count), strict=True):
+            (folder / "scenes" / part / split).mkdir(parents=True)
+            for number, pixels in enumerate(values):
+                Image.fromarray(pixels).save(folder / "scenes" / part / split / f"{number:03}.png")
+    write_models(folder / "checkpoints")
+    return folder
+
+
+def write_models(folder):
+    folder.mkdir()
+    args = argparse.Namespace(model="vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2")
+    state = {"model": make_vim(6).state_dict(), "optimizer": {}, "epoch": 9, "args": args}
+    torch.save(state, folder / "vim_t_midclstok_76p1acc.pth")
+    torch.save({"meta": {"epoch": 9}, "state_dict": make_plain_mamba(6, d_model=48).state_dict()}, folder / "l1.pth")
+    deit = make_vit(6, d_model=64, heads=1)
+    torch.save({"model": deit.state_dict()}, folder / "deit_tiny_patch16_224-a1311bcf.pth")
+    state = make_plain_mamba_upernet(d_model=64, d_inner=128).state_dict()
+    torch.save({"meta": {"iter": 9}, "state_dict": state}, folder / "l1_upernet.pth")
+
+
+def read_rows(folder):
+    """The rows of a comparison without the times, which differ from run to run."""
+    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["rows"]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins, capsys):
+    data = ("--imagenet", str(stand_ins / "imagenet"), "--scenes", str(stand_ins / "scenes"))
+    page = run(*data, "--models", str(stand_ins / "checkpoints"), *FEW)
+    for title in ("Table 1", "Table 2", "Table 3", "Table 4", "Why", "Figure", "Time and memory"):
+        assert f"## {title}" in page
+    for name in ("vim_t_midclstok_76p1acc", "l1", "deit_tiny_patch16_224-a1311bcf", "l1_upernet"):
+        assert f"**{name}**" in page
+    for method in ("naive", "ToMe", "EViT, fused", "R-MeeTo", "MTR", "all axes", "smaller image", "zero-filled"):
+        assert f"| {method} |" in page
+    assert "50% of the FLOPs is left out" in capsys.readouterr().err  # of the PlainMamba, whose stem costs the most
+    assert Path("page_attention.png").stat().st_size > 10_000
+    results = json.loads(Path("cache/results.json").read_text(encoding="utf-8"))
+    tuned, rows = results["l1"]["tuned"], results["l1"]["rows"]
+    assert tuned.keys() == {key for key, seeds in rows.items() if not seeds["0"].get("failed")}
+    assert set(results["l1"]["cost"]) == set(PARTS)
+
+
+def test_again_and_in_pieces(run, stand_ins):
+    models = Path("checkpoints")
+    models.mkdir()
+    shutil.copy(stand_ins / "checkpoints" / "deit_tiny_patch16_224-a1311bcf.pth", models / "deit.pth")
+    arguments = ("--imagenet", str(stand_ins / "imagenet"), "--models", str(models), *FEW)
+    run(*arguments, "--parts", "rows")
+    first = read_rows(Path("cache/rows/deit-seed1"))
+    shutil.rmtree("cache/rows/deit-seed1")
+    kept = Path("cache/rows/deit-seed0/compare.json").stat().st_mtime_ns
+    page = run(*arguments, "--parts", "rows,speed")
+    assert read_rows(Path("cache/rows/deit-seed1")) == first  # to the last digit
+    assert len(first) > 10
+    assert page.count("\n| ToMe |") == 1
+    rows = json.loads(Path("cache/rows/deit-seed0/compare.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows].count("ToMe") == 1
+    assert Path("cache/rows/deit-seed0/compare.json").stat().st_mtime_ns >= kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--models", "m"), "--imagenet"),
+        (("--imagenet", "i", "--models", "missing"), "missing"),
+        (("--imagenet", "i", "--models", "."), "no checkpoint"),
+        (("--parts", "rows,sped"), "sped"),
+    ],
+)
+def test_wrong_arguments(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_shares_of_what_dropped_tokens_show(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.reasons import mean_gap, share_contents
+    from reproduce.subjects import Subject
+
+    drawn = np.zeros((16, 16), np.uint8)
+    drawn[:4, :4], drawn[4:8, :4] = 2, 1  # patch 0 is the object, patch 4 clutter
+    subject = Subject("x", Path("x"), "", "", draw=lambda number: drawn)
+    vim = make_vim()  # 16 patches, the class token at 8
+    kept = torch.tensor([[p for p in range(17) if p not in (0, 4, 5, 16)]])
+    shares = share_contents(subject, vim, [0], kept)
+    np.testing.assert_allclose(shares["dropped"], [0.5, 0.25, 0.25])
+    np.testing.assert_allclose(shares["all"], [14 / 16, 1 / 16, 1 / 16])
+    assert mean_gap(torch.tensor([[0, 1, 4, 6]])) == 1.5
