@@ -22,6 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from reproduce.rows import measure_rows
 from reproduce.settings import Settings, read, write
 from reproduce.speed import time_rows
 from reproduce.subjects import Subject, find_subjects
-from reproduce.tuning import tune_rows
+from reproduce.tuning import tune_best, tune_rows
 from training_loop import peak_memory
 
 from ssmcompress.cli.terminal import only_main_prints, progress_bars
@@ -42,7 +43,8 @@ from ssmcompress.progress import line
 CACHE = Path(__file__).parent / "cache"
 # What is done for each model, in order.
 PARTS: dict[str, Callable[[Subject, Settings], None]] = {
-    "rows": measure_rows, "tuned": tune_rows, "speed": time_rows, "reasons": explain, "figure": draw_figure,
+    "rows": measure_rows, "tuned": tune_rows, "best": tune_best, "speed": time_rows, "reasons": explain,
+    "figure": draw_figure,
 }  # fmt: skip
 MAKE = "make"
 
@@ -58,9 +60,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="names of models, with commas between them")
     parser.add_argument("--parts", default=",".join([MAKE, *PARTS]), help="default: %(default)s")
     parser.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
+    parser.add_argument("--share", default="60", help="percent of the FLOPs that are left; default: %(default)s")
+    parser.add_argument("--further-shares", default="75,50", help="for table 3, '' for none; default: %(default)s")
     parser.add_argument("--samples", type=int, default=Settings.samples, help="images to calibrate and refit on")
     parser.add_argument("--tune-images", type=int, default=Settings.tune_images)
     parser.add_argument("--tune-epochs", type=int, default=Settings.tune_epochs)
+    parser.add_argument("--best-images", type=int, help="to fine-tune the best row on; default: all")
     parser.add_argument("--reason-images", type=int, default=Settings.reason_images)
     parser.add_argument("--device", default=Settings.device)
     parser.add_argument("--threads", type=int, help="of the CPU; results are the same to the bit with as many alone")
@@ -102,10 +107,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     command = shlex.join(["python", "examples/reproduce_tables.py", *sys.argv[1:]])
     args.cache.mkdir(parents=True, exist_ok=True)
-    settings = Settings(
-        args.cache, tuple(int(seed) for seed in args.seeds.split(",")), args.samples, args.tune_images,
-        args.tune_epochs, args.reason_images, args.device, args.batch_size, args.workers, command,
-    )  # fmt: skip
+    same = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    shares = [int(percent) / 100 for percent in [args.share, *filter(None, args.further_shares.split(","))]]
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
+    settings = Settings(**same | {"seeds": seeds, "share": shares[0], "further": tuple(shares[1:]), "command": command})
     try:
         with only_main_prints(), progress_bars(quiet=False):
             run_all(args, settings)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from make_clutter import FOLDER, Clutter
 
 from ssmcompress.progress import line
 
-from .settings import read, write
+from .settings import MADE, read, write
 from .subjects import Subject
 
 EXAMPLES = Path(__file__).parents[1]
@@ -71,15 +73,20 @@ def make_all(cache: Path, only: set[str] | None) -> None:
     Args:
         only: names of models; None: all of them.
     """
-    finished = cache / "made.json"
+    finished = cache / MADE
     for making in MAKINGS:
         model = making.file.removesuffix(".pth").removesuffix("80")
         if making.file in read(finished) or (making.file.endswith(".pth") and only is not None and model not in only):
             continue
-        arguments = [fill(cache, part) for part in making.arguments.split()]
-        line(f"making {making.file}: {making.script}.py {' '.join(arguments)}")
-        subprocess.run([sys.executable, str(EXAMPLES / f"{making.script}.py"), *arguments], check=True)
-        write(finished, read(finished) | {making.file: making.arguments})
+        command = [f"{making.script}.py", *(fill(cache, part) for part in making.arguments.split())]
+        line(f"making {making.file}: {' '.join(command)}")
+        begin = time.monotonic()
+        subprocess.run([sys.executable, str(EXAMPLES / command[0]), *command[1:]], check=True)
+        value = {"command": f"python examples/{' '.join(command)}", "seconds": time.monotonic() - begin}
+        if making.file.endswith(".pth"):  # which was perhaps trained in several pieces
+            saved = torch.load(cache / making.file, weights_only=True)
+            value |= {"seconds": saved["seconds"], "peak_mb": saved["peak_mb"], "history": saved["history"]}
+        write(finished, read(finished) | {making.file: value})
 
 
 def fill(cache: Path, part: str) -> str:

@@ -10,7 +10,6 @@ import ssmcompress
 from ssmcompress.jobs.requests import DataOptions
 from ssmcompress.jobs.visualize import VisualizeRequest, visualize
 
-from .methods import SHARE
 from .rows import name_row
 from .settings import Settings
 from .subjects import Subject
@@ -28,7 +27,7 @@ def find_figure(name: str, settings: Settings) -> Path:
 def draw_figure(subject: Subject, settings: Settings) -> None:
     """Draw the maps of a model, if its row of the aligned model is there and they are not drawn yet."""
     folder = find_figure(subject.name, settings)
-    kept = settings.rows_of(subject.name, settings.seeds[0]) / "models" / name_row(METHOD, SHARE)
+    kept = settings.rows_of(subject.name, settings.seeds[0]) / "models" / name_row(METHOD, settings.share)
     if folder.exists() or not kept.exists():
         return
     dense = subject.load(settings.device)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from ssmcompress.jobs.methods import METHODS
-
-# The share of the FLOPs of tables 1, 2 and 4; table 3 has all of them.
-SHARE = 0.6
-SHARES = (0.75, 0.6, 0.5)
-
 # Names of `ssmcompress compare`; a model leaves out those that it cannot carry out.
 CLASSIFIERS = (
     "naive", "clip, aligned", "EViT", "EViT, fused", "ToMe", "R-MeeTo", "MTR",
@@ -18,10 +12,12 @@ SEGMENTERS = (
     "zero-filled", "naive", "clip, aligned", "naive, mapped", "clip, aligned, mapped", "clip, aligned, reconstructed",
     "search, reconstructed", "all axes",
 )  # fmt: skip
-WITH_AND_WITHOUT = (
-    ("naive", "clip, aligned"), ("saliency", "saliency, aligned"),
-    ("naive, reconstructed", "clip, aligned, reconstructed"),
-)  # fmt: skip
+# How tokens are chosen -> (without alignment, aligned).
+WITH_AND_WITHOUT = {
+    "clip": ("naive", "clip, aligned"),
+    "saliency": ("saliency", "saliency, aligned"),
+    "clip, reconstructed": ("naive, reconstructed", "clip, aligned, reconstructed"),
+}
 # Importance metric -> (without alignment, aligned).
 IMPORTANCES = {
     "random": ("random", "random, aligned"),
@@ -33,15 +29,14 @@ IMPORTANCES = {
     "saliency": ("saliency", "saliency, aligned"),
 }
 HALVES = ("clip, conv aligned", "clip, scan aligned")
-KNOWN = {method.name for method in METHODS}
 
 
-def list_names(share: float, task: str) -> tuple[str, ...]:
-    """Return the names of the methods that the tables have at a share of the FLOPs."""
-    pairs = tuple(name for pair in WITH_AND_WITHOUT for name in pair)
+def list_names(task: str, main: bool) -> tuple[str, ...]:
+    """Return the names of the methods that the tables have for a task, at the main share of the FLOPs or at another."""
+    pairs = tuple(name for pair in WITH_AND_WITHOUT.values() for name in pair)
     if task == "segmentation":
-        names = SEGMENTERS if share == SHARE else ()
-    elif share == SHARE:
+        names = SEGMENTERS if main else ()
+    elif main:
         names = (*CLASSIFIERS, *pairs, *(name for pair in IMPORTANCES.values() for name in pair), *HALVES)
     else:
         names = pairs

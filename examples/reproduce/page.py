@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -16,9 +17,9 @@ import torch
 from ssmcompress.files import write_file
 
 from .figure import copy_figure
-from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, SHARE, SHARES, WITH_AND_WITHOUT
+from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, WITH_AND_WITHOUT
 from .rows import name_row, read_rows
-from .settings import Settings, read, write
+from .settings import MADE, Settings, read, write
 from .speed import images_per_second
 from .subjects import Subject
 from .tuning import DENSE
@@ -32,12 +33,14 @@ class Found:
     """What has been measured of a model.
 
     Attributes:
-        rows: row name -> its figures by seed, as `compare.json` has them. tuned, speed, reasons, cost: see `Settings`.
+        rows: row name -> its figures by seed, as `compare.json` has them.
+        tuned, best, speed, reasons, cost: see `Settings`.
     """
 
     name: str
     rows: dict[str, dict[int, dict[str, Any]]]
     tuned: dict[str, Any]
+    best: dict[str, Any]
     speed: dict[str, Any]
     reasons: dict[str, Any]
     cost: dict[str, Any]
@@ -75,7 +78,7 @@ def find(subject: Subject, settings: Settings) -> Found:
         for row in read_rows(subject.name, seed, settings):
             key = DENSE if row["method"] == DENSE else name_row(row["method"], row["share"])
             rows.setdefault(key, {})[seed] = row
-    kinds = ("tuned", "speed", "reasons", "cost")
+    kinds = ("tuned", "best", "speed", "reasons", "cost")
     return Found(subject.name, rows, *(read(settings.file_of(kind, subject.name)) for kind in kinds))
 
 
@@ -83,8 +86,8 @@ def write_page(output: Path, subjects: Sequence[Subject], settings: Settings) ->
     """Write the page and its figure, and all that it has as JSON into the cache."""
     found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = [describe_run(settings), *(section(found) for section in SECTIONS), draw(found, output, settings)]
-    parts += [describe_cost(found)]
+    parts = [describe_run(settings), *(section(found, settings) for section in SECTIONS), draw(found, output, settings)]
+    parts += [describe_cost(found, read(settings.cache / MADE))]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
     write(settings.cache / "results.json", {f.name: vars(f) for f in found})
@@ -109,20 +112,27 @@ def show_seeds(values: Sequence[float]) -> str:
     return text if min(values) == max(values) else f"{text} ({min(values):.2f} to {max(values):.2f})"
 
 
+def wrap(text: str) -> str:
+    """Return a paragraph in lines of at most 120 characters."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
 def describe_run(settings: Settings) -> str:
     """Return the head of the page."""
-    return f"""# The tables of the paper, reproduced
-
-Written on {date.today()} by `examples/reproduce_tables.py`; do not edit. Command: `{settings.command}`.
-
-Machine: {describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, device {settings.device}.
-
-Figures without training: mean over {len(settings.seeds)} choices of the {settings.samples:,} images to calibrate,
-search and refit on (seeds {", ".join(map(str, settings.seeds))}), in brackets the smallest and the largest. Fine-tuned:
-the models of seed {settings.seeds[0]}, {settings.tune_epochs} epochs of {settings.tune_images:,} training images with
-the default recipe of `finetune`; models of smaller images learn from labels alone, for the dense model does not take
-their images. GFLOPs count what is run (`full`) and what papers count (`paper`). Images a second: of the models of the
-first seed, timed in turn with the dense one."""
+    machine = f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    paragraphs = (
+        f"Written on {date.today()} by `examples/reproduce_tables.py`; do not edit. Machine: {machine}, device "
+        f"{settings.device}. Command:",
+        f"""Figures without training: mean over {len(settings.seeds)} choices of the {settings.samples:,} images to
+        calibrate, search and refit on, in brackets the smallest and the largest. Fine-tuned: the models of the first
+        choice, after {settings.tune_epochs} epochs of {settings.tune_images:,} training images with the default recipe
+        of `finetune`; the dense model was tuned likewise. Models of smaller images learn from labels alone, for the
+        dense model does not take their images. Methods are those of [compare](compare.md). GFLOPs count what is run
+        (`full`) and what papers count (`paper`, [figures](figures.md#cost)). Images a second, at batch sizes 1 and 8:
+        models of the first choice, timed in turn with the dense one.""",
+    )
+    first, second = map(wrap, paragraphs)
+    return f"# The tables of the paper, reproduced\n\n{first}\n\n```text\n{settings.command}\n```\n\n{second}"
 
 
 def describe_machine() -> str:
@@ -136,57 +146,73 @@ def describe_machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def list_methods(found: Found, names: Iterable[str], share: float = SHARE) -> list[tuple[str, str]]:
+def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:
     """Return (method, row name) of those methods that were measured or are out of reach."""
     return [(name, key) for name in names if (key := name_row(name, share)) in found.rows]
 
 
-def main_table(found: Found, names: Iterable[str]) -> str:
+def main_table(found: Found, names: Iterable[str], share: float) -> str:
     """Return the rows of a model at the main share of the FLOPs."""
     dense, figure = found.dense, {"top1": "top-1", "miou": "mIoU"}[found.figure]
     others = [] if found.figure == "top1" else [("pixel_accuracy", "pixels")]
     header = ["method", figure, *(title for _, title in others), "lost", "of dense", "GFLOPs full", "paper"]
     header += ["images/s, 1", "8", "fine-tuned"]
     rows = []
-    for method, key in [(DENSE, DENSE), *list_methods(found, names)]:
+    for method, key in [(DENSE, DENSE), *list_methods(found, names, share)]:
         row = next(iter(found.rows[key].values()))
         if row.get("failed"):
             rows.append([method, "out of reach", *[""] * (len(header) - 2)])
             continue
         lost = dense[found.figure] - found.mean(key)
-        share = [r["flops_share"] for r in found.rows[key].values() if not r.get("failed")]
+        shares = [r["flops_share"] for r in found.rows[key].values() if not r.get("failed")]
         cells = [show_seeds(found.values(key)), *(show_seeds(found.values(key, name)) for name, _ in others)]
-        cells += [show(lost), show(100 * statistics.mean(share), "{:.1f} %")]
+        cells += [show(lost), show(100 * statistics.mean(shares), "{:.1f} %")]
         cells += [show(row["flops"][name], "{:.4f}") for name in ("full", "paper")]
         cells += [show(images_per_second(found.speed, key, batch), "{:.0f}") for batch in (1, 8)]
         rows.append([method, *cells, show(found.tuned_value(key))])
     return f"**{found.name}**, {dense['images']:,} test images:\n\n{table(header, rows)}"
 
 
-def show_first(found: Sequence[Found]) -> str:
+def show_first(found: Sequence[Found], settings: Settings) -> str:
     """Return table 1: classifiers by method."""
-    parts = [main_table(f, CLASSIFIERS) for f in found if f.figure == "top1"]
-    return "\n\n".join([f"## Table 1: methods at {SHARE:.0%} of the FLOPs", *parts]) if parts else ""
+    parts = [main_table(f, CLASSIFIERS, settings.share) for f in found if f.figure == "top1"]
+    return "\n\n".join([f"## Table 1: methods at {settings.share:.0%} of the FLOPs", *parts]) if parts else ""
 
 
-def show_second(found: Sequence[Found]) -> str:
+def show_best(found: Sequence[Found], settings: Settings) -> str:
+    """Return what the best rows of table 1 lose, without training and after fine-tuning on all images."""
+    rows = []
+    for f in found:
+        for key, tuned in f.best.items():
+            dense, lost = f.dense["top1"], [f.dense["top1"] - value for value in f.values(key)]
+            method = next(iter(f.rows[key].values()))["method"]
+            share = next(iter(f.rows[key].values()))["flops_share"]
+            rows.append([f.name, show(dense), method, show(100 * share, "{:.1f} %"), show_seeds(lost),
+                         f"{tuned['images']:,}", show(dense - tuned["figures"]["top1"])])  # fmt: skip
+    header = ["model", "dense", "best row", "FLOPs", "lost without training", "training images", "lost fine-tuned"]
+    note = wrap(f"""Points of top-1 that the best row of table 1 loses, and the same model after {settings.tune_epochs}
+        epochs of more training images than in the table. What the dense model gains by fine-tuning is in table 1.""")
+    return f"## The best rows\n\n{note}\n\n{table(header, rows)}" if rows else ""
+
+
+def show_second(found: Sequence[Found], settings: Settings) -> str:
     """Return table 2: segmentation models by method."""
-    parts = [main_table(f, SEGMENTERS) for f in found if f.figure == "miou"]
-    title = f"## Table 2: segmentation at {SHARE:.0%} of the backbone's FLOPs"
+    parts = [main_table(f, SEGMENTERS, settings.share) for f in found if f.figure == "miou"]
+    title = f"## Table 2: segmentation at {settings.share:.0%} of the backbone's FLOPs"
     return "\n\n".join([title, *parts]) if parts else ""
 
 
-def show_third(found: Sequence[Found]) -> str:
+def show_third(found: Sequence[Found], settings: Settings) -> str:
     """Return table 3: without and with alignment, by share of the FLOPs."""
     rows = []
     for f in found:
-        for pair in WITH_AND_WITHOUT:
-            for share in SHARES:
+        for title, pair in WITH_AND_WITHOUT.items():
+            for share in settings.shares:
                 without, aligned = (name_row(name, share) for name in pair)
                 if f.values(without) and f.values(aligned):
                     row = next(iter(f.rows[aligned].values()))
                     rows.append([
-                        f.name, pair[0] if pair[0] != "naive" else "clip", show(row["flops"]["full"], "{:.4f}"),
+                        f.name, title, show(row["flops"]["full"], "{:.4f}"),
                         show_seeds(f.values(without)), show_seeds(f.values(aligned)),
                         show(f.mean(aligned) - f.mean(without), "{:+.2f}"),
                         show(f.tuned_value(without)), show(f.tuned_value(aligned)),
@@ -197,24 +223,24 @@ def show_third(found: Sequence[Found]) -> str:
     return f"## Table 3: with and without alignment\n\n{table(header, rows)}" if rows else ""
 
 
-def show_fourth(found: Sequence[Found]) -> str:
+def show_fourth(found: Sequence[Found], settings: Settings) -> str:
     """Return table 4: importance metrics, without and with alignment."""
     rows = []
     for f in found:
         for metric, pair in IMPORTANCES.items():
-            keys = [name_row(name, SHARE) for name in pair]
+            keys = [name_row(name, settings.share) for name in pair]
             if f.values(keys[0]):
                 cells = [show_seeds(f.values(key)) for key in keys]
                 rows.append([f.name, metric, *cells, *(show(f.tuned_value(key)) for key in keys)])
-        for method, key in list_methods(f, HALVES):
+        for method, key in list_methods(f, HALVES, settings.share):
             rows.append([f.name, method.removesuffix(" aligned"), "", show_seeds(f.values(key)), "",
                          show(f.tuned_value(key))])  # fmt: skip
     header = ["model", "tokens by", "not aligned", "aligned", "fine-tuned: not", "aligned"]
-    title = f"## Table 4: importance metrics at {SHARE:.0%} of the FLOPs"
+    title = f"## Table 4: importance metrics at {settings.share:.0%} of the FLOPs"
     return f"{title}\n\n{table(header, rows)}" if rows else ""
 
 
-def show_reasons(found: Sequence[Found]) -> str:
+def show_reasons(found: Sequence[Found], settings: Settings) -> str:
     """Return what was measured to explain the tables 3 and 4."""
     parts = []
     for f in (f for f in found if f.reasons):
@@ -232,13 +258,13 @@ def show_reasons(found: Sequence[Found]) -> str:
             rows.append(["all tokens", *[""] * 5, *(f"{100 * share:.0f} %" for share in everything.values())])
         parts.append(f"**{f.name}**, top-1 by which half is aligned:\n\n{table(header, rows)}")
         parts.append(layer_errors(f))
-    text = """## Why
-
-Each metric was measured again on fewer images, with the convolution alone aligned, the scan alone, or both. The mean
-gap is the number of dropped tokens between two kept ones. The error of a layer is what it adds to the kept tokens,
-beside what it adds in the dense model to the same tokens, when it gets the features of the dense model: squares as a
-share of those of the dense model, over all kept tokens."""
-    return "\n\n".join([text, *parts]) if parts else ""
+    text = wrap(
+        """Each metric was measured again on fewer images, with the convolution alone aligned, the scan alone, or both.
+        The mean gap is the number of dropped tokens between two kept ones. The error of a layer is what it adds to the
+        kept tokens, beside what it adds in the dense model to the same tokens, when it gets the features of the dense
+        model: squares as a share of those of the dense model, over all kept tokens."""
+    )
+    return "\n\n".join(["## Why", text, *parts]) if parts else ""
 
 
 def layer_errors(found: Found) -> str:
@@ -251,8 +277,8 @@ def layer_errors(found: Found) -> str:
     return f"Errors of single layers of {found.name}:\n\n{table(['tokens by', 'aligned', *map(str, layers)], rows)}"
 
 
-SECTIONS: tuple[Callable[[Sequence[Found]], str], ...] = (
-    show_first, show_second, show_third, show_fourth, show_reasons,
+SECTIONS: tuple[Callable[[Sequence[Found], Settings], str], ...] = (
+    show_first, show_best, show_second, show_third, show_fourth, show_reasons,
 )  # fmt: skip
 
 
@@ -261,22 +287,23 @@ def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:
     for f in found:
         target = output.with_name(f"{output.stem}_attention.png")
         if f.figure == "top1" and copy_figure(f.name, settings, target):
-            return (
-                "## Figure: attention maps\n\n"
-                f"![Attention maps of three images of the dense, the pruned and the aligned model]({target.name})\n\n"
-                f"*{f.name} at {SHARE:.0%} of the FLOPs ([how to read it](visualize.md)). The images are chosen by a "
-                "rule that does not look at the maps.*"
+            picture = (
+                f"![Attention maps of three images, of the dense, the pruned and the aligned model]({target.name})"
             )
+            note = f"""*{f.name} at {settings.share:.0%} of the FLOPs ([how to read it](visualize.md)). The images are
+            chosen by a rule that does not look at the maps.*"""
+            return f"## Figure: attention maps\n\n{picture}\n\n{wrap(note)}"
     return ""
 
 
-def describe_cost(found: Sequence[Found]) -> str:
-    """Return the time and the memory that each part took."""
-    rows = [
-        [f.name, part, f"{cost['seconds'] / 60:.0f}", show(cost["peak_mb"], "{:,.0f}")]
-        for f in found
-        for part, cost in f.cost.items()
-    ]
-    total = sum(cost["seconds"] for f in found for cost in f.cost.values())
-    header = ["model", "part", "minutes", "peak MB"]
-    return f"## Time and memory\n\n{table(header, rows)}\n\nIn all {total / 3600:.1f} hours." if rows else ""
+def describe_cost(found: Sequence[Found], made: dict[str, Any]) -> str:
+    """Return the time and the memory that each part took, and how images and models were made."""
+    parts = [("making " + file, value) for file, value in made.items()]
+    parts += [(f"{f.name}: {part}", value) for f in found for part, value in f.cost.items()]
+    if not parts:
+        return ""
+    rows = [[name, f"{v['seconds'] / 60:.0f}", show(v.get("peak_mb"), "{:,.0f}")] for name, v in parts]
+    total = sum(value["seconds"] for _, value in parts) / 3600
+    text = f"## Time and memory\n\n{table(['part', 'minutes', 'peak MB'], rows)}\n\nIn all {total:.1f} hours."
+    commands = "\n".join(value["command"] for value in made.values())
+    return f"{text} Images and models were made by:\n\n```text\n{commands}\n```" if made else text

@@ -19,7 +19,6 @@ from ssmcompress.ops import gather_tokens
 from ssmcompress.progress import line, track
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
 
-from .methods import SHARE
 from .settings import Settings, read, write
 from .subjects import Subject
 
@@ -38,7 +37,11 @@ def explain(subject: Subject, settings: Settings) -> None:
     dense = subject.load(settings.device)
     if dense.reads_levels or not all(isinstance(block, ScanBlock) for block in dense.blocks):
         return
-    ratio = ratio_for_flops(dense, None, SHARE)
+    try:
+        ratio = ratio_for_flops(dense, None, settings.share)
+    except ssmcompress.BudgetError as error:
+        line(f"{subject.name}: not explained: {error}")
+        return
     for metric in METRICS:
         if metric in found or metric not in dense.importances:
             continue

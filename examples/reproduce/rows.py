@@ -17,7 +17,7 @@ from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 from ssmcompress.tasks import SEGMENTATION
 
-from .methods import SHARES, list_names
+from .methods import list_names
 from .settings import Settings, read
 from .subjects import Subject
 
@@ -51,8 +51,8 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
         request = CompareRequest(data=data, measure=MeasureOptions(latency=False))
         folder = settings.rows_of(subject.name, seed)
         comparison = KeptComparison(model, folder, request, settings.command, force=False)
-        for share in SHARES:
-            names = list_names(share, model.task.name)
+        for share in settings.shares:
+            names = list_names(model.task.name, share == settings.share)
             obstacles = list_obstacles(model, names)
             comparison.share = share
             methods = choose_methods(model, [name for name in names if name not in obstacles])

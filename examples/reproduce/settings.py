@@ -9,6 +9,8 @@ from typing import Any
 
 from ssmcompress.files import write_file
 
+MADE = "made.json"  # in the cache: how images and models were made
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,28 +19,38 @@ class Settings:
     Attributes:
         cache: folder of everything that is kept. seeds: each chooses other images to calibrate on; the first one's
             models are fine-tuned and timed.
-        samples: images to calibrate, search and refit on. tune_images, tune_epochs: of fine-tuning.
+        share: of the dense model's FLOPs, in tables 1, 2 and 4. further: other shares, for table 3.
+        samples: images to calibrate, search and refit on.
+        tune_images, tune_epochs: of fine-tuning. best_images: the same of the best row; None: all.
         reason_images: images that the explanations are measured on.
         command: how the script was called.
     """
 
     cache: Path
     seeds: tuple[int, ...] = (0, 1, 2)
+    share: float = 0.6
+    further: tuple[float, ...] = (0.75, 0.5)
     samples: int = 1024
     tune_images: int = 4000
     tune_epochs: int = 2
+    best_images: int | None = None
     reason_images: int = 1000
     device: str = "cpu"
     batch_size: int = 64
     workers: int = 0
     command: str = ""
 
+    @property
+    def shares(self) -> list[float]:
+        """All shares of the FLOPs, the largest first."""
+        return sorted({self.share, *self.further}, reverse=True)
+
     def rows_of(self, name: str, seed: int) -> Path:
         """Return the folder of the rows without training of a model."""
         return self.cache / "rows" / f"{name}-seed{seed}"
 
     def file_of(self, kind: str, name: str) -> Path:
-        """Return the file of other figures of a model: "tuned", "speed", "reasons" or "cost"."""
+        """Return the file of other figures of a model: "tuned", "best", "speed", "reasons" or "cost"."""
         return self.cache / kind / f"{name}.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ssmcompress.data.batches import sample_indices
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
-from .rows import find_kept
+from .rows import find_kept, name_row, read_rows
 from .settings import Settings, read, write
 from .subjects import Subject
 
@@ -33,18 +34,39 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
             continue
         line(f"{subject.name}: fine-tuning {key}, {number} of {len(work)}")
         model = ssmcompress.load(folder, device=settings.device) if folder else ssmcompress.prune(dense, ratio=0.0)
-        found[key] = tune(model, dense, subject, settings)
+        found[key] = tune(model, dense, subject, settings, settings.tune_images)
         write(file, found)
 
 
-def tune(model: TokenModel, dense: TokenModel, subject: Subject, settings: Settings) -> dict[str, Any]:
-    """Fine-tune a model and return its figures.
+def tune_best(subject: Subject, settings: Settings) -> None:
+    """Fine-tune the best classifier of the first seed at the main share of the FLOPs on all training images."""
+    file = settings.file_of("best", subject.name)
+    key = find_best(read_rows(subject.name, settings.seeds[0], settings), settings.share)
+    if key is None or key in read(file):
+        return
+    line(f"{subject.name}: fine-tuning {key} on all images")
+    dense = subject.load(settings.device)
+    model = ssmcompress.load(dict(find_kept(subject.name, settings))[key], device=settings.device)
+    write(file, {key: tune(model, dense, subject, settings, count=settings.best_images)})
+
+
+def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
+    """Return the name of the most accurate row of a classifier at a share of the FLOPs; None if there is none."""
+    measured = [row for row in rows if row["share"] == share and row.get("top1") is not None]
+    best = max(measured, key=lambda row: row["top1"], default=None)
+    return None if best is None else name_row(best["method"], share)
+
+
+def tune(
+    model: TokenModel, dense: TokenModel, subject: Subject, settings: Settings, count: int | None
+) -> dict[str, Any]:
+    """Fine-tune a model on `count` images, None: all of them, and return its figures.
 
     A model of smaller images has no teacher, for the dense model does not take its images.
     """
     begin = time.monotonic()
     images = dense.find_images(subject.training)
-    index, _ = sample_indices(len(images), settings.tune_images, settings.seeds[0])
+    index, _ = sample_indices(len(images), count or len(images), settings.seeds[0])
     batches = ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
     teacher = dense if model.dense_config == dense.config else None
     recipe = ssmcompress.Recipe(epochs=settings.tune_epochs)
