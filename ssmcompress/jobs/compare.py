@@ -325,7 +325,8 @@ class Comparison:
         shared = describe_overlap({"images": len(self.measured.index), "overlap": overlap}, NOT_COMPARABLE)
         figures = {figure.name: dense[figure.name] for figure in list_figures(self.task)} if dense else {}
         result = Evaluation(dense["images"], True, **figures) if dense else None
-        return doubt_accuracy("the dense model", result, subject) + ([shared] if shared else [])
+        doubts = doubt_accuracy("the dense model", result, subject)
+        return [*doubts, shared.removeprefix("warning: ")] if shared else doubts
 
     def _count_overlap(self) -> int | None:
         """How many of the measured images were calibrated on; None before both were read."""
