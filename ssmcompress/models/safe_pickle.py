@@ -23,6 +23,8 @@ from ..files import check_regular
 # Dictionaries of settings, which are read as `OrderedDict` without their packages; VMamba's files have the first.
 SETTINGS = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict", "easydict.EasyDict")
 
+TOO_NEW = range(4, pickle.HIGHEST_PROTOCOL + 1)  # protocols that torch does not read without running anything
+
 
 def _safe_globals() -> list[Any]:
     """Return the types that training checkpoints contain in addition to tensors; none of them can run code."""
@@ -67,6 +69,12 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
             raise InputError(
                 f"refused: this pickle asks for {', '.join(names)}, which could run code; nothing was run "
                 f"(`unsafe_load=True` reads it all the same, if you trust where it comes from)"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError) and (protocol := _find_protocol(file)) in TOO_NEW:
+            raise InputError(
+                f"a pickle of protocol {protocol}, which cannot be read without running what it asks for: expected "
+                f"{TOO_NEW[0] - 1} or less; write it again with torch.save, without `pickle_protocol` "
+                f"(`unsafe_load=True` reads it as it is, if you trust where it comes from)"
             ) from error
         raise InputError(f"not a checkpoint, or a damaged one{_describe_start(file)}") from error
 
@@ -124,15 +132,29 @@ _SAFE_NAMES = re.compile(
 )
 
 
+def _read_content(file: Path) -> bytes:
+    """Return the bytes of the pickle in a file; of torch's older format, those of several."""
+    if not zipfile.is_zipfile(file):
+        return file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+
+
+def _find_protocol(file: Path) -> int:
+    """Return the protocol that the pickle in a file says it has, 0 if it says none."""
+    try:
+        start = _read_content(file)[:2]
+    except Exception as error:  # a damaged archive
+        raise_if_out_of_memory(error)
+        return 0
+    return start[1] if len(start) == 2 and start[:1] == pickle.PROTO else 0
+
+
 def _unsafe_globals(file: Path) -> list[str]:
     """Return up to three globals in a pickle of any protocol that are not known as safe; the pickle is not executed."""
     names: set[str] = set()
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                content = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
-        else:
-            content = file.read_bytes()
+        content = _read_content(file)
         stream = io.BytesIO(content)
         while stream.tell() < len(content):  # torch's older format is a sequence of pickles
             memo: list[str | None] = []

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call, call_json, refused
 from conftest import make_vim, write_image
 
@@ -159,6 +160,18 @@ def test_usage_errors_point_to_the_help_of_the_command():
 def test_a_file_that_is_no_checkpoint_is_described(content, what):
     Path("m.pt").write_bytes(content)
     assert f"not a checkpoint, or a damaged one {what}" in refused("inspect", "m.pt")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_of_a_newer_protocol_is_not_called_damaged(zipped):
+    state = {"model": make_vim().state_dict()}
+    torch.save(state, "m.pt", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    said = refused("inspect", "m.pt")
+    assert "a pickle of protocol 4" in said
+    assert "--unsafe-load" in said
+    call("inspect", "m.pt", "--unsafe-load", "--architecture", "vim")
+    Path("m.pt").write_bytes(b"\x80\xff" + bytes(50))
+    assert "not a checkpoint, or a damaged one" in refused("inspect", "m.pt")
 
 
 @pytest.mark.parametrize(("content", "what"), [("{}", "not a pruning plan (stages is missing)"), ("3", "not a p")])
