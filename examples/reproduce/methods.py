@@ -5,8 +5,9 @@ from __future__ import annotations
 # Names of `ssmcompress compare`; a model leaves out those that it cannot carry out.
 CLASSIFIERS = (
     "naive", "clip, aligned", "EViT", "EViT, fused", "ToMe", "R-MeeTo", "MTR",
-    "clip, aligned, reconstructed", "EViT, reconstructed", "ToMe, reconstructed", "R-MeeTo, reconstructed",
-    "MTR, reconstructed", "search, reconstructed", "all axes", "smaller image", "smaller image, reconstructed",
+    "clip, aligned, reconstructed", "saliency, aligned, reconstructed", "EViT, reconstructed", "ToMe, reconstructed",
+    "R-MeeTo, reconstructed", "MTR, reconstructed", "search, reconstructed", "all axes", "smaller image",
+    "smaller image, reconstructed",
 )  # fmt: skip
 SEGMENTERS = (
     "zero-filled", "naive", "clip, aligned", "naive, mapped", "clip, aligned, mapped", "clip, aligned, reconstructed",

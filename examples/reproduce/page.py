@@ -18,11 +18,10 @@ from ssmcompress.files import write_file
 
 from .figure import copy_figure
 from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, WITH_AND_WITHOUT
-from .rows import name_row, read_rows
+from .rows import DENSE, name_row, read_rows
 from .settings import MADE, Settings, read, write
 from .speed import images_per_second
 from .subjects import Subject
-from .tuning import DENSE
 
 MISSING = "–"
 MAIN = {"classification": "top1", "segmentation": "miou"}

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ssmcompress
 from ssmcompress.evaluation.flops import share_of_whole
 from ssmcompress.jobs.compare import RESULT_FILE, Comparison, list_levels
-from ssmcompress.jobs.methods import Level, Method, choose_methods, list_obstacles
+from ssmcompress.jobs.compare_axes import IMAGE
+from ssmcompress.jobs.methods import METHODS, Level, Method, choose_methods, list_obstacles
 from ssmcompress.jobs.requests import CompareRequest, DataOptions, MeasureOptions
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
+from ssmcompress.pruning.importance import IMPORTANCES
 from ssmcompress.tasks import SEGMENTATION
 
 from .methods import list_names
 from .settings import Settings, read
 from .subjects import Subject
 
+DENSE = "dense"
+
 
 class KeptComparison(Comparison):
-    """A comparison at one share of the FLOPs that also writes the model of each row, for what follows."""
+    """A comparison at one share of the FLOPs that also writes the model of each row, for what follows.
+
+    Attributes:
+        share: of the FLOPs. same: rows of another seed that are the same with this one, by method and share.
+    """
 
     share = 1.0
+    same: Mapping[tuple[str, float], dict[str, Any]] = MappingProxyType({})
 
     def build(self, method: Method, level: Level) -> TokenModel:
         model = super().build(method, level)
@@ -33,7 +43,18 @@ class KeptComparison(Comparison):
         return model
 
     def row(self, method: Method | None, level: Level) -> dict[str, Any]:
-        return super().row(method, level) | {"share": self.share if method else 1.0}
+        key = (method.name, self.share) if method else (DENSE, 1.0)
+        return self.same.get(key) or super().row(method, level) | {"share": key[1]}
+
+
+def depends_on_seed(name: str) -> bool:
+    """Return whether the model of a method depends on the images to calibrate on, or on random choices."""
+    if name == DENSE:
+        return False
+    method = next(method for method in METHODS if method.name == name)
+    metric = IMPORTANCES[method.importance]
+    fitted = method.reconstructed or method.searched or method.mapped or method.alignment.scan or metric.probe
+    return fitted or metric.draw or method.axis not in (None, IMAGE)
 
 
 def name_row(method: str, share: float) -> str:
@@ -51,6 +72,9 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
         request = CompareRequest(data=data, measure=MeasureOptions(latency=False))
         folder = settings.rows_of(subject.name, seed)
         comparison = KeptComparison(model, folder, request, settings.command, force=False)
+        if seed != settings.seeds[0]:
+            first = read_rows(subject.name, settings.seeds[0], settings)
+            comparison.same = {(r["method"], r["share"]): r for r in first if not depends_on_seed(r["method"])}
         for share in settings.shares:
             names = list_names(model.task.name, share == settings.share)
             obstacles = list_obstacles(model, names)
@@ -77,10 +101,10 @@ def read_rows(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     return read(settings.rows_of(name, seed) / RESULT_FILE).get("rows", [])
 
 
-def find_kept(name: str, settings: Settings) -> Iterator[tuple[str, Path]]:
-    """Yield name and model folder of each row of the first seed that was not out of reach."""
+def find_kept(name: str, settings: Settings, share: float | None = None) -> Iterator[tuple[str, Path]]:
+    """Yield name and model folder of each row of the first seed that was not out of reach; with a share, of that."""
     seed = settings.seeds[0]
     for row in read_rows(name, seed, settings):
         key = name_row(row["method"], row["share"])
-        if row["method"] != "dense" and not row.get("failed"):
+        if row["method"] != DENSE and not row.get("failed") and share in (None, row["share"]):
             yield key, settings.rows_of(name, seed) / "models" / key

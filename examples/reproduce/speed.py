@@ -14,10 +14,9 @@ from ssmcompress.evaluation.latency import time_calls
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
-from .rows import find_kept
+from .rows import DENSE, find_kept
 from .settings import Settings, read, write
 from .subjects import Subject
-from .tuning import DENSE
 
 BATCHES = (1, 8)
 REPEATS = 9

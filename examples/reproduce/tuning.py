@@ -13,22 +13,20 @@ from ssmcompress.data.batches import sample_indices
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
-from .rows import find_kept, name_row, read_rows
+from .rows import DENSE, find_kept, name_row, read_rows
 from .settings import Settings, read, write
 from .subjects import Subject
 
-DENSE = "dense"
-
 
 def tune_rows(subject: Subject, settings: Settings) -> None:
-    """Fine-tune the models of all rows of the first seed that were not tuned yet, and measure them.
+    """Fine-tune the models of the first seed at the main share of the FLOPs that were not tuned yet, and measure them.
 
     The dense model is tuned, too: what it gains is not due to a method.
     """
     file = settings.file_of("tuned", subject.name)
     found = read(file)
     dense = subject.load(settings.device)
-    work: list[tuple[str, Path | None]] = [(DENSE, None), *find_kept(subject.name, settings)]
+    work: list[tuple[str, Path | None]] = [(DENSE, None), *find_kept(subject.name, settings, settings.share)]
     for number, (key, folder) in enumerate(work, 1):
         if key in found:
             continue
