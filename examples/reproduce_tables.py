@@ -79,15 +79,24 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def list_subjects(args: argparse.Namespace) -> list[Subject]:
-    """Return the models: those of a folder, or those of the miniature, which are made where they are missing."""
-    if args.models is None:
+def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]:
+    """Return all models, those of a folder or those of the miniature, and the names of those that are measured now.
+
+    What is missing of the miniature is made.
+    """
+    if args.models is not None:
+        subjects = find_subjects(args.models, args.imagenet, args.scenes)
+    else:
         from reproduce.clutter import list_subjects, make_all
 
-        if MAKE in args.parts.split(","):
-            make_all(args.cache, set(args.only.split(",")) if args.only else None)
-        return list_subjects(args.cache)
-    return find_subjects(args.models, args.imagenet, args.scenes)
+        subjects = list_subjects(args.cache)
+    names = [subject.name for subject in subjects]
+    only = args.only.split(",") if args.only else names
+    if unknown := set(only) - set(names):
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    if args.models is None and MAKE in args.parts.split(","):
+        make_all(args.cache, only)
+    return subjects, only
 
 
 def run_part(name: str, subject: Subject, settings: Settings) -> None:
@@ -120,10 +129,8 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace, settings: Settings) -> None:
     """Do the parts that are asked for, for the models that are asked for, and write the page of all that is there."""
-    subjects, parts = list_subjects(args), args.parts.split(",")
-    only = args.only.split(",") if args.only else [subject.name for subject in subjects]
-    if unknown := set(only) - {subject.name for subject in subjects}:
-        raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(s.name for s in subjects)}")
+    subjects, only = choose_subjects(args)
+    parts = args.parts.split(",")
     for subject in subjects:
         for name in PARTS:
             if subject.name in only and name in parts:

@@ -110,6 +110,7 @@ def test_again_and_in_pieces(run, stand_ins):
         (("--imagenet", "i", "--models", "missing"), "missing"),
         (("--imagenet", "i", "--models", "."), "no checkpoint"),
         (("--parts", "rows,sped"), "sped"),
+        (("--only", "resnet"), "expected some of vim, plain_mamba, deit, segmenter"),
     ],
 )
 def test_wrong_arguments(run, capsys, arguments, message):
@@ -132,3 +133,28 @@ def test_shares_of_what_dropped_tokens_show(monkeypatch):
     np.testing.assert_allclose(shares["dropped"], [0.5, 0.25, 0.25])
     np.testing.assert_allclose(shares["all"], [14 / 16, 1 / 16, 1 / 16])
     assert mean_gap(torch.tensor([[0, 1, 4, 6]])) == 1.5
+
+
+def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path):
+    """And in pieces: what is finished is not made again, and a model that was not asked for is not trained."""
+    import train_clutter
+    import train_segmenter
+    from reproduce import clutter
+
+    monkeypatch.setattr(clutter, "EXAMPLES", tmp_path)
+    calls = []
+    monkeypatch.setattr(clutter.subprocess, "run", lambda command, check: calls.append(command[1:]))
+    for name in ("vim80", "vim", "segmenter"):
+        state = {"model": make_vim().state_dict(), "seconds": 1.0, "peak_mb": 2.0, "history": []}
+        torch.save(state, tmp_path / f"{name}.pth")
+    clutter.make_all(tmp_path, ["vim", "segmenter"])
+    scripts = [Path(call[0]).stem for call in calls]
+    assert scripts == ["make_clutter"] * 6 + ["train_clutter"] * 2 + ["train_segmenter"]
+    for script, call in zip(scripts, calls, strict=True):
+        monkeypatch.setattr(sys, "argv", call)
+        if script != "make_clutter":
+            assert {"train_clutter": train_clutter, "train_segmenter": train_segmenter}[script].parse().checkpoint
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made["vim.pth"]["seconds"] == 1.0
+    clutter.make_all(tmp_path, ["vim", "segmenter"])
+    assert len(calls) == 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,16 +68,16 @@ EPOCHS = {"vim": (6, 3), "plain_mamba": (6, 3), "deit": (10, 4), "segmenter": (0
 MAKINGS = list_makings(DATA, EPOCHS)
 
 
-def make_all(cache: Path, only: set[str] | None) -> None:
+def make_all(cache: Path, only: Sequence[str]) -> None:
     """Make the files that are not finished; a training that was stopped goes on.
 
     Args:
-        only: names of models; None: all of them.
+        only: names of models.
     """
     finished = cache / MADE
     for making in MAKINGS:
         model = making.file.removesuffix(".pth").removesuffix("80")
-        if making.file in read(finished) or (making.file.endswith(".pth") and only is not None and model not in only):
+        if making.file in read(finished) or (making.file.endswith(".pth") and model not in only):
             continue
         command = [f"{making.script}.py", *(fill(cache, part) for part in making.arguments.split())]
         line(f"making {making.file}: {' '.join(command)}")

@@ -72,6 +72,8 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
         request = CompareRequest(data=data, measure=MeasureOptions(latency=False))
         folder = settings.rows_of(subject.name, seed)
         comparison = KeptComparison(model, folder, request, settings.command, force=False)
+        if not comparison.measured.source.labelled:
+            raise ssmcompress.InputError(f"{subject.test} has no labels, so there is nothing to measure")
         if seed != settings.seeds[0]:
             first = read_rows(subject.name, settings.seeds[0], settings)
             comparison.same = {(r["method"], r["share"]): r for r in first if not depends_on_seed(r["method"])}
