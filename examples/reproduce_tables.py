@@ -59,9 +59,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scenes", type=Path, help="a folder with images and annotations, each with both splits")
     parser.add_argument("--only", help="names of models, with commas between them")
     parser.add_argument("--parts", default=",".join([MAKE, *PARTS]), help="default: %(default)s")
-    parser.add_argument("--seeds", default="0,1,2", help="default: %(default)s")
-    parser.add_argument("--share", default="60", help="percent of the FLOPs that are left; default: %(default)s")
-    parser.add_argument("--further-shares", default="75,50", help="for table 3, '' for none; default: %(default)s")
+    parser.add_argument("--seeds", type=list_numbers, default="0,1,2", help="default: %(default)s")
+    parser.add_argument("--share", type=int, default=60, help="percent of the FLOPs left; default: %(default)s")
+    parser.add_argument("--further", type=list_numbers, default="75,50", help="table 3; default: %(default)s")
     parser.add_argument("--samples", type=int, default=Settings.samples, help="images to calibrate and refit on")
     parser.add_argument("--tune-images", type=int, default=Settings.tune_images)
     parser.add_argument("--tune-epochs", type=int, default=Settings.tune_epochs)
@@ -74,9 +74,16 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.parts.split(",")) - {MAKE, *PARTS}:
         parser.error(f"--parts {', '.join(sorted(unknown))}: expected some of {', '.join([MAKE, *PARTS])}")
+    if not args.seeds or not all(0 < percent < 100 for percent in (args.share, *args.further)):
+        parser.error("expected --seeds, and for --share and --further percent above 0 and below 100")
     if (args.models is None) != (args.imagenet is None and args.scenes is None):
         parser.error("--models goes with --imagenet or --scenes")
     return args
+
+
+def list_numbers(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of a text, with commas between them."""
+    return tuple(int(number) for number in text.split(",") if number)
 
 
 def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]:
@@ -116,10 +123,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     command = shlex.join(["python", "examples/reproduce_tables.py", *sys.argv[1:]])
     args.cache.mkdir(parents=True, exist_ok=True)
-    same = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    shares = [int(percent) / 100 for percent in [args.share, *filter(None, args.further_shares.split(","))]]
-    seeds = tuple(int(seed) for seed in args.seeds.split(","))
-    settings = Settings(**same | {"seeds": seeds, "share": shares[0], "further": tuple(shares[1:]), "command": command})
+    values = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    values |= {"share": args.share / 100, "further": tuple(percent / 100 for percent in args.further)}
+    settings = Settings(**values, command=command)
     try:
         with only_main_prints(), progress_bars(quiet=False):
             run_all(args, settings)

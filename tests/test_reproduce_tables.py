@@ -14,7 +14,7 @@ from PIL import Image
 from segmenters import make_plain_mamba_upernet, scenes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FEW = ("--further-shares", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
+FEW = ("--further", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
 PARTS = ("rows", "tuned", "best", "speed", "reasons", "figure")
 
 
@@ -110,6 +110,8 @@ def test_again_and_in_pieces(run, stand_ins):
         (("--imagenet", "i", "--models", "missing"), "missing"),
         (("--imagenet", "i", "--models", "."), "no checkpoint"),
         (("--parts", "rows,sped"), "sped"),
+        (("--seeds", "a"), "--seeds"),
+        (("--share", "0"), "--share"),
         (("--only", "resnet"), "expected some of vim, plain_mamba, deit, segmenter"),
     ],
 )
