@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from small_models import ARCHITECTURES, Sizes, config_of
-from torch import Tensor
+from torch import Tensor, nn
 from training_loop import Training, add_options, measure_top1, normalise, shift_and_mirror, train
 
 import ssmcompress
 
 PATCH = 8
+PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
 # Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.110 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
@@ -40,6 +41,14 @@ def load(file: Path) -> tuple[Tensor, Tensor]:
     table = Dataset.from_parquet(str(file))
     images = np.stack([np.asarray(image) for image in table["image"]])
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(table["label"])
+
+
+def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of images, and if `patches`, those that the classifier has of the mean of all patches."""
+    if not patches:
+        return model(images), None
+    features = model.forward_features(images)  # the class token comes first
+    return model.forward_head(features), model.head(features[:, 1:].mean(1))
 
 
 def parse() -> argparse.Namespace:
@@ -54,10 +63,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--patch-loss", type=float, default=0.0, help=PATCH_LOSS)
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     parser.set_defaults(d_model=None)
     args = parser.parse_args()
     args.d_model = args.d_model or WIDTHS[args.architecture]
+    if args.patch_loss and args.architecture == "plain_mamba":
+        parser.error("--patch-loss is for models with a class token: a PlainMamba reads the mean of its patches anyway")
     return args
 
 
@@ -75,7 +87,11 @@ def main() -> None:
 
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         batch = shift_and_mirror(images[chosen], PATCH // 2, 0, generator)
-        return F.cross_entropy(model(normalise(batch)), labels[chosen], label_smoothing=args.label_smoothing)
+        logits, of_patches = classify(model, normalise(batch), args.patch_loss > 0)
+        total = F.cross_entropy(logits, labels[chosen], label_smoothing=args.label_smoothing)
+        if of_patches is not None:
+            total += args.patch_loss * F.cross_entropy(of_patches, labels[chosen], label_smoothing=args.label_smoothing)
+        return total
 
     training = Training(
         model,

@@ -111,7 +111,8 @@ def test_a_classifier_of_clutter_begun_on_small_images(run, tmp_path, architectu
     small, large = tmp_path / "small.parquet", tmp_path / "large.parquet"
     write_objects(small, 20, 32)
     write_objects(large, 20, 48)
-    run("train_clutter", tmp_path / "small.pth", small, small, *options, "--epochs", 1)
+    patches = () if architecture == "plain_mamba" else ("--patch-loss", 0.5)
+    run("train_clutter", tmp_path / "small.pth", small, small, *options, *patches, "--epochs", 1)
     continued = (large, large, *options, "--epochs", 2, "--start", tmp_path / "small.pth")
     run("train_clutter", tmp_path / "one.pth", *continued)
     for _ in range(2):
@@ -120,6 +121,9 @@ def test_a_classifier_of_clutter_begun_on_small_images(run, tmp_path, architectu
     assert ssmcompress.load(tmp_path / "one.pth").config.image_size == (48, 48)
     run("train_clutter", tmp_path / "three.pth", *continued, "--lr", 0, "--steps", 1)  # still the weights of the start
     start = ssmcompress.load(tmp_path / "small.pth", image_size=48).state_dict()
+    if patches:
+        run("train_clutter", tmp_path / "plain.pth", small, small, *options, "--epochs", 1)
+        assert not same_weights(tmp_path / "small.pth", tmp_path / "plain.pth", key)
     kept = torch.load(tmp_path / "three.pth", weights_only=True)[key]
     names = [name for name in start if "running" not in name and "tracked" not in name]
     assert all(torch.allclose(kept[name], start[name], atol=1e-3) for name in names)
