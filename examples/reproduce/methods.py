@@ -32,13 +32,19 @@ IMPORTANCES = {
 HALVES = ("clip, conv aligned", "clip, scan aligned")
 
 
-def list_names(task: str, main: bool) -> tuple[str, ...]:
-    """Return the names of the methods that the tables have for a task, at the main share of the FLOPs or at another."""
+def list_names(task: str, main: bool, whole: bool) -> tuple[str, ...]:
+    """Return the names of the methods that the tables have for a model.
+
+    Args:
+        task: of the model. main: whether at the main share of the FLOPs, or at another.
+        whole: whether the model has its part in table 4, and in table 3 at other shares.
+    """
     pairs = tuple(name for pair in WITH_AND_WITHOUT.values() for name in pair)
     if task == "segmentation":
         names = SEGMENTERS if main else ()
     elif main:
-        names = (*CLASSIFIERS, *pairs, *(name for pair in IMPORTANCES.values() for name in pair), *HALVES)
+        metrics = (*(name for pair in IMPORTANCES.values() for name in pair), *HALVES)
+        names = (*CLASSIFIERS, *pairs, *(metrics if whole else ()))
     else:
-        names = pairs
+        names = pairs if whole else ()
     return tuple(dict.fromkeys(names))

@@ -78,7 +78,7 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
             first = read_rows(subject.name, settings.seeds[0], settings)
             comparison.same = {(r["method"], r["share"]): r for r in first if not depends_on_seed(r["method"])}
         for share in settings.shares:
-            names = list_names(model.task.name, share == settings.share)
+            names = list_names(model.task.name, share == settings.share, subject.whole)
             obstacles = list_obstacles(model, names)
             comparison.share = share
             methods = choose_methods(model, [name for name in names if name not in obstacles])

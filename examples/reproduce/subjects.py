@@ -25,6 +25,7 @@ class Subject:
         training: images to calibrate on and to learn from, as `ssmcompress.open_images` takes them, such as
             `imagenet:train`. test: images to measure on.
         preprocessing: what the checkpoint does not say of its preprocessing.
+        whole: whether table 4, and table 3 at other shares of the FLOPs, have the model.
         draw: (number of a test image) -> what each of its pixels shows, (height, width) of 0 background, 1 clutter and
             2 the object; None: that is not known.
     """
@@ -35,6 +36,7 @@ class Subject:
     test: str
     options: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
     draw: Callable[[int], Any] | None = None
 
     def load(self, device: str) -> TokenModel:
