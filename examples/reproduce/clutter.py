@@ -32,41 +32,33 @@ class Making(NamedTuple):
     arguments: str
 
 
-def list_makings(data: dict[str, int], epochs: dict[str, tuple[int, int]]) -> list[Making]:
-    """Return what makes all files, in order.
-
-    Args:
-        data: number of images by file. epochs: by model, on small images and then on whole ones.
-    """
-    makings = [
-        Making(file, "make_clutter", f"{task} {split} {{{file}}} --images {data[file]}{side}")
-        for file, task, split, side in (
-            ("train80.parquet", "classification", "train", " --side 80"),
-            ("test80.parquet", "classification", "test", " --side 80"),
-            ("train.parquet", "classification", "train", ""),
-            ("test.parquet", "classification", "test", ""),
-            ("scenes-train.parquet", "segmentation", "train", ""),
-            ("scenes-test.parquet", "segmentation", "test", ""),
-        )
-    ]
-    for name in ARCHITECTURES:
-        small, whole = epochs[name]
-        for file, parts in (
-            (f"{name}80.pth", f"{{train80.parquet}} {{test80.parquet}} --epochs {small}"),
-            (f"{name}.pth", f"{{train.parquet}} {{test.parquet}} --start {{{name}80.pth}} --epochs {whole} --lr 1e-3"),
-        ):
-            makings.append(Making(file, "train_clutter", f"{{{file}}} {parts} --architecture {name}"))
-    data = "{scenes-train.parquet} {scenes-test.parquet}"
-    arguments = f"{{segmenter.pth}} {data} --backbone {{vim.pth}} --epochs {epochs['segmenter'][1]}"
-    return [*makings, Making("segmenter.pth", "train_segmenter", arguments)]
+IMAGES = {
+    "train80.parquet": "classification train {} --images 60000 --side 80",
+    "test80.parquet": "classification test {} --images 2000 --side 80",
+    "train.parquet": "classification train {} --images 60000",
+    "test.parquet": "classification test {} --images 5000",
+    "scenes-train.parquet": "segmentation train {} --images 16000",
+    "scenes-test.parquet": "segmentation test {} --images 1000",
+}
+# How classifiers are trained: on small images, then on whole ones.
+TRAININGS = {
+    "vim": ("--epochs 10 --lr 4e-3 --patch-loss 0.5", "--epochs 3 --lr 1e-3"),
+    "plain_mamba": ("--epochs 6", "--epochs 2 --lr 1e-3"),
+    "deit": ("--epochs 12 --patch-loss 0.5", "--epochs 3 --lr 1e-3"),
+}
 
 
-DATA = {
-    "train80.parquet": 60000, "test80.parquet": 2000, "train.parquet": 60000, "test.parquet": 5000,
-    "scenes-train.parquet": 16000, "scenes-test.parquet": 1000,
-}  # fmt: skip
-EPOCHS = {"vim": (6, 3), "plain_mamba": (6, 3), "deit": (10, 4), "segmenter": (0, 5)}
-MAKINGS = list_makings(DATA, EPOCHS)
+def list_makings() -> list[Making]:
+    """Return what makes all files, in order."""
+    makings = [Making(file, "make_clutter", text.replace("{}", f"{{{file}}}")) for file, text in IMAGES.items()]
+    for name, (small, whole) in TRAININGS.items():
+        first = f"{{{name}80.pth}}"
+        options = f"{first} {{train80.parquet}} {{test80.parquet}} --architecture {name} {small}"
+        makings.append(Making(f"{name}80.pth", "train_clutter", options))
+        options = f"{{{name}.pth}} {{train.parquet}} {{test.parquet}} --architecture {name} --start {first} {whole}"
+        makings.append(Making(f"{name}.pth", "train_clutter", options))
+    options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim.pth} --epochs 5"
+    return [*makings, Making("segmenter.pth", "train_segmenter", options)]
 
 
 def make_all(cache: Path, only: Sequence[str]) -> None:
@@ -76,7 +68,7 @@ def make_all(cache: Path, only: Sequence[str]) -> None:
         only: names of models.
     """
     finished = cache / MADE
-    for making in MAKINGS:
+    for making in list_makings():
         model = making.file.removesuffix(".pth").removesuffix("80")
         if making.file in read(finished) or (making.file.endswith(".pth") and model not in only):
             continue
