@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from make_clutter import FOLDER, Clutter
+from small_models import ARCHITECTURES
 
 from ssmcompress.progress import line
 
@@ -18,10 +21,8 @@ from .settings import MADE, read, write
 from .subjects import Subject
 
 EXAMPLES = Path(__file__).parents[1]
-# Images are as the models see them; the files do not say so.
 WHOLE = "vim"  # the model of all tables; of the others, tables 1 and 3 at one share of the FLOPs take long enough
-AS_IT_IS = {"crop_pct": 1.0}
-ARCHITECTURES = {"vim": "vim", "plain_mamba": "plain_mamba", "deit": "vit"}
+AS_IT_IS = {"crop_pct": 1.0}  # images are as the models see them; the files do not say so
 
 
 class Making(NamedTuple):
@@ -91,23 +92,25 @@ def fill(cache: Path, part: str) -> str:
 def list_subjects(cache: Path) -> list[Subject]:
     """Return the models of the miniature."""
 
-    def draw(number: int) -> Any:
-        return _test_images().draw_object(number)[2]
+    @functools.cache
+    def test_images() -> Clutter:  # reads the photographs, so when first used
+        return Clutter("test", FOLDER, seed=0)
+
+    def draw(number: int) -> np.ndarray:
+        return test_images().draw_object(number)[2]
 
     images = str(cache / "train.parquet"), str(cache / "test.parquet")
     subjects = [
-        Subject(name, cache / f"{name}.pth", *images, {"architecture": architecture}, AS_IT_IS, name == WHOLE, draw)
-        for name, architecture in ARCHITECTURES.items()
+        Subject(
+            name,
+            cache / f"{name}.pth",
+            *images,
+            {"architecture": ARCHITECTURES[name].name},
+            AS_IT_IS,
+            name == WHOLE,
+            draw,
+        )
+        for name in TRAININGS
     ]
     scenes = str(cache / "scenes-train.parquet"), str(cache / "scenes-test.parquet")
     return [*subjects, Subject("segmenter", cache / "segmenter.pth", *scenes)]
-
-
-_made: list[Clutter] = []
-
-
-def _test_images() -> Clutter:
-    """The test images, which are drawn again for what their pixels show; made when first used."""
-    if not _made:
-        _made.append(Clutter("test", FOLDER, seed=0))
-    return _made[0]

@@ -16,7 +16,6 @@ from .subjects import Subject
 
 METHOD = "clip, aligned"
 IMAGES = 3
-SUMMARY = "summary.png"
 
 
 def find_figure(name: str, settings: Settings) -> Path:

@@ -52,8 +52,8 @@ def explain(subject: Subject, settings: Settings) -> None:
         pruned = ssmcompress.prune(dense, plan)
         models = {name: prune_like(dense, pruned, alignment) for name, alignment in ALIGNMENTS.items()}
         images = choose(subject.test, dense, settings.reason_images, settings)
-        top1 = {name: ssmcompress.evaluate(model, images, dense=dense).figures for name, model in models.items()}
-        found[metric] = {"figures": top1, **run_both(subject, dense, models, images)}
+        figures = {name: ssmcompress.evaluate(model, images, dense=dense).figures for name, model in models.items()}
+        found[metric] = {"figures": figures, **run_both(subject, dense, models, images)}
         write(file, found)
 
 
@@ -78,22 +78,24 @@ def run_both(
         `dropped`, `all`: the shares of the pixels of dropped tokens, and of all, by content; empty if not known.
     """
     sums: dict[str, dict[int, list[Tensor]]] = {name: {} for name in models}
-    gaps, contents = [], {"dropped": [], "all": []}
+    gaps, contents, counts = [], {"dropped": [], "all": []}, []
     last = models["both"]
     for batch in track(images, "explaining", len(images)):
         pictures = batch.images.to(next(dense.parameters()).device)
         before = {run.layer: run for run in dense.run_layers(dense.embed(pictures))}
+        embedded = {name: model.embed(pictures) for name, model in models.items()}
         for run in last.run_layers(last.embed(pictures)):
             positions = run.before.positions
             if positions is None:
                 continue
             full = before[run.layer]
-            inputs, outputs = (gather_tokens(t.features, positions) for t in (full.before, full.after))
+            outputs = gather_tokens(full.after.features, positions)
             for name, model in models.items():
-                tokens = replace(model.embed(pictures), features=full.before.features).keep(positions)
+                tokens = replace(embedded[name], features=full.before.features).keep(positions)
                 error = model.blocks[run.layer - 1](tokens).features - outputs
-                parts = [measure(error, tokens), measure(outputs - inputs, tokens)]
+                parts = [measure(error, tokens), measure(outputs - tokens.features, tokens)]
                 add(sums[name].setdefault(run.layer, []), parts)
+        counts.append(len(positions))
         gaps.append(mean_gap(positions))
         if subject.draw is not None:
             for key, shares in share_contents(subject, dense, batch.index, positions).items():
@@ -102,8 +104,12 @@ def run_both(
         name: {layer: (error / size).tolist() for layer, (error, size) in layers.items()}
         for name, layers in sums.items()
     }
-    shares = {k: dict(zip(CONTENTS, np.mean(v, axis=0).tolist(), strict=True)) for k, v in contents.items() if v}
-    return {"errors": errors, "gap": sum(gaps) / len(gaps), **shares}
+    shares = {
+        k: dict(zip(CONTENTS, np.average(v, axis=0, weights=counts).tolist(), strict=True))
+        for k, v in contents.items()
+        if v
+    }
+    return {"errors": errors, "gap": float(np.average(gaps, weights=counts)), **shares}
 
 
 def measure(values: Tensor, tokens: Any) -> Tensor:
