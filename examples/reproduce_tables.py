@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -107,18 +108,21 @@ def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]
 
 
 def run_part(name: str, subject: Subject, settings: Settings) -> None:
-    """Do a part of the work for a model, and note the time and the memory that it took."""
+    """Do a part of the work for a model, and note the time and the memory that it took, also when it is stopped."""
     begin = time.monotonic()
-    PARTS[name](subject, settings)
-    file = settings.file_of("cost", subject.name)
-    cost = read(file)
-    earlier = cost.get(name, {"seconds": 0.0})
-    cost[name] = {"seconds": round(earlier["seconds"] + time.monotonic() - begin, 1), "peak_mb": peak_memory()}
-    write(file, cost)
+    try:
+        PARTS[name](subject, settings)
+    finally:
+        file = settings.file_of("cost", subject.name)
+        cost = read(file)
+        earlier = cost.get(name, {"seconds": 0.0})
+        cost[name] = {"seconds": round(earlier["seconds"] + time.monotonic() - begin, 1), "peak_mb": peak_memory()}
+        write(file, cost)
 
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the time so far is noted
     if args.threads:
         torch.set_num_threads(args.threads)
     command = shlex.join(["python", "examples/reproduce_tables.py", *sys.argv[1:]])

@@ -13,6 +13,8 @@ from conftest import make_plain_mamba, make_vim, make_vit, write_image
 from PIL import Image
 from segmenters import make_plain_mamba_upernet, scenes
 
+from ssmcompress.compression.finetune.trainer import Trainer
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ("--further", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
 PARTS = ("rows", "tuned", "best", "speed", "reasons", "figure")
@@ -101,6 +103,35 @@ def test_again_and_in_pieces(run, stand_ins):
     rows = json.loads(Path("cache/rows/deit-seed0/compare.json").read_text(encoding="utf-8"))["rows"]
     assert [row["method"] for row in rows].count("ToMe") == 1
     assert Path("cache/rows/deit-seed0/compare.json").stat().st_mtime_ns >= kept
+
+
+def test_a_fine_tuning_that_is_stopped_goes_on(run, stand_ins, monkeypatch):
+    from reproduce import tuning
+
+    models = Path("checkpoints")
+    models.mkdir()
+    shutil.copy(stand_ins / "checkpoints" / "l1.pth", models / "l1.pth")
+    folder = Path("cache/rows/l1-seed0")
+    dense = {"method": "dense", "share": 1.0, "top1": 10.0, "images": 20, "flops_share": 1.0}
+    dense |= {"flops": {"full": 1.0, "paper": 1.0}}
+    folder.mkdir(parents=True)
+    (folder / "compare.json").write_text(json.dumps({"rows": [dense]}), encoding="utf-8")
+    monkeypatch.setattr(tuning, "find_best", lambda *_: None)
+    arguments = ("--imagenet", str(stand_ins / "imagenet"), "--models", str(models), *FEW, "--seeds", "0")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(tuning.ssmcompress, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, "--parts", "tuned")
+    (state,) = Path("cache/tuned").glob("*.pt")
+    assert json.loads(Path("cache/cost/l1.json").read_text())["tuned"]["seconds"] > 0
+    monkeypatch.setattr(Trainer, "take_step", stop)  # all steps are done
+    run(*arguments, "--parts", "tuned")
+    assert not state.exists()
+    assert json.loads(Path("cache/tuned/l1.json").read_text())["dense"]["images"] == 20
 
 
 @pytest.mark.parametrize(

@@ -261,19 +261,23 @@ def show_reasons(found: Sequence[Found], settings: Settings) -> str:
         """Each metric was measured again on fewer images, with the convolution alone aligned, the scan alone, or both.
         The mean gap is the number of dropped tokens between two kept ones. The error of a layer is what it adds to the
         kept tokens, beside what it adds in the dense model to the same tokens, when it gets the features of the dense
-        model: squares as a share of those of the dense model, over all kept tokens."""
+        model: squares as a share of those of the dense model, over all kept tokens and at the class token."""
     )
     return "\n\n".join(["## Why", text, *parts]) if parts else ""
 
 
 def layer_errors(found: Found) -> str:
-    """Return the table of the errors of single layers."""
+    """Return the table of the errors of single layers: over all kept tokens, and at the class token if there is one."""
     rows = []
     for metric, r in found.reasons.items():
         layers = list(next(iter(r["errors"].values())))
         for name, errors in r["errors"].items():
-            rows.append([metric, name, *(show(errors[layer][0], "{:.3f}") for layer in layers)])
-    return f"Errors of single layers of {found.name}:\n\n{table(['tokens by', 'aligned', *map(str, layers)], rows)}"
+            everywhere, own = zip(*errors.values(), strict=True)
+            rows.append([metric, name, "all kept", *(show(value, "{:.3f}") for value in everywhere)])
+            if own != everywhere:
+                rows.append([metric, name, "class token", *(show(value, "{:.3f}") for value in own)])
+    header = ["tokens by", "aligned", "error at", *map(str, layers)]
+    return f"Errors of single layers of {found.name}:\n\n{table(header, rows)}"
 
 
 SECTIONS: tuple[Callable[[Sequence[Found], Settings], str], ...] = (

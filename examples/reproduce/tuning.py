@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ssmcompress
-from ssmcompress.compression.finetune.state import StateFile
+from ssmcompress.compression.finetune.state import StateFile, remove_state
 from ssmcompress.data.batches import sample_indices
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
@@ -18,22 +17,28 @@ from .settings import Settings, read, write
 from .subjects import Subject
 
 
+class Run(NamedTuple):
+    """Fine-tuning on `count` images, None: all; its figures are kept in `file`, under `key`."""
+
+    file: Path
+    key: str
+    count: int | None
+
+
 def tune_rows(subject: Subject, settings: Settings) -> None:
     """Fine-tune the models of the first seed at the main share of the FLOPs that were not tuned yet, and measure them.
 
     The dense model is tuned, too: what it gains is not due to a method.
     """
     file = settings.file_of("tuned", subject.name)
-    found = read(file)
     dense = subject.load(settings.device)
     work: list[tuple[str, Path | None]] = [(DENSE, None), *find_kept(subject.name, settings, settings.share)]
     for number, (key, folder) in enumerate(work, 1):
-        if key in found:
+        if key in read(file):
             continue
         line(f"{subject.name}: fine-tuning {key}, {number} of {len(work)}")
         model = ssmcompress.load(folder, device=settings.device) if folder else ssmcompress.prune(dense, ratio=0.0)
-        found[key] = tune(model, dense, subject, settings, settings.tune_images)
-        write(file, found)
+        tune(model, dense, subject, settings, Run(file, key, settings.tune_images))
 
 
 def tune_best(subject: Subject, settings: Settings) -> None:
@@ -45,7 +50,7 @@ def tune_best(subject: Subject, settings: Settings) -> None:
     line(f"{subject.name}: fine-tuning {key} on all images")
     dense = subject.load(settings.device)
     model = ssmcompress.load(dict(find_kept(subject.name, settings))[key], device=settings.device)
-    write(file, {key: tune(model, dense, subject, settings, count=settings.best_images)})
+    tune(model, dense, subject, settings, Run(file, key, settings.best_images))
 
 
 def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
@@ -55,26 +60,27 @@ def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
     return None if best is None else name_row(best["method"], share)
 
 
-def tune(
-    model: TokenModel, dense: TokenModel, subject: Subject, settings: Settings, count: int | None
-) -> dict[str, Any]:
-    """Fine-tune a model on `count` images, None: all of them, and return its figures.
+def tune(model: TokenModel, dense: TokenModel, subject: Subject, settings: Settings, run: Run) -> None:
+    """Fine-tune a model and keep its figures; a run that was stopped goes on.
 
     A model of smaller images has no teacher, for the dense model does not take its images.
     """
-    begin = time.monotonic()
     images = dense.find_images(subject.training)
-    index, _ = sample_indices(len(images), count or len(images), settings.seeds[0])
+    index, _ = sample_indices(len(images), run.count or len(images), settings.seeds[0])
     batches = ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
     teacher = dense if model.dense_config == dense.config else None
     recipe = ssmcompress.Recipe(epochs=settings.tune_epochs)
-    state = StateFile(settings.cache / f"{subject.name}.training.pt", resume=False)
-    tuned = ssmcompress.finetune(model, batches, dense=teacher, recipe=recipe, seed=settings.seeds[0], state=state)
+    # Its name has what may differ between two runs of the script, so that a state is always of the same run.
+    state = run.file.parent / f"{subject.name}-{run.key}-{len(index)}-{settings.tune_epochs}-{settings.seeds[0]}.pt"
+    tuned = ssmcompress.finetune(
+        model, batches, dense=teacher, recipe=recipe, seed=settings.seeds[0], state=StateFile(state, resume=True)
+    )
     result = ssmcompress.evaluate(tuned.model, subject.test)
-    return {
+    figures = {
         "figures": dict(result.figures),
         "teacher": teacher is not None,
         "images": len(index),
         "epochs": settings.tune_epochs,
-        "seconds": round(time.monotonic() - begin, 1),
     }
+    write(run.file, read(run.file) | {run.key: figures})
+    remove_state(state)
