@@ -11,7 +11,8 @@ checkpoints in a folder; segmentation models among them need `--scenes`, a folde
 
 For each model there are rows without training, with three choices of the images to calibrate on, and rows after a short
 fine-tuning. The script also times all models, measures why alignment helps or not, and draws attention maps. It writes
-a page, and everything else to the cache. It can be stopped at any time; the same command goes on where it stopped.
+a page, and everything else to the cache; what stands between the two comments of a page stays when it is written again.
+It can be stopped at any time; the same command goes on where it stopped.
 `--only` and `--parts` divide the work: two processes that share a cache must not have the same models.
 """
 

@@ -134,6 +134,24 @@ def test_a_fine_tuning_that_is_stopped_goes_on(run, stand_ins, monkeypatch):
     assert json.loads(Path("cache/tuned/l1.json").read_text())["dense"]["images"] == 20
 
 
+def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.page import NOTES, write_page
+    from reproduce.settings import Settings
+
+    page = tmp_path / "page.md"
+    write_page(page, [], Settings(tmp_path / "cache"))
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace(NOTES[0], f"{NOTES[0]}\n## Reading\n\nPlain *wins*.\n"), encoding="utf-8")
+    for _ in range(2):
+        write_page(page, [], Settings(tmp_path / "cache"))
+    assert f"{NOTES[0]}\n## Reading\n\nPlain *wins*.\n{NOTES[1]}" in page.read_text(encoding="utf-8")
+    page.write_text(NOTES[0], encoding="utf-8")
+    with pytest.raises(SystemExit, match="end of notes"):
+        write_page(page, [], Settings(tmp_path / "cache"))
+    assert page.read_text(encoding="utf-8") == NOTES[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

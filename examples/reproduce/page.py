@@ -24,6 +24,8 @@ from .speed import images_per_second
 from .subjects import Subject
 
 MISSING = "–"
+# What stands between these lines of an earlier page is written by hand, and kept.
+NOTES = ("<!-- notes, kept when the page is written again -->", "<!-- end of notes -->")
 MAIN = {"classification": "top1", "segmentation": "miou"}
 
 
@@ -82,14 +84,25 @@ def find(subject: Subject, settings: Settings) -> Found:
 
 
 def write_page(output: Path, subjects: Sequence[Subject], settings: Settings) -> None:
-    """Write the page and its figure, and all that it has as JSON into the cache."""
+    """Write the page and its figure, and all that it has as JSON into the cache; the notes of an earlier page stay."""
     found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = [describe_run(settings), *(section(found, settings) for section in SECTIONS), draw(found, output, settings)]
+    tables = [section(found, settings) for section in SECTIONS]
+    parts = [describe_run(settings), read_notes(output), *tables, draw(found, output, settings)]
     parts += [describe_cost(found, read(settings.cache / MADE))]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
     write(settings.cache / "results.json", {f.name: vars(f) for f in found})
+
+
+def read_notes(page: Path) -> str:
+    """Return the notes in a page, with the lines around them; only these lines if there is no page or it has none."""
+    begin, end = NOTES
+    _, found, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
+    notes, closed, _ = rest.partition(end)
+    if found and not closed:
+        raise SystemExit(f"{page} has no line {end!r} after its notes, so it cannot be written again")
+    return f"{begin}\n{notes.strip()}\n{end}" if notes.strip() else f"{begin}\n{end}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
