@@ -28,9 +28,12 @@ from torch import Tensor, nn
 from training_loop import Training, add_options, measure_top1, normalise, shift_and_mirror, train
 
 import ssmcompress
+from ssmcompress.progress import track
 
 PATCH = 8
+BATCH = 250  # images at a time that a teacher sees
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
+TEACHER = "checkpoint of another model of these images: half of each target is then its prediction, not the label"
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
 # Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.110 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
@@ -51,6 +54,27 @@ def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, T
     return model.forward_head(features), model.head(features[:, 1:].mean(1))
 
 
+@torch.inference_mode()
+def make_targets(labels: Tensor, smoothing: float, predictions: Tensor | None) -> Tensor:
+    """Return what is learned, (n, classes) of probabilities: smoothed labels, or their mean with `predictions`."""
+    targets = F.one_hot(labels).float() * (1 - smoothing)
+    targets += smoothing / targets.shape[1]
+    return targets if predictions is None else (targets + predictions) / 2
+
+
+@torch.inference_mode()
+def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
+    """Return a model's probabilities (n, classes) of all images, which a file next to it keeps for the next run."""
+    file = teacher.with_name(f"{teacher.stem}-on-{training.stem}.pt")
+    if file.exists() and file.stat().st_mtime > teacher.stat().st_mtime:
+        return torch.load(file, weights_only=True)
+    model = ssmcompress.load(teacher, image_size=tuple(images.shape[-2:]))
+    parts = images.split(BATCH)
+    found = torch.cat([model(normalise(part)).softmax(1) for part in track(parts, "asking the teacher", len(parts))])
+    torch.save(found, file)
+    return found
+
+
 def parse() -> argparse.Namespace:
     """The options of the command line, with the width filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--patch-loss", type=float, default=0.0, help=PATCH_LOSS)
+    parser.add_argument("--teacher", type=Path, help=TEACHER)
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     parser.set_defaults(d_model=None)
     args = parser.parse_args()
@@ -78,6 +103,8 @@ def main() -> None:
     architecture = ARCHITECTURES[args.architecture]
     images, labels = load(args.training)
     test = load(args.test)
+    predictions = None if args.teacher is None else predict(args.teacher, args.training, images)
+    targets = make_targets(labels, args.label_smoothing, predictions)
     side = images.shape[-1]
     torch.manual_seed(args.seed)
     model = architecture.make(Sizes(args.d_model, args.depth, args.d_state, channels=3, side=side, patch=PATCH))
@@ -88,9 +115,9 @@ def main() -> None:
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
         batch = shift_and_mirror(images[chosen], PATCH // 2, 0, generator)
         logits, of_patches = classify(model, normalise(batch), args.patch_loss > 0)
-        total = F.cross_entropy(logits, labels[chosen], label_smoothing=args.label_smoothing)
+        total = F.cross_entropy(logits, targets[chosen])
         if of_patches is not None:
-            total += args.patch_loss * F.cross_entropy(of_patches, labels[chosen], label_smoothing=args.label_smoothing)
+            total += args.patch_loss * F.cross_entropy(of_patches, targets[chosen])
         return total
 
     training = Training(

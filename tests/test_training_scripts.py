@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features, Image, Value
 
 import ssmcompress
@@ -124,6 +125,21 @@ def test_a_classifier_of_clutter_begun_on_small_images(run, tmp_path, architectu
     if patches:
         run("train_clutter", tmp_path / "plain.pth", small, small, *options, "--epochs", 1)
         assert not same_weights(tmp_path / "small.pth", tmp_path / "plain.pth", key)
+    run("train_clutter", tmp_path / "taught.pth", *continued, "--teacher", tmp_path / "two.pth")
+    assert not same_weights(tmp_path / "one.pth", tmp_path / "taught.pth", key)
+    predictions = torch.load(tmp_path / "two-on-large.pt", weights_only=True)
+    torch.testing.assert_close(predictions.sum(1), torch.ones(20))
     kept = torch.load(tmp_path / "three.pth", weights_only=True)[key]
     names = [name for name in start if "running" not in name and "tracked" not in name]
     assert all(torch.allclose(kept[name], start[name], atol=1e-3) for name in names)
+
+
+def test_targets_of_a_teacher(run):
+    from train_clutter import make_targets
+
+    labels, logits = torch.tensor([1, 0, 2]), torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(F.cross_entropy(logits, make_targets(labels, 0.1, None)), smoothed)
+    predictions = torch.tensor([[0.0, 1.0, 0.0]] * 3)
+    expected = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    torch.testing.assert_close(make_targets(labels, 0.0, predictions), expected)
