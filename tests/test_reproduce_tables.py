@@ -187,7 +187,7 @@ def test_shares_of_what_dropped_tokens_show(monkeypatch):
 
 
 def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path):
-    """And in pieces: what is finished is not made again, and a model that was not asked for is not trained."""
+    """And in pieces: what is finished is not made again, and only what the models that are asked for need is made."""
     import train_clutter
     import train_segmenter
     from reproduce import clutter
@@ -195,17 +195,23 @@ def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path
     monkeypatch.setattr(clutter, "EXAMPLES", tmp_path)
     calls = []
     monkeypatch.setattr(clutter.subprocess, "run", lambda command, check: calls.append(command[1:]))
-    for name in ("vim80", "vim", "segmenter"):
-        state = {"model": make_vim().state_dict(), "seconds": 1.0, "peak_mb": 2.0, "history": []}
-        torch.save(state, tmp_path / f"{name}.pth")
-    clutter.make_all(tmp_path, ["vim", "segmenter"])
-    scripts = [Path(call[0]).stem for call in calls]
-    assert scripts == ["make_clutter"] * 6 + ["train_clutter"] * 2 + ["train_segmenter"]
-    for script, call in zip(scripts, calls, strict=True):
+    for file, making in clutter.list_makings().items():
+        if making.script != "make_clutter":
+            state = {"model": make_vim().state_dict(), "seconds": 1.0, "peak_mb": 2.0, "history": []}
+            torch.save(state, tmp_path / file)
+    clutter.make_all(tmp_path, ["deit"])
+    assert [Path(call[0]).stem for call in calls] == ["make_clutter"] * 4 + ["train_clutter"] * 2
+    clutter.make_all(tmp_path, ["segmenter"])  # which begins with the Vim, which learns from the PlainMamba
+    scripts = [Path(call[0]).stem for call in calls[6:]]
+    assert scripts == ["make_clutter"] * 2 + ["train_clutter"] * 4 + ["train_segmenter"]
+    for script, call in zip(scripts, calls[6:], strict=True):
         monkeypatch.setattr(sys, "argv", call)
         if script != "make_clutter":
             assert {"train_clutter": train_clutter, "train_segmenter": train_segmenter}[script].parse().checkpoint
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["vim.pth"]["seconds"] == 1.0
-    clutter.make_all(tmp_path, ["vim", "segmenter"])
-    assert len(calls) == 9
+    assert made["deit.pth"]["command"].startswith(
+        "python examples/train_clutter.py deit.pth train.parquet test.parquet "
+    )
+    clutter.make_all(tmp_path, ["vim", "plain_mamba", "deit", "segmenter"])
+    assert len(calls) == 13

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,14 +44,18 @@ IMAGES = {
 }
 # How classifiers are trained: on small images, then on whole ones.
 TRAININGS = {
-    "vim": ("--epochs 10 --lr 4e-3 --patch-loss 0.5", "--epochs 3 --lr 1e-3"),
     "plain_mamba": ("--epochs 6", "--epochs 2 --lr 1e-3"),
-    "deit": ("--epochs 12 --patch-loss 0.5", "--epochs 3 --lr 1e-3"),
+    "vim": (
+        "--epochs 10 --lr 4e-3 --patch-loss 0.5",
+        "--epochs 5 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}",
+    ),
+    "deit": ("--epochs 10 --lr 5e-4 --patch-loss 0.5", "--epochs 3 --lr 5e-4 --patch-loss 0.5"),
 }
+ORDER = ("vim", "plain_mamba", "deit")  # of the tables
 
 
-def list_makings() -> list[Making]:
-    """Return what makes all files, in order."""
+def list_makings() -> dict[str, Making]:
+    """Return what makes all files, by their names, in order."""
     makings = [Making(file, "make_clutter", text.replace("{}", f"{{{file}}}")) for file, text in IMAGES.items()]
     for name, (small, whole) in TRAININGS.items():
         first = f"{{{name}80.pth}}"
@@ -59,29 +64,38 @@ def list_makings() -> list[Making]:
         options = f"{{{name}.pth}} {{train.parquet}} {{test.parquet}} --architecture {name} --start {first} {whole}"
         makings.append(Making(f"{name}.pth", "train_clutter", options))
     options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim.pth} --epochs 5"
-    return [*makings, Making("segmenter.pth", "train_segmenter", options)]
+    makings.append(Making("segmenter.pth", "train_segmenter", options))
+    return {making.file: making for making in makings}
+
+
+def find_needed(makings: Mapping[str, Making], file: str) -> set[str]:
+    """Return the names of all files that making a file takes, its own among them."""
+    others = set(re.findall(r"\{(.+?)\}", makings[file].arguments)) - {file}
+    return {file}.union(*(find_needed(makings, other) for other in others))
 
 
 def make_all(cache: Path, only: Sequence[str]) -> None:
-    """Make the files that are not finished; a training that was stopped goes on.
+    """Make the files that are not finished and that some models need; a training that was stopped goes on.
 
     Args:
         only: names of models.
     """
     finished = cache / MADE
-    for making in list_makings():
-        model = making.file.removesuffix(".pth").removesuffix("80")
-        if making.file in read(finished) or (making.file.endswith(".pth") and model not in only):
+    makings = list_makings()
+    needed = set().union(*(find_needed(makings, f"{name}.pth") for name in only))
+    for file, making in makings.items():
+        if file in read(finished) or file not in needed:
             continue
         command = [f"{making.script}.py", *(fill(cache, part) for part in making.arguments.split())]
-        line(f"making {making.file}: {' '.join(command)}")
+        line(f"making {file}: {' '.join(command)}")
         begin = time.monotonic()
         subprocess.run([sys.executable, str(EXAMPLES / command[0]), *command[1:]], check=True)
-        value = {"command": f"python examples/{' '.join(command)}", "seconds": time.monotonic() - begin}
-        if making.file.endswith(".pth"):  # which was perhaps trained in several pieces
-            saved = torch.load(cache / making.file, weights_only=True)
+        shown = re.sub(r"[{}]", "", making.arguments)
+        value = {"command": f"python examples/{making.script}.py {shown}", "seconds": time.monotonic() - begin}
+        if file.endswith(".pth"):  # which was perhaps trained in several pieces
+            saved = torch.load(cache / file, weights_only=True)
             value |= {"seconds": saved["seconds"], "peak_mb": saved["peak_mb"], "history": saved["history"]}
-        write(finished, read(finished) | {making.file: value})
+        write(finished, read(finished) | {file: value})
 
 
 def fill(cache: Path, part: str) -> str:
@@ -110,7 +124,7 @@ def list_subjects(cache: Path) -> list[Subject]:
             name == WHOLE,
             draw,
         )
-        for name in TRAININGS
+        for name in ORDER
     ]
     scenes = str(cache / "scenes-train.parquet"), str(cache / "scenes-test.parquet")
     return [*subjects, Subject("segmenter", cache / "segmenter.pth", *scenes)]
