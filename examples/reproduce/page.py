@@ -321,9 +321,9 @@ def describe_cost(found: Sequence[Found], made: dict[str, Any]) -> str:
     rows = [[name, f"{v['seconds'] / 60:.0f}", show(v.get("peak_mb"), "{:,.0f}")] for name, v in parts]
     total = sum(value["seconds"] for _, value in parts) / 3600
     text = f"## Time and memory\n\n{table(['part', 'minutes', 'peak MB'], rows)}\n\nIn all {total:.1f} hours."
-    commands = "\n".join(value["command"] for value in made.values())
-    return (
-        f"{text} Images and models were made by these commands, with all files in the cache:\n\n```text\n{commands}\n```"
-        if made
-        else text
-    )
+    if made:
+        commands = "\n".join(value["command"] for value in made.values())
+        text += (
+            f" Images and models were made by these commands, with all files in the cache:\n\n```text\n{commands}\n```"
+        )
+    return text
