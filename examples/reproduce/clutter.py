@@ -49,7 +49,10 @@ TRAININGS = {
         "--epochs 10 --lr 4e-3 --patch-loss 0.5",
         "--epochs 5 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}",
     ),
-    "deit": ("--epochs 10 --lr 5e-4 --patch-loss 0.5", "--epochs 3 --lr 5e-4 --patch-loss 0.5"),
+    "deit": (
+        "--epochs 14 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}",
+        "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth}",
+    ),
 }
 ORDER = ("vim", "plain_mamba", "deit")  # of the tables
 
