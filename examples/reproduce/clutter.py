@@ -47,7 +47,7 @@ TRAININGS = {
     "plain_mamba": ("--epochs 6", "--epochs 2 --lr 1e-3"),
     "vim": (
         "--epochs 10 --lr 4e-3 --patch-loss 0.5",
-        "--epochs 5 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}",
+        "--epochs 7 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}",
     ),
     "deit": (
         "--epochs 14 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}",
