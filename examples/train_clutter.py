@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from small_models import ARCHITECTURES, Sizes, config_of
+from small_models import ARCHITECTURES, CLASSES, Sizes, config_of
 from torch import Tensor, nn
 from training_loop import Training, add_options, measure_top1, normalise, shift_and_mirror, train
 
@@ -55,10 +55,10 @@ def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, T
 
 
 @torch.inference_mode()
-def make_targets(labels: Tensor, smoothing: float, predictions: Tensor | None) -> Tensor:
+def make_targets(labels: Tensor, smoothing: float, predictions: Tensor | None, classes: int = CLASSES) -> Tensor:
     """Return what is learned, (n, classes) of probabilities: smoothed labels, or their mean with `predictions`."""
-    targets = F.one_hot(labels).float() * (1 - smoothing)
-    targets += smoothing / targets.shape[1]
+    targets = F.one_hot(labels, classes).float() * (1 - smoothing)
+    targets += smoothing / classes
     return targets if predictions is None else (targets + predictions) / 2
 
 
