@@ -117,7 +117,8 @@ def run_part(name: str, subject: Subject, settings: Settings) -> None:
         file = settings.file_of("cost", subject.name)
         cost = read(file)
         earlier = cost.get(name, {"seconds": 0.0})
-        cost[name] = {"seconds": round(earlier["seconds"] + time.monotonic() - begin, 1), "peak_mb": peak_memory()}
+        seconds = round(earlier["seconds"] + time.monotonic() - begin, 1)
+        cost[name] = {"seconds": seconds, "peak_mb": max(peak_memory() or 0.0, earlier.get("peak_mb") or 0.0) or None}
         write(file, cost)
 
 

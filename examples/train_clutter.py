@@ -1,15 +1,17 @@
-"""Train a small classifier on the images of make_clutter.py, on a CPU: a Vim, a PlainMamba or a DeiT.
+r"""Train a small classifier on the images of make_clutter.py, on a CPU: a Vim, a PlainMamba or a DeiT.
 
     python examples/make_clutter.py classification train train80.parquet --images 60000 --side 80
     python examples/make_clutter.py classification test test80.parquet --images 2000 --side 80
     python examples/make_clutter.py classification train train.parquet --images 60000
     python examples/make_clutter.py classification test test.parquet --images 5000
-    python examples/train_clutter.py vim80.pth train80.parquet test80.parquet --epochs 6
-    python examples/train_clutter.py vim.pth train.parquet test.parquet --start vim80.pth --epochs 3 --lr 1e-3
+    python examples/train_clutter.py small.pth train80.parquet test80.parquet --architecture plain_mamba --epochs 6
+    python examples/train_clutter.py plain_mamba.pth train.parquet test.parquet --architecture plain_mamba \
+        --start small.pth --epochs 2 --lr 1e-3
 
 The models have 12 layers and patches of 8 x 8 pixels, 196 of them in an image of 112 pixels. A step on images of 80
 pixels, with garments of the same size, takes half of the time; --start takes the weights of such a run, with the
-position embedding resized.
+position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, the PlainMamba for one;
+examples/reproduce/clutter.py has the options that each was trained with.
 
 The checkpoint is in the official format of its architecture and is written every few minutes; the same command goes on
 from it, and a run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test
@@ -17,6 +19,7 @@ images goes to standard output and to the checkpoint's "history".
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +74,9 @@ def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
     model = ssmcompress.load(teacher, image_size=tuple(images.shape[-2:]))
     parts = images.split(BATCH)
     found = torch.cat([model(normalise(part)).softmax(1) for part in track(parts, "asking the teacher", len(parts))])
-    torch.save(found, file)
+    temporary = file.with_suffix(".tmp")
+    torch.save(found, temporary)
+    os.replace(temporary, file)
     return found
 
 

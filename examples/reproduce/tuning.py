@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ssmcompress
 from ssmcompress.compression.finetune.state import StateFile, remove_state
 from ssmcompress.data.batches import sample_indices
+from ssmcompress.files import MODEL_FILE
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
@@ -18,10 +19,14 @@ from .subjects import Subject
 
 
 class Run(NamedTuple):
-    """Fine-tuning on `count` images, None: all; its figures are kept in `file`, under `key`."""
+    """Fine-tuning of the model in `folder`, None: the dense one, on `count` images, None: all.
+
+    Its figures are kept in `file`, under `key`.
+    """
 
     file: Path
     key: str
+    folder: Path | None
     count: int | None
 
 
@@ -37,8 +42,7 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
         if key in read(file):
             continue
         line(f"{subject.name}: fine-tuning {key}, {number} of {len(work)}")
-        model = ssmcompress.load(folder, device=settings.device) if folder else ssmcompress.prune(dense, ratio=0.0)
-        tune(model, dense, subject, settings, Run(file, key, settings.tune_images))
+        tune(dense, subject, settings, Run(file, key, folder, settings.tune_images))
 
 
 def tune_best(subject: Subject, settings: Settings) -> None:
@@ -49,8 +53,8 @@ def tune_best(subject: Subject, settings: Settings) -> None:
         return
     line(f"{subject.name}: fine-tuning {key} on all images")
     dense = subject.load(settings.device)
-    model = ssmcompress.load(dict(find_kept(subject.name, settings))[key], device=settings.device)
-    tune(model, dense, subject, settings, Run(file, key, settings.best_images))
+    folder = dict(find_kept(subject.name, settings))[key]
+    tune(dense, subject, settings, Run(file, key, folder, settings.best_images))
 
 
 def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
@@ -60,11 +64,12 @@ def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
     return None if best is None else name_row(best["method"], share)
 
 
-def tune(model: TokenModel, dense: TokenModel, subject: Subject, settings: Settings, run: Run) -> None:
+def tune(dense: TokenModel, subject: Subject, settings: Settings, run: Run) -> None:
     """Fine-tune a model and keep its figures; a run that was stopped goes on.
 
     A model of smaller images has no teacher, for the dense model does not take its images.
     """
+    model = ssmcompress.load(run.folder, device=settings.device) if run.folder else ssmcompress.prune(dense, ratio=0.0)
     images = dense.find_images(subject.training)
     index, _ = sample_indices(len(images), run.count or len(images), settings.seeds[0])
     batches = ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
@@ -72,6 +77,8 @@ def tune(model: TokenModel, dense: TokenModel, subject: Subject, settings: Setti
     recipe = ssmcompress.Recipe(epochs=settings.tune_epochs)
     # Its name has what may differ between two runs of the script, so that a state is always of the same run.
     state = run.file.parent / f"{subject.name}-{run.key}-{len(index)}-{settings.tune_epochs}-{settings.seeds[0]}.pt"
+    if run.folder and state.exists() and state.stat().st_mtime < (run.folder / MODEL_FILE).stat().st_mtime:
+        remove_state(state)  # of a row that was measured anew since
     tuned = ssmcompress.finetune(
         model, batches, dense=teacher, recipe=recipe, seed=settings.seeds[0], state=StateFile(state, resume=True)
     )
