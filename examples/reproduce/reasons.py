@@ -13,7 +13,7 @@ from torch import Tensor
 import ssmcompress
 from ssmcompress.jobs.methods import ratio_for_flops
 from ssmcompress.models import TokenModel
-from ssmcompress.models.base import ScanBlock
+from ssmcompress.models.blocks import ScanBlock
 from ssmcompress.models.rewrite import prune_like
 from ssmcompress.ops import gather_tokens
 from ssmcompress.progress import line, track

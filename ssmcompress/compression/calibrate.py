@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import processes
 from ..data.any_batches import AnyBatches, in_chunks
 from ..errors import NOT_FINITE, InputError
-from ..models.base import ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..models.continuation import check_fewer, is_pruned, remove_stages
 from ..models.fingerprint import fingerprint
 from ..models.inputs import as_batches, check_model

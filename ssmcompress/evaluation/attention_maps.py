@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.base import Decision, ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..models.inputs import as_batches, check_model
+from ..models.running import Decision
 from ..ops.observing import AttentionCall
 from ..progress import track
 from ..pruning.tokens import Tokens

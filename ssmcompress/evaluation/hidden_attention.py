@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.base import Decision, TokenModel
+from ..models.base import TokenModel
+from ..models.running import Decision
 from ..ops import ScanPath
 from ..ops.observing import AttentionCall, Observer, observe
 from ..ops.scan_rows import add_scan_rows

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.base import Decision, TokenModel
+from ..models.base import TokenModel
+from ..models.running import Decision
 from ..models.saved import describe, versions
 from ..ops import register_backend, use_backend
 from ..pruning.tokens import Tokens

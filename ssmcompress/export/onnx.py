@@ -17,7 +17,8 @@ from ..evaluation.latency import device_name, summarize_times
 from ..evaluation.timings import describe_load, system_load
 from ..extras import require_extra
 from ..files import ONNX, check_target, replace_files
-from ..models.base import ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..models.inputs import check_model
 from ..models.precision import to_float32
 from ..progress import track

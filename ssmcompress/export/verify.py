@@ -19,9 +19,10 @@ from ..data.images import Images
 from ..errors import InputError, VerificationError, raise_if_out_of_memory
 from ..extras import require_extra
 from ..files import check_regular
-from ..models.base import Decision, TokenModel
+from ..models.base import TokenModel
 from ..models.inputs import check_model
 from ..models.precision import to_float32
+from ..models.running import Decision
 from ..progress import track
 from ..tasks import CLASSIFICATION, SEGMENTATION
 from .graph import FEATURES_PREFIX, KEPT_PREFIX, add_outputs, find_values

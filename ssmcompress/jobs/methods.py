@@ -9,7 +9,8 @@ from ..compression.search.axes import list_axes
 from ..compression.search.equal import plan_for_budget
 from ..errors import InputError, suggest
 from ..evaluation.flops import remaining_share
-from ..models.base import ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..pruning.alignment import UNALIGNED, Alignment
 from ..pruning.plan import Plan, Stage, kept_count, ratio_for_budget, share_removed
 from ..pruning.schedules import tome_stages

@@ -20,7 +20,8 @@ from ..compression.trim.trims import Trims, fit_counts
 from ..data.batches import Batches
 from ..data.content import different
 from ..errors import InputError
-from ..models.base import ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..models.learnt import learnt_from
 from ..models.records import MadeBy
 from ..models.rewrite import align, prune

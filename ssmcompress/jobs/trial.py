@@ -21,7 +21,8 @@ from ..data.batches import Batches, sample_indices
 from ..errors import InputError
 from ..evaluation.flops import remaining_share
 from ..evaluation.latency import latency
-from ..models.base import ScanBlock, TokenModel
+from ..models.base import TokenModel
+from ..models.blocks import ScanBlock
 from ..models.fingerprint import fingerprint
 from ..models.rewrite import prune
 from ..progress import track

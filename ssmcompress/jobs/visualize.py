@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..evaluation.attention_maps import METHODS, Attention, check_method, choose_layers, describe_reader
 from ..files import ATTENTION, VISUALIZED, check_target, is_model_folder, new_folder
 from ..hub_names import name_model
-from ..models.base import Decision, TokenModel
+from ..models.base import TokenModel
+from ..models.running import Decision
 from ..models.saved import versions
 from ..progress import track
 from ..tasks import SEGMENTATION

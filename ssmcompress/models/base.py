@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from ..data.clips import VideoTransform, Views
 from ..data.dense import DensePreprocessing
-from ..data.find import find_images
-from ..data.images import Images
 from ..data.transforms import Preprocessing
-from ..errors import InputError, OptionError
-from ..openmp import one_thread
-from ..ops import SCORES, ScanPath, selective_scan
-from ..ops.selective_scan import Expander
-from ..progress import note
+from ..errors import InputError
 from ..pruning.alignment import Alignment
-from ..pruning.importance import IMPORTANCES, normalize_rms
+from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import FILLS, Plan, default_stages
 from ..pruning.tokens import Tokens
-from ..tasks import CLASSIFICATION, SEGMENTATION, Task
+from ..tasks import CLASSIFICATION, Task
 from .class_corrections import choose_segments
 from .families import StateDict
 from .features import FeatureModel, NamePatterns
+from .image_input import InputModel
 from .learnt import LearntFrom
-from .precision import cast, check_images, find_weight
+from .precision import cast
 from .pretrained import PretrainedModel
 from .records import MadeBy, Record, Source
+from .running import RunningModel
 from .sections import SectionedModel
-from .sizes import LayeredConfig, LayerSize, Origin, ScanReading
+from .sizes import LayeredConfig, LayerSize, Origin
 from .statements import Statements
-
-# Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
-CHUNK_BYTES = 1 << 26
-# Most clips of a video, and most crops.
-MOST_VIEWS = 64
-# Bytes of activations of a batch up to which two threads are not faster than one. The bundled model, two cores, batch 1
-# (1.0 MB), 2, 3 and 4: one thread takes 5.3, 7.6, 9.9 and 17 ms, two take 5.5, 7.6, 10.4 and 15 ms.
-ONE_THREAD_BYTES = 2 << 20
 
 
 class Expected(NamedTuple):
@@ -54,182 +38,7 @@ class Expected(NamedTuple):
     meaning: str
 
 
-class LayerRun(NamedTuple):
-    """A layer as it was run: its number, from 1, the tokens before and after it, and the decision of its stage.
-
-    `before` are the tokens that it is run on, which `TokenModel.enter` returned.
-    """
-
-    layer: int
-    before: Tokens
-    after: Tokens
-    decision: Decision | None
-
-
-class Decision(NamedTuple):
-    """The result of one stage: the candidate positions, their scores, both (batch, tokens), and the kept positions."""
-
-    candidates: Tensor
-    scores: Tensor
-    kept: Tensor
-
-
-def low_rank(
-    inputs: int, rank: int, outputs: int | None = None, device: torch.device | str | None = None
-) -> nn.Sequential:
-    """Return a linear map (inputs) -> (outputs) of the given rank, without bias, as two float32 layers.
-
-    Args:
-        outputs: None: as many as inputs.
-    """
-    outputs = inputs if outputs is None else outputs
-    options = {"bias": False, "device": device or "cpu", "dtype": torch.float32}
-    return nn.Sequential(*(skip_init(nn.Linear, *side, **options) for side in ((inputs, rank), (rank, outputs))))
-
-
-class Block(nn.Module, abc.ABC):
-    """One layer, from Tokens to Tokens; it aligns its ops to the positions of the tokens.
-
-    A layer can have two parts that add to the residual stream, as attention and an MLP: `begin` and `end`. Then tokens
-    are dropped between the two.
-
-    Attributes:
-        residual_scale: factor of the projection when it is added to the residual stream, one or one for each feature.
-        scores: names of the scores of tokens that `begin` can compute.
-        end_projection: name of the linear layer whose result `end` adds to the residual stream, times `end_scale`; None
-            if the layer has no second part.
-    """
-
-    residual_scale: float | Tensor = 1.0
-    scores: frozenset[str] = frozenset()
-    end_projection: ClassVar[str | None] = None
-    end_scale: float | Tensor = 1.0
-
-    @property
-    @abc.abstractmethod
-    def refitted(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the linear layers of `begin` that reconstruction refits, in groups in the order in which they run.
-
-        Layers of one group do not feed each other. The last group is the projection into the residual stream:
-        features out = features in + residual_scale * projection. Empty if the layer has no such projection.
-        """
-
-    @abc.abstractmethod
-    def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
-        """Return the tokens at the place of a stage, with scores of `metric` unless it is None.
-
-        Args:
-            protected_only: compute only the protected tokens that are read out, which are then the only ones left.
-        """
-
-    def end(self, tokens: Tokens) -> Tokens:
-        """Return the tokens after the layer, from those after its stage."""
-        return tokens
-
-    def forward(
-        self, tokens: Tokens, metric: str | None = None, protected_only: bool = False, part: str | None = None
-    ) -> Tokens:
-        """Return the tokens after the layer without a stage, or after one of its parts.
-
-        Args:
-            part: "begin" or "end"; None: both. Others as for `begin`.
-        """
-        tokens = tokens if part == "end" else self.begin(tokens, metric, protected_only)
-        return tokens if part == "begin" else self.end(tokens)
-
-
-class ScanBlock(Block):
-    """A layer of scans, whose states decay at pruned positions."""
-
-    scores = frozenset(SCORES)
-
-    @abc.abstractmethod
-    def deltas(self, tokens: Tokens) -> Tensor:
-        """Return delta after softplus (deltas, batch, kept, d_inner), as this layer uses it, one for each dt_proj."""
-
-    @abc.abstractmethod
-    def bias_delta(self) -> Tensor:
-        """Return the delta (deltas, d_inner) of a position without input: softplus of the bias."""
-
-    @abc.abstractmethod
-    def set_gap_delta(self, delta: Tensor | None) -> None:
-        """Set the delta (deltas, d_inner) with which pruned positions decay the state; None: they are not aligned."""
-
-    @property
-    @abc.abstractmethod
-    def scans(self) -> nn.Module:
-        """The module of the scans; it has a buffer `gap_delta`."""
-
-
-class TrimmableBlock(ScanBlock):
-    """A layer of scans that can lose states, channels and directions; see `ssmcompress.compression.trim`.
-
-    Its `scans` also have d_inner, d_state, directions, cut_states, cut_channels and keep_directions.
-    """
-
-    @property
-    @abc.abstractmethod
-    def channel_maps(self) -> tuple[tuple[str, ...], str]:
-        """Names of the linear layers that read the channels: those inside, and the projection."""
-
-    @property
-    def d_inner(self) -> int:
-        """The number of channels."""
-        return self.scans.d_inner
-
-    @property
-    def d_state(self) -> int:
-        """The number of states of each channel."""
-        return self.scans.d_state
-
-    @property
-    def directions(self) -> tuple[int, ...]:
-        """The numbers of the scan paths that the layer has."""
-        return self.scans.directions
-
-    @abc.abstractmethod
-    def read_scans(self, tokens: Tokens) -> list[ScanReading]:
-        """Return the inner values of each set of scan parameters."""
-
-    @abc.abstractmethod
-    def read_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Return for each set of scan parameters the rows of C (d_state, d_inner) and D (d_inner,)."""
-
-    def cut_states(self, index: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep some of the states, in place.
-
-        Args:
-            index: for each set of scan parameters the states to keep, ascending, as many in all sets.
-            weights: for each set the new rows of C (kept, d_inner), and D (d_inner,).
-        """
-        self.scans.cut_states(index, weights)
-
-    def cut_channels(self, index: Tensor) -> None:
-        """Keep the channels `index`, ascending, in place."""
-        self.scans.cut_channels(index)
-        if self.scans.gap_delta is not None:
-            self.scans.gap_delta = self.scans.gap_delta[:, index]
-
-    def drop_directions(self, directions: tuple[int, ...]) -> None:
-        """Keep the scan paths `directions`, in place."""
-        if self.scans.gap_delta is not None and len(self.scans.gap_delta) == len(self.directions):
-            kept = [row for row, path in enumerate(self.directions) if path in directions]
-            self.scans.gap_delta = self.scans.gap_delta[kept]
-        self.scans.keep_directions(directions)
-
-
-def read_state(paths: Sequence[ScanPath], state: int) -> list[Tensor]:
-    """Return the trajectory (batch, tokens, d_inner) of one state on each scan path, in token order."""
-    column, trajectories = slice(state, state + 1), []
-    for path in map(Expander(), paths):
-        B = path.B[..., column].contiguous()
-        options = {name: getattr(path, name) for name in ("delta_bias", "gap", "reverse", "order")}
-        inputs = path.u, path.delta, path.A[:, column], B, torch.ones_like(B)
-        trajectories.append(selective_scan(*inputs, delta_softplus=True, **options))
-    return trajectories
-
-
-class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
+class TokenModel(SectionedModel, InputModel, RunningModel, FeatureModel, PretrainedModel, abc.ABC):
     """A vision state-space model that can drop tokens between its blocks.
 
     Attributes:
@@ -298,11 +107,6 @@ class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
         self.steps: tuple[Record, ...] = ()
         self.learnt: LearntFrom | None = None
         self.origin: Origin | None = None
-
-    @property
-    def frames(self) -> int | None:
-        """The number of frames of an input, or None if inputs are images."""
-        return None
 
     @property
     def dense_config(self) -> Any:
@@ -463,97 +267,6 @@ class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
             return logits
         return logits + self.readout_correction(cast(summary, self.readout_correction[0]))
 
-    def check(self, images: Tensor) -> None:
-        """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
-        check_images(images, self.image_shape, find_weight(self.classifier))
-
-    def resize_frames(self, frames: int) -> None:
-        """Change the number of frames of an input, in place; OptionError if inputs are images."""
-        raise OptionError(f"`frames`: inputs of this {self.architecture} are images, not videos")
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of an input of `config.image_size`; of a video with the frames second."""
-        frames = () if self.frames is None else (self.frames,)
-        return (self.config.in_chans, *frames, *self.config.image_size)
-
-    @property
-    def image_shape(self) -> tuple[int | None, ...]:
-        """The shape of every input, as `input_shape` has it; None stands for a side of any length."""
-        return self.input_shape
-
-    def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
-        """Return the preparation of images where nothing says another one."""
-        return Preprocessing.default(self.config.in_chans, self.config.image_size, video=self.frames is not None)
-
-    def read_preprocessing(self, value: Mapping[str, Any]) -> Preprocessing | DensePreprocessing:
-        """Return the preparation of images that a configuration describes; InputError for invalid values."""
-        return Preprocessing.from_dict(value, self.config.in_chans)
-
-    def transform(self, views: tuple[int, int] | None = None) -> Callable[[Any], Tensor]:
-        """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32.
-
-        For a model that takes videos, it is a function from a `Video` to (channels, frames, height, width).
-
-        Args:
-            views: clips and crops of each video, which the result then has in front of its channels (`Views`).
-
-        Raises:
-            InputError: views for a model that takes images.
-        """
-        return self.transform_with(self.preprocessing, views)
-
-    def transform_with(self, preprocessing: Preprocessing, views: tuple[int, int] | None = None) -> Any:
-        """Return the transform that `transform` gives, with another preparation of the images."""
-        checked = self.check_views(views)
-        if self.frames is None:
-            return preprocessing.transform(self.config.image_size)
-        return VideoTransform(preprocessing, self.config.image_size, self.frames, checked)
-
-    def check_views(self, views: tuple[int, int] | None) -> Views | None:
-        """Return the views (clips, crops) of a video; InputError for a model that takes images, or for no views."""
-        if views is None:
-            return None
-        if self.frames is None:
-            raise InputError("`views` are clips and crops of videos, and the model takes images")
-        if min(views) < 1 or max(views) > MOST_VIEWS:
-            raise InputError(f"`views` {views[0]}x{views[1]}: expected clips and crops, 1 to {MOST_VIEWS} of each")
-        return Views(*views)
-
-    def fixed_transform(self) -> Callable[[Any], Tensor]:
-        """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
-        return self.transform()
-
-    def find_images(self, data: str | Path | None = None, *, reduce_zero_label: bool | None = None) -> Images:
-        """Return the images to use with the model: `data`, else those that its folder names, else sample photographs.
-
-        Args:
-            reduce_zero_label: for segmentation, as `ssmcompress.open_images` takes it.
-
-        Raises:
-            InputError: as `ssmcompress.data.open_images`.
-        """
-        recorded = self.source.data if self.source is not None else None
-        options = {"task": self.task, "reduce_zero_label": self.label_rule(reduce_zero_label)}
-        options["frames"] = self.frames
-        return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
-
-    def chunk_size(self) -> int:
-        """Return the number of images in a chunk of fixed size; it depends only on the model."""
-        return max(1, min(32, CHUNK_BYTES // self.activation_bytes()))
-
-    def label_rule(self, asked: bool | None = None) -> bool | None:
-        """Return whether masks count classes from 1: as `asked`, which is remembered, else as it was told before."""
-        if asked is None and self.reduce_zero_label:
-            note("masks count classes from 1, as the model remembers it (`reduce_zero_label`)")
-        if asked is not None and self.task is SEGMENTATION:
-            self.reduce_zero_label = asked
-        return self.reduce_zero_label if asked is None else asked
-
-    def memory(self, features: Tensor) -> Tensor:
-        """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""
-        return normalize_rms(features)
-
     @classmethod
     @abc.abstractmethod
     def count_flops(cls, config: Any, counts: Sequence[int], convention: str, as_run: bool = True) -> dict[str, int]:
@@ -635,126 +348,3 @@ class TokenModel(SectionedModel, FeatureModel, PretrainedModel, abc.ABC):
         if score is not None and score not in block.scores:
             others = ", ".join(metric for metric in self.importances if IMPORTANCES[metric].ranks) or "nothing else"
             raise InputError(f"importance {name!r}: layer {layer} of a {self.architecture} has none; expected {others}")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits (batch, classes) of images (batch, channels, height, width)."""
-        if torch.compiler.is_compiling():
-            return self.trace(images)[0]
-        with one_thread(self._is_small(images)):
-            return self.trace(images)[0]
-
-    def _is_small(self, images: Any) -> bool:
-        """Return whether a forward is too small for a second thread of the CPU."""
-        if not isinstance(images, Tensor) or not images.is_cpu or images.ndim != 1 + len(self.input_shape):
-            return False  # what is no batch of images is refused later
-        larger = max(1.0, math.prod(images.shape[2:]) / math.prod(self.input_shape[1:]))
-        return len(images) * larger * self.activation_bytes() <= ONE_THREAD_BYTES
-
-    def raw_outputs(self, images: Tensor) -> Tensor:
-        """Return the outputs (batch, classes, ...) by which the model is compared with another one: the logits.
-
-        Those of a segmentation model are the head's, before they are enlarged to the size of the images.
-        """
-        return self(images)
-
-    def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
-        """Compute the logits (batch, classes); return them and the decision of each stage.
-
-        Where the protected token alone is read out, the last layer is computed for that token only. The logits are
-        those of `readout(encode(images)[0])`, up to rounding.
-        """
-        tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.shortens_last)
-        if self.shortens_last:
-            last = len(self.blocks)
-            tokens, _ = self.step(last, self.enter(last, tokens), protected_only=True)
-        return self.readout(tokens), decisions
-
-    @property
-    def shortens_last(self) -> bool:
-        """Whether the last layer is computed for the tokens alone that are read out: not if a stage is in it."""
-        return self.reads_protected and str(len(self.blocks)) not in self.pruners
-
-    def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
-        """Return all tokens after the last layer, and the decision of each stage."""
-        return self._run(self.embed(images), len(self.blocks))
-
-    def _run(self, tokens: Tokens, layers: int) -> tuple[Tokens, list[Decision]]:
-        """Run the first layers and their stages."""
-        decisions = []
-        for run in self.run_layers(tokens, range(1, layers + 1)):
-            tokens = run.after
-            decisions += [run.decision] if run.decision else []
-        return tokens, decisions
-
-    def run_layers(self, tokens: Tokens, numbers: Iterable[int] | None = None) -> Iterator[LayerRun]:
-        """Run layers and their stages one after the other, and yield each.
-
-        Args:
-            tokens: those after the layer before the first of these. numbers: of the layers, ascending; None: all.
-        """
-        for layer in range(1, len(self.blocks) + 1) if numbers is None else numbers:
-            before = self.enter(layer, tokens)
-            tokens, decision = self.step(layer, before)
-            yield LayerRun(layer, before, tokens, decision)
-
-    def observe(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens at the place of the stage of a layer (from 1), with its corrections.
-
-        A model that reads out several layers appends a level here; see `Tokens.levels`.
-        """
-        return tokens
-
-    def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
-        """Run a layer (from 1) and its stage, if any; return the tokens and the decision of the stage.
-
-        Args:
-            tokens: those that `enter` returned for the layer.
-            protected_only: compute the layer for the tokens alone that are read out.
-        """
-        tokens, decision = self.begin(layer, tokens, protected_only)
-        return self.end(layer, tokens), decision
-
-    def end(self, layer: int, tokens: Tokens) -> Tokens:
-        """Run the part of a layer after its stage, if it has one."""
-        block = self.blocks[layer - 1]
-        return tokens if block.end_projection is None else block(tokens, part="end")
-
-    def enter(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens that a layer (from 1) is run on, from those after the layer before it.
-
-        They are the same, except where all dropped tokens enter again, or where a section begins.
-        """
-        return tokens.rejoin() if self.plan is not None and self.plan.reenter and self.changes_at(layer) else tokens
-
-    def begin(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
-        """Run the part of a layer before its stage, its corrections and the stage; arguments as for `step`."""
-        name = str(layer)
-        pruner = self.pruners[name] if name in self.pruners else None
-        pruned_mean = tokens.pruned_mean() if name in self.corrections else None
-        class_correction = self.class_corrections[name] if name in self.class_corrections else None
-        before = class_correction.read(tokens) if class_correction is not None else None
-        metric = pruner.block_metric if pruner else None
-        tokens = self.blocks[layer - 1](tokens, metric, protected_only, part="begin")
-        if name in self.corrections:
-            linear = self.corrections[name]
-            first = linear[0] if isinstance(linear, nn.Sequential) else linear
-            features = tokens.features + linear(cast(pruned_mean, first))[:, None]
-        else:
-            features = tokens.features
-        if class_correction is not None:
-            features = class_correction.correct(features, before)
-        if features is not tokens.features:
-            tokens = tokens.corrected(features)
-        tokens = self.observe(layer, tokens)
-        if pruner is None:
-            return tokens, None
-        kept = pruner(tokens)
-        summed = self.readout_correction is not None or any(int(key) > layer for key in self.class_corrections)
-        if summed:
-            kept = kept.with_pruned_segments(tokens, self.segments)
-        if tokens.alignment.pool or any(int(key) > layer for key in self.corrections):
-            if summed and type(self).memory is TokenModel.memory:  # both sum the same values
-                kept = kept.with_sum_of_segments(self.segments)
-            else:
-                kept = kept.with_pruned_sum(tokens, self.memory)
-        return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.explicit_positions())

@@ -12,7 +12,8 @@ from ..progress import note
 from ..pruning.alignment import Alignment
 from ..pruning.merging import MERGED_BY
 from ..pruning.plan import FILLS, Plan
-from .base import ScanBlock, TokenModel
+from .base import TokenModel
+from .blocks import ScanBlock
 
 
 class Inherited(NamedTuple):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import StateDict, TokenModel
+from .base import TokenModel
 from .classifier import has_no_classes, make_classifier
-from .families import HEAD_OF_SEGMENTATION
+from .families import HEAD_OF_SEGMENTATION, StateDict
 from .features import DroppedSums, NamePatterns
 from .plain_mamba_block import (
     PatchEmbed,

@@ -22,7 +22,7 @@ from ..ops import ScanPath, grid_conv2d, scan_paths
 from ..ops.orders import invert_order
 from ..ops.selective_scan import Expander, step_size
 from ..pruning.tokens import Tokens
-from .base import TrimmableBlock, read_state
+from .blocks import TrimmableBlock, read_state
 from .precision import LayerNorm, cast, embed_patches, factorise, find_bias, widen
 from .reading import Shapes, layer_sizes
 from .sizes import (

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import Expected, StateDict
-from .families import HEAD_OF_SEGMENTATION
+from .base import Expected
+from .families import HEAD_OF_SEGMENTATION, StateDict
 from .features import NamePatterns
 from .plain_mamba_block import (
     PatchEmbed,

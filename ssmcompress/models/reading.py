@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .base import StateDict
+from .families import StateDict
 from .precision import widen
 
 # In pixels; a typing error must not allocate a position table of terabytes.

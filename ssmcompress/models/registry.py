@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..progress import note
 from ..tasks import SEGMENTATION, TASKS
-from .base import StateDict, TokenModel
-from .families import FAMILY_NAMES, HEAD_OF_SEGMENTATION, find_family
+from .base import TokenModel
+from .families import FAMILY_NAMES, HEAD_OF_SEGMENTATION, StateDict, find_family
 from .plain_mamba import PlainMamba
 from .plain_mamba_upernet import PlainMambaUperNet
 from .statements import FILE_NAME, GIVEN_NAME, Statement, Statements, family_of_name

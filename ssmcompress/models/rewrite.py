@@ -16,7 +16,8 @@ from ..pruning.alignment import Alignment
 from ..pruning.importance import IMPORTANCES
 from ..pruning.plan import Plan, Stage
 from ..pruning.pruner import TokenPruner
-from .base import ScanBlock, TokenModel
+from .base import TokenModel
+from .blocks import ScanBlock
 from .continuation import check_fewer, inherit, is_pruned, make_ready
 from .inputs import check_dense, check_model
 

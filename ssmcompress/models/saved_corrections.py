@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import TokenModel, low_rank
+from .base import TokenModel
+from .blocks import low_rank
 from .class_corrections import MAX_SEGMENTS, ClassCorrection, count_inputs
 
 # Beginnings of their names.

@@ -20,10 +20,12 @@ from ..errors import InputError
 from ..pruning.plan import Stage
 from ..pruning.tokens import Level, Tokens
 from ..tasks import SEGMENTATION
-from .base import Decision, Expected, StateDict
+from .base import Expected
+from .families import StateDict
 from .level_maps import LevelledModel
 from .precision import cast
 from .reading import Shapes
+from .running import Decision
 from .sizes import LayeredConfig, LayerSize
 from .statements import Statement, Statements
 

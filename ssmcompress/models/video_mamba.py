@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..progress import note
-from .base import Expected, StateDict
+from .base import Expected
+from .families import StateDict
 from .features import NamePatterns
 from .precision import widen
 from .reading import Shapes

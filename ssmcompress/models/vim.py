@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from ..errors import InputError
 from ..progress import note
-from .base import Expected, StateDict
+from .base import Expected
+from .families import StateDict
 from .statements import FILE_NAME, Statements
 from .vim_block import VimBlock, VimConfig, VimMixer
 from .vim_classifier import (

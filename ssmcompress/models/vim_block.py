@@ -20,7 +20,7 @@ from ..ops import ScanPath, causal_conv1d, gather_tokens, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.alignment import ScanOrder
 from ..pruning.tokens import Tokens
-from .base import TrimmableBlock, read_state
+from .blocks import TrimmableBlock, read_state
 from .families import StateDict
 from .precision import RMSNorm, factorise, find_bias, project_rows
 from .reading import Shapes, layer_sizes

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..ops import gather_tokens
 from ..pruning.tokens import Tokens
-from .base import Expected, StateDict, TokenModel
+from .base import Expected, TokenModel
 from .classifier import has_no_classes, make_classifier
+from .families import StateDict
 from .features import DroppedSums, NamePatterns
 from .precision import RMSNorm, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..progress import note
 from ..pruning.tokens import Dropped, Tokens
-from .base import Expected, StateDict
-from .families import HEAD_OF_SEGMENTATION
+from .base import Expected
+from .families import HEAD_OF_SEGMENTATION, StateDict
 from .features import NamePatterns
 from .precision import RMSNorm, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..pruning.tokens import Tokens
-from .base import StateDict, TokenModel
+from .base import TokenModel
 from .classifier import has_no_classes, make_classifier
+from .families import StateDict
 from .features import DroppedSums, NamePatterns
 from .precision import LayerNorm, cast, embed_patches, widen
 from .reading import Shapes, infer_grid, resize_grid

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..ops import SCORES
 from ..ops.observing import AttentionCall, is_observed, tell
 from ..pruning.tokens import Tokens
-from .base import Block
+from .blocks import Block
 from .precision import LayerNorm, cast, project_rows, widen
 from .sizes import ModelConfig
 

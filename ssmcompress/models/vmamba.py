@@ -22,8 +22,10 @@ from ..progress import note
 from ..pruning.alignment import ScanOrder
 from ..pruning.plan import Stage, default_stages
 from ..pruning.tokens import Level, Tokens
-from .base import Block, Expected, StateDict
+from .base import Expected
+from .blocks import Block
 from .classifier import has_no_classes, make_classifier
+from .families import StateDict
 from .features import DroppedSums, NamePatterns
 from .level_maps import LevelledModel
 from .precision import LayerNorm, cast, widen

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops import SCORES, ScanPath, gather_tokens, grid_conv2d, scan_paths
 from ..ops.selective_scan import step_size
 from ..pruning.tokens import Tokens
-from .base import ScanBlock
+from .blocks import ScanBlock
 from .precision import LayerNorm, cast, embed_patches, widen
 from .sizes import ModelConfig, Section
 

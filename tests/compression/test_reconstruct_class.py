@@ -13,7 +13,7 @@ import ssmcompress
 from ssmcompress.data import open_images
 from ssmcompress.data.batches import Batches
 from ssmcompress.errors import InputError
-from ssmcompress.models.base import low_rank
+from ssmcompress.models.blocks import low_rank
 from ssmcompress.models.class_corrections import MAX_INPUTS, ClassCorrection, choose_segments, count_inputs
 from ssmcompress.models.rewrite import prune
 

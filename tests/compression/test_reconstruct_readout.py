@@ -14,7 +14,7 @@ import ssmcompress
 from ssmcompress.compression.reconstruct import RefitOptions
 from ssmcompress.evaluation.flops import corrections_share, flops, flops_by_part
 from ssmcompress.jobs.report import describe_reconstruction
-from ssmcompress.models.base import low_rank
+from ssmcompress.models.blocks import low_rank
 from ssmcompress.models.class_corrections import max_readout_rank
 
 WIDTH, CLASSES, SEGMENTS = 16, 10, 5  # 16 patches, at least three in a segment

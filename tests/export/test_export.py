@@ -21,7 +21,7 @@ from ssmcompress.export.graph import assemble, trace
 from ssmcompress.export.onnx import build_onnx
 from ssmcompress.export.runtime import choose_forms, newest_opset
 from ssmcompress.export.verify import compare_kept, verify_onnx
-from ssmcompress.models.base import Decision
+from ssmcompress.models.running import Decision
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
 from ssmcompress.pruning.plan import Plan, Stage

@@ -21,7 +21,7 @@ from ssmcompress.jobs.methods import (
     remove_steadily,
     stages_for_level,
 )
-from ssmcompress.models.base import Block
+from ssmcompress.models.blocks import Block
 from ssmcompress.models.vim_block import VimBlock
 from ssmcompress.pruning.alignment import UNALIGNED
 from ssmcompress.pruning.plan import Stage, share_removed, token_counts

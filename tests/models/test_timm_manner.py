@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 import ssmcompress
 from ssmcompress.data.images import Images
 from ssmcompress.errors import InputError
-from ssmcompress.models.base import low_rank
+from ssmcompress.models.blocks import low_rank
 from ssmcompress.models.checkpoint import find_dense
 from ssmcompress.pruning.plan import Plan, Stage
 

@@ -8,7 +8,7 @@ from torch import nn
 import ssmcompress
 from ssmcompress.compression.search.axes import list_axes
 from ssmcompress.errors import InputError
-from ssmcompress.models.base import Block, ScanBlock
+from ssmcompress.models.blocks import Block, ScanBlock
 from ssmcompress.models.vim_block import VimBlock
 from ssmcompress.ops import SCORES
 from ssmcompress.pruning.plan import Plan

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..groups import Force, Load, MaybeModel, NoLatency, Printing, Processor
+from ..groups import Force, Load, MaybeModel, NoLatency, OnnxFile, Printing, Processor
 from ..inputs import check_inputs
-from ..onnx_options import OnnxFile
 from ..options import OUTPUT, option
 from ..tables import print_json, show_export, show_when_it_fails, write
 from ..terminal import find_dense_or_say, progress_bars, say

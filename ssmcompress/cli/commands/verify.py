@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ...extras import require_extra
-from ..groups import Data, Load, Model, Printing, Processor
+from ..groups import Atol, Data, Load, Model, Printing, Processor, Provider
 from ..inputs import check_inputs, check_onnx_pair
-from ..onnx_options import Atol, Provider
 from ..tables import show_verification, show_when_it_fails
 from ..terminal import progress_bars
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ...models.base import low_rank
+from ...models.blocks import low_rank
 from .least_squares import Refit
 from .split_rows import SplitRows
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...data.batches import LabelledBatch
 from ...errors import NOT_FINITE, InputError
 from ...evaluation.flops import flops_of
-from ...models.base import TokenModel, TrimmableBlock
+from ...models.base import TokenModel
+from ...models.blocks import TrimmableBlock
 from ...progress import track
 from ..remember import hash_of, keeps_results, remembered
 from ..trim.channels import cut_channels

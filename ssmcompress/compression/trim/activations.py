@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...data.any_batches import in_chunks
 from ...errors import NOT_FINITE, InputError
-from ...models.base import TokenModel, TrimmableBlock
+from ...models.base import TokenModel
+from ...models.blocks import TrimmableBlock
 from ...models.inputs import as_batches, check_model
 from ...progress import track
 from ...pruning.tokens import Tokens

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...data.any_batches import AnyBatches
-from ...models.base import TokenModel, TrimmableBlock
+from ...models.base import TokenModel
+from ...models.blocks import TrimmableBlock
 from ...models.learnt import add_learnt
 from ...models.records import StepRecord
 from ...progress import track

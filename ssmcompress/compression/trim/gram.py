@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...models.base import ScanReading
+from ...models.sizes import ScanReading
 from .chain import BlockSums
 
 # Floats of the scaled rows that are multiplied at a time, 4 MB, and the least number of rows.

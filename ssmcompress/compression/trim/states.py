@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ...data.any_batches import AnyBatches
 from ...errors import InputError
-from ...models.base import TokenModel, TrimmableBlock
+from ...models.base import TokenModel
+from ...models.blocks import TrimmableBlock
 from ...models.learnt import add_learnt
 from ...models.records import StepRecord
 from ...progress import track

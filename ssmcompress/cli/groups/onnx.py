@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
-from ..errors import InputError
-from ..extras import require_extra
-from .groups import Data, Dense
-from .options import HARDWARE, OUTPUT, option
-from .values import ScanForm, Stored
+from ...errors import InputError
+from ...extras import require_extra
+from ..options import HARDWARE, OUTPUT, option
+from ..values import ScanForm, Stored
+from .images import Data
+from .model import Dense
 
 if TYPE_CHECKING:
-    from ..export.onnx import OnnxOptions
+    from ...export.onnx import OnnxOptions
 
 Atol = Annotated[float, option(OUTPUT, min=0, help="Largest difference of a logit that passes.")]
 Provider = Annotated[str, option(HARDWARE, help="onnxruntime's execution provider: cpu, cuda, ...")]
@@ -60,7 +61,7 @@ class OnnxFile:
 
     def options(self, latency: bool) -> OnnxOptions:
         """As the library takes them."""
-        from ..export.onnx import OnnxOptions
+        from ...export.onnx import OnnxOptions
 
         scan, dtype = self.scan.value, self.dtype.value
         return OnnxOptions(self.data, self.atol, self.opset, scan, dtype, self.provider, self.debug_outputs, latency)

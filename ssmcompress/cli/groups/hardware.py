@@ -1,0 +1,70 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+from ... import processes
+from ...errors import InputError
+from ..devices import AUTO, choose_device, explain_device
+from ..options import HARDWARE, option
+from ..terminal import is_quiet, say
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The CPU."""
+
+    threads: Annotated[
+        int | None, option(HARDWARE, min=1, max=1024, help="Threads of the CPU. Default: all cores.")
+    ] = None
+
+    def start(self) -> Any:
+        """The device to work on, with its threads set."""
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Hardware(Processor):
+    """Where to compute."""
+
+    device: Annotated[
+        str, option(HARDWARE, help="cpu, cuda, cuda:1, mps or xpu; auto: cuda if it works, else cpu.")
+    ] = AUTO
+
+    @cached_property
+    def resolved(self) -> str:
+        """The name of the device; where it was chosen by `auto`, a line has said so."""
+        name, why = choose_device(self.device)
+        if why:
+            say(why, is_quiet())
+        return name
+
+    def start(self) -> Any:
+        """The device to work on, of this process if there are several, with the threads of the CPU set.
+
+        Raises:
+            InputError: a device that is not there.
+        """
+        import torch
+
+        super().start()
+        try:
+            device = torch.device(processes.start(self.resolved))
+            torch.zeros(1, device=device).item()  # a meta device has no values
+        except Exception as error:
+            raise InputError(f"--device {self.device}: {explain_device(self.resolved, error)}") from error
+        # By default torch lets convolutions in float32, and so the patch embedding, round to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
+        logging.getLogger("ssmcompress").debug("device %s, %d threads", device, torch.get_num_threads())
+        return device
+
+
+NoLatency = Annotated[bool, option(HARDWARE, "--no-latency", help="Do not time the models.")]

@@ -1,0 +1,101 @@
+"""The images to learn from and to measure on, and how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from ..inputs import check_inputs
+from ..options import HARDWARE, IMAGES, option
+from ..values import Precision, parse_views
+
+if TYPE_CHECKING:
+    from ...jobs.requests import DataOptions, MeasureOptions
+
+
+Data = Annotated[
+    str | None,
+    option(
+        IMAGES,
+        help="Folder of (class folders of) images or videos, parquet, arrow, tar, npz file, folder:split or hub:split.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images are read."""
+
+    batch_size: Annotated[int, option(HARDWARE, min=1, help="Images at a time; changes no result.")] = 64
+    workers: Annotated[int, option(HARDWARE, min=0, help="Processes that decode images; 0: the main process does.")] = 0
+    reduce_zero_label: Annotated[
+        bool | None,
+        option(
+            IMAGES,
+            "--reduce-zero-label/--no-reduce-zero-label",
+            help="In masks, 0 is no class and classes count from 1. Default: as the data says, else without.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Measure(Batching):
+    """How models are run when they are measured."""
+
+    dtype: Annotated[
+        Precision,
+        option(HARDWARE, help="Precision when measuring; with bfloat16, reports have figures in float32 beside it."),
+    ] = Precision.float32
+    views: Annotated[
+        str | None,
+        option(
+            IMAGES,
+            metavar="CLIPSxCROPS",
+            help="Videos: measure the mean of these views, 4x3. Default: 1x1, one clip and its centre crop.",
+        ),
+    ] = None
+
+    def options(self, latency: bool = True) -> MeasureOptions:
+        """As the library takes them."""
+        from ...jobs.requests import MeasureOptions
+
+        return MeasureOptions(self.dtype.value, latency, parse_views(self.views))
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images to learn from and to measure on."""
+
+    data: Data = None
+    eval_data: Annotated[
+        str | None, option(IMAGES, help="Images to measure on. Default: those of --data that nothing was learnt from.")
+    ] = None
+    seed: Annotated[
+        int,
+        option(IMAGES, min=0, max=2**31 - 1, help="Seed for sampling images and for every other random choice."),
+    ] = 0
+
+    def check(self, model: str) -> None:
+        """Check the names of these images, and of the model that they are for, before anything is loaded.
+
+        Raises:
+            InputError: a name that cannot be right.
+        """
+        check_inputs(model, {"--data": self.data, "--eval-data": self.eval_data})
+
+    def options(self, batching: Batching) -> DataOptions:
+        """As the library takes them."""
+        from ...jobs.requests import SAMPLES, DataOptions
+
+        samples = getattr(self, "samples", SAMPLES)
+        reading = (batching.batch_size, batching.workers, batching.reduce_zero_label)
+        return DataOptions(self.data, self.eval_data, samples, self.seed, *reading)
+
+
+@dataclass(frozen=True)
+class Images(TrainingImages):
+    """Images to calibrate, to learn from and to measure on."""
+
+    samples: Annotated[
+        int, option(IMAGES, min=1, help="Images to calibrate and reconstruct on, at most half of --data.")
+    ] = 1024

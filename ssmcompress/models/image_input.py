@@ -1,0 +1,120 @@
+"""The inputs of a model: their shape, how images become inputs, and which images a name stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data.clips import VideoTransform, Views
+from ..data.dense import DensePreprocessing
+from ..data.find import find_images
+from ..data.images import Images
+from ..data.transforms import Preprocessing
+from ..errors import InputError, OptionError
+from ..progress import note
+from ..tasks import SEGMENTATION
+from .precision import check_images, find_weight
+
+# Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
+CHUNK_BYTES = 1 << 26
+# Most clips of a video, and most crops.
+MOST_VIEWS = 64
+
+
+class InputModel(nn.Module):
+    """The part of `TokenModel` that prepares its inputs."""
+
+    def check(self, images: Tensor) -> None:
+        """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
+        check_images(images, self.image_shape, find_weight(self.classifier))
+
+    def resize_frames(self, frames: int) -> None:
+        """Change the number of frames of an input, in place; OptionError if inputs are images."""
+        raise OptionError(f"`frames`: inputs of this {self.architecture} are images, not videos")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of an input of `config.image_size`; of a video with the frames second."""
+        frames = () if self.frames is None else (self.frames,)
+        return (self.config.in_chans, *frames, *self.config.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int | None, ...]:
+        """The shape of every input, as `input_shape` has it; None stands for a side of any length."""
+        return self.input_shape
+
+    def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
+        """Return the preparation of images where nothing says another one."""
+        return Preprocessing.default(self.config.in_chans, self.config.image_size, video=self.frames is not None)
+
+    def read_preprocessing(self, value: Mapping[str, Any]) -> Preprocessing | DensePreprocessing:
+        """Return the preparation of images that a configuration describes; InputError for invalid values."""
+        return Preprocessing.from_dict(value, self.config.in_chans)
+
+    def transform(self, views: tuple[int, int] | None = None) -> Callable[[Any], Tensor]:
+        """Return a function from a PIL image, in any mode, to the model's input (channels, height, width) float32.
+
+        For a model that takes videos, it is a function from a `Video` to (channels, frames, height, width).
+
+        Args:
+            views: clips and crops of each video, which the result then has in front of its channels (`Views`).
+
+        Raises:
+            InputError: views for a model that takes images.
+        """
+        return self.transform_with(self.preprocessing, views)
+
+    def transform_with(self, preprocessing: Preprocessing, views: tuple[int, int] | None = None) -> Any:
+        """Return the transform that `transform` gives, with another preparation of the images."""
+        checked = self.check_views(views)
+        if self.frames is None:
+            return preprocessing.transform(self.config.image_size)
+        return VideoTransform(preprocessing, self.config.image_size, self.frames, checked)
+
+    def check_views(self, views: tuple[int, int] | None) -> Views | None:
+        """Return the views (clips, crops) of a video; InputError for a model that takes images, or for no views."""
+        if views is None:
+            return None
+        if self.frames is None:
+            raise InputError("`views` are clips and crops of videos, and the model takes images")
+        if min(views) < 1 or max(views) > MOST_VIEWS:
+            raise InputError(f"`views` {views[0]}x{views[1]}: expected clips and crops, 1 to {MOST_VIEWS} of each")
+        return Views(*views)
+
+    def fixed_transform(self) -> Callable[[Any], Tensor]:
+        """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
+        return self.transform()
+
+    def find_images(self, data: str | Path | None = None, *, reduce_zero_label: bool | None = None) -> Images:
+        """Return the images to use with the model: `data`, else those that its folder names, else sample photographs.
+
+        Args:
+            reduce_zero_label: for segmentation, as `ssmcompress.open_images` takes it.
+
+        Raises:
+            InputError: as `ssmcompress.data.open_images`.
+        """
+        recorded = self.source.data if self.source is not None else None
+        options = {"task": self.task, "reduce_zero_label": self.label_rule(reduce_zero_label)}
+        options["frames"] = self.frames
+        return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
+
+    def label_rule(self, asked: bool | None = None) -> bool | None:
+        """Return whether masks count classes from 1: as `asked`, which is remembered, else as it was told before."""
+        if asked is None and self.reduce_zero_label:
+            note("masks count classes from 1, as the model remembers it (`reduce_zero_label`)")
+        if asked is not None and self.task is SEGMENTATION:
+            self.reduce_zero_label = asked
+        return self.reduce_zero_label if asked is None else asked
+
+    @property
+    def frames(self) -> int | None:
+        """The number of frames of an input, or None if inputs are images."""
+        return None
+
+    def chunk_size(self) -> int:
+        """Return the number of images in a chunk of fixed size; it depends only on the model."""
+        return max(1, min(32, CHUNK_BYTES // self.activation_bytes()))
