@@ -81,6 +81,7 @@ def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins):
     for method in ("naive", "ToMe", "EViT, fused", "R-MeeTo", "MTR", "all axes", "smaller image", "zero-filled"):
         assert f"| {method} |" in page
     assert Path("page_attention.png").stat().st_size > 10_000
+    assert Image.open("page_methods.png").height > 400  # a panel for each of four models
     results = json.loads(Path("cache/results.json").read_text(encoding="utf-8"))
     tuned, rows = results["l1"]["tuned"], results["l1"]["rows"]
     assert tuned.keys() == {key for key, seeds in rows.items() if not seeds["0"].get("failed")}

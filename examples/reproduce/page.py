@@ -7,7 +7,6 @@ import platform
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 
 from ssmcompress.files import write_file
 
+from .chart import draw_chart
 from .figure import copy_figure
+from .found import TITLES, Found, find, list_methods
 from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, WITH_AND_WITHOUT
-from .rows import DENSE, name_row, read_rows
+from .rows import DENSE, name_row
 from .settings import MADE, Settings, read, write
 from .speed import images_per_second
 from .subjects import Subject
@@ -26,61 +27,6 @@ from .subjects import Subject
 MISSING = "–"
 # What stands between these lines of an earlier page is written by hand, and kept.
 NOTES = ("<!-- notes, kept when the page is written again -->", "<!-- end of notes -->")
-MAIN = {"classification": "top1", "segmentation": "miou"}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What has been measured of a model.
-
-    Attributes:
-        rows: row name -> its figures by seed, as `compare.json` has them.
-        tuned, best, speed, reasons, cost: see `Settings`.
-    """
-
-    name: str
-    rows: dict[str, dict[int, dict[str, Any]]]
-    tuned: dict[str, Any]
-    best: dict[str, Any]
-    speed: dict[str, Any]
-    reasons: dict[str, Any]
-    cost: dict[str, Any]
-
-    @property
-    def dense(self) -> dict[str, Any]:
-        """The row of the dense model."""
-        return next(iter(self.rows[DENSE].values()))
-
-    @property
-    def figure(self) -> str:
-        """The figure that counts: top-1 or mIoU."""
-        return MAIN["segmentation" if "miou" in self.dense else "classification"]
-
-    def values(self, key: str, figure: str | None = None) -> list[float]:
-        """Return a figure of a row, one value a seed; none where it was not measured or is out of reach."""
-        name = figure or self.figure
-        rows = self.rows.get(key, {}).values()
-        return [row[name] for row in rows if not row.get("failed") and row.get(name) is not None]
-
-    def mean(self, key: str) -> float | None:
-        """Return the mean of a row over the seeds."""
-        values = self.values(key)
-        return statistics.mean(values) if values else None
-
-    def tuned_value(self, key: str) -> float | None:
-        """Return the figure of a row after fine-tuning."""
-        return self.tuned.get(key, {}).get("figures", {}).get(self.figure)
-
-
-def find(subject: Subject, settings: Settings) -> Found:
-    """Return what has been measured of a model."""
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for seed in settings.seeds:
-        for row in read_rows(subject.name, seed, settings):
-            key = DENSE if row["method"] == DENSE else name_row(row["method"], row["share"])
-            rows.setdefault(key, {})[seed] = row
-    kinds = ("tuned", "best", "speed", "reasons", "cost")
-    return Found(subject.name, rows, *(read(settings.file_of(kind, subject.name)) for kind in kinds))
 
 
 def write_page(output: Path, subjects: Sequence[Subject], settings: Settings) -> None:
@@ -88,7 +34,8 @@ def write_page(output: Path, subjects: Sequence[Subject], settings: Settings) ->
     found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
     output.parent.mkdir(parents=True, exist_ok=True)
     tables = [section(found, settings) for section in SECTIONS]
-    parts = [describe_run(settings), read_notes(output), *tables, draw(found, output, settings)]
+    parts = [describe_run(settings), read_notes(output), chart(found, output, settings), *tables]
+    parts.append(draw(found, output, settings))
     parts += [describe_cost(found, read(settings.cache / MADE))]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
@@ -133,8 +80,8 @@ def describe_run(settings: Settings) -> str:
     """Return the head of the page."""
     machine = f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads"
     paragraphs = (
-        f"Written on {date.today()} by `examples/reproduce_tables.py`; do not edit. Machine: {machine}, device "
-        f"{settings.device}. Command:",
+        f"Written on {date.today()} by `examples/reproduce_tables.py`, all but its notes. Machine: {machine}, "
+        f"device {settings.device}. Command:",
         f"""Figures without training: mean over {len(settings.seeds)} choices of the {settings.samples:,} images to
         calibrate, search and refit on, in brackets the smallest and the largest. Fine-tuned: the models of the first
         choice, after {settings.tune_epochs} epochs of {settings.tune_images:,} training images with the default recipe
@@ -158,14 +105,9 @@ def describe_machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:
-    """Return (method, row name) of those methods that were measured or are out of reach."""
-    return [(name, key) for name in names if (key := name_row(name, share)) in found.rows]
-
-
 def main_table(found: Found, names: Iterable[str], share: float) -> str:
     """Return the rows of a model at the main share of the FLOPs."""
-    dense, figure = found.dense, {"top1": "top-1", "miou": "mIoU"}[found.figure]
+    dense, figure = found.dense, TITLES[found.figure]
     others = [] if found.figure == "top1" else [("pixel_accuracy", "pixels")]
     header = ["method", figure, *(title for _, title in others), "lost", "of dense", "GFLOPs full", "paper"]
     header += ["images/s, 1", "8", "fine-tuned"]
@@ -296,6 +238,17 @@ def layer_errors(found: Found) -> str:
 SECTIONS: tuple[Callable[[Sequence[Found], Settings], str], ...] = (
     show_first, show_best, show_second, show_third, show_fourth, show_reasons,
 )  # fmt: skip
+
+
+def chart(found: Sequence[Found], output: Path, settings: Settings) -> str:
+    """Draw the tables 1 and 2 next to the page, and return the section with the chart; "" if nothing was measured."""
+    picture = draw_chart(found, settings.share)
+    if picture is None:
+        return ""
+    target = output.with_name(f"{output.stem}_methods.png")
+    write_file(target, picture, force=True)
+    title = f"All methods at {settings.share:.0%} of the FLOPs, without training and fine-tuned"
+    return f"## At a glance\n\n![{title}]({target.name})"
 
 
 def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:

@@ -1,0 +1,74 @@
+"""What has been measured of a model, with every choice of the images to calibrate on."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .rows import DENSE, name_row, read_rows
+from .settings import Settings, read
+from .subjects import Subject
+
+MAIN = {"classification": "top1", "segmentation": "miou"}
+TITLES = {"top1": "top-1", "miou": "mIoU"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What has been measured of a model.
+
+    Attributes:
+        rows: row name -> its figures by seed, as `compare.json` has them.
+        tuned, best, speed, reasons, cost: see `Settings`.
+    """
+
+    name: str
+    rows: dict[str, dict[int, dict[str, Any]]]
+    tuned: dict[str, Any]
+    best: dict[str, Any]
+    speed: dict[str, Any]
+    reasons: dict[str, Any]
+    cost: dict[str, Any]
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """The row of the dense model."""
+        return next(iter(self.rows[DENSE].values()))
+
+    @property
+    def figure(self) -> str:
+        """The figure that counts: top-1 or mIoU."""
+        return MAIN["segmentation" if "miou" in self.dense else "classification"]
+
+    def values(self, key: str, figure: str | None = None) -> list[float]:
+        """Return a figure of a row, one value a seed; none where it was not measured or is out of reach."""
+        name = figure or self.figure
+        rows = self.rows.get(key, {}).values()
+        return [row[name] for row in rows if not row.get("failed") and row.get(name) is not None]
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a row over the seeds."""
+        values = self.values(key)
+        return statistics.mean(values) if values else None
+
+    def tuned_value(self, key: str) -> float | None:
+        """Return the figure of a row after fine-tuning."""
+        return self.tuned.get(key, {}).get("figures", {}).get(self.figure)
+
+
+def find(subject: Subject, settings: Settings) -> Found:
+    """Return what has been measured of a model."""
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for seed in settings.seeds:
+        for row in read_rows(subject.name, seed, settings):
+            key = DENSE if row["method"] == DENSE else name_row(row["method"], row["share"])
+            rows.setdefault(key, {})[seed] = row
+    kinds = ("tuned", "best", "speed", "reasons", "cost")
+    return Found(subject.name, rows, *(read(settings.file_of(kind, subject.name)) for kind in kinds))
+
+
+def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:
+    """Return (method, row name) of those methods that were measured or are out of reach."""
+    return [(name, key) for name in names if (key := name_row(name, share)) in found.rows]
