@@ -20,7 +20,9 @@ images goes to standard output and to the checkpoint's "history".
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from ssmcompress.progress import track
 PATCH = 8
 BATCH = 250  # images at a time that a teacher sees
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
-TEACHER = "checkpoint of another model of these images: half of each target is then its prediction, not the label"
+TEACHER = "checkpoints of models of these images: half of each target is then their mean prediction, not the label"
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
 # Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.110 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
@@ -58,11 +60,13 @@ def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, T
 
 
 @torch.inference_mode()
-def make_targets(labels: Tensor, smoothing: float, predictions: Tensor | None, classes: int = CLASSES) -> Tensor:
-    """Return what is learned, (n, classes) of probabilities: smoothed labels, or their mean with `predictions`."""
+def make_targets(
+    labels: Tensor, smoothing: float, predictions: Sequence[Tensor] = (), classes: int = CLASSES
+) -> Tensor:
+    """Return what is learned, (n, classes) of probabilities: smoothed labels, half and half with the `predictions`."""
     targets = F.one_hot(labels, classes).float() * (1 - smoothing)
     targets += smoothing / classes
-    return targets if predictions is None else (targets + predictions) / 2
+    return (targets + torch.stack(predictions).mean(0)) / 2 if predictions else targets
 
 
 @torch.inference_mode()
@@ -80,6 +84,13 @@ def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
     return found
 
 
+def name_files(value: Any) -> Any:
+    """Return an option as the checkpoint keeps it: a path, or those of a list, as text."""
+    if isinstance(value, list):
+        return [name_files(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def parse() -> argparse.Namespace:
     """The options of the command line, with the width filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--patch-loss", type=float, default=0.0, help=PATCH_LOSS)
-    parser.add_argument("--teacher", type=Path, help=TEACHER)
+    parser.add_argument("--teacher", type=Path, nargs="+", default=[], help=TEACHER)
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     parser.set_defaults(d_model=None)
     args = parser.parse_args()
@@ -108,7 +119,7 @@ def main() -> None:
     architecture = ARCHITECTURES[args.architecture]
     images, labels = load(args.training)
     test = load(args.test)
-    predictions = None if args.teacher is None else predict(args.teacher, args.training, images)
+    predictions = [predict(teacher, args.training, images) for teacher in args.teacher]
     targets = make_targets(labels, args.label_smoothing, predictions)
     side = images.shape[-1]
     torch.manual_seed(args.seed)
@@ -131,7 +142,7 @@ def main() -> None:
         loss,
         measure=lambda: {"top1": measure_top1(model, normalise, *test)},
         weights=architecture.weights,
-        settings={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in LEFT_OUT},
+        settings={k: name_files(v) for k, v in vars(args).items() if k not in LEFT_OUT},
         fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "seed"),
         describe=lambda step: {"config": config_of(model)},
     )

@@ -125,7 +125,7 @@ def test_a_classifier_of_clutter_begun_on_small_images(run, tmp_path, architectu
     if patches:
         run("train_clutter", tmp_path / "plain.pth", small, small, *options, "--epochs", 1)
         assert not same_weights(tmp_path / "small.pth", tmp_path / "plain.pth", key)
-    run("train_clutter", tmp_path / "taught.pth", *continued, "--teacher", tmp_path / "two.pth")
+    run("train_clutter", tmp_path / "taught.pth", *continued, "--teacher", tmp_path / "two.pth", tmp_path / "one.pth")
     assert not same_weights(tmp_path / "one.pth", tmp_path / "taught.pth", key)
     predictions = torch.load(tmp_path / "two-on-large.pt", weights_only=True)
     torch.testing.assert_close(predictions.sum(1), torch.ones(20))
@@ -139,7 +139,10 @@ def test_targets_of_a_teacher(run):
 
     labels, logits = torch.tensor([1, 0, 2]), torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(F.cross_entropy(logits, make_targets(labels, 0.1, None, classes=3)), smoothed)
+    torch.testing.assert_close(F.cross_entropy(logits, make_targets(labels, 0.1, classes=3)), smoothed)
     predictions = torch.tensor([[0.0, 1.0, 0.0]] * 3)
     expected = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
-    torch.testing.assert_close(make_targets(labels, 0.0, predictions, classes=3), expected)
+    torch.testing.assert_close(make_targets(labels, 0.0, [predictions], classes=3), expected)
+    two = [predictions, torch.tensor([[0.0, 0.0, 1.0]] * 3)]
+    expected = torch.tensor([[0.0, 0.75, 0.25], [0.5, 0.25, 0.25], [0.0, 0.25, 0.75]])
+    torch.testing.assert_close(make_targets(labels, 0.0, two, classes=3), expected)

@@ -42,17 +42,21 @@ IMAGES = {
     "scenes-train.parquet": "segmentation train {} --images 16000",
     "scenes-test.parquet": "segmentation test {} --images 1000",
 }
-# How classifiers are trained: on small images, then on whole ones.
+# How classifiers are trained: on the images of which side, and how. Each run begins with the weights of the one before.
 TRAININGS = {
-    "plain_mamba": ("--epochs 6", "--epochs 2 --lr 1e-3"),
-    "vim": (
-        "--epochs 10 --lr 4e-3 --patch-loss 0.5",
-        "--epochs 7 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}",
-    ),
-    "deit": (
-        "--epochs 14 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}",
-        "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth}",
-    ),
+    "plain_mamba": {
+        "plain_mamba80.pth": ("80", "--epochs 6"),
+        "plain_mamba.pth": ("", "--epochs 2 --lr 1e-3"),
+    },
+    "vim": {
+        "vim80.pth": ("80", "--epochs 10 --lr 4e-3 --patch-loss 0.5"),
+        "vim-first.pth": ("", "--epochs 11 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}"),
+        "vim.pth": ("", "--epochs 4 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+    },
+    "deit": {
+        "deit80.pth": ("80", "--epochs 24 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}"),
+        "deit.pth": ("", "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+    },
 }
 ORDER = ("vim", "plain_mamba", "deit")  # of the tables
 
@@ -60,12 +64,13 @@ ORDER = ("vim", "plain_mamba", "deit")  # of the tables
 def list_makings() -> dict[str, Making]:
     """Return what makes all files, by their names, in order."""
     makings = [Making(file, "make_clutter", text.replace("{}", f"{{{file}}}")) for file, text in IMAGES.items()]
-    for name, (small, whole) in TRAININGS.items():
-        first = f"{{{name}80.pth}}"
-        options = f"{first} {{train80.parquet}} {{test80.parquet}} --architecture {name} {small}"
-        makings.append(Making(f"{name}80.pth", "train_clutter", options))
-        options = f"{{{name}.pth}} {{train.parquet}} {{test.parquet}} --architecture {name} --start {first} {whole}"
-        makings.append(Making(f"{name}.pth", "train_clutter", options))
+    for name, runs in TRAININGS.items():
+        start = ""
+        for file, (side, options) in runs.items():
+            images = f"{{train{side}.parquet}} {{test{side}.parquet}}"
+            arguments = f"{{{file}}} {images} --architecture {name}{start} {options}"
+            makings.append(Making(file, "train_clutter", arguments))
+            start = f" --start {{{file}}}"
     options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim.pth} --epochs 5"
     makings.append(Making("segmenter.pth", "train_segmenter", options))
     return {making.file: making for making in makings}
