@@ -11,7 +11,6 @@ from .rows import DENSE, name_row, read_rows
 from .settings import Settings, read
 from .subjects import Subject
 
-MAIN = {"classification": "top1", "segmentation": "miou"}
 TITLES = {"top1": "top-1", "miou": "mIoU"}
 
 
@@ -40,7 +39,7 @@ class Found:
     @property
     def figure(self) -> str:
         """The figure that counts: top-1 or mIoU."""
-        return MAIN["segmentation" if "miou" in self.dense else "classification"]
+        return "miou" if "miou" in self.dense else "top1"
 
     def values(self, key: str, figure: str | None = None) -> list[float]:
         """Return a figure of a row, one value a seed; none where it was not measured or is out of reach."""

@@ -36,6 +36,11 @@ class InputModel(nn.Module):
         raise OptionError(f"`frames`: inputs of this {self.architecture} are images, not videos")
 
     @property
+    def frames(self) -> int | None:
+        """The number of frames of an input, or None if inputs are images."""
+        return None
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of an input of `config.image_size`; of a video with the frames second."""
         frames = () if self.frames is None else (self.frames,)
@@ -109,11 +114,6 @@ class InputModel(nn.Module):
         if asked is not None and self.task is SEGMENTATION:
             self.reduce_zero_label = asked
         return self.reduce_zero_label if asked is None else asked
-
-    @property
-    def frames(self) -> int | None:
-        """The number of frames of an input, or None if inputs are images."""
-        return None
 
     def chunk_size(self) -> int:
         """Return the number of images in a chunk of fixed size; it depends only on the model."""
