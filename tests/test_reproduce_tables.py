@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from conftest import make_plain_mamba, make_vim, make_vit, write_image
 from PIL import Image
 from segmenters import make_plain_mamba_upernet, scenes
 
+import ssmcompress
 from ssmcompress.compression.finetune.trainer import Trainer
+from ssmcompress.files import MODEL_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ("--further", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
@@ -133,6 +136,34 @@ def test_a_fine_tuning_that_is_stopped_goes_on(run, stand_ins, monkeypatch):
     run(*arguments, "--parts", "tuned")
     assert not state.exists()
     assert json.loads(Path("cache/tuned/l1.json").read_text())["dense"]["images"] == 20
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_fine_tuning_of_a_row_measured_anew_begins_again(monkeypatch, stand_ins, tmp_path, older):
+    """The state of the fine-tuning of an earlier model of the row is dropped; that of the present one is not."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce import tuning
+    from reproduce.settings import Settings
+    from reproduce.subjects import Subject
+
+    images = [f"{stand_ins / 'imagenet'}:{split}" for split in ("train", "val")]
+    subject = Subject("l1", stand_ins / "checkpoints" / "l1.pth", *images)
+    dense = subject.load("cpu")
+    ssmcompress.save(ssmcompress.prune(dense, ratio=0.3), tmp_path / "model")
+    state = tmp_path / "l1-row-20-1-0.pt"
+    state.write_bytes(b"of an earlier run")
+    time = (tmp_path / "model" / MODEL_FILE).stat().st_mtime + (-10 if older else 10)
+    os.utime(state, (time, time))
+
+    def begin(*_, state, **__):
+        assert state.resume
+        raise InterruptedError(state.path.exists())
+
+    monkeypatch.setattr(tuning.ssmcompress, "finetune", begin)
+    run = tuning.Run(tmp_path / "tuned.json", "row", tmp_path / "model", 20)
+    with pytest.raises(InterruptedError) as begun:
+        tuning.tune(dense, subject, Settings(tmp_path, seeds=(0,), tune_images=20, tune_epochs=1), run)
+    assert begun.value.args == (not older,)
 
 
 def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):
