@@ -6,11 +6,13 @@
     python examples/make_clutter.py segmentation test seg-test.parquet --images 2000
     python examples/make_clutter.py classification train clutter-train.parquet --images 20000
     python examples/make_clutter.py classification test clutter-test.parquet --images 5000
+    python examples/make_clutter.py masks train clutter-masks.npz --images 20000
 
 Each image is a crop of a photograph, 112 pixels wide and high. For segmentation, up to five garments of random size,
 colour and place are pasted on it, the later ones in front; the column `annotation` has for each pixel 0 for the
 photograph, or 1 to 10 for the garment that it shows. For classification, there is one whole garment, and fragments of
-others, which are too small to be recognised; the column `label` is the class of the whole one.
+others, which are too small to be recognised; the column `label` is the class of the whole one. Masks of these images,
+`masks` (n, side, side / 8), say for each pixel whether it shows the whole garment, as a bit; `labels` are the classes.
 
 Garments of the training images are Fashion-MNIST's training set, those of the test images its test set, and no
 photograph is used for both. Image k depends on the seed, the split and k alone. Fashion-MNIST is by Zalando SE, MIT
@@ -168,22 +170,37 @@ def encode(picture: Image.Image, **options: Any) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def make_rows(clutter: Clutter, task: str, count: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table."""
+def write_masks(clutter: Clutter, count: int, output: Path) -> None:
+    """Write where each image for classification shows the whole garment, and its class."""
+    drawn = (clutter.draw_object(number) for number in range(count))
+    masks, labels = zip(*((np.packbits(shown == 2, axis=1), label) for _, label, shown in drawn), strict=True)
+    np.savez_compressed(output, masks=np.stack(masks), labels=np.asarray(labels))
+
+
+def write_table(clutter: Clutter, task: str, seed: int, count: int, output: Path) -> None:
+    """Write a table of images."""
+    features: dict[str, Any] = {"image": ImageFeature()}
+    if task == "segmentation":
+        features["annotation"] = ImageFeature()
+    else:
+        features["label"] = ClassLabel(names=CLASSES)
+    columns: dict[str, list[Any]] = {name: [] for name in features}
     for number in range(count):
         picture, target, *_ = clutter.draw_scene(number) if task == "segmentation" else clutter.draw_object(number)
-        row = {"image": encode(picture, format="JPEG", quality=92)}
+        columns["image"].append(encode(picture, format="JPEG", quality=92))
         if task == "segmentation":
-            yield row | {"annotation": encode(Image.fromarray(target), format="PNG")}
+            columns["annotation"].append(encode(Image.fromarray(target), format="PNG"))
         else:
-            yield row | {"label": target}
+            columns["label"].append(target)
+    table = Dataset.from_dict(columns, features=Features(features))
+    table.add_column("seed", [seed] * count, feature=Value("int32")).to_parquet(output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("segmentation", "classification"))
+    parser.add_argument("task", choices=("segmentation", "classification", "masks"))
     parser.add_argument("split", choices=tuple(FILES))
-    parser.add_argument("output", type=Path, help="a .parquet file")
+    parser.add_argument("output", type=Path, help="a .parquet file, or an .npz file of masks")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--idx", type=Path, default=FOLDER, help="folder of the original files of Fashion-MNIST")
     parser.add_argument("--side", type=int, default=SIDE, help="of the images, in pixels; default: %(default)s")
@@ -192,20 +209,15 @@ def main() -> None:
     if args.side < LARGEST:
         parser.error(f"--side {args.side}: expected at least {LARGEST}, the largest that a garment can be")
 
+    if args.side % 8 and args.task == "masks":
+        parser.error(f"--side {args.side}: expected a multiple of 8 for masks, of which a byte is 8 pixels")
+
     clutter = Clutter(args.split, args.idx, args.seed, args.side)
-    features: dict[str, Any] = {"image": ImageFeature()}
-    if args.task == "segmentation":
-        features["annotation"] = ImageFeature()
+    if args.task == "masks":
+        write_masks(clutter, args.images, args.output)
     else:
-        features["label"] = ClassLabel(names=CLASSES)
-    columns: dict[str, list[Any]] = {name: [] for name in features}
-    for row in make_rows(clutter, args.task, args.images):
-        for name, value in row.items():
-            columns[name].append(value)
-    table = Dataset.from_dict(columns, features=Features(features))
-    table = table.add_column("seed", [args.seed] * len(table), feature=Value("int32"))
-    table.to_parquet(args.output)
-    print(f"wrote {len(table)} images to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+        write_table(clutter, args.task, args.seed, args.images, args.output)
+    print(f"wrote {args.images} images to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

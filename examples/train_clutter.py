@@ -38,6 +38,7 @@ from ssmcompress.progress import track
 PATCH = 8
 BATCH = 250  # images at a time that a teacher sees
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
+MASKS = "an .npz file of make_clutter.py: the second loss is then of each patch, and no class is right for background"
 TEACHER = "checkpoints of models of these images: half of each target is then their mean prediction, not the label"
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
 # Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.110 billion.
@@ -52,11 +53,14 @@ def load(file: Path) -> tuple[Tensor, Tensor]:
 
 
 def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of images, and if `patches`, those that the classifier has of the mean of all patches."""
+    """Return the logits of images, and if `patches`, those that it has of each patch, (n, patches, classes).
+
+    The mean of the latter is what the classifier has of the mean of all patches.
+    """
     if not patches:
         return model(images), None
     features = model.forward_features(images)  # the class token comes first
-    return model.forward_head(features), model.head(features[:, 1:].mean(1))
+    return model.forward_head(features), model.head(features[:, 1:])
 
 
 @torch.inference_mode()
@@ -67,6 +71,32 @@ def make_targets(
     targets = F.one_hot(labels, classes).float() * (1 - smoothing)
     targets += smoothing / classes
     return (targets + torch.stack(predictions).mean(0)) / 2 if predictions else targets
+
+
+def make_patch_targets(targets: Tensor, masks: Tensor, patch: int = PATCH) -> Tensor:
+    """Return what a patch learns (n, patches, classes): the target of the image as far as it shows the object.
+
+    For the rest, all classes are equally probable.
+
+    Args:
+        targets: of the images (n, classes). masks: 1 where a pixel shows the object (n, 1, side, side).
+    """
+    shares = F.avg_pool2d(masks.float(), patch).flatten(1)[..., None]
+    return shares * targets[:, None] + (1 - shares) / targets.shape[1]
+
+
+def read_masks(file: Path, labels: Tensor) -> Tensor:
+    """Return the masks of all images (n, side, side / 8) uint8, of which a bit is a pixel; labels to check that."""
+    with np.load(file) as content:
+        masks, found = content["masks"], content["labels"]
+    if len(found) != len(labels) or (torch.from_numpy(found) != labels).any():
+        raise SystemExit(f"{file} is not of these images: its labels differ. Make both with one seed and side")
+    return torch.from_numpy(masks)
+
+
+def unpack(masks: Tensor) -> Tensor:
+    """Return masks (n, 1, side, side) of 0 and 1, of those of `read_masks`."""
+    return torch.from_numpy(np.unpackbits(masks.numpy(), axis=2))[:, None]
 
 
 @torch.inference_mode()
@@ -104,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
     parser.add_argument("--patch-loss", type=float, default=0.0, help=PATCH_LOSS)
+    parser.add_argument("--masks", type=Path, help=MASKS)
     parser.add_argument("--teacher", type=Path, nargs="+", default=[], help=TEACHER)
     parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
     parser.set_defaults(d_model=None)
@@ -111,6 +142,8 @@ def parse() -> argparse.Namespace:
     args.d_model = args.d_model or WIDTHS[args.architecture]
     if args.patch_loss and args.architecture == "plain_mamba":
         parser.error("--patch-loss is for models with a class token: a PlainMamba reads the mean of its patches anyway")
+    if args.masks and not args.patch_loss:
+        parser.error("--masks needs --patch-loss, the weight of the loss that they are for")
     return args
 
 
@@ -121,6 +154,7 @@ def main() -> None:
     test = load(args.test)
     predictions = [predict(teacher, args.training, images) for teacher in args.teacher]
     targets = make_targets(labels, args.label_smoothing, predictions)
+    masks = read_masks(args.masks, labels) if args.masks else None
     side = images.shape[-1]
     torch.manual_seed(args.seed)
     model = architecture.make(Sizes(args.d_model, args.depth, args.d_state, channels=3, side=side, patch=PATCH))
@@ -129,11 +163,17 @@ def main() -> None:
         model.load_state_dict(start.state_dict())
 
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
-        batch = shift_and_mirror(images[chosen], PATCH // 2, 0, generator)
-        logits, of_patches = classify(model, normalise(batch), args.patch_loss > 0)
-        total = F.cross_entropy(logits, targets[chosen])
-        if of_patches is not None:
-            total += args.patch_loss * F.cross_entropy(of_patches, targets[chosen])
+        batch, target = images[chosen], targets[chosen]
+        if masks is not None:
+            batch = torch.cat([batch, unpack(masks[chosen])], 1)  # moved with the image
+        batch = shift_and_mirror(batch, PATCH // 2, 0, generator)
+        logits, of_patches = classify(model, normalise(batch[:, :3]), args.patch_loss > 0)
+        total = F.cross_entropy(logits, target)
+        if of_patches is not None and masks is not None:
+            of_each = make_patch_targets(target, batch[:, 3:])
+            total += args.patch_loss * F.cross_entropy(of_patches.flatten(0, 1), of_each.flatten(0, 1))
+        elif of_patches is not None:
+            total += args.patch_loss * F.cross_entropy(of_patches.mean(1), target)
         return total
 
     training = Training(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +147,48 @@ def test_targets_of_a_teacher(run):
     two = [predictions, torch.tensor([[0.0, 0.0, 1.0]] * 3)]
     expected = torch.tensor([[0.0, 0.75, 0.25], [0.5, 0.25, 0.25], [0.0, 0.25, 0.75]])
     torch.testing.assert_close(make_targets(labels, 0.0, two, classes=3), expected)
+
+
+def test_masks_of_clutter(run, tmp_path, monkeypatch):
+    """They are those of the images of the same seed and number, and other images are refused."""
+    make_clutter, train_clutter = (importlib.import_module(name) for name in ("make_clutter", "train_clutter"))
+    grey = [PIL.Image.new("RGB", (300, 200), (90, 90, 90))]
+    monkeypatch.setattr(make_clutter, "load_photographs", lambda split: iter(grey))
+    write_idx(tmp_path, 30)
+    options = ("--images", 12, "--idx", tmp_path, "--seed", 5)
+    run("make_clutter", "classification", "train", tmp_path / "images.parquet", *options)
+    run("make_clutter", "masks", "train", tmp_path / "masks.npz", *options)
+    images, labels = train_clutter.load(tmp_path / "images.parquet")
+    masks = train_clutter.unpack(train_clutter.read_masks(tmp_path / "masks.npz", labels))
+    assert masks.shape == (12, 1, 112, 112)
+    clutter = make_clutter.Clutter("train", tmp_path, 5)
+    for number in range(12):
+        picture, label, shown = clutter.draw_object(number)
+        assert label == labels[number]
+        np.testing.assert_array_equal(masks[number, 0], shown == 2)
+        assert (images[number].permute(1, 2, 0) - torch.tensor(np.asarray(picture)).int()).abs().float().mean() < 10
+    for wrong in (labels[:11], (labels + 1) % 10):
+        with pytest.raises(SystemExit, match="not of these images"):
+            train_clutter.read_masks(tmp_path / "masks.npz", wrong)
+    options = ("--architecture", "deit", "--d-model", 16, "--depth", 2, "--batch-size", 6, "--epochs", 1)
+    files = (tmp_path / "images.parquet", tmp_path / "images.parquet", *options, "--patch-loss", 1)
+    run("train_clutter", tmp_path / "one.pth", *files, "--masks", tmp_path / "masks.npz")
+    run("train_clutter", tmp_path / "two.pth", *files)
+    assert not same_weights(tmp_path / "one.pth", tmp_path / "two.pth", "model")
+    with pytest.raises(SystemExit):
+        run("train_clutter", tmp_path / "three.pth", *files[:-2], "--masks", tmp_path / "masks.npz")
+    with pytest.raises(SystemExit):
+        run("make_clutter", "masks", "train", tmp_path / "other.npz", "--side", 84)
+
+
+def test_targets_of_patches(run):
+    """As far as a patch shows the object, its class; for the rest, all classes alike."""
+    from train_clutter import make_patch_targets
+
+    masks = torch.zeros(1, 1, 4, 6)
+    masks[0, 0, :2, :2] = 1  # the first patch, and half of the last
+    masks[0, 0, 2:, 4] = 1
+    targets = make_patch_targets(torch.tensor([[0.9, 0.1]]), masks, patch=2)
+    nothing = [0.5, 0.5]
+    expected = [[0.9, 0.1], nothing, nothing, nothing, nothing, [0.7, 0.3]]
+    torch.testing.assert_close(targets, torch.tensor([expected]))
