@@ -39,6 +39,7 @@ IMAGES = {
     "test80.parquet": "classification test {} --images 2000 --side 80",
     "train.parquet": "classification train {} --images 60000",
     "test.parquet": "classification test {} --images 5000",
+    "train-masks.npz": "masks train {} --images 60000",
     "scenes-train.parquet": "segmentation train {} --images 16000",
     "scenes-test.parquet": "segmentation test {} --images 1000",
 }
@@ -55,7 +56,11 @@ TRAININGS = {
     },
     "deit": {
         "deit80.pth": ("80", "--epochs 24 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}"),
-        "deit.pth": ("", "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+        "deit-first.pth": ("", "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+        "deit.pth": (
+            "",
+            "--epochs 8 --lr 1e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth} {vim-first.pth}",
+        ),
     },
 }
 ORDER = ("vim", "plain_mamba", "deit")  # of the tables
