@@ -52,7 +52,7 @@ TRAININGS = {
     "vim": {
         "vim80.pth": ("80", "--epochs 10 --lr 4e-3 --patch-loss 0.5"),
         "vim-first.pth": ("", "--epochs 11 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}"),
-        "vim.pth": ("", "--epochs 4 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+        "vim.pth": ("", "--epochs 6 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
     },
     "deit": {
         "deit80.pth": ("80", "--epochs 24 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}"),
