@@ -52,7 +52,12 @@ TRAININGS = {
     "vim": {
         "vim80.pth": ("80", "--epochs 10 --lr 4e-3 --patch-loss 0.5"),
         "vim-first.pth": ("", "--epochs 11 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}"),
-        "vim.pth": ("", "--epochs 6 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+        "vim-second.pth": ("", "--epochs 6 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
+        "vim.pth": (
+            "",
+            "--epochs 2 --lr 4e-4 --patch-loss 0.5 --masks {train-masks.npz} "
+            "--teacher {plain_mamba.pth} {vim-first.pth}",
+        ),
     },
     "deit": {
         "deit80.pth": ("80", "--epochs 24 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}"),
@@ -76,7 +81,7 @@ def list_makings() -> dict[str, Making]:
             arguments = f"{{{file}}} {images} --architecture {name}{start} {options}"
             makings.append(Making(file, "train_clutter", arguments))
             start = f" --start {{{file}}}"
-    options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim.pth} --epochs 5"
+    options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim-first.pth} --epochs 5"
     makings.append(Making("segmenter.pth", "train_segmenter", options))
     return {making.file: making for making in makings}
 
