@@ -208,7 +208,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.side < LARGEST:
         parser.error(f"--side {args.side}: expected at least {LARGEST}, the largest that a garment can be")
-
     if args.side % 8 and args.task == "masks":
         parser.error(f"--side {args.side}: expected a multiple of 8 for masks, of which a byte is 8 pixels")
 
@@ -217,7 +216,8 @@ def main() -> None:
         write_masks(clutter, args.images, args.output)
     else:
         write_table(clutter, args.task, args.seed, args.images, args.output)
-    print(f"wrote {args.images} images to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+    what = "masks" if args.task == "masks" else "images"
+    print(f"wrote {args.images} {what} to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ r"""Train a small classifier on the images of make_clutter.py, on a CPU: a Vim, 
 
 The models have 12 layers and patches of 8 x 8 pixels, 196 of them in an image of 112 pixels. A step on images of 80
 pixels, with garments of the same size, takes half of the time; --start takes the weights of such a run, with the
-position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, the PlainMamba for one;
+position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, the PlainMamba for one; with
+--masks, each patch learns the class as far as it shows the garment (token labels as in arXiv 2104.10858, of masks);
 examples/reproduce/clutter.py has the options that each was trained with.
 
 The checkpoint is in the official format of its architecture and is written every few minutes; the same command goes on
@@ -85,12 +86,16 @@ def make_patch_targets(targets: Tensor, masks: Tensor, patch: int = PATCH) -> Te
     return shares * targets[:, None] + (1 - shares) / targets.shape[1]
 
 
-def read_masks(file: Path, labels: Tensor) -> Tensor:
-    """Return the masks of all images (n, side, side / 8) uint8, of which a bit is a pixel; labels to check that."""
+def read_masks(file: Path, labels: Tensor, side: int) -> Tensor:
+    """Return the masks (n, side, side / 8) uint8, of which a bit is a pixel, of images with these labels and side.
+
+    Raises:
+        SystemExit: they are of other images.
+    """
     with np.load(file) as content:
         masks, found = content["masks"], content["labels"]
-    if len(found) != len(labels) or (torch.from_numpy(found) != labels).any():
-        raise SystemExit(f"{file} is not of these images: its labels differ. Make both with one seed and side")
+    if masks.shape[1] != side or not np.array_equal(found, labels):
+        raise SystemExit(f"{file} is not of these images: labels or side differ. Make both with one seed and side")
     return torch.from_numpy(masks)
 
 
@@ -154,8 +159,8 @@ def main() -> None:
     test = load(args.test)
     predictions = [predict(teacher, args.training, images) for teacher in args.teacher]
     targets = make_targets(labels, args.label_smoothing, predictions)
-    masks = read_masks(args.masks, labels) if args.masks else None
     side = images.shape[-1]
+    masks = read_masks(args.masks, labels, side) if args.masks else None
     torch.manual_seed(args.seed)
     model = architecture.make(Sizes(args.d_model, args.depth, args.d_state, channels=3, side=side, patch=PATCH))
     if args.start is not None:

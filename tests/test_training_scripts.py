@@ -159,7 +159,7 @@ def test_masks_of_clutter(run, tmp_path, monkeypatch):
     run("make_clutter", "classification", "train", tmp_path / "images.parquet", *options)
     run("make_clutter", "masks", "train", tmp_path / "masks.npz", *options)
     images, labels = train_clutter.load(tmp_path / "images.parquet")
-    masks = train_clutter.unpack(train_clutter.read_masks(tmp_path / "masks.npz", labels))
+    masks = train_clutter.unpack(train_clutter.read_masks(tmp_path / "masks.npz", labels, 112))
     assert masks.shape == (12, 1, 112, 112)
     clutter = make_clutter.Clutter("train", tmp_path, 5)
     for number in range(12):
@@ -167,9 +167,9 @@ def test_masks_of_clutter(run, tmp_path, monkeypatch):
         assert label == labels[number]
         np.testing.assert_array_equal(masks[number, 0], shown == 2)
         assert (images[number].permute(1, 2, 0) - torch.tensor(np.asarray(picture)).int()).abs().float().mean() < 10
-    for wrong in (labels[:11], (labels + 1) % 10):
+    for wrong in ((labels[:11], 112), ((labels + 1) % 10, 112), (labels, 80)):
         with pytest.raises(SystemExit, match="not of these images"):
-            train_clutter.read_masks(tmp_path / "masks.npz", wrong)
+            train_clutter.read_masks(tmp_path / "masks.npz", *wrong)
     options = ("--architecture", "deit", "--d-model", 16, "--depth", 2, "--batch-size", 6, "--epochs", 1)
     files = (tmp_path / "images.parquet", tmp_path / "images.parquet", *options, "--patch-loss", 1)
     run("train_clutter", tmp_path / "one.pth", *files, "--masks", tmp_path / "masks.npz")
