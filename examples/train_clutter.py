@@ -104,6 +104,13 @@ def unpack(masks: Tensor) -> Tensor:
     return torch.from_numpy(np.unpackbits(masks.numpy(), axis=2))[:, None]
 
 
+def move(images: Tensor, masks: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Return images (n, 3, side, side) shifted and mirrored at random, and their masks (n, 1, side, side) likewise."""
+    together = images if masks is None else torch.cat([images, masks], 1)
+    together = shift_and_mirror(together, PATCH // 2, 0, generator)
+    return together[:, :3], None if masks is None else together[:, 3:]
+
+
 @torch.inference_mode()
 def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
     """Return a model's probabilities (n, classes) of all images, which a file next to it keeps for the next run."""
@@ -168,14 +175,12 @@ def main() -> None:
         model.load_state_dict(start.state_dict())
 
     def loss(chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
-        batch, target = images[chosen], targets[chosen]
-        if masks is not None:
-            batch = torch.cat([batch, unpack(masks[chosen])], 1)  # moved with the image
-        batch = shift_and_mirror(batch, PATCH // 2, 0, generator)
-        logits, of_patches = classify(model, normalise(batch[:, :3]), args.patch_loss > 0)
+        target = targets[chosen]
+        batch, shown = move(images[chosen], None if masks is None else unpack(masks[chosen]), generator)
+        logits, of_patches = classify(model, normalise(batch), args.patch_loss > 0)
         total = F.cross_entropy(logits, target)
-        if of_patches is not None and masks is not None:
-            of_each = make_patch_targets(target, batch[:, 3:])
+        if of_patches is not None and shown is not None:
+            of_each = make_patch_targets(target, shown)
             total += args.patch_loss * F.cross_entropy(of_patches.flatten(0, 1), of_each.flatten(0, 1))
         elif of_patches is not None:
             total += args.patch_loss * F.cross_entropy(of_patches.mean(1), target)

@@ -181,6 +181,18 @@ def test_masks_of_clutter(run, tmp_path, monkeypatch):
         run("make_clutter", "masks", "train", tmp_path / "other.npz", "--side", 84)
 
 
+def test_masks_are_moved_with_their_images(run):
+    from train_clutter import move
+
+    images = torch.randint(0, 256, (16, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    moved, masks = move(images, images[:, :1].clone(), torch.Generator().manual_seed(1))
+    assert not torch.equal(moved, images)
+    torch.testing.assert_close(masks, moved[:, :1], rtol=0, atol=0)
+    alone, none = move(images, None, torch.Generator().manual_seed(1))
+    assert none is None
+    torch.testing.assert_close(alone, moved, rtol=0, atol=0)
+
+
 def test_targets_of_patches(run):
     """As far as a patch shows the object, its class; for the rest, all classes alike."""
     from train_clutter import make_patch_targets
