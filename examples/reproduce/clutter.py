@@ -22,7 +22,7 @@ from .settings import MADE, read, write
 from .subjects import Subject
 
 EXAMPLES = Path(__file__).parents[1]
-WHOLE = "vim"  # the model of all tables; of the others, tables 1 and 3 at one share of the FLOPs take long enough
+WHOLE = "vim"  # the model of all tables and of the best row; the others have tables 1 and 3 at one share of the FLOPs
 AS_IT_IS = {"crop_pct": 1.0}  # images are as the models see them; the files do not say so
 
 

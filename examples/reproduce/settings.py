@@ -31,7 +31,7 @@ class Settings:
     share: float = 0.6
     further: tuple[float, ...] = (0.75, 0.5)
     samples: int = 1024
-    tune_images: int = 4000
+    tune_images: int = 2000
     tune_epochs: int = 2
     best_images: int | None = None
     reason_images: int = 1000

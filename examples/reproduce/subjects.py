@@ -25,7 +25,8 @@ class Subject:
         training: images to calibrate on and to learn from, as `ssmcompress.open_images` takes them, such as
             `imagenet:train`. test: images to measure on.
         preprocessing: what the checkpoint does not say of its preprocessing.
-        whole: whether table 4, and table 3 at other shares of the FLOPs, have the model.
+        whole: whether table 4, and table 3 at other shares of the FLOPs, have the model, and its best row is
+            fine-tuned on all images.
         draw: (number of a test image) -> what each of its pixels shows, (height, width) of 0 background, 1 clutter and
             2 the object; None: that is not known.
     """

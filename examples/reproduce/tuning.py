@@ -46,7 +46,12 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
 
 
 def tune_best(subject: Subject, settings: Settings) -> None:
-    """Fine-tune the best classifier of the first seed at the main share of the FLOPs on all training images."""
+    """Fine-tune the best classifier of the first seed at the main share of the FLOPs on all training images.
+
+    Only for models that all tables have: it takes as long as all other rows together.
+    """
+    if not subject.whole:
+        return
     file = settings.file_of("best", subject.name)
     key = find_best(read_rows(subject.name, settings.seeds[0], settings), settings.share)
     if key is None or key in read(file):
