@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Names of `ssmcompress compare`; a model leaves out those that it cannot carry out.
 CLASSIFIERS = (
-    "naive", "clip, aligned", "EViT", "EViT, fused", "ToMe", "R-MeeTo", "MTR",
+    "naive", "clip, aligned", "saliency", "saliency, aligned", "EViT", "EViT, fused", "ToMe", "R-MeeTo", "MTR",
     "clip, aligned, reconstructed", "saliency, aligned, reconstructed", "EViT, reconstructed", "ToMe, reconstructed",
     "R-MeeTo, reconstructed", "MTR, reconstructed", "search, reconstructed", "all axes", "smaller image",
     "smaller image, reconstructed",
