@@ -78,7 +78,9 @@ def wrap(text: str) -> str:
 
 def describe_run(settings: Settings) -> str:
     """Return the head of the page."""
-    machine = f"{describe_machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    used = f"{threads} threads" if threads > 1 else "one thread"
+    machine = f"{describe_machine()}; torch {torch.__version__}, {used}"
     paragraphs = (
         f"Written on {date.today()} by `examples/reproduce_tables.py`, all but its notes. Machine: {machine}, "
         f"device {settings.device}. Command:",
