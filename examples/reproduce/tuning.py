@@ -48,7 +48,7 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
 def tune_best(subject: Subject, settings: Settings) -> None:
     """Fine-tune the best classifier of the first seed at the main share of the FLOPs on all training images.
 
-    Only for models that all tables have: it takes as long as all other rows together.
+    Only for models that all tables have, as it takes many times the images of a row.
     """
     if not subject.whole:
         return
