@@ -32,7 +32,7 @@ PAGES = [README, *DOCS]
 OTHER_EXAMPLES = {"extending.md"}
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-LANGUAGES = {"bash", "bash gpu", "python", "text", "yaml"}
+LANGUAGES = {"bash", "bash gpu", "bash hours", "python", "text", "yaml"}
 PROGRAMS = ("ssmcompress", "python examples/", "torchrun")
 # The demo is run on fewer images by its own test; completion writes to the startup file of the user's shell.
 RUN_ELSEWHERE = {"ssmcompress demo", "ssmcompress --install-completion"}
@@ -159,6 +159,15 @@ def test_commands_for_a_gpu_run(page, tmp_path):
             run(command)
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p, "bash hours")], ids=lambda page: page.name)
+def test_commands_that_take_hours_have_options_that_exist(page):
+    for command in commands(page, "bash hours"):
+        _, script, *arguments = command.split()
+        said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        options = {argument for argument in arguments if argument.startswith("-")}
+        assert options <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", said.stdout)), command
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if p.name not in OTHER_EXAMPLES and blocks(p, "python")], ids=lambda page: page.name
 )
@@ -172,7 +181,7 @@ def test_python_examples_run(page, tmp_path):
 def test_no_command_escapes_the_tests(page):
     text = page.read_text(encoding="utf-8")
     assert {info for info, _ in FENCE.findall(text)} <= LANGUAGES
-    tested = commands(page) + commands(page, "bash gpu")
+    tested = [command for language in ("bash", "bash gpu", "bash hours") for command in commands(page, language)]
     programs = (*PROGRAMS, "python ") if page.name in OTHER_EXAMPLES else PROGRAMS
     for command in tested:
         assert command.startswith(programs), command

@@ -93,7 +93,7 @@ def describe_run(settings: Settings) -> str:
         models of the first choice, timed in turn with the dense one.""",
     )
     first, second = map(wrap, paragraphs)
-    return f"# The tables of the paper, reproduced\n\n{first}\n\n```text\n{settings.command}\n```\n\n{second}"
+    return f"# The tables of the paper, reproduced\n\n{first}\n\n```bash hours\n{settings.command}\n```\n\n{second}"
 
 
 def describe_machine() -> str:
@@ -278,7 +278,6 @@ def describe_cost(found: Sequence[Found], made: dict[str, Any]) -> str:
     text = f"## Time and memory\n\n{table(['part', 'minutes', 'peak MB'], rows)}\n\nIn all {total:.1f} hours."
     if made:
         commands = "\n".join(value["command"] for value in made.values())
-        text += (
-            f" Images and models were made by these commands, with all files in the cache:\n\n```text\n{commands}\n```"
-        )
+        text += " Images and models were made by these commands, with all files in the cache:\n\n"
+        text += f"```bash hours\n{commands}\n```"
     return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from .clips import Views
 from .content import digest_mask, digest_picture
 from .images import Images
 from .masks import describe_sizes
+from .workers import make_loader
 
 
 class Item(NamedTuple):
@@ -221,26 +221,6 @@ class Batches:
 def skip_picture(picture: Any) -> Tensor:
     """A transform for `Batches` that are read for their digests alone: it returns an empty tensor."""
     return torch.empty(0)
-
-
-def make_loader(
-    dataset: Any, rows: Sequence[Sequence[Any]], workers: int, worker_init: Callable[[int], None] | None = None
-) -> torch.utils.data.DataLoader:
-    """A loader that gives the items of `dataset` at each of `rows`, read in `workers` processes (0: in this one).
-
-    It does not draw from the global random generator.
-    """
-    # Readers are closures, which only forked workers can inherit; forking is unsafe on other systems than Linux.
-    fork = "fork" if workers and sys.platform == "linux" else None
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=rows,
-        num_workers=workers if fork else 0,
-        collate_fn=list,
-        multiprocessing_context=fork,
-        worker_init_fn=worker_init,
-        generator=torch.Generator(),
-    )
 
 
 def digest(image: Tensor) -> bytes:

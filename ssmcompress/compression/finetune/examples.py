@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.batches import Batches, Item, make_loader
+from ...data.batches import Batches, Item
+from ...data.workers import make_loader
 from ...errors import InputError
 from ...models.base import TokenModel
 from .augmentation import training_transform
