@@ -12,7 +12,13 @@ MEAN, STD = 0.2860, 0.3530
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 28, 28), labels (n,)), both uint8, of "train" or "t10k"."""
+    """(images (n, 28, 28), labels (n,)), both uint8, of "train" or "t10k".
+
+    Raises:
+        SystemExit: the files are not there.
+    """
+    if not (folder / f"{split}-images-idx3-ubyte.gz").exists():
+        raise SystemExit(f"{folder} has no Fashion-MNIST: install Debian's dataset-fashion-mnist, or pass --idx")
     with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:

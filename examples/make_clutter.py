@@ -33,6 +33,9 @@ from datasets import Image as ImageFeature
 from fashion_mnist import CLASSES, FOLDER, read
 from PIL import Image
 
+from ssmcompress.cli.terminal import progress_bars
+from ssmcompress.progress import track
+
 SIDE = 112
 LARGEST = 80  # side of a garment, in pixels
 # Photographs by split. Both pictures of the motorcycle are of the same scene.
@@ -172,7 +175,7 @@ def encode(picture: Image.Image, **options: Any) -> dict[str, Any]:
 
 def write_masks(clutter: Clutter, count: int, output: Path) -> None:
     """Write where each image for classification shows the whole garment, and its class."""
-    drawn = (clutter.draw_object(number) for number in range(count))
+    drawn = (clutter.draw_object(number) for number in track(range(count), "drawing masks", count))
     masks, labels = zip(*((np.packbits(shown == 2, axis=1), label) for _, label, shown in drawn), strict=True)
     np.savez_compressed(output, masks=np.stack(masks), labels=np.asarray(labels))
 
@@ -185,7 +188,7 @@ def write_table(clutter: Clutter, task: str, seed: int, count: int, output: Path
     else:
         features["label"] = ClassLabel(names=CLASSES)
     columns: dict[str, list[Any]] = {name: [] for name in features}
-    for number in range(count):
+    for number in track(range(count), "drawing images", count):
         picture, target, *_ = clutter.draw_scene(number) if task == "segmentation" else clutter.draw_object(number)
         columns["image"].append(encode(picture, format="JPEG", quality=92))
         if task == "segmentation":
@@ -209,13 +212,14 @@ def main() -> None:
     if args.side < LARGEST:
         parser.error(f"--side {args.side}: expected at least {LARGEST}, the largest that a garment can be")
     if args.side % 8 and args.task == "masks":
-        parser.error(f"--side {args.side}: expected a multiple of 8 for masks, of which a byte is 8 pixels")
+        parser.error(f"--side {args.side}: expected a multiple of 8 for masks, because 8 pixels are packed into a byte")
 
     clutter = Clutter(args.split, args.idx, args.seed, args.side)
-    if args.task == "masks":
-        write_masks(clutter, args.images, args.output)
-    else:
-        write_table(clutter, args.task, args.seed, args.images, args.output)
+    with progress_bars(quiet=False):
+        if args.task == "masks":
+            write_masks(clutter, args.images, args.output)
+        else:
+            write_table(clutter, args.task, args.seed, args.images, args.output)
     what = "masks" if args.task == "masks" else "images"
     print(f"wrote {args.images} {what} to {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 

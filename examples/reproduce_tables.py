@@ -1,19 +1,29 @@
 """Reproduce the tables of the paper: on models that anyone can train, or on ImageNet and published checkpoints.
 
-    apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
+    apt-get install dataset-fashion-mnist        # Debian; --idx for another copy of the four original files
     pip install '.[all]' scikit-image
     python examples/reproduce_tables.py
     python examples/reproduce_tables.py --imagenet imagenet --models checkpoints -o imagenet.md
 
-The first form makes images with clutter (make_clutter.py), trains a Vim, a PlainMamba, a DeiT and a segmentation model
-on them, and takes about a day on two cores. The second form takes the folders `train` and `val` of a data set and all
-checkpoints in a folder; segmentation models among them need `--scenes`, a folder with `images` and `annotations`.
+The first form makes images with clutter (make_clutter.py) and trains a Vim, a PlainMamba, a DeiT and a segmentation
+model on them, which takes a day on two cores; the tables take another half day. The second form takes the folders
+`train` and `val` of a data set and all checkpoints in a folder; segmentation models among them need --scenes, a folder
+with `images` and `annotations`.
 
-For each model there are rows without training, with three choices of the images to calibrate on, and rows after a short
-fine-tuning. The script also times all models, measures why alignment helps or not, and draws attention maps. It writes
-a page, and everything else to the cache; what stands between the two comments of a page stays when it is written again.
-It can be stopped at any time; the same command goes on where it stopped.
-`--only` and `--parts` divide the work: two processes that share a cache must not have the same models.
+The parts, for each model:
+    make      images and models of the first form
+    rows      all methods without training, with three choices (--seeds) of the images to calibrate on
+    tuned     all models of the first seed after a short fine-tuning
+    best      the best of them after a fine-tuning on all training images
+    speed     images a second of all models
+    reasons   why alignment helps or not
+    figure    attention maps
+    page      the page, which is written after each other part, too
+
+Everything but the page is kept in the cache. A stopped run can be started again by the same command; it repeats what
+depends on a model, on images or on an option that has changed. Text between the two marker comments of a page is kept
+when it is written again. --only and --parts divide the work: after `--parts make`, several processes may share a cache
+if each has models of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +38,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from fashion_mnist import FOLDER
 from reproduce.figure import draw_figure
-from reproduce.page import write_page
+from reproduce.page import describe_run_here, read_notes, write_page
 from reproduce.reasons import explain
 from reproduce.rows import measure_rows
 from reproduce.settings import Settings, read, write
@@ -43,49 +54,72 @@ from ssmcompress.errors import SsmCompressError
 from ssmcompress.progress import line
 
 CACHE = Path(__file__).parent / "cache"
+PAGE, CACHE_OF_MODELS, PAGE_OF_MODELS = Path("docs/results.md"), CACHE / "models", Path("results.md")
 # What is done for each model, in order.
 PARTS: dict[str, Callable[[Subject, Settings], None]] = {
     "rows": measure_rows, "tuned": tune_rows, "best": tune_best, "speed": time_rows, "reasons": explain,
     "figure": draw_figure,
 }  # fmt: skip
-MAKE = "make"
+MAKE, WRITE = "make", "page"
+EVERYTHING = ",".join([MAKE, *PARTS, WRITE])
 
 
 def parse() -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"), help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
+    output = f"default: {PAGE}; with --models: {PAGE_OF_MODELS}"
+    parser.add_argument("-o", "--output", type=Path, help=output)
+    parser.add_argument("--cache", type=Path, help=f"default: {CACHE}; with --models: {CACHE_OF_MODELS}")
+    parser.add_argument("--idx", type=Path, default=FOLDER, help="Fashion-MNIST; default: %(default)s")
     parser.add_argument("--imagenet", type=Path, help="a folder with train and val, each with a folder for each class")
     parser.add_argument("--models", type=Path, help="a folder with checkpoints, with --imagenet or --scenes")
     parser.add_argument("--scenes", type=Path, help="a folder with images and annotations, each with both splits")
-    parser.add_argument("--only", help="names of models, with commas between them")
-    parser.add_argument("--parts", default=",".join([MAKE, *PARTS]), help="default: %(default)s")
+    parser.add_argument("--only", help="names of models, separated by commas; default: all")
+    parser.add_argument("--parts", default=EVERYTHING, help="default: %(default)s")
     parser.add_argument("--seeds", type=list_numbers, default="0,1,2", help="default: %(default)s")
     parser.add_argument("--share", type=int, default=60, help="percent of the FLOPs left; default: %(default)s")
-    parser.add_argument("--further", type=list_numbers, default="75,50", help="table 3; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=Settings.samples, help="images to calibrate and refit on")
-    parser.add_argument("--tune-images", type=int, default=Settings.tune_images)
-    parser.add_argument("--tune-epochs", type=int, default=Settings.tune_epochs)
-    parser.add_argument("--best-images", type=int, help="to fine-tune the best row on; default: all")
-    parser.add_argument("--reason-images", type=int, default=Settings.reason_images)
-    parser.add_argument("--device", default=Settings.device)
-    parser.add_argument("--threads", type=int, help="of the CPU; results are the same to the bit with as many alone")
-    parser.add_argument("--batch-size", type=int, default=Settings.batch_size)
-    parser.add_argument("--workers", type=int, default=Settings.workers)
+    parser.add_argument(
+        "--further", type=list_numbers, default="75,50", help="more shares, for table 3; default: %(default)s"
+    )
+    numbers = {
+        "samples": "images to calibrate, search and refit on", "tune-images": "training images of `tuned`",
+        "tune-epochs": "epochs of `tuned` and `best`", "reason-images": "test images of `reasons`",
+        "batch-size": "images at a time",
+    }  # fmt: skip
+    for name, text in numbers.items():
+        default = getattr(Settings, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text}; default: %(default)s")
+    parser.add_argument("--best-images", type=positive, help="training images of `best`; default: all")
+    parser.add_argument("--device", default=Settings.device, help="such as cuda; default: %(default)s")
+    parser.add_argument("--threads", type=positive, help="of the CPU; another number changes the last digits")
+    parser.add_argument(
+        "--workers", type=int, default=Settings.workers, help="processes that read images; default: %(default)s"
+    )
     args = parser.parse_args()
-    if unknown := set(args.parts.split(",")) - {MAKE, *PARTS}:
-        parser.error(f"--parts {', '.join(sorted(unknown))}: expected some of {', '.join([MAKE, *PARTS])}")
+    if unknown := set(args.parts.split(",")) - set(EVERYTHING.split(",")):
+        parser.error(f"--parts {', '.join(sorted(unknown))}: expected some of {EVERYTHING.replace(',', ', ')}")
     if not args.seeds or not all(0 < percent < 100 for percent in (args.share, *args.further)):
         parser.error("expected --seeds, and for --share and --further percent above 0 and below 100")
     if (args.models is None) != (args.imagenet is None and args.scenes is None):
         parser.error("--models goes with --imagenet or --scenes")
+    args.output = args.output or (PAGE if args.models is None else PAGE_OF_MODELS)
+    args.cache = args.cache or (CACHE if args.models is None else CACHE_OF_MODELS)
     return args
 
 
 def list_numbers(text: str) -> tuple[int, ...]:
-    """Return the whole numbers of a text, with commas between them."""
-    return tuple(int(number) for number in text.split(",") if number)
+    """Return the whole numbers in a text, separated by commas."""
+    try:
+        return tuple(int(number) for number in text.split(",") if number)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers such as 0,1,2") from error
+
+
+def positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
 
 
 def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]:
@@ -93,19 +127,19 @@ def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]
 
     What is missing of the miniature is made.
     """
+    asked = args.only.split(",") if args.only else None
     if args.models is not None:
         subjects = find_subjects(args.models, args.imagenet, args.scenes)
     else:
-        from reproduce.clutter import list_subjects, make_all
+        from reproduce.clutter import list_subjects, make_all  # needs scikit-image
 
-        subjects = list_subjects(args.cache)
+        subjects = list_subjects(args.cache, args.idx)
     names = [subject.name for subject in subjects]
-    only = args.only.split(",") if args.only else names
-    if unknown := set(only) - set(names):
+    if unknown := set(asked or ()) - set(names):
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
     if args.models is None and MAKE in args.parts.split(","):
-        make_all(args.cache, only)
-    return subjects, only
+        make_all(args.cache, asked or names, args.idx)
+    return subjects, asked or names
 
 
 def run_part(name: str, subject: Subject, settings: Settings) -> None:
@@ -119,6 +153,7 @@ def run_part(name: str, subject: Subject, settings: Settings) -> None:
         earlier = cost.get(name, {"seconds": 0.0})
         seconds = round(earlier["seconds"] + time.monotonic() - begin, 1)
         cost[name] = {"seconds": seconds, "peak_mb": max(peak_memory() or 0.0, earlier.get("peak_mb") or 0.0) or None}
+        cost[name]["machine"] = describe_run_here(settings)
         write(file, cost)
 
 
@@ -137,19 +172,34 @@ def main() -> None:
             run_all(args, settings)
     except SsmCompressError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        line("interrupted: the same command goes on from here")
+        sys.exit(128 + signal.SIGINT)
 
 
 def run_all(args: argparse.Namespace, settings: Settings) -> None:
-    """Do the parts that are asked for, for the models that are asked for, and write the page of all that is there."""
+    """Do the parts that are asked for, for the models that are asked for, and write the page after each.
+
+    Raises:
+        SystemExit: a part of a model failed; what comes after it, and the other models, were done nevertheless.
+    """
+    read_notes(args.output)  # which may be damaged
     subjects, only = choose_subjects(args)
-    parts = args.parts.split(",")
+    parts, failed = args.parts.split(","), []
     for subject in subjects:
         for name in PARTS:
             if subject.name in only and name in parts:
                 line(f"{subject.name}: {name}")
-                run_part(name, subject, settings)
-    write_page(args.output, subjects, settings)
+                try:
+                    run_part(name, subject, settings)
+                except SsmCompressError as error:
+                    failed.append(f"{subject.name}, {name}: {error}")
+                    line(f"failed: {error}")
+                write_page(args.output, subjects, settings, args.models is None)
+    write_page(args.output, subjects, settings, args.models is None)
     line(f"wrote {args.output}")
+    if failed:
+        raise SystemExit("\n".join(f"error: {text}" for text in failed))
 
 
 if __name__ == "__main__":

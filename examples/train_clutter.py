@@ -10,9 +10,9 @@ r"""Train a small classifier on the images of make_clutter.py, on a CPU: a Vim, 
 
 The models have 12 layers and patches of 8 x 8 pixels, 196 of them in an image of 112 pixels. A step on images of 80
 pixels, with garments of the same size, takes half of the time; --start takes the weights of such a run, with the
-position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, the PlainMamba for one; with
---masks, each patch learns the class as far as it shows the garment (token labels as in arXiv 2104.10858, of masks);
-examples/reproduce/clutter.py has the options that each was trained with.
+position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, for example a PlainMamba;
+with --masks, each patch learns the class as far as it shows the garment (token labels as in arXiv 2104.10858, of
+masks); examples/reproduce/clutter.py has the options that each was trained with.
 
 The checkpoint is in the official format of its architecture and is written every few minutes; the same command goes on
 from it, and a run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test
@@ -39,10 +39,10 @@ from ssmcompress.progress import track
 PATCH = 8
 BATCH = 250  # images at a time that a teacher sees
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
-MASKS = "an .npz file of make_clutter.py: the second loss is then of each patch, and no class is right for background"
+MASKS = "an .npz file of make_clutter.py: the second loss is then of each patch, and background has a uniform target"
 TEACHER = "checkpoints of models of these images: half of each target is then their mean prediction, not the label"
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
-# Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.110 billion.
+# Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.112 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
 
 

@@ -47,7 +47,7 @@ class Training(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every training script but for sizes, epochs, batch and step size."""
-    parser.add_argument("checkpoint", type=Path, help="written here; gone on from, if it is there")
+    parser.add_argument("checkpoint", type=Path, help="written here; resumed from if it exists")
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--d-state", type=int, default=8)
     parser.add_argument("--weight-decay", type=float, default=0.05)

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_plain_mamba, make_vim, make_vit, write_image
+from conftest import make_plain_mamba, make_vim, make_vit, make_vmamba, write_image
 from PIL import Image
 from segmenters import make_plain_mamba_upernet, scenes
 
@@ -83,7 +85,8 @@ def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins):
         assert f"**{name}**" in page
     for method in ("naive", "ToMe", "EViT, fused", "R-MeeTo", "MTR", "all axes", "smaller image", "zero-filled"):
         assert f"| {method} |" in page
-    assert Path("page_attention.png").stat().st_size > 10_000
+    assert Path("page_attention_vim_t_midclstok_76p1acc.png").stat().st_size > 10_000
+    assert Path("page_attention_l1.png").exists()
     assert Image.open("page_methods.png").height > 400  # a panel for each of four models
     results = json.loads(Path("cache/results.json").read_text(encoding="utf-8"))
     tuned, rows = results["l1"]["tuned"], results["l1"]["rows"]
@@ -128,8 +131,9 @@ def test_a_fine_tuning_that_is_stopped_goes_on(run, stand_ins, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(tuning.ssmcompress, "evaluate", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as ended:
             run(*arguments, "--parts", "tuned")
+        assert ended.value.code == 130
     (state,) = Path("cache/tuned").glob("*.pt")
     assert json.loads(Path("cache/cost/l1.json").read_text())["tuned"]["seconds"] > 0
     monkeypatch.setattr(Trainer, "take_step", stop)  # all steps are done
@@ -160,7 +164,7 @@ def test_a_fine_tuning_of_a_row_measured_anew_begins_again(monkeypatch, stand_in
         raise InterruptedError(state.path.exists())
 
     monkeypatch.setattr(tuning.ssmcompress, "finetune", begin)
-    run = tuning.Run(tmp_path / "tuned.json", "row", tmp_path / "model", 20)
+    run = tuning.Run(tmp_path / "tuned.json", "row", tmp_path / "model", 20, {})
     with pytest.raises(InterruptedError) as begun:
         tuning.tune(dense, subject, Settings(tmp_path, seeds=(0,), tune_images=20, tune_epochs=1), run)
     assert begun.value.args == (not older,)
@@ -178,6 +182,132 @@ def test_the_best_row_is_tuned_of_models_that_all_tables_have(monkeypatch, tmp_p
         subject = Subject(name, Path("x"), "", "", whole=name == "whole")
         tuning.tune_best(subject, Settings(tmp_path))
     assert asked == ["whole"]
+
+
+@pytest.fixture
+def kept_rows(monkeypatch, tmp_path):
+    """Settings of a cache with a row "naive-60" of the model "m", whose files a test can change."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.rows import WEIGHTS
+    from reproduce.settings import Settings
+
+    settings = Settings(tmp_path, seeds=(0,))
+    folder = settings.rows_of("m", 0)
+    (folder / "models" / "naive-60").mkdir(parents=True)
+    (folder / "models" / "naive-60" / WEIGHTS).write_bytes(b"weights")
+    write_compared(settings, weights="a")
+    return settings
+
+
+def write_compared(settings, **more):
+    rows = [{"method": "dense", "share": 1.0, "top1": 90.0}, {"method": "naive", "share": 0.6, "top1": 50.0}]
+    value = {"settings": {"seed": 0, **more}, "rows": rows}
+    (settings.rows_of("m", 0) / "compare.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", ["nothing", "the row", "the dense model", "images to learn from", "epochs"])
+def test_figures_of_another_model_or_with_other_options_are_not_taken(kept_rows, change):
+    from reproduce.rows import WEIGHTS
+    from reproduce.settings import write
+    from reproduce.tuning import identify_run, read_tuned
+
+    figures = {"of": identify_run("m", kept_rows, "naive-60", "tuned"), "figures": {"top1": 60.0}}
+    write(kept_rows.file_of("tuned", "m"), {"naive-60": figures})
+    settings = kept_rows
+    if change == "the row":
+        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS).write_bytes(b"other weights")
+    elif change == "the dense model":
+        write_compared(kept_rows, weights="b")
+    elif change == "images to learn from":
+        settings = replace(kept_rows, tune_images=7)
+    elif change == "epochs":
+        settings = replace(kept_rows, tune_epochs=7)
+    assert read_tuned("m", settings) == ({"naive-60": figures} if change == "nothing" else {})
+
+
+@pytest.mark.parametrize("change", ["nothing", "the row", "threads"])
+def test_times_of_another_model_or_with_other_threads_are_not_taken(kept_rows, monkeypatch, change):
+    from reproduce import speed
+    from reproduce.rows import WEIGHTS, identify
+    from reproduce.settings import write
+
+    row = {"1": {"ms": 2.0, "share": 0.5}, "8": {"ms": 2.0, "share": 0.5}, "of": identify("m", kept_rows, "naive-60")}
+    times = {"of": speed.identify_speed("m", kept_rows), "rows": {"naive-60": row}, "1": 4.0, "8": 4.0}
+    write(kept_rows.file_of("speed", "m"), times)
+    if change == "the row":
+        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS).write_bytes(b"other weights")
+    elif change == "threads":
+        monkeypatch.setattr(speed.torch, "get_num_threads", lambda: 77)
+    found = speed.read_speed("m", kept_rows)
+    speeds = [speed.images_per_second(found, key, 8) for key in ("dense", "naive-60")]
+    assert speeds == {"nothing": [2000.0, 4000.0], "the row": [2000.0, None], "threads": [None, None]}[change]
+
+
+def test_rows_of_some_seeds_alone_say_so(kept_rows):
+    from reproduce.found import Found
+    from reproduce.tables import main_table
+
+    settings = replace(kept_rows, seeds=(0, 1, 2))
+    flops = {"full": 1.0, "paper": 1.0}
+    measured = {"share": 0.6, "flops": flops, "flops_share": 0.6, "images": 9}
+    failed = {"method": "search, reconstructed", "share": 0.6, "failed": "no such layer", "images": None}
+    rows = {
+        "dense": {0: {**measured, "method": "dense", "top1": 90.0}},
+        "naive-60": {seed: {**measured, "method": "naive", "top1": 50.0} for seed in range(3)},
+        "all-axes-60": {0: {**failed, "method": "all axes"}, 1: {**measured, "method": "all axes", "top1": 80.0}},
+        "search-reconstructed-60": {0: failed},
+    }
+    found = Found("m", rows, 20, {}, {}, {}, {}, {})
+    table = main_table(found, ["naive", "all axes", "search, reconstructed"], settings)
+    assert "| naive | 50.00 |" in table
+    assert "| all axes | 80.00 (1 of 3) |" in table
+    assert "| search, reconstructed | out of reach |" in table
+    assert "Out of reach, search, reconstructed: no such layer" in table
+
+
+def test_a_model_that_fails_does_not_stop_the_others(run, stand_ins, monkeypatch):
+    import reproduce_tables
+
+    def part(subject, settings):
+        if subject.name == "l1":
+            raise ssmcompress.InputError("something is wrong with it")
+        done.append(subject.name)
+
+    done = []
+    monkeypatch.setitem(reproduce_tables.PARTS, "rows", part)
+    with pytest.raises(SystemExit, match="l1, rows: something is wrong"):
+        run("--imagenet", str(stand_ins / "imagenet"), "--models", str(stand_ins / "checkpoints"), "--parts", "rows")
+    assert len(done) == 2  # the segmentation model has no images
+    assert Path("page.md").exists()
+
+
+def test_what_is_no_checkpoint_is_left_out(monkeypatch, stand_ins, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ssmcompress")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.subjects import find_subjects
+
+    torch.save({"lr": 0.1}, tmp_path / "optimizer.pt")
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        find_subjects(tmp_path, stand_ins / "imagenet", None)
+    shutil.copy(stand_ins / "checkpoints" / "l1.pth", tmp_path / "l1.pth")
+    assert [subject.name for subject in find_subjects(tmp_path, stand_ins / "imagenet", None)] == ["l1"]
+    assert "optimizer.pt is left out" in caplog.text
+    shutil.copy(stand_ins / "checkpoints" / "l1.pth", tmp_path / "l1.ckpt")
+    with pytest.raises(SystemExit, match="l1.ckpt and l1.pth"):
+        find_subjects(tmp_path, stand_ins / "imagenet", None)
+
+
+def test_models_with_grids_of_several_sizes_are_not_explained(monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ssmcompress")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.reasons import explain
+    from reproduce.settings import Settings
+    from reproduce.subjects import Subject
+
+    torch.save({"model": make_vmamba().state_dict()}, tmp_path / "vssm.pth")
+    explain(Subject("vssm", tmp_path / "vssm.pth", "", ""), Settings(tmp_path))
+    assert "vssm: not explained" in caplog.text
+    assert not (tmp_path / "reasons").exists()
 
 
 def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):
@@ -205,7 +335,10 @@ def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):
         (("--imagenet", "i", "--models", "missing"), "missing"),
         (("--imagenet", "i", "--models", "."), "no checkpoint"),
         (("--parts", "rows,sped"), "sped"),
-        (("--seeds", "a"), "--seeds"),
+        (("--seeds", "a"), "0,1,2"),
+        (("--tune-images", "0"), "above 0"),
+        (("--best-images", "0"), "above 0"),
+        (("--idx", "nowhere", "--only", "plain_mamba"), "not made"),
         (("--share", "0"), "--share"),
         (("--only", "resnet"), "expected some of vim, plain_mamba, deit, segmenter"),
     ],

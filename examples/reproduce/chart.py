@@ -1,4 +1,4 @@
-"""The chart: every method of tables 1 and 2, without training and fine-tuned."""
+"""The chart: the methods of tables 1 to 3, without training and fine-tuned."""
 
 from __future__ import annotations
 

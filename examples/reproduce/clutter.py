@@ -92,11 +92,14 @@ def find_needed(makings: Mapping[str, Making], file: str) -> set[str]:
     return {file}.union(*(find_needed(makings, other) for other in others))
 
 
-def make_all(cache: Path, only: Sequence[str]) -> None:
+def make_all(cache: Path, only: Sequence[str], idx: Path = FOLDER) -> None:
     """Make the files that are not finished and that some models need; a training that was stopped goes on.
 
     Args:
-        only: names of models.
+        only: names of models. idx: folder of the files of Fashion-MNIST.
+
+    Raises:
+        SystemExit: something cannot be made; its script has said why.
     """
     finished = cache / MADE
     makings = list_makings()
@@ -105,9 +108,14 @@ def make_all(cache: Path, only: Sequence[str]) -> None:
         if file in read(finished) or file not in needed:
             continue
         command = [f"{making.script}.py", *(fill(cache, part) for part in making.arguments.split())]
+        if making.script == "make_clutter":
+            command += ["--idx", str(idx)]
         line(f"making {file}: {' '.join(command)}")
         begin = time.monotonic()
-        subprocess.run([sys.executable, str(EXAMPLES / command[0]), *command[1:]], check=True)
+        try:
+            subprocess.run([sys.executable, str(EXAMPLES / command[0]), *command[1:]], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{file} was not made: {command[0]} ended with exit code {error.returncode}") from error
         shown = re.sub(r"[{}]", "", making.arguments)
         value = {"command": f"python examples/{making.script}.py {shown}", "seconds": time.monotonic() - begin}
         if file.endswith(".pth"):  # which was perhaps trained in several pieces
@@ -121,12 +129,12 @@ def fill(cache: Path, part: str) -> str:
     return str(cache / part[1:-1]) if part.startswith("{") else part
 
 
-def list_subjects(cache: Path) -> list[Subject]:
-    """Return the models of the miniature."""
+def list_subjects(cache: Path, idx: Path = FOLDER) -> list[Subject]:
+    """Return the models of the miniature, with the files of Fashion-MNIST in `idx`."""
 
     @functools.cache
     def test_images() -> Clutter:  # reads the photographs, so when first used
-        return Clutter("test", FOLDER, seed=0)
+        return Clutter("test", idx, seed=0)
 
     def draw(number: int) -> np.ndarray:
         return test_images().draw_object(number)[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -10,8 +11,8 @@ import ssmcompress
 from ssmcompress.jobs.requests import DataOptions
 from ssmcompress.jobs.visualize import VisualizeRequest, visualize
 
-from .rows import name_row
-from .settings import Settings
+from .rows import identify, name_row
+from .settings import Settings, read, write
 from .subjects import Subject
 
 METHOD = "clip, aligned"
@@ -27,18 +28,30 @@ def draw_figure(subject: Subject, settings: Settings) -> None:
     """Draw the maps of a model, if its row of the aligned model is there and they are not drawn yet."""
     folder = find_figure(subject.name, settings)
     kept = settings.rows_of(subject.name, settings.seeds[0]) / "models" / name_row(METHOD, settings.share)
-    if folder.exists() or not kept.exists():
+    if is_drawn(subject.name, settings) or not kept.exists():
         return
     dense = subject.load(settings.device)
     request = VisualizeRequest(DataOptions(data=subject.test), IMAGES, settings.reason_images)
     model = ssmcompress.load(kept, device=settings.device)
-    visualize(model, request, folder, dense=dense, title=subject.name, command=settings.command)
+    visualize(model, request, folder, dense=dense, title=subject.name, command=settings.command, force=True)
+    write(settings.file_of("figure", subject.name), {"of": identify_figure(subject.name, settings)})
+
+
+def is_drawn(name: str, settings: Settings) -> bool:
+    """Return whether the attention maps of a model are drawn and its row is still the same."""
+    drawn = read(settings.file_of("figure", name))
+    return find_figure(name, settings).exists() and drawn.get("of") == identify_figure(name, settings)
+
+
+def identify_figure(name: str, settings: Settings) -> dict[str, Any]:
+    """Return what the attention maps of a model depend on."""
+    return identify(name, settings, name_row(METHOD, settings.share), images=IMAGES, of_images=settings.reason_images)
 
 
 def copy_figure(name: str, settings: Settings, target: Path) -> bool:
     """Write the pictures of a model below each other into a PNG file; return whether there are any."""
     files = sorted(find_figure(name, settings).glob("attention-*.png"))
-    if not files:
+    if not files or not is_drawn(name, settings):
         return False
     pictures = [Image.open(file).convert("RGB") for file in files]
     whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")

@@ -7,9 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ssmcompress.jobs.compare import RESULT_FILE
+
+from .reasons import read_reasons
 from .rows import DENSE, name_row, read_rows
 from .settings import Settings, read
+from .speed import read_speed
 from .subjects import Subject
+from .tuning import read_tuned
 
 TITLES = {"top1": "top-1", "miou": "mIoU"}
 
@@ -20,11 +25,13 @@ class Found:
 
     Attributes:
         rows: row name -> its figures by seed, as `compare.json` has them.
-        tuned, best, speed, reasons, cost: see `Settings`.
+        samples: images to calibrate on; None: there are no rows yet.
+        tuned, best, speed, reasons, cost: see `Settings.file_of`.
     """
 
     name: str
     rows: dict[str, dict[int, dict[str, Any]]]
+    samples: int | None
     tuned: dict[str, Any]
     best: dict[str, Any]
     speed: dict[str, Any]
@@ -52,20 +59,28 @@ class Found:
         values = self.values(key)
         return statistics.mean(values) if values else None
 
+    def mean_flops(self, key: str, convention: str) -> float:
+        """Return the mean over the seeds of the GFLOPs of a row that was measured."""
+        return statistics.mean(row["flops"][convention] for row in self.rows[key].values() if not row.get("failed"))
+
     def tuned_value(self, key: str) -> float | None:
         """Return the figure of a row after fine-tuning."""
         return self.tuned.get(key, {}).get("figures", {}).get(self.figure)
 
 
 def find(subject: Subject, settings: Settings) -> Found:
-    """Return what has been measured of a model."""
+    """Return what has been measured of a model, but for figures of other models, images and options than those now."""
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in settings.seeds:
         for row in read_rows(subject.name, seed, settings):
             key = DENSE if row["method"] == DENSE else name_row(row["method"], row["share"])
             rows.setdefault(key, {})[seed] = row
-    kinds = ("tuned", "best", "speed", "reasons", "cost")
-    return Found(subject.name, rows, *(read(settings.file_of(kind, subject.name)) for kind in kinds))
+    name = subject.name
+    tuned, best = read_tuned(name, settings), read_tuned(name, settings, "best")
+    speed, reasons = read_speed(name, settings), read_reasons(name, settings)
+    compared = read(settings.rows_of(name, settings.seeds[0]) / RESULT_FILE).get("settings", {})
+    samples = compared.get("calibration", {}).get("images")
+    return Found(name, rows, samples, tuned, best, speed, reasons, read(settings.file_of("cost", name)))
 
 
 def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ssmcompress
-from ssmcompress.jobs.methods import ratio_for_flops
+from ssmcompress.data.batches import sample_indices
 from ssmcompress.models import TokenModel
 from ssmcompress.models.blocks import ScanBlock
 from ssmcompress.models.rewrite import prune_like
@@ -19,10 +19,12 @@ from ssmcompress.ops import gather_tokens
 from ssmcompress.progress import line, track
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
 
+from .methods import IMPORTANCES
+from .rows import find_kept, identify, name_row
 from .settings import Settings, read, write
 from .subjects import Subject
 
-METRICS = ("clip", "saliency", "random")
+METRICS = ("clip", "saliency", "random")  # of which the aligned rows are taken up, if there are any
 ALIGNMENTS = {"none": UNALIGNED, "conv": Alignment(True, False), "scan": Alignment(False, True), "both": Alignment()}
 CONTENTS = ("background", "clutter", "object")
 
@@ -30,37 +32,52 @@ CONTENTS = ("background", "clutter", "object")
 def explain(subject: Subject, settings: Settings) -> None:
     """Measure what the rows of a model do not show, for each metric that was not measured yet.
 
-    Models whose layers have no scan are left out, as nothing is aligned in them.
+    The model is that of the aligned row of the first seed. Models whose layers have no scan are left out, as nothing is
+    aligned in them, and so are those whose later sections have all tokens again.
     """
     file = settings.file_of("reasons", subject.name)
-    found = read(file)
+    done = read_reasons(subject.name, settings)
     dense = subject.load(settings.device)
     if dense.reads_levels or not all(isinstance(block, ScanBlock) for block in dense.blocks):
         return
-    try:
-        ratio = ratio_for_flops(dense, None, settings.share)
-    except ssmcompress.BudgetError as error:
-        line(f"{subject.name}: not explained: {error}")
+    if len(dense.sections) > 1:
+        line(f"{subject.name}: not explained, as its layers have grids of several sizes")
         return
+    kept = dict(find_kept(subject.name, settings, settings.share))
     for metric in METRICS:
-        if metric in found or metric not in dense.importances:
+        folder = kept.get(find_aligned(metric, settings))
+        if metric in done or folder is None:
             continue
         line(f"{subject.name}: explaining {metric}")
-        plan = ssmcompress.calibrate(
-            dense, choose(subject.training, dense, settings.samples, settings), ratio=ratio, importance=metric
-        )
-        pruned = ssmcompress.prune(dense, plan)
+        pruned = ssmcompress.load(folder, device=settings.device)
         models = {name: prune_like(dense, pruned, alignment) for name, alignment in ALIGNMENTS.items()}
-        images = choose(subject.test, dense, settings.reason_images, settings)
+        images = choose(subject.test, dense, settings)
         figures = {name: ssmcompress.evaluate(model, images, dense=dense).figures for name, model in models.items()}
-        found[metric] = {"figures": figures, **run_both(subject, dense, models, images)}
-        write(file, found)
+        of = identify_reasons(subject.name, settings, metric)
+        value = {"of": of, "figures": figures, **run_both(subject, dense, models, images)}
+        write(file, read(file) | {metric: value})
 
 
-def choose(name: str, model: TokenModel, count: int, settings: Settings) -> ssmcompress.Batches:
-    """Return the first images of a data set."""
+def find_aligned(metric: str, settings: Settings) -> str:
+    """Return the name of the aligned row of a metric at the main share of the FLOPs."""
+    return name_row(IMPORTANCES[metric][1], settings.share)
+
+
+def read_reasons(name: str, settings: Settings) -> dict[str, Any]:
+    """Return what was measured of a model, by metric, where its row is still the same."""
+    found = read(settings.file_of("reasons", name))
+    return {key: value for key, value in found.items() if value.get("of") == identify_reasons(name, settings, key)}
+
+
+def identify_reasons(name: str, settings: Settings, metric: str) -> dict[str, Any]:
+    """Return what the figures of a metric depend on."""
+    return identify(name, settings, find_aligned(metric, settings), reason_images=settings.reason_images)
+
+
+def choose(name: str, model: TokenModel, settings: Settings) -> ssmcompress.Batches:
+    """Return the images of a data set to explain on, drawn with the first seed."""
     images = model.find_images(name)
-    index = range(min(count, len(images)))
+    index, _ = sample_indices(len(images), min(settings.reason_images, len(images)), settings.seeds[0])
     return ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
 
 

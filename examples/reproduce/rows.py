@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import ssmcompress
 from ssmcompress.evaluation.flops import share_of_whole
+from ssmcompress.files import sha256
 from ssmcompress.jobs.compare import RESULT_FILE, Comparison, list_levels
 from ssmcompress.jobs.compare_axes import IMAGE
 from ssmcompress.jobs.methods import METHODS, Level, Method, choose_methods, list_obstacles
@@ -25,6 +27,9 @@ from .settings import Settings, read
 from .subjects import Subject
 
 DENSE = "dense"
+WEIGHTS = "model.safetensors"  # in the folder of a model
+# Settings of a comparison that other figures of its models depend on, too.
+COMMON = ("weights", "image_size", "preprocessing", "content", "seed")
 
 
 class KeptComparison(Comparison):
@@ -71,7 +76,11 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
         )
         request = CompareRequest(data=data, measure=MeasureOptions(latency=False))
         folder = settings.rows_of(subject.name, seed)
-        comparison = KeptComparison(model, folder, request, settings.command, force=False)
+        try:
+            comparison = KeptComparison(model, folder, request, settings.command, force=False)
+        except ssmcompress.InputError as error:
+            advice = f"remove {folder} to measure its rows anew, or use another --cache"
+            raise ssmcompress.InputError(f"{error}. Here: {advice}") from error
         if not comparison.measured.source.labelled:
             raise ssmcompress.InputError(f"{subject.test} has no labels, so there is nothing to measure")
         if seed != settings.seeds[0]:
@@ -110,3 +119,27 @@ def find_kept(name: str, settings: Settings, share: float | None = None) -> Iter
         key = name_row(row["method"], row["share"])
         if row["method"] != DENSE and not row.get("failed") and share in (None, row["share"]):
             yield key, settings.rows_of(name, seed) / "models" / key
+
+
+def identify(name: str, settings: Settings, key: str, **more: Any) -> dict[str, Any]:
+    """Return what figures of a row's model of the first seed depend on, a JSON object.
+
+    Figures that are kept with another one are of another model, other images or other options.
+
+    Args:
+        name: of the dense model. key: name of the row. more: options that the figures depend on.
+    """
+    folder = settings.rows_of(name, settings.seeds[0])
+    compared = read(folder / RESULT_FILE).get("settings", {})
+    model = None if key == DENSE else digest(folder / "models" / key / WEIGHTS)
+    return {"rows": {k: compared.get(k) for k in COMMON}, "model": model, **more}
+
+
+def digest(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None if there is none."""
+    return _digest(file, file.stat().st_mtime_ns) if file.exists() else None
+
+
+@functools.cache
+def _digest(file: Path, changed: int) -> str:
+    return sha256(file)

@@ -14,7 +14,8 @@ from ssmcompress.evaluation.latency import time_calls
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
-from .rows import DENSE, find_kept
+from .machine import describe_machine
+from .rows import DENSE, find_kept, identify
 from .settings import Settings, read, write
 from .subjects import Subject
 
@@ -31,7 +32,7 @@ def time_rows(subject: Subject, settings: Settings) -> None:
     row's group: groups are timed minutes apart, and other work on the machine slows a whole group down.
     """
     file = settings.file_of("speed", subject.name)
-    found = read(file)
+    found = read_speed(subject.name, settings) or {"of": identify_speed(subject.name, settings)}
     rows = found.setdefault("rows", {})
     dense = subject.load(settings.device)
     work = [(key, folder) for key, folder in find_kept(subject.name, settings) if key not in rows]
@@ -42,10 +43,28 @@ def time_rows(subject: Subject, settings: Settings) -> None:
         times = [time_models(models, batch, torch.device(settings.device)) for batch in BATCHES]
         for key, _ in group:
             rows[key] = {str(batch): part for batch, part in zip(BATCHES, (t[key] for t in times), strict=True)}
+            rows[key]["of"] = identify(subject.name, settings, key)
         for batch, part in zip(BATCHES, times, strict=True):
             found[str(batch)] = min(part[DENSE]["ms"], found.get(str(batch), float("inf")))
         found["settings"] = timing_settings(torch.device(settings.device), torch.float32, REPEATS)
         write(file, found)
+
+
+def read_speed(name: str, settings: Settings) -> dict[str, Any]:
+    """Return what was timed of a model on this device and with these threads, of the rows that are still the same."""
+    found = read(settings.file_of("speed", name))
+    if found.get("of") != identify_speed(name, settings):
+        return {}
+    rows = {k: value for k, value in found["rows"].items() if value.get("of") == identify(name, settings, k)}
+    return found | {"rows": rows}
+
+
+def identify_speed(name: str, settings: Settings) -> dict[str, Any]:
+    """Return what the times of all rows depend on."""
+    device = torch.device(settings.device)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_machine()
+    threads = None if device.type == "cuda" else torch.get_num_threads()
+    return identify(name, settings, DENSE, device=model, threads=threads, torch=torch.__version__)
 
 
 @torch.inference_mode()

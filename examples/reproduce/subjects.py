@@ -66,14 +66,26 @@ def find_subjects(models: Path, imagenet: Path | None, scenes: Path | None) -> l
     """Return the checkpoints of a folder, classifiers with the images of `imagenet`, segmentation models with `scenes`.
 
     Both are folders with two splits, `train` and `val` or `training` and `validation`. Models whose images are not
-    given are left out, and a line says so.
+    given, and files that cannot be loaded, are left out, and a line says so.
+
+    Raises:
+        SystemExit: there is no checkpoint, or two have the same name without suffix.
     """
-    subjects = []
+    subjects: list[Subject] = []
     for checkpoint in find_models(models):
-        task = ssmcompress.load(checkpoint).task
+        try:
+            task = ssmcompress.load(checkpoint).task
+        except ssmcompress.InputError as error:
+            line(f"{checkpoint} is left out: {error}")
+            continue
+        name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
         folder = scenes if task is SEGMENTATION else imagenet
         if folder is None:
             line(f"{checkpoint} is left out: a model for {task.name}, and no such images were given")
             continue
-        subjects.append(Subject(checkpoint.stem, checkpoint, f"{folder}:train", f"{folder}:validation"))
+        if same := [subject.checkpoint.name for subject in subjects if subject.name == name]:
+            raise SystemExit(f"{same[0]} and {checkpoint.name} in {models} would have one name: rename one of them")
+        subjects.append(Subject(name, checkpoint, f"{folder}:train", f"{folder}:validation"))
+    if not subjects:
+        raise SystemExit(f"no checkpoint in {models} can be measured: the lines above say why")
     return subjects

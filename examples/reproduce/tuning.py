@@ -13,7 +13,7 @@ from ssmcompress.files import MODEL_FILE
 from ssmcompress.models import TokenModel
 from ssmcompress.progress import line
 
-from .rows import DENSE, find_kept, name_row, read_rows
+from .rows import DENSE, find_kept, identify, name_row, read_rows
 from .settings import Settings, read, write
 from .subjects import Subject
 
@@ -21,13 +21,30 @@ from .subjects import Subject
 class Run(NamedTuple):
     """Fine-tuning of the model in `folder`, None: the dense one, on `count` images, None: all.
 
-    Its figures are kept in `file`, under `key`.
+    Its figures are kept in `file`, under `key`, with what they depend on, `of`.
     """
 
     file: Path
     key: str
     folder: Path | None
     count: int | None
+    of: dict[str, Any]
+
+
+def read_tuned(name: str, settings: Settings, kind: str = "tuned") -> dict[str, Any]:
+    """Return the figures of a model after fine-tuning, by the names of the rows that are still the same.
+
+    Args:
+        kind: "tuned", or "best" for what was tuned on all images.
+    """
+    found = read(settings.file_of(kind, name))
+    return {key: value for key, value in found.items() if value.get("of") == identify_run(name, settings, key, kind)}
+
+
+def identify_run(name: str, settings: Settings, key: str, kind: str) -> dict[str, Any]:
+    """Return what the figures of a row after fine-tuning depend on."""
+    images = settings.tune_images if kind == "tuned" else settings.best_images
+    return identify(name, settings, key, tune_images=images, epochs=settings.tune_epochs)
 
 
 def tune_rows(subject: Subject, settings: Settings) -> None:
@@ -36,13 +53,15 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
     The dense model is tuned, too: what it gains is not due to a method.
     """
     file = settings.file_of("tuned", subject.name)
+    done = read_tuned(subject.name, settings)
     dense = subject.load(settings.device)
     work: list[tuple[str, Path | None]] = [(DENSE, None), *find_kept(subject.name, settings, settings.share)]
     for number, (key, folder) in enumerate(work, 1):
-        if key in read(file):
+        if key in done:
             continue
         line(f"{subject.name}: fine-tuning {key}, {number} of {len(work)}")
-        tune(dense, subject, settings, Run(file, key, folder, settings.tune_images))
+        of = identify_run(subject.name, settings, key, "tuned")
+        tune(dense, subject, settings, Run(file, key, folder, settings.tune_images, of))
 
 
 def tune_best(subject: Subject, settings: Settings) -> None:
@@ -54,12 +73,13 @@ def tune_best(subject: Subject, settings: Settings) -> None:
         return
     file = settings.file_of("best", subject.name)
     key = find_best(read_rows(subject.name, settings.seeds[0], settings), settings.share)
-    if key is None or key in read(file):
+    if key is None or key in read_tuned(subject.name, settings, "best"):
         return
     line(f"{subject.name}: fine-tuning {key} on all images")
     dense = subject.load(settings.device)
     folder = dict(find_kept(subject.name, settings))[key]
-    tune(dense, subject, settings, Run(file, key, folder, settings.best_images))
+    of = identify_run(subject.name, settings, key, "best")
+    tune(dense, subject, settings, Run(file, key, folder, settings.best_images, of))
 
 
 def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
@@ -82,13 +102,19 @@ def tune(dense: TokenModel, subject: Subject, settings: Settings, run: Run) -> N
     recipe = ssmcompress.Recipe(epochs=settings.tune_epochs)
     # Its name has what may differ between two runs of the script, so that a state is always of the same run.
     state = run.file.parent / f"{subject.name}-{run.key}-{len(index)}-{settings.tune_epochs}-{settings.seeds[0]}.pt"
-    if run.folder and state.exists() and state.stat().st_mtime < (run.folder / MODEL_FILE).stat().st_mtime:
-        remove_state(state)  # of a row that was measured anew since
+    begins_with = run.folder / MODEL_FILE if run.folder else subject.checkpoint
+    if state.exists() and state.stat().st_mtime < begins_with.stat().st_mtime:
+        remove_state(state)  # of a model that is another one since
     tuned = ssmcompress.finetune(
         model, batches, dense=teacher, recipe=recipe, seed=settings.seeds[0], state=StateFile(state, resume=True)
     )
-    result = ssmcompress.evaluate(tuned.model, subject.test)
+    test = dense.find_images(subject.test)
+    every = range(len(test))
+    result = ssmcompress.evaluate(
+        tuned.model, ssmcompress.Batches(test, model.transform(), every, settings.batch_size, settings.workers)
+    )
     figures = {
+        "of": run.of,
         "figures": dict(result.figures),
         "teacher": teacher is not None,
         "images": len(index),
