@@ -17,6 +17,7 @@ The parts, for each model:
     best      the best of them after a fine-tuning on all training images
     speed     images a second of all models
     reasons   why alignment helps or not
+    inputs    what the dropped tokens of a Vim would have brought to its convolutions and scans
     figure    attention maps
     page      the page, which is written after each other part, too
 
@@ -40,6 +41,7 @@ from pathlib import Path
 import torch
 from fashion_mnist import FOLDER
 from reproduce.figure import draw_figure
+from reproduce.inputs import measure_inputs
 from reproduce.page import describe_run_here, read_notes, write_page
 from reproduce.reasons import explain
 from reproduce.rows import measure_rows
@@ -58,7 +60,7 @@ PAGE, CACHE_OF_MODELS, PAGE_OF_MODELS = Path("docs/results.md"), CACHE / "models
 # What is done for each model, in order.
 PARTS: dict[str, Callable[[Subject, Settings], None]] = {
     "rows": measure_rows, "tuned": tune_rows, "best": tune_best, "speed": time_rows, "reasons": explain,
-    "figure": draw_figure,
+    "inputs": measure_inputs, "figure": draw_figure,
 }  # fmt: skip
 MAKE, WRITE = "make", "page"
 EVERYTHING = ",".join([MAKE, *PARTS, WRITE])

@@ -22,7 +22,7 @@ from ssmcompress.files import MODEL_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ("--further", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
-PARTS = ("rows", "tuned", "best", "speed", "reasons", "figure")
+PARTS = ("rows", "tuned", "best", "speed", "reasons", "inputs", "figure")
 
 
 @pytest.fixture
@@ -79,8 +79,19 @@ def read_rows(folder):
 def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins):
     data = ("--imagenet", str(stand_ins / "imagenet"), "--scenes", str(stand_ins / "scenes"))
     page = run(*data, "--models", str(stand_ins / "checkpoints"), *FEW, "--seeds", "0")
-    for title in ("Table 1", "The best rows", "Table 2", "Table 3", "Table 4", "Why", "Figure", "Time and memory"):
+    for title in (
+        "Table 1",
+        "The best rows",
+        "Table 2",
+        "Table 3",
+        "Table 4",
+        "Why",
+        "What the dropped",
+        "Figure",
+        "Time and",
+    ):
         assert f"## {title}" in page
+    assert "## What the dropped tokens" in page
     for name in ("vim_t_midclstok_76p1acc", "l1", "deit_tiny_patch16_224-a1311bcf", "l1_upernet"):
         assert f"**{name}**" in page
     for method in ("naive", "ToMe", "EViT, fused", "R-MeeTo", "MTR", "all axes", "smaller image", "zero-filled"):
@@ -257,7 +268,7 @@ def test_rows_of_some_seeds_alone_say_so(kept_rows):
         "all-axes-60": {0: {**failed, "method": "all axes"}, 1: {**measured, "method": "all axes", "top1": 80.0}},
         "search-reconstructed-60": {0: failed},
     }
-    found = Found("m", rows, 20, {}, {}, {}, {}, {})
+    found = Found("m", rows, 20, {}, {}, {}, {}, {}, {})
     table = main_table(found, ["naive", "all axes", "search, reconstructed"], settings)
     assert "| naive | 50.00 |" in table
     assert "| all axes | 80.00 (1 of 3) |" in table
@@ -295,6 +306,22 @@ def test_what_is_no_checkpoint_is_left_out(monkeypatch, stand_ins, tmp_path, cap
     shutil.copy(stand_ins / "checkpoints" / "l1.pth", tmp_path / "l1.ckpt")
     with pytest.raises(SystemExit, match="l1.ckpt and l1.pth"):
         find_subjects(tmp_path, stand_ins / "imagenet", None)
+
+
+def test_inputs_at_dropped_positions(monkeypatch):
+    """Given to neither op, the model is the aligned one; given to both, it is the dense one."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from reproduce.inputs import run_cases
+
+    dense, images = make_vim(6), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pruned = ssmcompress.prune(dense, ssmcompress.calibrate(dense, images, ratio=0.4, stages=[1, 3]))
+    with torch.inference_mode():
+        logits = run_cases(dense, pruned, images)
+        torch.testing.assert_close(logits["neither"], pruned(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits["both"], dense(images), rtol=0, atol=1e-5)
+    values = list(logits.values())
+    for number, one in enumerate(values):
+        assert all((one - other).abs().max() > 1e-4 for other in values[number + 1 :])
 
 
 def test_models_with_grids_of_several_sizes_are_not_explained(monkeypatch, tmp_path, caplog):

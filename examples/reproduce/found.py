@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmcompress.jobs.compare import RESULT_FILE
 
+from .inputs import read_inputs
 from .reasons import read_reasons
 from .rows import DENSE, name_row, read_rows
 from .settings import Settings, read
@@ -26,7 +27,7 @@ class Found:
     Attributes:
         rows: row name -> its figures by seed, as `compare.json` has them.
         samples: images to calibrate on; None: there are no rows yet.
-        tuned, best, speed, reasons, cost: see `Settings.file_of`.
+        tuned, best, speed, reasons, inputs, cost: see `Settings.file_of`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Found:
     best: dict[str, Any]
     speed: dict[str, Any]
     reasons: dict[str, Any]
+    inputs: dict[str, Any]
     cost: dict[str, Any]
 
     @property
@@ -77,10 +79,10 @@ def find(subject: Subject, settings: Settings) -> Found:
             rows.setdefault(key, {})[seed] = row
     name = subject.name
     tuned, best = read_tuned(name, settings), read_tuned(name, settings, "best")
-    speed, reasons = read_speed(name, settings), read_reasons(name, settings)
+    speed, reasons, inputs = (function(name, settings) for function in (read_speed, read_reasons, read_inputs))
     compared = read(settings.rows_of(name, settings.seeds[0]) / RESULT_FILE).get("settings", {})
     samples = compared.get("calibration", {}).get("images")
-    return Found(name, rows, samples, tuned, best, speed, reasons, read(settings.file_of("cost", name)))
+    return Found(name, rows, samples, tuned, best, speed, reasons, inputs, read(settings.file_of("cost", name)))
 
 
 def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:

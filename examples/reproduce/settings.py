@@ -50,7 +50,7 @@ class Settings:
         return self.cache / "rows" / f"{name}-seed{seed}"
 
     def file_of(self, kind: str, name: str) -> Path:
-        """Return the file of other figures of a model: "tuned", "best", "speed", "reasons" or "cost"."""
+        """Return the file of the figures of a model of a kind: a part, or "cost"."""
         return self.cache / kind / f"{name}.json"
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from .found import TITLES, Found, list_methods
+from .inputs import CASES
 from .methods import CLASSIFIERS, HALVES, IMPORTANCES, SEGMENTERS, WITH_AND_WITHOUT
 from .rows import DENSE, name_row
 from .settings import Settings
@@ -150,6 +151,18 @@ def layer_errors(found: Found) -> str:
     return f"Errors of single layers of {found.name}:\n\n{table(header, rows)}"
 
 
+def show_inputs(found: Sequence[Found], settings: Settings) -> str:
+    """Return what the dropped tokens would have brought to the convolutions and the scans of a model."""
+    rows = [
+        [f.name, metric, *(show(r["top1"][name]) for name in CASES)] for f in found for metric, r in f.inputs.items()
+    ]
+    text = f"""Top-1 on the same {settings.reason_images:,} test images of the aligned models, when the convolutions,
+        the scans, or both have at the dropped positions the tokens that the dense model has there. With both, the model
+        is the dense one."""
+    header = ["model", "tokens by", *CASES]
+    return f"## What the dropped tokens would have brought\n\n{wrap(text)}\n\n{table(header, rows)}" if rows else ""
+
+
 SECTIONS: tuple[Callable[[Sequence[Found], Settings], str], ...] = (
-    show_first, show_best, show_second, show_third, show_fourth, show_reasons,
+    show_first, show_best, show_second, show_third, show_fourth, show_reasons, show_inputs,
 )  # fmt: skip
