@@ -136,6 +136,10 @@ def train(training: Training, args: argparse.Namespace) -> None:
         saved = torch.load(args.checkpoint, weights_only=True)
         if any(saved["settings"].get(name) != settings[name] for name in training.fixed):
             raise SystemExit(f"{args.checkpoint} was made with {saved['settings']}, not {settings}")
+        before = saved["settings"]
+        changed = [f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if before.get(k) != v]
+        if changed and saved["step"] < last:
+            print(f"resumed with other options: {', '.join(changed)}", flush=True)
         model.load_state_dict(saved[weights])
         optimizer.load_state_dict(saved["optimizer"])
         step, history, seconds = saved["step"], saved["history"], saved.get("seconds", 0.0)

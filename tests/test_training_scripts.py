@@ -105,6 +105,16 @@ def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key, width,
     assert ssmcompress.load(tmp_path / "one.pth").architecture == name
 
 
+def test_a_run_that_goes_on_with_other_options_says_so(run, tmp_path, capsys):
+    write_idx(tmp_path, 60)
+    options = ("--idx", tmp_path, "--d-model", 8, "--depth", 2, "--batch-size", 30, "--steps", 1)
+    run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
+    run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
+    assert "other options" not in capsys.readouterr().out
+    run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 3, "--lr", 0.5)
+    assert "resumed with other options: epochs=3 (was 2), lr=0.5 (was" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("architecture", "key", "width"), [("vim", "model", 8), ("plain_mamba", "state_dict", 8), ("deit", "model", 16)]
 )
