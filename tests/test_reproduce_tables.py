@@ -175,7 +175,7 @@ def test_a_fine_tuning_of_a_row_measured_anew_begins_again(monkeypatch, stand_in
         raise InterruptedError(state.path.exists())
 
     monkeypatch.setattr(tuning.ssmcompress, "finetune", begin)
-    run = tuning.Run(tmp_path / "tuned.json", "row", tmp_path / "model", 20, {})
+    run = tuning.Run(tmp_path / "tuned.json", "row", tmp_path / "model", 20, {}, ssmcompress.Recipe())
     with pytest.raises(InterruptedError) as begun:
         tuning.tune(dense, subject, Settings(tmp_path, seeds=(0,), tune_images=20, tune_epochs=1), run)
     assert begun.value.args == (not older,)
