@@ -64,9 +64,9 @@ def show_best(found: Sequence[Found], settings: Settings) -> str:
     header = ["model", "dense", "best row", "FLOPs", "lost without training", "training images", "lost fine-tuned"]
     recipe = " and ".join(f"{name} {value:g}" for name, value in BEST.items())
     note = wrap(f"""Points of top-1 that the best row at {settings.share:.0%} of the FLOPs loses, and the same model
-        after {settings.tune_epochs} epochs of more training images than in table 1, with {recipe} in the recipe. Table 1
-        has what the dense model gains. The best row is the one with the highest top-1 on the test images, with the
-        first seed; the recipe was chosen on the test images, too.""")
+        after {settings.tune_epochs} epochs of more training images than in table 1, with {recipe} in the recipe.
+        Table 1 has what the dense model gains. The best row is the one with the highest top-1 on the test images, with
+        the first seed; the recipe was chosen on the test images of the miniature, too.""")
     return f"## The best rows\n\n{note}\n\n{table(header, rows)}" if rows else ""
 
 

@@ -17,9 +17,10 @@ from .rows import DENSE, find_kept, identify, name_row, read_rows
 from .settings import Settings, read, write
 from .subjects import Subject
 
-# Of the best row's recipe, beside the defaults. The row has lost so little that labels and large steps lead it away from
-# the dense model. Of the Vim of the miniature (84.66 % top-1, dense 85.04), two epochs made, with the defaults 84.50 (of
-# 60,000 images), with this learning rate alone 84.54 (of 6,000), with both 84.80, and with 5e-4 and the teacher 84.70.
+# Of the best row's recipe, beside the defaults. The row has lost so little that labels and large steps lead it away
+# from the dense model. Of the Vim of the miniature (84.66 % top-1, dense 85.04), two epochs made, with the defaults
+# 84.50 (of 60,000 images), with this learning rate alone 84.54 (of 6,000), with both 84.80, and with 5e-4 and the
+# teacher 84.70.
 BEST = {"lr": 2e-4, "teacher": 1.0}
 
 
