@@ -257,6 +257,7 @@ def test_times_of_another_model_or_with_other_threads_are_not_taken(kept_rows, m
 def test_rows_of_some_seeds_alone_say_so(kept_rows):
     from reproduce.found import Found
     from reproduce.tables import main_table
+    from reproduce.text import show_seeds
 
     settings = replace(kept_rows, seeds=(0, 1, 2))
     flops = {"full": 1.0, "paper": 1.0}
@@ -272,6 +273,9 @@ def test_rows_of_some_seeds_alone_say_so(kept_rows):
     table = main_table(found, ["naive", "all axes", "search, reconstructed"], settings)
     assert "| naive | 50.00 |" in table
     assert "| all axes | 80.00 (1 of 3) |" in table
+    assert show_seeds([1.0, 3.0, 5.0], 3) == "3.00 (1.00 to 5.00)"
+    assert show_seeds([1.0, 3.0], 3) == "2.00 (1.00 to 3.00; 2 of 3)"
+    assert show_seeds([1.001, 1.002]) == "1.00"
     assert "| search, reconstructed | out of reach |" in table
     assert "Out of reach, search, reconstructed: no such layer" in table
 

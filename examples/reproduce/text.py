@@ -30,7 +30,8 @@ def show_seeds(values: Sequence[float], expected: int | None = None) -> str:
         return MISSING
     text = f"{statistics.mean(values):.2f}"
     few = f"{len(values)} of {expected}" if expected is not None and len(values) < expected else ""
-    spread = "" if min(values) == max(values) else f"{min(values):.2f} to {max(values):.2f}"
+    least, most = (f"{function(values):.2f}" for function in (min, max))
+    spread = "" if least == most else f"{least} to {most}"
     details = "; ".join(detail for detail in (spread, few) if detail)
     return f"{text} ({details})" if details else text
 
