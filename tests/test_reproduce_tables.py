@@ -19,6 +19,7 @@ from segmenters import make_plain_mamba_upernet, scenes
 import ssmcompress
 from ssmcompress.compression.finetune.trainer import Trainer
 from ssmcompress.files import MODEL_FILE
+from ssmcompress.models.saved import WEIGHTS_FILE
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FEW = ("--further", "", "--samples", "20", "--tune-images", "20", "--tune-epochs", "1", "--reason-images", "10")
@@ -199,13 +200,12 @@ def test_the_best_row_is_tuned_of_models_that_all_tables_have(monkeypatch, tmp_p
 def kept_rows(monkeypatch, tmp_path):
     """Settings of a cache with a row "naive-60" of the model "m", whose files a test can change."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    from reproduce.rows import WEIGHTS
     from reproduce.settings import Settings
 
     settings = Settings(tmp_path, seeds=(0,))
     folder = settings.rows_of("m", 0)
     (folder / "models" / "naive-60").mkdir(parents=True)
-    (folder / "models" / "naive-60" / WEIGHTS).write_bytes(b"weights")
+    (folder / "models" / "naive-60" / WEIGHTS_FILE).write_bytes(b"weights")
     write_compared(settings, weights="a")
     return settings
 
@@ -218,7 +218,6 @@ def write_compared(settings, **more):
 
 @pytest.mark.parametrize("change", ["nothing", "the row", "the dense model", "images to learn from", "epochs"])
 def test_figures_of_another_model_or_with_other_options_are_not_taken(kept_rows, change):
-    from reproduce.rows import WEIGHTS
     from reproduce.settings import write
     from reproduce.tuning import identify_run, read_tuned
 
@@ -226,7 +225,7 @@ def test_figures_of_another_model_or_with_other_options_are_not_taken(kept_rows,
     write(kept_rows.file_of("tuned", "m"), {"naive-60": figures})
     settings = kept_rows
     if change == "the row":
-        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS).write_bytes(b"other weights")
+        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS_FILE).write_bytes(b"other weights")
     elif change == "the dense model":
         write_compared(kept_rows, weights="b")
     elif change == "images to learn from":
@@ -239,14 +238,14 @@ def test_figures_of_another_model_or_with_other_options_are_not_taken(kept_rows,
 @pytest.mark.parametrize("change", ["nothing", "the row", "threads"])
 def test_times_of_another_model_or_with_other_threads_are_not_taken(kept_rows, monkeypatch, change):
     from reproduce import speed
-    from reproduce.rows import WEIGHTS, identify
+    from reproduce.rows import identify
     from reproduce.settings import write
 
     row = {"1": {"ms": 2.0, "share": 0.5}, "8": {"ms": 2.0, "share": 0.5}, "of": identify("m", kept_rows, "naive-60")}
     times = {"of": speed.identify_speed("m", kept_rows), "rows": {"naive-60": row}, "1": 4.0, "8": 4.0}
     write(kept_rows.file_of("speed", "m"), times)
     if change == "the row":
-        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS).write_bytes(b"other weights")
+        (kept_rows.rows_of("m", 0) / "models" / "naive-60" / WEIGHTS_FILE).write_bytes(b"other weights")
     elif change == "threads":
         monkeypatch.setattr(speed.torch, "get_num_threads", lambda: 77)
     found = speed.read_speed("m", kept_rows)

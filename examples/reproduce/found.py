@@ -9,7 +9,6 @@ from typing import Any
 
 from ssmcompress.jobs.compare import RESULT_FILE
 
-from .inputs import read_inputs
 from .reasons import read_reasons
 from .rows import DENSE, name_row, read_rows
 from .settings import Settings, read
@@ -79,7 +78,8 @@ def find(subject: Subject, settings: Settings) -> Found:
             rows.setdefault(key, {})[seed] = row
     name = subject.name
     tuned, best = read_tuned(name, settings), read_tuned(name, settings, "best")
-    speed, reasons, inputs = (function(name, settings) for function in (read_speed, read_reasons, read_inputs))
+    speed = read_speed(name, settings)
+    reasons, inputs = (read_reasons(name, settings, kind) for kind in ("reasons", "inputs"))
     compared = read(settings.rows_of(name, settings.seeds[0]) / RESULT_FILE).get("settings", {})
     samples = compared.get("calibration", {}).get("images")
     return Found(name, rows, samples, tuned, best, speed, reasons, inputs, read(settings.file_of("cost", name)))

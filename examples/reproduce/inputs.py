@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,7 @@ from ssmcompress.ops import ScanPath, causal_conv1d, gather_tokens, scan_paths
 from ssmcompress.progress import line, track
 from ssmcompress.pruning.tokens import Tokens
 
-from .reasons import METRICS, choose, find_aligned, identify_reasons
-from .rows import find_kept
+from .reasons import choose, find_work, identify_reasons
 from .settings import Settings, read, write
 from .subjects import Subject
 
@@ -41,11 +40,7 @@ def measure_inputs(subject: Subject, settings: Settings) -> None:
     dense = subject.load(settings.device)
     if dense.reads_levels or not all(isinstance(block, VimBlock) for block in dense.blocks):
         return
-    kept, done = dict(find_kept(subject.name, settings, settings.share)), read_inputs(subject.name, settings)
-    for metric in METRICS:
-        folder = kept.get(find_aligned(metric, settings))
-        if metric in done or folder is None:
-            continue
+    for metric, folder in find_work(subject.name, settings, "inputs"):
         line(f"{subject.name}: inputs of layers, tokens by {metric}")
         pruned = ssmcompress.load(folder, device=settings.device)
         images = choose(subject.test, dense, settings)
@@ -58,12 +53,6 @@ def measure_inputs(subject: Subject, settings: Settings) -> None:
         figures = {name: 100 * value / count for name, value in right.items()}
         file = settings.file_of("inputs", subject.name)
         write(file, read(file) | {metric: {"of": identify_reasons(subject.name, settings, metric), "top1": figures}})
-
-
-def read_inputs(name: str, settings: Settings) -> dict[str, Any]:
-    """Return what was measured of a model, by metric, where its row is still the same."""
-    found = read(settings.file_of("inputs", name))
-    return {key: value for key, value in found.items() if value.get("of") == identify_reasons(name, settings, key)}
 
 
 @torch.inference_mode()

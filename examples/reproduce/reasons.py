@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,13 @@ def explain(subject: Subject, settings: Settings) -> None:
     aligned in them, and so are those whose later sections have all tokens again.
     """
     file = settings.file_of("reasons", subject.name)
-    done = read_reasons(subject.name, settings)
     dense = subject.load(settings.device)
     if dense.reads_levels or not all(isinstance(block, ScanBlock) for block in dense.blocks):
         return
     if len(dense.sections) > 1:
         line(f"{subject.name}: not explained, as its layers have grids of several sizes")
         return
-    kept = dict(find_kept(subject.name, settings, settings.share))
-    for metric in METRICS:
-        folder = kept.get(find_aligned(metric, settings))
-        if metric in done or folder is None:
-            continue
+    for metric, folder in find_work(subject.name, settings, "reasons"):
         line(f"{subject.name}: explaining {metric}")
         pruned = ssmcompress.load(folder, device=settings.device)
         models = {name: prune_like(dense, pruned, alignment) for name, alignment in ALIGNMENTS.items()}
@@ -63,9 +59,22 @@ def find_aligned(metric: str, settings: Settings) -> str:
     return name_row(IMPORTANCES[metric][1], settings.share)
 
 
-def read_reasons(name: str, settings: Settings) -> dict[str, Any]:
-    """Return what was measured of a model, by metric, where its row is still the same."""
-    found = read(settings.file_of("reasons", name))
+def find_work(name: str, settings: Settings, kind: str) -> Iterator[tuple[str, Path]]:
+    """Yield the metrics that were not measured yet, with the folder of the model of the aligned row, if it is there."""
+    done, kept = read_reasons(name, settings, kind), dict(find_kept(name, settings, settings.share))
+    for metric in METRICS:
+        folder = kept.get(find_aligned(metric, settings))
+        if metric not in done and folder is not None:
+            yield metric, folder
+
+
+def read_reasons(name: str, settings: Settings, kind: str) -> dict[str, Any]:
+    """Return what was measured of a model, by metric, where its row is still the same.
+
+    Args:
+        kind: "reasons" or "inputs".
+    """
+    found = read(settings.file_of(kind, name))
     return {key: value for key, value in found.items() if value.get("of") == identify_reasons(name, settings, key)}
 
 

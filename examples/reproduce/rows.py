@@ -18,6 +18,7 @@ from ssmcompress.jobs.compare_axes import IMAGE
 from ssmcompress.jobs.methods import METHODS, Level, Method, choose_methods, list_obstacles
 from ssmcompress.jobs.requests import CompareRequest, DataOptions, MeasureOptions
 from ssmcompress.models import TokenModel
+from ssmcompress.models.saved import WEIGHTS_FILE
 from ssmcompress.progress import line
 from ssmcompress.pruning.importance import IMPORTANCES
 from ssmcompress.tasks import SEGMENTATION
@@ -27,7 +28,6 @@ from .settings import Settings, read
 from .subjects import Subject
 
 DENSE = "dense"
-WEIGHTS = "model.safetensors"  # in the folder of a model
 # Settings of a comparison that other figures of its models depend on, too.
 COMMON = ("weights", "image_size", "preprocessing", "content", "seed")
 
@@ -131,7 +131,7 @@ def identify(name: str, settings: Settings, key: str, **more: Any) -> dict[str, 
     """
     folder = settings.rows_of(name, settings.seeds[0])
     compared = read(folder / RESULT_FILE).get("settings", {})
-    model = None if key == DENSE else digest(folder / "models" / key / WEIGHTS)
+    model = None if key == DENSE else digest(folder / "models" / key / WEIGHTS_FILE)
     return {"rows": {k: compared.get(k) for k in COMMON}, "model": model, **more}
 
 
