@@ -19,7 +19,7 @@ The parts, for each model:
     reasons   why alignment helps or not
     inputs    what the dropped tokens of a Vim would have brought to its convolutions and scans
     figure    attention maps
-    page      the page, which is written after each other part, too
+    page      the page and next to it all of its figures as JSON, which are written after each other part, too
 
 Everything but the page is kept in the cache. A stopped run can be started again by the same command; it repeats what
 depends on a model, on images or on an option that has changed. Text between the two marker comments of a page is kept

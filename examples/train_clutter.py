@@ -193,7 +193,7 @@ def main() -> None:
         measure=lambda: {"top1": measure_top1(model, normalise, *test)},
         weights=architecture.weights,
         settings={k: name_files(v) for k, v in vars(args).items() if k not in LEFT_OUT},
-        fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "seed"),
+        fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "optimizer", "seed"),
         describe=lambda step: {"config": config_of(model)},
     )
     train(training, args)

@@ -92,7 +92,7 @@ def main() -> None:
         measure=lambda: {"top1": measure_top1(model, prepare, *test)},
         weights=architecture.weights,
         settings={k: v for k, v in vars(args).items() if k not in ("checkpoint", "idx", "steps")},
-        fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "seed"),
+        fixed=("architecture", "d_model", "depth", "d_state", "batch_size", "optimizer", "seed"),
         describe=lambda step: {"config": config_of(model)},
     )
     train(training, args)

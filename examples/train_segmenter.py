@@ -132,7 +132,7 @@ def main() -> None:
         batch, targets = augmented(images[chosen], masks[chosen], generator)
         return SEGMENTATION.loss(model(normalise(batch)), targets).mean()
 
-    fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "seed")
+    fixed = ("d_model", "depth", "d_state", "channels", "batch_size", "epochs", "optimizer", "seed")
     training = Training(
         model,
         len(images),

@@ -100,7 +100,7 @@ def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins):
     assert Path("page_attention_vim_t_midclstok_76p1acc.png").stat().st_size > 10_000
     assert Path("page_attention_l1.png").exists()
     assert Image.open("page_methods.png").height > 400  # a panel for each of four models
-    results = json.loads(Path("cache/results.json").read_text(encoding="utf-8"))
+    results = json.loads(Path("page.json").read_text(encoding="utf-8"))
     tuned, rows = results["l1"]["tuned"], results["l1"]["rows"]
     assert tuned.keys() == {key for key, seeds in rows.items() if not seeds["0"].get("failed")}
     assert set(results["l1"]["cost"]) == set(PARTS)

@@ -105,6 +105,24 @@ def test_a_classifier_trained_in_pieces(run, tmp_path, architecture, key, width,
     assert ssmcompress.load(tmp_path / "one.pth").architecture == name
 
 
+def test_muon_changes_the_large_matrices_alone(run, tmp_path):
+    """In pieces as well, and in a checkpoint that can be read as any other."""
+    write_objects(tmp_path / "o.parquet", 40, 32)
+    options = (tmp_path / "o.parquet", tmp_path / "o.parquet", "--d-model", 24, "--depth", 2, "--batch-size", 10)
+    for name in ("adamw", "muon"):
+        run("train_clutter", tmp_path / f"{name}.pth", *options, "--optimizer", name, "--epochs", 1, "--steps", 1)
+    one, other = (ssmcompress.load(tmp_path / f"{name}.pth").state_dict() for name in ("adamw", "muon"))
+    differ = {name.rpartition(".mixer.")[2] for name, value in one.items() if not torch.equal(value, other[name])}
+    assert differ == {"in_proj.weight", "out_proj.weight"}
+    continued = (*options, "--optimizer", "muon", "--epochs", 2)
+    run("train_clutter", tmp_path / "one.pth", *continued)
+    for _ in range(2):
+        run("train_clutter", tmp_path / "two.pth", *continued, "--steps", 4)
+    assert same_weights(tmp_path / "one.pth", tmp_path / "two.pth", "model")
+    with pytest.raises(SystemExit, match="was made with"):
+        run("train_clutter", tmp_path / "one.pth", *options, "--optimizer", "adamw", "--epochs", 3)
+
+
 def test_a_run_that_goes_on_with_other_options_says_so(run, tmp_path, capsys):
     write_idx(tmp_path, 60)
     options = ("--idx", tmp_path, "--d-model", 8, "--depth", 2, "--batch-size", 30, "--steps", 1)

@@ -26,7 +26,7 @@ NOTES = ("<!-- notes, kept when the page is written again -->", "<!-- end of not
 
 
 def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, made: bool = True) -> None:
-    """Write the page and its figures, and all that it has as JSON into the cache; the notes of an earlier page stay.
+    """Write the page, its figures, and all that it has as JSON next to it; the notes of an earlier page stay.
 
     Args:
         made: whether images and models are those that the script makes.
@@ -39,7 +39,7 @@ def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, ma
     parts += [describe_cost(found, read(settings.cache / MADE) if made else {})]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
-    write(settings.cache / "results.json", {f.name: vars(f) for f in found})
+    write(output.with_suffix(".json"), {f.name: vars(f) for f in found})
 
 
 def read_notes(page: Path) -> str:
