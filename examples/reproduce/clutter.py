@@ -37,6 +37,7 @@ class Making(NamedTuple):
 IMAGES = {
     "train80.parquet": "classification train {} --images 60000 --side 80",
     "test80.parquet": "classification test {} --images 2000 --side 80",
+    "train80-masks.npz": "masks train {} --images 60000 --side 80",
     "train.parquet": "classification train {} --images 60000",
     "test.parquet": "classification test {} --images 5000",
     "train-masks.npz": "masks train {} --images 60000",
@@ -46,26 +47,19 @@ IMAGES = {
 # How classifiers are trained: on the images of which side, and how. Each run begins with the weights of the one before.
 TRAININGS = {
     "plain_mamba": {
-        "plain_mamba80.pth": ("80", "--epochs 6"),
+        "plain_mamba80.pth": ("80", "--epochs 3 --lr 3e-3"),
         "plain_mamba.pth": ("", "--epochs 2 --lr 1e-3"),
     },
     "vim": {
-        "vim80.pth": ("80", "--epochs 10 --lr 4e-3 --patch-loss 0.5"),
-        "vim-first.pth": ("", "--epochs 11 --lr 2e-3 --patch-loss 0.5 --teacher {plain_mamba.pth}"),
-        "vim-second.pth": ("", "--epochs 6 --lr 8e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
-        "vim.pth": (
-            "",
-            "--epochs 2 --lr 4e-4 --patch-loss 0.5 --masks {train-masks.npz} "
-            "--teacher {plain_mamba.pth} {vim-first.pth}",
-        ),
+        "vim80.pth": ("80", "--epochs 6 --lr 4e-3 --patch-loss 1 --masks {train80-masks.npz}"),
+        "vim.pth": ("", "--epochs 3 --lr 1e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth}"),
     },
     "deit": {
-        "deit80.pth": ("80", "--epochs 24 --lr 1e-3 --patch-loss 0.5 --teacher {plain_mamba80.pth}"),
-        "deit-first.pth": ("", "--epochs 3 --lr 5e-4 --patch-loss 0.5 --teacher {plain_mamba.pth} {vim-first.pth}"),
-        "deit.pth": (
-            "",
-            "--epochs 8 --lr 1e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth} {vim-first.pth}",
+        "deit80.pth": (
+            "80",
+            "--epochs 8 --lr 2e-3 --patch-loss 1 --masks {train80-masks.npz} --teacher {plain_mamba80.pth}",
         ),
+        "deit.pth": ("", "--epochs 4 --lr 1e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth}"),
     },
 }
 ORDER = ("vim", "plain_mamba", "deit")  # of the tables
@@ -78,10 +72,10 @@ def list_makings() -> dict[str, Making]:
         start = ""
         for file, (side, options) in runs.items():
             images = f"{{train{side}.parquet}} {{test{side}.parquet}}"
-            arguments = f"{{{file}}} {images} --architecture {name}{start} {options}"
+            arguments = f"{{{file}}} {images} --architecture {name}{start} --optimizer muon {options}"
             makings.append(Making(file, "train_clutter", arguments))
             start = f" --start {{{file}}}"
-    options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim-first.pth} --epochs 5"
+    options = "{segmenter.pth} {scenes-train.parquet} {scenes-test.parquet} --backbone {vim.pth} --epochs 5"
     makings.append(Making("segmenter.pth", "train_segmenter", options))
     return {making.file: making for making in makings}
 
