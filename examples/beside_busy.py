@@ -1,8 +1,8 @@
-"""Run a command beside processes that keep cores busy, to see how it does on a shared machine.
+"""Run a command alongside processes that keep cores busy, to see how it performs on a shared machine.
 
     python examples/beside_busy.py 2 ssmcompress benchmark model.pth --batch-sizes 1,8
 
-The first argument is the number of busy processes; the rest is the command, whose exit code is returned.
+The first argument is the number of busy processes; the rest is the command. Its exit code is returned.
 """
 
 import shutil

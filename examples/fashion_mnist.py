@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its four original files, as Debian's package dataset-fashion-mnist has them."""
+"""Read Fashion-MNIST from its four original files, as in Debian's package dataset-fashion-mnist."""
 
 import gzip
 from pathlib import Path
@@ -7,15 +7,15 @@ import numpy as np
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-# Of the pixels of the training images, as shares of 255.
+# Mean and standard deviation of the training pixels, scaled to 0..1.
 MEAN, STD = 0.2860, 0.3530
 
 
 def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 28, 28), labels (n,)), both uint8, of "train" or "t10k".
+    """Return (images (n, 28, 28), labels (n,)), both uint8, of "train" or "t10k".
 
     Raises:
-        SystemExit: the files are not there.
+        SystemExit: the files do not exist.
     """
     if not (folder / f"{split}-images-idx3-ubyte.gz").exists():
         raise SystemExit(f"{folder} has no Fashion-MNIST: install Debian's dataset-fashion-mnist, or pass --idx")

@@ -1,10 +1,11 @@
-"""How time and memory grow with the length of the sequence: the CPU's scan alone, and a whole Vim-tiny.
+"""Measure how time and memory grow with sequence length, for the CPU scan alone and for a whole Vim-tiny.
 
     python examples/long_sequences.py
     python examples/long_sequences.py 64 128 96x128/8 --repeats 3 --output long_sequences.png
 
-Each argument is an image: side, or height x width, in pixels, and the stride of its 16-pixel patches if that is not 16.
-Batch 1, float32, random weights; the scan is one of a layer of Vim-tiny. "us/further" is of each token more than above.
+Each argument is an image: its side, or height x width, in pixels, and the patch stride if it is not 16 (patches have 16
+pixels). Batch size 1, float32, random weights; the scan is that of one layer of Vim-tiny. "us/further" is the time per
+additional token, compared with the row above.
 """
 
 import argparse
@@ -20,14 +21,14 @@ from ssmcompress.jobs.charts import COLOURS, encode_figure, new_figure
 from ssmcompress.models.vim import VimConfig, VisionMamba
 from ssmcompress.ops import selective_scan
 
-IMAGES = ("224", "224/8", "512", "512x784", "1024", "1792")  # 197 to 12,545 tokens, a VideoMamba's longest video
+IMAGES = ("224", "224/8", "512", "512x784", "1024", "1792")  # 197 to 12,545 tokens: VideoMamba's longest video
 PATCH, CHANNELS, STATES, CPU = 16, 384, 16, torch.device("cpu")
 TINY = {"d_model": 192, "depth": 24, "d_inner": CHANNELS, "d_state": STATES, "dt_rank": 12, "d_conv": 4}
 TINY |= {"in_chans": 3, "num_classes": 1000}
 
 
 def make_vim(image: str):
-    """Return a call that runs a Vim-tiny on an image, and its number of tokens."""
+    """Return a function that runs a Vim-tiny on an image, and its number of tokens."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?(?:/([1-9]\d*))?", image)
     height, width, stride = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
     if min(size := (height, width or height)) < PATCH:
@@ -38,14 +39,14 @@ def make_vim(image: str):
 
 
 def make_scan(length: int):
-    """Return a call that runs one scan of a layer of Vim-tiny."""
+    """Return a function that runs the scan of one Vim-tiny layer."""
     u, delta, z, B, C = (torch.randn(1, length, size) for size in (*[CHANNELS] * 3, *[STATES] * 2))
     A, D, bias = -torch.arange(1.0, STATES + 1).repeat(CHANNELS, 1), *torch.randn(2, CHANNELS)
     return lambda: selective_scan(u, delta, A, B, C, D, z, bias, delta_softplus=True)
 
 
 def measure(images, repeats: int) -> dict:
-    """Time both in the same rounds, and return points by growing length and the slope of each, as a JSON value."""
+    """Time both in the same rounds; return the points by increasing length and the slope of each, as a JSON value."""
     vims = sorted((make_vim(image) for image in images), key=lambda made: made[1])
     if len({length for _, length in vims}) < len(vims) or len(vims) < 2:
         raise SystemExit(f"{' '.join(images)}: expected two or more images, each of another number of tokens")
@@ -62,7 +63,7 @@ def measure(images, repeats: int) -> dict:
 
 
 def draw(found: dict) -> bytes:
-    """Draw a PNG: time and memory over tokens, with lines of slope 1, dashed, through the longest points."""
+    """Draw a PNG of time and memory over tokens, with dashed lines of slope 1 through the longest points."""
     left, right = (figure := new_figure(9, 4)).subplots(1, 2)
     for axes, key, label in ((left, "ms", "ms"), (right, "mb", "peak memory, MB")):
         for (what, points), colour in zip(found["points"].items(), COLOURS, strict=False):

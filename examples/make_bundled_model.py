@@ -1,4 +1,4 @@
-"""Make the model folder that comes with the package: a small trained Vim and 2,000 labelled test images.
+"""Create the model folder bundled with the package: a small trained Vim and 2,000 labelled test images.
 
     apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
     python examples/train_fashion_mnist.py vim_fashion_mnist.pth

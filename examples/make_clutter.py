@@ -1,21 +1,21 @@
-"""Make images with clutter from Fashion-MNIST and photographs: for segmentation, or for classification.
+"""Generate cluttered images from Fashion-MNIST and photographs, for segmentation or classification.
 
     apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
-    pip install scikit-image                     # for its photographs; those of scikit-learn are used, too
+    pip install scikit-image                     # for its photographs; scikit-learn's are used as well
     python examples/make_clutter.py segmentation train seg-train.parquet --images 20000
     python examples/make_clutter.py segmentation test seg-test.parquet --images 2000
     python examples/make_clutter.py classification train clutter-train.parquet --images 20000
     python examples/make_clutter.py classification test clutter-test.parquet --images 5000
     python examples/make_clutter.py masks train clutter-masks.npz --images 20000
 
-Each image is a crop of a photograph, 112 pixels wide and high. For segmentation, up to five garments of random size,
-colour and place are pasted on it, the later ones in front; the column `annotation` has for each pixel 0 for the
-photograph, or 1 to 10 for the garment that it shows. For classification, there is one whole garment, and fragments of
-others, which are too small to be recognised; the column `label` is the class of the whole one. Masks of these images,
-`masks` (n, side, side / 8), say for each pixel whether it shows the whole garment, as a bit; `labels` are the classes.
+Each image is a 112 x 112 crop of a photograph. For segmentation, up to five garments of random size, colour and
+position are pasted onto it, later ones in front; for each pixel, the column `annotation` has 0 for the photograph, or 1
+to 10 for the class of the visible garment. For classification, there is one whole garment and fragments of others that
+are too small to be recognised; the column `label` is the class of the whole one. The masks of these images, `masks`
+(n, side, side / 8), hold one bit per pixel: whether it shows the whole garment. `labels` are the classes.
 
-Garments of the training images are Fashion-MNIST's training set, those of the test images its test set, and no
-photograph is used for both. Image k depends on the seed, the split and k alone. Fashion-MNIST is by Zalando SE, MIT
+Training images use garments from Fashion-MNIST's training set, test images garments from its test set, and no
+photograph is used for both. Image k depends only on the seed, the split and k. Fashion-MNIST is by Zalando SE, MIT
 licence; for the photographs see the documentation of scikit-image and scikit-learn.
 """
 
@@ -38,7 +38,7 @@ from ssmcompress.progress import track
 
 SIDE = 112
 LARGEST = 80  # side of a garment, in pixels
-# Photographs by split. Both pictures of the motorcycle are of the same scene.
+# Photographs by split. Both pictures of the motorcycle show the same scene.
 SCIKIT_LEARN = {"train": ("china.jpg",), "test": ("flower.jpg",)}
 SCIKIT_IMAGE = {
     "train": (
@@ -61,7 +61,7 @@ SCIKIT_IMAGE = {
     "test": ("cell", "chelsea", "gravel", "moon", "retina", "rocket"),
 }
 FILES = {"train": "train", "test": "t10k"}
-OPAQUE = 24  # a garment's pixels that are darker than this belong to the background of Fashion-MNIST
+OPAQUE = 24  # darker pixels belong to the background of a Fashion-MNIST image
 CLASS_NAMES = ("background", *CLASSES)
 
 
@@ -69,8 +69,8 @@ class Clutter:
     """The images of a split.
 
     Args:
-        split: train or test. folder: of the original files of Fashion-MNIST. seed: seed of all random choices.
-        side: of the images, in pixels.
+        split: train or test. folder: with the original files of Fashion-MNIST. seed: seed of all random choices.
+        side: side of the images, in pixels.
     """
 
     def __init__(self, split: str, folder: Path, seed: int, side: int = SIDE):
@@ -80,7 +80,7 @@ class Clutter:
         self.photographs = list(load_photographs(split))
 
     def draw_scene(self, number: int) -> tuple[Image.Image, np.ndarray]:
-        """Return image `number` for segmentation, and the class of each pixel (112, 112) uint8, 0 the photograph."""
+        """Return image `number` for segmentation, and the class of each pixel (112, 112) uint8; 0 is the photograph."""
         generator = np.random.default_rng([*self.seed, 0, number])
         canvas, mask = self._crop(generator), np.zeros((self.side, self.side), np.uint8)
         for _ in range(generator.integers(1, 6)):
@@ -107,9 +107,9 @@ class Clutter:
         return to_picture(canvas), int(self.labels[garment]), mask
 
     def _crop(self, generator: np.random.Generator) -> np.ndarray:
-        """Return a crop (112, 112, 3) of a photograph, float32 from 0 to 255, turned and in other colours.
+        """Return a crop (112, 112, 3) of a photograph, float32 from 0 to 255, rotated and with changed colours.
 
-        There are few photographs, so their colours must vary for a model to learn more than to know them by heart.
+        There are few photographs; without varied colours, a model would memorise them.
         """
         photograph = self.photographs[generator.integers(len(self.photographs))]
         shorter = min(photograph.size)
@@ -133,14 +133,14 @@ class Clutter:
         label: int,
         side: int,
     ) -> None:
-        """Paste a garment of `side` pixels in a random colour at a random place, and write its label into the mask."""
+        """Paste a garment of `side` pixels in a random colour at a random position and write its label to the mask."""
         picture = Image.fromarray(garment).resize((side, side), Image.Resampling.BILINEAR)
         shade = np.asarray(picture, np.float32)
         if generator.random() < 0.5:
             shade = shade[:, ::-1]
         top, left = generator.integers(0, self.side - side + 1, 2)
         colour = generator.uniform(60, 255, 3).astype(np.float32)
-        # A garment keeps its texture: the brightness within it is spread around that of its colour.
+        # Keep the garment's texture: its brightness varies around that of its colour.
         pixels = (0.35 + 0.65 * shade[..., None] / 255) * colour
         inside = shade >= OPAQUE
         rows, columns = slice(top, top + side), slice(left, left + side)
@@ -162,26 +162,26 @@ def load_photographs(split: str) -> Iterator[Image.Image]:
 
 
 def to_picture(canvas: np.ndarray) -> Image.Image:
-    """Return pixels (height, width, 3) from 0 to 255 as a picture."""
+    """Convert pixels (height, width, 3) from 0 to 255 to a picture."""
     return Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8))
 
 
 def encode(picture: Image.Image, **options: Any) -> dict[str, Any]:
-    """Return a picture as `datasets` stores it; options as PIL's `save` takes them."""
+    """Return a picture as `datasets` stores it; the options are passed to PIL's `save`."""
     buffer = io.BytesIO()
     picture.save(buffer, **options)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def write_masks(clutter: Clutter, count: int, output: Path) -> None:
-    """Write where each image for classification shows the whole garment, and its class."""
+    """Write a mask of the whole garment for each classification image, and the classes."""
     drawn = (clutter.draw_object(number) for number in track(range(count), "drawing masks", count))
     masks, labels = zip(*((np.packbits(shown == 2, axis=1), label) for _, label, shown in drawn), strict=True)
     np.savez_compressed(output, masks=np.stack(masks), labels=np.asarray(labels))
 
 
 def write_table(clutter: Clutter, task: str, seed: int, count: int, output: Path) -> None:
-    """Write a table of images."""
+    """Write the images as a Parquet table."""
     features: dict[str, Any] = {"image": ImageFeature()}
     if task == "segmentation":
         features["annotation"] = ImageFeature()

@@ -1,30 +1,30 @@
-"""Reproduce the tables of the paper: on models that anyone can train, or on ImageNet and published checkpoints.
+"""Reproduce the tables of the paper, on models that anyone can train or on ImageNet and published checkpoints.
 
     apt-get install dataset-fashion-mnist        # Debian; --idx for another copy of the four original files
     pip install '.[all]' scikit-image
     python examples/reproduce_tables.py
     python examples/reproduce_tables.py --imagenet imagenet --models checkpoints -o imagenet.md
 
-The first form makes images with clutter (make_clutter.py) and trains a Vim, a PlainMamba, a DeiT and a segmentation
+The first form generates cluttered images (make_clutter.py) and trains a Vim, a PlainMamba, a DeiT and a segmentation
 model on them, which takes a day on two cores; the tables take another half day. The second form takes the folders
-`train` and `val` of a data set and all checkpoints in a folder; segmentation models among them need --scenes, a folder
+`train` and `val` of a dataset and all checkpoints in a folder; for segmentation models it needs --scenes, a folder
 with `images` and `annotations`.
 
 The parts, for each model:
     make      images and models of the first form
-    rows      all methods without training, with three choices (--seeds) of the images to calibrate on
+    rows      all methods without training, with three choices (--seeds) of calibration images
     tuned     all models of the first seed after a short fine-tuning
-    best      the best of them after a fine-tuning on all training images
-    speed     images a second of all models
+    best      the best of them after fine-tuning on all training images
+    speed     images per second of all models
     reasons   why alignment helps or not
-    inputs    what the dropped tokens of a Vim would have brought to its convolutions and scans
+    inputs    what the dropped tokens of a Vim would have contributed to its convolutions and scans
     figure    attention maps
-    page      the page and next to it all of its figures as JSON, which are written after each other part, too
+    page      the page and all of its data as JSON next to it; also written after each other part
 
-Everything but the page is kept in the cache. A stopped run can be started again by the same command; it repeats what
-depends on a model, on images or on an option that has changed. Text between the two marker comments of a page is kept
-when it is written again. --only and --parts divide the work: after `--parts make`, several processes may share a cache
-if each has models of its own.
+Everything but the page is kept in the cache. To resume a stopped run, repeat the command; parts that depend on a
+changed model, image set or option are measured again. Text between the two marker comments of a page is kept when the
+page is rewritten. --only and --parts divide the work: after `--parts make`, several processes may share a cache if they
+work on different models.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from ssmcompress.progress import line
 
 CACHE = Path(__file__).parent / "cache"
 PAGE, CACHE_OF_MODELS, PAGE_OF_MODELS = Path("docs/results.md"), CACHE / "models", Path("results.md")
-# What is done for each model, in order.
+# Steps for each model, in order.
 PARTS: dict[str, Callable[[Subject, Settings], None]] = {
     "rows": measure_rows, "tuned": tune_rows, "best": tune_best, "speed": time_rows, "reasons": explain,
     "inputs": measure_inputs, "figure": draw_figure,
@@ -67,7 +67,7 @@ EVERYTHING = ",".join([MAKE, *PARTS, WRITE])
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     output = f"default: {PAGE}; with --models: {PAGE_OF_MODELS}"
     parser.add_argument("-o", "--output", type=Path, help=output)
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
 
 
 def list_numbers(text: str) -> tuple[int, ...]:
-    """Return the whole numbers in a text, separated by commas."""
+    """Parse comma-separated integers."""
     try:
         return tuple(int(number) for number in text.split(",") if number)
     except ValueError as error:
@@ -118,16 +118,16 @@ def list_numbers(text: str) -> tuple[int, ...]:
 
 
 def positive(text: str) -> int:
-    """Return a whole number above 0."""
+    """Parse an integer greater than 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return int(text)
 
 
 def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]:
-    """Return all models, those of a folder or those of the miniature, and the names of those that are measured now.
+    """Return all models, from a folder or the small-scale setup, and the names of those to be measured in this run.
 
-    What is missing of the miniature is made.
+    Missing files of the small-scale setup are created.
     """
     asked = args.only.split(",") if args.only else None
     if args.models is not None:
@@ -145,7 +145,7 @@ def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]
 
 
 def run_part(name: str, subject: Subject, settings: Settings) -> None:
-    """Do a part of the work for a model, and note the time and the memory that it took, also when it is stopped."""
+    """Run a part for a model and record its time and memory, even if it is interrupted."""
     begin = time.monotonic()
     try:
         PARTS[name](subject, settings)
@@ -161,7 +161,7 @@ def run_part(name: str, subject: Subject, settings: Settings) -> None:
 
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the time so far is noted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the time so far is recorded
     if args.threads:
         torch.set_num_threads(args.threads)
     command = shlex.join(["python", "examples/reproduce_tables.py", *sys.argv[1:]])
@@ -180,12 +180,12 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace, settings: Settings) -> None:
-    """Do the parts that are asked for, for the models that are asked for, and write the page after each.
+    """Run the selected parts for the selected models, and write the page after each.
 
     Raises:
-        SystemExit: a part of a model failed; what comes after it, and the other models, were done nevertheless.
+        SystemExit: a part failed for a model; later parts and the other models were run nevertheless.
     """
-    read_notes(args.output)  # which may be damaged
+    read_notes(args.output)  # fail early if the page is damaged
     subjects, only = choose_subjects(args)
     parts, failed = args.parts.split(","), []
     for subject in subjects:

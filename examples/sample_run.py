@@ -1,4 +1,4 @@
-"""Logits of an exported ONNX file in onnxruntime, with the images they belong to, as JSON for other runtimes to check.
+"""Write logits of an exported ONNX file in onnxruntime, with the input images, as JSON for checking other runtimes.
 
 python examples/sample_run.py model.onnx sample.json
 """

@@ -1,9 +1,9 @@
-"""Classify a picture with an exported ONNX file; nothing of ssmcompress is needed, nor torch.
+"""Classify a picture with an exported ONNX file, without ssmcompress or torch.
 
     python examples/serve_onnx.py model.onnx picture.jpg
 
-It needs numpy, Pillow and onnxruntime. How pictures are prepared, the names of the classes, and the options of the
-session are in the file.
+It needs numpy, Pillow and onnxruntime. The preprocessing, the class names and the session options are stored in the
+file.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from PIL import Image
 
 
 def prepare(picture: Image.Image, about: dict) -> np.ndarray:
-    """(1, channels, height, width) float32: resized so that the crop fits, cut from the centre, normalised."""
+    """Return (1, channels, height, width) float32: resized so that the crop fits, centre-cropped, normalised."""
     shape, how = about["architecture"], about["preprocessing"]
     height, width = shape["image_size"]
     mean, std = (np.array(how[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
     picture = picture.convert("L" if shape["in_chans"] == 1 else "RGB")
     wanted = [int(side / how["crop_pct"]) for side in (width, height)]
     scale = max(side / has for side, has in zip(wanted, picture.size, strict=True))
-    whole = int if height == width else round  # as torchvision and timm do it
+    whole = int if height == width else round  # as in torchvision and timm
     size = [max(cut, whole(has * scale)) for cut, has in zip((width, height), picture.size, strict=True)]
     picture = picture.resize(size, Image.Resampling[how["interpolation"].upper()])
     left, top = (round((has - cut) / 2) for cut, has in zip((width, height), picture.size, strict=True))
@@ -33,12 +33,12 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
     return ((pixels - mean) / std)[None]
 
 
-# The options of a session that a file may set besides the threads; they change nothing but the speed.
+# Session options that a file may set in addition to the threads; they only affect the speed.
 ENTRIES = ("session.intra_op.allow_spinning", "session.force_spinning_stop")
 
 
 def read_metadata(file: str) -> dict:
-    """What ssmcompress wrote into an ONNX file; this session is not run, so nothing is prepared for it."""
+    """Return the metadata that ssmcompress wrote to an ONNX file; the session skips optimisation, as it is not run."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -56,9 +56,9 @@ def read_metadata(file: str) -> dict:
 
 
 def make_options(about: dict, threads: int = 0) -> onnxruntime.SessionOptions:
-    """The options of the session that the file recommends, with another number of threads if one is given.
+    """Return the session options that the file recommends, optionally with another number of threads.
 
-    0 threads stand for all cores that this process may use. (onnxruntime's own 0 also ties each thread to one core.)
+    0 threads stands for all cores available to this process. (onnxruntime's own 0 also pins each thread to a core.)
     """
     recommended = about.get("session") or {}
     try:

@@ -1,6 +1,6 @@
-"""The small models of the training scripts: a Vim, a PlainMamba, a VMamba or a DeiT, of ten classes and square images.
+"""Small models of the training scripts: a Vim, a PlainMamba, a VMamba or a DeiT with ten classes and square images.
 
-Weights start as those of the published models do (Vim, mamba-ssm, timm).
+Weights are initialised as in the published models (Vim, mamba-ssm, timm).
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from ssmcompress.models.plain_mamba import PlainMamba, PlainMambaConfig
 from ssmcompress.models.vim import VimConfig, VisionMamba
 from ssmcompress.models.vmamba import VMamba, VMambaConfig
 
-HEAD_WIDTH = 16  # channels of a head of the DeiT
+HEAD_WIDTH = 16  # channels per head of the DeiT
 CLASSES = 10
 
 
 class Sizes(NamedTuple):
-    """Width, number of layers and scan states of a model, and the images that it sees.
+    """Width, number of layers and scan states of a model, and its input size.
 
     Attributes:
         channels: of an image. side: of an image, in pixels. patch: side of a patch in pixels.
@@ -38,12 +38,12 @@ class Sizes(NamedTuple):
 
     @property
     def common(self) -> dict[str, Any]:
-        """What the configurations of all scanning models have."""
+        """Configuration shared by all scanning models."""
         return {"in_chans": self.channels, "num_classes": CLASSES, "image_size": (self.side, self.side)}
 
     @property
     def layers(self) -> dict[str, Any]:
-        """What those with layers of one width have."""
+        """Configuration of models whose layers all have the same width."""
         width, rank = self.d_model, -(-self.d_model // 16)
         return {
             "d_model": width, "depth": self.depth, "d_inner": 2 * width, "d_state": self.d_state, "dt_rank": rank
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
 
 def make_vim(sizes: Sizes) -> VisionMamba:
-    """A Vim with the class token in the middle."""
+    """Create a Vim with the class token in the middle."""
     patch = sizes.patch
     model = VisionMamba(VimConfig(**sizes.layers, **sizes.common, d_conv=4, patch_size=(patch, patch), stride=patch))
     nn.init.trunc_normal_(model.pos_embed, std=0.02)
@@ -61,7 +61,7 @@ def make_vim(sizes: Sizes) -> VisionMamba:
 
 
 def make_plain_mamba(sizes: Sizes) -> PlainMamba:
-    """A stem of 12 channels where the published models have 64, which would be most of all FLOPs."""
+    """Create a PlainMamba whose stem has 12 channels; the published 64 would account for most of the FLOPs."""
     config = PlainMambaConfig(
         **sizes.layers, **sizes.common, window=7, dw_layers=(), dw_window=0, stem_width=12, stem_depth=1,
         stem_window=7, patch_size=sizes.patch, stride=sizes.patch,
@@ -72,12 +72,12 @@ def make_plain_mamba(sizes: Sizes) -> PlainMamba:
     initialise(model, lambda m: (m.dt_proj,), mixers)
     for mixer in mixers:
         nn.init.trunc_normal_(mixer.direction_Bs, std=0.02)
-        mixer.dt_proj.bias.data /= 2  # this architecture adds it twice
+        mixer.dt_proj.bias.data /= 2  # this architecture adds the bias twice
     return model
 
 
 def make_vmamba(sizes: Sizes) -> VMamba:
-    """Sections of 2, 2, `depth` and 2 layers, d_model to 8 d_model wide, with patches of 4 x 4."""
+    """Create a VMamba with sections of 2, 2, `depth` and 2 layers, d_model to 8 d_model wide, and 4 x 4 patches."""
     widths = tuple(sizes.d_model * 2**section for section in range(4))
     config = VMambaConfig(
         **sizes.common, widths=widths, depths=(2, 2, sizes.depth, 2), d_inner=tuple(2 * width for width in widths),
@@ -95,7 +95,7 @@ def make_vmamba(sizes: Sizes) -> VMamba:
 
 
 def make_deit(sizes: Sizes) -> VisionTransformer:
-    """A ViT as timm has it, with matrices scaled for few channels and positions of sines and cosines to begin with."""
+    """Create timm's ViT, with weights scaled for few channels and sine-cosine position embeddings as initial values."""
     width = sizes.d_model
     if width % HEAD_WIDTH:
         raise SystemExit(f"--d-model {width}: expected a multiple of {HEAD_WIDTH}, the width of a head of the DeiT")
@@ -109,7 +109,7 @@ def make_deit(sizes: Sizes) -> VisionTransformer:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """What the checkpoint says of the model: the number of heads of a DeiT, for one, does not show in its weights."""
+    """Return the configuration for the checkpoint, such as the number of heads, which the weights do not show."""
     if not isinstance(model, VisionTransformer):
         return asdict(model.config)
     patches = model.patch_embed
@@ -121,7 +121,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 class Architecture(NamedTuple):
-    """What makes a model, where its official checkpoints keep the weights, and what ssmcompress calls it.
+    """The function that creates a model, the checkpoint entry of its weights, and its name in ssmcompress.
 
     `d_model`, `depth` and `d_state` are its usual sizes on Fashion-MNIST.
     """

@@ -8,15 +8,15 @@ r"""Train a small classifier on the images of make_clutter.py, on a CPU: a Vim, 
     python examples/train_clutter.py plain_mamba.pth train.parquet test.parquet --architecture plain_mamba \
         --start small.pth --epochs 2 --lr 1e-3
 
-The models have 12 layers and patches of 8 x 8 pixels, 196 of them in an image of 112 pixels. A step on images of 80
-pixels, with garments of the same size, takes half of the time; --start takes the weights of such a run, with the
-position embedding resized. A Vim and a DeiT learn sooner with --patch-loss and --teacher, for example a PlainMamba;
-with --masks, each patch learns the class as far as it shows the garment (token labels as in arXiv 2104.10858, of
-masks); examples/reproduce/clutter.py has the options that each was trained with.
+The models have 12 layers and 8 x 8 patches, 196 of them in an image of 112 pixels. A step on images of 80 pixels, with
+garments of the same size, takes half the time; --start initialises the model with the weights of such a run, with the
+position embedding resized. A Vim and a DeiT learn faster with --patch-loss and --teacher, for example a PlainMamba;
+with --masks, each patch is trained to predict the class as far as it shows the garment (token labels as in
+arXiv 2104.10858, from masks). The options used for each model are in examples/reproduce/clutter.py.
 
-The checkpoint is in the official format of its architecture and is written every few minutes; the same command goes on
-from it, and a run in pieces gives the same model as a run in one. After each epoch a line with the accuracy on the test
-images goes to standard output and to the checkpoint's "history".
+The checkpoint is in the official format of its architecture and is saved every few minutes. The same command resumes
+from it, and an interrupted run gives the same model as an uninterrupted one. After each epoch a line with the accuracy
+on the test images is printed and added to the checkpoint's "history".
 """
 
 import argparse
@@ -37,26 +37,26 @@ import ssmcompress
 from ssmcompress.progress import track
 
 PATCH = 8
-BATCH = 250  # images at a time that a teacher sees
+BATCH = 250  # batch size of a teacher
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
 MASKS = "an .npz file of make_clutter.py: the second loss is then of each patch, and background has a uniform target"
 TEACHER = "checkpoints of models of these images: half of each target is then their mean prediction, not the label"
-LEFT_OUT = ("checkpoint", "training", "test", "steps")  # of the settings in the checkpoint
-# Usual widths, by which the three have about the same FLOPs: 0.122, 0.126 and 0.112 billion.
+LEFT_OUT = ("checkpoint", "training", "test", "steps")  # not stored with the settings in the checkpoint
+# Default widths; they give the three about the same FLOPs: 0.122, 0.126 and 0.112 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
 
 
 def load(file: Path) -> tuple[Tensor, Tensor]:
-    """(images (n, 3, side, side) uint8, labels (n,)) of a table of make_clutter.py."""
+    """Load (images (n, 3, side, side) uint8, labels (n,)) from a table of make_clutter.py."""
     table = Dataset.from_parquet(str(file))
     images = np.stack([np.asarray(image) for image in table["image"]])
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(table["label"])
 
 
 def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of images, and if `patches`, those that it has of each patch, (n, patches, classes).
+    """Return the logits of images and, if `patches`, the logits of each patch, (n, patches, classes).
 
-    The mean of the latter is what the classifier has of the mean of all patches.
+    The mean of the patch logits equals the classifier applied to the mean of all patches.
     """
     if not patches:
         return model(images), None
@@ -68,16 +68,16 @@ def classify(model: nn.Module, images: Tensor, patches: bool) -> tuple[Tensor, T
 def make_targets(
     labels: Tensor, smoothing: float, predictions: Sequence[Tensor] = (), classes: int = CLASSES
 ) -> Tensor:
-    """Return what is learned, (n, classes) of probabilities: smoothed labels, half and half with the `predictions`."""
+    """Return target probabilities (n, classes): smoothed labels, averaged with the `predictions` if there are any."""
     targets = F.one_hot(labels, classes).float() * (1 - smoothing)
     targets += smoothing / classes
     return (targets + torch.stack(predictions).mean(0)) / 2 if predictions else targets
 
 
 def make_patch_targets(targets: Tensor, masks: Tensor, patch: int = PATCH) -> Tensor:
-    """Return what a patch learns (n, patches, classes): the target of the image as far as it shows the object.
+    """Return patch targets (n, patches, classes): the image's target, weighted by how much of the object a patch shows.
 
-    For the rest, all classes are equally probable.
+    The rest of the weight is uniform over all classes.
 
     Args:
         targets: of the images (n, classes). masks: 1 where a pixel shows the object (n, 1, side, side).
@@ -87,10 +87,10 @@ def make_patch_targets(targets: Tensor, masks: Tensor, patch: int = PATCH) -> Te
 
 
 def read_masks(file: Path, labels: Tensor, side: int) -> Tensor:
-    """Return the masks (n, side, side / 8) uint8, of which a bit is a pixel, of images with these labels and side.
+    """Return the masks (n, side, side / 8) uint8, one bit per pixel, of images with these labels and side.
 
     Raises:
-        SystemExit: they are of other images.
+        SystemExit: the masks belong to other images.
     """
     with np.load(file) as content:
         masks, found = content["masks"], content["labels"]
@@ -100,12 +100,12 @@ def read_masks(file: Path, labels: Tensor, side: int) -> Tensor:
 
 
 def unpack(masks: Tensor) -> Tensor:
-    """Return masks (n, 1, side, side) of 0 and 1, of those of `read_masks`."""
+    """Unpack masks of `read_masks` to (n, 1, side, side) of 0 and 1."""
     return torch.from_numpy(np.unpackbits(masks.numpy(), axis=2))[:, None]
 
 
 def move(images: Tensor, masks: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Return images (n, 3, side, side) shifted and mirrored at random, and their masks (n, 1, side, side) likewise."""
+    """Randomly shift and flip images (n, 3, side, side), and their masks (n, 1, side, side) in the same way."""
     together = images if masks is None else torch.cat([images, masks], 1)
     together = shift_and_mirror(together, PATCH // 2, 0, generator)
     return together[:, :3], None if masks is None else together[:, 3:]
@@ -113,7 +113,7 @@ def move(images: Tensor, masks: Tensor | None, generator: torch.Generator) -> tu
 
 @torch.inference_mode()
 def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
-    """Return a model's probabilities (n, classes) of all images, which a file next to it keeps for the next run."""
+    """Return a model's probabilities (n, classes) for all images; they are cached in a file next to the model."""
     file = teacher.with_name(f"{teacher.stem}-on-{training.stem}.pt")
     if file.exists() and file.stat().st_mtime > teacher.stat().st_mtime:
         return torch.load(file, weights_only=True)
@@ -127,14 +127,14 @@ def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
 
 
 def name_files(value: Any) -> Any:
-    """Return an option as the checkpoint keeps it: a path, or those of a list, as text."""
+    """Return an option as the checkpoint stores it, with paths as text."""
     if isinstance(value, list):
         return [name_files(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line, with the width filled in."""
+    """Parse the command line and fill in the default width."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")

@@ -6,14 +6,13 @@
     python examples/train_fashion_mnist.py vmamba_fashion_mnist.pth --architecture vmamba --epochs 8 --plain-epochs 1
     python examples/train_fashion_mnist.py deit_fashion_mnist.pth --architecture deit
 
-A Vim and a DeiT get the images as they are, 28 x 28 pixels in patches of 2 x 2; a PlainMamba gets them resized to
-112 x 112, for its patches are 16 x 16, and a VMamba to 80 x 80, of which its four sections have 20 x 20, 10 x 10, 5 x 5
-and 3 x 3 tokens. The DeiT is timm's VisionTransformer. The checkpoint is in the
-official format of its architecture, except for the names of a VMamba's parameters, and is written every few minutes;
-the same command goes on from it, and a run in pieces gives the same model as a run in one. A finished run goes on, too,
-with more --epochs. After each epoch a line with the accuracy on the test images goes to standard output and to the
-checkpoint's "history". `examples/make_bundled_model.py` makes the
-folder of the bundled model.
+A Vim and a DeiT get the original images, 28 x 28 pixels in 2 x 2 patches. A PlainMamba gets them resized to 112 x 112,
+since its patches are 16 x 16, and a VMamba to 80 x 80, which gives its four sections 20 x 20, 10 x 10, 5 x 5 and 3 x 3
+tokens. The DeiT is timm's VisionTransformer. The checkpoint is in the official format of its architecture, except for
+the names of a VMamba's parameters, and is saved every few minutes. The same command resumes from it, and an interrupted
+run gives the same model as an uninterrupted one; a finished run can be continued with more --epochs. After each epoch a
+line with the accuracy on the test images is printed and added to the checkpoint's "history".
+`examples/make_bundled_model.py` creates the folder of the bundled model.
 """
 
 import argparse
@@ -27,27 +26,27 @@ from small_models import ARCHITECTURES, Sizes, config_of
 from torch import Tensor
 from training_loop import Training, add_options, measure_top1, shift_and_mirror, train
 
-SHIFT = 2  # pixels that a crop may be off by
-# Side of the images and of a patch that an architecture gets.
+SHIFT = 2  # maximum shift of a random crop, in pixels
+# Image size and patch size of each architecture.
 SIDES = {"vim": (28, 2), "plain_mamba": (112, 16), "vmamba": (80, 4), "deit": (28, 2)}
 
 
 def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """(normalised images (n, 1, 28, 28), labels (n,)) of "train" or "t10k"."""
+    """Load (normalised images (n, 1, 28, 28), labels (n,)) of "train" or "t10k"."""
     pixels, labels = read(folder, split)
     images = (pixels[:, None] / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """As pillow resizes pictures, which is how the evaluation transform does it."""
+    """Resize images as pillow does, since the evaluation transform uses it."""
     if images.shape[2:] == size:
         return images
     return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line, with the width and depth filled in."""
+    """Parse the command line and fill in the default width and depth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--idx", type=Path, default=FOLDER)

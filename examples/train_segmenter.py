@@ -5,9 +5,10 @@
     python examples/train_segmenter.py segmenter.pth seg-train.parquet seg-test.parquet
     python examples/train_segmenter.py segmenter.pth seg-train.parquet seg-test.parquet --backbone vim.pth
 
-The last command begins with the layers of a classifier of train_clutter.py. The checkpoint has mmseg's format and is
-written every few minutes; the same command goes on from it, and a run in pieces gives the same model as a run in one.
-After each epoch a line with the mIoU on the test images goes to standard output and to the checkpoint's "history".
+The last command initialises the layers from a classifier of train_clutter.py. The checkpoint has mmseg's format and is
+saved every few minutes. The same command resumes from it, and an interrupted run gives the same model as an
+uninterrupted one. After each epoch a line with the mIoU on the test images is printed and added to the checkpoint's
+"history".
 """
 
 import argparse
@@ -27,7 +28,7 @@ from ssmcompress.models.vim_upernet import VimUperNet, VimUperNetConfig
 from ssmcompress.tasks import SEGMENTATION
 
 PATCH = 8
-# What the weights do not show, in the form of mmseg's configurations.
+# Configuration that the weights do not show, in the format of mmseg.
 CONFIG = """model = dict(
     type='EncoderDecoder',
     backbone=dict(
@@ -40,7 +41,7 @@ CONFIG = """model = dict(
 
 
 def load(file: Path) -> tuple[Tensor, Tensor]:
-    """(images (n, 3, 112, 112) uint8, masks (n, 112, 112) uint8) of a table of make_clutter.py."""
+    """Load (images (n, 3, 112, 112) uint8, masks (n, 112, 112) uint8) from a table of make_clutter.py."""
     table = Dataset.from_parquet(str(file))
     images = np.empty((len(table), SIDE, SIDE, 3), np.uint8)
     masks = np.empty((len(table), SIDE, SIDE), np.uint8)
@@ -50,7 +51,7 @@ def load(file: Path) -> tuple[Tensor, Tensor]:
 
 
 def make_model(d_model: int, depth: int, d_state: int, channels: int) -> VimUperNet:
-    """A Vim as train_fashion_mnist.py makes it, without its class token, and a UperNet head."""
+    """Create a Vim as in train_fashion_mnist.py, without its class token, and a UperNet head."""
     quarters = tuple(depth * part // 4 for part in range(1, 5))
     config = VimUperNetConfig(
         d_model=d_model, depth=depth, d_inner=2 * d_model, d_state=d_state, dt_rank=-(-d_model // 16), d_conv=4,
@@ -64,7 +65,7 @@ def make_model(d_model: int, depth: int, d_state: int, channels: int) -> VimUper
 
 
 def load_backbone(model: VimUperNet, vim: VisionMamba) -> None:
-    """Take the weights of a Vim for the backbone, without its class token and the position of that."""
+    """Copy the weights of a Vim to the backbone, without its class token and that token's position embedding."""
     state = {f"backbone.{k}": v for k, v in vim.state_dict().items() if not k.startswith(("head.", "cls_token"))}
     patches = [position for position in range(vim.length) if position != vim.protected]
     state["backbone.pos_embed"] = state["backbone.pos_embed"][:, patches]
@@ -73,7 +74,7 @@ def load_backbone(model: VimUperNet, vim: VisionMamba) -> None:
 
 
 def augmented(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the images mirrored, each shifted by up to a patch; pixels from outside are ignored (255)."""
+    """Flip half of the images and shift each by up to a patch; pixels from outside are ignored (255)."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     images, masks = images.clone(), masks.clone()
     images[mirrored], masks[mirrored] = images[mirrored].flip(3), masks[mirrored].flip(2)
@@ -85,7 +86,7 @@ def augmented(images: Tensor, masks: Tensor, generator: torch.Generator) -> tupl
 
 @torch.inference_mode()
 def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float]:
-    """The figures of a model on test images."""
+    """Evaluate a model on test images."""
     meter = SEGMENTATION.meter(len(CLASS_NAMES))
     for x, y in zip(images.split(50), masks.split(50), strict=True):
         meter.add(model(normalise(x)), y, None)
@@ -94,7 +95,7 @@ def measure(model: VimUperNet, images: Tensor, masks: Tensor) -> dict[str, float
 
 
 def parse() -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")

@@ -1,6 +1,6 @@
-"""What the training scripts have alike: how weights begin, and a loop that a killed run goes on from.
+"""Shared parts of the training scripts: weight initialisation, and a loop that can be resumed.
 
-A batch is drawn from the seed and the step alone, so that a run in pieces gives the same model as a run in one.
+A batch depends only on the seed and the step, so an interrupted run gives the same model as an uninterrupted one.
 """
 
 import argparse
@@ -27,14 +27,14 @@ OPTIMIZER = "muon: Muon for the large matrices, AdamW for the rest; default: %(d
 
 
 class Training(NamedTuple):
-    """What is trained, and on what.
+    """A model to be trained and its data.
 
     Attributes:
         model: in training mode. images: number of training images.
         loss: function from indices (batch,) of images, an epoch and a generator to the loss of the batch.
-        measure: function to figures on test images. weights: where the checkpoint keeps the weights.
-        settings: kept in the checkpoint. fixed: the settings that a run must have to go on from it.
-        describe: function from a step to more that the checkpoint has.
+        measure: function that returns metrics on test images. weights: checkpoint key of the weights.
+        settings: stored in the checkpoint. fixed: settings that must be unchanged to resume a run.
+        describe: function from a step to additional entries of the checkpoint.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Training(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every training script but for sizes, epochs, batch and step size."""
+    """Add the options of every training script except sizes, epochs, batch size and learning rate."""
     parser.add_argument("checkpoint", type=Path, help="written here; resumed from if it exists")
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--d-state", type=int, default=8)
@@ -59,9 +59,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable], mixers: list) -> None:
-    """What all models have alike: step sizes spread over 0.001 to 0.1, small steps of the residual stream.
+    """Initialise what all models share: step sizes spread over 0.001 to 0.1, small output weights.
 
-    `dt_projs` gives for a mixer what has a weight (d_inner, dt_rank) and a bias (d_inner,).
+    `dt_projs` returns, for a mixer, the modules with a weight (d_inner, dt_rank) and a bias (d_inner,).
     """
     nn.init.trunc_normal_(model.classifier.weight, std=0.02)
     nn.init.zeros_(model.classifier.bias)
@@ -75,13 +75,13 @@ def initialise(model: TokenModel, dt_projs: Callable[[nn.Module], Iterable], mix
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Return images (n, 3, height, width) uint8 as models of ImageNet take them."""
+    """Normalise images (n, 3, height, width) uint8 as for ImageNet models."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
 
 
 def shift_and_mirror(images: Tensor, shift: int, fill: float, generator: torch.Generator) -> Tensor:
-    """Return images (n, channels, height, width), each shifted by up to `shift` pixels, about half of them mirrored.
+    """Shift each image (n, channels, height, width) by up to `shift` pixels, and flip about half of them.
 
     Pixels from outside are `fill`.
     """
@@ -96,7 +96,7 @@ def shift_and_mirror(images: Tensor, shift: int, fill: float, generator: torch.G
 
 @torch.inference_mode()
 def measure_top1(model: nn.Module, prepare: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
-    """Return the top-1 accuracy in percent; `prepare` makes what the model takes of some images."""
+    """Return the top-1 accuracy in percent; `prepare` converts a batch of images to model input."""
     right = 0
     for x, y in zip(images.split(250), labels.split(250), strict=True):
         right += (model(prepare(x)).argmax(1) == y).sum().item()
@@ -104,7 +104,7 @@ def measure_top1(model: nn.Module, prepare: Callable[[Tensor], Tensor], images: 
 
 
 def peak_memory() -> float | None:
-    """Return the largest memory of this process so far in MB; None where the system does not tell (Windows)."""
+    """Return the peak memory of this process in MB; None where the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:
@@ -114,7 +114,7 @@ def peak_memory() -> float | None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices only: not for norms, biases, the state matrix A or the embeddings."""
+    """Return parameter groups with weight decay for matrices only: not norms, biases, A or the embeddings."""
     spared = ("A_log", "A_b_log", "A_logs", "dt_projs_bias", "pos_embed", "cls_token", "direction_Bs")
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n.endswith(spared)]
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and not n.endswith(spared)]
@@ -122,12 +122,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Return what changes the weights of a model: AdamW, or Muon for all large matrices and AdamW for the rest.
+    """Return the optimizers of a model: AdamW, or Muon for all large matrices and AdamW for the rest.
 
-    Muon (https://kellerjordan.github.io/posts/muon) learns sooner. Of a DeiT of 12 layers, the loss of the class after
-    400 steps on images of make_clutter.py of 80 pixels was 2.23 with AdamW, 1.97 with Muon, of which the steps took a
-    tenth of the time. Small matrices, as those of a scan's parameters and the classifier, are left to AdamW; the step
-    sizes of both are comparable (arXiv 2502.16982), so there is one learning rate.
+    Muon (https://kellerjordan.github.io/posts/muon) learns faster. For a DeiT with 12 layers, the class loss after 400
+    steps on 80-pixel images of make_clutter.py was 2.23 with AdamW and 1.97 with Muon, whose update takes a tenth of
+    the step time. Small matrices, such as the scan parameters and the classifier, are left to AdamW; the step sizes of
+    both are comparable (arXiv 2502.16982), so there is one learning rate.
 
     Args:
         args: optimizer, lr and weight_decay.
@@ -144,9 +144,9 @@ def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.op
 
 
 def train(training: Training, args: argparse.Namespace) -> None:
-    """Train to the last epoch, or for `args.steps` steps; print the loss, the time left and figures after each epoch.
+    """Train to the last epoch, or for `args.steps` steps; print the loss, time left and metrics after each epoch.
 
-    The checkpoint also has the seconds of all runs so far, and the peak memory of the last one.
+    The checkpoint also stores the total time of all runs in seconds, and the peak memory of the last one.
 
     Args:
         args: checkpoint, epochs, batch_size, optimizer, lr, weight_decay, d_model, seed and steps.

@@ -1,1 +1,1 @@
-"""The parts of reproduce_tables.py: what is measured, how, and the page that shows it."""
+"""The parts of reproduce_tables.py: measurements, models and datasets, and the page with the results."""

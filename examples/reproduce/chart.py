@@ -1,4 +1,4 @@
-"""The chart: the methods of tables 1 to 3, without training and fine-tuned."""
+"""Chart of the methods in tables 1 to 3, without training and fine-tuned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WITHOUT, TUNED, WHOLE = COLOURS[0], COLOURS[1], COLOURS[2]
 
 
 def draw_chart(found: Sequence[Found], share: float) -> bytes | None:
-    """Return a PNG image with a panel for each model; None if no method was measured."""
+    """Return a PNG image with one panel per model; None if no method was measured."""
     panels = [(f, rows) for f in found if (rows := list_rows(f, share))]
     if not panels:
         return None
@@ -36,14 +36,14 @@ def draw_chart(found: Sequence[Found], share: float) -> bytes | None:
 
 
 def list_rows(found: Found, share: float) -> list[tuple[str, str]]:
-    """Return (method, row name) of those methods that were measured, the best one first."""
+    """Return (method, row name) of the measured methods, best first."""
     names = SEGMENTERS if found.figure == "miou" else dict.fromkeys((*CLASSIFIERS, *PAIRS))
     rows = [row for row in list_methods(found, names, share) if found.values(row[1])]
     return sorted(rows, key=lambda row: -found.mean(row[1]))
 
 
 def draw_panel(axes: Axes, found: Found, rows: Sequence[tuple[str, str]]) -> None:
-    """Draw the methods of a model below each other, with the range over the seeds, and the dense model as a line."""
+    """Draw the methods of a model as rows, with the range over the seeds, and the dense model as a line."""
     places = np.arange(len(rows))
     values = [found.values(key) for _, key in rows]
     means = [found.mean(key) for _, key in rows]

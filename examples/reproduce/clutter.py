@@ -1,4 +1,4 @@
-"""The miniature: images with clutter, and models that the training scripts make of them."""
+"""The small-scale setup: cluttered images, and the models that the training scripts train on them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .settings import MADE, read, write
 from .subjects import Subject
 
 EXAMPLES = Path(__file__).parents[1]
-WHOLE = "vim"  # the model of all tables and of the best row; the others have tables 1 and 3 at one share of the FLOPs
-AS_IT_IS = {"crop_pct": 1.0}  # images are as the models see them; the files do not say so
+WHOLE = "vim"  # used in all tables and for the best row; the others only in tables 1 and 3, at one share of the FLOPs
+AS_IT_IS = {"crop_pct": 1.0}  # images already have the model's input size; the checkpoints do not record this
 
 
 class Making(NamedTuple):
-    """A file of the cache and how it is made: a script of the examples with its arguments, files by name in braces."""
+    """A file in the cache, and the example script and arguments that create it; file names are in braces."""
 
     file: str
     script: str
@@ -44,7 +44,7 @@ IMAGES = {
     "scenes-train.parquet": "segmentation train {} --images 16000",
     "scenes-test.parquet": "segmentation test {} --images 1000",
 }
-# How classifiers are trained: on the images of which side, and how. Each run begins with the weights of the one before.
+# Training runs of the classifiers: image size and options. Each run starts from the weights of the previous one.
 TRAININGS = {
     "plain_mamba": {
         "plain_mamba80.pth": ("80", "--epochs 3 --lr 3e-3"),
@@ -66,7 +66,7 @@ ORDER = ("vim", "plain_mamba", "deit")  # of the tables
 
 
 def list_makings() -> dict[str, Making]:
-    """Return what makes all files, by their names, in order."""
+    """Return the commands that create the files, by file name, in order."""
     makings = [Making(file, "make_clutter", text.replace("{}", f"{{{file}}}")) for file, text in IMAGES.items()]
     for name, runs in TRAININGS.items():
         start = ""
@@ -81,19 +81,19 @@ def list_makings() -> dict[str, Making]:
 
 
 def find_needed(makings: Mapping[str, Making], file: str) -> set[str]:
-    """Return the names of all files that making a file takes, its own among them."""
+    """Return the names of all files required to create a file, including the file itself."""
     others = set(re.findall(r"\{(.+?)\}", makings[file].arguments)) - {file}
     return {file}.union(*(find_needed(makings, other) for other in others))
 
 
 def make_all(cache: Path, only: Sequence[str], idx: Path = FOLDER) -> None:
-    """Make the files that are not finished and that some models need; a training that was stopped goes on.
+    """Create the missing files that some models need; an interrupted training run is resumed.
 
     Args:
-        only: names of models. idx: folder of the files of Fashion-MNIST.
+        only: names of models. idx: folder with the files of Fashion-MNIST.
 
     Raises:
-        SystemExit: something cannot be made; its script has said why.
+        SystemExit: a file cannot be created; its script has printed the reason.
     """
     finished = cache / MADE
     makings = list_makings()
@@ -112,22 +112,22 @@ def make_all(cache: Path, only: Sequence[str], idx: Path = FOLDER) -> None:
             raise SystemExit(f"{file} was not made: {command[0]} ended with exit code {error.returncode}") from error
         shown = re.sub(r"[{}]", "", making.arguments)
         value = {"command": f"python examples/{making.script}.py {shown}", "seconds": time.monotonic() - begin}
-        if file.endswith(".pth"):  # which was perhaps trained in several pieces
+        if file.endswith(".pth"):  # training may have taken several runs
             saved = torch.load(cache / file, weights_only=True)
             value |= {"seconds": saved["seconds"], "peak_mb": saved["peak_mb"], "history": saved["history"]}
         write(finished, read(finished) | {file: value})
 
 
 def fill(cache: Path, part: str) -> str:
-    """Return an argument with the path of a file for its name in braces."""
+    """Replace a file name in braces by its path in the cache."""
     return str(cache / part[1:-1]) if part.startswith("{") else part
 
 
 def list_subjects(cache: Path, idx: Path = FOLDER) -> list[Subject]:
-    """Return the models of the miniature, with the files of Fashion-MNIST in `idx`."""
+    """Return the models of the small-scale setup; `idx` is the folder with the files of Fashion-MNIST."""
 
     @functools.cache
-    def test_images() -> Clutter:  # reads the photographs, so when first used
+    def test_images() -> Clutter:  # reads the photographs, so only when first used
         return Clutter("test", idx, seed=0)
 
     def draw(number: int) -> np.ndarray:

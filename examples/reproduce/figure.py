@@ -1,4 +1,4 @@
-"""The figure: attention maps of the dense, the plainly pruned and the aligned model on the same images."""
+"""Figure: attention maps of the dense, the plainly pruned and the aligned model on the same images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find_figure(name: str, settings: Settings) -> Path:
 
 
 def draw_figure(subject: Subject, settings: Settings) -> None:
-    """Draw the maps of a model, if its row of the aligned model is there and they are not drawn yet."""
+    """Draw the maps of a model unless they are already drawn; skip it if the aligned model has no row yet."""
     folder = find_figure(subject.name, settings)
     kept = settings.rows_of(subject.name, settings.seeds[0]) / "models" / name_row(METHOD, settings.share)
     if is_drawn(subject.name, settings) or not kept.exists():
@@ -38,7 +38,7 @@ def draw_figure(subject: Subject, settings: Settings) -> None:
 
 
 def is_drawn(name: str, settings: Settings) -> bool:
-    """Return whether the attention maps of a model are drawn and its row is still the same."""
+    """Return whether the attention maps of a model are drawn and its row has not changed since."""
     drawn = read(settings.file_of("figure", name))
     return find_figure(name, settings).exists() and drawn.get("of") == identify_figure(name, settings)
 
@@ -49,7 +49,7 @@ def identify_figure(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def copy_figure(name: str, settings: Settings, target: Path) -> bool:
-    """Write the pictures of a model below each other into a PNG file; return whether there are any."""
+    """Stack the pictures of a model vertically in a PNG file; return whether there are any."""
     files = sorted(find_figure(name, settings).glob("attention-*.png"))
     if not files or not is_drawn(name, settings):
         return False

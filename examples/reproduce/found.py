@@ -1,4 +1,4 @@
-"""What has been measured of a model, with every choice of the images to calibrate on."""
+"""Measured results of a model, for each choice of calibration images."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TITLES = {"top1": "top-1", "miou": "mIoU"}
 
 @dataclass(frozen=True)
 class Found:
-    """What has been measured of a model.
+    """Measured results of a model.
 
     Attributes:
-        rows: row name -> its figures by seed, as `compare.json` has them.
-        samples: images to calibrate on; None: there are no rows yet.
+        rows: row name -> its figures by seed, as in `compare.json`.
+        samples: number of calibration images; None: there are no rows yet.
         tuned, best, speed, reasons, inputs, cost: see `Settings.file_of`.
     """
 
@@ -46,11 +46,11 @@ class Found:
 
     @property
     def figure(self) -> str:
-        """The figure that counts: top-1 or mIoU."""
+        """The main figure: top-1 or mIoU."""
         return "miou" if "miou" in self.dense else "top1"
 
     def values(self, key: str, figure: str | None = None) -> list[float]:
-        """Return a figure of a row, one value a seed; none where it was not measured or is out of reach."""
+        """Return a figure of a row, one value per seed; empty if it was not measured or is out of reach."""
         name = figure or self.figure
         rows = self.rows.get(key, {}).values()
         return [row[name] for row in rows if not row.get("failed") and row.get(name) is not None]
@@ -61,7 +61,7 @@ class Found:
         return statistics.mean(values) if values else None
 
     def mean_flops(self, key: str, convention: str) -> float:
-        """Return the mean over the seeds of the GFLOPs of a row that was measured."""
+        """Return the GFLOPs of a measured row, averaged over the seeds."""
         return statistics.mean(row["flops"][convention] for row in self.rows[key].values() if not row.get("failed"))
 
     def tuned_value(self, key: str) -> float | None:
@@ -70,7 +70,7 @@ class Found:
 
 
 def find(subject: Subject, settings: Settings) -> Found:
-    """Return what has been measured of a model, but for figures of other models, images and options than those now."""
+    """Return the results of a model, skipping those measured with other models, images or options than now."""
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in settings.seeds:
         for row in read_rows(subject.name, seed, settings):
@@ -86,5 +86,5 @@ def find(subject: Subject, settings: Settings) -> Found:
 
 
 def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:
-    """Return (method, row name) of those methods that were measured or are out of reach."""
+    """Return (method, row name) of the methods that were measured or are out of reach."""
     return [(name, key) for name in names if (key := name_row(name, share)) in found.rows]

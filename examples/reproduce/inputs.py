@@ -1,4 +1,4 @@
-"""What is lost with the dropped tokens of a Vim: its layers with the dense model's tokens at the dropped positions."""
+"""What a Vim loses with its dropped tokens: layers run with the dense model's tokens at the dropped positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .subjects import Subject
 
 
 class Given(NamedTuple):
-    """Which ops of a layer get the dense model's tokens at dropped positions; the others are aligned."""
+    """Which ops of a layer get the dense model's tokens at dropped positions; the other ops are aligned."""
 
     conv: bool
     scan: bool
@@ -36,7 +36,7 @@ CASES = {
 
 
 def measure_inputs(subject: Subject, settings: Settings) -> None:
-    """Measure each case for each metric with an aligned row, on the images of the explanations; of a Vim alone."""
+    """Measure each case for each metric with an aligned row, on the `reasons` images; only for a Vim."""
     dense = subject.load(settings.device)
     if dense.reads_levels or not all(isinstance(block, VimBlock) for block in dense.blocks):
         return
@@ -59,8 +59,8 @@ def measure_inputs(subject: Subject, settings: Settings) -> None:
 def run_cases(dense: TokenModel, pruned: TokenModel, images: Tensor) -> dict[str, Tensor]:
     """Return the logits (batch, classes) of each case.
 
-    In all of them the tokens are dropped that the aligned model drops. With the dense model's tokens for both ops, the
-    logits are those of the dense model.
+    All cases drop the same tokens as the aligned model. If both ops get the dense model's tokens, the logits equal
+    those of the dense model.
 
     Args:
         pruned: `dense` with aligned stages.
@@ -69,7 +69,7 @@ def run_cases(dense: TokenModel, pruned: TokenModel, images: Tensor) -> dict[str
     runs = [run for run in pruned.run_layers(pruned.embed(images)) if run.before.positions is not None]
     found = {}
     for name, given in CASES.items():
-        whole = inputs[runs[0].layer]  # (batch, length, d_model), of which the kept tokens are read
+        whole = inputs[runs[0].layer]  # (batch, length, d_model), which includes the kept tokens
         for run in runs:
             block, positions = pruned.blocks[run.layer - 1], run.before.positions
             tokens = run.before.updated(gather_tokens(whole, positions))
@@ -84,8 +84,8 @@ def run_mixer(mixer: VimMixer, features: Tensor, tokens: Tokens, inputs: Tensor,
     """Return the projected sum of both paths at the kept tokens, (batch, kept, d_model).
 
     Args:
-        features: of the kept tokens, normalised (batch, kept, d_model). inputs: of all tokens of the dense model
-            (batch, length, d_model), of which those at dropped positions are taken.
+        features: of the kept tokens, normalised (batch, kept, d_model). inputs: all tokens of the dense model
+            (batch, length, d_model); only those at dropped positions are used.
     """
     positions = tokens.positions
     x, z = mixer.in_proj(features).chunk(2, dim=-1)
@@ -106,5 +106,5 @@ def run_mixer(mixer: VimMixer, features: Tensor, tokens: Tokens, inputs: Tensor,
 
 
 def put(whole: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """Return `whole` (batch, length, width) with the values (batch, kept, width) at positions (batch, kept)."""
+    """Return `whole` (batch, length, width) with `values` (batch, kept, width) at `positions` (batch, kept)."""
     return whole.scatter(1, positions[..., None].expand_as(values), values)

@@ -1,4 +1,4 @@
-"""What the script runs on."""
+"""Description of the machine that the script runs on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @functools.cache
 def describe_machine() -> str:
-    """Return processor, cores and system."""
+    """Return the processor, number of cores and operating system."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,8 +1,8 @@
-"""Which methods the tables have, at which share of the dense model's FLOPs."""
+"""The methods in each table, and their shares of the dense model's FLOPs."""
 
 from __future__ import annotations
 
-# Names of `ssmcompress compare`; a model leaves out those that it cannot carry out.
+# Method names of `ssmcompress compare`; methods that a model does not support are skipped.
 CLASSIFIERS = (
     "naive", "clip, aligned", "saliency", "saliency, aligned", "EViT", "EViT, fused", "ToMe", "R-MeeTo", "MTR",
     "clip, aligned, reconstructed", "saliency, aligned, reconstructed", "EViT, reconstructed", "ToMe, reconstructed",
@@ -13,7 +13,7 @@ SEGMENTERS = (
     "zero-filled", "naive", "clip, aligned", "naive, mapped", "clip, aligned, mapped", "clip, aligned, reconstructed",
     "search, reconstructed", "all axes",
 )  # fmt: skip
-# How tokens are chosen -> (without alignment, aligned).
+# Token selection -> (without alignment, aligned).
 WITH_AND_WITHOUT = {
     "clip": ("naive", "clip, aligned"),
     "saliency": ("saliency", "saliency, aligned"),
@@ -33,11 +33,11 @@ HALVES = ("clip, conv aligned", "clip, scan aligned")
 
 
 def list_names(task: str, main: bool, whole: bool) -> tuple[str, ...]:
-    """Return the names of the methods that the tables have for a model.
+    """Return the names of the methods that the tables list for a model.
 
     Args:
-        task: of the model. main: whether at the main share of the FLOPs, or at another.
-        whole: whether the model has its part in table 4, and in table 3 at other shares.
+        task: of the model. main: whether this is the main share of the FLOPs.
+        whole: whether the model is included in table 4, and in table 3 at further shares.
     """
     pairs = tuple(name for pair in WITH_AND_WITHOUT.values() for name in pair)
     if task == "segmentation":

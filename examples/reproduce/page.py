@@ -1,4 +1,4 @@
-"""The page with all tables, in Markdown, of what has been measured so far."""
+"""The Markdown page with all tables of the results so far."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .subjects import Subject
 from .tables import SECTIONS
 from .text import MISSING, show, table, wrap
 
-# What stands between these lines of an earlier page is written by hand, and kept.
+# Text between these lines is written by hand and kept when the page is rewritten.
 NOTES = ("<!-- notes, kept when the page is written again -->", "<!-- end of notes -->")
 
 
 def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, made: bool = True) -> None:
-    """Write the page, its figures, and all that it has as JSON next to it; the notes of an earlier page stay.
+    """Write the page, its images, and all of its data as JSON next to it; the notes of an earlier page are kept.
 
     Args:
-        made: whether images and models are those that the script makes.
+        made: whether the images and models are those that the script creates.
     """
     found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, ma
 
 
 def read_notes(page: Path) -> str:
-    """Return the notes in a page, with the lines around them; only these lines if there is no page or it has none."""
+    """Return the notes of a page with their marker lines; the marker lines alone if there is no page or no notes."""
     begin, end = NOTES
     _, found, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
     notes, closed, _ = rest.partition(end)
@@ -53,7 +53,7 @@ def read_notes(page: Path) -> str:
 
 
 def describe_run(found: Sequence[Found], settings: Settings) -> str:
-    """Return the head of the page."""
+    """Return the header of the page."""
     here = describe_run_here(settings)
     machines = sorted({value.get("machine", here) for f in found for value in f.cost.values()}) or [here]
     samples = sorted({f.samples for f in found if f.samples is not None}) or [settings.samples]
@@ -76,14 +76,14 @@ def describe_run(found: Sequence[Found], settings: Settings) -> str:
 
 
 def describe_run_here(settings: Settings) -> str:
-    """Return the machine, the version of torch, the number of threads and the device of this run."""
+    """Return the machine, torch version, number of threads and device of this run."""
     threads = torch.get_num_threads()
     used = f"{threads} threads" if threads > 1 else "one thread"
     return f"{describe_machine()}, torch {torch.__version__}, {used}, device {settings.device}"
 
 
 def chart(found: Sequence[Found], output: Path, settings: Settings) -> str:
-    """Draw the tables next to the page, and return the section with the chart; "" if nothing was measured."""
+    """Draw the chart next to the page and return its section; "" if nothing was measured."""
     picture = draw_chart(found, settings.share)
     if picture is None:
         return ""
@@ -94,7 +94,7 @@ def chart(found: Sequence[Found], output: Path, settings: Settings) -> str:
 
 
 def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:
-    """Write the figures next to the page, and return the section with them."""
+    """Write the figures next to the page and return their section."""
     parts = []
     for f in found:
         target = output.with_name(f"{output.stem}_attention_{f.name}.png")
@@ -107,7 +107,7 @@ def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:
 
 
 def describe_cost(found: Sequence[Found], made: dict[str, Any]) -> str:
-    """Return the time and the memory that each part took, and how images and models were made."""
+    """Return the time and memory that each part took, and the commands that created images and models."""
     parts = [("making " + file, value) for file, value in made.items()]
     parts += [(f"{f.name}: {part}", value) for f in found for part, value in f.cost.items()]
     if not parts:

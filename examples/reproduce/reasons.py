@@ -1,4 +1,4 @@
-"""Why alignment helps or not, by measurement: which half of it, in which layers, and what is dropped."""
+"""Measurements that explain whether alignment helps: which half of it, in which layers, and what is dropped."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .rows import find_kept, identify, name_row
 from .settings import Settings, read, write
 from .subjects import Subject
 
-METRICS = ("clip", "saliency", "random")  # of which the aligned rows are taken up, if there are any
+METRICS = ("clip", "saliency", "random")  # whose aligned rows are analysed, if present
 ALIGNMENTS = {"none": UNALIGNED, "conv": Alignment(True, False), "scan": Alignment(False, True), "both": Alignment()}
 CONTENTS = ("background", "clutter", "object")
 
 
 def explain(subject: Subject, settings: Settings) -> None:
-    """Measure what the rows of a model do not show, for each metric that was not measured yet.
+    """Measure what the rows of a model do not show, for each metric not measured yet.
 
-    The model is that of the aligned row of the first seed. Models whose layers have no scan are left out, as nothing is
-    aligned in them, and so are those whose later sections have all tokens again.
+    Uses the model of the first seed's aligned row. Skips models whose layers have no scan, since nothing is aligned in
+    them, and models whose later sections restore all tokens.
     """
     file = settings.file_of("reasons", subject.name)
     dense = subject.load(settings.device)
@@ -60,7 +60,7 @@ def find_aligned(metric: str, settings: Settings) -> str:
 
 
 def find_work(name: str, settings: Settings, kind: str) -> Iterator[tuple[str, Path]]:
-    """Yield the metrics that were not measured yet, with the folder of the model of the aligned row, if it is there."""
+    """Yield each metric not measured yet, with the model folder of its aligned row, if it exists."""
     done, kept = read_reasons(name, settings, kind), dict(find_kept(name, settings, settings.share))
     for metric in METRICS:
         folder = kept.get(find_aligned(metric, settings))
@@ -69,7 +69,7 @@ def find_work(name: str, settings: Settings, kind: str) -> Iterator[tuple[str, P
 
 
 def read_reasons(name: str, settings: Settings, kind: str) -> dict[str, Any]:
-    """Return what was measured of a model, by metric, where its row is still the same.
+    """Return the measurements of a model by metric, skipping those whose row has changed.
 
     Args:
         kind: "reasons" or "inputs".
@@ -84,7 +84,7 @@ def identify_reasons(name: str, settings: Settings, metric: str) -> dict[str, An
 
 
 def choose(name: str, model: TokenModel, settings: Settings) -> ssmcompress.Batches:
-    """Return the images of a data set to explain on, drawn with the first seed."""
+    """Return the images used for the explanations, drawn with the first seed."""
     images = model.find_images(name)
     index, _ = sample_indices(len(images), min(settings.reason_images, len(images)), settings.seeds[0])
     return ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
@@ -94,14 +94,14 @@ def choose(name: str, model: TokenModel, settings: Settings) -> ssmcompress.Batc
 def run_both(
     subject: Subject, dense: TokenModel, models: Mapping[str, TokenModel], images: ssmcompress.Batches
 ) -> dict[str, Any]:
-    """Return the error that each layer makes by itself, the lengths of the gaps, and what the dropped tokens show.
+    """Return the error that each layer introduces by itself, the lengths of the gaps, and what the dropped tokens show.
 
     Returns:
-        `errors`, for each alignment and layer after the first stage: the squared error of what the layer adds to the
-        kept tokens, and to the class token alone, as a share of what it adds in the dense model. The layer gets the
-        features of the dense model, at the tokens that the aligned model keeps, so errors of earlier layers are not in
-        it. `gap`: the mean number of dropped tokens between two kept ones, where there are any, after the last stage.
-        `dropped`, `all`: the shares of the pixels of dropped tokens, and of all, by content; empty if not known.
+        `errors`, for each alignment and layer after the first stage: the squared error of the layer's contribution to
+        the kept tokens, and to the class token alone, relative to its contribution in the dense model. The layer gets
+        the dense model's features at the tokens that the aligned model keeps, so errors of earlier layers are excluded.
+        `gap`: the mean number of dropped tokens between two kept ones, over non-empty gaps, after the last stage.
+        `dropped`, `all`: the shares of the pixels of dropped tokens, and of all, by content; empty if unknown.
     """
     sums: dict[str, dict[int, list[Tensor]]] = {name: {} for name in models}
     gaps, contents, counts = [], {"dropped": [], "all": []}, []
@@ -139,19 +139,19 @@ def run_both(
 
 
 def measure(values: Tensor, tokens: Any) -> Tensor:
-    """Return the sums (2,) of the squares of all tokens, and of the token that is never dropped, if there is one."""
+    """Return the sums of squares (2,) over all tokens, and over the token that is never dropped, if there is one."""
     squares = values.double().square().sum(2)
     own = squares[tokens.is_protected(tokens.positions)] if tokens.protected is not None else squares
     return torch.stack([squares.sum(), own.sum()])
 
 
 def add(total: list[Tensor], parts: list[Tensor]) -> None:
-    """Add tensors to those of a list, in place."""
+    """Add tensors to those in a list, in place."""
     total[:] = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
 
 
 def mean_gap(positions: Tensor) -> float:
-    """Return the mean number of missing positions between neighbours (batch, kept) where some are missing."""
+    """Return the mean size of the non-empty gaps between neighbouring positions (batch, kept)."""
     missing = positions.diff(dim=1) - 1
     return missing[missing > 0].double().mean().item() if (missing > 0).any() else 0.0
 

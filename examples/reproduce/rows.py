@@ -1,4 +1,4 @@
-"""Rows without training: each method on each model, with several choices of the images to calibrate on."""
+"""Rows without training: each method on each model, with several choices of calibration images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from .settings import Settings, read
 from .subjects import Subject
 
 DENSE = "dense"
-# Settings of a comparison that other figures of its models depend on, too.
+# Settings of a comparison that other figures of its models depend on as well.
 COMMON = ("weights", "image_size", "preprocessing", "content", "seed")
 
 
 class KeptComparison(Comparison):
-    """A comparison at one share of the FLOPs that also writes the model of each row, for what follows.
+    """A comparison at one share of the FLOPs that also saves the model of each row for the later parts.
 
     Attributes:
-        share: of the FLOPs. same: rows of another seed that are the same with this one, by method and share.
+        share: of the FLOPs. same: rows of another seed with identical results, by method and share.
     """
 
     share = 1.0
@@ -53,7 +53,7 @@ class KeptComparison(Comparison):
 
 
 def depends_on_seed(name: str) -> bool:
-    """Return whether the model of a method depends on the images to calibrate on, or on random choices."""
+    """Return whether the model of a method depends on the calibration images or on random choices."""
     if name == DENSE:
         return False
     method = next(method for method in METHODS if method.name == name)
@@ -63,12 +63,12 @@ def depends_on_seed(name: str) -> bool:
 
 
 def name_row(method: str, share: float) -> str:
-    """Return the name of a row, which is that of the folder of its model."""
+    """Return the name of a row, which is also the name of its model folder."""
     return f"{re.sub('[^a-z0-9]+', '-', method.lower())}-{100 * share:g}"
 
 
 def measure_rows(subject: Subject, settings: Settings) -> None:
-    """Measure all rows of a model that are missing, with every seed."""
+    """Measure all missing rows of a model with every seed."""
     model = subject.load(settings.device)
     for seed in settings.seeds:
         data = DataOptions(
@@ -95,9 +95,9 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
 
 
 def find_levels(model: TokenModel, request: CompareRequest, share: float) -> list[Level]:
-    """Return the level of a share of the FLOPs, of a segmentation model's backbone where it has neck and head.
+    """Return the level of a share of the FLOPs; for a segmentation model with neck and head, of its backbone's FLOPs.
 
-    A line says so where dropping tokens at the default layers does not reach it.
+    Logs a line if dropping tokens at the default layers does not reach it.
     """
     asked = share_of_whole(model, share) if model.task is SEGMENTATION else share
     try:
@@ -108,12 +108,12 @@ def find_levels(model: TokenModel, request: CompareRequest, share: float) -> lis
 
 
 def read_rows(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
-    """Return the rows of a model that were measured so far with a seed, the dense model first."""
+    """Return the rows of a model measured so far with a seed, the dense model first."""
     return read(settings.rows_of(name, seed) / RESULT_FILE).get("rows", [])
 
 
 def find_kept(name: str, settings: Settings, share: float | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield name and model folder of each row of the first seed that was not out of reach; with a share, of that."""
+    """Yield name and model folder of each row of the first seed that is within reach; optionally at one share only."""
     seed = settings.seeds[0]
     for row in read_rows(name, seed, settings):
         key = name_row(row["method"], row["share"])
@@ -122,9 +122,9 @@ def find_kept(name: str, settings: Settings, share: float | None = None) -> Iter
 
 
 def identify(name: str, settings: Settings, key: str, **more: Any) -> dict[str, Any]:
-    """Return what figures of a row's model of the first seed depend on, a JSON object.
+    """Return, as a JSON object, what figures of a row's model of the first seed depend on.
 
-    Figures that are kept with another one are of another model, other images or other options.
+    Figures stored with a different value are outdated: they belong to another model, other images or other options.
 
     Args:
         name: of the dense model. key: name of the row. more: options that the figures depend on.

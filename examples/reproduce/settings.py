@@ -1,4 +1,4 @@
-"""What holds for all rows, and where they are kept."""
+"""Settings shared by all rows, and the location of their files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ssmcompress.files import write_file
 
-MADE = "made.json"  # in the cache: how images and models were made
+MADE = "made.json"  # in the cache: the commands that created images and models
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Settings:
     """How rows are measured.
 
     Attributes:
-        cache: folder of everything that is kept. seeds: each chooses other images to calibrate on; the first one's
-            models are fine-tuned and timed.
+        cache: folder of everything that is kept. seeds: each selects different calibration images; the models of the
+            first one are fine-tuned and timed.
         share: of the dense model's FLOPs, in tables 1, 2 and 4. further: other shares, for table 3.
-        samples: images to calibrate, search and refit on.
-        tune_images, tune_epochs: of fine-tuning. best_images: the same of the best row; None: all.
-        reason_images: images that the explanations are measured on.
-        command: how the script was called.
+        samples: number of images for calibration, search and refitting.
+        tune_images, tune_epochs: of fine-tuning. best_images: number of images for the best row; None: all.
+        reason_images: number of images that the explanations are measured on.
+        command: the command line of this run.
     """
 
     cache: Path
@@ -46,20 +46,20 @@ class Settings:
         return sorted({self.share, *self.further}, reverse=True)
 
     def rows_of(self, name: str, seed: int) -> Path:
-        """Return the folder of the rows without training of a model."""
+        """Return the folder with the rows of a model without training."""
         return self.cache / "rows" / f"{name}-seed{seed}"
 
     def file_of(self, kind: str, name: str) -> Path:
-        """Return the file of the figures of a model of a kind: a part, or "cost"."""
+        """Return the file with a model's figures of a kind: the name of a part, or "cost"."""
         return self.cache / kind / f"{name}.json"
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if there is no file."""
+    """Return the JSON object in a file; an empty one if the file does not exist."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def write(file: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, in place of an earlier one."""
+    """Write a JSON object, overwriting the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(value, indent=1).encode() + b"\n", force=True)

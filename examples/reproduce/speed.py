@@ -1,4 +1,4 @@
-"""Images a second of the models of all rows, timed in turn."""
+"""Images per second of the models of all rows, timed in turn."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .subjects import Subject
 
 BATCHES = (1, 8)
 REPEATS = 9
-# Models that are timed in turn: more would be too long apart for the load of the machine to be alike.
+# Models that are timed in turn. With more, their timings would be too far apart to see the same machine load.
 AT_ONCE = 8
 
 
 def time_rows(subject: Subject, settings: Settings) -> None:
-    """Time the models of the rows of the first seed that were not timed yet, in groups with the dense model in each.
+    """Time the models of the first seed's rows not timed yet, in groups that each include the dense model.
 
-    A row's speed is that of the dense model, as the quickest group has it, times the ratio of their medians within the
-    row's group: groups are timed minutes apart, and other work on the machine slows a whole group down.
+    Groups are timed minutes apart, and other load on the machine slows down a whole group. A row's speed is therefore
+    the dense model's speed in the fastest group, times the ratio of their medians within the row's group.
     """
     file = settings.file_of("speed", subject.name)
     found = read_speed(subject.name, settings) or {"of": identify_speed(subject.name, settings)}
@@ -51,7 +51,7 @@ def time_rows(subject: Subject, settings: Settings) -> None:
 
 
 def read_speed(name: str, settings: Settings) -> dict[str, Any]:
-    """Return what was timed of a model on this device and with these threads, of the rows that are still the same."""
+    """Return the timings of a model on this device with this number of threads, for the rows that have not changed."""
     found = read(settings.file_of("speed", name))
     if found.get("of") != identify_speed(name, settings):
         return {}
@@ -69,7 +69,7 @@ def identify_speed(name: str, settings: Settings) -> dict[str, Any]:
 
 @torch.inference_mode()
 def time_models(models: dict[str, TokenModel], batch: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return for each model the median milliseconds of a batch, and as a share of the first model's."""
+    """Return for each model the median milliseconds per batch, and the ratio to the first model's."""
 
     def call(model: TokenModel) -> Callable[[], Any]:
         shape = (batch, model.config.in_chans, *model.config.image_size)
@@ -85,7 +85,7 @@ def time_models(models: dict[str, TokenModel], batch: int, device: torch.device)
 
 
 def images_per_second(found: dict[str, Any], key: str, batch: int) -> float | None:
-    """Return the images a second of a row, or of the dense model; None: it was not timed."""
+    """Return the images per second of a row, or of the dense model; None: it was not timed."""
     dense = found.get(str(batch))
     if dense is None:
         return None

@@ -1,4 +1,4 @@
-"""What the tables are of: models, with the images that they are calibrated, tuned and measured on."""
+"""The models in the tables, and the images that they are calibrated, fine-tuned and evaluated on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Subject:
     """A model and its images.
 
     Attributes:
-        name: as the tables have it. checkpoint: a file or folder that `ssmcompress.load` takes, with `options`.
-        training: images to calibrate on and to learn from, as `ssmcompress.open_images` takes them, such as
-            `imagenet:train`. test: images to measure on.
-        preprocessing: what the checkpoint does not say of its preprocessing.
-        whole: whether table 4, and table 3 at other shares of the FLOPs, have the model, and its best row is
-            fine-tuned on all images.
-        draw: (number of a test image) -> what each of its pixels shows, (height, width) of 0 background, 1 clutter and
-            2 the object; None: that is not known.
+        name: as shown in the tables. checkpoint: a file or folder that `ssmcompress.load` takes, with `options`.
+        training: images for calibration and fine-tuning, as `ssmcompress.open_images` takes them, such as
+            `imagenet:train`. test: images for evaluation.
+        preprocessing: preprocessing settings that the checkpoint does not record.
+        whole: whether the model is included in table 4, and in table 3 at further shares of the FLOPs, and its best
+            row is fine-tuned on all images.
+        draw: (number of a test image) -> the content of each of its pixels, (height, width) of 0 background,
+            1 clutter and 2 the object; None: unknown.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Subject:
 
 
 def find_models(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder: files by their suffix, and folders that ssmcompress wrote.
+    """Return the checkpoints in a folder: files by their suffix, and folders written by ssmcompress.
 
     Raises:
         SystemExit: there are none.
@@ -63,10 +63,10 @@ def find_models(folder: Path) -> list[Path]:
 
 
 def find_subjects(models: Path, imagenet: Path | None, scenes: Path | None) -> list[Subject]:
-    """Return the checkpoints of a folder, classifiers with the images of `imagenet`, segmentation models with `scenes`.
+    """Return the checkpoints in a folder: classifiers with the images of `imagenet`, segmentation models with `scenes`.
 
-    Both are folders with two splits, `train` and `val` or `training` and `validation`. Models whose images are not
-    given, and files that cannot be loaded, are left out, and a line says so.
+    Both are folders with two splits, `train` and `val` or `training` and `validation`. Models without images and files
+    that cannot be loaded are skipped with a message.
 
     Raises:
         SystemExit: there is no checkpoint, or two have the same name without suffix.

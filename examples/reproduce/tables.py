@@ -49,11 +49,11 @@ def show_first(found: Sequence[Found], settings: Settings) -> str:
 
 
 def show_best(found: Sequence[Found], settings: Settings) -> str:
-    """Return what the best rows of table 1 lose, without training and after fine-tuning on all images."""
+    """Return the accuracy loss of the best rows of table 1, without training and after fine-tuning on all images."""
     rows = []
     for f in found:
         for key, tuned in f.best.items():
-            if not f.values(key):  # it is being measured anew
+            if not f.values(key):  # it is being remeasured
                 continue
             dense, lost = f.dense["top1"], [f.dense["top1"] - value for value in f.values(key)]
             method = next(iter(f.rows[key].values()))["method"]
@@ -115,7 +115,7 @@ def show_fourth(found: Sequence[Found], settings: Settings) -> str:
 
 
 def show_reasons(found: Sequence[Found], settings: Settings) -> str:
-    """Return what was measured to explain the tables 3 and 4."""
+    """Return the measurements that explain tables 3 and 4."""
     parts = []
     for f in (f for f in found if f.reasons):
         header = ["tokens by", "none", "conv", "scan", "both", "mean gap"]
@@ -141,7 +141,7 @@ def show_reasons(found: Sequence[Found], settings: Settings) -> str:
 
 
 def layer_errors(found: Found) -> str:
-    """Return the table of the errors of single layers: over all kept tokens, and at the class token if there is one."""
+    """Return the table of errors per layer: over all kept tokens, and at the class token if there is one."""
     rows = []
     for metric, r in found.reasons.items():
         layers = list(next(iter(r["errors"].values())))
@@ -155,7 +155,7 @@ def layer_errors(found: Found) -> str:
 
 
 def show_inputs(found: Sequence[Found], settings: Settings) -> str:
-    """Return what the dropped tokens would have brought to the convolutions and the scans of a model."""
+    """Return what the dropped tokens would have contributed to the convolutions and scans of a model."""
     rows = [
         [f.name, metric, *(show(r["top1"][name]) for name in CASES)] for f in found for metric, r in f.inputs.items()
     ]

@@ -1,4 +1,4 @@
-"""Parts of a page in Markdown."""
+"""Markdown elements of a page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def show(value: float | None, form: str = "{:.2f}") -> str:
 
 
 def show_seeds(values: Sequence[float], expected: int | None = None) -> str:
-    """Return the mean over seeds, with the smallest and the largest value where they differ.
+    """Return the mean over seeds, with the smallest and the largest value if they differ.
 
     Args:
-        expected: number of seeds; the text says how many there are if these are fewer.
+        expected: number of seeds; if there are fewer values, the text says how many.
     """
     if not values:
         return MISSING
@@ -37,5 +37,5 @@ def show_seeds(values: Sequence[float], expected: int | None = None) -> str:
 
 
 def wrap(text: str) -> str:
-    """Return a paragraph in lines of at most 120 characters."""
+    """Wrap a paragraph to lines of at most 120 characters."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)

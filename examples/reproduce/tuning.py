@@ -1,4 +1,4 @@
-"""Rows after fine-tuning: the models of the rows without training, each trained by the same short recipe."""
+"""Rows after fine-tuning: the models of the rows without training, each trained with the same short recipe."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .rows import DENSE, find_kept, identify, name_row, read_rows
 from .settings import Settings, read, write
 from .subjects import Subject
 
-# Of the best row's recipe, beside the defaults. The row has lost so little that labels and large steps lead it away
-# from the dense model. Of the Vim of the miniature (84.66 % top-1, dense 85.04), two epochs made, with the defaults
-# 84.50 (of 60,000 images), with this learning rate alone 84.54 (of 6,000), with both 84.80, and with 5e-4 and the
-# teacher 84.70.
+# Recipe of the best row, where it differs from the defaults. The row has lost so little accuracy that labels and large
+# steps move it away from the dense model. The Vim of the small-scale setup (84.66 % top-1, dense 85.04) had after two
+# epochs: with the defaults 84.50 (60,000 images), with this learning rate alone 84.54 (6,000), with both settings
+# 84.80, and with 5e-4 and the teacher 84.70.
 BEST = {"lr": 2e-4, "teacher": 1.0}
 
 
 class Run(NamedTuple):
-    """Fine-tuning of the model in `folder`, None: the dense one, on `count` images, None: all.
+    """Fine-tuning of the model in `folder` (None: the dense one) on `count` images (None: all).
 
-    Its figures are kept in `file`, under `key`, with what they depend on, `of`.
+    Its figures are stored in `file` under `key`, together with what they depend on, `of`.
     """
 
     file: Path
@@ -39,10 +39,10 @@ class Run(NamedTuple):
 
 
 def read_tuned(name: str, settings: Settings, kind: str = "tuned") -> dict[str, Any]:
-    """Return the figures of a model after fine-tuning, by the names of the rows that are still the same.
+    """Return the figures of a model after fine-tuning, by row name, for the rows that have not changed.
 
     Args:
-        kind: "tuned", or "best" for what was tuned on all images.
+        kind: "tuned", or "best" for fine-tuning on all images.
     """
     found = read(settings.file_of(kind, name))
     return {key: value for key, value in found.items() if value.get("of") == identify_run(name, settings, key, kind)}
@@ -56,9 +56,9 @@ def identify_run(name: str, settings: Settings, key: str, kind: str) -> dict[str
 
 
 def tune_rows(subject: Subject, settings: Settings) -> None:
-    """Fine-tune the models of the first seed at the main share of the FLOPs that were not tuned yet, and measure them.
+    """Fine-tune and evaluate the first seed's models at the main share of the FLOPs that were not fine-tuned yet.
 
-    The dense model is tuned, too: what it gains is not due to a method.
+    The dense model is fine-tuned as well, to separate its gain from the effect of a method.
     """
     file = settings.file_of("tuned", subject.name)
     done = read_tuned(subject.name, settings)
@@ -76,7 +76,7 @@ def tune_rows(subject: Subject, settings: Settings) -> None:
 def tune_best(subject: Subject, settings: Settings) -> None:
     """Fine-tune the best classifier of the first seed at the main share of the FLOPs on all training images.
 
-    Only for models that all tables have, as it takes many times the images of a row.
+    Only for models that are in all tables, since this takes many times the images of a row.
     """
     if not subject.whole:
         return
@@ -100,20 +100,20 @@ def find_best(rows: Iterable[dict[str, Any]], share: float) -> str | None:
 
 
 def tune(dense: TokenModel, subject: Subject, settings: Settings, run: Run) -> None:
-    """Fine-tune a model and keep its figures; a run that was stopped goes on.
+    """Fine-tune a model and store its figures; an interrupted run is resumed.
 
-    A model of smaller images has no teacher, for the dense model does not take its images.
+    A model with smaller images has no teacher, since the dense model does not accept its images.
     """
     model = ssmcompress.load(run.folder, device=settings.device) if run.folder else ssmcompress.prune(dense, ratio=0.0)
     images = dense.find_images(subject.training)
     index, _ = sample_indices(len(images), run.count or len(images), settings.seeds[0])
     batches = ssmcompress.Batches(images, model.transform(), index, settings.batch_size, settings.workers)
     teacher = dense if model.dense_config == dense.config else None
-    # Its name has what may differ between two runs of the script, so that a state is always of the same run.
+    # The name includes everything that may differ between runs of the script, so a state is never mixed up.
     state = run.file.parent / f"{subject.name}-{run.key}-{len(index)}-{settings.tune_epochs}-{settings.seeds[0]}.pt"
     begins_with = run.folder / MODEL_FILE if run.folder else subject.checkpoint
     if state.exists() and state.stat().st_mtime < begins_with.stat().st_mtime:
-        remove_state(state)  # of a model that is another one since
+        remove_state(state)  # it belongs to an outdated model
     tuned = ssmcompress.finetune(
         model, batches, dense=teacher, recipe=run.recipe, seed=settings.seeds[0], state=StateFile(state, resume=True)
     )
