@@ -1,4 +1,4 @@
-"""The command line: parses, calls one job, prints."""
+"""The command line: parses the options, calls one job and prints the result."""
 
 from .app import app, main
 

@@ -1,4 +1,4 @@
-"""The Typer app: every module of `commands` is a command, and its function of the same name runs it."""
+"""The Typer app: every module of `commands` is a command, run by its function of the same name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import commands
 from .help import Command, Commands
 from .options import takes
 
-# The order of the commands in the help; others follow by name.
+# Order of the commands in the help; others follow in alphabetical order.
 ORDER = (
     "inspect",
     "prune",

@@ -1,4 +1,4 @@
-"""Comparisons on stdout as tables: methods on one model, and on several."""
+"""Comparisons on stdout as tables: methods on one or several models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from .tables import column_width, names_width, show_load, show_table, show_views, show_warnings, terminal_width, write
 
-# The columns of several models that are left out where there is no room for all, the first ones first; before them
-# those of the figures that rows are not ranked by, the last ones first.
+# Columns of several models that are dropped if the table is too wide, in this order. Columns of figures that do not
+# determine the ranking are dropped before them, the last ones first.
 LEFT_OUT_FIRST = ("ratio", "of dense", "images/s", "speed-up", "at FLOPs", "at ms")
-HEADING = " "  # the cells of the line with the name of a model
+HEADING = " "  # cells of the line with the name of a model
 
 
 def show_comparison(value: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def show_comparison(value: dict[str, Any]) -> None:
 
 
 def _comparison_table(rows: list[dict[str, Any]], task: Any) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(header, lines), by level and then from best to worst."""
+    """Return (header, lines), sorted by level and then from best to worst."""
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
@@ -69,9 +69,9 @@ class _Column:
 
 
 def show_models(value: Mapping[str, Any]) -> None:
-    """Print the rows of a comparison of several models, a section for each model.
+    """Print the rows of a comparison of several models, with a section for each model.
 
-    Columns that do not fit the terminal are left out in the order of `LEFT_OUT_FIRST`; a line says so.
+    Columns that do not fit the terminal are dropped in the order of `LEFT_OUT_FIRST`, and a line says which.
     """
     from ..jobs.compare_rows import list_figures
     from ..jobs.fronts import has_labels
@@ -114,13 +114,13 @@ def show_models(value: Mapping[str, Any]) -> None:
 
 
 def _rank(row: Mapping[str, Any], quality: str) -> tuple[float, float]:
-    """Return what rows of a model are sorted by: the level, then the quality, best first; the dense model leads."""
+    """Return the sort key of a model's row: by level, then by quality, best first; the dense model leads."""
     value = row.get(quality)
     return (-1.0 if row["method"] == "dense" else row["ratio"]), -(value if value is not None else -1.0)
 
 
 def _list_columns(rows: Sequence[Mapping[str, Any] | None], task: Any) -> list[_Column]:
-    """Return all columns of rows; None: a heading, which has no figures."""
+    """Return all columns of the rows; None is a heading, which has no figures."""
 
     def column(title: str, form: str, find: Any) -> _Column:
         values = [None if row is None else find(row) for row in rows]
@@ -152,7 +152,7 @@ def _format_speed_up(row: Mapping[str, Any]) -> str | None:
 
 
 def _format_place(row: Mapping[str, Any], cost: str) -> str | None:
-    """Return the distance to the best row at this cost, or a star if this is the best."""
+    """Return the distance to the best row at this cost, or a star for the best row."""
     points = row.get(f"{cost}_points")
     if points is None:
         return None
@@ -162,7 +162,7 @@ def _format_place(row: Mapping[str, Any], cost: str) -> str | None:
 def _fit_columns(
     names: Sequence[str], columns: Sequence[_Column], order: Sequence[str]
 ) -> tuple[list[_Column], list[str]]:
-    """Return the columns that fit the terminal next to the names, and the titles of those left out, in this order."""
+    """Return the columns that fit the terminal next to the names, and the titles of those dropped in this order."""
     kept, hidden = list(columns), []
     for title in order:
         header = ["", *(column.title for column in kept)]

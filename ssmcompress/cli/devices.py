@@ -1,4 +1,4 @@
-"""Devices and their memory: which one is used, why one cannot be, and what to do where its memory does not suffice."""
+"""Devices and their memory: selection, why a device is unavailable, and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ..progress import Steps, record_steps
 
 AUTO = "auto"
 DEFAULT = "CUDA is used if it works, else the CPU"
-# Device types of torch that people have, and names that they type for them.
+# Common device types of torch, and other names that users type for them.
 TYPES = ("cpu", "cuda", "mps", "xpu")
 OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "hip": "cuda", "metal": "mps"}
 
-# What torch says where there is no GPU, or it was built without CUDA: no reason to say that the CPU is used.
+# torch's errors if there is no GPU or no CUDA support; then the use of the CPU needs no explanation.
 NO_GPU = ("not compiled with CUDA", "Found no NVIDIA driver", "No CUDA GPUs", "No HIP GPUs", "no CUDA-capable device")
-# Parameters of commands that lower the memory a command takes, with the value that cannot be lowered; and those that
-# ask for a search, without which the images to search on take none.
+# Parameters that reduce the memory of a command, with their smallest useful value; and parameters that request a
+# search, without which the search images need no memory.
 LOWERABLE = {"batch_size": 1, "batch_sizes": 1, "samples": 1, "search_images": 1, "workers": 0}
 SEARCHES = ("flops", "flops_backbone", "latency", "max_drop")
-TRAINING = "fine-tuning"  # the step that reads as many images at a time as the recipe says, not --batch-size
+TRAINING = "fine-tuning"  # the step whose batch size is set by the recipe, not by --batch-size
 
-# The command that goes on from what a run that was ended by an error has kept; None: nothing was kept.
+# Command that resumes from what a failed run has saved; None: nothing was saved.
 goes_on: ContextVar[str | None] = ContextVar("ssmcompress_goes_on", default=None)
 
 
 def choose_device(name: str) -> tuple[str, str]:
-    """Return the device that the value of --device stands for, and a line that says so where it is not as typed.
+    """Resolve the value of --device; also return a message if the device differs from what was typed.
 
-    "auto" is CUDA if torch can compute on it, else the CPU, and never fails: where there is a GPU that cannot be used,
-    the line has the reason. MPS and XPU are used only by name, since no kernels are compiled for them: their scans run
-    in plain torch, as a loop over the tokens.
+    "auto" is CUDA if torch can compute on it, otherwise the CPU, and never fails: if there is a GPU that cannot be
+    used, the message gives the reason. MPS and XPU are used only by name, since no kernels are compiled for them: their
+    scans run in plain torch, as a loop over the tokens.
 
-    Several processes of a launcher must choose alike without asking each other. They take CUDA where there is a GPU for
-    each, and none tries its own: a GPU that fails one of them is an error, not a run on two kinds of devices.
+    The processes of a distributed launcher must make the same choice without communicating. They take CUDA if there is
+    a GPU for each, without testing it: if one process's GPU fails, that is an error, not a run on mixed devices.
     """
     if name != AUTO:
         return name, ""
@@ -48,7 +48,7 @@ def choose_device(name: str) -> tuple[str, str]:
 
     several, local = _number("WORLD_SIZE") > 1, _number("LOCAL_WORLD_SIZE") or _number("WORLD_SIZE")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of a driver that is too old; the line below says it
+        warnings.simplefilter("ignore")  # torch warns about outdated drivers; the message below includes this
         try:
             if not torch.cuda.is_available():
                 torch.cuda.init()  # raises the reason
@@ -67,21 +67,21 @@ def choose_device(name: str) -> tuple[str, str]:
 
 
 def _number(variable: str) -> int:
-    """Return the whole number in an environment variable of a launcher, else 0."""
+    """Return the integer in a launcher's environment variable, or 0."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
 def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
-    """Replace an error for lack of memory in the body of the with statement by one that says what to do.
+    """Context manager that replaces an out-of-memory error in its body by one that says what to do.
 
     Args:
-        command: the name of the command that runs. values: parameter -> value.
+        command: the name of the command. values: parameter -> value.
 
     Raises:
-        SsmCompressError: out of memory; it names the step that ran, and the options of the command that lower what it
-            takes.
+        SsmCompressError: out of memory; it names the step that was running, and the options of the command that reduce
+            its memory.
     """
     goes_on.set(None)
     with record_steps() as steps:
@@ -93,7 +93,7 @@ def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
             text = str(error).lower()
             gpu = any(kind in text for kind in ("cuda", "cublas", "hip out", "mps backend", "xpu out"))
             where = " of the GPU" if gpu else ""
-            # A training that goes on must be split as before, so that the advice for it and this exclude each other.
+            # A resumed training run must keep its batch split, so the two pieces of advice are mutually exclusive.
             resumes = goes_on.get() is not None and _current(steps) != TRAINING
             kept = f"; then `{goes_on.get()}` goes on from what was kept" if resumes else ""
             raise SsmCompressError(
@@ -102,19 +102,19 @@ def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _current(steps: Steps) -> str | None:
-    """Return the innermost step that an error has ended."""
+    """Return the innermost step that was interrupted by an error."""
     return steps.left or next(reversed(steps.running), None)
 
 
 def _describe_step(command: str, steps: Steps) -> str:
-    """Return during what the memory ran out."""
+    """Return the step during which memory ran out, as text."""
     if (step := _current(steps)) is not None:
         return f'the step "{step}" of {command}'
     return command + (f', after the step "{steps.finished}"' if steps.finished else "")
 
 
 def _advise(values: Mapping[str, Any], steps: Steps, gpu: bool) -> str:
-    """Return which options lower the memory that a command takes, with their values."""
+    """Return the options that reduce the memory of a command, with their values."""
     trains, no_model = _current(steps) == TRAINING, not values.get("models", True)  # as in `benchmark --ops`
     options, texts = [], []
     for name, least in LOWERABLE.items():
@@ -139,10 +139,10 @@ def _advise(values: Mapping[str, Any], steps: Steps, gpu: bool) -> str:
 
 
 def explain_device(name: str, error: Exception) -> str:
-    """Return why torch cannot use a device.
+    """Return the reason why torch cannot use a device.
 
     Args:
-        name: the device, as typed. error: what torch raised for it.
+        name: the device, as typed. error: the exception that torch raised for it.
     """
     kind, _, index = name.partition(":")
     if kind not in TYPES or (index and not index.isdecimal()):
@@ -156,7 +156,7 @@ def explain_device(name: str, error: Exception) -> str:
 
 
 def _find_reason(kind: str, index: str, error: Exception) -> str:
-    """Return why a device of a known type cannot be used."""
+    """Return the reason why a device of a known type cannot be used."""
     import torch
 
     if kind in ("cuda", "xpu"):
@@ -175,7 +175,7 @@ def _find_reason(kind: str, index: str, error: Exception) -> str:
 
 
 def _initialise(backend) -> Exception | None:
-    """Return the error of a backend that cannot start: torch's reason why it is not available."""
+    """Return the error of a backend that cannot be initialised, which is torch's reason why it is unavailable."""
     try:
         backend.init()
     except Exception as error:
@@ -184,6 +184,6 @@ def _initialise(backend) -> Exception | None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Return the first sentence of an error of torch; the others are long advice."""
+    """Return the first sentence of a torch error; the rest is lengthy advice."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(". ")[0].rstrip(".")

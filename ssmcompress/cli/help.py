@@ -1,4 +1,4 @@
-"""Help in sections, and errors as one line with an exit code: what our commands do differently from Typer's."""
+"""Help in sections, and errors as one line with an exit code: where our commands differ from Typer's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OTHER = "Other"
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose options are under headings, with an example at the end of its help."""
+    """A command whose options are grouped under headings, with an example at the end of its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options by their heading."""
+        """Write the arguments, then the options grouped by heading."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
@@ -37,7 +37,7 @@ class Command(typer.core.TyperCommand):
                 formatter.write_dl(sections[heading])
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the example as it is, line by line."""
+        """Write the example unchanged, line by line."""
         if self.epilog:
             with formatter.section("Example"):
                 for line in self.epilog.strip().splitlines():
@@ -45,10 +45,10 @@ class Command(typer.core.TyperCommand):
 
 
 class Commands(typer.core.TyperGroup):
-    """All commands: summaries in full, and errors as one plain line and an exit code."""
+    """The group of all commands: full summaries, and errors as one plain line and an exit code."""
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
-        """Run a command; its exit code is returned, or the process ends with it."""
+        """Run a command; return its exit code, or exit the process with it."""
         texts = list(sys.argv[1:] if args is None else args) or ["--help"]
         arguments.set(tuple(texts))
         name_options.set(self.name_options)
@@ -64,9 +64,9 @@ class Commands(typer.core.TyperGroup):
                 code = super().main(texts, prog_name or "ssmcompress", standalone_mode=False, **extra)
             for text in notes if not code else ():
                 say(text, is_quiet())
-            if code == INTERRUPTED:  # how newer typers hand on Ctrl-C
+            if code == INTERRUPTED:  # how newer versions of typer pass on Ctrl-C
                 complain("interrupted", code)
-        except typer.BadParameter.__base__ as error:  # click's UsageError, wherever typer keeps it
+        except typer.BadParameter.__base__ as error:  # click's UsageError, whose module depends on the typer version
             path = error.ctx.command_path if error.ctx is not None else "ssmcompress"
             code = complain(f"{error.format_message().replace('Value error, ', '')} (see {path} --help)", 2)
         except SsmCompressError as error:
@@ -76,7 +76,7 @@ class Commands(typer.core.TyperGroup):
         except BrokenPipeError:  # `ssmcompress report | head`
             sys.stderr.close()
             code = 1
-        except OSError as error:  # a name too long, a folder that may not be read, ...
+        except OSError as error:  # a file name too long, an unreadable folder, ...
             code = complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
         except Exception as error:
             broken = explain_import(error)
@@ -86,7 +86,7 @@ class Commands(typer.core.TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write every command with its whole summary, where click would cut it."""
+        """Write every command with its whole summary, which click would truncate."""
         rows = []
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
@@ -96,7 +96,7 @@ class Commands(typer.core.TyperGroup):
             formatter.write_dl(rows)
 
     def name_options(self, message: str) -> str:
-        """A message of the library with options for the arguments that it names: `force=True` becomes --force."""
+        """Replace argument names in a library message by options: `force=True` becomes --force."""
         options: dict[str, tuple[str, str]] = {}
         for command in self.commands.values():
             for parameter in command.params:

@@ -1,6 +1,6 @@
-"""Checks of the names that a command is given, before anything is loaded: swapped arguments, and paths with a typo.
+"""Checks of the names given to a command before anything is loaded: swapped arguments and mistyped paths.
 
-What a name is follows from its ending and, for a folder, from the names in it; no file is read.
+The kind of a file follows from its suffix, and that of a folder from the names in it; no file is read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DATA = (
     *TABLE_SUFFIXES,
     *VIDEO_SUFFIXES,
     *ARRAY_SUFFIXES,
-)  # not tar: checkpoints are called .pth.tar, too
-LOOKED_AT = 10_000  # names in a folder, which may hold millions of images
+)  # not tar: checkpoints may be called .pth.tar
+LOOKED_AT = 10_000  # names checked in a folder, which may hold millions of images
 
 
 def recognise(name: str) -> str | None:
-    """What a name is: one of the constants above; None where that cannot be told, or there is nothing of that name."""
+    """Return what a name refers to: one of the constants above; None if it is unknown or does not exist."""
     path, lower = Path(name), name.lower()
     if lower.endswith(".onnx"):
         return ONNX
@@ -43,7 +43,7 @@ def recognise(name: str) -> str | None:
 
 
 def _holds_images(folder: Path, depth: int) -> bool:
-    """Whether there are images in a folder, or up to `depth` folders further down in it."""
+    """Return whether a folder, or one up to `depth` levels below it, contains images."""
     try:
         entries = list(islice(os.scandir(folder), LOOKED_AT))
     except OSError:
@@ -55,13 +55,13 @@ def _holds_images(folder: Path, depth: int) -> bool:
 
 
 def check_model(name: str, advice: str = "") -> None:
-    """Check that a name where a model belongs is not that of something else.
+    """Check that the name given for a model does not refer to something else.
 
     Args:
-        advice: where the command takes images, added to the message about them.
+        advice: added to the message about images, if the command takes images.
 
     Raises:
-        InputError: it is; the message says what it is, and which option or command takes it.
+        InputError: it does; the message says what it is, and which option or command takes it.
     """
     kind = recognise(name)
     if kind == ONNX:
@@ -76,13 +76,13 @@ def check_model(name: str, advice: str = "") -> None:
 
 
 def check_inputs(model: str, images: Mapping[str, str | None]) -> None:
-    """Check the names of a model and of data sets before anything is loaded.
+    """Check the names of a model and of datasets before anything is loaded.
 
     Args:
-        images: option -> its value, None where it is not given.
+        images: option -> its value, None if it is not given.
 
     Raises:
-        InputError: two of them are swapped, one is something else, or there is no data of that name.
+        InputError: two of them are swapped, one is something else, or there is no data with that name.
     """
     given = {option: name for option, name in images.items() if name is not None}
     swapped = [option for option, name in given.items() if recognise(name) == MODEL and recognise(model) == IMAGES]
@@ -105,7 +105,7 @@ def check_onnx_pair(model: str, file: str) -> None:
     """Check the two arguments of a command that takes a model and its ONNX file.
 
     Raises:
-        InputError: they are swapped, or the second one is no ONNX file.
+        InputError: they are swapped, or the second one is not an ONNX file.
     """
     if recognise(model) == ONNX and recognise(file) != ONNX:
         raise InputError(f"{model} is an ONNX file and {file} is not: swap them, {file} {model}")

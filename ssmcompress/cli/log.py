@@ -1,4 +1,4 @@
-"""The log of a command: the file of --log-file, and on stderr what --verbose shows."""
+"""The log of a command: the file of --log-file, and the --verbose output on stderr."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .._version import __version__
 from ..errors import InputError, SsmCompressWarning, escape_control
 from .readable import name_options, readable
 
-# Packages whose versions a log file begins with, where they are installed.
+# Packages whose versions are logged at the start, if installed.
 LOGGED_VERSIONS = ("torch", "numpy", "numba", "triton", "timm", "onnxruntime", "huggingface_hub")
 
-# Called when the command has ended and its last message was printed.
+# Called when the command has ended and its last message has been printed.
 _at_the_end: ContextVar[ExitStack | None] = ContextVar("ssmcompress_at_the_end", default=None)
 _log_file: ContextVar[_LogFile | None] = ContextVar("ssmcompress_log_file", default=None)
-# Whether `start_log` decides what the library's logger prints.
+# Whether `start_log` controls what the library's logger prints.
 _logs: ContextVar[bool] = ContextVar("ssmcompress_logs", default=False)
 
 
 @contextmanager
 def end_log() -> Iterator[ExitStack]:
-    """End the log of a command that runs in the body of the with statement with it; yields what is called then."""
+    """End the command's log when the with block ends; yield the stack of callbacks that run then."""
     with ExitStack() as stack:
         _set(_at_the_end, stack, stack)
         yield stack
@@ -41,23 +41,23 @@ def end_log() -> Iterator[ExitStack]:
 def start_log(file: str | None, verbose: bool, quiet: bool, command: str) -> None:
     """Log the rest of the command: what the library does, and the warnings of other packages.
 
-    A log file is appended to: a run that goes on after a stop, or the next run of a script, belongs in the same file,
-    nothing is lost, and the option means the same in commands with --force and without.
+    A log file is appended to, so that a resumed run or the next run of a script can use the same file without losing
+    anything, and the option means the same in commands with and without --force.
 
     Args:
-        file: where to; None: nowhere. It also has the messages for the user, errors with their tracebacks, the command
-            line and versions. verbose: whether stderr shows what the library does. quiet: whether it shows only errors.
-        command: the command line.
+        file: log file; None: no file. It also contains the messages for the user, errors with their tracebacks, the
+            command line and versions. verbose: whether stderr shows what the library does. quiet: whether it shows only
+            errors. command: the command line.
 
     Raises:
-        InputError: the file cannot be written to, or it holds something else than a log of ssmcompress.
+        InputError: the file cannot be written to, or it is not a log of ssmcompress.
     """
     stack, main = _at_the_end.get(), not processes.launched_index()
     if stack is None or (file is None and not verbose):
         return
     if file is not None:
         _open_log(Path(file), logging.DEBUG if main else logging.ERROR, stack)
-    if not main:  # the other processes show errors only, in any case
+    if not main:  # the other processes only ever show errors
         return
     logger, shown = logging.getLogger("ssmcompress"), _Stderr()
     shown.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
@@ -67,7 +67,7 @@ def start_log(file: str | None, verbose: bool, quiet: bool, command: str) -> Non
     logger.addHandler(shown)
     _set(_logs, True, stack)
     if file is not None:
-        from importlib import metadata  # 30 ms, which --help does not wait for
+        from importlib import metadata  # takes 30 ms, which --help should not pay
 
         versions = [f"ssmcompress {__version__}", f"Python {sys.version.split()[0]}"]
         for package in LOGGED_VERSIONS:
@@ -80,19 +80,19 @@ def start_log(file: str | None, verbose: bool, quiet: bool, command: str) -> Non
 
 
 def is_logging() -> bool:
-    """Whether `start_log` decides what the library's logger prints."""
+    """Return whether `start_log` controls what the library's logger prints."""
     return _logs.get()
 
 
 def log(text: str, level: int = logging.INFO, error: BaseException | None = None) -> None:
-    """Write a text to the log file of the command, if it has one, with the traceback of an error."""
+    """Write a message to the log file of the command, if there is one, with the traceback of an error."""
     if (handler := _log_file.get()) is not None:
         info = (type(error), error, error.__traceback__) if error is not None else None
         handler.write(logging.LogRecord("ssmcompress", level, "", 0, text, (), info))
 
 
 def _open_log(path: Path, level: int, stack: ExitStack) -> None:
-    """Append to a log file until the stack ends."""
+    """Append to a log file until the stack is closed."""
     try:
         if path.is_file():
             with open(path, "rb") as content:
@@ -105,18 +105,18 @@ def _open_log(path: Path, level: int, stack: ExitStack) -> None:
         raise InputError(f"--log-file {path}: {reason}; expected a file in a folder that exists") from error
     _set(_log_file, handler, stack)
     stack.callback(handler.close)
-    # Neither the loggers of torch, which do not propagate, nor those that a handler of their own prints would reach a
-    # handler of the root. All records are made by the factory.
+    # A handler of the root logger would miss torch's loggers, which do not propagate, and loggers with their own
+    # handlers. The record factory sees all records.
     make, show = logging.getLogRecordFactory(), warnings.showwarning
 
     def make_and_log(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
-        if record.name:  # `logging.makeLogRecord` makes them empty
+        if record.name:  # `logging.makeLogRecord` creates records without a name
             handler.write(record)
         return record
 
     def show_and_log(message, category, filename, lineno, file=None, line=None) -> None:
-        if not issubclass(category, SsmCompressWarning):  # those are logged where they are printed
+        if not issubclass(category, SsmCompressWarning):  # those are logged when they are printed
             log(f"{category.__name__}: {message} ({filename}, line {lineno})", logging.WARNING)
         show(message, category, filename, lineno, file, line)
 
@@ -127,12 +127,12 @@ def _open_log(path: Path, level: int, stack: ExitStack) -> None:
 
 
 def _set(variable: ContextVar[Any], value: Any, until: ExitStack) -> None:
-    """Set a context variable until a stack ends."""
+    """Set a context variable until a stack is closed."""
     until.callback(variable.reset, variable.set(value))
 
 
 class _LogFile(logging.FileHandler):
-    """Appends records to a file, each with the time; where that fails, says so once, and the command goes on."""
+    """Appends timestamped records to a file; if writing fails, reports it once, and the command continues."""
 
     def __init__(self, path: Path, level: int):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -145,13 +145,13 @@ class _LogFile(logging.FileHandler):
             self.handle(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The time with the zone, the level and the logger, then the text, its further lines indented."""
+        """Return the time with time zone, the level, the logger and the text, with further lines indented."""
         when = datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "milliseconds")
         text = escape_control(name_options.get()(super().format(record)))
         return f"{when} {record.levelname} {record.name}: {text}".replace("\n", "\n    ")
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, as logging calls it
-        """Say that the file cannot be written. What is wrong with a record is for the logger's own handler to say."""
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, name set by logging
+        """Report that the file cannot be written. Invalid records are reported by the logger's own handler."""
         if isinstance(error := sys.exc_info()[1], OSError) and not self.broken:
             self.broken = True
             print(readable(f"--log-file {self.baseFilename}: {error.strerror}; it ends here"), file=sys.stderr)
@@ -163,7 +163,7 @@ class _LogFile(logging.FileHandler):
 
 
 class _Stderr(logging.Handler):
-    """Prints records of the library on stderr, which Python does by itself from WARNING on if there is no handler."""
+    """Prints records of the library on stderr; without any handler, Python would print those from WARNING on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Options of commands as data: what a file that names them may hold, and what would be typed for a value."""
+"""Options of commands as data: the values that a recipe file may contain, and the equivalent arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 
 import typer
 
-# Options that name files.
+# Options whose values are file names.
 FILES = ("data", "eval_data", "sensitivity", "plan", "recipe", "dense", "output", "tensorboard")
 
 
@@ -21,10 +21,10 @@ class Option:
     """An option of a command, as a recipe has it.
 
     Attributes:
-        key: its key. flag: as it is typed; opposite: its negative, or "". kind: bool, int, float or str.
-        default: the value if it is not given.
-        several: whether it can be given more than once. choices: the values that there are, if they are limited.
-        least, most: limits of a number. panel: the heading it is under. text: its help.
+        key: its key. flag: as typed on the command line; opposite: its negative form, or "". kind: bool, int, float or
+            str. default: the value if it is not given.
+        several: whether it can be given more than once. choices: the allowed values, if they are limited.
+        least, most: limits of a number. panel: its heading in the help. text: its help.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Option:
         return {**value, **{k: v for k, v in limits.items() if v is not None}, "description": self.text}
 
     def arguments(self, value: Any) -> list[str]:
-        """Return what is typed for a value; ValueError for one that the option cannot have."""
+        """Return the command-line arguments for a value; ValueError if the value is invalid for the option."""
         if self.kind is bool:
             if not isinstance(value, bool):
                 raise ValueError("true or false")
@@ -66,7 +66,7 @@ class Option:
         if self.kind is str:
             return [self.flag, self._text(value)]
         whole = self.kind is int
-        if isinstance(value, str):  # 1e-1 is a text in YAML
+        if isinstance(value, str):  # YAML reads 1e-1 as text
             with suppress(ValueError):
                 value = int(value) if whole else float(value)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
@@ -95,7 +95,7 @@ def describe_options(parameters: Iterable[inspect.Parameter]) -> Iterator[tuple[
 
 
 def _find_info(parameter: inspect.Parameter) -> typer.models.OptionInfo | None:
-    """Return what Typer is told of a parameter that is an option, None for an argument."""
+    """Return Typer's description of a parameter that is an option; None for an argument."""
     infos = getattr(parameter.annotation, "__metadata__", ())
     return next((info for info in infos if isinstance(info, typer.models.OptionInfo)), None)
 
@@ -109,7 +109,7 @@ def _describe(parameter: inspect.Parameter, info: typer.models.OptionInfo) -> Op
     declared = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or ())]
     names = [name for part in declared for name in part.split("/")] or [f"--{parameter.name.replace('_', '-')}"]
     names = [name for name in names if name.startswith("--")]
-    # Of --align/--no-align; --no-latency has no positive form.
+    # For --align/--no-align; --no-latency has no positive form.
     flag, *others = names
     opposite = next((name for name in others if name.startswith("--no-")), "")
     choices = tuple(member.value for member in hint) if issubclass(hint, enum.Enum) else ()

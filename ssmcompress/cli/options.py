@@ -1,4 +1,4 @@
-"""Options under headings, and `takes`, which spreads groups of them into the parameters of a command."""
+"""Options under headings, and `takes`, which expands groups of them into the parameters of a command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PANELS = (BUDGET, PRUNING, MAPS, IMAGES, MODEL_FILE, FINETUNING, OUTPUT, HARDWAR
 
 
 class Chosen(NamedTuple):
-    """A command that runs: its function, its parameters, and their values by name."""
+    """The command being run: its function, its parameters, and their values by name."""
 
     command: Callable[..., None]
     parameters: tuple[inspect.Parameter, ...]
@@ -32,16 +32,16 @@ chosen: ContextVar[Chosen] = ContextVar("ssmcompress_chosen")
 
 
 def option(panel: str, *names: str, **settings: Any) -> Any:
-    """An option under a heading of `--help`."""
+    """Return an option under a heading of `--help`."""
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
 def list_parameters(
     command: Callable[..., None],
 ) -> tuple[list[inspect.Parameter], dict[str, tuple[type, list[str]]]]:
-    """Return the parameters of a command with the fields of its option groups in their places, and these groups.
+    """Return the parameters of a command with its option groups expanded to their fields, and these groups.
 
-    The groups are by the name of the parameter that takes them, with the names of their fields.
+    The groups are keyed by the name of the parameter that takes them, with the names of their fields.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}
@@ -58,9 +58,9 @@ def list_parameters(
 
 
 def takes(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of its option groups as parameters of its own, which is what Typer reads.
+    """Decorator that expands the option groups of a command into parameters that Typer can read.
 
-    The method `begin` of a group that has one is called before the command.
+    If a group has a method `begin`, it is called before the command.
     """
     parameters, groups = list_parameters(command)
     by_name = {parameter.name: parameter for parameter in parameters}
@@ -68,8 +68,8 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def call(**values: Any) -> None:
         for name, text in _texts(values):
-            # An unset variable of a shell gives an empty text, which must not count as the default or the working
-            # folder.
+            # An unset shell variable expands to an empty text, which must not be taken for the default or the working
+            # directory.
             if not text.strip():
                 raise InputError(f"{_shown(by_name[name])} is empty: give a value, or leave it out")
             check_no_address(text)
@@ -90,14 +90,14 @@ def takes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) for each text among the values of parameters, and in their lists."""
+    """Yield (name, text) for each text among the values of parameters, including texts in lists."""
     for name, value in values.items():
         texts = value if isinstance(value, list) else [value]
         yield from ((name, text) for text in texts if isinstance(text, str))
 
 
 def _shown(parameter: inspect.Parameter) -> str:
-    """Return what a person calls a parameter: an argument is in the help as CKPT or MODEL."""
+    """Return the name of a parameter in messages: arguments appear in the help as CKPT or MODEL."""
     infos = getattr(parameter.annotation, "__metadata__", ())
     names = [info.metavar for info in infos if isinstance(info, typer.models.ArgumentInfo) and info.metavar]
     return names[0] if names else f"`{parameter.name}`"

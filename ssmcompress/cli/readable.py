@@ -1,4 +1,4 @@
-"""Messages of the library as a person at a terminal reads them."""
+"""Library messages prepared for display in a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import escape_control
 
 LONGEST_WORD = 400  # characters
 
-# What makes options of the arguments that a message of the library names: `force=True` becomes --force.
+# Converts argument names in library messages to options: `force=True` becomes --force.
 name_options: ContextVar[Callable[[str], str]] = ContextVar("ssmcompress_name_options", default=str)
 
 
 def readable(message: str) -> str:
-    """A message with the names of options, without control characters, and without the middle of very long parts."""
+    """Return a message with option names, without control characters, and with very long words shortened."""
     text = escape_control(name_options.get()(message))
     return re.sub(
         rf"\S{{{LONGEST_WORD + 1},}}", lambda m: f"{m.group()[: LONGEST_WORD // 2]}...{m.group()[-20:]}", text

@@ -1,7 +1,7 @@
-"""A whole run of a command as a YAML file: written into every folder that `prune` and `finetune` write, read by `run`.
+"""A command with its options as a YAML file: `prune` and `finetune` write one to their output folder, `run` reads it.
 
-Its keys are the options of the command, by their long names with `_` for `-`. So a new option is in recipes and in
-their schema without further code. Relative names of files are relative to the folder of the recipe.
+Its keys are the long names of the command's options, with `_` for `-`, so new options are available in recipes and in
+their schema without further code. Relative file names are relative to the folder of the recipe.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FORMAT_VERSION = 1
 COMMANDS = ("prune", "finetune")
 LARGEST = 1 << 20  # bytes
 
-# Options that a recipe does not have, because a person has to say them at each call; and ways to say how much to prune,
-# of which one given on the command line replaces that of the recipe.
+# Options that are not part of a recipe because users must give them in each call; and alternative ways to set the
+# budget: one given on the command line replaces the one in the recipe.
 NOT_IN_RECIPES = ("unsafe_load", "force", "json", "quiet", "verbose", "dry_run", "resume", "log_file")
 WAYS = ("ratio", "flops", "flops_backbone", "latency", "max_drop", "plan", "merge")
-# Options whose value is recorded even where it is the default, and those of the hardware that change the report.
+# Options that are recorded even at their default, and hardware options that affect the report.
 ALWAYS, MEASURED = ("seed", "samples"), ("dtype", "no_latency")
-# Names of files whose hash is recorded, KEY_sha256; and the key of the hash of the images that were calibrated on, with
-# the options that decide which these are.
+# File options whose hash is recorded as KEY_sha256; and the key for the hash of the calibration images, with the
+# options that determine them.
 WHAT = {"model": "model", "plan": "plan", "sensitivity": "sensitivity", "dense": "dense model"}
 HASHED = tuple(WHAT)
 IMAGES = "images_digest"
@@ -55,18 +55,18 @@ HEADER = f"""\
 # line override what is here; `ssmcompress run --schema` prints a JSON schema for editors.
 """
 
-# The recipe that the command has written last.
+# The recipe that the command wrote last.
 _written: ContextVar[Mapping[str, Any] | None] = ContextVar("ssmcompress_recipe", default=None)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says.
+    """The content of a recipe.
 
     Attributes:
         file: where it was read from. command: its command. model: the model, as a name for the command.
-        hashes: key of a file -> SHA-256, of those that are said. images: hash of the images that were calibrated on, or
-            None. values: key -> value of the options.
+        hashes: key of a file -> SHA-256, if recorded. images: hash of the calibration images, or None.
+        values: key -> value of the options.
     """
 
     file: Path
@@ -80,10 +80,10 @@ class Recipe:
         """Return the arguments of the command.
 
         Args:
-            overrides: further arguments from the command line, which count more than the recipe.
+            overrides: further arguments from the command line, which take precedence over the recipe.
 
         Raises:
-            InputError: a value that its option cannot have.
+            InputError: a value is invalid for its option.
         """
         options, typed = options_of(self.command), []
         for key, value in self._used(overrides).items():
@@ -95,10 +95,10 @@ class Recipe:
         return [*typed, model, *overrides]
 
     def check_files(self, overrides: tuple[str, ...]) -> None:
-        """Raise an InputError if a file that it names is another one than the recipe was made with.
+        """Raise an InputError if a file has changed since the recipe was written.
 
         Args:
-            overrides: further arguments from the command line; the files that they replace are not read.
+            overrides: further arguments from the command line; files that they replace are not read.
         """
         given, used = _flags(overrides), self._used(overrides)
         options = options_of(self.command)
@@ -113,10 +113,10 @@ class Recipe:
                 )
 
     def say_if_images_differ(self, overrides: tuple[str, ...], quiet: bool) -> None:
-        """Warn after its run if other images were calibrated on than those that the recipe was made with.
+        """Warn after the run if the calibration images differ from those that the recipe was written with.
 
         Args:
-            overrides: further arguments from the command line, which may ask for other images.
+            overrides: further arguments from the command line, which may select other images.
         """
         options, written = options_of(self.command), _written.get()
         asked = _flags(overrides) & {options[key].flag for key in CHOOSE_IMAGES if key in options}
@@ -125,13 +125,13 @@ class Recipe:
         say(f"warning: the images that were calibrated on are not those that {self.file} was made with", quiet)
 
     def _used(self, overrides: tuple[str, ...]) -> dict[str, Any]:
-        """Return the values of the options, without those that the command line replaces by another way to prune."""
+        """Return the values of the options, except a budget that the command line replaces by another one."""
         options, given = options_of(self.command), _flags(overrides)
         replaced = any(options[key].flag in given for key in WAYS if key in options)
         return {k: v for k, v in self.values.items() if v is not None and not (replaced and k in WAYS)}
 
     def _name(self, key: str) -> Any:
-        """Return the name of a file as one for the command."""
+        """Return a file name converted for the command."""
         return from_recipe(self.values[key], key, self.file.parent)
 
 
@@ -151,7 +151,7 @@ def read_recipe(file: Path) -> Recipe:
     """Read a recipe.
 
     Raises:
-        InputError: it is no YAML, or not a recipe that this version can run.
+        InputError: it is not valid YAML, or not a recipe that this version can run.
     """
     content = _read_yaml(file)
     command = content.pop("command", "prune")
@@ -180,12 +180,12 @@ def read_recipe(file: Path) -> Recipe:
             raise InputError(f"{file}: {_unknown(key, command, options)}")
     hashes = {key: digest for key, digest in hashes.items() if digest is not None}
     recipe = Recipe(file, command, from_recipe(model, "model", file.parent), hashes, images, content)
-    recipe.arguments(())  # values that cannot be
+    recipe.arguments(())  # raises an error for invalid values
     return recipe
 
 
 def _unknown(key: Any, command: str, options: Mapping[str, Option]) -> str:
-    """Return what is wrong with a key that a recipe does not have."""
+    """Return an error message for a key that recipes do not have."""
     name = str(key)
     if name in NOT_IN_RECIPES:
         return f"{name} is not in recipes: give --{name.replace('_', '-')} on the command line"
@@ -218,12 +218,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _make_loader() -> type:
-    """Return PyYAML's safe loader that also refuses aliases, which recipes do not need, and repeated keys."""
+    """Return PyYAML's safe loader, extended to reject aliases, which recipes do not need, and duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):  # a few of them can stand for a billion values
+            if self.check_event(yaml.AliasEvent):  # a few aliases can expand to a billion values
                 raise yaml.YAMLError(f"an alias (line {self.peek_event().start_mark.line + 1}): write the value itself")
             return super().compose_node(parent, index)
 
@@ -246,11 +246,11 @@ def show(value: Any) -> str:
 
 
 def make_recipe(folder: Path, name: str, model: TokenModel) -> Callable[[Mapping[str, Any]], str]:
-    """Return what makes the recipe of the command that is running from the report of its result.
+    """Return a function that creates the recipe of the running command from the report of its result.
 
     Args:
-        folder: the folder that the recipe is written to. name: of the model, as the command was given it.
-        model: the model that was read by this name.
+        folder: the folder that the recipe is written to. name: model name as given to the command.
+        model: the model that was loaded by this name.
     """
     command, parameters, values = chosen.get()
     found: dict[str, Any] = {}
@@ -268,10 +268,10 @@ def make_recipe(folder: Path, name: str, model: TokenModel) -> Callable[[Mapping
 def describe_run(
     folder: Path, command: str, name: str, model: TokenModel | None, values: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], str]:
-    """Return what makes the recipe of a run from the report of its result.
+    """Return a function that creates the recipe of a run from the report of its result.
 
     Args:
-        folder, name: as for `make_recipe`. model: the model that was read by this name, or None.
+        folder, name: as for `make_recipe`. model: the model that was loaded by this name, or None.
         command: its command. values: key -> value of the command's options.
     """
     dense = model is not None and model.plan is None  # the source of a compressed model is that of its dense one
@@ -286,7 +286,7 @@ def describe_run(
 
 
 def _write(recipe: dict[str, Any], report: Mapping[str, Any]) -> str:
-    """Return the text of a recipe for a folder with this report."""
+    """Return the text of a recipe for the folder with this report."""
     import yaml
 
     from ..models.saved import versions
@@ -299,10 +299,10 @@ def _write(recipe: dict[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def _identify(name: str, source: Source | None = None) -> tuple[str, str]:
-    """Return the name of a model, on the Hub with its commit, and the SHA-256 of its file.
+    """Return the name of a model (with its commit if it is on the Hub) and the SHA-256 of its file.
 
     Args:
-        source: of a dense model, which has them if it was read by this name; None: unknown.
+        source: of a dense model, which includes both if it was loaded by this name; None: unknown.
     """
     from ..models.saved import WEIGHTS_FILE
 
@@ -322,9 +322,9 @@ def _identify(name: str, source: Source | None = None) -> tuple[str, str]:
 
 
 def _hash_file(key: str, name: str) -> str | None:
-    """Return the SHA-256 of the file that an option of this key names; None if there is none.
+    """Return the SHA-256 of the file named by an option; None if it does not exist.
 
-    That of a plan or a sensitivity may be in a folder; the command says it in its own words if it is not there.
+    A plan or a sensitivity may be inside a folder. A missing file is reported by the command itself.
     """
     if key in ("model", "dense"):
         return _identify(name)[1]
@@ -377,7 +377,7 @@ def schema() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a text that is a number as one."""
+    """Convert a text to a number if it is one."""
     for kind in (int, float):
         try:
             if isinstance(value, str) and str(kind(value)) == value:

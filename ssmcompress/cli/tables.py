@@ -1,4 +1,4 @@
-"""Results on stdout as tables for people, or as JSON: reports, timings, verifications."""
+"""Results on stdout as tables or as JSON: reports, timings, verifications."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from ..errors import VerificationError
 from .readable import readable
 
-WIDTH = 80  # columns, where stdout is not a terminal
-# Characters that the column of names may always take; longer names are folded if figures need the room.
+WIDTH = 80  # columns if stdout is not a terminal
+# Minimum width of the column of names; longer names are wrapped if the figures need the space.
 MIN_NAMES = 18
 PADDING = 2  # characters between two columns
 
 
 def print_json(value: Any) -> None:
-    """Print the one JSON object that --json promises."""
+    """Print the single JSON object of --json."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
@@ -31,10 +31,10 @@ def write(line: str) -> None:
 
 
 def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
-    """Print a table: the first column has names, the others have figures.
+    """Print a table: the first column contains names, the others figures.
 
-    No figure is ever cut: what does not fit side by side is printed in several tables, one below the other, each with
-    the names in front.
+    Figures are never truncated: columns that do not fit the width are printed in further tables below, each with the
+    names in front.
     """
     from rich.box import SIMPLE
     from rich.console import Console
@@ -48,17 +48,17 @@ def show_table(header: list[str], rows: list[tuple[str, list[str]]]) -> None:
             table.add_column(readable(header[column]), justify="right", no_wrap=True)
         for name, cells in rows:
             shown = [readable(cells[column - 1]) for column in columns]
-            if any(shown) or len(columns) == len(header) - 1:  # a row may have figures in another table alone
+            if any(shown) or len(columns) == len(header) - 1:  # a row may have figures only in another table
                 table.add_row(readable(name), *shown)
         needed = sum(column_width(header, rows, column) for column in columns)
         widest = names_width(header, rows, width) + needed
-        # No markup: names of users' folders are shown as they are.
+        # No markup: names of users' folders are shown unchanged.
         console = Console(markup=False, emoji=False, highlight=False, width=max(width, widest))
         console.print(table)
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or of what `COLUMNS` says."""
+    """Return the width of the terminal, or the value of `COLUMNS`."""
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdecimal():
         return WIDTH
     import shutil
@@ -67,17 +67,17 @@ def terminal_width() -> int:
 
 
 def names_width(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> int:
-    """Characters that the column of names takes: up to half of the width."""
+    """Return the width of the column of names: at most half of the total width."""
     return min(max([len(header[0]), *(len(name) for name, _ in rows)]), max(MIN_NAMES, width // 2))
 
 
 def column_width(header: list[str], rows: list[tuple[str, list[str]]], column: int) -> int:
-    """Characters that a column of figures takes."""
+    """Return the width of a column of figures."""
     return PADDING + max(len(header[column]), *(len(cells[column - 1]) for _, cells in rows), 0)
 
 
 def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> list[list[int]]:
-    """The columns of figures, from 1, in groups that fit into the width next to the names."""
+    """Group the columns of figures, numbered from 1, so that each group fits the width next to the names."""
     left = width - names_width(header, rows, width)
     groups: list[list[int]] = []
     used = left
@@ -92,7 +92,7 @@ def _fit(header: list[str], rows: list[tuple[str, list[str]]], width: int) -> li
 
 
 def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) -> None:
-    """Print a report; with `verbose` also what each refitted map misses, and all layers in the table of the axes."""
+    """Print a report; with `verbose` also the error of each refitted map, and all layers in the table of axes."""
     from ..jobs import report_text
 
     if as_json:
@@ -109,7 +109,7 @@ def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) ->
 
 
 def _show_axes(report: dict[str, Any], verbose: bool = False) -> None:
-    """Print what each axis costs alone, and the combinations that a search ran, if there was one over axes."""
+    """Print the cost of each axis alone, and the combinations tried by a search over axes, if there was one."""
     from ..jobs import report_axes
 
     for header, rows in (report_axes.format_axes(report, whole=verbose), report_axes.format_tried(report)):
@@ -119,7 +119,7 @@ def _show_axes(report: dict[str, Any], verbose: bool = False) -> None:
 
 
 def show_preview(value: dict[str, Any], as_json: bool) -> None:
-    """Print what a plan would do."""
+    """Print the effect of a plan."""
     if as_json:
         print_json(value)
         return
@@ -160,7 +160,7 @@ def show_benchmark(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _show_models(models: list[dict[str, Any]]) -> None:
-    """A table of models that were timed, and what its columns mean."""
+    """Print a table of the timed models, and what its columns mean."""
     first, with_reference = models[0]["model"], "reference_ms" in models[0]
     header = ["", "batch", "ms", "quartiles", "images/s", "faster", "95 %", "fewer FLOPs", "products ms"]
     header += ["x products", *(["reference ms", "x reference"] if with_reference else [])]
@@ -183,7 +183,7 @@ def _show_models(models: list[dict[str, Any]]) -> None:
 
 
 def _speed_up_cells(row: dict[str, Any], first: str) -> list[str]:
-    """How many times faster than the first model, and the interval of that."""
+    """Return the speed-up over the first model, and its interval."""
     low, high = row["times_faster_low"], row["times_faster_high"]
     doubtful = row["model"] != first and low is not None and low <= 1 <= high
     mark = "?" if row["within_noise"] is None else "~" if row["within_noise"] or doubtful else ""
@@ -200,7 +200,7 @@ def _known(value: float | None, form: str) -> str:
 
 
 def show_load(settings: dict[str, Any]) -> None:
-    """Note a machine that was busy during a measurement."""
+    """Print a note if the machine was busy during a measurement."""
     from ..jobs.report_text import list_load_notes
 
     for note in list_load_notes(settings):
@@ -214,7 +214,7 @@ def show_warnings(value: dict[str, Any]) -> None:
 
 
 def _show_ops(ops: list[dict[str, Any]]) -> None:
-    """A table for each shape and dtype."""
+    """Print a table for each shape and dtype."""
     limits = next((o for o in ops if o["op"] == "limits"), None)
     for case in dict.fromkeys((tuple(o["shape"]), o["dtype"]) for o in ops if o is not limits):
         rows = []
@@ -240,7 +240,7 @@ def _show_ops(ops: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def show_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
-    """Print the figures of a verification that fails in the body, for a script that asked for JSON."""
+    """Print the figures of a verification that fails in the body, for scripts that use --json."""
     try:
         yield
     except VerificationError as error:
@@ -250,7 +250,7 @@ def show_when_it_fails(file: Path, as_json: bool) -> Iterator[None]:
 
 
 def verification_json(result: Any, file: Path) -> dict[str, Any]:
-    """A `Verification` or `Exported` as a JSON object."""
+    """Convert a `Verification` or `Exported` to a JSON object."""
     from dataclasses import asdict
 
     worst = result.max_difference if math.isfinite(result.max_difference) else None
@@ -262,7 +262,7 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
     if as_json:
         print_json(verification_json(result, file))
         return
-    # Of many pixels, a few always differ by rounding.
+    # Of many pixels, a few always differ because of rounding.
     of_pixels = result.task == "segmentation"
     agreeing, kept = (
         f"{share:.4g}% of the pixels" if of_pixels else f"{share:.1f}%"
@@ -310,12 +310,12 @@ def show_export(result: Any, file: Path, as_json: bool) -> None:
 
 
 def _spread(row: dict[str, Any]) -> str:
-    """A timing with its quartiles."""
+    """Return a timing with its quartiles."""
     return f"{row['ms']:.1f} ({row['ms_low']:.1f}-{row['ms_high']:.1f})"
 
 
 def show_inspection(value: dict[str, Any]) -> None:
-    """Print what a checkpoint is."""
+    """Print the description of a checkpoint."""
     about, flops, span = value["architecture"], value["flops"], value["range"]
     kind, size = "image", "x".join(map(str, about["image_size"]))
     if "frames" in about:
@@ -361,13 +361,13 @@ def _name_section(section: dict[str, Any]) -> str:
 
 
 def _describe_section(section: dict[str, Any], whole: float) -> list[str]:
-    """Return the tokens and the width of a section, its GFLOPs, and their share of all."""
+    """Return the tokens and width of a section, its GFLOPs, and their share of the total."""
     spent = section["gflops"]
     return [str(section["length"]), str(section["width"]), f"{spent:.4g}", f"{spent / whole:.0%}"]
 
 
 def show_views(value: dict[str, Any]) -> None:
-    """Print which clips and crops of videos were measured."""
+    """Print which clips and crops of videos were evaluated."""
     from ..jobs.report_text import list_view_notes
 
     for text in list_view_notes(value):
@@ -375,7 +375,7 @@ def show_views(value: dict[str, Any]) -> None:
 
 
 def show_evaluation(value: dict[str, Any]) -> None:
-    """Print what was measured."""
+    """Print the results of an evaluation."""
     from ..tasks import find_task
 
     sections = {False: value, True: value.get("agreement", {})}
@@ -390,7 +390,7 @@ def show_evaluation(value: dict[str, Any]) -> None:
 
 
 def show_visualized(value: dict[str, Any]) -> None:
-    """Print how much the maps of models are like those of the dense one, and how the images were chosen."""
+    """Print how similar the models' maps are to those of the dense model, and how the images were chosen."""
     rows = []
     for variant in value["variants"]:
         figures = variant["figures"]

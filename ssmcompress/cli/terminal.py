@@ -26,20 +26,18 @@ if TYPE_CHECKING:
 
 OTHERS_WAIT = 3.0  # seconds
 LONGEST_LINE = 2000  # characters
-STAND_IN = "sample photographs"  # the name of `ssmcompress.data.find.photographs`
+STAND_IN = "sample photographs"  # name of `ssmcompress.data.find.photographs`
 
 arguments: ContextVar[tuple[str, ...]] = ContextVar("ssmcompress_arguments", default=())
-# Whether bars are drawn already.
+# Whether progress bars are already displayed.
 _shown: ContextVar[bool] = ContextVar("ssmcompress_bars", default=False)
 
 
 @contextmanager
 def only_main_prints() -> Iterator[None]:
-    """Let only the main process of a launcher print; errors of the others go to stderr all the same.
+    """Let only the main process of a launcher print; errors of the other processes still go to stderr.
 
-    Warnings of the library are messages of the command.
-
-    The log of a command that runs in the body of the with statement ends with it.
+    Warnings of the library become messages of the command. The log of the command ends with the with block.
     """
     with open(os.devnull, "w") as nowhere, _say_warnings(), end_log() as stack:
         if processes.launched_index():
@@ -52,7 +50,7 @@ def only_main_prints() -> Iterator[None]:
 
 @contextmanager
 def _say_warnings() -> Iterator[None]:
-    """Say each warning of the library once, as one line; warnings of other packages are shown as ever."""
+    """Print each warning of the library once, as one line; warnings of other packages are shown as usual."""
     said: set[str] = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -70,10 +68,10 @@ def _say_warnings() -> Iterator[None]:
 
 
 def complain(message: str, code: int) -> int:
-    """Print an error as one line, and return the exit code."""
+    """Print an error as one line and return the exit code."""
     if number := processes.launched_index():
-        # The launcher ends all processes as soon as one has failed. So an error of all of them is printed once, by the
-        # main process, and an error of this process alone is printed here.
+        # The launcher ends all processes as soon as one fails. An error common to all is therefore printed once, by the
+        # main process, while an error of this process alone is printed here.
         time.sleep(OTHERS_WAIT)
         message = f"process {number}: {message}"
     log(f"exit code {code}: {message}", logging.ERROR, sys.exc_info()[1])
@@ -82,17 +80,17 @@ def complain(message: str, code: int) -> int:
 
 
 def command_line() -> str:
-    """What the user typed, as it could be typed again."""
+    """Return the command line, quoted so that it can be typed again."""
     return shlex.join(["ssmcompress", *arguments.get()])
 
 
 def is_quiet() -> bool:
-    """Whether the command that runs was given --quiet."""
+    """Return whether the running command was given --quiet."""
     return "--quiet" in arguments.get()
 
 
 def say(message: str, quiet: bool, level: int = logging.INFO) -> None:
-    """A message for a person, on stderr and in the log file, there with its level."""
+    """Print a message on stderr and write it with its level to the log file."""
     log(message, level)
     if not quiet and not processes.launched_index():
         print(readable(message), file=sys.stderr)
@@ -100,7 +98,7 @@ def say(message: str, quiet: bool, level: int = logging.INFO) -> None:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[None]:
-    """Bars with the time left, on stderr, where that is a terminal; if `quiet`, no messages of the library either."""
+    """Show progress bars with the time left if stderr is a terminal; `quiet` also hides the library's messages."""
     if quiet or processes.launched_index():
         logger = logging.getLogger("ssmcompress")
         if is_logging():  # and prints errors only
@@ -117,7 +115,7 @@ def progress_bars(quiet: bool) -> Iterator[None]:
         with use_front_end(_Lines()):
             yield
         return
-    if _shown.get():  # inside another one, as where a job opens models itself: rich draws one display at a time
+    if _shown.get():  # nested, for instance in a job that opens models itself: rich allows one display at a time
         yield
         return
     from rich.console import Console
@@ -134,7 +132,7 @@ def progress_bars(quiet: bool) -> Iterator[None]:
 
 
 class _Lines(FrontEnd):
-    """Nothing animated: lines on stderr."""
+    """Prints plain lines on stderr, without animation."""
 
     def line(self, text: str) -> None:
         log(text)
@@ -142,7 +140,7 @@ class _Lines(FrontEnd):
 
 
 class _Bars(FrontEnd):
-    """rich's bars, one for each loop that runs, with the status of the innermost one next to it."""
+    """Shows one of rich's bars for each running loop, with the status of the innermost one next to it."""
 
     def __init__(self, progress: Any):
         self.progress = progress
@@ -170,12 +168,12 @@ class _Bars(FrontEnd):
 
 @contextmanager
 def say_how_to_resume(commands: Mapping[Path, str], quiet: bool) -> Iterator[None]:
-    """Where the body is interrupted, say where the state of the run is and which command goes on from it.
+    """If the body is interrupted, print where the state of the run is and which command resumes it.
 
-    The message about an error for lack of memory has this command, too.
+    An out-of-memory error in the body includes this command, too.
 
     Args:
-        commands: the command that goes on for each place where there may be a state.
+        commands: the command that resumes from each possible location of a state.
     """
     try:
         yield
@@ -190,7 +188,7 @@ def say_how_to_resume(commands: Mapping[Path, str], quiet: bool) -> Iterator[Non
 
 
 def find_dense_or_say(model: TokenModel, dense: str | None, without: str, quiet: bool) -> TokenModel | None:
-    """The dense model of a pruned one; where it is gone, say what happens `without` it.
+    """Return the dense model of a pruned one; if it no longer exists, say what happens `without` it.
 
     Raises:
         InputError: the file given as `dense` cannot be used.
@@ -207,7 +205,7 @@ def find_dense_or_say(model: TokenModel, dense: str | None, without: str, quiet:
 
 
 def say_about_images(result: Mapping[str, Any], quiet: bool, agreement: bool = True) -> None:
-    """Say what a user should know of the images that were measured on.
+    """Print what a user should know about the evaluation images.
 
     Args:
         result: figures with the blocks `task` and `data`. agreement: whether agreement with the dense model was
@@ -227,19 +225,19 @@ def say_about_images(result: Mapping[str, Any], quiet: bool, agreement: bool = T
 
 
 def say_unreadable(names: Sequence[str], quiet: bool) -> None:
-    """Say which images could not be read."""
+    """Print which images could not be read."""
     if names:
         say(f"skipped {len(names)} unreadable images: {', '.join(names[:3])}", quiet)
 
 
 def say_warnings(result: Mapping[str, Any], quiet: bool) -> None:
-    """Say the warnings of a result that is printed as JSON; tables have them below."""
+    """Print the warnings of a result that is printed as JSON; tables include them."""
     for warning in result.get("warnings") or ():
         say(f"warning: {warning}", quiet)
 
 
 def say_about_data(report: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
-    """Say what a user should know of a report and its images; its warnings, too, if it is printed as JSON."""
+    """Print what a user should know about a report and its images, and its warnings if it is printed as JSON."""
     if as_json:
         say_warnings(report, quiet)
     say_about_images(report, quiet)

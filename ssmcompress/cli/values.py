@@ -1,4 +1,4 @@
-"""Values of options from their texts: "60%", "224x256", "5,10,15", "4x3"."""
+"""Parsing of option values: "60%", "224x256", "5,10,15", "4x3"."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import Enum
 
 from ..errors import InputError
 
-# For the help and for completion, which do not wait for torch; the library reports a metric that it does not know.
+# For the help and for completion, which must not import torch; the library reports unknown metrics.
 IMPORTANCE_NAMES = ("clip", "l1", "l2", "mean", "random", "delta", "clip-paths", "saliency", "attention")
 
 
 def parse_merge(text: str | None) -> tuple[int, float] | None:
-    """Parse "8" or "8,-1": the tokens that are merged in every layer, and an inflection; InputError for other texts."""
+    """Parse "8" or "8,-1": the number of tokens merged in every layer, and an inflection; InputError if invalid."""
     if text is None:
         return None
     number, _, inflection = text.partition(",")
@@ -45,7 +45,7 @@ class ScanForm(str, Enum):
 
 
 def parse_numbers(text: str | None, option: str, kind: type = float) -> tuple | None:
-    """The numbers in "5,10,15"; None for None."""
+    """Parse the numbers in "5,10,15"; None for None."""
     if text is None:
         return None
     try:
@@ -55,7 +55,7 @@ def parse_numbers(text: str | None, option: str, kind: type = float) -> tuple | 
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) in pixels, of "224" or "224x256"."""
+    """Parse (height, width) in pixels from "224" or "224x256"."""
     if text is None:
         return None
     sides = text.lower().split("x")
@@ -65,7 +65,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_views(text: str | None) -> tuple[int, int] | None:
-    """(clips, crops) of "4x3"; None for None. The library says which are too many."""
+    """Parse (clips, crops) from "4x3"; None for None. The library reports numbers that are too large."""
     if text is None:
         return None
     counts = text.lower().split("x")
@@ -75,13 +75,13 @@ def parse_views(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_share(text: str | None, option: str, what: str = "a share") -> float | None:
-    """0.6 of "60%" or "0.6"; None for None. The library says whether that can be reached.
+    """Parse a share: 0.6 for "60%" or "0.6"; None for None. The library reports shares that cannot be reached.
 
     Args:
         what: the quantity, for the message.
 
     Raises:
-        InputError: no number, or one of 2 and more without a percent sign, which may be meant as percent.
+        InputError: not a number, or a number of 2 and more without a percent sign, which may be meant as percent.
     """
     if text is None:
         return None
@@ -99,10 +99,10 @@ def parse_share(text: str | None, option: str, what: str = "a share") -> float |
 
 
 def parse_shares(text: str | None, option: str, what: str = "a share") -> tuple[float, ...] | None:
-    """The shares in "20%,30%" or "0.2,0.3"; None for None.
+    """Parse the shares in "20%,30%" or "0.2,0.3"; None for None.
 
     Raises:
-        InputError: as `parse_share`; or "0,3", which may be meant as 0.3.
+        InputError: as for `parse_share`; or "0,3", which may be meant as 0.3.
     """
     if text is None:
         return None
@@ -113,7 +113,7 @@ def parse_shares(text: str | None, option: str, what: str = "a share") -> tuple[
 
 
 def parse_ratios(text: str | None) -> tuple[float, ...] | None:
-    """The shares of tokens to remove in "0.3", "30%" or "0.2,0.3,0.4"."""
+    """Parse the shares of tokens to remove in "0.3", "30%" or "0.2,0.3,0.4"."""
     values = parse_shares(text, "--ratio", "the share of tokens to remove")
     for value in values or ():
         if not 0 < value < 1:

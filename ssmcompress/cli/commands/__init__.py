@@ -1,1 +1,1 @@
-"""One module a command: it builds the request, calls one job, and shows the result."""
+"""One module per command: it builds the request, calls one job, and shows the result."""

@@ -1,4 +1,4 @@
-"""`ssmcompress compare`: methods of compression on one model, or on several."""
+"""`ssmcompress compare`: compression methods on one or several models."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def compare(
 def _compare_one(
     checkpoints: list[str], load: Load, hardware: Hardware, request: CompareRequest, output: str | None, force: bool
 ) -> tuple[dict[str, Any], Path]:
-    """Compare methods on one model; returns the result and the folder that has it."""
+    """Compare methods on one model; return the result and its folder."""
     from ...jobs.compare import compare_methods
 
     model = load.open(checkpoints[0], hardware)
@@ -103,7 +103,7 @@ def _compare_one(
 
 
 def _open_any(load: Load, path: str, hardware: Hardware) -> TokenModel:
-    """Open one of several models; options that only others of them have, as the heads of a ViT, are left out."""
+    """Open one of several models, ignoring options that only apply to others of them, such as the heads of a ViT."""
     try:
         return load.open(path, hardware)
     except OptionError as error:
@@ -114,8 +114,8 @@ def _open_any(load: Load, path: str, hardware: Hardware) -> TokenModel:
 def _compare_several(
     checkpoints: list[str], load: Load, hardware: Hardware, request: CompareRequest, output: str | None, force: bool
 ) -> tuple[dict[str, Any], Path]:
-    """Compare methods on several models; returns the result and the folder that has it."""
-    recorded = Load(task=load.task)  # folders say how they are loaded
+    """Compare methods on several models; return the result and its folder."""
+    recorded = Load(task=load.task)  # folders record how they are loaded
     given = [f"`{field.name}`" for field in fields(Load) if getattr(load, field.name) != getattr(recorded, field.name)]
     folders = [checkpoint for checkpoint in checkpoints if Path(checkpoint).is_dir()]
     if given and folders:

@@ -1,4 +1,4 @@
-"""`ssmcompress demo`: the whole chain on what comes with the package."""
+"""`ssmcompress demo`: the whole workflow on the bundled model and images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ssmcompress export`: a model as one file."""
+"""`ssmcompress export`: write a model as one file."""
 
 from __future__ import annotations
 

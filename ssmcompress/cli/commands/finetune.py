@@ -61,7 +61,7 @@ def finetune(
         loaded, dense, "learning from labels alone, agreement will not be measured", printing.quiet
     )
     target = FinetuneTarget(Path(output), force, command_line(), inside=Path(model), resume=resume)
-    if not target.in_place:  # else what the recipe begins with is gone
+    if not target.in_place:  # otherwise the starting point of the recipe has been overwritten
         target = replace(target, recipe=make_recipe(target.path, model, loaded))
     again = f"ssmcompress finetune {model} ... -o {output} --resume"
     with progress_bars(printing.quiet), say_how_to_resume({target.state: again}, printing.quiet):

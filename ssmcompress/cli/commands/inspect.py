@@ -1,4 +1,4 @@
-"""`ssmcompress inspect`: what a checkpoint is."""
+"""`ssmcompress inspect`: describe a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ssmcompress prune`: a dense model, or one to prune further, in; a pruned one in a folder out."""
+"""`ssmcompress prune`: prune a dense model, or a pruned one further, and write it to a folder."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def prune(
     folder = output.path(request.folder(checkpoint))
     recipe = "" if dry_run else make_recipe(folder, checkpoint, model)
     target = FinetuneTarget(folder, output.force, command_line(), recipe, resume=resume)
-    if model.plan is not None:  # its file is read again, and must stay for the recipe
+    if model.plan is not None:  # its file is read again and must be kept for the recipe
         target = replace(target, inside=Path(checkpoint))
     again = f"ssmcompress finetune {target.path} ... -o {target.path} --resume"
     interrupted = {target.state: again, target.results: command_line() + " --resume" * (not resume)}

@@ -1,4 +1,4 @@
-"""`ssmcompress push`: a compressed model on the Hugging Face Hub."""
+"""`ssmcompress push`: upload a compressed model to the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ssmcompress run`: a whole compression from a file."""
+"""`ssmcompress run`: run a whole compression from a recipe file."""
 
 from __future__ import annotations
 

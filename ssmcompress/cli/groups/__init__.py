@@ -1,8 +1,8 @@
 """Option groups: dataclasses whose fields are options, shared by the commands.
 
-A command names the groups it takes as parameters; what the options of a group mean together is a method of the group.
-The heading of an option in `--help` is its `rich_help_panel`. Heavy imports, as torch, which takes two seconds, stay
-inside the methods, so that `--help` answers at once.
+A command takes groups as parameters. A method of the group resolves its options together. The heading of an option in
+`--help` is its `rich_help_panel`. Slow imports such as torch (two seconds) stay inside the methods, so that `--help`
+responds immediately.
 """
 
 from .hardware import Hardware, NoLatency, Processor

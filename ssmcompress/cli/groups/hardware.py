@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Options of the hardware."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Processor:
     ] = None
 
     def start(self) -> Any:
-        """The device to work on, with its threads set."""
+        """Set the number of threads and return the device."""
         import torch
 
         if self.threads is not None:
@@ -41,27 +41,27 @@ class Hardware(Processor):
 
     @cached_property
     def resolved(self) -> str:
-        """The name of the device; where it was chosen by `auto`, a line has said so."""
+        """The name of the device; if `auto` chose it, a message has said so."""
         name, why = choose_device(self.device)
         if why:
             say(why, is_quiet())
         return name
 
     def start(self) -> Any:
-        """The device to work on, of this process if there are several, with the threads of the CPU set.
+        """Set the number of CPU threads and return the device of this process.
 
         Raises:
-            InputError: a device that is not there.
+            InputError: the device is not available.
         """
         import torch
 
         super().start()
         try:
             device = torch.device(processes.start(self.resolved))
-            torch.zeros(1, device=device).item()  # a meta device has no values
+            torch.zeros(1, device=device).item()  # fails for the meta device, which has no values
         except Exception as error:
             raise InputError(f"--device {self.device}: {explain_device(self.resolved, error)}") from error
-        # By default torch lets convolutions in float32, and so the patch embedding, round to 10 bits.
+        # By default, torch computes float32 convolutions, including the patch embedding, with 10 bits (TF32).
         torch.backends.cudnn.allow_tf32 = False
         logging.getLogger("ssmcompress").debug("device %s, %d threads", device, torch.get_num_threads())
         return device

@@ -1,4 +1,4 @@
-"""The images to learn from and to measure on, and how they are read."""
+"""Options of the training and evaluation images, and how they are read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Measure(Batching):
-    """How models are run when they are measured."""
+    """How models are run for evaluation."""
 
     dtype: Annotated[
         Precision,
@@ -56,7 +56,7 @@ class Measure(Batching):
     ] = None
 
     def options(self, latency: bool = True) -> MeasureOptions:
-        """As the library takes them."""
+        """Return the options as the library takes them."""
         from ...jobs.requests import MeasureOptions
 
         return MeasureOptions(self.dtype.value, latency, parse_views(self.views))
@@ -64,7 +64,7 @@ class Measure(Batching):
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images to learn from and to measure on."""
+    """Images to train and evaluate on."""
 
     data: Data = None
     eval_data: Annotated[
@@ -76,15 +76,15 @@ class TrainingImages:
     ] = 0
 
     def check(self, model: str) -> None:
-        """Check the names of these images, and of the model that they are for, before anything is loaded.
+        """Check the names of these images and of their model before anything is loaded.
 
         Raises:
-            InputError: a name that cannot be right.
+            InputError: a name cannot be valid.
         """
         check_inputs(model, {"--data": self.data, "--eval-data": self.eval_data})
 
     def options(self, batching: Batching) -> DataOptions:
-        """As the library takes them."""
+        """Return the options as the library takes them."""
         from ...jobs.requests import SAMPLES, DataOptions
 
         samples = getattr(self, "samples", SAMPLES)
@@ -94,7 +94,7 @@ class TrainingImages:
 
 @dataclass(frozen=True)
 class Images(TrainingImages):
-    """Images to calibrate, to learn from and to measure on."""
+    """Images for calibration, training and evaluation."""
 
     samples: Annotated[
         int, option(IMAGES, min=1, help="Images to calibrate and reconstruct on, at most half of --data.")

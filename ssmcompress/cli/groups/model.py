@@ -1,4 +1,4 @@
-"""The model, and how its file is read."""
+"""Options of the model, and how its file is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def model_argument(metavar: str, text: str) -> Any:
-    """An argument that is a model."""
+    """Return a command-line argument that takes a model."""
     return typer.Argument(metavar=metavar, help=text)
 
 
@@ -96,10 +96,10 @@ class Reading:
     ] = False
 
     def open(self, checkpoint: str, hardware: Processor = Processor()) -> TokenModel:
-        """The model in a file or folder, on the hardware.
+        """Load the model from a file or folder, on the given hardware.
 
         Raises:
-            InputError: a file that cannot be read as one.
+            InputError: the file cannot be read as a model.
         """
         check_model(checkpoint)
         from ...models.checkpoint import load
@@ -109,7 +109,7 @@ class Reading:
             return load(checkpoint, device=device, **options)
 
     def options(self) -> LoadOptions:
-        """As the library takes them."""
+        """Return the options as the library takes them."""
         from ...models.checkpoint import LoadOptions
 
         size = parse_size(self.image_size)
@@ -119,7 +119,7 @@ class Reading:
 
     @property
     def folder_labels(self) -> dict[str, Any]:
-        """What the default name of a folder says of these options: label -> text or None."""
+        """Return the parts of the default folder name that describe these options: label -> text or None."""
         weights = self.weights if self.weights != "model" else None
         own = {"level-": self.level, "heads": self.num_heads, "frames": self.frames}
         return {"weights-": weights, "image": self.image_size, "stride": self.stride, **own}
@@ -145,10 +145,10 @@ class Load(Reading):
     ] = None
 
     def open(self, checkpoint: str, hardware: Processor = Processor()) -> TokenModel:
-        """The model in a file or folder, on the hardware, with the preprocessing that the options ask for.
+        """Load the model from a file or folder, on the given hardware, with the preprocessing set by the options.
 
         Raises:
-            InputError: a file that cannot be read as one, or preprocessing that cannot be.
+            InputError: the file cannot be read as a model, or the preprocessing is invalid.
         """
         mean, std = parse_numbers(self.mean, "--mean"), parse_numbers(self.std, "--std")
         crop_pct = parse_share(self.crop_pct, "--crop-pct")

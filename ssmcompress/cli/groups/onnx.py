@@ -46,11 +46,11 @@ class OnnxFile:
     provider: Provider = "cpu"
 
     def check(self, onnx: bool) -> None:
-        """Check that these options are given only with `onnx`, and that what writes ONNX files is installed.
+        """Check that these options are given only with `onnx`, and that the packages for writing ONNX are installed.
 
         Raises:
-            InputError: an option has another value than its default, but no ONNX file is asked for; or a package that
-                is needed is missing.
+            InputError: an option differs from its default, but no ONNX file is requested; or a required package is
+                missing.
         """
         if onnx:
             require_extra("onnx")
@@ -60,7 +60,7 @@ class OnnxFile:
             raise InputError(f"{', '.join(given)} {verb} to --onnx: give it, too")
 
     def options(self, latency: bool) -> OnnxOptions:
-        """As the library takes them."""
+        """Return the options as the library takes them."""
         from ...export.onnx import OnnxOptions
 
         scan, dtype = self.scan.value, self.dtype.value

@@ -1,4 +1,4 @@
-"""What is printed and written."""
+"""Options of what is printed and written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Printing:
     ] = None
 
     def begin(self) -> None:
-        """Log the command as the options ask for.
+        """Start the log of the command as set by the options.
 
         Raises:
             InputError: the log file cannot be written to, or holds something else.
@@ -33,7 +33,7 @@ class Printing:
 
 @dataclass(frozen=True)
 class ReportPrinting(Printing):
-    """What is printed of a report."""
+    """What is printed from a report."""
 
     verbose: Annotated[
         bool,
@@ -55,11 +55,11 @@ ForceFolder = Annotated[
 
 @dataclass(frozen=True)
 class Output:
-    """The folder that is written."""
+    """The output folder."""
 
     output: Annotated[str | None, option(OUTPUT, "--output", "-o", help="Folder to write.")] = None
     force: ForceFolder = False
 
     def path(self, default: Path) -> Path:
-        """The folder, as asked or by default."""
+        """Return the folder given by the option, or the default."""
         return Path(self.output or default)

@@ -1,4 +1,4 @@
-"""How much to prune, and what."""
+"""Options of the budget and the pruning method."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Stages:
 
 
 def complete_importance(incomplete: str) -> list[str]:
-    """The metrics whose names begin like that, for completion in a shell."""
+    """Return the metrics whose names start with this text, for shell completion."""
     return [name for name in IMPORTANCE_NAMES if name.startswith(incomplete)]
 
 
@@ -115,7 +115,7 @@ class Pruning(Stages):
     ] = None
 
     def plan_request(self, budget: Budget) -> PlanRequest:
-        """Which plan the options of both groups ask for."""
+        """Return the plan requested by the options of both groups."""
         from ...jobs.requests import PlanRequest
 
         return PlanRequest(

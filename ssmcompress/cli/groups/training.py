@@ -1,4 +1,4 @@
-"""How to fine-tune."""
+"""Options of fine-tuning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Training:
     ] = None
 
     def options(self, epochs: int | None, teacher: bool = True) -> FinetuneOptions:
-        """As the library takes them."""
+        """Return the options as the library takes them."""
         require_extra("finetune")
         if self.tensorboard is not None:
             require_extra("tensorboard")
@@ -62,7 +62,7 @@ class Training:
 
 @dataclass(frozen=True)
 class FinetuneToo(Training):
-    """Fine-tuning after something else."""
+    """Fine-tuning as a step after another one."""
 
     finetune_epochs: Annotated[
         int | None,
@@ -70,10 +70,10 @@ class FinetuneToo(Training):
     ] = None
 
     def options_if_asked(self) -> FinetuneOptions | None:
-        """As the library takes them, or None without fine-tuning.
+        """Return the options as the library takes them, or None without fine-tuning.
 
         Raises:
-            InputError: an option says how to fine-tune, but none says to do it.
+            InputError: a fine-tuning option is given, but fine-tuning is not requested.
         """
         given = {
             "--recipe": self.recipe != "default", "--set": self.recipe_changes, "--ramp": self.ramp is not None,
