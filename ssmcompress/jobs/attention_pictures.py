@@ -1,4 +1,4 @@
-"""Pictures of a survey: attention maps and kept patches of an image, and what they have in common over all images."""
+"""Pictures of a survey: attention maps and kept patches of an image, and summaries over all images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
-SIDE = 224  # pixels of a picture in a figure, at least
+SIDE = 224  # minimum size of a picture in a figure, in pixels
 CELL, DPI = 2.05, 110  # inches of a picture, with its margins, and pixels per inch
 TEXT = 0.62  # inches for the lines below a map
 MOST_STAGES = 4
 KEPT_NOTE = "What each stage\nkeeps: patches as in\nthe picture. Those\nthat are gone are\npale grey."
 OPACITY = 0.8  # of a map over the grey picture
-# Outliers do not set the scale of the colours: it ends where this share of the values of an image do.
+# The colour scale ends at this quantile of an image's values, so that outliers do not determine it.
 SCALE_SHARE = 0.99
 
 
@@ -36,8 +36,8 @@ class StageView:
     """A stage in one image.
 
     Attributes:
-        kept: (rows, columns) bool, the patches that are kept by then. scores: (rows, columns), NaN for those that were
-            no candidates; None: not scored.
+        kept: (rows, columns) bool, the patches kept after this stage. scores: (rows, columns), NaN for patches that
+            were not candidates; None: not scored.
     """
 
     kept: np.ndarray
@@ -46,12 +46,12 @@ class StageView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """What one model does with one image.
+    """Results of one model for one image.
 
     Attributes:
-        prediction: what it says. said: the same as text. map: (rows, columns). kept: (rows, columns) bool, the patches
-            that are there in all layers of the map.
-        stages: in order; none of a dense model.
+        prediction: the model's prediction. said: the same as text. map: (rows, columns). kept: (rows, columns) bool,
+            the patches that are present in all layers of the map.
+        stages: in order; empty for a dense model.
     """
 
     prediction: Prediction
@@ -63,11 +63,11 @@ class ModelView:
 
 @dataclass(frozen=True)
 class ImageView:
-    """An image that is shown.
+    """An image to be shown.
 
     Attributes:
         name, group: its name, and the group that it was drawn from. label: its class; None: unlabelled.
-        photo: the picture that the models see. models: what each model does with it, by name.
+        photo: the model input as a picture. models: results of each model, by name.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ImageView:
     models: Mapping[str, ModelView] = field(default_factory=dict)
 
     def scale(self) -> tuple[float, float]:
-        """Return the lowest and the highest value of the scale of all maps of this image."""
+        """Return the lowest and highest value of the colour scale shared by all maps of this image."""
         values = np.concatenate([view.map[view.kept] for view in self.models.values()])
         if not len(values):
             return 0.0, 1.0
@@ -86,7 +86,7 @@ class ImageView:
 
 
 def draw_image(image: ImageView, titles: Sequence[str], title: str) -> bytes:
-    """Draw a PNG of an image: its picture, the maps of all models on one scale, then what each stage keeps.
+    """Draw a PNG of an image: the picture, the maps of all models on one scale, then the patches kept by each stage.
 
     Args:
         titles: of the stages. title: of the maps.
@@ -112,7 +112,7 @@ def draw_image(image: ImageView, titles: Sequence[str], title: str) -> bytes:
 
 
 def _draw_maps(figure: Figure, cells: Sequence[Axes], image: ImageView, title: str) -> None:
-    """Draw the picture and the map of each model, with what the model says below."""
+    """Draw the picture and each model's map, with the prediction below it."""
     from matplotlib.cm import ScalarMappable
 
     norm, colours = choose_colours(*image.scale())
@@ -128,10 +128,10 @@ def _draw_maps(figure: Figure, cells: Sequence[Axes], image: ImageView, title: s
 
 
 def draw_summary(survey: Survey, title: str) -> bytes | None:
-    """Draw a PNG of all images: how much maps are like the dense ones, and how often each patch is kept.
+    """Draw a PNG that summarises all images: similarity to the dense maps, and how often each patch is kept.
 
     Returns:
-        None where there is neither: of a dense model alone.
+        The PNG; None if there is neither, as for a dense model alone.
     """
     values = {
         name: [row.correlation for row in rows if row.correlation is not None]
@@ -162,7 +162,7 @@ def draw_summary(survey: Survey, title: str) -> bytes | None:
 
 
 def _draw_spread(axes: Axes, values: Mapping[str, Sequence[float]], images: int) -> None:
-    """Draw the correlations of each model: all of them, their quartiles and their mean."""
+    """Draw each model's correlations with their quartiles and mean."""
     for place, found in enumerate(values.values(), 1):
         colour = COLOURS[(place - 1) % len(COLOURS)]
         if len(set(found)) > 1:
@@ -184,7 +184,7 @@ def _draw_spread(axes: Axes, values: Mapping[str, Sequence[float]], images: int)
 
 
 def choose_colours(low: float, high: float) -> tuple[Normalize, Colormap]:
-    """Return the scale of maps: around zero where there are values of both signs, else from the lowest one on."""
+    """Return the colour scale of the maps: centred at zero if values have both signs, otherwise from the lowest one."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
@@ -195,7 +195,7 @@ def choose_colours(low: float, high: float) -> tuple[Normalize, Colormap]:
 
 
 def paint_map(photo: Image.Image, view: ModelView, norm: Normalize, colours: Colormap) -> Image.Image:
-    """Return a map over the grey picture; patches that are not kept are dimmed, without a colour of the scale."""
+    """Draw a map over the grey picture; dropped patches are dimmed and have no colour of the scale."""
     photo = _enlarge(photo)
     dimmed = np.asarray(dim_dropped(photo, view.kept))
     wide = Image.fromarray(view.map.astype(np.float32)).resize(photo.size, Image.Resampling.NEAREST)
@@ -207,13 +207,13 @@ def paint_map(photo: Image.Image, view: ModelView, norm: Normalize, colours: Col
 
 
 def _enlarge(photo: Image.Image) -> Image.Image:
-    """Return a picture of SIDE pixels at least, by a whole factor, so that all pixels stay of one size."""
+    """Enlarge a picture to SIDE pixels or more, by an integer factor so that all pixels keep the same size."""
     factor = -(-SIDE // min(photo.size))
     return photo.resize((photo.width * factor, photo.height * factor), Image.Resampling.NEAREST)
 
 
 def _clear(axes: Axes) -> None:
-    """Leave nothing of a panel but what is drawn in it."""
+    """Hide the axes of a panel, keeping only what is drawn in it."""
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
@@ -226,7 +226,7 @@ def _show(axes: Axes, picture: Image.Image, title: str) -> None:
 
 
 def _describe(prediction: Prediction, labelled: bool) -> list[str]:
-    """What is known of a prediction, in short lines."""
+    """Describe a prediction in short lines."""
     words = ("✗ wrong", "✓ right") if labelled else ("not as dense", "as dense")
     lines = [] if prediction.right is None else [words[prediction.right]]
     if prediction.correlation is not None:
@@ -235,20 +235,20 @@ def _describe(prediction: Prediction, labelled: bool) -> list[str]:
 
 
 def _pick_stages(count: int) -> list[int]:
-    """Return the numbers of the stages that are drawn: all, or MOST_STAGES spread evenly, the last one among them."""
+    """Return the indices of the stages to draw: all, or MOST_STAGES spread evenly, including the last one."""
     places = np.linspace(0, count - 1, min(count, MOST_STAGES)).round().astype(int)
     return list(dict.fromkeys(places.tolist()))
 
 
 def encode_url(photo: Image.Image) -> str:
-    """Return a picture as a data: URL."""
+    """Encode a picture as a data: URL."""
     buffer = io.BytesIO()
     photo.save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def to_grid(values: np.ndarray, shown: np.ndarray | None = None, digits: int = 6) -> list[list[Any]]:
-    """Return an array (rows, columns) as lists of JSON values, None where it is not shown or no number."""
+    """Convert an array (rows, columns) to lists of JSON values; None where it is not shown or not a number."""
     hidden = ~np.isfinite(values) if shown is None else ~shown
     return [
         [None if gone else round(float(value), digits) for value, gone in zip(row, out, strict=True)]

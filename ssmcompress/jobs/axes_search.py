@@ -1,8 +1,8 @@
-"""A budget over several axes: what each costs is measured once, and the best few combinations are run to choose one.
+"""A budget over several axes: measure the cost of each axis once, then run the best few combinations and choose one.
 
-A combination is run as it would be carried out: its states and channels are trimmed, its tokens pruned, and the result
-is reconstructed, on fewer images. Its loss is measured on images that nothing was fitted on. A single axis that meets
-the budget, such as tokens alone, is among those that are run if it is expected to come close to the best combination.
+A combination is run in full, on fewer images: its states and channels are trimmed, its tokens pruned, and the result
+is reconstructed. Its loss is measured on images that nothing was fitted to. A single axis that meets the budget, such
+as tokens alone, is also run if its expected loss is close to that of the best combination.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from .requests import AXES, DataOptions
 from .search import SearchResult, choose_layers, measure_tokens, read_sensitivity
 from .trial import SearchRequest, Trial
 
-# Different images that a search needs.
+# Number of different images that a search needs.
 LEAST_IMAGES = 16
 # Combinations that are run for a budget.
 RUN = 3
-# An axis alone is run where it is expected to lose at most CLOSE times as much as the best combination, or next to
-# nothing, in nats: the expected losses of the bundled model at 50 % were within a factor of 1.3 of those measured.
+# A single axis is run if its expected loss is at most CLOSE times that of the best combination, or negligible (in
+# nats): the expected losses of the bundled model at 50 % were within a factor of 1.3 of the measured ones.
 CLOSE, NEGLIGIBLE = 4.0, 1e-3
-# Images that the options of an axis are measured on; for tokens, if they are one of several axes, which takes most of
-# the time of the measurement.
+# Number of images to measure an axis on; the second number is for tokens if they are one of several axes, since they
+# take most of the measuring time.
 AXIS_IMAGES, TOKEN_IMAGES = 256, 128
-# Budgets for which plans for tokens are proposed, as shares of the range.
+# Budgets at which token plans are proposed, as fractions of the range.
 TOKEN_BUDGETS = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15)
-# Steps of the bisections for a loss and for a latency.
+# Bisection steps for a loss and for a latency.
 DROP_STEPS = 5
 LATENCY_STEPS = 6
 
 
 def choose_axes(model: TokenModel, asked: Sequence[str] | None, images: CalibrationImages) -> tuple[str, ...]:
-    """Return the axes of a search: those asked for, else all that the model has.
+    """Return the axes of a search: those requested, otherwise all axes of the model.
 
-    Unless asked for, nothing but tokens is trimmed in several processes, and where there are too few images to refit
-    by: a stand-in for the user's own, or fewer than LEAST_IMAGES.
+    By default, only tokens are trimmed if there are several processes or too few images to refit on: sample images
+    instead of the user's own, or fewer than LEAST_IMAGES.
 
     Raises:
-        InputError: an axis that the model does not have, or several processes for more than tokens.
+        InputError: the model does not have an axis, or several processes are used for more than tokens.
     """
     tokens = ("tokens",) if len(model.blocks) > 1 else ()
     possible = (*list_axes(model), *tokens)
@@ -87,7 +87,7 @@ def search_axes(
     gap: str,
     repair: bool,
 ) -> SearchResult:
-    """Search over the axes of the request for what loses least within a budget, or saves most within a loss.
+    """Search over the requested axes for the smallest loss within a budget, or the largest saving within a loss.
 
     Args:
         images: the images to calibrate on. data: how they were chosen and are read.
@@ -115,7 +115,7 @@ def search_axes(
     best = min(runs, key=lambda run: run.loss)
     search.tell(best)
     trims, stages = best.combination.trims, best.combination.stages
-    # A loss that was asked for was judged with this alignment.
+    # A requested loss was judged with this alignment.
     alignment, aligned = (request.alignment, []) if request.max_drop is not None else search.runs.choose_alignment(best)
     record = {
         "asked": {"flops": request.flops, "latency": request.latency, "max_drop": request.max_drop},
@@ -139,13 +139,13 @@ def search_axes(
 
 
 class AxesSearch:
-    """One search: its images, what was measured, and what was computed for the combinations run so far.
+    """A single search: its images, its measurements, and results of the combinations run so far.
 
     Args:
         trial: the model, the request, and the images to search on. judged: images to judge a loss by, or None.
 
     Raises:
-        InputError: too few images, or options for tokens where these are no axis.
+        InputError: too few images, or token options although tokens are not among the axes.
     """
 
     def __init__(self, trial: Trial, judged: Batches | None):
@@ -172,7 +172,7 @@ class AxesSearch:
     # ------------------------------------------------------------------------------------------------- measuring
 
     def measure(self) -> float:
-        """Measure what each axis costs, except what a file has; return the seconds."""
+        """Measure the cost of each axis, except what was loaded from a file; return the seconds."""
         start, trial, axes = time.perf_counter(), self.trial, self.request.axes
         if "tokens" in axes:
             most = TOKEN_IMAGES if len(axes) > 1 else None
@@ -190,7 +190,7 @@ class AxesSearch:
             batch = LabelledBatch(trial.images[few], None if trial.labels is None else trial.labels[few])
             key = self.trial.key
             known += measure_axes(self.model, batch, missing, self.chains_for_axis, refit=self.repair, key=key)
-        # Also with everything from a file: combinations are run on these images, and chosen by them.
+        # Needed even if all measurements come from a file: combinations are run on these images and chosen by them.
         self.sensitivity = replace(self.sensitivity, axes=known).seen(self.runs.digests)
         self.options = tuple(option for option in known if option.axis in wanted)
         if "tokens" in axes:
@@ -202,19 +202,19 @@ class AxesSearch:
         return self.runs.state_chains(Trims()) if axis == "states" else self.runs.channel_chains(Trims())
 
     def propose_tokens(self) -> list[Candidate]:
-        """Return the best plan for tokens of the dense model at each of several budgets."""
+        """Return the best token plan of the dense model for each of several budgets."""
         usable = self.usable()
         lowest, highest = smallest_share(self.model, self.layers), remaining_share(self.model, ())
         budgets = [lowest + share * (highest - lowest) for share in TOKEN_BUDGETS]
         return [best[0] for budget in budgets if (best := propose(self.model, usable, budget, 1))]
 
     def usable(self) -> Sensitivity:
-        """Return the sensitivity of the layers and the metric that may be used."""
+        """Return the sensitivity restricted to the layers and the metric that may be used."""
         request = self.request
         return self.sensitivity.select(request.stages, (request.importance,) if request.importance else None)
 
     def range(self) -> tuple[float, float]:
-        """Return the lowest and the highest share of the FLOPs within reach."""
+        """Return the lowest and highest reachable share of the FLOPs."""
         lowest = min(combination.flops for combination in combine(self.model, self.options, []))
         if self.layers:
             most = prune_most(self.model, self.layers)
@@ -225,9 +225,9 @@ class AxesSearch:
     # --------------------------------------------------------------------------------------------------- running
 
     def best_for(self, budget: float) -> list[Combination]:
-        """Return the combinations to run for a budget: the best few, and those of one axis alone that come close.
+        """Return the combinations to run for a budget: the best few, and single axes that come close.
 
-        They have the stages that fill the budget, and no two of them are the same.
+        Their stages fill the budget, and no two of them are identical.
         """
         within = [c for c in combine(self.model, self.options, self.plans) if c.flops + self.runs.reserve(c) <= budget]
         extra = [self.fill_tokens(budget)] if self.layers else []
@@ -300,7 +300,7 @@ class AxesSearch:
         """Find the fewest FLOPs that lose at most `most` percentage points on images that nothing was fitted on."""
         source = self.judged if self.judged is not None else (self.trial.images, self.trial.all_labels)
         dense, labels = run_all(self.model, source)
-        if self.judged is not None:  # the result is chosen by them
+        if self.judged is not None:  # the result is selected on them
             self.sensitivity = self.sensitivity.seen(different(self.judged.digests))
         good: tuple[Run, float] | None = None
         drops: dict[Key, float] = {}
@@ -311,7 +311,7 @@ class AxesSearch:
                 best = min(self.for_flops(budget), key=lambda run: run.loss)
             except BudgetError:
                 best = None
-            # Several budgets can have the same best combination, such as those below what the axes leave.
+            # Several budgets can have the same best combination, for instance below what the axes can reach.
             if best is not None and (key := key_of(best.combination)) not in drops:
                 known = partial(hash_of, "drop", self.trial.key, *key, dense, labels)
                 drops[key] = remembered(known, partial(self.measure_drop, best.combination, source, dense, labels))
@@ -331,14 +331,14 @@ class AxesSearch:
         return [good[0]], {"drop": {"points": round(good[1], 4), "images": len(dense), "labels": labels is not None}}
 
     def measure_drop(self, combination: Combination, source: Any, dense: Tensor, labels: Tensor | None) -> float:
-        """Return the percentage points that a combination loses on the images of `run_all`."""
+        """Return the drop of a combination in percentage points on the images of `run_all`."""
         logits, _ = run_all(self.runs.model_of(combination), source)
         return drop_of(self.model.task, logits, dense, labels)
 
     # --------------------------------------------------------------------------------------------------- telling
 
     def describe_tokens(self) -> list[dict[str, Any]]:
-        """Return what tokens alone cost, as the options of the other axes have it."""
+        """Return the cost of tokens alone, in the same form as the options of the other axes."""
         return [
             {
                 "axis": "tokens",
@@ -350,7 +350,7 @@ class AxesSearch:
         ]
 
     def tell(self, best: Run) -> None:
-        """Say which axes were used, and which of those asked for gained nothing."""
+        """Log which axes were used, and which of the requested ones did not help."""
         used = best.combination.axes
         line(f"chosen: {describe_combination(best.combination)}, {best.flops:.1%} of the FLOPs")
         unused = [axis for axis in self.request.axes if axis not in used]
@@ -384,7 +384,7 @@ def run_all(model: TokenModel, source: Batches | tuple[Tensor, Tensor | None]) -
 
 
 def drop_of(task: Task, logits: Tensor, dense: Tensor, labels: Tensor | None) -> float:
-    """Return the percentage points lost: of the task's quality with labels, else of its likeness to the dense model."""
+    """Return the drop in percentage points: of the task's quality with labels, or of similarity to the dense model."""
 
     def measure(output: Tensor) -> Evaluation:
         meter = task.meter(output.shape[1])

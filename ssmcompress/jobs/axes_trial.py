@@ -1,4 +1,4 @@
-"""Combinations of axes carried out on the images of a search: trimmed, pruned, reconstructed, measured, timed."""
+"""Combinations of axes applied on the images of a search: trimmed, pruned, reconstructed, measured, timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..tasks.base import mean_loss
 from .steps import CHANNEL_IMAGES, STATE_IMAGES
 from .trial import ALIGNMENTS, REPEATS, Trial
 
-# Images that a combination is reconstructed on, and images for the metrics of a model that is only timed.
+# Images for the reconstruction of a combination, and images for the metrics of a model that is only timed.
 FIT_IMAGES, PROBE_IMAGES = 256, 64
 
 
@@ -58,17 +58,17 @@ class Run:
         }
 
 
-# What tells combinations apart: two plans for tokens may become the same stages when they fill a budget.
+# Key of a combination: two token plans may become the same stages when they fill a budget.
 Key = tuple[Trims, tuple[Stage, ...]]
 
 
 def key_of(combination: Combination) -> Key:
-    """Return what tells a combination of `AxesTrial.fill` apart from others."""
+    """Return the key that identifies a combination of `AxesTrial.fill`."""
     return combination.trims, combination.stages
 
 
 class AxesTrial:
-    """Carries out combinations on the images of a `Trial`, and keeps what several of them need.
+    """Applies combinations on the images of a `Trial`, and caches what several of them need.
 
     Args:
         trial: the images, and the dense model. repair: whether models are reconstructed.
@@ -86,13 +86,13 @@ class AxesTrial:
         self.latencies: dict[Key, float] = {}
 
     def reserve(self, combination: Combination) -> float:
-        """Return the share of the FLOPs to leave to the corrections of a combination."""
+        """Return the share of the FLOPs to reserve for the corrections of a combination."""
         if not combination.stages:
             return 0.0
         return corrections_share(self.model, [stage.after for stage in combination.stages], self.repair)
 
     def fill(self, combination: Combination, budget: float) -> Combination | None:
-        """Return a combination with the stages that fill the budget; None if it cannot have any within it."""
+        """Return a combination with the stages that fill the budget; None if it cannot meet the budget."""
         if not combination.stages:
             return combination
         if combination.trims not in self.sizes:
@@ -102,7 +102,7 @@ class AxesTrial:
         return replace(combination, stages=stages) if stages else None
 
     def run(self, combination: Combination, budget: float) -> Run | None:
-        """Carry out a combination of `fill` and measure its loss, unless that was done; None if it takes too much."""
+        """Apply a combination of `fill` and measure its loss, once; None if it exceeds the budget."""
         key = key_of(combination)
         if key not in self.tried:
 
@@ -116,17 +116,17 @@ class AxesTrial:
         return self.tried[key] if self.tried[key].flops <= budget else None
 
     def model_of(self, combination: Combination) -> TokenModel:
-        """Return the compressed model of a combination: that of its run, made again if it was not kept."""
+        """Return the compressed model of a combination, rebuilt if it was not kept."""
         key = key_of(combination)
         return self.models[key] if key in self.models else self.compress(combination)
 
     def keep_models(self, combinations: Sequence[Combination]) -> None:
-        """Free the models of all runs but these, which may be large; losses are kept."""
+        """Free the models of all other runs, which may be large; the losses are kept."""
         kept = set(map(key_of, combinations))
         self.models = {key: model for key, model in self.models.items() if key in kept}
 
     def choose_alignment(self, best: Run) -> tuple[Alignment, list[dict[str, Any]]]:
-        """Return the alignment with the least loss for a run's stages, and the losses of all as a JSON value."""
+        """Return the alignment with the smallest loss for a run's stages, and the losses of all as a JSON value."""
         if not self.request.choose_alignment or not best.combination.stages:
             return self.request.alignment, []
         losses = []
@@ -143,11 +143,11 @@ class AxesTrial:
         return chosen, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
 
     def measure(self, model: TokenModel) -> float:
-        """Return the mean loss of a model on the images to search on."""
+        """Return the mean loss of a model on the search images."""
         return mean_loss(self.model.task, run(model, self.trial.images), self.dense(), self.trial.labels)
 
     def compress(self, combination: Combination, alignment: Alignment | None = None) -> TokenModel:
-        """Return the trimmed model, pruned and reconstructed on a part of the images.
+        """Return the trimmed model, pruned, and reconstructed on a subset of the images.
 
         Args:
             alignment: None: that of the request.
@@ -163,8 +163,8 @@ class AxesTrial:
         return reconstruct(model, self.model, fitted, reference=uncut if trims else None)
 
     def trim(self, trims: Trims) -> TokenModel:
-        """Return the model with what is trimmed, before reconstruction."""
-        if not trims:  # also of a model whose layers cannot be trimmed
+        """Return the trimmed model before reconstruction."""
+        if not trims:  # also works for a model whose layers cannot be trimmed
             return self.model
         model = drop_layers(drop_directions(self.model, dict(trims.directions)), trims.layers)
         if trims.states is not None:
@@ -192,9 +192,9 @@ class AxesTrial:
         return self.chains[key]
 
     def chains_of(self, trims: Trims) -> dict[str, Any]:
-        """Return the chains for the steps of these trims, by the names of the steps.
+        """Return the chains for the steps of these trims, by step name.
 
-        The steps must not compute their own, because they have other images.
+        The steps must not compute their own chains, because they run on other images.
         """
         chains = {} if trims.states is None else {"states": self.state_chains(trims)}
         return chains if trims.channels is None else {**chains, "channels": self.channel_chains(trims)}

@@ -1,4 +1,4 @@
-"""Models and ops timed in one run, as JSON."""
+"""Timing of models and ops in one run, as JSON."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..models.checkpoint import find_dense
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What is timed.
+    """Options of a benchmark.
 
     Attributes:
-        batch_sizes: images at a time. repeats: timed runs of each. dtype: "float32" or "bfloat16"; None: float32, and
+        batch_sizes: the batch sizes. repeats: timed runs of each. dtype: "float32" or "bfloat16"; None: float32, and
             on a GPU both for ops.
         reference: whether models are also timed with the reference scan.
         peers: whether timm's DeiTs are timed in the same rounds; see `ssmcompress.evaluation.peers`.
-        ops: whether to time the ops. shape: (batch, length, d_inner, d_state) of them; None: the default ones.
+        ops: whether to time the ops. shape: their (batch, length, d_inner, d_state); None: the default shapes.
     """
 
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -39,10 +39,10 @@ class BenchmarkRequest:
 
 
 def add_dense(models: Mapping[str, TokenModel]) -> dict[str, TokenModel]:
-    """The models, with the dense model in front if there is a single one and it is pruned.
+    """Return the models, preceded by the dense model if there is only one and it is pruned.
 
     Raises:
-        InputError: the dense model is gone or has changed.
+        InputError: the dense model no longer exists or has changed.
     """
     if len(models) != 1 or (only := next(iter(models.values()))).plan is None:
         return dict(models)
@@ -51,7 +51,7 @@ def add_dense(models: Mapping[str, TokenModel]) -> dict[str, TokenModel]:
 
 
 def benchmark_all(models: Mapping[str, TokenModel], request: BenchmarkRequest, device: torch.device) -> dict[str, Any]:
-    """A JSON object with `settings`, `warnings`, `models` where there are any, and `ops` where they are asked for.
+    """Return a JSON object with `settings`, `warnings`, and `models` and `ops` if they were timed.
 
     Raises:
         InputError: there are no peers of the first model, or their package is not installed.
@@ -78,10 +78,10 @@ def benchmark_all(models: Mapping[str, TokenModel], request: BenchmarkRequest, d
 
 
 def list_doubts(rows: Sequence[Mapping[str, Any]], repeats: int) -> list[str]:
-    """A line for each model whose speed-up over the first may be none, or one that says that it cannot be known.
+    """Return a line for each model whose speed-up over the first is not significant or cannot be determined.
 
     Args:
-        rows: what `ssmcompress.evaluation.latency.benchmark` returns. repeats: the rounds of it.
+        rows: result of `ssmcompress.evaluation.latency.benchmark`. repeats: its number of rounds.
     """
     if any(row["times_faster_low"] is None for row in rows):
         return [

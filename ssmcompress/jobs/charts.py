@@ -1,4 +1,4 @@
-"""Charts: what all of them share, what each axis of a search costs, and the course of a fine-tuning."""
+"""Charts: shared helpers, the cost of each axis of a search, and the history of a fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which those who see red and green alike tell apart, without the yellow, which is too light
-# for text.
+# Okabe and Ito's colours, which people with red-green colour blindness can distinguish, without yellow, which is too
+# light for text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LABEL_SIZE, LABEL_GAP = 7, 5  # points
 LONGEST_NAME = 28  # characters of a name in a picture
-# Places of a label around its point, the first ones preferred: above left, where a front that rises has no points.
+# Positions of a label around its point, in order of preference: first above left, where a rising front has no points.
 DIRECTIONS = ((-1, 1), (1, -1), (-1, 0), (1, 0), (0, 1), (0, -1), (1, 1), (-1, -1))
 DISTANCES = (1, 3, 6, 10, 15)  # times LABEL_GAP
 
 
 def shorten(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return a text in one line, without control characters, and not longer than that."""
+    """Return a text as one line, without control characters, and truncated to this length."""
     text = escape_control(" ".join(str(text)[: 8 * longest].split()))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Take texts of figures as they are: dollar signs are no formulas, and missing characters no warning.
+    """Treat texts of figures literally: dollar signs start no formula, and missing characters raise no warning.
 
-    Both the making of a figure and the encoding belong inside.
+    Both drawing and encoding of a figure belong inside.
     """
     from matplotlib import rc_context
 
@@ -49,7 +49,7 @@ def plain_text() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches, which belongs to no window."""
+    """Return an empty figure of this size in inches that is not attached to a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,27 +59,27 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def encode_figure(figure: Figure, kind: str, dpi: float) -> bytes:
-    """Return a figure as an image. kind: png or svg. dpi: pixels per inch."""
+    """Encode a figure as an image. kind: png or svg. dpi: pixels per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
 def finish_layout(figure: Figure) -> None:
-    """Compute the sizes of a figure, and keep them from here on."""
+    """Compute the layout of a figure once and freeze it."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 def add_label(axes: Axes, text: str, point: tuple[float, float], colour: str) -> None:
-    """Add a label to a point, for `place_labels` to place; the layout does not make room for it."""
+    """Add a label to a point, to be moved by `place_labels`; the layout reserves no space for it."""
     place = {"textcoords": "offset points", "ha": "left", "va": "bottom"}
     label = axes.annotate(text, point, (0, 0), **place, fontsize=LABEL_SIZE, color=colour, zorder=5)
     label.set_in_layout(False)
 
 
 def place_labels(figure: Figure, axes: Axes) -> None:
-    """Move the labels of a panel to where they cover no other label and few points; one without a place is removed."""
+    """Move the labels of a panel so that they cover no other label and few points; remove labels that do not fit."""
     unit, renderer = LABEL_GAP * figure.dpi / 72, figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     points = np.array([line.get_xydata()[0] for line in axes.lines if len(line.get_xydata()) == 1]).reshape(-1, 2)
@@ -103,7 +103,7 @@ def place_labels(figure: Figure, axes: Axes) -> None:
         _, low = min(found, key=lambda place: place[0])
         box = np.stack([low, low + size])
         placed = np.concatenate([placed, box[None]])
-        # The corner of the text is its anchor: the extent holds parts of letters below the line.
+        # The anchor is the corner of the text: the extent also includes descenders below the line.
         text.set_position((low - dot) * 72 / figure.dpi)
         near = np.clip(dot, *box)
         if np.abs(near - dot).max() > 2 * unit:
@@ -114,8 +114,8 @@ def place_labels(figure: Figure, axes: Axes) -> None:
 def draw_axes(search: Mapping[str, Any]) -> bytes:
     """Draw a PNG with the loss over the FLOPs left, a line for each axis alone, and the combinations that were run.
 
-    Layers and directions have a point each, with a line through those that lose least. The chosen combination has a
-    star.
+    Each layer and direction is a point, with a line through those with the smallest loss. The chosen combination is
+    marked by a star.
 
     Args:
         search: the section of a report, with `axes`.
@@ -126,7 +126,7 @@ def draw_axes(search: Mapping[str, Any]) -> bytes:
     tried = [(100 * run["flops"], run["loss"]) for run in search["tried"]]
     chosen = 100 * search["flops"], search["loss"]
     positive = [loss for line in (*points.values(), tried, [chosen]) for _, loss in line if loss > 0]
-    floor = min(positive, default=1e-6)  # a loss of zero or less has no place on a logarithmic axis
+    floor = min(positive, default=1e-6)  # a logarithmic axis cannot show a loss of zero or less
 
     def place(line: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
         return [share for share, _ in line], [max(loss, floor) for _, loss in line]
@@ -150,7 +150,7 @@ def draw_axes(search: Mapping[str, Any]) -> bytes:
 
 
 def _least_loss(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (FLOPs, loss) that no other one beats in both."""
+    """Return the Pareto-optimal points (FLOPs, loss)."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:
@@ -159,7 +159,7 @@ def _least_loss(points: Sequence[tuple[float, float]]) -> list[tuple[float, floa
 
 
 def draw_history(finetuning: Finetuning, task: Task) -> bytes:
-    """Draw a PNG with the loss of every epoch, and what was measured after it."""
+    """Draw a PNG with the loss of every epoch, and the metrics measured after it."""
     epochs = [entry["epoch"] for entry in finetuning.history]
     held = [entry["held_out"] or {} for entry in finetuning.history]
     figure = new_figure(8, 3.2)

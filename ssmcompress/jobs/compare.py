@@ -1,8 +1,8 @@
-"""Methods next to each other on one model and its images: every row runs the same code with another list of steps.
+"""Comparison of methods on one model and its images: every row runs the same code with another list of steps.
 
-A row is the plan of a method (`ssmcompress.jobs.methods`), carried out by the steps of the method and measured against
-the dense model's logits. Rows of one level leave the same FLOPs, or as few less as whole tokens, states, channels,
-layers or patches allow. All shares are of the FLOPs of the dense model as published, at its own image size.
+A row is the plan of a method (`ssmcompress.jobs.methods`), applied by the steps of the method and compared with the
+dense model's logits. Rows of one level leave the same FLOPs, up to rounding down to whole tokens, states, channels,
+layers or patches. All shares are of the FLOPs of the dense model as published, at its own image size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .report_text import describe_overlap
 from .requests import CompareRequest
 from .search import SearchRequest, search_plan
 
-# 2: the row "smaller image" has the classifier as it is, and "smaller image, reconstructed" is what it was before.
+# 2: the row "smaller image" keeps the classifier; "smaller image, reconstructed" is what it was before.
 FORMAT_VERSION = 2
 NOT_COMPARABLE = "prepared images cannot be compared with pictures"
 CHARTS_EVERY = 10.0  # seconds
@@ -66,11 +66,11 @@ def compare_methods(
     force: bool = False,
     images: CalibrationImages | None = None,
 ) -> dict[str, Any]:
-    """Compare methods on a dense model, row by row, in a folder that an interrupted comparison continues in.
+    """Compare methods on a dense model, row by row, in a folder from which an interrupted comparison can be resumed.
 
     Args:
-        folder: where to write. command: recorded as how it was made. force: start afresh in a folder that has rows.
-        images: what to calibrate and to measure on; None: as `request.data` says.
+        folder: output folder. command: recorded as the command that created it. force: overwrite the rows of an earlier
+            comparison. images: images for calibration and evaluation; None: chosen according to `request.data`.
 
     Returns:
         The whole comparison, a JSON object.
@@ -88,7 +88,7 @@ def compare_methods(
 
 
 def check_alone() -> None:
-    """Raise an InputError in one of several processes."""
+    """Raise an InputError if there are several processes."""
     if processes.count() > 1:
         raise InputError("compare runs in one process: start it without a launcher")
 
@@ -97,7 +97,7 @@ def list_levels(model: TokenModel, request: CompareRequest) -> list[Level]:
     """Return the levels of a comparison for a model.
 
     Raises:
-        BudgetError: FLOPs that it does not get to. InputError: a layer that it does not have.
+        BudgetError: FLOPs that it cannot reach. InputError: a layer that it does not have.
     """
     if request.flops is None:
         return make_levels(model, request.stages, request.ratios)
@@ -107,7 +107,7 @@ def list_levels(model: TokenModel, request: CompareRequest) -> list[Level]:
 
 
 class Comparison:
-    """Rows of methods and levels on the same images, kept in a folder row by row."""
+    """Rows of methods and levels on the same images, saved to a folder row by row."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Comparison:
         self._axes = AxisModels(model, self.images, request.data, self.settings["gap"], sensitivity)
 
     def _read_rows(self, force: bool) -> list[dict[str, Any]]:
-        """Read the rows that an earlier run of the same comparison left."""
+        """Read the rows of an earlier run of the same comparison."""
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -190,10 +190,10 @@ class Comparison:
         methods: Sequence[Method],
         after_each: Callable[[dict[str, Any]], None] = lambda value: None,
     ) -> dict[str, Any]:
-        """Measure the rows that are missing, writing after each; returns the whole comparison, a JSON object.
+        """Measure the missing rows, writing after each; return the whole comparison, a JSON object.
 
         Args:
-            after_each: is called with the comparison so far after each row that was measured.
+            after_each: called with the comparison so far after each measured row.
         """
         measured = {(row["method"], row["ratio"]) for row in self.rows}
         work: list[tuple[Method | None, Level]] = [(None, Level(0.0, 1.0))]
@@ -212,7 +212,7 @@ class Comparison:
         row: dict[str, Any] = {"method": method.name if method else "dense", "ratio": level.ratio}
         try:
             model = self.build(method, level) if method else self.model
-        except (InputError, BudgetError) as error:  # this method cannot do that; the others can
+        except (InputError, BudgetError) as error:  # the method does not support this; the others may
             return {**row, "images": None, "failed": str(error)}
         result, times, cost = self.evaluate(model), self.time(model), flops(model)
         figures = {
@@ -238,13 +238,13 @@ class Comparison:
         return row
 
     def build(self, method: Method, level: Level) -> TokenModel:
-        """The model of a row."""
+        """Return the model of a row."""
         if method.axis is not None:
             return self._axes.build(method.axis, level.budget, method.reconstructed)
         plan = self.plan(method, level)
         if (method.reconstructed or method.mapped) and self.calibration.source.stand_in:
             raise InputError("reconstruction needs images of your own")
-        if not plan.stages:  # the model as it is run is within the budget of a search
+        if not plan.stages:  # the model is already within the budget of a search
             return mark_unchanged(self.model)
         plan = replace(plan, calibration=self.calibrate(plan))
         context = Context(self.model, self.calibration, seed=self.data.seed)
@@ -252,7 +252,7 @@ class Comparison:
         return model
 
     def plan(self, method: Method, level: Level) -> Plan:
-        """The plan by which a method reaches a level."""
+        """Return the plan with which a method reaches a level."""
         gap = self.settings["gap"] if method.alignment.scan else "bias"
         if method.searched and level.ratio > 0:
             file = self.sensitivity_file(method)
@@ -266,7 +266,7 @@ class Comparison:
         return self.model.check_plan(Plan(stages, method.alignment, gap, self.data.seed))
 
     def sensitivity_file(self, method: Method) -> Path:
-        """Where the search of a method keeps what it measured."""
+        """Return the file in which the search of a method saves its measurements."""
         return self.folder / f"sensitivity{'-reconstructed' if method.reconstructed else ''}.json"
 
     def calibrate(self, plan: Plan) -> Calibration:
@@ -279,7 +279,7 @@ class Comparison:
         return Calibration(name, images, self._deltas, probes=self._probes or ())
 
     def evaluate(self, model: TokenModel) -> Evaluation:
-        if self.model.reads_levels:  # outputs for each pixel are too large to be kept
+        if self.model.reads_levels:  # outputs per pixel are too large to store
             models = {"dense": self.model, "row": model}
             return measure(models, self.measured, dtype=self.options.torch_dtype)["row"]
         if self._dense is None:
@@ -297,11 +297,11 @@ class Comparison:
         return model.config.image_size == self.model.config.image_size
 
     def _images_for(self, model: TokenModel) -> Batches:
-        """Return the images to measure on at the size that a model takes."""
+        """Return the evaluation images at the model's input size."""
         return self.measured if self._has_dense_size(model) else resize_batches(self.measured, self.model, model)
 
     def time(self, model: TokenModel) -> Timings | None:
-        """Time the dense model and this one at batch 1, interleaved."""
+        """Time this model and the dense one at batch size 1, interleaved."""
         if not self.options.latency:
             return None
         if self._image is None:
@@ -317,7 +317,7 @@ class Comparison:
         return times
 
     def warnings(self) -> list[str]:
-        """Say so if the dense model is at chance, or if images may have been calibrated on and measured on."""
+        """Warn if the dense model is at chance, or if calibration and evaluation images may overlap."""
         dense = next((row for row in self.rows if row["method"] == "dense"), None)
         subject = Subject.of(self.model, self.measured.source, len(self.measured.index))
         comparable = self.calibration.pictures == self.measured.pictures
@@ -329,7 +329,7 @@ class Comparison:
         return [*doubts, shared.removeprefix("warning: ")] if shared else doubts
 
     def _count_overlap(self) -> int | None:
-        """How many of the measured images were calibrated on; None before both were read."""
+        """Return how many evaluation images were used for calibration; None before both were read."""
         if self.calibration.digests.any() and self.measured.digests.any():
             self._overlap = count_common(self.calibration, self.measured)
         return self._overlap
@@ -349,7 +349,7 @@ class Comparison:
         }
 
     def write(self, charts: bool = False) -> None:
-        """Write the rows so far; the charts, which take 0.3 s, every few seconds or when asked for."""
+        """Write the rows so far; charts take 0.3 s, so they are written every few seconds or on request."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {TABLE_FILE: to_csv(self.rows, self.task).encode()}
         if charts or (len(self.rows) > 1 and time.monotonic() - self._drawn_at > CHARTS_EVERY):
@@ -363,14 +363,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _InOrder(Logits):
-    """Logits of images that come in the same order at another size, by which they cannot be recognised."""
+    """Logits matched by order, for images that cannot be identified because they come at another size."""
 
     def of(self, images: Tensor, start: int) -> Tensor:
         return self.values[start : start + len(images)]
 
 
 class _WithImage(nn.Module):
-    """A model that is run on an image of its own size, whatever image it is called with."""
+    """A model that is run on a fixed image of its own size, regardless of its input."""
 
     def __init__(self, model: nn.Module, image: Tensor):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The models of a comparison that lose something else than tokens: one axis alone, all axes together, or pixels."""
+"""The models of a comparison that reduce something other than tokens: one axis, all axes, or the image size."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ ALL, IMAGE = "all", "image"
 
 
 class AxisModels:
-    """Makes the models of these methods for any number of levels; what is measured for one serves the next.
+    """Builds the models of these methods for any number of levels, sharing measurements between them.
 
     Args:
-        model: the dense model. images: to calibrate on. data: how they are read. gap: gap source.
-        sensitivity: the file where the search over all axes keeps what it measured.
+        model: the dense model. images: for calibration. data: how they are read. gap: gap source.
+        sensitivity: the file in which the search over all axes saves its measurements.
     """
 
     def __init__(self, model: TokenModel, images: CalibrationImages, data: DataOptions, gap: str, sensitivity: Path):
@@ -52,8 +52,8 @@ class AxisModels:
             reconstruct: whether the classifier is refitted to a smaller image; the other axes always reconstruct.
 
         Raises:
-            InputError: the axis does not reach the share, or there are no images to fit on.
-            BudgetError: the search does not reach it.
+            InputError: the axis cannot reach the share, or there are no images to fit on.
+            BudgetError: the search cannot reach it.
         """
         if self.images.source.stand_in and (reconstruct or axis != IMAGE):
             raise InputError("reconstruction needs images of your own")
@@ -73,7 +73,7 @@ class AxisModels:
         return model
 
     def _search(self, share: float) -> Sequence[Step]:
-        """Return the steps that a search over all axes finds."""
+        """Return the steps found by a search over all axes."""
         axes = choose_axes(self.model, None, self.images)
         if axes == ("tokens",) and list_axes(self.model):
             raise InputError(
@@ -90,7 +90,7 @@ class AxisModels:
         ]
 
     def _chains_for(self, axis: str) -> Mapping[str, Any]:
-        """Return the chains of the dense model for an axis, by the name of its step; computed once."""
+        """Return the dense model's chains for an axis, by step name; computed once."""
         makers = {"states": (state_chains, STATE_IMAGES), "channels": (channel_chains, CHANNEL_IMAGES)}
         if axis in makers and axis not in self.chains:
             make, count = makers[axis]
@@ -98,7 +98,7 @@ class AxisModels:
         return self.chains
 
     def _rank_layers(self) -> Sequence[int]:
-        """Return the layers, from 1, by the loss of the model without each, the least loss first; measured once."""
+        """Return the layers, from 1, sorted by the loss of the model without each, smallest first; measured once."""
         if self.ranking is None:
             pictures, _ = read_all(_first(self.images.calibration, SEARCH_IMAGES))
             dense, numbers = run(self.model, pictures), self.model.droppable_layers
@@ -113,13 +113,13 @@ class AxisModels:
 
 
 def choose_trims(model: TokenModel, axis: str, share: float, rank_layers: Callable[[], Sequence[int]]) -> Trims:
-    """Return the mildest trims along one axis, alike in all layers, that leave at most this share of the dense FLOPs.
+    """Return the mildest trims along one axis, equal in all layers, that leave at most this share of the dense FLOPs.
 
-    States are trimmed one by one and channels in steps of eight. Layers are dropped in the order of `rank_layers`, as
-    few as will do; their losses are measured one at a time, and not again after the first is gone.
+    States are trimmed one by one and channels in steps of eight. As few layers as possible are dropped, in the order of
+    `rank_layers`; their losses are measured one at a time, and not again once the first is dropped.
 
     Raises:
-        InputError: the axis does not save as much.
+        InputError: the axis cannot save that much.
     """
     least = 1.0
     for trims in _list_trims(model, axis, rank_layers):
@@ -130,7 +130,7 @@ def choose_trims(model: TokenModel, axis: str, share: float, rank_layers: Callab
 
 
 def _list_trims(model: TokenModel, axis: str, rank_layers: Callable[[], Sequence[int]]) -> Iterator[Trims]:
-    """Yield the trims along one axis, the mildest first."""
+    """Yield the trims along one axis, mildest first."""
     sizes = model.config.layers
     if axis == "states":
         yield from (Trims(states=n) for n in range(max(size.d_state for size in sizes), 0, -1))

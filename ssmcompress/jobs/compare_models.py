@@ -1,6 +1,6 @@
-"""Several models in one comparison: each has its own methods and a folder of its own, and one table has all rows.
+"""Comparison of several models: each has its own methods and folder, and one table combines all rows.
 
-The models are loaded one at a time: first to find out whether they can be compared, which takes seconds, then to be
+The models are loaded one at a time: first to check whether they can be compared, which takes seconds, then to be
 measured, which can take hours.
 """
 
@@ -44,9 +44,9 @@ from .pareto import draw_models
 from .requests import CompareRequest
 
 MODELS_CHARTS_EVERY = 60.0  # seconds; the charts of 224 rows take 3
-LONGEST_NAME = 120  # characters of the default folder's name
-# How much longer the dense model of a row may take than that of another row, before latencies of several models are
-# doubted: on a quiet machine, medians of 9 rounds differ by a few percent.
+LONGEST_NAME = 120  # maximum length of the default folder's name
+# Maximum ratio of the dense model's latency next to one row to that next to another row, before latencies of several
+# models are doubted: on an idle machine, medians of 9 rounds differ by a few percent.
 DRIFT = 1.2
 
 
@@ -55,7 +55,7 @@ class Candidate:
     """A model to compare.
 
     Attributes:
-        name: what it is called in the table, and its folder. load: returns it; it is called twice.
+        name: its name in the table and of its folder. load: function that loads the model; it is called twice.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a model before it is measured.
+    """Information about a model before it is measured.
 
     Attributes:
         about: its entry in compare.json. flops: GFLOPs of the dense model, by convention.
@@ -87,9 +87,9 @@ class Survey:
 
 
 def name_models(paths: Sequence[str | Path]) -> list[str]:
-    """Return a distinct name for each checkpoint: that of its file, without the ending, or of its folder.
+    """Return a distinct name for each checkpoint: its file name without the suffix, or its folder name.
 
-    Where several are alike, the folder that it lies in comes first; where that does not help, a number follows.
+    Duplicate names are prefixed with the parent folder; if they are still equal, a number is appended.
 
     Raises:
         InputError: a model is given twice.
@@ -98,7 +98,7 @@ def name_models(paths: Sequence[str | Path]) -> list[str]:
     for number, model in enumerate(models):
         if model in models[:number]:
             raise InputError(f"{paths[number]} is given twice: expected different models")
-    keys = [name.casefold() for _, _, name in models]  # some file systems do not tell capitals
+    keys = [name.casefold() for _, _, name in models]  # some file systems are case-insensitive
     names = [
         f"{parent}-{name}" if keys.count(key) > 1 and parent else name
         for (_, parent, name), key in zip(models, keys, strict=True)
@@ -112,7 +112,7 @@ def name_models(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _identify(path: str | Path) -> tuple[str, str, str]:
-    """Return (what it is, what holds it, its name) of a model; a model of the Hub is held by its owner."""
+    """Return (identity, parent, name) of a model; the parent of a model on the Hub is its owner."""
     if (hub := parse_hub_name(path)) is not None:
         return str(hub), hub.repository.partition("/")[0], hub.title
     resolved = Path(path).resolve()
@@ -120,7 +120,7 @@ def _identify(path: str | Path) -> tuple[str, str, str]:
 
 
 def name_folder(names: Sequence[str]) -> Path:
-    """Return the default folder of a comparison of the models with these names."""
+    """Return the default folder for a comparison of the models with these names."""
     joined = "+".join(names)
     return Path("compared", joined if len(joined) <= LONGEST_NAME else f"{names[0]}+{len(names) - 1}-others")
 
@@ -134,14 +134,15 @@ def compare_models(
     force: bool = False,
     choose: Callable[[TokenModel], CalibrationImages] | None = None,
 ) -> dict[str, Any]:
-    """Compare methods on several dense models of one task with the same classes, on the same images.
+    """Compare methods on several dense models with the same task and classes, on the same images.
 
-    The folder gets a folder for each model, which is a complete comparison of that model, and files that have the rows
-    of all. An interrupted comparison is continued, and models may be added to it.
+    The folder gets a subfolder for each model, which is a complete comparison of that model, and files with the rows
+    of all models. An interrupted comparison is resumed, and models can be added to it.
 
     Args:
-        folder: where to write. command: recorded as how it was made. force: start afresh in a folder that has rows.
-        choose: function from a model to the images to calibrate and to measure on; None: as `request.data` says.
+        folder: output folder. command: recorded as the command that created it. force: overwrite the rows of an earlier
+            comparison. choose: function from a model to the images for calibration and evaluation; None: chosen
+            according to `request.data`.
 
     Returns:
         The whole comparison, a JSON object: `models` and `rows`, each with its `model`.
@@ -156,7 +157,7 @@ def compare_models(
 
 
 class ModelsComparison:
-    """Rows of several models, kept in one folder."""
+    """Rows of several models, stored in one folder."""
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class ModelsComparison:
         return self.surveys[0].task
 
     def run(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
-        """Look at each model, then measure each; returns the whole comparison, a JSON object."""
+        """Survey each model, then measure each; return the whole comparison, a JSON object."""
         earlier = self._read_earlier([candidate.name for candidate in candidates])
         for candidate in candidates:
             self._add(candidate)
@@ -189,7 +190,7 @@ class ModelsComparison:
             if all(method in survey.about["left_out"] for survey in self.surveys):
                 raise InputError(f"method {method!r} {self.surveys[0].about['left_out'][method]}: no model has it")
         self.rows = {name: earlier.get(name, []) for name in (survey.name for survey in self.surveys)}
-        self.write()  # so that a comparison that is interrupted from now on is recognised
+        self.write()  # so that the comparison can be recognised if it is interrupted from now on
         for number, candidate in enumerate(candidates, 1):
             line(f"model {number} of {len(candidates)}: {candidate.name}")
             self._measure(candidate, self.surveys[number - 1])
@@ -197,7 +198,7 @@ class ModelsComparison:
         return self.to_dict()
 
     def _read_earlier(self, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows that an earlier run left, by model; they are measured again if their folder is gone."""
+        """Return the rows of an earlier run by model, skipping models whose folder no longer exists."""
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -226,7 +227,7 @@ class ModelsComparison:
         return rows
 
     def _add(self, candidate: Candidate) -> None:
-        """Look at a model, and check that it can be compared with those before it.
+        """Survey a model, and check that it can be compared with the previous ones.
 
         Raises:
             InputError: it cannot; the message says what differs. BudgetError: a level is out of its reach.
@@ -286,7 +287,7 @@ class ModelsComparison:
             )
 
     def _measure(self, candidate: Candidate, survey: Survey) -> None:
-        """Measure the rows of a model that are missing."""
+        """Measure the missing rows of a model."""
         model = candidate.load()
         with _naming(candidate.name):
             levels, methods = list_levels(model, self.request), choose_methods(model, survey.methods)
@@ -304,18 +305,18 @@ class ModelsComparison:
         self.write()
 
     def _take(self, name: str, value: Mapping[str, Any]) -> None:
-        """Take over what was found about one model so far."""
+        """Add the results of one model so far."""
         self.rows[name], self.warnings[name] = value["rows"], value["warnings"]
         if (latency := value["latency"]) is not None:
             loads = [v["load"] for v in (latency, self.latency or {}) if v.get("load") is not None]
             self.latency = {**latency, **describe_load(max(loads, default=None))}
 
     def list_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of all models, with what they are worth at their cost."""
+        """Return the rows of all models, with their rank at equal cost."""
         return place_rows([{"model": name, **row} for name, found in self.rows.items() for row in found], self.task)
 
     def list_warnings(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return what was doubted about each model, and about comparing them."""
+        """Return the warnings about each model, and about the comparison between models."""
         lines = [f"{name}: {text}" for name, found in self.warnings.items() for text in found]
         if rows and not has_labels(rows, self.task):
             lines.append("no labels: each model is compared with its own dense model, and not with the other models")
@@ -344,7 +345,7 @@ class ModelsComparison:
         }
 
     def _describe_dense(self, survey: Survey, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the figures of a dense model, None for those that are not measured yet."""
+        """Return the figures of a dense model; None for those not measured yet."""
         dense = (row for row in rows if row["model"] == survey.name and row["method"] == "dense")
         row: Mapping[str, Any] = next(dense, {})
         names = [figure.name for figure in list_figures(self.task) if not figure.compared]
@@ -352,7 +353,7 @@ class ModelsComparison:
         return {"flops": survey.flops, **measured}
 
     def write(self, draw: bool = False) -> None:
-        """Write the rows so far; the charts every minute, or when asked for."""
+        """Write the rows so far, and the charts every minute or on request."""
         self.folder.mkdir(parents=True, exist_ok=True)
         value = self.to_dict()
         files = {TABLE_FILE: to_csv(value["rows"], self.task, before=("model",), after=COLUMNS).encode()}
@@ -367,7 +368,7 @@ class ModelsComparison:
 
 
 def survey_model(name: str, model: TokenModel, request: CompareRequest) -> Survey:
-    """Return what is known of a model before it is measured; a note says which of the asked methods it cannot do."""
+    """Return the information about a model before it is measured; log which requested methods it does not support."""
     left_out = list_obstacles(model, request.methods or ())
     for method, why in left_out.items():
         note(f"{name}: left out {method!r}, which {why}")
@@ -392,7 +393,7 @@ def survey_model(name: str, model: TokenModel, request: CompareRequest) -> Surve
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Put the name of a model in front of the errors of the body."""
+    """Prefix error messages raised in the body with the name of a model."""
     try:
         yield
     except (InputError, BudgetError) as error:

@@ -11,7 +11,7 @@ from ..compression.trim.trims import Trims
 from ..data.signature import compare_signatures
 from ..tasks import Figure, Task
 
-# What a comparison is bound to by value, and what messages call another one.
+# Settings that must be equal to resume a comparison, and their names in messages.
 SETTINGS = {
     "weights": "other weights",
     "image_size": "another image size",
@@ -24,16 +24,16 @@ SETTINGS = {
 
 
 def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How the settings of two comparisons differ, in words; of images the content counts, not the name."""
+    """Describe the differences between the settings of two comparisons; images are compared by content, not by name."""
     unknown = [key.replace("_", " ") for key in SETTINGS if key not in then]
     found = [f"an older version of ssmcompress, which did not record {', '.join(unknown)}"] if unknown else []
     changed = [key for key in SETTINGS if key in then and then[key] != now[key]]
     if "weights" in changed and {"image_size", "preprocessing"} & {*changed}:
-        changed.remove("weights")  # the fingerprint is of these, too
+        changed.remove("weights")  # included in the fingerprint
     found += [SETTINGS[key] for key in changed]
     if None not in (old := then.get("timing"), new := now["timing"]) and old != new:
         found.append(f"latency on {old['device']} with {old['threads']} threads")
-    if then.get("views") != now.get("views"):  # of videos alone
+    if then.get("views") != now.get("views"):  # only videos have views
         found.append("other views of each video")
     recorded = then.get("content") or {}
     for key, use in (("calibration", "calibrate"), ("data", "measure")):
@@ -43,15 +43,15 @@ def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def list_figures(task: Task) -> tuple[Figure, ...]:
-    """The figures of a task that a comparison has columns for."""
+    """Return the figures of a task that a comparison has columns for."""
     return tuple(figure for figure in task.figures if figure.column)
 
 
 def check_row(row: dict[str, Any], task: Task) -> None:
-    """Check a row that was read from a file.
+    """Validate a row read from a file.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none; InputError is one of the last.
+        KeyError, TypeError, ValueError: it is not a row; InputError is a ValueError.
     """
     if not isinstance(row["method"], str) or isinstance(row["ratio"], bool):
         raise TypeError("a row without a method and a ratio")
@@ -70,7 +70,7 @@ def check_row(row: dict[str, Any], task: Task) -> None:
 
 
 def rename_rows(rows: list[dict[str, Any]], version: int | None) -> list[dict[str, Any]]:
-    """Return rows that a file of this format version holds, with the names that methods have now.
+    """Return rows from a file of this format version, with the current names of the methods.
 
     Before version 2, "smaller image" had a refitted classifier.
     """
@@ -82,15 +82,15 @@ def rename_rows(rows: list[dict[str, Any]], version: int | None) -> list[dict[st
 
 
 def select_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of methods that reached their level."""
+    """Return the rows of methods that reached their level."""
     return [row for row in rows if not row.get("failed")]
 
 
 def to_csv(rows: Iterable[dict[str, Any]], task: Task, before: Sequence[str] = (), after: Sequence[str] = ()) -> str:
-    """Format one line for each row: its figures and cost, images, stages, what failed, trims and the image size.
+    """Format each row as a line: its figures and cost, images, stages, errors, trims and image size.
 
     Args:
-        before, after: keys of the rows that have a column in front of these, or behind them.
+        before, after: keys of the rows that become columns before and after these.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

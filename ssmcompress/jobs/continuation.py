@@ -1,4 +1,4 @@
-"""Compression that goes on from a compressed model: what it starts from, what it is refused, and its record."""
+"""Compression that starts from a compressed model: what it starts from, which requests are rejected, and its record."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..progress import line, note
 from ..pruning.plan import Plan
 from .requests import PlanRequest
 
-# The column of a report that has the model that a compression went on from.
+# Report column of the model that a compression started from.
 INPUT_COLUMN = "input"
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a compression starts from.
+    """The starting point of a compression.
 
     Attributes:
-        model: what its steps begin with. dense: what it is compared with, and refitted to; the same model where that is
+        model: input of the first step. dense: what it is compared with and refitted to; the same model if that is
             dense.
-        input: the model as it came, where that is compressed already; else None.
+        input: the original model if it is already compressed; otherwise None.
     """
 
     model: TokenModel
@@ -38,14 +38,14 @@ class Start:
 
     @property
     def columns(self) -> dict[str, TokenModel]:
-        """The models that a report shows after the dense one and before the snapshots."""
+        """The models shown in a report between the dense one and the snapshots."""
         return {} if self.input is None else {INPUT_COLUMN: self.input}
 
 
 def find_start(
     model: TokenModel, dense: TokenModel | str | Path | None = None, folder: str | Path | None = None
 ) -> Start:
-    """Return what a compression of `model` starts from.
+    """Return the starting point of a compression of `model`.
 
     Args:
         model: dense or compressed.
@@ -53,8 +53,8 @@ def find_start(
         folder: the folder or file that a compressed model was read from; None: unknown.
 
     Raises:
-        InputError: `dense` is given for a model that is dense itself; the dense model of a compressed one is gone, has
-            changed, or has other sizes.
+        InputError: `dense` is given although the model is dense itself; the dense model of a compressed one does not
+            exist any more, has changed, or has other sizes.
     """
     check_model(model)
     if model.plan is None:
@@ -80,10 +80,11 @@ def find_start(
 
 
 def describe_input(model: TokenModel, folder: str | Path | None) -> dict[str, Any]:
-    """Return the record of a model that a compression goes on from, a JSON object.
+    """Return the record of the model that a compression starts from, a JSON object.
 
-    It has the `path` and `sha256` of its file, None if they are unknown; `stages`, what each of its stages keeps; the
-    kinds of the `steps` that made its weights; and `input`, the same of the model that it was made from, or None.
+    It contains the `path` and `sha256` of its file, None if unknown; `stages`, the tokens kept by each of its stages;
+    the kinds of the `steps` that changed its weights; and `input`, the same for the model that it was made from, or
+    None.
     """
     file, earlier = describe_file(folder) if folder is not None else None, model.steps
     before = model.find_record(INPUT)
@@ -99,7 +100,7 @@ def describe_input(model: TokenModel, folder: str | Path | None) -> dict[str, An
 
 
 def check_request(start: Start, request: PlanRequest) -> None:
-    """Raise an InputError for a way to find a plan that needs a dense model, before any work."""
+    """Raise an InputError if the way to find a plan requires a dense model, before any work is done."""
     if start.input is None or not request.searches:
         return
     budget = next(iter(request.budgets))
@@ -112,16 +113,16 @@ def check_request(start: Start, request: PlanRequest) -> None:
 
 
 def read_further_trims(start: Start, file: str) -> Trims:
-    """Return what a plan in a file trims: nothing where a compressed model is to lose tokens alone.
+    """Return the trims of a plan in a file; empty if only tokens of a compressed model are to be dropped.
 
     Raises:
-        InputError: the plan is for a model that was trimmed in another way than the one to go on from.
+        InputError: the plan is for a model with other trims than the one to start from.
     """
     trims = read_trims(file)
     if start.input is None:
         return trims
     present = find_trims(start.model.steps)
-    # A plan without trims may be for any model, but stages of other layers would be taken for those that are left.
+    # A plan without trims fits any model, but its stages would be applied to the remaining layers.
     if trims != present and (trims or present.layers):
         found = f"trims {trims.to_dict()}" if trims else "trims nothing"
         raise InputError(
@@ -132,10 +133,10 @@ def read_further_trims(start: Start, file: str) -> Trims:
 
 
 def check_further(start: Start, request: PlanRequest, plan: Plan) -> None:
-    """Check the plan for a model that is pruned already, and say what it has from the plan of that model.
+    """Check a plan for a model that is already pruned, and log what is taken over from the model's own plan.
 
     Raises:
-        InputError: the plan keeps tokens that the model has no more.
+        InputError: the plan keeps tokens that the model no longer has.
     """
     if start.input is None or not is_pruned(start.model):
         return

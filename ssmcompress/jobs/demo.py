@@ -1,4 +1,4 @@
-"""The whole chain on a small trained Vim and 2,000 images that come with the package."""
+"""The whole workflow on a small trained Vim and 2,000 images that come with the package."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def run_demo(
     """Prune the bundled model into a folder and export it.
 
     Args:
-        folder: the folder to write. command: recorded as how it was made. force: replace it if ssmcompress wrote it.
-        recipe: what makes, from the report, the content of a file by which the folder can be made again.
+        folder: output folder. command: recorded as the command that created it. force: replace the folder if
+            ssmcompress wrote it. recipe: function from the report to the content of a recipe file.
 
     Returns:
-        Its report, and the comparison with onnxruntime; None where the packages for ONNX files are not installed.
+        Its report, and the comparison with onnxruntime; None if the packages for ONNX files are not installed.
     """
     model = load(BUNDLED)
     line(f"pruning 60 % of the tokens after layer 2 of {len(model.blocks)} of a small Vim trained on Fashion-MNIST")

@@ -1,6 +1,7 @@
 """Warnings about figures: accuracy at chance or not measured in spite of masks, low agreement.
 
-All functions are pure: figures and facts in, lines out. Arguments are in backticks, as in errors of the library.
+All functions are pure: they take figures and facts and return lines. As in the library's errors, arguments are in
+backticks.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from ..tasks import CLASSIFICATION, Evaluation, Task
 from .report_refits import read_learning
 
 LOW_AGREEMENT = 50.0  # percent
-MANY = 32  # images, among which repetitions and missing classes are no accident
+MANY = 32  # number of images from which on repeated images and missing classes are not a coincidence
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is known of a model and of the images that it was measured on.
+    """Facts about a model and its evaluation images.
 
     Attributes:
-        task: what its outputs mean. classes: of its head. images: number of images measured on.
+        task: what its outputs mean. classes: of its head. images: number of evaluation images.
         assumed: which of mean and standard deviation are default values, by name.
         by_name: whether classes are numbered by name.
-        masks: number of masks, where the images have masks instead of labels.
+        masks: number of masks, if the images have masks instead of labels.
         own_images: whether the images are the user's, not sample photographs.
         pruned: whether it prunes. refitted: whether its later layers were reconstructed. tuned: whether it was
             fine-tuned.
@@ -46,7 +47,7 @@ class Subject:
 
     @classmethod
     def of(cls, model: TokenModel, images: Images, count: int) -> Subject:
-        """The facts about a model and the `count` images of a data set that it was measured on."""
+        """Return the facts about a model and the `count` images of a dataset that it was evaluated on."""
         refit, used = model.find_record("reconstruction"), model.preprocessing
         return cls(
             classes=model.config.num_classes,
@@ -75,7 +76,7 @@ def find_doubts(subject: Subject, dense: Evaluation | None, pruned: Evaluation |
 
 
 def doubt_accuracy(who: str, result: Evaluation | None, subject: Subject) -> list[str]:
-    """Return a warning if there are masks without a labelled pixel, or if the accuracy is at chance, with its causes.
+    """Return a warning if no mask has a labelled pixel, or if the accuracy is at chance, with possible causes.
 
     Args:
         result: the figures of the model; None: not measured.
@@ -101,7 +102,7 @@ def doubt_agreement(result: Evaluation, subject: Subject) -> list[str]:
 
 
 def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
-    """Return warnings about images to calibrate on that are too much alike for what is fitted to hold for others.
+    """Return warnings if the calibration images are too similar for a fit that generalises.
 
     Args:
         calibration: `images`, `distinct` and `classes`, {`seen`, `of`}, as a report has them.
@@ -119,7 +120,7 @@ def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
 
 
 def doubt_reconstruction(section: Mapping[str, Any]) -> list[str]:
-    """Return warnings about a reconstruction on too few images, or that does not hold for those measured on.
+    """Return warnings if a reconstruction used too few images or does not generalise to the evaluation images.
 
     Args:
         section: `reconstruction`, as a report has it.
@@ -145,7 +146,7 @@ def _describe_assumed(names: tuple[str, ...]) -> str:
 
 
 def _next(subject: Subject) -> str:
-    """The next lever, after those that were used."""
+    """Return what to try next, after the methods already used."""
     if not subject.pruned:
         return "compare with the dense model that this one was made from"
     if subject.refitted and subject.tuned:

@@ -1,4 +1,4 @@
-"""A model measured on images, as JSON."""
+"""Evaluation of a model on images, as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .requests import DataOptions, MeasureOptions
 def evaluate_model(
     model: TokenModel, data: DataOptions, measure: MeasureOptions, dense: TokenModel | None = None
 ) -> dict[str, Any]:
-    """A JSON object with the figures of the task, `images`, `data`, `warnings`, and `agreement` where `dense` is given.
+    """Return a JSON object with the figures of the task, `images`, `data`, `warnings`, and, with `dense`, `agreement`.
 
     Raises:
         InputError: no images, or images of other classes than the model's.

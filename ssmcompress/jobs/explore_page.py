@@ -1,4 +1,4 @@
-"""A web page that stands alone, to explore attention maps and kept tokens of one or more variants of a model."""
+"""A self-contained web page to explore attention maps and kept tokens of one or more variants of a model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from ..errors import InputError, escape_control
 
-# In JSON these characters occur in strings only, where an escape means the same: no text ends the <script> around it.
+# In JSON, these characters occur only in strings, where they can be escaped: no text can end the <script> element.
 ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 def render_page(value: Mapping[str, Any]) -> str:
-    """Return an HTML page that shows `value` and loads nothing: style, script, data and pictures are inside it.
+    """Return an HTML page that shows `value` and loads nothing: style, script, data and pictures are embedded.
 
     Args:
-        value: JSON values only; all texts may be hostile, and are shown as text. Numbers are embedded with all their
-            digits: round maps before, where the size of the page matters.
+        value: only JSON values; texts are untrusted and are always displayed as text. Numbers are embedded with all
+            their digits: round the maps beforehand if the size of the page matters.
 
-            - `title`, `architecture`, `method`, `reader` (the token that a map is the view of), `rule` (how the images
-              were chosen): texts. `layers`: those that maps are made of. `data`: `name`, `images`, `labelled`.
+            - `title`, `architecture`, `method`, `reader` (the token that a map belongs to), `rule` (how the images
+              were chosen): texts. `layers`: the layers used for the maps. `data`: `name`, `images`, `labelled`.
             - `grid`: (rows, columns) of patches; everything called a grid below has this size.
             - `stages`: each `after` (a layer), `kept`, `of`, `importance`; empty for a dense model.
             - `variants`: each `name` and `figures` of the whole set: `accuracy` in percent, `correlation`,
@@ -44,7 +44,7 @@ def render_page(value: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("ssmcompress.jobs"), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    # Only texts that are there without scripts are escaped here; the script does the same with all others.
+    # Only texts shown without scripts are escaped here; the script does the same for all others.
     return environment.get_template("explore.html").render(
         title=escape_control(value["title"]), value=Markup(_embed(value))
     )
@@ -64,7 +64,7 @@ def _embed(value: Mapping[str, Any]) -> str:
 
 
 def _list_not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Yield where in a JSON value the numbers are that JSON does not have, and what they are."""
+    """Yield the paths and values of numbers that JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         yield path, value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A model exported as one file, next to it or in its folder, and noted in its report."""
+"""Export of a model as one file, next to it or in its folder, recorded in its report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .report import read_report, record_export
 
 
 def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path:
-    """The file that an export of a model folder or checkpoint writes, checked before the long work.
+    """Return the file that an export of a model folder or checkpoint writes, checked before the long work.
 
-    By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file. Both
-    go into the working folder for a model of the Hub.
+    By default ONNX goes into a model folder, a .safetensors file next to it, and both next to a checkpoint file. For a
+    model on the Hub, both go into the working directory.
 
     Raises:
-        InputError: the file exists, cannot be written, is what is read, or has the suffix of another kind.
+        InputError: the file exists, cannot be written, is the input, or has the suffix of another kind.
     """
     path, suffix = Path(model), ".onnx" if onnx else ".safetensors"
     if output is not None:
@@ -43,10 +43,10 @@ def choose_file(model: str, output: str | None, onnx: bool, force: bool) -> Path
 
 
 def export_weights(model: TokenModel, source: str, file: Path, force: bool) -> None:
-    """Write a self-describing .safetensors file, with the report of the folder `source` where it has one."""
+    """Write a self-describing .safetensors file, including the report of the folder `source` if there is one."""
     try:
         report = json.dumps(read_report(source)[1])
-    except InputError:  # a model without a report is still a model
+    except InputError:  # a report is optional
         report = None
     write_file(file, serialise(model, report), force, MODEL)
 
@@ -54,10 +54,10 @@ def export_weights(model: TokenModel, source: str, file: Path, force: bool) -> N
 def export_graph(
     model: TokenModel, source: str, file: Path, options: OnnxOptions, *, dense: TokenModel | None, force: bool
 ) -> Exported:
-    """Write a verified ONNX file, and note it in the report of the folder `source`.
+    """Write a verified ONNX file, and record it in the report of the folder `source`.
 
     Raises:
-        VerificationError: the graph computes something else; no file is written.
+        VerificationError: the outputs of the graph differ; no file is written.
     """
     result = export_onnx(model, file, options, dense=dense, force=force)
     record_export(source, file, result)

@@ -1,4 +1,4 @@
-"""The plan that `prune` is asked for: made, read from a file, or searched for."""
+"""The plan for `prune`: generated, read from a file, or found by a search."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .search import SearchRequest, SearchResult, search_plan
 
 @dataclass(frozen=True)
 class FoundPlan:
-    """What to do, the search that found it, and the images that were chosen for that; None where there were none.
+    """A plan, the search that found it, and the images chosen for it; None without a search or images.
 
     Attributes:
-        plan: what to do with tokens; without stages, nothing. trims: what else is trimmed.
+        plan: what to do with tokens; no stages if nothing. trims: what else is trimmed.
     """
 
     plan: Plan
@@ -39,10 +39,10 @@ class FoundPlan:
 
 
 def find_plan(model: TokenModel | Start, request: PruneRequest) -> FoundPlan:
-    """Make, read or search for the plan that is asked for.
+    """Generate, read or search for the requested plan.
 
     Args:
-        model: the dense model, or what a compression goes on from.
+        model: the dense model, or the starting point of a compression.
 
     Raises:
         BudgetError: a budget that cannot be reached. InputError: a plan that does not fit the model.
@@ -88,7 +88,7 @@ def _find_plan(start: Start, request: PruneRequest) -> FoundPlan:
         ratio = asked.ratio or (DEFAULT_RATIO,)
         plan = make_plan(model, ratio=ratio[0] if len(ratio) == 1 else ratio, **parts)
         return FoundPlan(model.check_plan(replace(plan, reenter=asked.reenter or plan.reenter)))
-    # Reports bad stages before the range is computed from them.
+    # Report invalid stages before they are used to compute the range.
     stages = tuple(stage.after for stage in make_plan(model, **parts).stages)
     images = choose_images(model, options.data, options.finetune is not None)
     corrected = images.wants_reconstruction(options.reconstruct) or has_corrections(model)
@@ -101,7 +101,7 @@ def _find_plan(start: Start, request: PruneRequest) -> FoundPlan:
 
 
 def _search_request(request: PlanRequest, axes: tuple[str, ...]) -> SearchRequest:
-    """What the search for a plan is asked for."""
+    """Convert the request for a plan to a search request."""
     aligned = request.align is not False
     return SearchRequest(
         flops=request.flops,

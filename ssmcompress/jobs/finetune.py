@@ -1,4 +1,4 @@
-"""Fine-tuning as a job: a pruned model and images in, a folder with the better model and its report out."""
+"""Fine-tuning as a job: from a pruned model and images to a folder with the improved model and its report."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def finetune_folder(
     *,
     dense: TokenModel | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a pruned model and write a folder with the best and the last weights; returns the report in it.
+    """Fine-tune a pruned model and write a folder with the best and the last weights; return its report.
 
     Args:
         model: pruned.
-        output: the folder to write. While the run lasts, its state is in a file next to it, `OUTPUT.training.pt`.
-        data: `data` to learn from, `eval_data` to measure on; without the latter, a tenth of `data` is kept for that.
-        dense: the teacher (unless `options` want none), and what the report compares with; None: the labels alone.
+        output: the folder to write. During the run, the state is in a file next to it, `OUTPUT.training.pt`.
+        data: `data` to train on, `eval_data` to evaluate on; without `eval_data`, a tenth of `data` is held out.
+        dense: the teacher (unless `options` disable it), and the baseline of the report; None: train on labels only.
 
     Raises:
         InputError: data, model or output that cannot be used.
         SsmCompressError: the loss is not finite.
-        KeyboardInterrupt: after the state was saved.
+        KeyboardInterrupt: after the state has been saved.
     """
     target = output if isinstance(output, FinetuneTarget) else FinetuneTarget(Path(output))
     check_model(model)
@@ -66,7 +66,7 @@ def finetune_folder(
     if target.resume:
         run = describe_run(model, options, data, dense)
         if is_interrupted(target, run):
-            target = replace(target, force=True)  # the run that left the state was allowed to write the folder
+            target = replace(target, force=True)  # the interrupted run was allowed to write the folder
         elif (finished := find_finished(model, target, run, data)) is not None:
             line(f"{target.path} is finished")
             return finished
@@ -85,11 +85,11 @@ def tune_folder(
     earlier: Mapping[str, Any],
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Run the step `Finetune` on a model, measure, and write the folder; returns the report in it.
+    """Run the step `Finetune` on a model, evaluate it, and write the folder; return its report.
 
     Args:
-        earlier: the report of `model`, {} where it has none.
-        name: what the report calls `model`; None: after what was done to it last.
+        earlier: the report of `model`, {} if there is none.
+        name: column name of `model` in the report; None: named after the last step applied to it.
     """
     target.prepare(data)
     images = split_training_images(model, data)
@@ -97,7 +97,7 @@ def tune_folder(
         images = check_masks(images)
     training, together = images.training, processes.count() > 1
     warn_about_classes(training, model.config.num_classes)
-    # Before the training, so that images that change meanwhile are not taken for those that were learnt from.
+    # Before the training, so that images changed during the run are not recorded as the training images.
     measured_on = None if data.eval_data is None else images.measured.source
     run = describe_run(model, options, data, dense) | sign_run(training.source, measured_on, data)
     context = Context(
@@ -134,7 +134,7 @@ def tune_folder(
 
 
 def snapshot_name(model: TokenModel) -> str:
-    """What reports call a model that is fine-tuned next."""
+    """Return the name in reports of a model that is about to be fine-tuned."""
     done = {step.kind: step for step in list_own_steps(model.steps)}
     if "finetuning" in done:
         return "before"
@@ -146,10 +146,10 @@ def snapshot_name(model: TokenModel) -> str:
 
 
 def check_masks(images: TrainingImages) -> TrainingImages:
-    """Return the images for training by labels alone, without those held out if none of their pixels has a label.
+    """Return the training images for training on labels only; unlabelled held-out images are removed.
 
     Raises:
-        InputError: no pixel of the images to learn from has a label, or a mask cannot be used.
+        InputError: no pixel of the training images has a label, or a mask cannot be used.
     """
     training, held_out = images.training, images.held_out
     empty, name = training.source.empty_masks > 0, training.source.name
@@ -167,7 +167,7 @@ def check_masks(images: TrainingImages) -> TrainingImages:
 
 
 def warn_about_classes(training: Batches, num_classes: int) -> None:
-    """Say which of the model's classes no image to learn from has; masks are not read for that."""
+    """Warn about classes of the model that no training image has; masks are not read for this."""
     labels = training.source.labels
     if labels is None:
         return
@@ -180,9 +180,9 @@ def warn_about_classes(training: Batches, num_classes: int) -> None:
 
 
 def read_earlier(folder: Path | None) -> dict[str, Any]:
-    """The report of the model that is fine-tuned, {} where it has none."""
+    """Return the report of the model to be fine-tuned, {} if there is none."""
     try:
-        # As a text, for a model of the Hub comes as a path, too.
+        # Converted to text, since a model on the Hub is also given as a path.
         return read_report(folder.as_posix())[1] if folder is not None else {}
     except SsmCompressError:
         return {}
@@ -190,7 +190,7 @@ def read_earlier(folder: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def _logger(folder: str | None) -> Iterator[Callable[[dict[str, float], int], None] | None]:
-    """A function that writes figures for TensorBoard, in the main process; None without a folder."""
+    """Yield a function that logs metrics to TensorBoard in the main process; None without a folder."""
     if folder is None or not processes.is_main():
         yield None
         return

@@ -1,4 +1,4 @@
-"""A run of fine-tuning: how and where to, and whether a state or a folder that is there already is of this run."""
+"""A fine-tuning run: its options and target, and whether an existing state or folder belongs to it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from .requests import DataOptions
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """How to fine-tune.
+    """Options of fine-tuning.
 
     Attributes:
-        recipe: everything about the training itself. teacher: whether the dense model teaches.
+        recipe: all training settings. teacher: whether the dense model is the teacher.
         tensorboard: folder to log to for TensorBoard, or None.
     """
 
@@ -43,31 +43,31 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class FinetuneTarget(Target):
-    """The folder to write, and what may be there already.
+    """The folder to write, and how to treat existing content.
 
     Attributes:
-        inside: a fine-tuning may replace the folder that the model was read from, with `force` or `resume`.
-        resume: continue from the state of an interrupted run, if there is one; a finished run returns at once.
+        inside: folder that the model was loaded from; fine-tuning may replace it with `force` or `resume`.
+        resume: continue from the state of an interrupted run, if there is one; a finished run returns immediately.
     """
 
     resume: bool = False
 
     @property
     def state(self) -> Path:
-        """Where the state of the run is kept while it lasts."""
+        """The file that holds the state during the run."""
         path = self.path if self.path.name else self.path.resolve()  # "." has no name
         return path.with_name(f"{path.name}.training.pt")
 
     @property
     def results(self) -> Path:
-        """Where results of a search and a reconstruction are kept while they last."""
+        """The file that holds results of a search and a reconstruction during the run."""
         return self.state.with_name(self.state.name.removesuffix(".training.pt") + ".results")
 
     def prepare_results(self) -> None:
-        """Check for results of an interrupted run before the long work; with `force`, remove them.
+        """Check for results of an interrupted run before the long work; `force` removes them.
 
         Raises:
-            InputError: there are some, and neither `resume` nor `force`; or the folder holds anything else.
+            InputError: there are some, and neither `resume` nor `force` is set; or it contains something else.
         """
         if not processes.is_main() or not self.results.exists():
             return
@@ -84,19 +84,19 @@ class FinetuneTarget(Target):
 
     @property
     def may_replace(self) -> bool:
-        """Whether a folder that is there may be replaced."""
+        """Whether an existing folder may be replaced."""
         return self.force or (self.resume and self.in_place)
 
     @property
     def in_place(self) -> bool:
-        """Whether the folder is the one that the model was read from."""
+        """Whether the folder is the one that the model was loaded from."""
         return self.inside is not None and self.path.exists() and self.path.resolve() == self.inside.resolve()
 
     def prepare(self, data: DataOptions) -> None:
-        """Check the folder and the state before the long work; with `force`, remove an old state.
+        """Check the folder and the state before the long work; `force` removes an old state.
 
         Raises:
-            InputError: the folder cannot be written, or there is a state and neither `resume` nor `force`.
+            InputError: the folder cannot be written, or there is a state and neither `resume` nor `force` is set.
         """
         if not processes.is_main():
             return
@@ -111,30 +111,30 @@ class FinetuneTarget(Target):
 
 
 def is_interrupted(target: FinetuneTarget, run: Mapping[str, Any]) -> bool:
-    """Whether there is a state of `run` (`describe_run`), and not because it was ended while it wrote the folder.
+    """Return whether `run` (`describe_run`) left a state, except one from being killed while writing the folder.
 
     Raises:
-        InputError: the file is no state.
+        InputError: the file is not a state.
     """
     if not is_state_of(target.state, _select_training(run)):
         return False
     written = target.path / CONFIG_FILE
-    # A folder that is newer than the state may be another's. In place, the state began with the model that is there.
+    # A folder newer than the state may belong to another run. In place, the state started from the model in the folder.
     return target.in_place or not written.exists() or written.stat().st_mtime <= target.state.stat().st_mtime
 
 
 def find_finished(
     model: TokenModel, target: FinetuneTarget, run: Mapping[str, Any], data: DataOptions
 ) -> dict[str, Any] | None:
-    """The report of a folder that this very run has written, None if it holds no fine-tuned model.
+    """Return the report of a folder written by this same run; None if it contains no fine-tuned model.
 
-    A state of that run, which is left over if it was ended while it wrote the folder, is removed.
+    A state of that run, left over if it was killed while writing the folder, is removed.
 
     Args:
-        run: the present one (`describe_run`).
+        run: the current one (`describe_run`).
 
     Raises:
-        InputError: another run has written it.
+        InputError: the folder was written by another run.
     """
     try:
         record = json.loads(read_text(target.path / CONFIG_FILE))["pruning"]["finetuning"]
@@ -148,7 +148,7 @@ def find_finished(
         raise InputError(f"{target.path} holds a fine-tuned model that does not say what it was made from; {way_out}")
     measured = None if data.eval_data is None else open_for(model, data.eval_data, data)
     expected = {**run, **sign_run(open_for(model, data.data, data), measured, data)}
-    if target.in_place:  # the model that the run began with was replaced by its result
+    if target.in_place:  # the initial model of the run was replaced by its result
         del expected["model"]
     if differences := describe_differences(written, expected):
         raise InputError(f"{target.path} holds another fine-tuned model, with {', '.join(differences)}; {way_out}")
@@ -161,7 +161,7 @@ def find_finished(
 def describe_run(
     model: TokenModel, options: FinetuneOptions, data: DataOptions, dense: TokenModel | None
 ) -> dict[str, Any]:
-    """What a fine-tuned folder is made from, apart from the images, for `describe_differences`: a JSON object.
+    """Return a JSON object for `describe_differences` with the inputs of a fine-tuned folder, except the images.
 
     Args:
         model: the model to start from.
@@ -177,15 +177,15 @@ def describe_run(
 
 
 def _select_training(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `describe_run` a state is bound to: a dense model that does not teach is not in it."""
+    """Return the part of `describe_run` that a state depends on; a dense model that is not the teacher is excluded."""
     return {name: value for name, value in run.items() if name != "dense"}
 
 
 def sign_run(images: Images, measured: Images | None, data: DataOptions) -> dict[str, Any]:
-    """What images a fine-tuned folder is made from, a JSON object; read by all processes.
+    """Return a JSON object that identifies the images of a fine-tuned folder; they are read by all processes.
 
     Args:
-        images: those to learn from, all that `data` names. measured: those of `eval_data`.
+        images: the training images, all that `data` names. measured: the images of `eval_data`.
     """
     return {"images": _sign(images, data), "eval_images": None if measured is None else _sign(measured, data)}
 

@@ -1,4 +1,4 @@
-"""The folder that a job writes: its name, whether it can be written, and writing it whole or not at all."""
+"""The output folder of a job: its name, whether it can be written, and writing it atomically."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class Target:
     """A folder to write.
 
     Attributes:
-        path: where. force: replace it if ssmcompress wrote it. command: recorded as how it was made.
-        recipe: content of a file by which the folder can be made again, or what makes it from the report; "": there is
-            none.
-        inside: the folder that a compressed model was read from, to be pruned further or fine-tuned.
+        path: where. force: replace it if ssmcompress wrote it. command: recorded as the command that created it.
+        recipe: content of a recipe file, or a function that creates it from the report; "": none.
+        inside: the folder of a compressed model that is pruned further or fine-tuned.
     """
 
     path: Path
@@ -43,10 +42,10 @@ class Target:
     inside: Path | None = None
 
     def check(self, model: TokenModel, data: DataOptions) -> None:
-        """Find out before the long work whether the folder can be written.
+        """Check whether the folder can be written, before the long work.
 
         Raises:
-            InputError: it exists, cannot be written, or is or holds what is read.
+            InputError: it exists, cannot be written, or is or contains an input.
         """
         inputs = [data.data, data.eval_data, self.inside]
         if model.source is not None:
@@ -56,10 +55,10 @@ class Target:
 
 
 def folder_name(checkpoint: str | Path, choices: Mapping[str, Any]) -> str:
-    """The default name of a compressed model: the checkpoint's, then what was chosen: `vim-r0.30-s2-4-6-seed1`.
+    """Return the default folder name of a compressed model: `vim-r0.30-s2-4-6-seed1` for a checkpoint `vim`.
 
     Args:
-        choices: label -> what was chosen (a text, a number or several), None where nothing was.
+        choices: label -> value (a text, a number or several), None to omit it.
     """
 
     def text(value: Any) -> str:
@@ -77,10 +76,10 @@ def write_folder(
 ) -> None:
     """Write the folder of `measured.models["pruned"]`: the model, its report, a model card and pictures.
 
-    There is a picture of kept tokens if the model drops any, one of segments if it is for segmentation, and a chart of
-    the axes if a search measured them.
+    The pictures show kept tokens if the model drops any, segments for a segmentation model, and a chart of the axes if
+    a search measured them.
 
-    Only the main process writes. The model then names the images it was measured on as its own, unless they stood in.
+    Only the main process writes. The evaluation images become the model's default images, unless they are samples.
 
     Args:
         files: further files, name -> content.

@@ -1,4 +1,4 @@
-"""Videos as pictures: their frames next to each other, in rows, from left to right and from top to bottom."""
+"""Videos as pictures: their frames in rows, from left to right and from top to bottom."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..models.base import TokenModel
 
 
 def count_times(model: TokenModel) -> int:
-    """Return the number of patches that lie at the same place in different frames; 1: inputs are images."""
+    """Return the number of patches at the same position in different frames; 1: inputs are images."""
     return 1 if model.frames is None else model.config.grid[0] // model.config.frame_grid[0]
 
 
 def count_columns(times: int) -> int:
-    """Return the number of frames in a row of a picture: the divisor of `times` from its square root on."""
+    """Return the number of frames per row of a picture: the smallest divisor of `times` from its square root on."""
     return next(count for count in range(math.isqrt(times - 1) + 1, times + 1) if times % count == 0)
 
 
 def tile_frames(values: Tensor, times: int) -> Tensor:
-    """Return values (..., times * rows, columns), of frames below each other, with the frames in rows."""
+    """Rearrange values (..., times * rows, columns), with frames stacked vertically, so that frames are in rows."""
     if times == 1:
         return values
     across = count_columns(times)
@@ -36,7 +36,7 @@ def find_grid(model: TokenModel) -> tuple[int, int]:
 
 
 def to_picture(model: TokenModel, image: Tensor) -> Tensor:
-    """Return an input as an image (channels, height, width); of a video, the first frame of each patch."""
+    """Convert an input to an image (channels, height, width); for a video, the first frame of each patch."""
     if image.ndim == 3:
         return image
     times = count_times(model)

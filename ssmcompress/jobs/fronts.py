@@ -1,4 +1,4 @@
-"""What each row of a comparison of several models is worth: the best row at its FLOPs, and at its latency."""
+"""Ranking of the rows in a comparison of several models: the best row at the same FLOPs and at the same latency."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 from ..tasks import Task
 
-# Keys of rows that `place_rows` adds and that have a column in the CSV file.
+# Keys that `place_rows` adds to rows and that are columns of the CSV file.
 COLUMNS = (
     "quiet_ms", "images_per_second", "speed_up", "flops_front", "flops_points", "latency_front", "latency_points",
 )  # fmt: skip
 
 
 def place_rows(rows: Sequence[Mapping[str, Any]], task: Task) -> list[dict[str, Any]]:
-    """Return rows of several models with what they cost in seconds and how they compare at equal cost.
+    """Return rows of several models with their cost in time and their rank at equal cost.
 
     Args:
         rows: each with `model`, `method`, `ratio`, the figures of the task, `flops`, `latency_ms` and `latency_share`.
 
     Returns:
-        Copies of the rows with `speed_up`, relative to the own dense model; `quiet_ms`, the latency that follows from
-        it and from the shortest time that this dense model took next to any of its rows; `images_per_second`, from
-        that; and for each cost, `flops` and `latency`: `flops_front`, whether no row that costs at most as much is
-        better, and no cheaper one as good; `flops_points`, the distance in points of the task's quality to the best row
-        that costs at most as much, 0 or below; and `flops_best`, the `model`, `method` and `ratio` of that row. All are
-        None where the cost or the quality was not measured.
+        Copies of the rows with `speed_up`, relative to the row's own dense model; `quiet_ms`, the latency computed from
+        it and from the shortest time of this dense model next to any of its rows; `images_per_second`, from `quiet_ms`;
+        and for each cost, `flops` and `latency`: `flops_front`, whether no row of at most the same cost is better, and
+        no cheaper one equally good; `flops_points`, the difference in points of the task's quality to the best row of
+        at most the same cost, 0 or below; and `flops_best`, the `model`, `method` and `ratio` of that row. All are None
+        if the cost or the quality was not measured.
 
-        Without labels, the quality is the likeness to the own dense model, and only rows of one model are compared.
+        Without labels, the quality is the similarity to the own dense model, and only rows of one model are compared.
     """
     rows, labelled = _add_speed(rows), has_labels(rows, task)
     groups = [rows]
@@ -43,12 +43,12 @@ def place_rows(rows: Sequence[Mapping[str, Any]], task: Task) -> list[dict[str, 
 
 
 def has_labels(rows: Sequence[Mapping[str, Any]], task: Task) -> bool:
-    """Return whether rows were measured by labels, not by the likeness to the dense model alone."""
+    """Return whether rows were evaluated with labels, not only by their similarity to the dense model."""
     return any(row.get(task.quality) is not None for row in rows)
 
 
 def read_quality(row: Mapping[str, Any], task: Task, labelled: bool) -> float | None:
-    """Return the quality of a row in percent, or without labels the likeness to its dense model; None: not measured."""
+    """Return the quality of a row in percent, without labels its similarity to the dense model; None: not measured."""
     if row.get("failed"):
         return None
     if labelled:
@@ -62,12 +62,12 @@ def gigaflops(row: Mapping[str, Any]) -> float | None:
 
 
 def milliseconds(row: Mapping[str, Any]) -> float | None:
-    """Return the latency of a row that `place_rows` returned, at batch 1; None if it was not timed."""
+    """Return the latency of a row of `place_rows` at batch size 1; None if it was not timed."""
     return row.get("quiet_ms")
 
 
 def time_dense(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Return the milliseconds that the dense model of some rows took next to each of them."""
+    """Return the latencies of the dense model in milliseconds, measured next to each row."""
     pairs = ((row.get("latency_ms"), row.get("latency_share")) for row in rows)
     return [latency / share for latency, share in pairs if latency and share]
 
@@ -75,9 +75,9 @@ def time_dense(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 def _add_speed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return rows with `quiet_ms`, `images_per_second` and `speed_up`.
 
-    Other work on the machine slows down a row and the dense model next to it alike. So their ratio holds, and times of
-    rows that were measured at different moments are comparable by way of it: on a machine with twice as many processes
-    as cores, a dense model took 6 to 15 ms next to the rows of one comparison.
+    Other load on the machine slows down a row and the dense model timed next to it equally, so their ratio is reliable
+    and makes rows comparable that were timed at different moments: on a machine with twice as many processes as cores,
+    a dense model took 6 to 15 ms next to the rows of one comparison.
     """
     quiet: dict[str, float | None] = {}
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -105,7 +105,7 @@ def _place(
         if best is None or quality > values[best][1]:
             best = number
         name = {key: rows[best][key] for key in ("model", "method", "ratio")}
-        front = (cost, quality) == values[best]  # two rows may coincide
+        front = (cost, quality) == values[best]  # two rows may be equal
         places[number] = {"front": front, "points": quality - values[best][1], "best": name}
     return places
 
@@ -113,7 +113,7 @@ def _place(
 def list_front(
     rows: Sequence[Mapping[str, Any]], cost_of: Callable[[Mapping[str, Any]], float | None], task: Task, labelled: bool
 ) -> list[Mapping[str, Any]]:
-    """Return the rows that no other one beats at its cost, the cheapest first; of equal ones the first."""
+    """Return the rows on the Pareto front in order of cost; of equal ones the first."""
     found: dict[tuple[float, float], Mapping[str, Any]] = {}
     for row, place in zip(rows, _place(rows, cost_of, task, labelled), strict=True):
         if place["front"]:

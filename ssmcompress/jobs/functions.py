@@ -1,4 +1,4 @@
-"""Jobs as functions for Python: `search` finds a plan for a budget, `compare` sets methods next to each other."""
+"""Jobs as Python functions: `search` finds a plan for a budget, `compare` compares methods."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def search(
     alignment: Alignment | bool = True,
     reconstruct: bool = True,
 ) -> Plan:
-    """Search for the plan that loses least within a budget, and calibrate it.
+    """Search for the plan with the smallest loss within a budget, and calibrate it.
 
     Args:
         model: the dense model.
-        data: as `ssmcompress.calibrate` takes it; 1,024 images of it are used at most. Tensors and loaders are read
-            into memory, up to 4 GiB.
+        data: as for `ssmcompress.calibrate`; at most 1,024 images are used. Tensors and loaders are read into memory,
+            up to 4 GiB.
         flops, latency: share of the dense model's to keep, above 0 and below 1; give one of them.
         stages, importance: the layers and the metric to choose from; None: all.
         alignment: as for `make_plan`.
-        reconstruct: whether the model is reconstructed afterwards: plans are then judged for that, and the budget
-            leaves room for the corrections.
+        reconstruct: whether the model will be reconstructed: plans are then evaluated for that, and the budget leaves
+            room for the corrections.
 
     Returns:
         A plan for `prune`, with its calibration.
@@ -86,14 +86,14 @@ def fit_budget(
     flops_backbone: float | None = None,
     axes: Sequence[str] | None = None,
 ) -> TokenModel:
-    """Compress a dense model to a budget along several axes, and reconstruct it; the argument is not changed.
+    """Compress a dense model to a budget along several axes and reconstruct it; the argument is not modified.
 
     Args:
         model: the dense model.
-        data: as `ssmcompress.calibrate` takes it; 1,024 images of it are used at most, and with `max_drop` 4,096 others
-            to judge by. Tensors and loaders are read into memory, up to 4 GiB.
-        flops, latency: share of the dense model's to keep, above 0 and below 1. max_drop: percentage points that may be
-            lost. flops_backbone: share of the FLOPs of a segmentation model's backbone to keep. Give one of them.
+        data: as for `ssmcompress.calibrate`; at most 1,024 images are used, and with `max_drop` up to 4,096 others to
+            measure the drop. Tensors and loaders are read into memory, up to 4 GiB.
+        flops, latency: share of the dense model's to keep, above 0 and below 1. max_drop: maximum loss in percentage
+            points. flops_backbone: share of the FLOPs of a segmentation model's backbone to keep. Give one of them.
         axes: what may be trimmed, among "states", "channels", "layers" and "tokens"; None: all that the model has.
 
     Raises:
@@ -144,14 +144,14 @@ def compare(
     """Compare methods on a dense model, at the same FLOPs and on the same images.
 
     Args:
-        data: images to calibrate on, as for `search`; without `eval_data`, half of them at most, and the methods are
-            measured on the others.
-        ratios: shares of the tokens to remove at each stage. flops: shares of the FLOPs to keep, instead of these.
+        data: calibration images, as for `search`; without `eval_data`, at most half of them are used, and the methods
+            are evaluated on the others.
+        ratios: shares of the tokens to remove at each stage. flops: shares of the FLOPs to keep, instead of `ratios`.
         methods: names of methods (`ssmcompress.jobs.methods.NAMES`); None: those without search and reconstruction.
-        eval_data: images to measure on, with labels or without.
-        output: folder for the rows, as JSON and CSV, and charts; a comparison that is there is continued. None: nothing
-            is kept.
-        force: start afresh in a folder that has another comparison.
+        eval_data: evaluation images, with or without labels.
+        output: folder for the rows, as JSON and CSV, and charts; an existing comparison is resumed. None: nothing is
+            saved.
+        force: overwrite the folder if it contains another comparison.
 
     Returns:
         A JSON object with the `rows`: for each method and level the `method`, `ratio`, the figures of the task (`top1`,
@@ -185,7 +185,7 @@ def _check_shares(name: str, values: Sequence[Any]) -> None:
 
 
 def _split(data: Batches, measured: Batches | None) -> CalibrationImages:
-    """Return images to calibrate on and to measure on; without `measured`, half of `data` at most is calibrated on."""
+    """Return images for calibration and evaluation; without `measured`, at most half of `data` is for calibration."""
     count = len(data.index)
     if count < (2 if measured is None else 1):
         raise InputError(f"{data.source.name} has {count} images: expected one to calibrate and one to measure on")

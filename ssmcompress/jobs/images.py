@@ -1,4 +1,4 @@
-"""Which images a job calibrates on, learns from, holds out and measures on."""
+"""Selection of the calibration, training, held-out and evaluation images of a job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..models.learnt import LearntFrom, learnt_from
 from ..progress import note
 from .requests import DataOptions
 
-# One in HELD_OUT_SHARE training images chooses the best epoch, at most HELD_OUT_MOST; fewer than HELD_OUT_LEAST do not.
+# One in HELD_OUT_SHARE training images selects the best epoch, at most HELD_OUT_MOST; below HELD_OUT_LEAST none do.
 HELD_OUT_SHARE, HELD_OUT_MOST, HELD_OUT_LEAST = 20, 1024, 32
-# Images to judge a loss by: of 4,096, a difference between two models that disagree on 5 % has a standard error of 0.35
-# points. Fewer than JUDGED_LEAST are not worth more than those of the search.
+# Images to measure a drop on: with 4,096, a difference between two models that disagree on 5 % has a standard error of
+# 0.35 points. Fewer than JUDGED_LEAST are no better than those of the search.
 JUDGED_MOST, JUDGED_LEAST = 4096, 256
-# One in ten images is measured on, at most MEASURED_MOST. To find as many that were not learnt from, LOOKED_SHARE times
-# as many are read, or LOOKED_LEAST.
+# One in ten images is for evaluation, at most MEASURED_MOST. To find as many that were not trained on, LOOKED_SHARE
+# times as many are read, or LOOKED_LEAST.
 MEASURED_MOST, LOOKED_SHARE, LOOKED_LEAST = 5000, 4, 4096
 
 
@@ -32,9 +32,9 @@ class CalibrationImages:
     """Images for a compression.
 
     Attributes:
-        calibration: this process's share of the images to calibrate on. measured: its share of those to measure on.
-        count: images to calibrate on over all processes.
-        judged: images to judge a loss by that are neither of these; None: there are none, or none are needed.
+        calibration: this process's shard of the calibration images. measured: its shard of the evaluation images.
+        count: number of calibration images over all processes.
+        judged: images to measure a drop on, disjoint from these; None: there are none, or none are needed.
     """
 
     calibration: Batches
@@ -44,27 +44,27 @@ class CalibrationImages:
 
     @property
     def source(self) -> Images:
-        """Where the images to calibrate on come from."""
+        """The dataset of the calibration images."""
         return self.calibration.source
 
     def wants_reconstruction(self, asked: bool | None) -> bool:
-        """Whether to reconstruct: as asked; by default where the images are the user's own, two of them at least."""
+        """Return whether to reconstruct: as requested; by default if there are two or more images of the user's own."""
         return asked if asked is not None else not self.source.stand_in and self.count > 1
 
     def gap_source(self, asked: str | None, planned: str | None = None) -> str:
-        """The gap source: as asked, else as planned, else "calibrated" where the images are the user's own."""
+        """Return the gap source: as requested, else as planned, else "calibrated" for images of the user's own."""
         return asked or planned or ("bias" if self.source.stand_in else "calibrated")
 
 
 def choose_images(
     model: TokenModel, options: DataOptions, training: bool = False, judged: bool = False
 ) -> CalibrationImages:
-    """Choose images to calibrate on and images to measure on: others of the same data, unless `eval_data` names some.
+    """Choose images for calibration and evaluation: disjoint subsets of the same data, unless `eval_data` is given.
 
     Args:
-        training: whether the same images will be learnt from: then as many as possible are kept for that. A model that
-            was fine-tuned is measured on images that it did not learn from, as far as there are any.
-        judged: whether further images are needed to judge a loss by: at most half of those left, and JUDGED_MOST.
+        training: whether the same data will be trained on, in which case as much as possible is kept for that. A
+            fine-tuned model is evaluated on images that it was not trained on, as far as there are any.
+        judged: whether further images are needed to measure a drop: at most half of the rest, and JUDGED_MOST.
 
     Raises:
         InputError: no images, too few of them, or images of other classes than the model's.
@@ -78,14 +78,14 @@ def choose_images(
         tuned = model.find_record("finetuning") is not None
         if training or tuned:
             train, rest = train_test_split(len(images), options.seed)
-            if tuned:  # on all images but a tenth, so half of them cannot be measured on
+            if tuned:  # trained on all but a tenth of the images, so half of them cannot be used for evaluation
                 rest = choose_measured(images, learnt_from(model), options)
                 train = sorted(set(range(len(images))) - set(rest))
             chosen = [train[i] for i in sample_indices(len(train), options.samples, options.seed)[0]]
         else:
             count = min(options.samples, len(images) // 2)
             chosen, rest = sample_indices(len(images), count, options.seed)
-        if not any(images.readable(i) for i in chosen):  # of a few images, those chosen may be the damaged ones
+        if not any(images.readable(i) for i in chosen):  # with few images, those chosen may all be damaged
             spare = [i for i in rest if images.readable(i)][:1]
             chosen, rest = [*chosen, *spare], [i for i in rest if i not in spare]
         others = images
@@ -109,7 +109,7 @@ def choose_images(
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images for fine-tuning: to learn from, to choose the epoch by (or None), to measure on (the last two sharded)."""
+    """Images for fine-tuning: to train on, to select the epoch (or None), to evaluate on (the last two sharded)."""
 
     training: Batches
     held_out: Batches | None
@@ -117,7 +117,7 @@ class TrainingImages:
 
 
 def split_training_images(model: TokenModel, options: DataOptions) -> TrainingImages:
-    """Split images into those to learn from, to choose the epoch by and to measure on.
+    """Split images into training images, images to select the epoch, and evaluation images.
 
     Raises:
         InputError: too few images, or images of other classes than the model's.
@@ -157,11 +157,11 @@ def _count_measured(size: int) -> int:
 
 
 def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) -> list[int]:
-    """Return the indices of images to measure on, in ascending order, none of them learnt from where that is known.
+    """Return the indices of evaluation images in ascending order, excluding known training images.
 
-    They are those that `train_test_split` holds out. Others take the place of those that were learnt from; if there are
-    too few others, there are fewer to measure on, and if there are none, those that were learnt from are measured on.
-    A note says what was left out or could not be.
+    They are the held-out images of `train_test_split`. Any of them that were trained on are replaced by others. If
+    there are too few others, there are fewer evaluation images; if there are none, training images are used. A note
+    says what was excluded or could not be.
     """
     count = _count_measured(len(images))
     order = np.random.default_rng(options.seed).permutation(len(images)).tolist()
@@ -198,7 +198,7 @@ def _count_images(count: int) -> str:
 
 
 def open_for(model: TokenModel, data: str, options: DataOptions) -> Images:
-    """The images that `data` names, with labels as the task of a model has them."""
+    """Open the images that `data` names, with labels according to the task of a model."""
     kind = {"task": model.task, "reduce_zero_label": model.label_rule(options.reduce_zero_label)}
     kind["videos"] = model.frames is not None
     return open_images(data, model.config.num_classes, **kind)
@@ -207,6 +207,6 @@ def open_for(model: TokenModel, data: str, options: DataOptions) -> Images:
 def make_batches(
     model: TokenModel, images: Images, index: Sequence[int], options: DataOptions, fixed: bool = False
 ) -> Batches:
-    """The images at `index`, prepared for the model; `fixed`: all of one size, to fit something on them."""
+    """Return the images at `index`, prepared for the model; `fixed`: all of one size, for fitting."""
     transform = model.fixed_transform() if fixed else model.transform()
     return Batches(images, transform, index, options.batch_size, options.workers)

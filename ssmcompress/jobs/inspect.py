@@ -1,4 +1,4 @@
-"""What a checkpoint is: architecture, task, origin, size, FLOPs by part and the reachable budgets, as JSON."""
+"""Description of a checkpoint: architecture, task, origin, size, FLOPs by part and reachable budgets, as JSON."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ..models.base import TokenModel
 from ..models.checkpoint import LoadOptions, read_model
 from .trim_sizes import describe_sizes, describe_trims
 
-# The commands that take a dense and a pruned model.
+# Commands for a dense and for a pruned model.
 DENSE = ("prune", "compare", "evaluate", "export", "verify", "benchmark")
 PRUNED = ("prune", "evaluate", "finetune", "report", "export", "verify", "benchmark")
 
 
 def inspect_file(path: str, options: LoadOptions) -> dict[str, Any]:
-    """Describe the model in a file: `inspect_model`, and what the file says about it.
+    """Describe the model in a file: `inspect_model`, and the file's own information.
 
     Returns:
-        A JSON object with the keys of `inspect_model`, `task`, `writer` (the tool that wrote the file, None if nothing
-        says it), `named` (where the architecture is named, or None) and `commands` (those that take the file).
+        A JSON object with the keys of `inspect_model`, `task`, `writer` (the tool that wrote the file, None if
+        unknown), `named` (where the architecture is named, or None) and `commands` (those that accept the file).
 
     Raises:
         InputError: the file cannot be read, or its model is not supported; the message says what it is.
@@ -52,9 +52,9 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
 
     Returns:
         A JSON object: `architecture`, `params`, `tokens` by layer; `sizes` of the layers and what was trimmed, `trims`;
-        `flops` in GFLOPs, with `as_run`, what `full` is as it is run here, of a segmentation model its `backbone`, and
-        `by_section` of a model whose layers process grids of several sizes;
-        `range`, percentages of the full FLOPs that can be left, `axes_backbone` of those of the backbone; `pruned`.
+        `flops` in GFLOPs, with `as_run` (`full` of this implementation), `backbone` for a segmentation model, and
+        `by_section` for a model whose layers process grids of several sizes;
+        `range`, reachable percentages of the full FLOPs, `axes_backbone`, those of the backbone's FLOPs; `pruned`.
     """
     depth = len(model.blocks)
     stages = [s.after for s in model.plan.stages] if model.plan else list(model.default_stages()) if depth > 1 else []
@@ -86,21 +86,21 @@ def inspect_model(model: TokenModel) -> dict[str, Any]:
 
 
 def _of_backbone(model: TokenModel, ranges: Mapping[str, float]) -> dict[str, float]:
-    """Return the percentages of `list_ranges` as those of a segmentation model's backbone."""
+    """Convert the percentages of `list_ranges` to percentages of a segmentation model's backbone."""
     return {axis: round(100 * share_of_backbone(model, share / 100), 2) for axis, share in ranges.items()}
 
 
 def list_ranges(model: TokenModel) -> dict[str, float]:
-    """Return the smallest percentage of a dense model's FLOPs that a search can leave along each axis alone.
+    """Return the smallest percentage of a dense model's FLOPs that a search can reach along each axis alone.
 
-    With several axes, `all` has what they leave together.
+    With several axes, `all` is what they reach together.
     """
     axes = list_axes(model)
     options = [
         Option(axis, trims, flops_of(model, trims.apply_to(model.config)), 0.0)
         for axis, trims in list_options(model, axes)
     ]
-    # What trims fewer states or channels leaves more, whatever else is trimmed.
+    # Trimming fewer states or channels always leaves more FLOPs, whatever else is trimmed.
     least = [min((o for o in options if o.axis == axis), key=lambda o: o.flops) for axis in axes if axis != "layers"]
     least += [option for option in options if option.axis == "layers"]
     layers = range(1, len(model.blocks))

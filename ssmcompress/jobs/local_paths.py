@@ -1,7 +1,7 @@
-"""Removing the paths of this machine from what is published: of a path, absolute or relative, the last component stays.
+"""Removal of local paths from published files: of an absolute or relative path, only the last component is kept.
 
-Paths are found in three ways: values that are a path as a whole, which may hold spaces; the words of a command; and in
-other texts, such as a note of a report, the same paths again and whatever else looks like one.
+Paths are found in three ways: values that are entirely a path, which may contain spaces; the words of a command; and
+in other texts, such as a note of a report, the same paths again and anything else that looks like one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-# Keys of reports, configurations and recipes whose values are paths, or names of the Hub.
+# Keys of reports, configurations and recipes whose values are paths or Hub names.
 PATH_KEYS = {
     "path", "data", "name", "file", "source", "model", "dense", "eval_data", "sensitivity", "plan", "recipe", "output",
     "tensorboard",
@@ -24,7 +24,7 @@ _END = r"\s'\"`<>|,;()\[\]{}"
 _PART = rf"[^/\\{_END}]"
 _START = r"(?<![\w.~/\\@-])"
 _BEFORE = rf"(?:{_START}|(?<=\W-[A-Za-z])|(?<=^-[A-Za-z]))"
-# "/home/me/x", also behind a short option (-o/home/me/x) or as file:///home/me/x; "~/x", "~me/x"; "../x", "./x".
+# "/home/me/x", also after a short option (-o/home/me/x) or as file:///home/me/x; "~/x", "~me/x"; "../x", "./x".
 _POSIX = rf"{_BEFORE}(?:file:/+|/(?!/))(?:{_PART}+/)+{_PART}*"
 _HOME = rf"{_START}~(?:[A-Za-z_][\w.-]*)?/(?:{_PART}+/)*{_PART}*"
 _DOTS = rf"{_START}(?:\.\.?[/\\])+(?:{_PART}+[/\\])*{_PART}*"
@@ -32,7 +32,7 @@ _WINDOWS = rf"(?<!\w)[A-Za-z]:[\\/](?:{_PART}+[/\\])*{_PART}*"
 _SHARE = rf"(?<![\w\\])\\\\(?:{_PART}+\\)+{_PART}*"
 _ANY = re.compile("|".join((_POSIX, _HOME, _DOTS, _WINDOWS, _SHARE)))
 _ADDRESS = re.compile(r"(?:https?|hf)://", re.IGNORECASE)
-# The folder of a user is called as the user is.
+# A home folder has the name of its user.
 _USER = re.compile(
     r"(?:/home/[^/:]+|/Users/[^/:]+|/root|[A-Za-z]:[\\/]Users[\\/][^/\\:]+|~[^/\\:]*)(?P<rest>:[^/\\]*)?"
 )
@@ -43,7 +43,7 @@ _SETTING = re.compile(r"(?P<key>[A-Za-z_][\w.-]*=)(?P<value>.+)", re.DOTALL)
 def last_component(path: str) -> str:
     """Return the last component of a path of any system: "images:train" of "/home/me/images:train".
 
-    The home folder is "~", the working folder ".", and that of temporary files "tmp".
+    The home folder becomes "~", the working directory ".", and the folder of temporary files "tmp".
     """
     stripped = re.sub(r"\Afile:/+", "/", path).rstrip("/\\")
     for root, name in _roots().items():
@@ -59,7 +59,7 @@ class PathRemover:
 
     Args:
         values: JSON values that are searched for paths, which are then removed from all texts.
-        hub_names: repositories (owner/name) and data sets (owner/name:split) of the Hub; what names one stays.
+        hub_names: repositories (owner/name) and datasets (owner/name:split) on the Hub, which are kept.
     """
 
     def __init__(self, values: Iterable[Any], hub_names: Collection[str] = ()):
@@ -67,41 +67,41 @@ class PathRemover:
         texts = list(_list_texts(list(values)))
         self._commands = {text: self.clean_command(text) for key, text in texts if key == COMMAND}
         found = {path for key, text in texts for path in self._list_paths(key, text)} | set(_roots())
-        # A folder with a space in its name is not recognised in a text: the paths of other files in it begin the same.
+        # A folder with a space in its name is not recognised within a text; known paths of other files in it help.
         folders = {str(parent) for path in found for parent in PurePosixPath(path).parents}
         found |= {folder for folder in folders if re.search(rf"[{_END}]", folder)}
-        # Longest first, so that a folder is not taken out of the path of a file in it.
+        # Longest first, so that a folder is not removed from the path of a file in it.
         known = "|".join(re.escape(path) for path in sorted(found - {"/", "."}, key=len, reverse=True))
         self._known = re.compile(rf"{_BEFORE}(?:{known})(?:[/\\]+{_PART}+)*[/\\]*(?![\w-])")
 
     def clean_text(self, text: str) -> str:
-        """Return a text with the last component of each path."""
+        """Reduce each path in a text to its last component."""
         for command, cleaned in self._commands.items():
             text = text.replace(command, cleaned)
         return _ANY.sub(_shorten, self._known.sub(_shorten, text))
 
     def clean_path(self, text: str) -> str:
-        """Return the last component of a text that is a path as a whole; a name of the Hub and an address stay."""
+        """Reduce a text that is entirely a path to its last component; Hub names and URLs are kept."""
         if _ADDRESS.match(text) or self._is_on_hub(text):
             return text
         return last_component(text) if _is_path(text) else text
 
     def clean_command(self, command: str) -> str:
-        """Return a command line with the last component of each path among its words and the values of its options."""
+        """Reduce each path in a command line, in its words and option values, to its last component."""
         try:
             words = shlex.split(command)
-        except ValueError:  # an unclosed quote: where its words end is not known
+        except ValueError:  # an unclosed quote: word boundaries are unknown
             return " ".join(command.split()[:2])
         return shlex.join(self._change_word(word, self.clean_path) for word in words)
 
     def clean(self, value: Any, key: str = "") -> Any:
-        """Return a JSON value with the last component of each path in its texts.
+        """Reduce each path in the texts of a JSON value to its last component.
 
-        The names of unreadable images are left out: of `unreadable` an empty list stays, and their number is
-        `unreadable_images`.
+        The names of unreadable images are removed: `unreadable` becomes an empty list, and `unreadable_images` their
+        number.
 
         Args:
-            key: of the value in the object that it is from.
+            key: key of the value in its object.
         """
         if isinstance(value, str):
             if key == COMMAND:
@@ -121,7 +121,7 @@ class PathRemover:
         return cleaned
 
     def _list_paths(self, key: str, text: str) -> Iterator[str]:
-        """Yield the paths in a text of a JSON value that are to be found in other texts, too."""
+        """Yield the paths in a text of a JSON value that should also be removed from other texts."""
 
         def keep(word: str) -> str:
             if _is_path(word) and self.clean_path(word) != word:
@@ -141,7 +141,7 @@ class PathRemover:
         yield from filter(None, found)
 
     def _change_word(self, word: str, change: Callable[[str], str]) -> str:
-        """Return a word of a command with a change of the part that may be a path."""
+        """Apply a function to the part of a command's word that may be a path."""
         if match := _OPTION.fullmatch(word):
             return match["option"] + self._change_word(match["value"], change)
         if (match := _SETTING.fullmatch(word)) and not self._is_on_hub(word):
@@ -153,12 +153,12 @@ class PathRemover:
 
 
 def is_absolute(text: str) -> bool:
-    """Return whether a text begins as an absolute path of any system."""
+    """Return whether a text starts like an absolute path of any system."""
     return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
 
 
 def _is_path(text: str) -> bool:
-    """Return whether a text has more than one component, or is the folder of a user."""
+    """Return whether a text has more than one component, or is a user's home folder."""
     return bool(re.search(r"[/\\]", text)) or text.startswith("~")
 
 
@@ -167,7 +167,7 @@ def _shorten(match: re.Match[str]) -> str:
 
 
 def _roots() -> dict[str, str]:
-    """Return folders whose own names are not published, and what is said instead."""
+    """Return folders whose names are not published, and their replacements."""
     roots = {tempfile.gettempdir(): "tmp", os.getcwd(): ".", str(Path.home()): "~"}
     return {root: name for root, name in roots.items() if root != "/"}
 

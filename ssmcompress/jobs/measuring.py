@@ -1,4 +1,4 @@
-"""Measuring the models of a job next to each other, on the same images."""
+"""Evaluation of the models of a job on the same images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .requests import MeasureOptions
 
 @dataclass(frozen=True)
 class Measured:
-    """Models that were measured on the same images.
+    """Models evaluated on the same images.
 
     Attributes:
-        models: by column of the report, "dense" first and "pruned" last; "dense" is None where it is gone.
-        results: by column, of the models that are there.
-        images: what they were measured on. sample: (batch, channels, height, width), the first batch of them; None in
-            other processes than the main one.
-        timings: latency at batch 1 by column; None: not measured.
-        options: how they were measured.
-        wide: where they were measured in another dtype than float32, by column of "dense" and "pruned": the model in
-            float32, and the model in that dtype, compared with it.
+        models: by column of the report, "dense" first and "pruned" last; "dense" is None if it no longer exists.
+        results: by column, for the existing models.
+        images: the evaluation images. sample: (batch, channels, height, width), their first batch; None except in the
+            main process.
+        timings: latency at batch size 1 by column; None: not measured.
+        options: evaluation options.
+        wide: if evaluated in a dtype other than float32, by column for "dense" and "pruned": the model in float32, and
+            the model in that dtype compared with it.
     """
 
     models: Mapping[str, TokenModel | None]
@@ -45,32 +45,32 @@ class Measured:
 
 
 def name_columns(dense: TokenModel | None, snapshots: Mapping[str, TokenModel]) -> dict[str, TokenModel | None]:
-    """The columns of a report: the dense model, each snapshot by its name, and the last one as "pruned"."""
+    """Return the columns of a report: the dense model, each snapshot by its name, and the last one as "pruned"."""
     *earlier, result = snapshots
     return {"dense": dense, **{name: snapshots[name] for name in earlier}, "pruned": snapshots[result]}
 
 
 def add_views(model: TokenModel, images: Batches, options: MeasureOptions) -> Batches:
-    """Return images as they are measured: the same, or with the views of each video that are asked for.
+    """Return the images for evaluation: unchanged, or with the requested views of each video.
 
-    What is noted of them, digests and what is unreadable, is noted of `images`, too.
+    Their digests and unreadable images are also recorded in `images`.
 
     Raises:
-        InputError: views of images, or of what is no picture any more.
+        InputError: views are requested for images, or for inputs that are already tensors.
     """
     if (views := model.check_views(options.views)) is None:
         return images
     if not images.pictures:
         raise InputError("`views` are made of videos, and these are prepared already: give a folder, or leave it out")
     transform = model.transform_with(replace(model.preprocessing, recorded=True), views)
-    batch_size = max(1, images.batch_size // views.count)  # as much memory as without views
+    batch_size = max(1, images.batch_size // views.count)  # uses as much memory as without views
     viewed = replace(images, transform=transform, batch_size=batch_size)
     viewed.digests, viewed.mask_digests = images.digests, images.mask_digests
     return viewed
 
 
 def describe_views(model: TokenModel, options: MeasureOptions) -> dict[str, Any]:
-    """Return `views`, a JSON object, with the clips and crops that a model of videos is measured on; {} of images."""
+    """Return `views`, a JSON object, with the clips and crops that a video model is evaluated on; {} for images."""
     if model.frames is None:
         return {}
     return {"views": (model.check_views(options.views) or Views())._asdict()}
@@ -79,7 +79,7 @@ def describe_views(model: TokenModel, options: MeasureOptions) -> dict[str, Any]
 def measure_models(
     models: Mapping[str, TokenModel | None], images: Batches, options: MeasureOptions, distributed: bool
 ) -> Measured:
-    """Measure the models of a report's columns on the same images, and time the dense and the pruned one.
+    """Evaluate the models of a report's columns on the same images, and time the dense and the pruned one.
 
     Raises:
         InputError: no image can be read, or values are not finite.

@@ -1,4 +1,4 @@
-"""The methods of a comparison, and what each of them does to reach a level of FLOPs."""
+"""The methods of a comparison, and how each of them reaches a level of FLOPs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pipeline import Step
 from .steps import Reconstruct, pruning_steps
 
 ALIGNED = Alignment()
-# The groups of methods, as a chart of several models marks them.
+# Groups of methods, which have different markers in a chart of several models.
 DROPPED, MERGED, SEARCHED, TRIMMED, SMALLER = (
     "tokens dropped", "tokens merged", "search", "states, channels or layers", "smaller image",
 )  # fmt: skip
@@ -30,8 +30,8 @@ class Level:
     """How much is pruned.
 
     Attributes:
-        ratio: share of tokens to remove at each default stage. flops: the share of the dense FLOPs that leaves.
-        asked: the share of the FLOPs that was asked for, of which whole tokens can fall short; None: none was.
+        ratio: share of tokens to remove at each default stage. flops: the resulting share of the dense FLOPs.
+        asked: the requested share of the FLOPs, which whole tokens may not reach exactly; None: none was requested.
     """
 
     ratio: float
@@ -40,17 +40,17 @@ class Level:
 
     @property
     def budget(self) -> float:
-        """The share of the FLOPs for methods that do not go by tokens."""
+        """The share of the FLOPs for methods that do not drop tokens."""
         return self.flops if self.asked is None else self.asked
 
 
-# (method, model, level, layers to prune after or None for the default ones) -> the stages by which the method reaches
-# the level without a search; InputError: it cannot save as much.
+# (method, model, level, layers to prune after or None for the default ones) -> the stages with which the method reaches
+# the level without a search; InputError: it cannot save that much.
 StageRule = Callable[["Method", TokenModel, Level, Sequence[int] | None], tuple[Stage, ...]]
 
 
 def prune_alike(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
-    """Return stages that remove the level's ratio at each of the layers, more where choosing tokens costs FLOPs."""
+    """Return stages that remove the level's ratio at each of the layers, more if selecting tokens costs FLOPs."""
     after = tuple(stages or model.default_stages())
 
     def stages_with(ratio: float) -> tuple[Stage, ...]:
@@ -58,17 +58,17 @@ def prune_alike(method: Method, model: TokenModel, level: Level, stages: Sequenc
 
     if level.ratio == 0 or remaining_share(model, stages_with(level.ratio)) <= level.flops:
         return stages_with(level.ratio)
-    # Choosing and merging cost FLOPs: fewer tokens make up for them, so that no row exceeds the level.
+    # Selecting and merging cost FLOPs: fewer tokens compensate for them, so that no row exceeds the level.
     return stages_with(ratio_for_budget(level.flops, lambda ratio: remaining_share(model, stages_with(ratio))))
 
 
 def remove_steadily(make: Callable[[Method, TokenModel, int], Sequence[Stage]]) -> StageRule:
-    """Return a rule by which every stage removes the same number of tokens, the smallest that the FLOPs allow.
+    """Return a rule by which every stage removes the same number of tokens, the smallest that meets the FLOPs.
 
-    The stages that are asked for are not used.
+    The requested stages are ignored.
 
     Args:
-        make: (method, model, number) -> stages that remove this number of tokens each, or fewer where they cannot.
+        make: (method, model, number) -> stages that remove this number of tokens each, or fewer if they cannot.
     """
 
     def find(method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None) -> tuple[Stage, ...]:
@@ -84,9 +84,9 @@ def remove_steadily(make: Callable[[Method, TokenModel, int], Sequence[Stage]]) 
 
 
 def merge_every_second(method: Method, model: TokenModel, number: int) -> list[Stage]:
-    """Return the stages of R-MeeTo, which merges before every second layer from the third on, as its code does.
+    """Return the stages of R-MeeTo, which merges before every second layer from the third on, as in its code.
 
-    It does not merge before a layer where a section begins, in which all tokens are there in any case.
+    It does not merge before the first layer of a section, since all tokens are restored there.
     """
     merges, count, protected = [], model.length, model.protected_count
     for layer in range(2, len(model.blocks), 2):
@@ -113,10 +113,10 @@ class Method:
         importance: the metric that ranks tokens. alignment: as in a plan. merge: as in a stage.
         stages: the rule by which a level becomes stages.
         searched: whether the plan comes from a search for the level's FLOPs. reconstructed: whether later layers are
-            refitted; of a smaller image, whether the classifier is.
-        axis: what is trimmed instead of tokens, as `compare_axes.AxisModels.build` has it; None: tokens, by a plan.
+            refitted; for a smaller image, whether the classifier is.
+        axis: what is trimmed instead of tokens, as for `compare_axes.AxisModels.build`; None: tokens, by a plan.
         mapped: whether the output levels of a segmentation model are mapped to the dense ones.
-        fill: what is read out of a dropped token, as in a plan. Both are for models with output levels alone.
+        fill: how the output of a dropped token is filled, as in a plan. Both are only for models with output levels.
     """
 
     name: str
@@ -132,18 +132,18 @@ class Method:
 
     @property
     def of_levels(self) -> bool:
-        """Whether it is for models with output levels alone."""
+        """Whether it is only for models with output levels."""
         return self.mapped or self.fill != "stale"
 
     @property
     def group(self) -> str:
-        """What kind of method it is: DROPPED, MERGED, SEARCHED, TRIMMED or SMALLER."""
+        """The kind of the method: DROPPED, MERGED, SEARCHED, TRIMMED or SMALLER."""
         if self.axis is not None and not self.searched:
             return SMALLER if self.axis == IMAGE else TRIMMED
         return SEARCHED if self.searched else MERGED if self.merge is not None else DROPPED
 
     def steps(self, plan: Plan) -> Sequence[Step]:
-        """What the method does with a plan."""
+        """Return the steps that apply a plan with this method."""
         refit = Reconstruct() if self.reconstructed else None
         return pruning_steps(replace(plan, fill=self.fill), refit, self.mapped)
 
@@ -197,12 +197,12 @@ def choose_methods(
     """Return the methods with these names, in the order of `METHODS`.
 
     Args:
-        names: None: all that the model can carry out.
-        search, reconstruct: whether those with a search or a reconstruction are among all; those that trim states,
-            channels or layers are if both are true.
+        names: None: all that the model supports.
+        search, reconstruct: whether "all" includes methods with a search or a reconstruction; those that trim states,
+            channels or layers are included if both are true.
 
     Raises:
-        InputError: an unknown name, or a method that the model cannot carry out.
+        InputError: an unknown name, or a method that the model does not support.
     """
     check_names(names)
     if names is None:
@@ -216,22 +216,22 @@ def choose_methods(
 
 
 def check_names(names: Sequence[str] | None) -> None:
-    """Raise an InputError if a method of one of these names is not known."""
+    """Raise an InputError if a name is not that of a method."""
     for name in names or ():
         if name not in NAMES:
             raise InputError(f"unknown method {name!r}{suggest(name, NAMES) or '; docs/compare.md lists them all'}")
 
 
 def list_obstacles(model: TokenModel, names: Sequence[str]) -> dict[str, str]:
-    """Return those of the methods with these names that a model cannot carry out, each with the reason."""
+    """Return the methods with these names that a model does not support, each with the reason."""
     found = {method.name: find_obstacle(method, model) for method in METHODS if method.name in names}
     return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
 def find_obstacle(method: Method, model: TokenModel) -> str | None:
-    """Return why a model cannot carry out a method, as the end of a sentence about the method; None: it can.
+    """Return why a model does not support a method, as the end of a sentence about the method; None: it does.
 
-    It depends on what the layers of the model can do, not on the name of its architecture.
+    This depends on what the layers of the model can do, not on the name of its architecture.
     """
     if method.axis == IMAGE:
         return "is for classifiers alone" if model.reads_levels else None
@@ -244,7 +244,7 @@ def find_obstacle(method: Method, model: TokenModel) -> str | None:
         what = "states, channels or layers" if method.axis == ALL else method.axis
         return f"trims {what}, and this {model.architecture} has none to spare"
     if method.searched:
-        return None  # a search chooses among the metrics that the model has
+        return None  # a search only uses metrics that the model supports
     if method.importance not in model.importances:
         return f"ranks tokens by {method.importance!r}, which the layers of this {model.architecture} do not compute"
     aligns = method.alignment.conv or method.alignment.scan
@@ -254,19 +254,19 @@ def find_obstacle(method: Method, model: TokenModel) -> str | None:
 
 
 def _is_asked_for(method: Method, search: bool, reconstruct: bool) -> bool:
-    """Return whether a method is among all, with a search and with a reconstruction or without."""
+    """Return whether "all" includes a method, with or without search and reconstruction."""
     if method.axis not in (None, IMAGE):
         return search and reconstruct
     return (search or not method.searched) and (reconstruct or not method.reconstructed)
 
 
 def find_group(name: str) -> str:
-    """Return the group of the method of this name, DROPPED if there is none (any more)."""
+    """Return the group of the method with this name; DROPPED if it does not exist (any more)."""
     return next((method.group for method in METHODS if method.name == name), DROPPED)
 
 
 def is_reconstructed(name: str) -> bool:
-    """Return whether the method of this name refits later layers."""
+    """Return whether the method with this name refits later layers."""
     return any(method.reconstructed for method in METHODS if method.name == name)
 
 
@@ -289,9 +289,9 @@ def ratio_for_flops(model: TokenModel, stages: Sequence[int] | None, budget: flo
 def stages_for_level(
     method: Method, model: TokenModel, level: Level, stages: Sequence[int] | None
 ) -> tuple[Stage, ...]:
-    """Return the stages by which a method reaches a level without a search; `stages`: layers, None: the default ones.
+    """Return the stages with which a method reaches a level without a search; `stages`: layers, None: the default ones.
 
     Raises:
-        InputError: the method cannot save as much.
+        InputError: the method cannot save that much.
     """
     return method.stages(method, model, level, stages)

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 MARKERS = {DENSE: "*", DROPPED: "o", MERGED: "s", SEARCHED: "D", TRIMMED: "^", SMALLER: "v"}
-GREY = "#8A8A8A"  # of what is not on the front, in a chart of one model
+GREY = "#8A8A8A"  # points that are not on the front, in a chart of one model
 HEADROOM = 0.2  # above the highest point, for labels, as a share of the range
-PALE, FAINT = 0.3, 0.75  # opacity of the points that are not on the front: in colour, and in grey
+PALE, FAINT = 0.3, 0.75  # opacity of points that are not on the front: in colour, and in grey
 DPI = 120
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the costs that quality is drawn over.
+    """A cost over which the quality is plotted.
 
     Attributes:
         cost: function from a row to the cost, None where it was not measured. title: of the axis.
@@ -51,11 +51,11 @@ def draw_pareto(rows: Sequence[Mapping[str, Any]], kind: str, task: Task) -> byt
 def plot_pareto(rows: Sequence[Mapping[str, Any]], task: Task) -> Figure:
     """Plot the task's quality, or without labels its likeness to the dense model, over the FLOPs left by one model.
 
-    Each group of methods has a marker, which is filled if later layers were refitted; the dense model has a star. The
-    front is a line of steps with a label at each row; other points are grey.
+    Each group of methods has a marker, which is filled if later layers were refitted; the dense model is a star. The
+    front is a step line with a label at each row; other points are grey.
 
     Args:
-        rows: those of a comparison that did not fail, each with `method`, `flops_share` and the figures of the task.
+        rows: successful rows of a comparison, each with `method`, `flops_share` and the figures of the task.
     """
     rows = [{**row, "model": ""} for row in rows]
     figure = new_figure(9, 6.4)
@@ -74,12 +74,12 @@ def plot_models(rows: Sequence[Mapping[str, Any]], task: Task) -> Figure:
     """Plot the quality of rows of several models over GFLOPs and, where it was measured, over latency.
 
     Each model has a colour, each group of methods a marker, which is filled if later layers were refitted; dense models
-    have a star. The front is a line of steps, since nothing was measured between two rows, with a label at each row;
-    other points are pale. Without labels, quality is the likeness to the own dense model, and each model has a front
-    of its own.
+    are stars. The front is a step line, since nothing was measured between two rows, with a label at each row; other
+    points are pale. Without labels, quality is the similarity to the own dense model, and each model has a front of
+    its own.
 
     Args:
-        rows: those of a comparison of several models that did not fail, as `place_rows` returns them.
+        rows: successful rows of a comparison of several models, from `place_rows`.
     """
     names = list(dict.fromkeys(row["model"] for row in rows))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
@@ -94,8 +94,8 @@ class _Paint:
     """The colours of a chart.
 
     Attributes:
-        models: by name, "" for the only one, which is not named. others: of points that are not on the front; None: the
-            pale colour of their model.
+        models: by name, "" for a single unnamed model. others: of points that are not on the front; None: the pale
+            colour of their model.
     """
 
     models: Mapping[str, str]
@@ -121,7 +121,7 @@ def _fill_figure(
 
 
 def _fill_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], task: Task, paint: _Paint) -> None:
-    """Draw the points and the front of one panel; labels are added at their points, and placed later."""
+    """Draw the points and the front of one panel; labels are added at their points and moved later."""
     labelled = has_labels(rows, task)
     groups = [rows] if labelled else [[row for row in rows if row["model"] == name] for name in paint.models]
     front = []
@@ -154,7 +154,7 @@ def _fill_panel(axes: Axes, panel: Panel, rows: Sequence[Mapping[str, Any]], tas
 
 
 def _name_row(row: Mapping[str, Any]) -> str:
-    """Return the label of a row: its method, of a dense model the model if it has a name."""
+    """Return the label of a row: its method, or for a dense model its name if it has one."""
     if row["method"] == DENSE:
         return ", ".join(part for part in (row["model"], DENSE) if part)
     return row["method"].removesuffix(", reconstructed")
@@ -165,7 +165,7 @@ def _group(row: Mapping[str, Any]) -> str:
 
 
 def _add_legend(figure: Figure, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
-    """Add the models by colour and the groups of methods by marker, those that there are."""
+    """Add a legend with the models by colour and the groups of methods by marker, as far as they occur."""
     from matplotlib.lines import Line2D
 
     grey = {"color": "none", "markeredgecolor": "dimgrey", "markersize": 7}

@@ -1,4 +1,4 @@
-"""Pictures of images: the tokens that a pruned model keeps, and the classes that models give pixels."""
+"""Pictures of the tokens that a pruned model keeps, and of the classes that models predict for pixels."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ FRAMES_SIDE = 336  # width of the frames of a video
 ROWS = 4  # images in a picture
 GAP = 6
 PAPER, INK = (255, 255, 255), (30, 30, 30)
-# Dropped patches are pale grey, between these values for black and white, with diagonal lines: kept patches of grey and
-# white images, which may have any of these values, have none. Between them is a border.
+# Dropped patches are pale grey, between these values for black and white, with diagonal lines. Kept patches of
+# greyscale images may have the same grey values, but no lines. Between dropped and kept patches is a border.
 DROPPED_BLACK, DROPPED_WHITE, HATCH, BORDER = 176, 240, (150, 150, 150), (96, 96, 96)
 HATCH_EVERY = 6  # pixels
 
 SEGMENT_SIDE = 224  # width of an image in the picture of segments
-DIMMED = 0.4  # of its colours, where there are those of classes
-LINE, FONT_SIZE = 20, 13  # of texts: height and size in pixels
-# Pixels that two models see differently: two colours that those who see red and green alike tell apart, by their
-# lightness too, and one for pixels that neither model has right, or that have no label.
+DIMMED = 0.4  # opacity of the image under the class colours
+LINE, FONT_SIZE = 20, 13  # height of a text line and font size, in pixels
+# Pixels on which two models differ: two colours that people with red-green colour blindness can distinguish, also by
+# lightness, and one for pixels on which both models are wrong, or that have no label.
 NOW_WRONG, NOW_RIGHT, DIFFERS = (213, 94, 0), (0, 114, 178), (40, 40, 40)
 UNLABELLED = (128, 128, 128)
-# Okabe and Ito's colours, which those who see red and green alike tell apart, without black, which dark pictures hide;
-# then five that are darker or lighter than all of these.
+# Okabe and Ito's colours, suitable for red-green colour blindness, without black, which dark pictures hide; then five
+# that are darker or lighter than all of these.
 FEW_COLOURS: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (97, 20, 92), (190, 240, 180), (110, 60, 15), (255, 195, 210), (30, 40, 110),
 )  # fmt: skip
-# Colours after those: hues as far from those before as they can be, and neighbours that differ in lightness, too.
+# Further colours: hues as far from the previous ones as possible, and neighbours that also differ in lightness.
 GOLDEN, LIGHTNESS, SATURATION = 0.618034, (0.3, 0.7, 0.5), 0.7
 
 
 def read_sample(images: Batches, rows: int = ROWS) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Return the first images that can be read, each (channels, height, width), and their masks (height, width).
+    """Return the first readable images, each (channels, height, width), and their masks (height, width).
 
     Args:
-        images: those of segmentation, which may differ in size; without masks, None takes their place.
+        images: segmentation images may differ in size; without masks, None is returned instead.
     """
     index = [i for i in images.index if i not in images.unreadable][:rows]
     few = replace(images, index=index, batch_size=rows, workers=0, unreadable=set())
@@ -65,15 +65,15 @@ def read_sample(images: Batches, rows: int = ROWS) -> tuple[list[Tensor], list[T
 
 @torch.no_grad()
 def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows: int = ROWS) -> bytes:
-    """Draw a PNG with a row for each image: the image, then for each stage what is kept, and the rest in pale grey.
+    """Draw a PNG with a row for each image: the image, then for each stage the kept patches, the rest in pale grey.
 
-    The frames of a video lie next to each other, in rows. A patch whose token was merged into that of another, or
-    fused, is drawn as dropped. Over the columns are their titles (`title_columns`).
+    The frames of a video are arranged in rows. A patch whose token was merged into another or fused is drawn as
+    dropped. Above the columns are their titles (`title_columns`).
 
     Args:
         model: pruned.
         images: each (channels, height, width), or (channels, frames, height, width), prepared as for the model; the
-            first `rows`. Of images of another size than `config.image_size`, the centre of that size is taken.
+            first `rows` are drawn. Images of another size than `config.image_size` are centre-cropped to it.
     """
     batch = torch.stack([_cut_centre(image, model.config.image_size) for image in images[:rows]])
     _, decisions = model.trace(batch.to(next(model.parameters()).device))
@@ -90,9 +90,9 @@ def draw_kept_tokens(model: TokenModel, images: Sequence[Tensor] | Tensor, rows:
 
 
 def title_columns(model: TokenModel) -> list[str]:
-    """Return what is in each column of `draw_kept_tokens`: the image, then how many tokens each stage keeps.
+    """Return the titles of the columns of `draw_kept_tokens`: the image, then how many tokens each stage keeps.
 
-    The numbers are those of `token_counts`, with class tokens and those that others were fused into.
+    The numbers are those of `token_counts`, including class tokens and fused tokens.
     """
     kept = zip(model.plan.stages, model.kept_counts(), strict=True)
     lengths = ((s.after, count, model.section_of(s.after).length) for s, count in kept)
@@ -101,7 +101,7 @@ def title_columns(model: TokenModel) -> list[str]:
 
 
 def dim_dropped(photo: Image.Image, kept: np.ndarray) -> Image.Image:
-    """Return a picture in which all patches but the kept ones are pale grey with diagonal lines.
+    """Return a picture in which all dropped patches are pale grey with diagonal lines.
 
     Args:
         kept: (rows, columns) bool, whether each patch is kept.
@@ -113,12 +113,12 @@ def dim_dropped(photo: Image.Image, kept: np.ndarray) -> Image.Image:
     shown = np.where(wide[:, :, None], pixels, faded)
     inside = np.pad(wide, 1, mode="edge")
     near = inside[:-2, 1:-1] | inside[2:, 1:-1] | inside[1:-1, :-2] | inside[1:-1, 2:]
-    shown[near & ~wide] = BORDER  # on the dropped side: kept patches are whole
+    shown[near & ~wide] = BORDER  # on the dropped side, so that kept patches are complete
     return Image.fromarray(shown)
 
 
 def _fade(photo: Image.Image) -> np.ndarray:
-    """Return the pixels of a picture (height, width, 3) in pale grey, uint8."""
+    """Convert a picture to pale grey pixels (height, width, 3), uint8."""
     grey = np.asarray(photo.convert("L"), np.float32) / 255
     pale = DROPPED_BLACK + (DROPPED_WHITE - DROPPED_BLACK) * grey
     return np.repeat(pale.round().astype(np.uint8)[:, :, None], 3, axis=2)
@@ -126,11 +126,11 @@ def _fade(photo: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """Which pixels of an image two models give different classes, (height, width) bool each.
+    """Pixels of an image for which two models predict different classes, (height, width) bool each.
 
     Attributes:
         differs: all of them.
-        wrong, right: those that only the first model has right, and only the second one; none without a label.
+        wrong, right: pixels where only the first model is correct, and only the second one; empty without labels.
     """
 
     differs: np.ndarray
@@ -139,7 +139,7 @@ class Difference:
 
     @classmethod
     def of(cls, before: np.ndarray, after: np.ndarray, truth: np.ndarray | None) -> Difference:
-        """Compare the classes (height, width) that two models give pixels, with the true ones where they are known."""
+        """Compare the classes (height, width) predicted by two models, with the true ones if they are known."""
         differs = before != after
         if truth is None:
             return cls(differs, np.zeros_like(differs), np.zeros_like(differs))
@@ -154,7 +154,7 @@ class Difference:
 
 
 def describe_differences(differences: Sequence[Difference], labelled: bool) -> str:
-    """Return which share of all pixels differs, with labels also how many became wrong and how many right."""
+    """Describe the share of pixels that differ, and with labels how many became wrong and how many right."""
 
     def share(name: str) -> str:
         counts = [getattr(difference, name) for difference in differences]
@@ -172,18 +172,18 @@ def draw_segments(
     classes: Sequence[str] | None = None,
     palette: Sequence[Colour] | None = None,
 ) -> bytes:
-    """Draw a PNG with a row for each image: the image, its mask, then the classes that each model gives its pixels.
+    """Draw a PNG with a row for each image: the image, its mask, then the classes predicted by each model.
 
-    Classes are drawn in colour over the dimmed image, pixels without a class in grey. A further column has the pixels
-    to which the first and the last of several models give different classes, in strong colours, with their share below
-    each row, and that of all rows at the end. Below is a legend of the classes that occur, and of these colours.
+    Classes are drawn in colour over the dimmed image, pixels without a class in grey. With several models, a further
+    column shows the pixels for which the first and the last one predict different classes, in strong colours, with
+    their share below each row and the total at the end. Below is a legend of the classes and of these colours.
 
     Args:
         models: segmentation models by name, one at least, the dense one first.
         images: each (channels, height, width), of any size, prepared as for the models; the first `ROWS`.
         targets: class numbers of the pixels (height, width) of each image, `IGNORED` for none; None: unlabelled.
-        classes: names of the classes; None: they are called by their numbers.
-        palette: a colour (red, green, blue) for each class, 0 to 255; None, or fewer: `make_palette`.
+        classes: names of the classes; None: their numbers are shown.
+        palette: a colour (red, green, blue) for each class, 0 to 255; missing ones are taken from `make_palette`.
     """
     first, images = next(iter(models.values())), images[:ROWS]
     count, labelled = first.config.num_classes, targets is not None
@@ -204,7 +204,7 @@ def draw_segments(
         if len(seen) == 1:
             rows.append(_join(cells))
             continue
-        # Shares are of the pixels that the models return, whatever size is shown.
+        # Shares refer to the model's output pixels, not to the size of the picture.
         known = _resize_pixels(truth[0], seen[0].shape[::-1]) if labelled else None
         differences.append(Difference.of(seen[0], seen[-1], known))
         rows.append(_join([*cells, differences[-1].draw(photo)]))
@@ -222,9 +222,9 @@ def draw_segments(
 
 
 def make_palette(classes: int) -> list[Colour]:
-    """Return a colour for each class: twelve that the colour-blind tell apart, then others by hue and lightness.
+    """Return a colour for each class: twelve suitable for colour blindness, then others by hue and lightness.
 
-    No set of 150 colours can be told apart by everyone.
+    No set of 150 colours is distinguishable for everyone.
     """
     more = []
     for number in range(max(0, classes - len(FEW_COLOURS))):
@@ -241,12 +241,12 @@ def _classify(model: TokenModel, image: Tensor) -> np.ndarray:
 
 
 def _resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return class numbers, or which pixels are meant, (height, width) at another size (width, height)."""
+    """Resize class numbers or a pixel mask (height, width) to another size (width, height)."""
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
 
 
 def _colour(photo: Image.Image, pixels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
-    """Return the colours of classes (height, width) over a picture of the same size, without its own colours."""
+    """Draw class colours (height, width) over a greyscale version of the picture."""
     table = np.full((IGNORED + 1, 3), UNLABELLED, np.uint8)
     table[: len(palette)] = np.array(palette)[:IGNORED]
     return Image.blend(Image.fromarray(table[pixels]), photo.convert("L").convert("RGB"), DIMMED)
@@ -258,7 +258,7 @@ def _name_class(number: int, classes: Sequence[str] | None) -> str:
 
 
 def _draw_legend(names: Iterable[tuple[str, Colour]], width: int) -> Image.Image:
-    """Draw a patch of colour in front of each name, in lines of at most `width` pixels where a name fits in one."""
+    """Draw a legend with a colour patch before each name, wrapped to lines of `width` pixels."""
     font, places, x, y = ImageFont.load_default(FONT_SIZE), [], 0, 0
     for name, colour in names:
         length = LINE + int(font.getlength(name)) + 3 * GAP
@@ -275,7 +275,7 @@ def _draw_legend(names: Iterable[tuple[str, Colour]], width: int) -> Image.Image
 
 
 def _name_differences(labelled: bool) -> list[tuple[str, Colour]]:
-    """Return the colours of the column of differences with what they stand for."""
+    """Return the colours of the difference column and their meanings."""
     if not labelled:
         return [("difference: another class", DIFFERS)]
     names = {"became wrong": NOW_WRONG, "became right": NOW_RIGHT, "neither is right, or no label": DIFFERS}
@@ -283,13 +283,13 @@ def _name_differences(labelled: bool) -> list[tuple[str, Colour]]:
 
 
 def _resize(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return a photo at another size: pixels of a small one as squares, a large one without jagged lines."""
+    """Resize a photo: small ones with square pixels, large ones with antialiasing."""
     small = photo.width <= size[0]
     return photo.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
 def _draw_titles(titles: Sequence[str], width: int) -> Image.Image:
-    """Draw a title over each column of this width in pixels, in as many lines as the longest one needs."""
+    """Draw a title above each column of this width in pixels, wrapped to as many lines as the longest one needs."""
     font = ImageFont.load_default(FONT_SIZE)
     wrapped = [_wrap(title, width, font) for title in titles]
     sheet = Image.new("RGB", ((width + GAP) * len(titles) - GAP, LINE * max(map(len, wrapped))), PAPER)
@@ -301,7 +301,7 @@ def _draw_titles(titles: Sequence[str], width: int) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: Any) -> list[str]:
-    """Return a text in lines of at most this width in pixels; a longer word is cut."""
+    """Wrap a text to lines of at most this width in pixels; longer words are cut."""
     lines: list[str] = []
     for paragraph in escape_control(text).split("\n"):
         lines.append("")
@@ -317,14 +317,14 @@ def _wrap(text: str, width: int, font: Any) -> list[str]:
 
 
 def _draw_line(text: str, width: int) -> Image.Image:
-    """Draw a line of text at the right end of a row of this width in pixels."""
+    """Draw a right-aligned line of text, for a row of this width in pixels."""
     sheet, font = Image.new("RGB", (width, LINE), PAPER), ImageFont.load_default(FONT_SIZE)
     ImageDraw.Draw(sheet).text((max(0, width - font.getlength(text)), 0), text, INK, font)
     return sheet
 
 
 def _join(cells: Sequence[Image.Image]) -> Image.Image:
-    """Return pictures of one size next to each other."""
+    """Join pictures of one size horizontally."""
     width = cells[0].width + GAP
     row = Image.new("RGB", (width * len(cells) - GAP, cells[0].height), PAPER)
     for column, cell in enumerate(cells):
@@ -333,7 +333,7 @@ def _join(cells: Sequence[Image.Image]) -> Image.Image:
 
 
 def _stack(parts: Sequence[Image.Image]) -> Image.Image:
-    """Return pictures of one width below each other, the titles first, with a gap below all others."""
+    """Stack pictures of one width vertically, the titles first, with a gap below all others."""
     sheet = Image.new("RGB", (parts[0].width, sum(part.height + GAP for part in parts) - 2 * GAP), PAPER)
     top = 0
     for number, part in enumerate(parts):
@@ -343,7 +343,7 @@ def _stack(parts: Sequence[Image.Image]) -> Image.Image:
 
 
 def _cut_centre(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the centre of an image (..., height, width), filled with the mean colour where it is too small."""
+    """Centre-crop an image (..., height, width), padded with the mean colour if it is too small."""
     missing = [max(0, wanted - side) for wanted, side in zip(size, image.shape[-2:], strict=True)]
     image = F.pad(image, (0, missing[1], 0, missing[0]))
     top, left = ((side - wanted) // 2 for wanted, side in zip(size, image.shape[-2:], strict=True))
@@ -357,7 +357,7 @@ def _encode_png(sheet: Image.Image) -> bytes:
 
 
 def show_pixels(model: TokenModel, image: Tensor) -> Image.Image:
-    """Undo the normalisation of an input; the frames of a video lie next to each other, in rows."""
+    """Undo the normalisation of an input; the frames of a video are arranged in rows."""
     image = to_picture(model, image)
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.preprocessing.mean, model.preprocessing.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)

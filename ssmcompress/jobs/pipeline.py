@@ -1,8 +1,8 @@
 """The pipeline: steps that turn a dense model into a compressed one, run in order, with a snapshot after each.
 
-A step is a frozen configuration with a name and a call `(model, context) -> model`; it leaves its argument as it is. It
-reads what it needs from the context, and appends a record of what it did to `model.steps`. A job is a list of steps:
-there are no hooks and no global session. `ssmcompress.jobs.steps` has the steps that the commands use.
+A step is a frozen configuration with a name and a call `(model, context) -> model`; it does not modify its argument. It
+takes what it needs from the context, and appends a record of what it did to `model.steps`. A job is a list of steps;
+there are no hooks and no global session. `ssmcompress.jobs.steps` contains the steps that the commands use.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..models.base import TokenModel
 
 @dataclass
 class Context:
-    """What steps work with, apart from the model.
+    """The environment of the steps, apart from the model.
 
     Attributes:
-        dense: the model that the pipeline began with; None where it is gone, which some steps can do without.
-        calibration: images to calibrate and to reconstruct on. training, held_out: images to learn from, and to choose
-            an epoch by.
+        dense: the model that the pipeline started from; None if it no longer exists, which some steps can do without.
+        calibration: images for calibration and reconstruction. training, held_out: images to train on, and to select
+            an epoch.
         seed: seed of every random choice. distributed: whether several processes run this pipeline together.
         command: the command line, for records.
         state, resume, log: as `ssmcompress.finetune` takes them.
-        files: further files for the folder of the result, name -> content, which steps add to.
+        files: further files for the output folder, name -> content, which steps add to.
         seconds: how long each step took, by its name.
-        uncut: the model before it lost channels or tokens, whose inner maps a reconstruction aims at.
+        uncut: the model before channels or tokens were removed, whose inner maps are the target of a reconstruction.
     """
 
     dense: TokenModel | None
@@ -52,13 +52,13 @@ class Step(Protocol):
     """One step of a pipeline.
 
     Attributes:
-        name: what the model is called after it, in reports: "naive", "aligned", "reconstructed", ...
+        name: name in reports of the model after this step: "naive", "aligned", "reconstructed", ...
     """
 
     name: str
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The model after this step, or `model` itself if there was nothing to do."""
+        """Return the model after this step, or `model` itself if there was nothing to do."""
 
 
 def run_steps(
@@ -67,12 +67,11 @@ def run_steps(
     """Run steps in order.
 
     Args:
-        start: the model that the first step takes; None: `context.dense`.
-        keep: names of the snapshots to keep; None: all. The last one is kept in any case.
+        start: the input of the first step; None: `context.dense`.
+        keep: names of the snapshots to keep; None: all. The last one is always kept.
 
     Returns:
-        Snapshots by the name of the step that they come after; the last one is the result. A step that had nothing to
-        do leaves none.
+        Snapshots by the name of their step; the last one is the result. A step that had nothing to do adds none.
     """
     model = context.dense if start is None else start
     snapshots: dict[str, TokenModel] = {}

@@ -1,4 +1,4 @@
-"""The main job: a dense model, or one to prune further, in; a pruned one with its report in a folder out."""
+"""The main job: prune a dense model, or a pruned one further, and write it to a folder with its report."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from .report import describe_as_run, describe_calibration, describe_reconstructi
 from .steps import Reconstruct, pruning_steps, trimming_steps
 from .trim_sizes import TRIMMED, describe_dense, describe_trims
 
-# Seconds of work that leave something to go on with if they fail or are interrupted.
+# Work that takes longer than this, in seconds, is saved so that it can be resumed after a failure or an interrupt.
 WORTH_KEEPING = 20.0
 
 
 def prune_model(
     model: TokenModel, request: PruneRequest, target: FinetuneTarget, dense: str | None = None
 ) -> dict[str, Any]:
-    """Find the plan that is asked for and compress the model by it; returns the report in the folder.
+    """Find the requested plan and compress the model with it; return the report of the folder.
 
-    A model that is compressed already, which `target.inside` names, is pruned further: it keeps its weights, and what
-    it is asked for counts from the dense model, `dense` or the one that it names.
+    An already compressed model, given by `target.inside`, is pruned further: it keeps its weights, and budgets refer to
+    the dense model, which is `dense` or the one that it names.
 
-    What the search and the reconstruction find is kept in `target.results` until the folder is written. With
-    `target.resume`, a run that was stopped goes on with what it had found, and makes the same weights.
+    Results of the search and the reconstruction are kept in `target.results` until the folder is written. With
+    `target.resume`, an interrupted run continues from these results and produces the same weights.
 
     Raises:
         BudgetError: a budget that cannot be reached. InputError: data, plan or output that cannot be used.
@@ -65,7 +65,7 @@ def prune_model(
         try:
             return _compress(start, find_plan(start, request), target, request.options)
         except BaseException as error:
-            # Nothing is left of what cannot be done; but a full disk may have room at the next try.
+            # A request that cannot succeed leaves nothing to resume; a full disk may have space at the next attempt.
             hopeless = isinstance(error, (BudgetError, InputError)) and not isinstance(error.__cause__, OSError)
             if not target.resume and (hopeless or time.perf_counter() - began < WORTH_KEEPING):
                 forget_results()
@@ -73,14 +73,14 @@ def prune_model(
 
 
 def check_options(model: TokenModel, options: CompressOptions) -> None:
-    """Raise an InputError for a recipe that is not for the task of the model, or views of images, before long work."""
+    """Raise an InputError, before the long work, for a recipe of another task, or for views of images."""
     model.check_views(options.measure.views)
     if options.finetune is not None:
         options.finetune.recipe.check_task(model.task)
 
 
 def preview_request(model: TokenModel, request: PruneRequest, dense: str | None = None) -> dict[str, Any]:
-    """What the plan that is asked for would do, as `preview` has it, with the `search` that found it."""
+    """Return the effect of the requested plan, as `preview` does, with the `search` that found it."""
     start = find_start(model, dense)
     found = find_plan(start, request)
     value = preview(start, found.plan, found.trims)
@@ -100,19 +100,19 @@ def compress(
 ) -> dict[str, Any]:
     """Calibrate, prune, reconstruct, measure and write a folder; with `options.finetune`, fine-tune and write it again.
 
-    In several processes (`ssmcompress.processes`) each works on its share of the images, and the main one writes.
+    In several processes (`ssmcompress.processes`), each works on its shard of the images, and the main one writes.
 
     Args:
-        model: from `load`, dense or compressed. One that is compressed keeps its weights and is pruned further.
+        model: from `load`, dense or compressed. A compressed one keeps its weights and is pruned further.
         plan: from `make_plan`, `plan_for_budget`, a search or a file.
         output: the folder to write; nothing is left there if anything fails before it is complete.
         dense: the dense model that a compressed `model` was made from; None: the file that it names.
-        command: recorded as how it was made.
+        command: recorded as the command that created it.
         force: replace `output` if ssmcompress wrote it.
         found: how the plan was found, for the report; its images are used.
 
     Returns:
-        The report that is in the folder.
+        The report of the folder.
 
     Raises:
         InputError: data, plan or output that cannot be used.
@@ -125,7 +125,7 @@ def compress(
 
 
 def _compress(start: Start, found: FoundPlan, target: Target, options: CompressOptions) -> dict[str, Any]:
-    """Do what `compress` does."""
+    """Implement `compress`."""
     model, plan = start.model, found.plan
     if plan.stages or (not found.trims and found.search is None):
         plan = check_plan(model, plan, {}, found.trims.apply_to(model.config).depth)
@@ -137,7 +137,7 @@ def _compress(start: Start, found: FoundPlan, target: Target, options: CompressO
     forget_results()
     if options.finetune is None:
         return report
-    processes.barrier()  # until the main process has written: if fine-tuning is killed, the pruned folder is there
+    processes.barrier()  # wait for the main process: if fine-tuning is killed, the pruned folder is complete
     again = FinetuneTarget(target.path, True, target.command, target.recipe, inside=target.path)
     name, pruned = snapshots.popitem()
     parts = {"dense": start.dense, "earlier": report, "name": name if options.steps else None}
@@ -151,19 +151,19 @@ def _prune_folder(
     target: Target,
     options: CompressOptions,
 ) -> tuple[dict[str, TokenModel], dict[str, Any]]:
-    """Write the pruned folder; returns the snapshots, the last of which is in it, and its report."""
+    """Write the pruned folder; return the snapshots, of which the last one is written, and its report."""
     model, calibration, together = start.model, images.calibration, processes.count() > 1
     plan, search = found.plan, found.search
     plan = replace(plan, gap=images.gap_source(options.gap, plan.gap), calibration=None)
     refit, levels = None, bool(model.levels) and images.wants_reconstruction(None)
     if images.wants_reconstruction(options.reconstruct):
-        # Corrections of the class token cost little in FLOPs, but time; a latency was searched for without them.
+        # Corrections of the class token cost few FLOPs but some time; the search for a latency did not include them.
         timed = search is not None and search.record["asked"]["latency"] is not None
         refit = Reconstruct(bool(options.reconstruct), RefitOptions(class_corrections=not timed))
     context = Context(start.dense, calibration, seed=options.data.seed, distributed=together, command=target.command)
     trimming = trimming_steps(found.trims, search.chains if search is not None else {})
     steps = [*trimming, *pruning_steps(plan, refit, levels)]
-    # Of a trimmed model, what is not repaired yet is one column: the figures of each step would not fit.
+    # The steps before reconstruction share one column for a trimmed model: one for each step would not fit.
     before = [step.name for step in steps if not isinstance(step, Reconstruct)][-1:]
     keep = [*before, Reconstruct.name, *(step.name for step in options.steps)] if trimming else None
     snapshots = run_steps([*steps, *options.steps], context, model, keep)
@@ -192,7 +192,7 @@ def _prune_folder(
 
 
 def mark_unchanged(model: TokenModel) -> TokenModel:
-    """A copy of a dense model as a compressed one: it is run as it is, because that meets the budget."""
+    """Return a copy of a dense model that is marked as compressed, since it already meets the budget."""
     unchanged = copy.deepcopy(model)
     unchanged.learnt = learnt_from(model)
     unchanged.mark_compressed()
@@ -200,9 +200,9 @@ def mark_unchanged(model: TokenModel) -> TokenModel:
 
 
 def preview(model: TokenModel | Start, plan: Plan, trims: Trims = Trims()) -> dict[str, Any]:
-    """What a plan would do to a model, without images: a JSON object that is itself read as a plan.
+    """Return the effect of a plan on a model, without images: a JSON object that can itself be read as a plan.
 
-    Of a model that is pruned further it has `input`, the FLOPs of the model as it came.
+    For a model that is pruned further, it includes `input`, the FLOPs of the original model.
     """
     start = model if isinstance(model, Start) else find_start(model)
     model, dense = start.model, flops(start.dense)

@@ -1,4 +1,4 @@
-"""What `prune` is asked for: which plan, on which images, and what is done by it."""
+"""The request of `prune`: the plan, the images, and the further steps."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DEFAULT_RATIO = 0.3
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """How a model is compressed, apart from the plan.
+    """Options of a compression, apart from the plan.
 
     Attributes:
-        data: the images. measure: how models are measured.
-        gap: "calibrated" or "bias"; None: as planned, else calibrated where the images are the user's own.
-        reconstruct: whether to refit the later layers; None: where the images are the user's own and differ.
-        steps: further steps after these, each with a column of its own in the report.
-        finetune: how to fine-tune after that, on the images that are not measured on; None: not at all.
+        data: the images. measure: evaluation options.
+        gap: "calibrated" or "bias"; None: as planned, else calibrated if the images are the user's own.
+        reconstruct: whether to refit the later layers; None: if the images are the user's own and differ.
+        steps: further steps after these, each with its own column in the report.
+        finetune: how to fine-tune after that, on the images not used for evaluation; None: not at all.
     """
 
     data: DataOptions = DataOptions()
@@ -37,11 +37,11 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """Everything that `prune` is asked for, apart from the model.
+    """The complete request of `prune`, apart from the model.
 
     Attributes:
-        plan: which plan. options: what is done by it. loading: what changes the name of the folder besides, label ->
-            text: how the model was loaded.
+        plan: which plan. options: how it is applied. loading: label -> text: options of loading the model, which are
+            part of the default folder name.
     """
 
     plan: PlanRequest = PlanRequest()
@@ -49,17 +49,17 @@ class PruneRequest:
     loading: Mapping[str, str | None] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Check what is given before the model is loaded.
+        """Check the request before the model is loaded.
 
         Raises:
-            InputError: arguments that do not go together.
+            InputError: arguments that cannot be combined.
         """
         self.plan.check()
         if self.options.finetune is not None and self.options.data.data is None:
             raise InputError("`finetune_epochs` needs images to learn from: give `data`")
 
     def folder(self, checkpoint: str) -> Path:
-        """The default folder for the result: what differs from the defaults is in its name."""
+        """Return the default output folder, whose name includes what differs from the defaults."""
         plan, options = self.plan, self.options
         searched = plan.file is None and bool(plan.budgets)
         chosen = plan.file is not None or searched or plan.merge is not None

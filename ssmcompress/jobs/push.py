@@ -1,4 +1,4 @@
-"""Publishing a compressed model on the Hugging Face Hub, with a card, and without the paths of this machine."""
+"""Publishing a compressed model on the Hugging Face Hub, with a card and without local paths."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class PushRequest:
 
     Attributes:
         repository: owner/name; it is created if it does not exist.
-        private: create a private one; a public one that exists is refused.
+        private: create a private repository; an existing public one is rejected.
         revision: the branch to write; None: the main one. message: of the commit.
-        license: identifier of the licence on the Hub, as "mit"; None: that of the dense model, if it is on the Hub.
-        bars: whether huggingface_hub may draw its bars.
+        license: identifier of the licence on the Hub, such as "mit"; None: that of the dense model, if it is on the
+            Hub.
+        bars: whether huggingface_hub may show its progress bars.
         force: write into a repository with files that ssmcompress did not write.
     """
 
@@ -40,7 +41,7 @@ class PushRequest:
 
     @property
     def name(self) -> HubName:
-        """The repository as a name of the Hub; InputError if it, or its branch, cannot be one."""
+        """The repository as a Hub name; InputError if it or its branch is invalid."""
         if not is_repository(self.repository):
             more = "; a branch is given by `revision`" if re.search("[@:]", self.repository) else ""
             raise InputError(f"{self.repository}: expected owner/name, a repository of the Hub{more}")
@@ -52,20 +53,20 @@ class PushRequest:
 def push_folder(folder: str | Path, request: PushRequest, dry_run: bool = False) -> dict[str, Any]:
     """Upload the folder of a compressed model to the Hub, as one commit.
 
-    Uploaded are the weights, config.json, report.json, recipe.yaml, the card, the pictures of the report and an
-    exported ONNX file, with the last component of each path in them, and without names of images. The folder is not
-    changed. Those of these files that are in the repository from an earlier upload, but not in this one, are deleted.
+    The upload consists of the weights, config.json, report.json, recipe.yaml, the card, the pictures of the report and
+    an exported ONNX file. Paths in them are reduced to their last component, and names of images are removed. The
+    folder is not changed. Files of these kinds from an earlier upload that are not part of this one are deleted.
 
     Args:
-        dry_run: say what would be uploaded; needs neither the network nor a token.
+        dry_run: show what would be uploaded; needs neither the network nor a token.
 
     Returns:
-        A JSON object: `repository`, `revision`, `private`, `files` (name and size in bytes of each), `card`, and of
-        what was uploaded its `commit` and `url` and the names of the files `deleted`, else null.
+        A JSON object: `repository`, `revision`, `private`, `files` (name and size in bytes of each), `card`, and after
+        an upload its `commit` and `url` and the names of the files `deleted`, else null.
 
     Raises:
-        InputError: no folder of a compressed model, no licence, no token, no permission, a public repository where
-            `private` is asked for, or one with files that ssmcompress did not write, without `force`.
+        InputError: not a folder of a compressed model, no licence, no token, no permission, a public repository with
+            `private`, or one with files that ssmcompress did not write, without `force`.
         SsmCompressError: the Hub cannot be reached.
     """
     name, content = request.name, read_content(Path(folder))
@@ -93,10 +94,10 @@ def push_folder(folder: str | Path, request: PushRequest, dry_run: bool = False)
 
 
 def list_stale(target: Target | None, request: PushRequest, files: Collection[str]) -> list[str]:
-    """Return which files in a repository are of an earlier upload and not among the `files` of this one.
+    """Return the files in a repository that belong to an earlier upload and are not among the `files` of this one.
 
     Raises:
-        InputError: the repository is public where `private` is asked for, or has files that ssmcompress did not write.
+        InputError: the repository is public although `private` is set, or has files that ssmcompress did not write.
     """
     if target is None:
         return []

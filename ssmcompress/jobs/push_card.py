@@ -1,4 +1,4 @@
-"""The model card of a published model: a header for the Hugging Face Hub, and the card of the folder."""
+"""The model card of a published model: a header for the Hugging Face Hub, and the card from the folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .push_content import CARD_FILE, Content, find_dataset
 
 METRICS = {"top1": "accuracy", "miou": "mean_iou"}
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n+", re.DOTALL)
-# A note of the card, whose names of images are not published.
+# The note of the card that contains names of images, which are not published.
 SKIPPED = re.compile(r"(\d+ unreadable images were skipped) \(.*?\)(?=\n|\Z)", re.DOTALL)
 
 
 def make_card(folder: Path, content: Content, name: HubName, license_name: str | None, remover: PathRemover) -> str:
-    """Return the README.md: a header for the Hub, and the card that is in the folder, without paths."""
+    """Return the README.md: a header for the Hub, and the card from the folder, without paths."""
     from huggingface_hub import ModelCardData
 
     card = folder / CARD_FILE
@@ -32,8 +32,8 @@ def make_card(folder: Path, content: Content, name: HubName, license_name: str |
     kinds = [str(step.get("kind")) for step in content.config["pruning"].get("steps") or () if isinstance(step, dict)]
     base = {}
     if content.source is not None:
-        # The Hub knows the relations adapter, merge, quantized and finetune, none of them for pruning: a pruned model
-        # has weights of its own that begin at those of the base, which is what finetune means.
+        # The Hub has the relations adapter, merge, quantized and finetune, but none for pruning. A pruned model has its
+        # own weights, initialised from the base model, which is what finetune means.
         is_quantised = any("quanti" in kind for kind in kinds)
         base = {
             "base_model": content.source.repository,
@@ -55,7 +55,7 @@ def make_card(folder: Path, content: Content, name: HubName, license_name: str |
 
 
 def list_results(content: Content, remover: PathRemover) -> list[Any]:
-    """Return the accuracy in the report as results for the Hub; none without labels."""
+    """Return the accuracy from the report as results for the Hub; empty without labels."""
     from huggingface_hub import EvalResult
 
     measured, data, task = content.report.get("pruned"), content.report.get("data"), find_task(content.task)

@@ -1,4 +1,4 @@
-"""What is published of a folder: its files, and the objects in them."""
+"""The published content of a folder: its files, and the objects in them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .report import REPORT_FILE
 from .report_text import PICTURES
 
 CARD_FILE = "README.md"
-# The pictures of a report. Those of `visualize` are left out: they show the user's own images in large.
+# The pictures of a report. Those of `visualize` are excluded, since they show the user's own images in full size.
 PICTURE_FILES = (*PICTURES, "finetuning.png")
 PIPELINES = {CLASSIFICATION.name: "image-classification", SEGMENTATION.name: "image-segmentation"}
-# All files that are published, apart from the weights and an exported ONNX file.
+# All published files, apart from the weights and an exported ONNX file.
 FILES = (CONFIG_FILE, REPORT_FILE, RECIPE_FILE, CARD_FILE, *PICTURE_FILES)
 LARGEST_RECIPE = 1 << 20  # bytes
 EXPECTED = "expected a folder that `ssmcompress prune` wrote"
-# What values of the JSON files are, where they are read here. All but those of REQUIRED may be missing or null.
+# Types of the JSON values that are read here. All except those of REQUIRED may be missing or null.
 KINDS = {dict: "an object", list: "a list", str: "a text"}
 OF_CONFIG = {
     "architecture": dict, "architecture.type": str, "data": str, "pruning": dict, "pruning.source": dict,
@@ -42,10 +42,10 @@ REQUIRED = {"architecture", "architecture.type"}
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a folder, as far as it is published.
+    """The published content of a folder.
 
     Attributes:
-        config, report, recipe: the objects in the JSON files and in recipe.yaml; a model that `save` wrote has neither
+        config, report, recipe: the objects in the JSON files and in recipe.yaml; a model written by `save` has neither
             report nor recipe, {}.
         metadata: the texts in the header of the weights. files: names of all files to publish.
     """
@@ -58,13 +58,13 @@ class Content:
 
     @property
     def source(self) -> HubName | None:
-        """The dense model, if that is on the Hub."""
+        """The dense model, if it is on the Hub."""
         path = (self.config["pruning"].get("source") or {}).get("path")
         return _parse_name(path) if path is not None and not is_absolute(path) else None
 
     @property
     def pipeline(self) -> str:
-        """What the Hub calls the task of the model."""
+        """The Hub's name for the task of the model."""
         videos = "views" in self.report or self.config["architecture"].get("frames") is not None
         return "video-classification" if videos else PIPELINES[self.task]
 
@@ -78,10 +78,10 @@ class Content:
 
 
 def read_content(folder: Path) -> Content:
-    """Read what is published of a folder.
+    """Read the published content of a folder.
 
     Raises:
-        InputError: it is no folder of a compressed model, or a file of it cannot be read.
+        InputError: it is not a folder of a compressed model, or one of its files cannot be read.
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
@@ -104,7 +104,7 @@ def read_content(folder: Path) -> Content:
 
 
 def list_graphs(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the ONNX file that was exported into the folder of a report, and of its external data."""
+    """Return the names of the ONNX file exported into the folder of a report, and of its external data."""
     onnx = report.get("onnx")
     name = onnx.get("file") if isinstance(onnx, Mapping) else None
     if not isinstance(name, str) or not re.fullmatch(r"[^./\\][^/\\]*\.onnx", name):
@@ -113,9 +113,9 @@ def list_graphs(report: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_file(folder: Path, name: str) -> None:
-    """Raise an InputError unless a name in a folder is a regular file, and one of this folder if it is a link.
+    """Raise an InputError unless a name in a folder is a regular file or a link to one of the same model.
 
-    A folder in the cache of the Hub has links to files in the folder blobs of its repository.
+    A folder in the Hub cache contains links to files in the folder blobs of its repository.
     """
     path = folder / name
     if not path.is_file():
@@ -140,7 +140,7 @@ def read_recipe(file: Path) -> dict[Any, Any]:
             raise ValueError(f"larger than {LARGEST_RECIPE >> 20} MB")
         text = read_text(file)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases (*)")  # which could make it endless
+            raise ValueError("it has aliases (*)")  # which could expand without end
         value = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from error
@@ -150,10 +150,10 @@ def read_recipe(file: Path) -> dict[Any, Any]:
 
 
 def list_hub_names(folder: Path, content: Content) -> set[str]:
-    """Return the repositories of the Hub that a folder names: of models, and of data sets.
+    """Return the Hub repositories named in a folder, of models and of datasets.
 
-    In the configuration, and in the recipe, local names are told from those: they are absolute in the one, and
-    relative to the folder in the other.
+    Local names can be distinguished from them: they are absolute in the configuration, and relative to the folder in
+    the recipe.
     """
     names = {content.source.repository} if content.source is not None else set()
     names |= {data[0]} if (data := find_dataset(content)) else set()
@@ -169,9 +169,9 @@ def list_hub_names(folder: Path, content: Content) -> set[str]:
 
 
 def find_dataset(content: Content) -> tuple[str, str] | None:
-    """Return (repository, split) of the data that a model was measured on, if that is a data set of the Hub.
+    """Return (repository, split) of the evaluation data, if it is a dataset on the Hub.
 
-    The configuration has the absolute path of local data, so whatever else has the form of a name is one.
+    Local data has an absolute path in the configuration, so any other valid name is that of a dataset on the Hub.
     """
     data = content.config.get("data")
     match = HUB_NAME.fullmatch(data) if isinstance(data, str) else None
@@ -179,7 +179,7 @@ def find_dataset(content: Content) -> tuple[str, str] | None:
 
 
 def _parse_name(name: str) -> HubName | None:
-    """Return what a recorded name means on the Hub, None if it is a local path or an address."""
+    """Parse a recorded name as a Hub name; None if it is a local path or a URL."""
     try:
         return parse_hub_name(name)
     except InputError:
@@ -190,7 +190,7 @@ def _read_object(file: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     """Return the JSON object in a file; InputError if there is none.
 
     Args:
-        kinds: key, or keys of objects in each other with dots -> kind of the value.
+        kinds: key, or nested keys joined by dots -> type of the value.
     """
     try:
         value = json.loads(read_text(file))
@@ -200,7 +200,7 @@ def _read_object(file: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         raise InputError(f"{file} is no JSON object")
     for keys, kind in kinds.items():
         part: Any = value
-        for key in keys.split("."):  # an outer one was checked before
+        for key in keys.split("."):  # outer objects were checked before
             part = part.get(key) if part is not None else None
         if part is None and keys not in REQUIRED:
             continue

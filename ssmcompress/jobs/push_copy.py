@@ -1,4 +1,4 @@
-"""A copy of a folder to publish, without the paths of this machine."""
+"""A copy of a folder for publishing, without local paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .report import REPORT_FILE
 
 @contextmanager
 def cleaned_copy(folder: Path, content: Content, name: HubName, license_name: str | None) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish, without the paths of this machine."""
+    """Yield a temporary folder with the files to publish, without local paths."""
     metadata = [_parse(text) for text in content.metadata.values()]
     values = [content.config, content.report, content.recipe, *metadata]
     with tempfile.TemporaryDirectory(prefix="ssmcompress-") as temporary:
@@ -57,7 +57,7 @@ def clean_recipe(text: str, recipe: Mapping[Any, Any], remover: PathRemover) -> 
     """Return a recipe without paths.
 
     Args:
-        text: of the file, whose comment lines stay in their places. recipe: the mapping in it.
+        text: of the file, whose comment lines are kept. recipe: the mapping in it.
     """
     import yaml
 
@@ -81,7 +81,7 @@ def copy_weights(source: Path, target: Path, remover: PathRemover) -> None:
         texts = header.get("__metadata__") or {}
         header["__metadata__"] = {key: _clean_json_text(text, remover) for key, text in texts.items()}
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of eight bytes
+        encoded += b" " * (-len(encoded) % 8)  # tensors are aligned to eight bytes
         write.write(len(encoded).to_bytes(8, "little") + encoded)
         while chunk := read.read(1 << 20):
             write.write(chunk)
@@ -107,7 +107,7 @@ def copy_graph(source: Path, target: Path, remover: PathRemover) -> None:
 
 
 def _clean_json_text(text: str, remover: PathRemover) -> str:
-    """Clean a text; of one that is JSON, the texts in it, for a path is written differently there."""
+    """Clean a text; if it is JSON, clean the texts in it, since paths are escaped there."""
     value = _parse(text)
     return json.dumps(remover.clean(value)) if isinstance(value, (dict, list)) else remover.clean_text(text)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..export.onnx import Exported
 
 REPORT_FILE = "report.json"
-SHOWN = (*text.PICTURES, *SENSITIVITY_FILES)  # files that a web page is made from, besides the report
+SHOWN = (*text.PICTURES, *SENSITIVITY_FILES)  # files used by the web page, in addition to the report
 WANTED = "expected a folder that `ssmcompress prune` wrote, or a .safetensors file that was exported from it"
 
 
@@ -50,12 +50,12 @@ def make_report(
     command: str,
     earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report of `measured.models["pruned"]`, a JSON object.
+    """Return the report of `measured.models["pruned"]`, a JSON object.
 
     Args:
-        overlap: how many of the measured images something was learnt from; None: that is not known.
+        overlap: number of evaluation images that were also used for training or fitting; None: unknown.
         sections: further sections: `calibration`, `reconstruction` and those of other steps.
-        earlier: the report of a model that this one was made from: its columns are copied if `measures_the_same`.
+        earlier: the report of the model that this one was made from: its columns are copied if `measures_the_same`.
     """
     pruned, result = measured.models["pruned"], measured.results["pruned"]
     blocks = {
@@ -103,7 +103,7 @@ def make_report(
 
 
 def describe_wide(measured: Measured) -> dict[str, Any]:
-    """Describe the models in float32, as `float32`, where they were measured in another dtype.
+    """Describe the models in float32, as `float32`, if they were evaluated in another dtype.
 
     `agreement` of each compares the model in that dtype with itself in float32.
     """
@@ -116,7 +116,7 @@ def describe_wide(measured: Measured) -> dict[str, Any]:
 
 
 def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two reports measure on the same images and labels, prepared and viewed alike, in one dtype."""
+    """Return whether two reports use the same images and labels, with the same preparation and views, in one dtype."""
     if not isinstance(prepared := earlier.get("preprocessing"), Mapping):
         return False
     one, other = ({k: v for k, v in p.items() if k != "assumed"} for p in (prepared, now["preprocessing"]))
@@ -124,10 +124,10 @@ def measures_the_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 
 
 def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str, Any]:
-    """Describe the model of a column: what was measured, and its cost.
+    """Describe the model of a column: its figures and its cost.
 
     `flops_by_part` has the GFLOPs (`full`) of each part, `flops_backbone` those of a segmentation model without its
-    neck and head, `flops_as_run` those as they are run here, where the published code takes more, and `sizes`, of the
+    neck and head, `flops_as_run` those of this implementation if the published code takes more, and `sizes`, for the
     dense model, the sizes of its layers.
     """
     result, timings = measured.results[name], measured.timings
@@ -146,7 +146,7 @@ def describe_model(name: str, model: TokenModel, measured: Measured) -> dict[str
 
 
 def describe_missing(pruned: TokenModel) -> dict[str, Any]:
-    """Describe a dense model that is gone."""
+    """Describe a dense model that no longer exists."""
     unknown = pruned.task.describe(None, compared=False)
     unknown |= dict.fromkeys(("params", "latency_ms", "latency_quartiles_ms"))
     published, dense = dense_flops(pruned), pruned.dense_config
@@ -158,7 +158,7 @@ def describe_missing(pruned: TokenModel) -> dict[str, Any]:
 
 
 def describe_as_run(published: float, ours: float) -> dict[str, float]:
-    """`flops_as_run`, the GFLOPs of a model as it is run here, where they are not those of the published code."""
+    """Return `flops_as_run`, the GFLOPs of this implementation, if they differ from those of the published code."""
     return {} if math.isclose(published, ours) else {"flops_as_run": ours}
 
 
@@ -182,8 +182,8 @@ def describe_data(measured: Batches, result: Evaluation, overlap: int | None) ->
 def describe_calibration(model: TokenModel, calibration: Batches) -> dict[str, Any]:
     """Describe the calibration, with the share of images that kept each position at each stage, and its mean score.
 
-    `distinct` counts different images, and `classes` those of the model's classes that they have; null without labels.
-    `content` is a hash of the images with their labels; null where none was read.
+    `distinct` is the number of different images, and `classes` how many of the model's classes they include; null
+    without labels. `content` is a hash of the images with their labels; null if none was read.
 
     Args:
         model: calibrated and pruned. calibration: the images, as far as they were read.
@@ -210,9 +210,9 @@ def describe_alignment(model: TokenModel) -> dict[str, Any]:
 
 
 def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any] | None:
-    """Describe the reconstruction, with the seconds it took and the ranks of each layer's corrections.
+    """Describe the reconstruction, with its time in seconds and the ranks of each layer's corrections.
 
-    None if there was none since the model was made, which may be from a reconstructed one.
+    None if this run did not reconstruct the model, even if it was made from a reconstructed one.
     """
     record = model.find_record("reconstruction")
     if record not in list_own_steps(model.steps):
@@ -227,7 +227,7 @@ def describe_reconstruction(model: TokenModel, seconds: float) -> dict[str, Any]
 
 
 def list_stages(model: TokenModel) -> list[dict[str, Any]]:
-    """What each stage of a pruned model keeps: after which layer, how many tokens of how many, by which metric."""
+    """Return for each stage of a pruned model its layer, the tokens before and after it, and the metric."""
     counts = model.token_counts()
     found = zip(model.plan.stages, model.kept_counts(), strict=True)
     return [
@@ -237,9 +237,9 @@ def list_stages(model: TokenModel) -> list[dict[str, Any]]:
 
 
 def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    """(model, its report): of a folder, its report.json, a .safetensors file with a report, or the newest folder.
+    """Return (model, its report): a folder with report.json, a .safetensors file with a report, or the newest folder.
 
-    Of a model of the Hub, the report is fetched with what is shown of it; the path is that of the copy in the cache.
+    For a model on the Hub, the report is downloaded with the files it shows; the path is in the local cache.
     """
     if model is not None and (hub := parse_hub_name(model)) is not None:
         return _read_path(_fetch_report(hub), str(hub))
@@ -248,12 +248,12 @@ def read_report(model: str | Path | None) -> tuple[Path, dict[str, Any]]:
 
 
 def _fetch_report(name: HubName) -> Path:
-    """Fetch a folder with a report, its pictures and measurements, without the weights; or a file that may have one."""
+    """Download a report with its pictures and measurements, without the weights; or a file that may contain one."""
     return fetch(name).path if name.file is not None else fetch_files(name, (REPORT_FILE, *SHOWN))
 
 
 def _read_path(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """`read_report` of a path; errors name it as the user did."""
+    """Implement `read_report` for a path; errors use the name given by the user."""
     if path.name == REPORT_FILE and path.is_file():
         path = path.parent
     file = path / REPORT_FILE if path.is_dir() else path
@@ -273,18 +273,18 @@ def _read_path(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     try:
         text.format_rows(report), text.format_notes(report), text.format_fits(report)
         text.format_axes(report), text.format_tried(report)
-        json.dumps(report, allow_nan=False)  # 1e999 reads as infinity
+        json.dumps(report, allow_nan=False)  # Python reads 1e999 as infinity
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
         raise InputError(f"{file}: not a report of ssmcompress ({type(error).__name__} {error})") from error
     return path, report
 
 
 def record_export(model: str | Path, file: Path, result: Exported) -> None:
-    """Note an ONNX file under `onnx` in the report of the folder it was made from; where there is none, do nothing."""
+    """Record an ONNX file under `onnx` in the report of its folder; do nothing if there is no report."""
     folder = Path(model)
     try:
         report = read_report(folder)[1] if folder.is_dir() else None
-    except InputError:  # a model without a report is a model all the same
+    except InputError:  # a report is optional
         return
     if report is not None:
         report["onnx"] = {"file": file.name, **asdict(result), "passed": result.passed}
@@ -297,7 +297,7 @@ def _no_constant(name: str) -> None:
 
 
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:
-    """Write the report of a folder or file as a web page that stands alone."""
+    """Write the report of a folder or file as a self-contained web page."""
     check_target(file, force, [model], kind=WEB_PAGE)
     pictures = {name: (model / name).read_bytes() for name in text.PICTURES if (model / name).is_file()}
     charts, notes = draw_charts(report, model)
@@ -306,7 +306,7 @@ def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) 
 
 
 def find_newest(root: Path = Path("compressed")) -> Path:
-    """The compressed model under `root` that was written last."""
+    """Return the most recently written compressed model under `root`."""
     folders = [file.parent for file in root.glob(f"*/{CONFIG_FILE}") if not file.parent.name.startswith(".")]
     if not folders:
         raise InputError(f"no compressed model under {root}/: name one, or run `ssmcompress prune` first")

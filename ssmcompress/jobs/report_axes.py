@@ -1,4 +1,4 @@
-"""Axes in a report for people: what was trimmed, what each axis of a search costs alone, and what was tried."""
+"""Axes in a readable report: what was trimmed, the cost of each axis of a search alone, and what was tried."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from ..tasks import find_task
 
 AXES_FILE = "axes.png"
-# Layers and directions that a short table lists; there are three for each layer of a Vim.
+# Number of layers and directions in a short table; a Vim has three for each layer.
 FEW_LAYERS = 6
 Report = Mapping[str, Any]
 Rows = list[tuple[str, list[str]]]
 
 
 def format_trims(trims: Mapping[str, Any]) -> str:
-    """What was trimmed in words: "3 of 8 states, 96 of 128 channels, without layer 4"; "" for nothing.
+    """Describe trims in words: "3 of 8 states, 96 of 128 channels, without layer 4"; "" for nothing.
 
     Args:
         trims: from `describe_trims`; without `dense`, the sizes of the dense model are left out.
@@ -37,7 +37,7 @@ def format_trims(trims: Mapping[str, Any]) -> str:
 
 
 def list_trim_notes(report: Report) -> list[str]:
-    """What was trimmed and on which images, as sentences; none where nothing was."""
+    """Return sentences about what was trimmed and on which images; empty if nothing was."""
     trims = report.get("trims") or {}
     if not (what := format_trims(trims)):
         return [] if report["stages"] else ["nothing was dropped or trimmed: the model runs as it is"]
@@ -56,15 +56,15 @@ def list_trim_notes(report: Report) -> list[str]:
 
 
 def has_axes(report: Report) -> bool:
-    """Whether the search of a report measured axes."""
+    """Return whether the search of a report measured axes."""
     return bool((report.get("search") or {}).get("axes"))
 
 
 def format_axes(report: Report, whole: bool = True) -> tuple[list[str], Rows]:
-    """What each axis leaves and loses alone, a table: (header, rows); no rows where it was not measured.
+    """Return a table (header, rows) of the FLOPs and the loss of each axis alone; no rows if it was not measured.
 
-    States, channels and tokens are listed from the most kept to the fewest, layers from the least loss for what it
-    saves.
+    States, channels and tokens are sorted by the number kept, in descending order, layers by their loss relative to
+    what they save.
 
     Args:
         whole: list all layers and directions, not only the first FEW_LAYERS.
@@ -88,7 +88,7 @@ def format_axes(report: Report, whole: bool = True) -> tuple[list[str], Rows]:
 
 
 def format_tried(report: Report) -> tuple[list[str], Rows]:
-    """The combinations that a search ran, the chosen one first, a table; no rows for a search over tokens alone."""
+    """Return a table of the combinations run by a search, the chosen one first; empty if only tokens were searched."""
     header = ["combinations run", "FLOPs left", "loss, nats", "expected"]
     tried = report["search"]["tried"] if has_axes(report) else []
     rows = [
@@ -100,7 +100,7 @@ def format_tried(report: Report) -> tuple[list[str], Rows]:
 
 
 def list_search_notes(report: Report) -> list[str]:
-    """What a search over axes was asked for, and what it found, as sentences."""
+    """Return sentences about the request and the result of a search over axes."""
     if not has_axes(report):
         return []
     search = report["search"]
@@ -122,7 +122,7 @@ def list_search_notes(report: Report) -> list[str]:
 
 
 def _name_option(option: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """The name of one way to trim one axis."""
+    """Return the name of one way to trim one axis."""
     axis = str(option["axis"])
     if axis == "tokens":
         return f"tokens: {_name_stages(option['stages'])}"
@@ -135,14 +135,14 @@ def _name_option(option: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
 
 
 def _name_combination(run: Mapping[str, Any]) -> str:
-    """The name of a combination that was run."""
+    """Return the name of a combination that was run."""
     parts = [format_trims(run["trims"])]
     parts += [f"tokens {_name_stages(run['stages'])}"] if run["stages"] else []
     return ", ".join(part for part in parts if part) or "nothing trimmed"
 
 
 def _name_stages(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The share of the tokens that is left after each of several layers."""
+    """Return the share of the tokens left after each of several layers, as text."""
     left, shares = 1.0, []
     for stage in stages:
         left *= 1 - stage["ratio"]
@@ -152,7 +152,7 @@ def _name_stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _layer_cost(report: Report) -> Callable[[Mapping[str, Any]], float]:
-    """A function from an option to its loss for what it saves of the FLOPs that the dense model takes as it is run."""
+    """Return a function from an option to its loss relative to the FLOPs it saves in this implementation."""
     dense = report["dense"]
     share = dense["flops_as_run"] / dense["flops"]["full"] if "flops_as_run" in dense else 1.0
     return lambda option: max(0.0, option["loss"]) / max(share - option["flops"], 1e-9)
@@ -163,7 +163,7 @@ def _differ(counts: int | Sequence[int]) -> bool:
 
 
 def _range(counts: int | Sequence[int]) -> str:
-    """One number for all layers, or the least and the most of them."""
+    """Return one number if all layers are equal, otherwise the smallest and the largest."""
     values = [counts] if isinstance(counts, int) else counts
     least, most = min(values), max(values)
     return f"{least:d}" if least == most else f"{least:d} to {most:d}"

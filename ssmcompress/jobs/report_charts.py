@@ -1,7 +1,7 @@
 """The charts of a report's web page: quality over FLOPs, FLOPs by part, refit errors, sensitivities.
 
-Each is an SVG inside the page, with text as text, and comes with its numbers. A chart whose data are not in the report
-is left out; so are values of another kind than expected, for a report may be of an older version or partial.
+Each is an SVG embedded in the page, with text as text, and comes with its numbers. A chart is left out if the report
+does not have its data or has values of unexpected types, since a report may be of an older version or incomplete.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Files with sensitivities that may lie beside a report, and the page that `ssmcompress visualize` writes there.
+# Sensitivity files that may be next to a report, and the page that `ssmcompress visualize` writes there.
 SENSITIVITY_FILES = (SENSITIVITY_FILE, "sensitivity-axes.json")
 ATTENTION_PAGE = f"{ATTENTION}/index.html"
-LARGEST = 1e30  # of a number in a chart
+LARGEST = 1e30  # largest number in a chart
 WIDTH = 7.2  # inches
 BEFORE, AFTER = "#9A9A9A", COLOURS[0]
 HEAT = 9  # colours of a heat map
@@ -44,9 +44,9 @@ class Chart:
     """A chart for a web page.
 
     Attributes:
-        name: where it belongs: "quality", "parts", "fits" or "sensitivity".
-        svg: the image, safe to put into a page as it is. caption: what it shows, below it.
-        table: its numbers, (header, rows); None: the page has them in another table.
+        name: its place: "quality", "parts", "fits" or "sensitivity".
+        svg: the image, safe to embed in a page. caption: text shown below it.
+        table: its numbers, (header, rows); None: another table of the page has them.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Chart:
 
 
 def draw_charts(report: Report, folder: Path) -> tuple[dict[str, Chart], list[str]]:
-    """Draw the charts that a report, and the sensitivities that lie beside it, have the data for.
+    """Draw all charts for which a report, and the sensitivities next to it, have data.
 
     Args:
-        folder: that of the report; it may also be a single file, beside which nothing lies.
+        folder: of the report; may also be a single file, which has nothing next to it.
 
     Returns:
         The charts by name, and notes on files that cannot be used.
@@ -72,7 +72,7 @@ def draw_charts(report: Report, folder: Path) -> tuple[dict[str, Chart], list[st
 
 
 def read_sensitivity(folder: Path) -> tuple[Sensitivity | None, list[str]]:
-    """Read the first file in a folder with sensitivities of tokens; returns it and notes on files that are damaged."""
+    """Read the first file with token sensitivities in a folder; return it and notes about damaged files."""
     notes = []
     for name in SENSITIVITY_FILES:
         if not (folder / name).is_file():
@@ -88,7 +88,7 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity | None, list[str]]:
 
 
 def link_attention(folder: Path, page: Path) -> str | None:
-    """Return the relative address, as seen from a page, of the attention maps in a folder; None if there are none."""
+    """Return the path of a folder's attention maps relative to a page; None if there are none."""
     target = folder / ATTENTION_PAGE
     if not target.is_file():
         return None
@@ -102,9 +102,9 @@ def link_attention(folder: Path, page: Path) -> str | None:
 
 
 def list_points(report: Report) -> list[tuple[str, float, float]]:
-    """(column, FLOPs in percent of those of the dense model, quality in percent) of the columns that have both.
+    """Return (column, FLOPs in percent of the dense model's, quality in percent) of the columns that have both.
 
-    Without labels, the quality is the likeness to the dense model, which that one has 100 % of.
+    Without labels, the quality is the similarity to the dense model, which is 100 % for the dense model itself.
     """
     key = _quality(report).report_key
     dense = _number((_mapping(report.get("dense")).get("flops") or {}).get("full"))
@@ -122,7 +122,7 @@ def list_points(report: Report) -> list[tuple[str, float, float]]:
 
 
 def plot_quality(report: Report) -> Figure | None:
-    """Plot the quality of a report's columns over their FLOPs, each with its name; None with fewer than two."""
+    """Plot the quality of a report's columns over their FLOPs, labelled; None with fewer than two."""
     points, shown = list_points(report), _quality(report)
     if len(points) < 2:
         return None
@@ -168,7 +168,7 @@ def _has_labels(report: Report) -> bool:
 
 
 def _quality(report: Report) -> Any:
-    """The figure that the columns of a report are compared by."""
+    """Return the figure by which the columns of a report are compared."""
     task = _task(report)
     return task.figure(task.quality if _has_labels(report) else task.likeness)
 
@@ -181,7 +181,7 @@ def _task(report: Report) -> Task:
 
 
 def list_parts(report: Report) -> list[tuple[str, float, float]]:
-    """(part, GFLOPs in the dense model, GFLOPs in the pruned one), the largest first; empty if the report has none."""
+    """Return (part, GFLOPs in the dense model, GFLOPs in the pruned one), largest first; empty if not in the report."""
     dense, pruned = (_numbers(_mapping(report.get(name)).get("flops_by_part")) for name in ("dense", "pruned"))
     if not dense or not pruned:
         return []
@@ -232,10 +232,9 @@ def draw_parts(report: Report) -> Chart | None:
 
 
 def list_fits(report: Report) -> dict[str, list[tuple[str, float, float]]]:
-    """The refitted maps by name, each with (layer, error before, error after) in the order of the layers.
+    """Return the refitted maps by name, each with (layer, error before, error after) in layer order.
 
-    The error is the share that a map misses of what it should give, on held-out images. Layers have the numbers that
-    are in the names of the weights.
+    The error is the relative error of a map on held-out images. Layers are numbered as in the names of the weights.
     """
     found: dict[str, list[tuple[str, float, float]]] = {}
     fits = _mapping(report.get("reconstruction")).get("fits")
@@ -250,7 +249,7 @@ def list_fits(report: Report) -> dict[str, list[tuple[str, float, float]]]:
 
 
 def plot_fits(report: Report) -> Figure | None:
-    """Plot the errors of the refitted maps by layer, before and after: a panel for each kind of map, on one scale."""
+    """Plot the errors of the refitted maps by layer, before and after, with a panel for each kind of map."""
     found = list_fits(report)
     values = [value for fits in found.values() for _, *pair in fits for value in pair if value > 0]
     if not values:
@@ -259,7 +258,7 @@ def plot_fits(report: Report) -> Figure | None:
     rows = -(-len(found) // columns)
     figure = new_figure(WIDTH, 0.5 + 2.1 * rows)
     panels = np.ravel(figure.subplots(rows, columns, sharey=True, squeeze=False))
-    floor = min(values)  # an error of zero has no place on a logarithmic axis
+    floor = min(values)  # a logarithmic axis cannot show an error of zero
     for axes, (name, fits) in zip(panels, found.items(), strict=False):
         _fill_fits(axes, fits, floor)
         axes.set_title(shorten(name), fontsize=10)
@@ -306,7 +305,7 @@ def draw_fits(report: Report) -> Chart | None:
 
 
 def find_best(sensitivity: Sensitivity) -> tuple[np.ndarray, np.ndarray]:
-    """For each layer and count of kept tokens, the least loss over the metrics, and the index of that metric.
+    """Return, for each layer and token count, the smallest loss over the metrics, and the index of that metric.
 
     Returns:
         Two arrays (layers, kept).
@@ -316,7 +315,7 @@ def find_best(sensitivity: Sensitivity) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_sensitivity(sensitivity: Sensitivity) -> Figure:
-    """Plot the loss of a stage alone by layer and share of kept tokens, of the metric that loses least in each cell."""
+    """Plot the loss of a single stage by layer and share of kept tokens, using the best metric in each cell."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -366,7 +365,7 @@ def draw_sensitivity(sensitivity: Sensitivity) -> Chart:
 
 
 def _encode(figure: Figure, name: str, alt: str) -> str:
-    """Return a figure as an SVG element for the inside of a page: without addresses, and with names of its own."""
+    """Return a figure as an SVG element to embed in a page: without URLs, and with unique ids."""
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -375,7 +374,7 @@ def _encode(figure: Figure, name: str, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     opening, rest = text.split(">", 1)
     opening = re.sub(r' (xmlns(:\w+)?|version|width|height)="[^"]*"', "", opening)
-    # Several images share the names of a page.
+    # All images in a page share one id namespace.
     rest = re.sub(r' id="', f' id="{name}-', rest)
     rest = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", rest)
     alt = html.escape(escape_control(" ".join(alt.split())))
@@ -387,7 +386,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A number that can be drawn as it is, anything else as None."""
+    """Return a number that can be plotted; None for anything else."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return value if known and abs(value) < LARGEST else None
 
@@ -397,7 +396,7 @@ def _numbers(value: Any) -> dict[str, float]:
 
 
 def _choose_unit(rows: Sequence[tuple[str, float, float]]) -> tuple[float, str]:
-    """The unit that the parts of a model are read best in: (units in a GFLOP, its name)."""
+    """Return the most readable unit for the parts of a model: (units per GFLOP, its name)."""
     return (1e3, "MFLOPs") if max(max(row[1:]) for row in rows) < 0.1 else (1.0, "GFLOPs")
 
 

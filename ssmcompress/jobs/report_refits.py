@@ -1,4 +1,4 @@
-"""What a report says about the refits of a reconstruction: how they do on other images, and what more would bring."""
+"""The refits of a reconstruction in a report: how they generalise, and the expected benefit of more images."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..models.records import Reconstruction
 from .continuation import INPUT_COLUMN
 from .measuring import Measured
 
-# Columns of models that the steps of a report did not make.
+# Columns of models that were not made by the steps of a report.
 EARLIER = ("dense", INPUT_COLUMN, "before")
-# Changes below this share are not told from none.
+# Smaller changes are considered insignificant.
 LEAST_CHANGE = 0.005
 
 
 def describe_learning(record: Reconstruction) -> dict[str, Any] | None:
-    """Describe the errors of the refits by the images that they are fitted on; None: there are too few images."""
+    """Describe the errors of the refits by the number of images fitted on; None: there are too few images."""
     curve = learning_curve(record.fits, record.images)
     if curve is None:
         return None
@@ -27,10 +27,10 @@ def describe_learning(record: Reconstruction) -> dict[str, Any] | None:
 
 
 def add_measured(section: Mapping[str, Any] | None, measured: Measured) -> Mapping[str, Any] | None:
-    """Return the section `reconstruction` of a report with KL(dense || model) on the measured images.
+    """Return the section `reconstruction` of a report with KL(dense || model) on the evaluation images.
 
-    `kl_measured_before` and `kl_measured_after` are those of the model before and after its reconstruction, as far as
-    both were measured. A section of an earlier report, of a model that was not measured, stays as it is.
+    `kl_measured_before` and `kl_measured_after` are the values before and after the reconstruction, if both models were
+    evaluated. A section of an earlier report, whose model was not evaluated, is returned unchanged.
     """
     if not section or not section["kept"]:
         return section
@@ -56,7 +56,7 @@ def read_learning(section: Mapping[str, Any]) -> LearningCurve | None:
 
 
 def describe_measured(section: Mapping[str, Any]) -> str:
-    """The KL on the measured images as the end of a sentence; empty if it is not known."""
+    """Describe the KL on the evaluation images as the end of a sentence; empty if unknown."""
     after, before = section.get("kl_measured_after"), section.get("kl_measured_before")
     if after is None:
         return ""
@@ -64,7 +64,7 @@ def describe_measured(section: Mapping[str, Any]) -> str:
 
 
 def list_learning_notes(section: Mapping[str, Any]) -> list[str]:
-    """What more images would bring to the refits, as a sentence."""
+    """Return a sentence about the expected benefit of more images for the refits."""
     if (curve := read_learning(section)) is None:
         return []
     worse, better = curve.half / curve.after - 1, 1 - curve.twice / curve.after

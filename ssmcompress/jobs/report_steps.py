@@ -1,4 +1,4 @@
-"""The steps of a compression in a report for people, as sentences: stages, reconstruction and fine-tuning."""
+"""The steps of a compression as sentences of a report: stages, reconstruction and fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from .report_refits import describe_measured, list_learning_notes
 
 Report = Mapping[str, Any]
-# What is said of a model that has a record of this kind.
+# Texts for a model with a record of this kind.
 DONE = {
     "directions": "trimmed in directions",
     "layers": "trimmed in layers",
@@ -21,7 +21,7 @@ DONE = {
 
 
 def list_stage_notes(report: Report) -> list[str]:
-    """Which tokens are kept, and what is aligned to that; nothing for a model that drops none."""
+    """Return sentences about which tokens are kept and what is aligned; empty for a model that drops none."""
     if not (stages := report["stages"]):
         return []
     alignment = report["alignment"]
@@ -37,7 +37,7 @@ def list_stage_notes(report: Report) -> list[str]:
 
 
 def list_input_notes(report: Report) -> list[str]:
-    """Which compressed model a compression went on from, and what that had lost and learnt, where it did."""
+    """Return sentences about the compressed model that a compression started from, and its previous steps."""
     if not (made_from := report.get("made_from")):
         return []
     kept, layers = (", ".join(str(stage[key]) for stage in made_from["stages"]) for key in ("kept", "after"))
@@ -49,7 +49,7 @@ def list_input_notes(report: Report) -> list[str]:
 
 
 def list_repair_notes(report: Report) -> list[str]:
-    """How the weights were reconstructed and fine-tuned, where they were."""
+    """Return sentences about reconstruction and fine-tuning, if there were any."""
     lines = []
     if refit := report.get("reconstruction"):
         new = sum(bool(fit["ridges"]) for fit in refit["fits"])
@@ -66,7 +66,7 @@ def list_repair_notes(report: Report) -> list[str]:
 
 
 def _describe_finetuning(tuned: Mapping[str, Any]) -> str:
-    """On what and how weights were fine-tuned, and which were chosen."""
+    """Describe the fine-tuning: its images and settings, and which weights were selected."""
     teachers = [name for name in ("labels", "teacher") if tuned[name]]
     choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else " of the last epoch"
     choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"

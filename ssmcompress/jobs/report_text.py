@@ -1,4 +1,4 @@
-"""A report for people: table rows, notes, a web page and a model card."""
+"""Text of a report: table rows, notes, a web page and a model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Report = Mapping[str, Any]
 
 
 def format_rows(report: Report) -> list[tuple[str, list[str]]]:
-    """The table: (quantity, a cell for each of `columns`)."""
+    """Return the table: (quantity, a cell for each of `columns`)."""
     models = [report[name] for name in list_columns(report)]
     agreement, task = report.get("agreement") or {}, find_task(report.get("task"))
 
@@ -42,21 +42,21 @@ def format_rows(report: Report) -> list[tuple[str, list[str]]]:
 
 
 def list_columns(report: Report) -> list[str]:
-    """The models that a report compares, the last of them the one that it is about.
+    """Return the models that a report compares, ending with the one that it is about.
 
-    `input` is the compressed model that was pruned further, `naive` the pruned one without alignment, `aligned` with
-    the old weights, `reconstructed` with refitted ones before it was fine-tuned, `before` one that had been fine-tuned
-    already, `trimmed` one without states, channels, layers or directions before it was reconstructed; other steps have
-    names of their own.
+    `input` is the compressed model that was pruned further, `naive` the pruned one without alignment, `aligned` the
+    one with the original weights, `reconstructed` the one with refitted weights before fine-tuning, `before` a model
+    that had already been fine-tuned, `trimmed` one without states, channels, layers or directions before
+    reconstruction; other steps have their own names.
     """
     names = [name for name, value in report.items() if isinstance(value, dict) and isinstance(value.get("flops"), dict)]
     return [*(name for name in names if name != "pruned"), "pruned"] if "pruned" in names else names
 
 
 def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """What reconstruction left, a table: (the maps it refits in a layer, (layer, a cell for each of them) for each).
+    """Return a table of the errors after reconstruction: (refitted maps, (layer, a cell for each map) for each layer).
 
-    A cell holds the share that a map misses of what it should give, on held-out images, before and after.
+    A cell contains the relative error of a map on held-out images, before and after.
     """
     layers: dict[str, dict[str, str]] = {}
     for fit in (report.get("reconstruction") or {}).get("fits", ()):
@@ -67,7 +67,7 @@ def format_fits(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]
 
 
 def _list_assumed(used: Mapping[str, Any]) -> list[str]:
-    """Which values of the preparation of images were assumed: all, or those in the list `assumed`."""
+    """Return which preprocessing values were assumed: all, or those in the list `assumed`."""
     every = used["assumed"] is True
     names = [name for name in ("mean", "std") if every or name in used["assumed"]]
     parts = [f"{name} {','.join(f'{value:g}' for value in used[name])}" for name in names]
@@ -79,7 +79,7 @@ def _list_assumed(used: Mapping[str, Any]) -> list[str]:
 
 
 def format_notes(report: Report) -> list[str]:
-    """What the figures were measured on, and how the model was compressed, in sentences."""
+    """Return sentences about the evaluation images and how the model was compressed."""
     data, calibration, alignment = report["data"], report.get("calibration") or {}, report["alignment"]
     lines = [f"warning: {text}" for text in report.get("warnings") or ()]
     lines += [*list_input_notes(report), *list_trim_notes(report), *list_stage_notes(report)]
@@ -94,7 +94,7 @@ def format_notes(report: Report) -> list[str]:
     if (used := report.get("preprocessing") or {}).get("assumed"):
         lines.append(f"preprocessing was assumed: {', '.join(_list_assumed(used))}")
     skipped = [*data.get("unreadable", ()), *calibration.get("unreadable", ())]
-    unnamed = sum(block.get("unreadable_images") or 0 for block in (data, calibration))  # of a published report
+    unnamed = sum(block.get("unreadable_images") or 0 for block in (data, calibration))  # in a published report
     if skipped or unnamed:
         names = f" ({', '.join(skipped[:3])})" if skipped else ""
         lines.append(f"{len(skipped) + unnamed} unreadable images were skipped{names}")
@@ -119,10 +119,10 @@ def format_notes(report: Report) -> list[str]:
 
 
 def list_view_notes(value: Mapping[str, Any]) -> list[str]:
-    """Which clips and crops of each video were measured, a sentence; none of images.
+    """Return a sentence about the clips and crops of each video that were evaluated; empty for images.
 
     Args:
-        value: a report, or what was measured of one model, with `views` where it takes videos.
+        value: a report or an evaluation of one model, with `views` if it takes videos.
     """
     if (views := Views.from_json(value.get("views"))) is None:
         return []
@@ -131,7 +131,7 @@ def list_view_notes(value: Mapping[str, Any]) -> list[str]:
 
 
 def _list_wide_notes(report: Report) -> list[str]:
-    """What the models are in float32, where they were measured in another dtype."""
+    """Return a comparison with the models in float32, if they were evaluated in another dtype."""
     task, dtype = find_task(report.get("task")), report.get("dtype")
     quality, likeness = (task.figure(name) for name in (task.quality, task.likeness))
     notes = []
@@ -148,13 +148,13 @@ def _list_wide_notes(report: Report) -> list[str]:
 
 
 def list_flops_notes(report: Report) -> list[str]:
-    """What the dense model takes here, where that is less than the published code takes."""
+    """Return a sentence about the dense model's FLOPs in this implementation, if the published code takes more."""
     published, ours = report["dense"]["flops"]["full"], report["dense"].get("flops_as_run")
     return [] if ours is None else [describe_flops_as_run(published, ours, "the dense model")]
 
 
 def describe_flops_as_run(published: float, ours: float, name: str) -> str:
-    """The GFLOPs of a model as it is run here, compared with those of the published code, as a sentence."""
+    """Describe the GFLOPs of this implementation compared with those of the published code, as a sentence."""
     return (
         f"{name} takes {ours:.4g} GFLOPs as it is run here ({ours / published - 1:+.1%}): its last layer is computed "
         "for the class token alone"
@@ -162,7 +162,7 @@ def describe_flops_as_run(published: float, ours: float, name: str) -> str:
 
 
 def _latency_notes(report: Report) -> list[str]:
-    """How latency was measured, with its spread, and whether the figures can be trusted."""
+    """Return sentences about how latency was measured, its spread, and whether the figures are reliable."""
     if not (timing := report.get("latency")):
         return []
     spread = [
@@ -182,9 +182,9 @@ def _latency_notes(report: Report) -> list[str]:
 
 
 def list_load_notes(timing: Mapping[str, Any]) -> list[str]:
-    """What there is to say about how busy the machine was during a measurement with `load` and `cores`.
+    """Return warnings about the machine load during a measurement with `load` and `cores`.
 
-    `load` is from before it, and `load_after`, which not all measurements have, from after it.
+    `load` was taken before it and `load_after`, which not all measurements have, after it.
     """
     cores, loads = timing.get("cores"), [timing.get("load"), timing.get("load_after")]
     if not any(is_busy(load, cores) for load in loads):
@@ -195,18 +195,18 @@ def list_load_notes(timing: Mapping[str, Any]) -> list[str]:
 
 
 def _speed_up(timing: Mapping[str, Any]) -> str:
-    """How many times faster the pruned model is; with a tilde, if that is within the noise."""
+    """Return how many times faster the pruned model is, with a tilde if that is within the noise."""
     value = timing.get("speed_up")
     return "" if value is None else f"{'~' if timing.get('within_noise') else ''}{value:.2f}x"
 
 
 def _spread(row: Mapping[str, Any]) -> str:
-    """The quartiles of a row of timings, where it has any."""
+    """Return the quartiles of a row of timings, if it has any."""
     return f" ({row['ms_low']:.1f}-{row['ms_high']:.1f})" if "ms_low" in row else ""
 
 
 def _overlap_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the first and the last of rows of timings differ by no more than their quartiles allow."""
+    """Return a note if the first and the last row of timings do not differ significantly, by their quartiles."""
     first, last = rows[0], rows[-1]
     if first is last or "ms_low" not in first or "ms_low" not in last:
         return ""
@@ -215,10 +215,10 @@ def _overlap_note(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> str | None:
-    """How many of the measured images were learnt from, as a sentence; None if none were.
+    """Describe how many evaluation images were trained on, as a sentence; None if there were none.
 
     Args:
-        data: `images` and `overlap`, which is None if it is not known. reason: why it is not.
+        data: `images` and `overlap`, which is None if unknown. reason: why it is unknown.
     """
     overlap, images = data.get("overlap", 0), data["images"]
     if overlap is None:
@@ -228,7 +228,7 @@ def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> s
     return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
 
 
-# The pictures in the folder of a model, and what the templates call them.
+# The pictures in the folder of a model, and their names in the templates.
 PICTURES = {PICTURE_FILE: "picture", SEGMENTS_FILE: "segments", AXES_FILE: "chart"}
 
 
@@ -240,11 +240,11 @@ def render_html(
     notes: Sequence[str] = (),
     attention: str | None = None,
 ) -> str:
-    """A web page that stands alone, with the pictures inside it.
+    """Return a self-contained web page with embedded pictures.
 
     Args:
-        pictures: those of `PICTURES` that there are, by file name.
-        charts: those of `report_charts` that there are, by name. notes: further notes on the page.
+        pictures: the available ones of `PICTURES`, by file name.
+        charts: the available ones of `report_charts`, by name. notes: further notes on the page.
         attention: relative address of the page of attention maps; None: there is none.
     """
     inside = {file: base64.b64encode(content).decode() for file, content in pictures.items()}
@@ -254,7 +254,7 @@ def render_html(
 
 
 def render_card(report: Report, title: str, pictures: Collection[str]) -> str:
-    """The README.md of a compressed model's folder, with links to the pictures that are in it, by file name."""
+    """Return the README.md of a compressed model's folder, with links to its pictures, given by file name."""
     links = {name: file if file in pictures else None for file, name in PICTURES.items()}
     return _render("card.md", report, whole=False, title=title, **links)
 
@@ -285,11 +285,11 @@ def _render(template: str, report: Report, whole: bool = True, **values: Any) ->
 
 
 def _mark_code(text: str) -> Any:
-    """Escape a text for a web page, with names in backticks as code."""
+    """Escape a text for a web page, and mark names in backticks as code."""
     from markupsafe import Markup, escape
 
     parts = text.split("`")
-    if len(parts) % 2 == 0:  # an odd backtick, of a file's name, is just a character
+    if len(parts) % 2 == 0:  # an unpaired backtick, as in a file name, is an ordinary character
         return escape(text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
@@ -301,7 +301,7 @@ def _cell(value: Any, form: str) -> str:
 def _flops_rows(
     models: Sequence[Report], report: Report, convention: str, key: str = "flops"
 ) -> list[tuple[str, list[str]]]:
-    """GFLOPs by a convention, and what they are more or less than those of the dense model.
+    """Return rows of GFLOPs by a convention, with their difference from the dense model.
 
     Args:
         key: "flops", or "flops_backbone", which only segmentation models have.

@@ -1,4 +1,4 @@
-"""What jobs are asked for: values that need no torch, so that bad ones are reported before it is imported."""
+"""Requests of jobs: values that need no torch, so that invalid ones are reported before it is imported."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class DataOptions:
     """The images of a job, and how they are read.
 
     Attributes:
-        data: images to calibrate on and to learn from, as `ssmcompress.data.open_images` takes them; None: those that
-            the model's folder names, else sample photographs.
-        eval_data: images to measure on; None: those of `data` that nothing was learnt from.
-        samples: number of images to calibrate on at most.
-        seed: seed of the choice of images.
-        batch_size: images at a time; changes no result. workers: processes that decode them; 0: the main process does.
+        data: images for calibration and training, as `ssmcompress.data.open_images` takes them; None: those named by
+            the model's folder, else sample photographs.
+        eval_data: images for evaluation; None: those of `data` that were not used for calibration or training.
+        samples: maximum number of calibration images.
+        seed: seed of the selection of images.
+        batch_size: does not change any result. workers: processes that decode images; 0: the main process does.
         reduce_zero_label: whether 0 in a mask is an ignored pixel and classes count from 1; None: as the data says.
     """
 
@@ -41,12 +41,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How models are measured.
+    """How models are evaluated.
 
     Attributes:
         dtype: "float32", or "bfloat16" (`evaluation.measure.run_in`). latency: whether to time the models at batch 1.
-        views: clips and crops of each video, whose probabilities are averaged; None: one clip and its centre crop, and
-            the only choice for models that take images.
+        views: clips and crops of each video, whose probabilities are averaged; None: one clip with a centre crop, the
+            only choice for models that take images.
     """
 
     dtype: str = "float32"
@@ -55,7 +55,7 @@ class MeasureOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
+        """The dtype as a torch.dtype."""
         import torch
 
         return getattr(torch, self.dtype)
@@ -65,23 +65,23 @@ class MeasureOptions:
 class PlanRequest:
     """Which plan to make: at most one of ratio, a budget (flops, flops_backbone, latency, max_drop) and file.
 
-    Without any, the ratio is 0.3, unless `merge` is given.
+    By default, the ratio is 0.3, unless `merge` is given.
 
     Attributes:
         ratio: shares of tokens to remove, one for all stages or one for each.
         flops, latency: share of the dense model's to keep. flops_backbone: the same of a segmentation model's backbone.
         file: a plan as JSON.
-        max_drop: percentage points that may be lost.
+        max_drop: maximum loss in percentage points.
         axes: what a search may trim, among "states", "channels", "layers" and "tokens"; None: all that the model has.
-        search: whether `flops` searches for the plan, instead of pruning all stages alike.
+        search: whether `flops` searches for the plan, instead of pruning all stages equally.
         stages: layers to prune after, or to choose from; None: the default ones, or all.
-        importance: metric; None: the model's default, or all that a search chooses from.
+        importance: metric; None: the model's default, or a search over all metrics.
         fuse: whether removed tokens are fused into one (EViT). merge: tokens that are merged in every layer and an
-            inflection (`ssmcompress.pruning.schedules.tome_stages`), instead of all other ways. Both are for ViTs.
+            inflection (`ssmcompress.pruning.schedules.tome_stages`), instead of the other options. Both are for ViTs.
         align: whether the later layers are aligned; None: yes.
         reenter: number of last layers that all tokens enter again, as in a `Plan`; with `ratio`.
-        sensitivity: file that a search measured earlier. by_labels: whether a search judges by labels.
-        search_images: images to search on at most.
+        sensitivity: file measured by an earlier search. by_labels: whether a search uses labels.
+        search_images: maximum number of images for the search.
     """
 
     ratio: tuple[float, ...] | None = None
@@ -114,10 +114,10 @@ class PlanRequest:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self) -> None:
-        """Check that what is given goes together.
+        """Check that the arguments can be combined.
 
         Raises:
-            InputError: it does not; the message names the arguments of this class, `plan` for `file`.
+            InputError: they cannot; the message names the arguments of this class, `plan` for `file`.
         """
         ways = {"ratio": self.ratio, **self.budgets, "plan": self.file, "merge": self.merge}
         given = [f"`{name}`" for name, value in ways.items() if value is not None]
@@ -159,14 +159,15 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What a comparison is asked for.
+    """The request of a comparison.
 
     Attributes:
         ratios: levels, as shares of tokens to remove at each stage. flops: levels as shares of the FLOPs to keep,
             instead of these.
         stages: layers to prune after; None: the default ones.
-        methods: names of methods; None: all, those with a search or a reconstruction if `search` and `reconstruct` say.
-        data: the images. measure: how rows are measured. gap: as for `prune`.
+        methods: names of methods; None: all, including those with a search or a reconstruction if `search` and
+            `reconstruct` are set.
+        data: the images. measure: how rows are evaluated. gap: as for `prune`.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5)
@@ -180,10 +181,10 @@ class CompareRequest:
     gap: str | None = None
 
     def check(self) -> None:
-        """Check what is given before the model is loaded.
+        """Check the request before the model is loaded.
 
         Raises:
-            InputError: a ratio that is none.
+            InputError: a ratio is invalid.
         """
         if wrong := [value for value in self.ratios if not 0 <= value < 1]:
             raise InputError(f"`ratios` {wrong[0]:g}: expected shares of tokens to remove, at least 0 and below 1")

@@ -1,4 +1,4 @@
-"""A budget in, a plan out: measures sensitivities, searches, and runs the best few plans to choose one."""
+"""From a budget to a plan: measure sensitivities, search, and run the best few plans to choose one."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .images import CalibrationImages
 from .requests import DataOptions
 from .trial import SearchRequest, Trial
 
-# Plans that are run before one is chosen.
+# Number of plans that are run before one is chosen.
 RUN = 12
-# Tries to meet a latency, and where in the request it is to come out: timings differ by a few percent.
+# Attempts to meet a latency, and the target as a fraction of the request: timings differ by a few percent.
 ATTEMPTS = 8
 SLACK = (0.955, 0.99)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, the sensitivities that it was found with, and a JSON object that describes the search.
+    """The result of a search, the sensitivities used, and a JSON object that describes the search.
 
     Attributes:
-        plan: what to do with tokens; without stages, nothing. trims: what else is trimmed.
-        chains: what the steps of the trims reuse, by their names.
+        plan: what to do with tokens; no stages if nothing. trims: what else is trimmed.
+        chains: reused by the steps of the trims, by step name.
     """
 
     plan: Plan
@@ -54,16 +54,16 @@ def search_plan(
     gap: str,
     reconstruct: bool,
 ) -> SearchResult:
-    """Search for the plan that is expected to lose least within a budget.
+    """Search for the plan with the smallest expected loss within a budget.
 
-    Sensitivities (`ssmcompress.compression.search.sensitivity`) are measured on every second of the calibration images;
-    gap deltas and probes come from the others. The best plans of the search are then run on the former, and so are
-    other metrics at the stages of the best one. All of this happens before reconstruction, see
+    Sensitivities (`ssmcompress.compression.search.sensitivity`) are measured on every second calibration image; gap
+    deltas and probes are computed on the others. The best plans of the search are then run on the same images as the
+    sensitivities, as are other metrics at the stages of the best one. All of this happens before reconstruction, see
     `ssmcompress.compression.search.proxy_loss`.
 
     Args:
-        images: the images to calibrate on. data: how they were chosen and are read.
-        gap: gap source. reconstruct: whether the model will be reconstructed, for which a budget leaves room.
+        images: the calibration images. data: how they were chosen and are read.
+        gap: gap source. reconstruct: whether the model will be reconstructed, for which the budget leaves room.
 
     Raises:
         BudgetError: the budget is out of reach. InputError: a request or a file that cannot be used.
@@ -112,7 +112,7 @@ def search_plan(
 
 
 def nothing_to_do(request: SearchRequest, sensitivity: Sensitivity, share: float, lowest: float) -> SearchResult:
-    """The result where the model as it is run is within the budget: no tokens are dropped."""
+    """Return the result if the model already meets the budget: no tokens are dropped."""
     note(f"the model takes {share:.1%} of its published FLOPs as it is run: nothing needs to be dropped")
     record = {
         "asked": {"flops": request.flops, "latency": request.latency},
@@ -130,7 +130,7 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
     """Return the layers after which a search may drop tokens.
 
     Raises:
-        InputError: there are none, or those asked for are not layers of the model.
+        InputError: there are none, or those requested are not layers of the model.
     """
     depth = len(model.blocks)
     layers = tuple(request.stages or (sensitivity.layers if _has_tokens(sensitivity) else candidate_layers(depth)))
@@ -144,10 +144,10 @@ def choose_layers(model: TokenModel, request: SearchRequest, sensitivity: Sensit
 def measure_tokens(
     trial: Trial, layers: tuple[int, ...], sensitivity: Sensitivity | None, most: int | None = None
 ) -> tuple[Plan, Sensitivity, float]:
-    """Measure the sensitivity of tokens unless that was done; returns a plan without stages, it, and the seconds.
+    """Measure the sensitivity of tokens unless already done; return a plan without stages, the sensitivity and seconds.
 
     Args:
-        most: images to measure on at most; None: all of the trial.
+        most: maximum number of images to measure on; None: all of the trial.
     """
     request = trial.request
     available = tuple(metric for metric in METRICS if metric in trial.model.importances)
@@ -172,19 +172,19 @@ def measure_tokens(
         trial.read.sync()
         sensitivity = replace(sensitivity, axes=known, digests=seen).seen(different(trial.read.digests))
         line(f"sensitivity measured in {time.perf_counter() - measuring:.0f} s")
-    else:  # plans are run on these images, and chosen by them
+    else:  # plans are run on these images and chosen by them
         trial.read.sync()
         sensitivity = sensitivity.seen(different(trial.read.digests))
     return plan, sensitivity, time.perf_counter() - measuring
 
 
 def _has_tokens(sensitivity: Sensitivity | None) -> bool:
-    """Return whether a sensitivity has losses of tokens, not of other axes alone."""
+    """Return whether a sensitivity includes losses of tokens, not only of other axes."""
     return sensitivity is not None and bool(sensitivity.layers)
 
 
 def read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> Sensitivity:
-    """The sensitivity of a file, if it was measured for what is asked for now."""
+    """Read a sensitivity from a file, checking that it was measured for the current request."""
     sensitivity = Sensitivity.read(request.sensitivity)
     sensitivity.check_model(model)
     objective = "labels" if request.labels else "kl"
@@ -209,7 +209,7 @@ def _check_range(share: float, lowest: float, what: str) -> None:
 def _for_latency(
     model: TokenModel, sensitivity: Sensitivity, plan: Plan, wanted: float, lowest: float, trial: Trial
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The plans run for the share of the FLOPs at which the best of them has the wanted latency; and its latency."""
+    """Search for the share of the FLOPs whose best plan has the wanted latency; return its plans and latency."""
     fewest = prune_most(model, sensitivity.layers, sensitivity.metrics[0])
     least = trial.latency_share(replace(plan, stages=fewest))
     line(f"reachable: {least:.1%} to 100% of the latency at batch 1")
@@ -217,7 +217,7 @@ def _for_latency(
     low, high = lowest, 1.0
     chosen: list[dict[str, Any]] = []
     reached = 0.0
-    budget = lowest + (1 - lowest) * (wanted - least) / (1 - least)  # were latency a straight line in the FLOPs
+    budget = lowest + (1 - lowest) * (wanted - least) / (1 - least)  # assumes that latency is linear in the FLOPs
     for _ in track(range(ATTEMPTS), "searching for the latency", ATTEMPTS):
         trials = trial.run(propose(model, sensitivity, budget, RUN // 4), plan, sensitivity.metrics, budget)
         share = None

@@ -1,4 +1,4 @@
-"""Which images of a survey are shown: a rule that does not prefer those on which a method looks good."""
+"""Selection of the images to show from a survey, by a rule that does not favour images on which a method looks good."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Choice:
     """Images to show.
 
     Attributes:
-        rows: their rows in the survey, with the name of the group that each is from. groups: the number of images of
-            each group in the survey. rule: how they were chosen, a sentence.
+        rows: their rows in the survey, with the name of each image's group. groups: the number of images of each group
+            in the survey. rule: how they were chosen, as a sentence.
     """
 
     rows: tuple[tuple[int, str], ...]
@@ -34,10 +34,10 @@ class Choice:
 def choose_shown(survey: Survey, count: int, seed: int) -> Choice:
     """Choose images to show: at random, from groups of images in turn.
 
-    The groups are of the images that the dense model gets right, by whether the first pruned model and the one after
-    it do: naive wrong and aligned right, both wrong, naive right and aligned wrong, both right. Without labels, it is
-    right to give the class that the dense model gives. Images that the dense model gets wrong are shown only where
-    there are no others; images that cannot be judged by class are spread over their order.
+    The groups contain the images that the dense model classifies correctly, by whether the first pruned model and the
+    next one do: naive wrong and aligned right, both wrong, naive right and aligned wrong, both right. Without labels,
+    the dense model's class counts as correct. Images that the dense model gets wrong are shown only if there are no
+    others; images that cannot be judged by class are spread over their order.
     """
     size = len(survey.index)
     order = np.random.default_rng(seed).permutation(size).tolist()
@@ -65,7 +65,7 @@ def _count(images: int) -> str:
 
 
 def _find_compared(survey: Survey) -> tuple[str, ...]:
-    """Return the models that groups are made by: the first two pruned ones, or what there is."""
+    """Return the models that define the groups: the first two pruned ones, if available."""
     judged = [name for name, rows in survey.predictions.items() if rows and rows[0].right is not None]
     return tuple(name for name in judged if name != DENSE)[:2] or tuple(judged)
 

@@ -1,4 +1,4 @@
-"""The steps of a compression: drop layers and directions, trim states and channels, prune, align, repair, fine-tune."""
+"""The steps of a compression: drop layers and directions, trim states and channels, prune, align, refit, fine-tune."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..pruning.plan import Plan
 from .charts import draw_history
 from .pipeline import Context, Step
 
-# Images that states and channels are trimmed on.
+# Number of images for trimming states and channels.
 STATE_IMAGES, CHANNEL_IMAGES = 128, 256
 LAST_FILE = "last.safetensors"
 HISTORY_FILE = "finetuning.png"
@@ -50,7 +50,7 @@ class DropLayers:
     name: ClassVar[str] = "layers"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The model without these layers."""
+        """Return the model without these layers."""
         return drop_layers(model, self.layers) if self.layers else model
 
 
@@ -66,7 +66,7 @@ class DropDirections:
     name: ClassVar[str] = "directions"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The model without these paths."""
+        """Return the model without these paths."""
         return drop_directions(model, dict(self.directions)) if self.directions else model
 
 
@@ -75,7 +75,7 @@ class TrimStates:
     """Trim the states of the scans on `context.calibration`, in closed form.
 
     Attributes:
-        n: what each layer keeps, one number or one for each. chains: those of the model, if they were computed before.
+        n: how many each layer keeps, one number or one per layer. chains: of the model, if already computed.
     """
 
     n: int | tuple[int, ...]
@@ -83,7 +83,7 @@ class TrimStates:
     name: ClassVar[str] = "states"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The trimmed model, or the same one if nothing was trimmed."""
+        """Return the trimmed model, or the same one if nothing was trimmed."""
         _check_alone(context)
         images = None if self.chains is not None else _first(context.calibration, STATE_IMAGES)
         n = fit_counts(self.n, [block.d_state for block in model.blocks])
@@ -96,7 +96,7 @@ class TrimChannels:
     """Trim the channels of the layers on `context.calibration`, in closed form.
 
     Attributes:
-        e: what each layer keeps, one number or one for each. chains: those of the model, if they were computed before.
+        e: how many each layer keeps, one number or one per layer. chains: of the model, if already computed.
     """
 
     e: int | tuple[int, ...]
@@ -104,7 +104,7 @@ class TrimChannels:
     name: ClassVar[str] = "channels"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The trimmed model, or the same one if nothing was trimmed."""
+        """Return the trimmed model, or the same one if nothing was trimmed."""
         _check_alone(context)
         images = None if self.chains is not None else _first(context.calibration, CHANNEL_IMAGES)
         e = fit_counts(self.e, [block.d_inner for block in model.blocks])
@@ -114,19 +114,19 @@ class TrimChannels:
 
 
 def _check_alone(context: Context) -> None:
-    """Raise an InputError in several processes, whose sums over images are not added."""
+    """Raise an InputError if there are several processes, since their sums over images are not reduced."""
     if context.distributed:
         raise InputError("states and channels are trimmed in one process: start ssmcompress without a launcher")
 
 
 def _first(images: Batches, count: int) -> Batches:
-    """The first images, as batches of their own."""
+    """Return the first images as a `Batches` of their own."""
     return replace(images, index=list(images.index)[:count], unreadable=set())
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Drop tokens by a plan, without alignment: the plan's own is left to the step `Align`.
+    """Drop tokens by a plan, without alignment; the plan's alignment is applied by the step `Align`.
 
     A plan without a calibration is calibrated first on `context.calibration`, with its own alignment.
     """
@@ -135,8 +135,8 @@ class Prune:
     name: ClassVar[str] = "naive"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The pruned model; its plan has the calibration."""
-        # A plan that comes with its calibration does not say which images that was made on.
+        """Return the pruned model, whose plan has the calibration."""
+        # A plan that comes with its calibration does not record the calibration images.
         plan, images = self.plan, None
         context.uncut = context.uncut or model
         if plan.calibration is None:
@@ -151,13 +151,13 @@ class Prune:
 
 @dataclass(frozen=True)
 class Align:
-    """Align the later layers of a pruned model to the tokens that are gone, or that others stand for."""
+    """Align the later layers of a pruned model to the dropped, fused or merged tokens."""
 
     alignment: Alignment
     name: ClassVar[str] = "aligned"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The aligned model; the same model where nothing can be aligned: attention that tokens were dropped from."""
+        """Return the aligned model, or the same one if nothing can be aligned: attention with dropped tokens."""
         scans = any(isinstance(block, ScanBlock) for block in model.blocks)
         pools = self.alignment.pool and model.pools
         merges = any(stage.merge in MERGED_BY.values() for stage in model.plan.stages)
@@ -171,7 +171,7 @@ class MapLevels:
     name: ClassVar[str] = "mapped"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The model with the maps; the same model where nothing is pruned, or there are fewer than two images."""
+        """Return the model with the maps, or the same one if nothing is pruned or there are fewer than two images."""
         images = context.calibration
         if not has_levels(model) or _count_different(images) < 2:
             return model
@@ -184,7 +184,7 @@ class Reconstruct:
     """Refit the later layers to the dense model on `context.calibration`, in closed form.
 
     Attributes:
-        required: whether fewer than two different images are an error; if not, the model then stays as it is.
+        required: whether fewer than two different images are an error; otherwise the model is then left unchanged.
         options: what else is fitted.
     """
 
@@ -193,7 +193,7 @@ class Reconstruct:
     name: ClassVar[str] = "reconstructed"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The reconstructed model; the same model where nothing was pruned or there is nothing to refit by."""
+        """Return the reconstructed model, or the same one if nothing was pruned or there are no images to refit on."""
         images = context.calibration
         if model.plan is None:
             return model
@@ -208,8 +208,8 @@ class Reconstruct:
 
 
 def _count_different(images: Batches) -> int:
-    """How many different images there are, over all processes; reads them if nothing has done so before."""
-    if not images.digests.any():  # the plan came with its calibration
+    """Return the number of different images over all processes, reading them if that has not been done yet."""
+    if not images.digests.any():  # the plan already had its calibration
         for _ in images:
             pass
         images.sync()
@@ -221,7 +221,7 @@ class Finetune:
     """Train the model on `context.training`, with the dense model as teacher, labels, or both.
 
     Attributes:
-        recipe: how. teacher: whether the dense model teaches.
+        recipe: training settings. teacher: whether the dense model is the teacher.
     """
 
     recipe: Recipe = Recipe()
@@ -229,7 +229,7 @@ class Finetune:
     name: ClassVar[str] = "finetuned"
 
     def __call__(self, model: TokenModel, context: Context) -> TokenModel:
-        """The weights that did best on `context.held_out`; the last ones and a chart go into `context.files`."""
+        """Return the best weights on `context.held_out`; add the last ones and a chart to `context.files`."""
         best, last = finetune(
             model,
             context.training,
@@ -247,10 +247,10 @@ class Finetune:
 
 
 def trimming_steps(trims: Trims, chains: Mapping[str, Any]) -> Sequence[Step]:
-    """The steps that trim a model, in the order in which each can use what the one before left.
+    """Return the steps that trim a model, in an order in which each can use the result of the previous one.
 
     Args:
-        chains: those that were computed before, by the names of the steps.
+        chains: those already computed, by step name.
     """
     steps: list[Step] = []
     if trims.directions:
@@ -265,7 +265,7 @@ def trimming_steps(trims: Trims, chains: Mapping[str, Any]) -> Sequence[Step]:
 
 
 def pruning_steps(plan: Plan, reconstruct: Reconstruct | None, levels: bool = False) -> Sequence[Step]:
-    """The steps that carry out a plan: pruning, alignment where the plan has any, then reconstruction if given.
+    """Return the steps that apply a plan: pruning, alignment if the plan has any, then reconstruction if given.
 
     Args:
         levels: whether output levels are mapped to those of the dense model.

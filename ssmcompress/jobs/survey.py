@@ -1,4 +1,4 @@
-"""What pruning does on a set of images: predictions, attention maps and kept patches of models, image by image."""
+"""The effect of pruning on a set of images: predictions, attention maps and kept patches of models, for each image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..tasks import SEGMENTATION
 from .frames import count_times, tile_frames
 from .variants import DENSE, match_layers
 
-LEAST_PATCHES = 3  # of which a correlation is computed
+LEAST_PATCHES = 3  # minimum number of patches for a correlation
 
 
 @dataclass(frozen=True)
 class MapOptions:
-    """Which maps: layers of the dense model, from 1, and a method of `ssmcompress.attention_maps`."""
+    """Options of the maps: layers of the dense model, from 1, and a method of `ssmcompress.attention_maps`."""
 
     layers: tuple[int, ...]
     method: str
@@ -31,14 +31,14 @@ class MapOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """The prediction of a model for an image.
 
     Attributes:
-        label: the class; of segmentation None. probability: of this class, 0..1; of segmentation the share of pixels
-            that are right, without masks that of those which the dense model gives the same class; None: not known.
-        right: whether it is the class of the image, or without labels that of the dense model; None: not known.
-        correlation: of the map with that of the dense model, on the patches that this one keeps; None: not defined.
-        correlation_all: the same on all patches, with 0 for those that are gone.
+        label: the class; None for segmentation. probability: of this class, 0..1; for segmentation the share of correct
+            pixels, without masks the share of pixels with the dense model's class; None: unknown.
+        right: whether the class is correct, or without labels equal to the dense model's; None: unknown.
+        correlation: of the map with that of the dense model, on the patches kept by this model; None: undefined.
+        correlation_all: the same on all patches, with 0 for dropped ones.
     """
 
     label: int | None
@@ -87,9 +87,9 @@ def run_survey(variants: Mapping[str, TokenModel], images: Batches, options: Map
 
 
 def attend_all(variants: Mapping[str, TokenModel], images: Tensor, options: MapOptions) -> dict[str, Attention]:
-    """Return what each model does with prepared images (batch, channels, height, width), with maps by the options.
+    """Return the results of each model for prepared images (batch, channels, height, width), with maps by the options.
 
-    The maps of the frames of a video lie next to each other, as the frames do in its picture.
+    The maps of the frames of a video are arranged like the frames in its picture.
     """
     found = {}
     for name, model in variants.items():
@@ -103,14 +103,14 @@ def attend_all(variants: Mapping[str, TokenModel], images: Tensor, options: MapO
 
 
 def find_kept(found: Attention) -> Tensor:
-    """Return which patches the last stage keeps, (batch, rows, columns) bool; all of them where there is no stage."""
+    """Return which patches the last stage keeps, (batch, rows, columns) bool; all of them if there is no stage."""
     if not found.decisions:
         return torch.ones_like(found.kept)
     return torch.stack([torch.isin(found.places[-1], kept) for kept in found.decisions[-1].kept])
 
 
 def _judge(model: TokenModel, found: Attention, dense: Attention | None, labels: Tensor | None) -> list[Prediction]:
-    """Return what a model says of each image of a batch."""
+    """Return the predictions of a model for a batch."""
     compared = dense is not None and dense is not found
     near = correlate(found.maps, dense.maps, found.kept) if compared else [None] * len(found.maps)
     whole = correlate(found.maps, dense.maps) if compared else [None] * len(found.maps)

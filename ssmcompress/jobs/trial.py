@@ -1,4 +1,4 @@
-"""The images of a search, and plans and models that are tried on them."""
+"""The images of a search, and the plans and models evaluated on them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ ALIGNMENTS = (Alignment(True, True), Alignment(True, False), Alignment(False, Tr
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What a search is asked for.
+    """The request of a search.
 
     Attributes:
-        flops, latency: share of the dense model's to keep; one of them at most.
+        flops, latency: share of the dense model's to keep; at most one of them.
         stages, importance: the layers and the metric to choose from; None: all.
-        alignment: as in a plan. choose_alignment: whether the images choose it for the best plan, among all.
-        labels: judge by labels, not by the dense model's outputs.
-        sensitivity: file measured earlier, or None. images: to measure on at most.
+        alignment: as in a plan. choose_alignment: whether to select the best of all alignments for the best plan.
+        labels: use labels, not the dense model's outputs.
+        sensitivity: file measured earlier, or None. images: maximum number of images to measure on.
         axes: what may be trimmed, among "states", "channels", "layers" and "tokens".
-        max_drop: percentage points that may be lost, instead of `flops` and `latency`; with axes other than tokens.
+        max_drop: maximum loss in percentage points, instead of `flops` and `latency`; with axes other than tokens.
     """
 
     flops: float | None = None
@@ -100,12 +100,12 @@ class Trial:
         self.gap = gap if request.alignment.scan else "bias"
         self.dense: Tensor | None = None
         self.device = next(model.parameters()).device
-        # Of all that losses on these images follow from, apart from what is tried.
+        # Hash of everything that determines losses on these images, apart from the plan.
         values = self.images, self.labels, self.others, self.gap, self.seed, self.refit, self.request.alignment
         self.key = hash_of(fingerprint(model), *values) if keeps_results() else ""
 
     def fit(self, layers: Sequence[int]) -> Plan:
-        """A plan without stages, calibrated on the images that are not measured on."""
+        """Return a plan without stages, calibrated on the images that are not used for measuring."""
         model = self.model
         deltas = gap_deltas(model, self.others, self.gap, self.several)
         probes = fit_probes(model, self.others, layers, distributed=self.several) if layers else ()
@@ -113,7 +113,7 @@ class Trial:
         return Plan((), self.request.alignment, self.gap, self.seed, calibration)
 
     def loss(self, plan: Plan) -> float:
-        """Mean loss of a plan that is run."""
+        """Return the mean loss of a plan, measured by running it."""
 
         def key() -> str:
             calibration = plan.calibration
@@ -138,7 +138,7 @@ class Trial:
     def run(
         self, proposed: Sequence[Candidate], plan: Plan, metrics: Sequence[str], budget: float
     ) -> list[dict[str, Any]]:
-        """The plans with their loss on the images, the best first: those proposed, then other metrics for the best."""
+        """Return the plans with their measured loss, best first: the proposed ones, then other metrics for the best."""
         results: dict[tuple[Stage, ...], dict[str, Any]] = {}
 
         def try_plan(stages: tuple[Stage, ...], expected: float | None) -> None:
@@ -167,7 +167,7 @@ class Trial:
         return sorted(results.values(), key=lambda value: value["loss"])
 
     def choose_alignment(self, plan: Plan) -> tuple[Alignment, list[dict[str, Any]]]:
-        """Return the alignment with the least loss for a plan, and the losses of all as a JSON value."""
+        """Return the alignment with the smallest loss for a plan, and the losses of all as a JSON value."""
         scans = any(isinstance(block, ScanBlock) for block in self.model.blocks)
         if not self.request.choose_alignment or not plan.stages or not scans:
             return self.request.alignment, []
@@ -176,14 +176,14 @@ class Trial:
         return best, [{"conv": a.conv, "scan": a.scan, "loss": round(loss, 6)} for loss, a in losses]
 
     def latency_share(self, plan: Plan) -> float:
-        """Latency of a plan's model over the dense one's at batch 1, medians of interleaved runs."""
+        """Return the latency of a plan's model over the dense one's at batch size 1, medians of interleaved runs."""
         models = {"dense": self.model, "pruned": prune(self.model, plan)}
         times = latency(models, self.images[:1].to(self.device), REPEATS)
         return times["pruned"] / times["dense"]
 
 
 def read_all(batches: Batches) -> tuple[Tensor, Tensor | None]:
-    """All images, prepared, and their labels."""
+    """Return all images, prepared, and their labels."""
     read = list(batches)
     labels = None if read[0].labels is None else torch.cat([batch.labels for batch in read])
     return torch.cat([batch.images for batch in read]), labels

@@ -1,4 +1,4 @@
-"""The sizes of a model in reports: those of its layers, and what was trimmed off those of the dense model."""
+"""The sizes of a model in reports: its layers, and what was trimmed from the dense model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from ..compression.trim.trims import Trims, find_trims
 from ..models.base import TokenModel
 from ..models.sizes import LayeredConfig, ModelConfig, compact
 
-# What reports call a trimmed model that drops no tokens, before it is reconstructed.
+# Report column of a trimmed model that drops no tokens, before reconstruction.
 TRIMMED = "trimmed"
 
 
 def describe_trims(model: TokenModel, trims: Trims | None = None) -> dict[str, Any]:
-    """Describe what was trimmed off a model, a JSON object that is itself read as `Trims`.
+    """Describe what was trimmed from a model, as a JSON object that can itself be read as `Trims`.
 
     Args:
-        trims: what was trimmed; None: what the records of its steps say.
+        trims: what was trimmed; None: taken from the records of its steps.
 
     Returns:
-        `states`, `channels`, `layers` and `directions` as `Trims.to_dict` has them; `dense`, the sizes of the dense
-        model; where states or channels were trimmed, `fitted_on`, by axis the `name` and number of `images` used. {} if
-        the model was not trimmed.
+        `states`, `channels`, `layers` and `directions` as in `Trims.to_dict`; `dense`, the sizes of the dense model; if
+        states or channels were trimmed, `fitted_on`, by axis the `name` and number of `images` used. {} if the model
+        was not trimmed.
     """
     trims = find_trims(model.steps) if trims is None else trims
     if not trims:
@@ -32,14 +32,14 @@ def describe_trims(model: TokenModel, trims: Trims | None = None) -> dict[str, A
 
 
 def describe_dense(model: TokenModel) -> dict[str, Any]:
-    """Return `describe_sizes` of the dense model that a model was made from, or that it is."""
+    """Return `describe_sizes` of a model's dense model, or of the model itself if it is dense."""
     return describe_sizes(model.origin.config if model.origin is not None else model.config)
 
 
 def describe_sizes(config: ModelConfig) -> dict[str, Any]:
     """Return `states`, `channels` and `directions` of a layer, lists if layers differ, and the number of `layers`.
 
-    A model without scans has the last of these alone.
+    A model without scans only has the last of these.
     """
     sizes = config.layers
     if not isinstance(config, LayeredConfig):

@@ -1,4 +1,4 @@
-"""The models that a compressed one is shown beside: the dense one, and pruned like it, without and with alignment."""
+"""The variants that a compressed model is compared with: the dense one, and pruned ones without and with alignment."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .pipeline import Context
 from .steps import Align, Prune
 
 DENSE = "dense"
-# Names of a model by the last step that changed its weights.
+# Names of models by the last step that changed their weights.
 LAST_STEPS = {"finetuning": "finetuned", "reconstruction": "reconstructed", "level_maps": "mapped"}
 
 
 def list_variants(model: TokenModel, dense: TokenModel | None) -> dict[str, TokenModel]:
     """Return the models to show, by name, in the order of the steps: dense, naive, aligned, reconstructed or finetuned.
 
-    The naive and the aligned model have the weights of the dense one and the plan of `model`, so that they differ from
-    each other in the alignment alone. They are left out where weights were trimmed, too: which ones is not in the file.
+    The naive and the aligned model have the weights of the dense one and the plan of `model`, so that they differ only
+    in the alignment. They are left out if weights were also trimmed, since the file does not record which ones.
 
     Args:
-        model: dense or compressed. dense: the model that it was made from; None: gone, or `model` is dense itself.
+        model: dense or compressed. dense: the model that it was made from; None: unavailable, or `model` is dense.
     """
     if model.plan is None:
         return {DENSE: model}
@@ -42,7 +42,7 @@ def list_variants(model: TokenModel, dense: TokenModel | None) -> dict[str, Toke
 
 
 def name_last_step(model: TokenModel) -> str | None:
-    """Return what a model is called after the last step that changed its weights; None if they are the dense ones."""
+    """Return the name of a model after the last step that changed its weights; None if they are the dense ones."""
     return next((LAST_STEPS[step.kind] for step in reversed(model.steps) if step.kind in LAST_STEPS), None)
 
 
@@ -52,15 +52,15 @@ def is_trimmed(model: TokenModel) -> bool:
 
 
 def number_layers(model: TokenModel) -> tuple[int, ...]:
-    """Return the number that each layer of a model has in its dense model, from 1."""
+    """Return the number, from 1, of each of a model's layers in its dense model."""
     return model.origin.layers if model.origin is not None else tuple(range(1, len(model.blocks) + 1))
 
 
 def match_layers(model: TokenModel, layers: Sequence[int]) -> tuple[int, ...]:
-    """Return the layers of a model, from 1, that are these layers of its dense model.
+    """Return the layers of a model, from 1, that correspond to these layers of its dense model.
 
     Raises:
-        InputError: it has lost all of them.
+        InputError: all of them were dropped.
     """
     numbers = number_layers(model)
     if found := tuple(layer for layer, number in enumerate(numbers, 1) if number in layers):
@@ -71,7 +71,7 @@ def match_layers(model: TokenModel, layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_alike(variants: Mapping[str, TokenModel]) -> None:
-    """Raise an InputError if models have other grids of patches than the first one."""
+    """Raise an InputError if the grid of patches of a model differs from that of the first one."""
     first, *others = variants.values()
     for model in others:
         if model.config.grid != first.config.grid:

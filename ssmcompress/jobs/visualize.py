@@ -1,4 +1,4 @@
-"""Showing what pruning does to a model: attention maps, kept tokens, and a web page to explore them."""
+"""Visualisation of pruning: attention maps, kept tokens, and a web page to explore them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ SHOWN, SURVEYED = 8, 1000  # images, by default
 
 @dataclass(frozen=True)
 class VisualizeRequest:
-    """What is shown.
+    """The request of a visualisation.
 
     Attributes:
-        data: the images; `data.data` alone is read. images: how many are drawn. survey: how many the figures are of, at
-            most, drawn at random.
-        layers: those of the maps, numbered as in the dense model; None: from 5/8 of the depth on. method: of the maps.
+        data: the images; only `data.data` is read. images: number of images drawn. survey: maximum number of images for
+            the figures, drawn at random.
+        layers: layers of the maps, numbered as in the dense model; None: from 5/8 of the depth on. method: of the maps.
     """
 
     data: DataOptions = DataOptions()
@@ -55,10 +55,10 @@ class VisualizeRequest:
     method: str = "row"
 
     def check(self) -> None:
-        """Check what is given before the model is loaded.
+        """Check the request before the model is loaded.
 
         Raises:
-            InputError: a number or a method that is none.
+            InputError: an invalid number or method.
         """
         for name, value in (("images", self.images), ("survey", self.survey)):
             if value < 1:
@@ -68,7 +68,7 @@ class VisualizeRequest:
 
 
 def default_folder(model: str) -> Path:
-    """The default folder for pictures of a model: inside its own one, where ssmcompress wrote that."""
+    """Return the default folder for pictures of a model: inside the model's folder, if ssmcompress wrote it."""
     path = Path(model)
     if path.is_dir() and is_model_folder(path):
         return path / ATTENTION
@@ -85,15 +85,15 @@ def visualize(
     command: str = "",
     force: bool = False,
 ) -> dict[str, Any]:
-    """Show what pruning does to a model on images, as pictures, a web page and JSON in a folder.
+    """Show the effect of pruning a model on images, as pictures, a web page and JSON in a folder.
 
     Args:
-        model: dense or compressed. dense: the model that it was made from; None: it is gone, or `model` is dense.
-        folder: where to write. force: replace it if ssmcompress wrote it. title: name of the model; None: that of the
-            folder. command: recorded as how it was made.
+        model: dense or compressed. dense: the model that it was made from; None: unavailable, or `model` is dense.
+        folder: output folder. force: replace it if ssmcompress wrote it. title: name of the model; None: that of the
+            folder. command: recorded as the command that created it.
 
     Returns:
-        The JSON object that is in the folder.
+        The JSON object written to the folder.
 
     Raises:
         InputError: images, layers, a method or a folder that cannot be used.
@@ -154,7 +154,7 @@ def visualize(
 def view_images(
     variants: Mapping[str, TokenModel], images: Batches, survey: Survey, choice: Choice, options: MapOptions
 ) -> tuple[list[ImageView], list[tuple[Tensor, Tensor | None]]]:
-    """Return what models do with the images that are shown, and these images with their masks."""
+    """Return the results of the models for the images to show, and these images with their masks."""
     model = next(iter(variants.values()))
     rows = [row for row, _ in choice.rows]
     pairs = read_shown(images, [survey.index[row] for row in rows])
@@ -179,27 +179,27 @@ def _view_model(model: TokenModel, prediction: Prediction, found: Attention, nam
 
 
 def _view_stage(decision: Decision, patches: Tensor) -> StageView:
-    """Return what a stage does with one image, on its patches (rows, columns)."""
+    """Return what a stage does with one image, given its patches (rows, columns)."""
     candidates, scores, kept = (part[0].cpu() for part in decision)
-    length = max(int(candidates.max()), int(patches.max())) + 1  # fused tokens have numbers after all others
+    length = max(int(candidates.max()), int(patches.max())) + 1  # fused tokens have the highest numbers
     values = torch.full((length,), torch.nan, dtype=torch.float64)
     values[candidates] = scores.double()
     return StageView(torch.isin(patches, kept).numpy(), values[patches].numpy())
 
 
 def name_image(images: Batches, index: int) -> str:
-    """Return the name of an image in its data, without the folder that the data is in."""
+    """Return the name of an image in its dataset, without the dataset's folder."""
     name, described = images.source.name, images.source.describe(index)
     return described.replace(name, Path(name).name, 1) if described.startswith(name) else described
 
 
 def name_class(label: int, names: Sequence[str] | None) -> str:
-    """Return the name of a class, or its number where it has none."""
+    """Return the name of a class, or its number if it has no name."""
     return str(names[label]) if names is not None and label < len(names) else f"class {label}"
 
 
 def say_prediction(prediction: Prediction, names: Sequence[str] | None, segments: bool) -> str:
-    """Return what a model says of an image as text: the class with its probability, or a share of pixels."""
+    """Return a prediction as text: the class with its probability, or a share of pixels."""
     if prediction.label is not None:
         return f"{name_class(prediction.label, names)} {prediction.probability:.0%}"
     if segments and prediction.probability is not None:
@@ -210,7 +210,7 @@ def say_prediction(prediction: Prediction, names: Sequence[str] | None, segments
 def describe(
     model: TokenModel, variants: Mapping[str, TokenModel], survey: Survey, options: MapOptions
 ) -> dict[str, Any]:
-    """Return what is shown, of which models, and the figures over all images, as JSON values."""
+    """Return a description of the images and models, and the figures over all images, as JSON values."""
     numbers, stages = number_layers(model), model.plan.stages if model.plan is not None else ()
     return {
         "architecture": model.architecture,
@@ -220,7 +220,7 @@ def describe(
         "reader": describe_reader(model),
         "grid": list(find_grid(model)),
         "stages": [
-            # Layers are numbered as in the dense model, as those of the maps are.
+            # Layers are numbered as in the dense model, like those of the maps.
             {
                 "after": numbers[s.after - 1],
                 "kept": kept,
@@ -239,13 +239,13 @@ def describe(
 
 
 def list_mapped(model: TokenModel, options: MapOptions) -> list[int]:
-    """Return the layers that the maps of a model are made of, numbered as in the dense model."""
+    """Return the layers used for the maps of a model, numbered as in the dense model."""
     numbers = number_layers(model)
     return [numbers[layer - 1] for layer in match_layers(model, options.layers)]
 
 
 def describe_accuracy(model: TokenModel, labelled: bool) -> str:
-    """Return what the figure `accuracy` is a share of."""
+    """Describe what the figure `accuracy` is a share of."""
     what = "pixels" if model.task.name == SEGMENTATION.name else "images"
     return f"{what} right" if labelled else f"{what} with the dense model's class"
 
@@ -269,7 +269,7 @@ def summarise(rows: Sequence[Prediction]) -> dict[str, float | None]:
 
 
 def describe_image(view: ImageView) -> dict[str, Any]:
-    """Return an image that is shown, as JSON values."""
+    """Return an image to show, as JSON values."""
     return {
         "name": view.name,
         "group": view.group,
@@ -294,7 +294,7 @@ def _describe_model(view: ModelView) -> dict[str, Any]:
 def _describe_stage(stage: StageView) -> dict[str, Any]:
     ranks = np.full(stage.scores.shape, np.nan)
     known = np.isfinite(stage.scores)
-    # Ties are ranked in the order of the patches, as stages choose among them.
+    # Ties are ranked in patch order, which is how stages break ties.
     order = np.argsort(-stage.scores[known], kind="stable")
     places = np.empty(len(order))
     places[order] = np.arange(1, len(order) + 1)
@@ -307,7 +307,7 @@ def _describe_stage(stage: StageView) -> dict[str, Any]:
 
 
 def name_layers(layers: Sequence[int]) -> str:
-    """Return which layers these are, in words: "layers 4 to 6", "layers 1, 4"."""
+    """Name layers in words: "layers 4 to 6", "layers 1, 4"."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     whole = len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1
@@ -321,7 +321,7 @@ def draw_files(
     survey: Survey,
     value: Mapping[str, Any],
 ) -> dict[str, bytes]:
-    """Return the pictures by file name: one of each image that is shown, and one of all images."""
+    """Return the pictures by file name: one for each image shown, and one summary of all images."""
     titles = [f"after layer {stage['after']}:\n{stage['kept']} of {stage['of']} kept" for stage in value["stages"]]
     title = f"{value['method']}, {name_layers(value['layers'])}"
     files, model = {}, next(iter(variants.values()))
