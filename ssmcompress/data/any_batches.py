@@ -1,4 +1,4 @@
-"""Batches of one form from whatever a caller of the library has: tensors, loaders, data sets, lists of images."""
+"""Uniform batches from any data that a caller passes: tensors, loaders, datasets, lists of images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .dense import DensePreprocessing
 from .items import IMAGES, InputSpec, as_items, collect_singles, join_batches, parse_item
 from .transforms import Preprocessing
 
-# Most bytes of images of an iterator that are kept in memory: 7,100 images of 224 pixels.
+# Maximum number of bytes of an iterator's images kept in memory: 7,100 images of 224 pixels.
 KEPT_BYTES = 1 << 32
-# What batches in another order of dimensions lack, and the order that brings them into the expected one, by the number
+# Property that batches with another order of dimensions lack, and the permutation to the expected order, by the number
 # of dimensions of an image: 3, or 4 of a video.
 ORDERS = {
     3: {"channels first": (0, 3, 1, 2)},
@@ -29,24 +29,24 @@ ORDERS = {
 
 
 class AnyBatches:
-    """Data that a caller passed, as LabelledBatch items that can be iterated repeatedly.
+    """Data passed by a caller, as LabelledBatch items that can be iterated repeatedly.
 
-    The data may come in another order in each iteration, as from a shuffling loader, and be augmented: only sums over
+    The data may be augmented or come in another order in each iteration, as from a shuffling loader, so only sums over
     all images may be compared between two iterations.
 
     Args:
         data: `Batches`; a tensor or array of images (count, channels, height, width), alone or as a pair with labels;
-            an iterable of batches, each a tensor, (images, labels, ...), a dict as the loaders of Hugging Face give
-            it, or a `Batch`; a torch `Dataset`, or an iterable of single images or (image, label) pairs.
+            an iterable of batches, each a tensor, (images, labels, ...), a dict as from Hugging Face loaders, or a
+            `Batch`; a torch `Dataset`, or an iterable of single images or (image, label) pairs.
         spec: what the model takes.
         repeat: whether it is iterated more than once. An iterator is then read into memory, up to `KEPT_BYTES`.
         labelled: whether labels are read; if not, they may be anything.
-        named: whether the caller gave a name, and so does not see which images are unreadable: a warning names them.
+        named: whether the caller gave only a name, and so cannot see which images are unreadable: a warning lists them.
 
     Attributes:
-        name: name of the data, "images" where it has none.
-        total: the number of batches, 0 if it is unknown.
-        views: the views of each video, in front of the channels; None: a single one.
+        name: name of the data, "images" if it has none.
+        total: the number of batches, 0 if unknown.
+        views: the views of each video, in the dimension before the channels; None: a single one.
 
     Raises:
         InputError: the data, or a batch in an iteration, is of another kind, shape or dtype.
@@ -70,7 +70,7 @@ class AnyBatches:
         self._check_range = not isinstance(data, Batches) and spec.preprocessing is not None
         if repeat and isinstance(self.data, Iterator):
             self.data = list(self._keep(self))
-        self.total = operator.length_hint(self.data, 0)  # the loader of a stream has a `__len__` that fails
+        self.total = operator.length_hint(self.data, 0)  # loaders of streams have a `__len__` that raises
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         count = 0
@@ -136,12 +136,12 @@ def _fits(found: Sequence[int], shape: tuple[int | None, ...]) -> bool:
 
 
 def warn_about_range(images: Tensor, preprocessing: Preprocessing | DensePreprocessing) -> None:
-    """Warn if images (count, channels, height, width) are plainly not normalised: all values 0 to 1, or up to 255."""
+    """Warn if images (count, channels, height, width) are clearly not normalised: all values in 0..1 or 0..255."""
     low, high = float(images.min()), float(images.max())
     pairs = list(zip(preprocessing.mean, preprocessing.std, strict=True))
     darkest, brightest = min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
-    # Real images have pixels darker than the mean, which are negative once normalised.
-    # Values that are not finite are reported by the model.
+    # Real images have pixels darker than the mean, which are negative after normalisation.
+    # Non-finite values are reported by the model.
     if not (0 <= low < high and darkest < -0.25 and (high <= 1 or 10 * brightest < high < math.inf)):
         return
     warn(
@@ -152,9 +152,9 @@ def warn_about_range(images: Tensor, preprocessing: Preprocessing | DensePreproc
 
 
 def in_chunks(batches: Iterable[LabelledBatch], size: int) -> Iterator[Tensor]:
-    """Yield the images of `batches` in chunks of `size`; the last may be smaller, and the last before another shape.
+    """Yield the images of `batches` in chunks of `size`; the last one, and the last before a new shape, may be smaller.
 
-    Results that are computed in chunks are bitwise the same for any batch size: matrix products round by their shape.
+    Results computed in chunks are bitwise equal for any batch size: rounding in matrix products depends on the shape.
     """
     pending: list[Tensor] = []
     for images, _ in batches:

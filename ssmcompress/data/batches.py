@@ -23,13 +23,13 @@ from .workers import make_loader
 
 
 class Item(NamedTuple):
-    """An image that was read.
+    """An image that has been read.
 
     Attributes:
         index: its index in the source. image: prepared; None: unreadable. digest: of its pixels.
-        mask: class numbers (height, width), where the source has masks, with their digest.
-        error: what is wrong with the mask, as the process that reads it cannot raise an error of one line.
-        remark: what is to be noted of the image, once for all images of which the same is.
+        mask: class numbers (height, width), if the source has masks, with their digest.
+        error: error message for the mask, since a worker process cannot raise a one-line error.
+        remark: a note about the image, shown once for all images with the same note.
     """
 
     index: int
@@ -60,25 +60,24 @@ class Batch:
 class Batches:
     """Prepared images of a source, in batches that can be iterated repeatedly.
 
-    Unreadable images are skipped. An iteration fills `unreadable` with their indices and `digests` with digests of the
-    others (`ssmcompress.data.content`), by which the same image is recognised in other data.
+    Unreadable images are skipped. An iteration fills `unreadable` with their indices, and `digests` with digests of the
+    others (`ssmcompress.data.content`), which identify the same image in other data.
 
-    Where the source has masks, prepared images and masks may differ in size. Consecutive images whose images and masks
-    have the same sizes share a batch, so there may be more than `len()` batches. A mask that cannot be used raises an
-    InputError, and is never skipped.
+    If the source has masks, prepared images and masks may differ in size. Consecutive images with equal image and mask
+    sizes share a batch, so there may be more than `len()` batches. A mask that cannot be used raises an InputError; it
+    is never skipped.
 
     Attributes:
         source: the images. transform: function from a PIL image to (channels, height, width): `TokenModel.transform()`.
-            Its method `pair`, if it has one, prepares an image and its mask; without, masks stay as they are.
-            Its method `remark`, if it has one, returns what is to be noted of a picture, or None.
+            Its optional method `pair` prepares an image and its mask; without it, masks are unchanged.
+            Its optional method `remark` returns a note about a picture, or None.
         index: indices of the images to use, in order; None: all of them.
-        batch_size: images in a batch, fewer in the last one.
+        batch_size: the last batch may be smaller.
         workers: number of processes that decode images; 0: this process decodes them.
-        pictures: whether the source gives pictures, not prepared images, whose digests are others.
+        pictures: whether the source returns pictures, not prepared images, which have other digests.
         labelled: whether masks are read, if the source has any.
         unreadable: indices of the images that could not be read so far.
-        digests: (images of the source,) uint64, 0 for images that were not read so far. mask_digests: likewise, of
-            the masks.
+        digests: (images of the source,) uint64, 0 for images not read so far. mask_digests: the same for the masks.
     """
 
     source: Images
@@ -100,7 +99,7 @@ class Batches:
 
     @property
     def views(self) -> Views | None:
-        """The views of each video, which its prepared images have in front of their channels; None: a single one."""
+        """The views of each video, in the dimension before the channels of prepared images; None: a single one."""
         return getattr(self.transform, "views", None)
 
     @property
@@ -109,9 +108,9 @@ class Batches:
         return self.labelled and self.source.masks is not None
 
     def content_labels(self) -> Sequence[int] | np.ndarray | None:
-        """Return what stands for the labels in a hash of the content: labels, digests of masks, None without either.
+        """Return what represents the labels in a content hash: labels, digests of masks, or None.
 
-        Digests are 0 for masks that were not read.
+        Digests are 0 for masks that have not been read.
         """
         return self.mask_digests if self.source.masks is not None else self.source.labels
 
@@ -120,7 +119,7 @@ class Batches:
         return [self.source.describe(i) for i in sorted(self.unreadable)]
 
     def sync(self) -> None:
-        """Merge the unreadable images and the digests of all processes, after each has iterated over its own images."""
+        """Merge the unreadable images and digests of all processes, after each has iterated over its shard."""
         gathered = processes.all_gather((self.unreadable, self.digests, self.mask_digests))
         unreadable, digests, masks = zip(*gathered, strict=True)
         self.unreadable = set().union(*unreadable)
@@ -130,11 +129,11 @@ class Batches:
         return -(-len(self.index) // self.batch_size)
 
     def all_indices(self) -> list[int]:
-        """Return the indices of all processes, each once, in ascending order; every process makes this call."""
+        """Return the indices of all processes in ascending order without duplicates; all processes must call this."""
         return sorted(set().union(*processes.all_gather(list(self.index))))
 
     def read_rest(self) -> None:
-        """Read the images that no iteration has read, of all processes, for their digests, and merge these."""
+        """Read the images of all processes that no iteration has read, for their digests, and merge these."""
         self.sync()
         missing = [i for i in self.all_indices() if not self.digests[i] and i not in self.unreadable]
         rest = processes.shard(missing)
@@ -185,7 +184,7 @@ class Batches:
         return iter(make_loader(self, rows, self.workers))
 
     def _readable(self) -> Iterator[list[Item]]:
-        """Yield the images of each batch that can be read; InputError if all are read and none can be."""
+        """Yield the readable images of each batch; InputError if none of all images is readable."""
         empty = True
         for items in self._read():
             self._note(items)
@@ -211,7 +210,7 @@ class Batches:
                 yield Batch(torch.stack([item.image for item in items]), labels, index)
 
     def _same_shapes(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Yield consecutive images of the same shapes, at most `batch_size`."""
+        """Yield consecutive images with equal shapes, at most `batch_size`."""
         shapes = itertools.groupby(items, lambda item: (item.image.shape, item.mask is not None and item.mask.shape))
         for _, group in shapes:
             while part := list(itertools.islice(group, self.batch_size)):
@@ -219,7 +218,7 @@ class Batches:
 
 
 def skip_picture(picture: Any) -> Tensor:
-    """A transform for `Batches` that are read for their digests alone: it returns an empty tensor."""
+    """A transform for `Batches` that are read only for their digests: it returns an empty tensor."""
     return torch.empty(0)
 
 
@@ -229,7 +228,7 @@ def digest(image: Tensor) -> bytes:
 
 
 def sample_indices(size: int, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Sample `count` of `size` indices without replacement; returns (sampled, others), both in ascending order."""
+    """Sample `count` of `size` indices without replacement; return (sampled, others), both in ascending order."""
     order = np.random.default_rng(seed).permutation(size).tolist()
     return sorted(order[:count]), sorted(order[count:])
 

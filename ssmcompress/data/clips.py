@@ -1,4 +1,4 @@
-"""Clips: frames of a video, and crops of them, prepared as one tensor; and views, of which a video has several."""
+"""Clips: frames of a video and crops of them, prepared as one tensor; and views, the clips and crops of one video."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .video import Video
 
 
 class Views(NamedTuple):
-    """The parts of a video whose predictions are averaged: so many clips, and of each so many crops."""
+    """The parts of a video whose predictions are averaged: the number of clips, and of crops per clip."""
 
     clips: int = 1
     crops: int = 1
 
     @classmethod
     def from_json(cls, value: Any) -> Views | None:
-        """Return the views in a JSON object, `_asdict` of them; None for anything else, as in a report of images."""
+        """Return the views in a JSON object of `_asdict`; None for anything else, as in a report about images."""
         counts = [value.get(name) for name in cls._fields] if isinstance(value, dict) else [None]
         return cls(*counts) if all(type(count) is int and count > 0 for count in counts) else None
 
@@ -35,21 +35,21 @@ class Views(NamedTuple):
         return f"{self.clips} clip{'s' * (self.clips > 1)} x {crops}"
 
     def offsets(self) -> list[tuple[int, int]]:
-        """Return the offset of each clip in the parts of `sample_frames`: the c-th of C is at c / (C + 1)."""
+        """Return the offset of each clip within the parts of `sample_frames`: clip c of C is at c / (C + 1)."""
         return [(clip, self.clips + 1) for clip in range(1, self.clips + 1)]
 
 
 class VideoTransform:
     """A function from a `Video` to one clip, (channels, frames, height, width) float32.
 
-    Each frame is prepared as an image is (`Preprocessing.transform`). The frames are the centres of as many equal parts
-    of the video.
+    Each frame is prepared like an image (`Preprocessing.transform`). The video is split into as many equal parts as
+    there are frames, and the centre of each part is taken.
 
-    With `views`, the result is (views, channels, frames, height, width), the crops of the first clip first. The c-th of
-    C clips has the frames at c / (C + 1) of the parts. Crops have the size of the model's input, and lie evenly along
-    the longer side of the resized frame, from one end to the other; a single one is in the centre. In the protocol of
-    VideoMamba's figures on Kinetics-400, 4 x 3, a crop has the whole shorter side (`--test_num_segment 4
-    --test_num_crop 3`; there frames are spaced by (length - 1) / frames, and rounded twice).
+    With `views`, the result is (views, channels, frames, height, width), with the crops of the first clip first. Clip c
+    of C has the frames at c / (C + 1) of the parts. Crops have the size of the model's input and are evenly spaced
+    along the longer side of the resized frame, from end to end; a single one is centred. In VideoMamba's protocol for
+    Kinetics-400, 4 x 3, a crop covers the whole shorter side (`--test_num_segment 4 --test_num_crop 3`; there, frames
+    are spaced by (length - 1) / frames and rounded twice).
 
     Args:
         preprocessing: how frames are prepared. size: (height, width). frames: number of frames of a clip.
@@ -62,14 +62,14 @@ class VideoTransform:
     def __call__(self, video: Video) -> Tensor:
         offsets = (Views() if self.views is None else self.views).offsets()
         pictures = video.pick(lambda length: [i for o in offsets for i in sample_frames(length, self.frames, o)])
-        different = {id(picture): picture for picture in pictures}  # frames that repeat are prepared once
+        different = {id(picture): picture for picture in pictures}  # repeated frames are prepared once
         prepared = {key: self.prepare(picture) for key, picture in different.items()}
         chosen = torch.stack([prepared[id(picture)] for picture in pictures])  # (frames of all clips, crops, ...)
         clips = chosen.unflatten(0, (len(offsets), self.frames)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
         return clips.contiguous() if self.views is not None else clips[0].contiguous()
 
     def remark(self, video: Any) -> str | None:
-        """Return what is to be told once of such a video: that its frames repeat."""
+        """Return a note about a video whose frames repeat, which is shown once."""
         if len(video) >= self.frames:
             return None
         return f"some videos have fewer than {self.frames} frames, which the model takes: their frames are repeated"

@@ -1,4 +1,4 @@
-"""Columns of a table: which one has the images, and which the labels or masks."""
+"""Columns of a table: which one contains the images, and which the labels or masks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from ..errors import InputError
 from .labels import SYNSET, check_labels, class_index, is_number, known_classes, text_labels
 
-# Names in lower case, without "_", "-" and spaces; the first ones are the most usual.
+# Names in lower case, without "_", "-" and spaces, the most common ones first.
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "targets", "class", "cls", "category", "y")
-# Columns of masks; `label` only if it holds pictures.
+# Columns of masks; `label` only if it contains pictures.
 MASK_COLUMNS = ("annotation", "annotations", "mask", "masks", "label", "labels", "segmentation", "segmentation_mask")
 NUMBERED = ("", "id", "ids", "idx", "index", "number")
 
@@ -26,7 +26,7 @@ class Labels:
 
     Attributes:
         values: a class for each row, or None. classes: the names of the head's classes in order, or None.
-        notes: lines on what could have been understood in another way.
+        notes: notes on ambiguities.
     """
 
     values: tuple[int, ...] | None = None
@@ -39,15 +39,15 @@ def _plain(name: str) -> str:
 
 
 def is_text(feature: Any) -> bool:
-    """Return whether a column of a table holds text."""
+    """Return whether a column of a table contains text."""
     return getattr(feature, "dtype", "") in ("string", "large_string", "string_view")
 
 
 def image_column(table: Any, name: str) -> tuple[str, list[str]]:
-    """Return the column with the images, and lines on other columns with images that are not used.
+    """Return the column with the images, and notes on other columns with images that are not used.
 
     Raises:
-        InputError: no column has images, or several do and their names do not say which is meant.
+        InputError: no column has images, or several do and their names do not show which is meant.
     """
     from datasets import Image as ImageFeature
 
@@ -68,7 +68,7 @@ def image_column(table: Any, name: str) -> tuple[str, list[str]]:
 
 
 def mask_column(table: Any, name: str) -> tuple[str | None, list[str]]:
-    """Return the column with the masks of the images, None if there is none, and lines on it.
+    """Return the column with the masks of the images, None if there is none, and notes on it.
 
     Raises:
         InputError: several columns could be the masks.
@@ -91,7 +91,7 @@ def mask_column(table: Any, name: str) -> tuple[str | None, list[str]]:
 
 
 def _holds_masks(table: Any, column: str) -> bool:
-    """Return whether a column holds pictures, encoded or as rows of numbers, or names of their files."""
+    """Return whether a column contains pictures, encoded or as rows of numbers, or their file names."""
     from datasets import Image as ImageFeature
     from datasets import Value
 
@@ -107,7 +107,7 @@ def _holds_masks(table: Any, column: str) -> bool:
 
 
 def find_missing(table: Any, column: str) -> np.ndarray:
-    """Return the rows in which a column of pictures is empty, ascending."""
+    """Return the rows in which a column of pictures is empty, in ascending order."""
     import pyarrow.compute as pc
     from pyarrow import types
 
@@ -115,7 +115,7 @@ def find_missing(table: Any, column: str) -> np.ndarray:
     for batch in table.with_format("arrow").iter(batch_size=1000):
         values = batch[column]
         fields = [values]
-        if types.is_struct(values.type):  # bytes, or the path of a file; both are null where the whole is
+        if types.is_struct(values.type):  # bytes or a file path; both are null if the whole value is
             fields = [pc.struct_field(values, field.name) for field in values.type if field.name in ("bytes", "path")]
         missing = [pc.is_null(field).to_numpy() for field in fields]
         parts.append(np.logical_and.reduce(missing))
@@ -126,8 +126,8 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
     """Return the labels in a table, for a head of `num_classes` classes.
 
     Raises:
-        InputError: labels are not the head's, or several columns could be the labels and differ. Of these, one with as
-            many classes as the head counts, else the one called label.
+        InputError: the labels do not match the head, or several columns could be the labels and differ. Among these,
+            one with as many classes as the head takes precedence, then the one called label.
     """
     plain, longer = _label_columns(table)
     columns = plain + longer
@@ -144,7 +144,7 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
         else:
             labelled |= {column: labels} if labels.values is not None else {}
     complete = [column for column in labelled if _count(table, column, labelled[column]) == num_classes]
-    # A column with a longer name replaces a `label` that is not the head's only if it has as many classes as the head.
+    # A column with a longer name replaces a `label` that does not match the head only if its number of classes does.
     usable = [column for column in plain if column in labelled] or (complete if errors else list(labelled))
     if not usable:
         if errors:
@@ -165,15 +165,15 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
 
 
 def _label_columns(table: Any) -> tuple[list[str], list[str]]:
-    """Return the columns that could be the labels: those called label or alike, and those with longer names.
+    """Return the columns that could be the labels: those called label or similar, and those with longer names.
 
-    Columns with the names of classes (`label_name`) count only where there are no others.
+    Columns with class names (`label_name`) are used only if there are no others.
     """
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
     plain, longer, texts = [], [], []
-    # fine_label has a longer name: next to coarse_label, the classes of the head decide which of the two counts.
+    # fine_label has a longer name: next to coarse_label, the number of the head's classes decides between the two.
     words = [word for word in (*LABEL_COLUMNS, "classes", "categories") if word != "fine_label"]
     names = {_plain(word) + end for word in words for end in NUMBERED}
     for column, feature in table.features.items():
@@ -189,7 +189,7 @@ def _label_columns(table: Any) -> tuple[list[str], list[str]]:
 
 
 def _count(table: Any, column: str, labels: Labels) -> int:
-    """Return the number of classes of a column: those it declares, else those that occur."""
+    """Return the number of classes of a column: declared ones, otherwise those that occur."""
     names = getattr(table.features[column], "names", None)
     return len(names) if names else len(set(labels.values or ()))
 
@@ -212,9 +212,9 @@ def _read_column(table: Any, column: str, name: str, num_classes: int) -> Labels
 
 
 def _declared_index(names: Sequence[str], name: str, num_classes: int) -> tuple[dict[str, int], list[str]]:
-    """Return class name -> class index for the classes that a table declares in an order of its own.
+    """Return class name -> class index for the classes that a table declares in its own order.
 
-    That order counts, unless the names are numbers or ImageNet's synsets: `datasets` sorts numbered folders as text.
+    That order is used unless the names are numbers or ImageNet's synsets: `datasets` sorts numbered folders as text.
     """
     own = {key: i for i, key in enumerate(names)}
     synsets = num_classes == 1000 and all(map(SYNSET.fullmatch, names))

@@ -1,4 +1,4 @@
-"""Recognition of images by content: digests of their pixels, independent of names, file formats and preprocessing."""
+"""Image identification by content: digests of the pixels, independent of names, file formats and preprocessing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 def digest_picture(picture: Any) -> int:
     """Return a digest of the pixels of a PIL image, from 1 to 2^64 - 1.
 
-    The pixels are taken as RGB, so that a grey picture has one digest whether it is stored as L, with a palette, or as
-    RGB. The same picture compressed again with loss has another one. Among 1.28 million images, the probability that
-    any two of them share a digest is 4e-8. It takes 0.1 ms for 224 x 224 pixels and 0.5 ms for 500 x 500; decoding
-    these from JPEG files takes three times as long, and preparing them for a model longer still.
+    The pixels are converted to RGB, so a grey picture has the same digest whether it is stored as L, with a palette, or
+    as RGB. Recompressing a picture with loss changes the digest. Among 1.28 million images, the probability that any
+    two share a digest is 4e-8. It takes 0.1 ms for 224 x 224 pixels and 0.5 ms for 500 x 500; decoding these from JPEG
+    files takes three times as long, and preparing them for a model longer still.
 
     Args:
-        picture: a PIL image, or a `Video`, of which a few frames are taken.
+        picture: a PIL image, or a `Video`, for which a few frames are used.
     """
     pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
     value = hashlib.sha1(f"{pixels.size}".encode(), usedforsecurity=False)
@@ -34,12 +34,12 @@ def digest_mask(mask: np.ndarray) -> int:
 
 
 def different(digests: np.ndarray) -> np.ndarray:
-    """Return the digests without repetitions, in ascending order; zeros stand for images that were not read."""
+    """Return the distinct digests in ascending order, without the zeros for images that were not read."""
     return np.unique(digests[digests != 0])
 
 
 def hash_contents(digests: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> str:
-    """Return a hash of the images that were read and of their labels, whatever their order.
+    """Return a hash of the images that were read and of their labels, independent of their order.
 
     Args:
         digests: (images,) uint64, 0 for images that were not read.

@@ -1,4 +1,4 @@
-"""Preprocessing for models with an output for each pixel: images keep their ratio, and masks follow their images."""
+"""Preprocessing for models with an output per pixel: images keep their aspect ratio, and masks match them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .transforms import (
     still_assumed,
 )
 
-# The longer side is at most this many times the shorter one's length after resizing: 2048 for 512.
+# Maximum ratio of the longer side to the length of the shorter one after resizing: 2048 for 512.
 LONGEST = 4
 
 
@@ -32,15 +32,15 @@ LONGEST = 4
 class DensePreprocessing:
     """Resize by the shorter side, scale to 0..1, subtract mean, divide by std.
 
-    As in mmsegmentation, the resized image has the largest size of the same ratio whose sides are at most `short_side`
-    and `long_side`. Interpolation is bilinear, without antialias, on 8-bit values.
+    As in mmsegmentation, the resized image has the largest size of the same aspect ratio whose sides are at most
+    `short_side` and `long_side`. Interpolation is bilinear without antialiasing, on 8-bit values.
 
     Attributes:
         mean, std: per channel, on a 0..1 scale.
         short_side: length of the shorter side in pixels; None: images are not resized.
-        long_side: largest length of the longer side; None: four times `short_side`.
-        multiple: both sides are then enlarged to multiples of this, each by itself; None: they are not.
-        defaults, recorded: as `Preprocessing` has them.
+        long_side: maximum length of the longer side; None: four times `short_side`.
+        multiple: both sides are then enlarged independently to multiples of this; None: they are not.
+        defaults, recorded: as in `Preprocessing`.
     """
 
     mean: tuple[float, ...]
@@ -55,22 +55,22 @@ class DensePreprocessing:
     def default(
         cls, in_chans: int, image_size: tuple[int, int] | None = None, multiple: int | None = None
     ) -> DensePreprocessing:
-        """Use ImageNet's values for three channels, else 0.5; the shorter side is that of `image_size`."""
+        """Return ImageNet's values for three channels, else 0.5; the shorter side is that of `image_size`."""
         values = Preprocessing.default(in_chans, image_size or (224, 224))
         return cls(values.mean, values.std, min(image_size) if image_size else None, None, multiple, defaults=VALUES)
 
     @property
     def assumed(self) -> bool:
-        """Whether mean or standard deviation are assumed."""
+        """Whether mean or standard deviation is assumed."""
         return bool(self.defaults)
 
     def changed(self, **changes: Any) -> DensePreprocessing:
-        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel.
+        """Return a copy with fields replaced; None keeps a field, and one number is used for every channel.
 
-        A side or multiple of 0 stands for none. What is not given stays assumed, as `Preprocessing.changed` has it.
+        A side or multiple of 0 means none. Values not given remain assumed, as in `Preprocessing.changed`.
 
         Raises:
-            InputError: values of another preprocessing, as `crop_pct`, or invalid ones.
+            InputError: values of another preprocessing, such as `crop_pct`, or invalid ones.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         if not changes:
@@ -88,7 +88,7 @@ class DensePreprocessing:
         return replace(changed, recorded=self.recorded)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON value that `from_dict` reads, with the key `assumed` as `Preprocessing` has it."""
+        """Return a JSON value that `from_dict` reads, with the key `assumed` as in `Preprocessing`."""
         values = {"mean": list(self.mean), "std": list(self.std), **{name: getattr(self, name) for name in SIZES}}
         return values | encode_assumed(self.defaults, VALUES)
 
@@ -108,7 +108,7 @@ class DensePreprocessing:
         return cls(plain.mean, plain.std, **sizes, defaults=defaults, recorded=True)
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that an image is resized to, (height, width), before sides are enlarged to multiples."""
+        """Return the size (height, width) that an image is resized to, before sides are enlarged to multiples."""
         if self.short_side is None:
             return height, width
         long_side = self.long_side or LONGEST * self.short_side
@@ -118,11 +118,11 @@ class DensePreprocessing:
     def transform(self, crop: tuple[int, int] | None = None) -> DenseTransform:
         """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
 
-        Values that were assumed are noted, unless a saved model recorded them.
+        A note lists assumed values, unless they come from a saved model.
 
         Args:
-            crop: (height, width) of the central part that is cut out, for batches of one size; images that are smaller
-                are padded at the bottom and at the right, with 0, which is the mean colour. None: the whole image.
+            crop: (height, width) of the centre crop, for batches of one size; smaller images are padded at the bottom
+                and on the right with 0, which is the mean colour. None: the whole image.
         """
         if len(self.mean) not in (1, 3):
             raise InputError(f"the model takes {len(self.mean)}-channel input; images have 1 or 3 channels")
@@ -131,12 +131,12 @@ class DensePreprocessing:
         return DenseTransform(self, crop)
 
     def describe_assumption(self) -> str:
-        """Return a line that says which values were assumed, and which arguments change them."""
+        """Return a line that lists the assumed values and the arguments that change them."""
         values = {**describe_colours(self.mean, self.std), "short_side": str(self.short_side or "none")}
         return describe_defaults(self.defaults, values)
 
 
-# The values that may be assumed, in the order of messages.
+# Values that may be assumed, in the order in which messages list them.
 VALUES = ("mean", "std", "short_side")
 SIZES = ("short_side", "long_side", "multiple")
 
@@ -146,7 +146,7 @@ class DenseTransform:
     """A function from a PIL image to (channels, height, width); `pair` prepares a mask in the same way.
 
     Attributes:
-        preprocessing: sizes and normalisation. crop: as `DensePreprocessing.transform` takes it.
+        preprocessing: sizes and normalisation. crop: as for `DensePreprocessing.transform`.
     """
 
     preprocessing: DensePreprocessing
@@ -165,8 +165,8 @@ class DenseTransform:
     def pair(self, picture: Any, mask: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return an image (channels, height, width) and its mask uint8.
 
-        The mask keeps its own size, unless images are cropped; it is then resized, to the nearest label, and cropped
-        with its image, and padded with 255.
+        The mask keeps its own size, unless images are cropped; it is then resized with nearest-neighbour
+        interpolation, cropped with its image, and padded with 255.
 
         Args:
             mask: class numbers (height, width) of the picture's pixels.
@@ -180,13 +180,13 @@ class DenseTransform:
         return image, _cut(target, self.crop, IGNORED)
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return the sizes that an image is resized to, one after the other, as AlignedResize of PlainMamba does."""
+        """Return the sizes that an image is resized to, in order, as in PlainMamba's AlignedResize."""
         size, multiple = self.preprocessing.new_size(height, width), self.preprocessing.multiple
         return [size] if multiple is None else [size, tuple(-(-side // multiple) * multiple for side in size)]
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return an image (channels, height, width) uint8 at another size; ties are rounded up, as OpenCV rounds them."""
+    """Resize an image (channels, height, width) uint8; ties are rounded up, as in OpenCV."""
     if image.shape[1:] == size:
         return image
     values = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
@@ -194,7 +194,7 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _cut(image: Tensor, crop: tuple[int, int], fill: float) -> Tensor:
-    """Return the central part (..., height, width) of an image, padded at the bottom and at the right."""
+    """Return the centre crop (..., height, width) of an image, padded at the bottom and on the right."""
     height, width = image.shape[-2:]
     top, left = (max(0, side - wanted) // 2 for side, wanted in zip((height, width), crop, strict=True))
     part = image[..., top : top + crop[0], left : left + crop[1]]

@@ -1,4 +1,4 @@
-"""Opening images by name, and the images to use where no name is given."""
+"""Opening images by name, and the default images if no name is given."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .video import Video
 from .videos import EXPECTED as VIDEOS
 
 PHOTOGRAPH_CROPS = 64
-# owner/name or name, with a split, or a configuration and a split, as `datasets` writes them: `train[:10%]`.
+# owner/name or name, with a split, or with a configuration and a split, in the syntax of `datasets`: `train[:10%]`.
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]+(/[\w.-]+)?)(:(?P<split>[^\s/\\]+))?", re.ASCII)
 
 
@@ -33,54 +33,54 @@ def open_images(
     reduce_zero_label: bool | None = None,
     videos: bool = False,
 ) -> Images:
-    """Open the images, or the videos, of a data set, for a head of `num_classes` classes.
+    """Open the images or videos of a dataset, for a head of `num_classes` classes.
 
-    Little of a large data set is kept in memory: names of files, offsets in shards, tables mapped from the disk. What
-    could be understood in more than one way is an error, or a line says how it was understood (`ssmcompress.progress`):
+    Little of a large dataset is kept in memory: file names, offsets in shards, tables mapped from disk. An ambiguity is
+    an error, or a note says how it was resolved (`ssmcompress.progress`):
 
-    - A class is a folder directly in the data's folder; images at any depth in it count, as in torchvision's
-      ImageFolder. Synset ids are ImageNet's classes for a head of 1,000. Numbers are classes by their value: 0 to K-1,
-      or 1 to K, for K classes, or some numbers below K, counted from 0, unless they could mean other classes. Other
-      names are sorted as text, and must be as many as the classes.
-    - Folders without images are no classes, unless they are needed to reach `num_classes`.
-    - Hidden files, macOS's `._` files, `__MACOSX`, `lost+found` and the like are no data. Other files that are left out
-      are named.
-    - Folders, tables or shards named by split (`train`, `test-00000-of-00001.parquet`) are never put together.
-    - The labels of a table are its column `label`, or one of a similar name or of `datasets`' type ClassLabel. Labels
-      that are text are classes as the names of class folders are.
+    - A class is a folder directly in the data's folder; it contains images at any depth, as in torchvision's
+      ImageFolder. Synset ids are ImageNet's classes for a head of 1,000. Numbers are class indices: 0 to K-1, or 1 to
+      K, for K classes, or some numbers below K, counted from 0, unless they could mean other classes. Other names are
+      sorted as text, and their number must equal the number of classes.
+    - Folders without images are not classes, unless they are needed to reach `num_classes`.
+    - Hidden files, macOS's `._` files, `__MACOSX`, `lost+found` and the like are ignored. A note lists other files that
+      are left out.
+    - Folders, tables or shards named by split (`train`, `test-00000-of-00001.parquet`) are never combined.
+    - The labels of a table are its column `label`, or one with a similar name or with `datasets`' type ClassLabel. Text
+      labels are mapped to classes like the names of class folders.
 
-    For segmentation, images have masks instead of labels, pictures of one channel whose values are class numbers (of a
-    picture with a palette, the indices), and 255 for pixels without a class:
+    For segmentation, images have masks instead of labels: single-channel pictures whose values are class numbers (for a
+    palette picture, the indices), with 255 for pixels without a class:
 
-    - In folders, images/ and annotations/ next to each other have files of the same names, also below folders of
-      splits: ADE20K's layout, by its folder and split (`ADEChallengeData2016:validation`) or by the folder of the
-      images. Masks are PNG files.
-    - The masks of a table are its column `annotation`, `mask`, `label` or `segmentation`, if it holds pictures.
-    - In other data images count as unlabelled, whatever labels they have.
-    - An image without a mask, a mask of another size or of several channels, and an unreadable one are errors. All are
-      checked when the data is opened, if there are up to 4,000; else, and the labels in every case, when they are read.
+    - In folders, images/ and annotations/ next to each other contain files with the same names, optionally below split
+      folders: ADE20K's layout, given by its folder and split (`ADEChallengeData2016:validation`) or by the folder of
+      the images. Masks are PNG files.
+    - The masks of a table are its column `annotation`, `mask`, `label` or `segmentation`, if it contains pictures.
+    - In other data, images are treated as unlabelled, even if they have labels.
+    - An image without a mask, a mask of another size or with several channels, and an unreadable mask are errors. All
+      masks are checked when the data is opened if there are up to 4,000; otherwise, and for labels in any case, they
+      are checked when they are read.
 
-    Videos are read from folders and .npz files alone, by the same rules for classes, splits and files that count. A
-    video is a folder of pictures, whose names are in natural order, an .npy or .npz file of frames (frames, height,
-    width, 3) uint8, or a video file, for which PyAV must be installed. `Images.read` then gives a `Video`:
+    Videos are read only from folders and .npz files, with the same rules for classes, splits and files. A video is a
+    folder of pictures in natural order of their names, an .npy or .npz file of frames (frames, height, width, 3) uint8,
+    or a video file, which requires PyAV. `Images.read` then returns a `Video`:
 
     - CLASS/VIDEO/0001.jpg and CLASS/VIDEO.mp4 are labelled. Without CLASS, videos have no labels: pictures directly in
-      the folders of a data set are videos, not classes. They are refused if they differ in size in a folder, or their
-      folders are as many as the classes, or have the names of ImageNet's.
-    - One .npz file has `videos` (videos, frames, height, width, 3) uint8, and may have `labels`.
+      the folders of a dataset are frames of videos, not images of classes. They are rejected if they differ in size
+      within a folder, or if there are as many folders as classes, or if the folders have the names of ImageNet's.
+    - A single .npz file has `videos` (videos, frames, height, width, 3) uint8, and optionally `labels`.
 
     Args:
-        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a folder that
-            `datasets` saved, a tar shard in webdataset's format or a folder of them; one split of a folder
+        name: a folder of class folders, a folder of images, a parquet or arrow file or a folder of them, a folder saved
+            by `datasets`, a tar shard in webdataset's format or a folder of them; one split of a folder
             (`folder:test`); or a `datasets` hub name with its split (`owner/name:split`, `owner/name:config:split`).
-        task: what the images are for, `model.task`.
-        reduce_zero_label: for segmentation, whether the labels of masks count from 1, and 0 is ignored. None: this is
-            so for ADE20K, recognised by the names of its files or columns, and not for other data.
+        task: the task that the images are for, `model.task`.
+        reduce_zero_label: for segmentation, whether the labels of masks count from 1, and 0 is ignored. None: true for
+            ADE20K, recognised by the names of its files or columns, and false for other data.
         videos: whether the model takes videos, so that these are read (`model.frames` is not None).
 
     Raises:
-        InputError: the data does not exist, has no images, does not say which images are meant, or has other classes
-            than the head.
+        InputError: the data does not exist, has no images, is ambiguous, or has other classes than the head.
     """
     masks = make_rules(task, num_classes, reduce_zero_label)
     if not str(name).strip():
@@ -99,10 +99,10 @@ def open_images(
 
 
 def check_name(name: str) -> None:
-    """Check that there is data of this name, with its split, by the names of files alone; the hub is not asked.
+    """Check that data with this name and split exists, by file names only; the hub is not contacted.
 
     Raises:
-        InputError: there is none.
+        InputError: it does not exist.
     """
     path, split = _local(name)
     try:
@@ -115,7 +115,7 @@ def check_name(name: str) -> None:
 
 
 def _check_split(path: Path, name: str, split: str) -> None:
-    """Raise InputError unless there is such a split of images or of videos: the model is not known yet."""
+    """Raise InputError unless the split exists for images or for videos, since the model is not known yet."""
     try:
         find_reader(path, name, split)
     except InputError as error:
@@ -126,7 +126,7 @@ def _check_split(path: Path, name: str, split: str) -> None:
 
 
 def _parse_hub_name(name: str) -> re.Match[str]:
-    """Return the match of a hub name with its split; InputError for any other name."""
+    """Match a hub name with its split; InputError for any other name."""
     hub = HUB_NAME.fullmatch(name)
     if hub and hub["split"]:
         return hub
@@ -135,16 +135,16 @@ def _parse_hub_name(name: str) -> re.Match[str]:
 
 
 def _local(name: str) -> tuple[Path | None, str | None]:
-    """Return the path that a name means, None if there is none, and the split that follows it after a colon."""
+    """Return the local path in a name, None if it does not exist, and the split after a colon."""
     whole = os.path.expanduser(name)
     folder, colon, split = whole.rpartition(":")
-    if os.path.exists(whole):  # a path may itself have a colon
+    if os.path.exists(whole):  # a path may itself contain a colon
         return Path(whole), None
     return (Path(folder), split) if colon and folder and split and os.path.exists(folder) else (None, None)
 
 
 def absolute_name(name: str) -> str:
-    """Return a data set's name as it is found from any working directory."""
+    """Return a dataset's name in a form that is valid from any working directory."""
     path, split = _local(name)
     return name if path is None else str(path.absolute()) + (f":{split}" if split else "")
 
@@ -152,10 +152,10 @@ def absolute_name(name: str) -> str:
 def photographs(
     image_size: tuple[int, int], count: int = PHOTOGRAPH_CROPS, seed: int = 0, frames: int | None = None
 ) -> Images:
-    """Return crops of scikit-learn's two sample photographs: unlabelled real images for use without other data.
+    """Return crops of scikit-learn's two sample photographs: unlabelled real images, used if no other data is given.
 
     Args:
-        frames: number of frames of videos, in which a crop moves over its photograph; None: images.
+        frames: number of frames of videos, in which a crop moves across its photograph; None: images.
     """
     from sklearn.datasets import load_sample_images
 
@@ -173,7 +173,7 @@ def photographs(
         size = (image_size[1], image_size[0])
         return originals[i % 2].resize(size, Image.Resampling.BICUBIC, box=box)
 
-    places = generator.uniform(size=(count, 2))  # where the crops of a video move to
+    places = generator.uniform(size=(count, 2))  # end positions of the moving crops
 
     def read(i: int) -> Image.Image | Video:
         if frames is None:
@@ -186,10 +186,10 @@ def photographs(
 def _move(
     box: tuple[float, ...], place: Sequence[float], size: tuple[int, int], share: float
 ) -> tuple[float, float, float, float]:
-    """Return a box on its way to another place in a picture.
+    """Return a box moved part of the way to another position in a picture.
 
     Args:
-        box: (left, top, right, bottom). place: of the end, a share of the room that it has on each side.
+        box: (left, top, right, bottom). place: end position, relative to the free space along each side.
         size: (width, height) of the picture. share: of the way, 0 to 1.
     """
     sides = box[2] - box[0], box[3] - box[1]
@@ -208,22 +208,22 @@ def find_images(
     reduce_zero_label: bool | None = None,
     frames: int | None = None,
 ) -> Images:
-    """Return the images to use with a model: `data`, else those recorded with it, else sample photographs.
+    """Return the images to use with a model: `data`, else those recorded in it, else sample photographs.
 
     Args:
         data: as for `open_images`, or None.
         image_size: (height, width) of the model's images in pixels. num_classes: classes of its head.
-        recorded: an absolute path, with a split or without, or a hub name; a path that no longer exists is ignored.
-        task, reduce_zero_label: as `open_images` takes them.
+        recorded: an absolute path, with or without a split, or a hub name; a path that no longer exists is ignored.
+        task, reduce_zero_label: as for `open_images`.
         frames: number of frames that the model takes, so that videos are opened; None: it takes images.
 
     Raises:
-        InputError: as `open_images`.
+        InputError: as for `open_images`.
     """
     if data is None and recorded and _is_usable(recorded):
         data = recorded
     if data is None:
-        make_rules(task, num_classes, reduce_zero_label)  # refuses what the task does not have
+        make_rules(task, num_classes, reduce_zero_label)  # rejects options that the task does not have
         return photographs(image_size, frames=frames)
     videos = frames is not None
     return open_images(data, num_classes, task=task, reduce_zero_label=reduce_zero_label, videos=videos)
@@ -232,7 +232,7 @@ def find_images(
 def _is_usable(recorded: str) -> bool:
     """Return whether a recorded name is an absolute path that exists, or a hub name with its split.
 
-    A relative path means other data in another working directory.
+    A relative path would refer to other data in another working directory.
     """
     path, _ = _local(recorded)
     if path is not None:

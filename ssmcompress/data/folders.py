@@ -1,4 +1,4 @@
-"""Images in folders: one folder for each class, or files without labels."""
+"""Images in folders: one folder per class, or files without labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .masks import MaskRules
 
 
 def read_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the images of a folder, labelled by class folder if it has any; InputError if they cannot be used.
+    """Return the images of a folder, labelled by class folder if there are any; InputError if they cannot be used.
 
-    A class is a folder directly in it, and its images lie in it at any depth, as torchvision's ImageFolder reads them.
+    A class is a folder directly in it, with images at any depth, as in torchvision's ImageFolder.
 
     Args:
         masks: for models that need masks; the images are then unlabelled, whatever folders they are in.
@@ -42,10 +42,10 @@ def read_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules 
 def label_by_folder(
     listing: Listing, items: Sequence[str], name: str, num_classes: int, what: str = "images"
 ) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
-    """Return the class of each item by the folder directly in the listed one, and the names of the classes.
+    """Return the class of each item by its top-level folder, and the names of the classes.
 
     Args:
-        items: paths relative to the listed folder, all of them in a folder. what: what they are, for notes.
+        items: paths relative to the listed folder, each within a folder. what: kind of the items, for notes.
 
     Raises:
         InputError: the folders are not the classes of the head.
@@ -66,7 +66,7 @@ def label_by_folder(
 
 
 def _folders_inside(items: Sequence[str]) -> dict[str, set[str]]:
-    """Return class folder -> the folders directly in it that hold its images or videos, "" for those in itself."""
+    """Return class folder -> its subfolders that contain images or videos, "" for items directly in it."""
     inside: dict[str, set[str]] = {}
     for item in items:
         top, _, rest = item.partition("/")
@@ -75,9 +75,9 @@ def _folders_inside(items: Sequence[str]) -> dict[str, set[str]]:
 
 
 def _check_numbers(root: Path, name: str, inside: dict[str, set[str]]) -> None:
-    """Raise InputError if folders with numbers hold class folders, as the severities of ImageNet-C do.
+    """Raise InputError if numbered folders contain class folders, like the severities of ImageNet-C.
 
-    Class folders are synsets, or the same names, more than one, in each of several numbers.
+    Class folders are synsets, or two or more names that are the same in each of several numbered folders.
     """
     names = set().union(*inside.values())
     same = len(names) > 1 < len(inside) and all(folders == names for folders in inside.values())
@@ -91,7 +91,7 @@ def _check_numbers(root: Path, name: str, inside: dict[str, set[str]]) -> None:
 
 def _hint(root: Path, inside: dict[str, set[str]], num_classes: int) -> str:
     """Return advice for a folder whose class folders are not the head's classes."""
-    # A folder whose own folders are as many as the classes, alone or in contrast to the folders next to it.
+    # A folder with as many subfolders as classes, alone or unlike the folders next to it.
     fitting = [top for top, folders in inside.items() if "" not in folders and len(folders) == num_classes > 1]
     if len(fitting) != 1 and all(map(is_number, inside)):
         return (
@@ -120,6 +120,6 @@ def _from_files(
 
 def file_paths(root: Path, files: Sequence[str]) -> Callable[[int], Path]:
     """Return a function from an index to the path of that file; `files` are relative to `root`."""
-    # One array of bytes: a million names take 40 MB instead of 400, and worker processes share them.
+    # One array of bytes: a million names take 40 MB instead of 400, and it is shared with worker processes.
     names = np.array([os.fsencode(file) for file in files])
     return lambda i: root / os.fsdecode(bytes(names[i]))

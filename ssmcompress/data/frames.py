@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: evenly spaced, or drawn at random from equal parts."""
+"""Selection of video frames: evenly spaced, or drawn at random from equal parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def sample_frames(length: int, frames: int, offset: tuple[int, int] = (1, 2)) -> list[int]:
-    """Return the numbers of `frames` frames evenly spaced over a video of `length` frames.
+    """Return the indices of `frames` frames evenly spaced over a video of `length` frames.
 
-    The video is cut into `frames` equal parts, and of part t the frame at an offset a/b of the part is taken:
-    floor((t + a/b) length / frames). The default is the centre of each part. A video with fewer frames repeats some.
+    The video is divided into `frames` equal parts, and the frame at offset a/b of each part t is taken:
+    floor((t + a/b) length / frames). The default is the centre of each part. Frames of shorter videos are repeated.
 
     Args:
         offset: (a, b), with 0 <= a < b.
@@ -19,5 +19,5 @@ def sample_frames(length: int, frames: int, offset: tuple[int, int] = (1, 2)) ->
 
 
 def draw_frames(length: int, frames: int) -> list[int]:
-    """Return the numbers of frames as `sample_frames`, each at a random place in its part, by torch's generator."""
+    """Return frame indices as `sample_frames` does, but at a random position in each part, by torch's generator."""
     return [min(length - 1, int((t + share) * length / frames)) for t, share in enumerate(torch.rand(frames).tolist())]

@@ -1,4 +1,4 @@
-"""Images: a list of images or videos with or without labels or masks, each read on demand."""
+"""Images: a collection of images or videos, with or without labels or masks, each read on demand."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Images:
     """Images that are read on demand.
 
     Attributes:
-        name: the name that the user gave for the data. size: the number of images.
+        name: the name given by the user. size: the number of images.
         read: function from an index to a PIL image, or to a `Video` of `ssmcompress.data.video`; it raises OSError for
             an unreadable image. Frames of a video are read later.
         describe: function from an index to a name of that image for messages.
         labels: a class index for each image, or None.
         masks: function from an index to the class numbers of the pixels (height, width) uint8, 255 for pixels without a
             class; it raises InputError for a mask that cannot be used. None: there are none.
-        empty_masks: number of masks where none of them labels a pixel; the images then count as unlabelled.
+        empty_masks: number of masks if none of them labels a pixel; the images are then treated as unlabelled.
         stand_in: whether these are sample images, used because the user gave none.
-        classes: the names of the classes, in order, if they are known.
+        classes: the names of the classes, in order, if known.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Images:
         return True
 
 
-# The EXIF tag of the orientation, and by which transposition a picture is shown as each of its values says.
+# The EXIF tag of the orientation, and the transposition for each of its values.
 ORIENTATION = 0x0112
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,8 +76,8 @@ def decode(source: Any, root: Path | None = None, *, shown: bool = False) -> Ima
     """Return a PIL image from a path, encoded bytes, a `datasets` image or an array; OSError if it is unreadable.
 
     Args:
-        shown: whether it is rotated as its EXIF data says, as viewers show it and masks are drawn on it. Classifiers
-            get the stored pixels, as torchvision's ImageFolder gives them.
+        shown: whether to apply the rotation in the EXIF data, as viewers and annotation tools do. Classifiers get the
+            stored pixels, as from torchvision's ImageFolder.
     """
     try:
         source = find_source(source, root)
@@ -92,7 +92,7 @@ def decode(source: Any, root: Path | None = None, *, shown: bool = False) -> Ima
 
 
 def find_source(source: Any, root: Path | None) -> Path | io.BytesIO | np.ndarray:
-    """Return what an image is read from: a path, encoded bytes, a `datasets` image, whose path is below `root`."""
+    """Return the source to read an image from: a path below `root`, encoded bytes, or an array."""
     if isinstance(source, dict):
         source = source.get("bytes") or (root or Path()) / source["path"]
     if isinstance(source, bytes):
@@ -101,19 +101,19 @@ def find_source(source: Any, root: Path | None) -> Path | io.BytesIO | np.ndarra
 
 
 def load(source: Path | io.BytesIO) -> Image.Image:
-    """Return the PIL image in a file, in its own mode; PIL's decoders raise many kinds of errors for a damaged one."""
+    """Load a PIL image in its own mode; PIL's decoders raise many kinds of errors for a damaged file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of large pictures; PIL refuses huge ones
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; PIL rejects huge ones
         with Image.open(source) as image:
             image.load()
             return image
 
 
 def find_orientation(image: Image.Image) -> int:
-    """Return the orientation in the EXIF data of a picture, 1 to 8; 1 where there is none or it is damaged.
+    """Return the orientation in the EXIF data of a picture, 1 to 8; 1 if it is missing or damaged.
 
-    `PIL.ImageOps.exif_transpose` reads the same tag, but raises an error for damaged data, by which the picture would
-    be lost.
+    `PIL.ImageOps.exif_transpose` reads the same tag, but raises an error for damaged data, which would make the whole
+    picture unreadable.
     """
     try:
         orientation = image.getexif().get(ORIENTATION)
@@ -127,7 +127,7 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Return pixels (height, width[, channels]) as uint8.
 
     Raises:
-        ValueError: they are no picture, or their scale is unknown; `decode` turns it into an OSError.
+        ValueError: they are not a picture, or their scale is unknown; `decode` converts it to an OSError.
     """
     if pixels.ndim not in (2, 3):
         raise ValueError(f"pixels are {pixels.ndim}-dimensional, expected rows and columns")

@@ -1,4 +1,4 @@
-"""What callers pass as images: the kinds of data, and what an item of a loader, a data set or a list is."""
+"""Kinds of data that callers pass as images, and parsing of the items of a loader, dataset or list."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, MASK_COLUMNS
 from .dense import DensePreprocessing
 from .transforms import Preprocessing
 
-# Images in a batch where the data has no batches of its own.
+# Batch size for data that is not batched.
 BATCH_SIZE = 64
 EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a data set or batches of images"
 Transform = Callable[[Any], Tensor]
 IMAGE_SIDES = ("channels", "height", "width")
 VIDEO_SIDES = ("channels", "frames", "height", "width")
-# The dimensions of images, of videos and of their views, by their number.
+# Names of the dimensions of images, videos and their views, by their number.
 SIDES = {3: IMAGE_SIDES, 4: VIDEO_SIDES, 5: ("views", *VIDEO_SIDES)}
 # The images and labels of an item, and whether it is a single image.
 Parsed = tuple[LabelledBatch, bool]
@@ -40,10 +40,9 @@ class InputSpec:
         shape: (channels, height, width) of an image, (channels, frames, height, width) of a video, None for a side of
             any length; None: images of any size.
         dtype: dtype of the images.
-        transform: function from a PIL image to an image; None: PIL images are refused, as they are where videos are
-            expected.
+        transform: function from a PIL image to an image; None: PIL images are rejected, as for models of videos.
         preprocessing: how images are normalised; None: unknown.
-        task: what the model is for; for segmentation, labels are masks, and batches may differ in size.
+        task: task of the model; for segmentation, labels are masks, and batches may differ in size.
     """
 
     shape: tuple[int | None, ...] | None = None
@@ -67,12 +66,12 @@ class InputSpec:
         return isinstance(value, Image) or value.ndim == len(self.sides)
 
 
-# What a module of other code takes, for all that is known.
+# The spec for modules of other code, about which nothing is known.
 IMAGES = InputSpec()
 
 
 def as_items(data: Any, spec: InputSpec = IMAGES) -> Any:
-    """Return an iterable of batches or single images for the data that a caller passed."""
+    """Return an iterable of batches or single images for data passed by a caller."""
     if isinstance(data, Batches):
         return data
     if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
@@ -102,7 +101,7 @@ def as_items(data: Any, spec: InputSpec = IMAGES) -> Any:
 
 
 class _Rows:
-    """The items of a data set that has numbers for them, in order."""
+    """The items of a map-style dataset, in order."""
 
     def __init__(self, data: Any):
         self.data = data
@@ -115,7 +114,7 @@ class _Rows:
 
 
 def _is_pair(data: Any, spec: InputSpec) -> bool:
-    """Return whether data is (images, labels): a batch of images, and what is none."""
+    """Return whether data is (images, labels): a batch of images and something else."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or getattr(data[0], "ndim", 0) != len(spec.sides) + 1:
         return False
     if isinstance(data[1], (Tensor, np.ndarray)):
@@ -124,7 +123,7 @@ def _is_pair(data: Any, spec: InputSpec) -> bool:
 
 
 def collect_singles(parsed: Iterable[Parsed], spec: InputSpec = IMAGES) -> Iterator[LabelledBatch]:
-    """Yield batches as they are, and single images in batches of `BATCH_SIZE`, for segmentation each shape apart."""
+    """Yield batches unchanged, and single images in batches of `BATCH_SIZE`, for segmentation grouped by shape."""
 
     def kind(pair: Parsed) -> tuple[Any, ...]:
         (images, labels), single = pair
@@ -140,7 +139,7 @@ def collect_singles(parsed: Iterable[Parsed], spec: InputSpec = IMAGES) -> Itera
 
 
 def join_batches(parts: Sequence[LabelledBatch]) -> LabelledBatch:
-    """Return the batches as one; InputError if their images differ in size, or only some have labels."""
+    """Concatenate batches; InputError if their images differ in size, or only some have labels."""
     if len({batch.images.shape[1:] for batch in parts}) > 1:
         sizes = sorted({tuple(batch.images.shape[1:]) for batch in parts})
         raise InputError(f"images of {sizes[0]} and {sizes[1]}: expected one size")
@@ -191,7 +190,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _check_views(images: Any, labels: Any, spec: InputSpec) -> None:
-    """Raise InputError for a second view in the place of the labels, as loaders for contrastive learning give it.
+    """Raise InputError if there is a second view instead of labels, as from loaders for contrastive learning.
 
     Masks have another number of dimensions or channels.
     """
@@ -214,7 +213,7 @@ def _are_singles(value: Any, spec: InputSpec) -> bool:
 
 
 def _from_mapping(item: Mapping[Any, Any], labelled: bool, dense: bool) -> tuple[Any, Any]:
-    """Return the images and labels of a dict: a batch of a loader, or a row of a data set."""
+    """Return the images and labels in a dict: a batch of a loader, or a row of a dataset."""
     keys = {str(key).lower(): key for key in item}
     images = [key for key in ("pixel_values", *IMAGE_COLUMNS) if key in keys]
     labels = [key for key in (MASK_COLUMNS if dense else LABEL_COLUMNS) if key in keys]
@@ -296,10 +295,11 @@ def _to_labels(value: Any, count: int) -> Tensor | None:
 
 
 def _to_masks(value: Any, count: int) -> Tensor | None:
-    """Return masks (count, height, width) on the CPU, uint8 if they are that, else int64, or None.
+    """Return masks (count, height, width) on the CPU, uint8 if they already are, else int64; or None.
 
     Args:
-        value: those, or (count, 1, height, width), or (height, width) of a single image; a PIL image, a list of these.
+        value: masks (count, height, width) or (count, 1, height, width), or (height, width) of a single image; a PIL
+            image, or a list of these.
     """
     if value is None or (isinstance(value, (list, tuple)) and value and all(v is None for v in value)):
         return None

@@ -1,4 +1,4 @@
-"""Labels of images: the class of a model's head for each."""
+"""Labels of images: mapping names to the classes of a model's head."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SYNSET = re.compile(r"n\d{8}", re.ASCII)
 def class_index(
     names: Sequence[str], num_classes: int, where: str, empty: Sequence[str] = (), hint: str = ""
 ) -> tuple[dict[str, int], list[str]]:
-    """Return class name -> class index, and lines on what could have been understood in another way.
+    """Return class name -> class index, and notes on ambiguities.
 
-    Synset ids are ImageNet's classes where the head has 1,000. Whole numbers are classes by their value: 0 to K-1 or 1
-    to K for K classes, or some numbers below K. Other names are sorted as text, as torchvision's ImageFolder does.
+    Synset ids are ImageNet's classes if the head has 1,000. Integers are class indices: 0 to K-1 or 1 to K for K
+    classes, or some numbers below K. Other names are sorted as text, as in torchvision's ImageFolder.
 
     Args:
         names: classes that have images. where: the name of the data, for messages.
-        empty: names without images; they count where the classes are the head's only with them.
-        hint: text that follows if the classes are not the head's.
+        empty: names without images; used only if the classes match the head with them.
+        hint: text appended to the message if the classes do not match the head.
 
     Raises:
-        InputError: the classes are not the head's, or two names are the same number.
+        InputError: the classes do not match the head, or two names are the same number.
     """
     if num_classes == 1000 and any(map(SYNSET.fullmatch, names)):
         return _by_synset(names, where), _without_images(empty)
-    # Next to folders with numbers, only those with numbers can be classes.
+    # Next to numbered folders, only numbered ones can be classes.
     every = [*names, *(name for name in empty if is_number(name) or not all(map(is_number, names)))]
     chosen = next((some for some in (names, every) if len(some) == num_classes), None)
     notes = _without_images(empty)
@@ -39,7 +39,7 @@ def class_index(
         notes = _without_images([name for name in empty if name not in added])
         notes.append(f"classes, though they have no images: {some_names(added)}; without them, there are too few")
     if all(map(is_number, chosen or names)):
-        # A number without images could be one of the classes: then all later ones would shift.
+        # A number without images could be a class, in which case all later classes would shift.
         unsure = chosen is names and any(map(is_number, empty))
         index, lines = _by_number(names if chosen is None else chosen, num_classes, where, unsure)
         if index:
@@ -73,15 +73,15 @@ def _by_synset(names: Sequence[str], where: str) -> dict[str, int]:
 
 
 def _by_number(names: Sequence[str], num_classes: int, where: str, unsure: bool) -> tuple[dict[str, int], list[str]]:
-    """Return number -> class index, and lines on it; ({}, []) if the numbers are not the head's classes."""
+    """Return number -> class index, and notes; ({}, []) if the numbers do not match the head's classes."""
     ordered = sorted(names, key=int)
     numbers = [int(name) for name in ordered]
     for i in range(1, len(ordered)):
         if numbers[i] == numbers[i - 1]:
             raise InputError(f"{where}: {ordered[i - 1]} and {ordered[i]} are the same number; rename one of them")
     first, last, complete = numbers[0], numbers[-1], len(numbers) == num_classes
-    # 0 to 9 for a head of 1,000 are the classes of other data; 3, 17 and 998 are some of its classes. Most numbers
-    # without 0 could be 1 to K with some missing: then each would be the class after its own.
+    # 0 to 9 for a head of 1,000 are the classes of other data; 3, 17 and 998 are some of its classes. If most
+    # numbers occur, but not 0, they could be 1 to K with some missing: then each would be off by one.
     unclear = (first <= 1 and last - first + 1 == len(numbers)) or (first > 0 and 2 * len(numbers) > num_classes)
     if last < num_classes and (complete or not unclear):
         index = dict(zip(ordered, numbers, strict=True))
@@ -120,18 +120,18 @@ def some_names(names: Sequence[str]) -> str:
 
 
 def is_number(name: str) -> bool:
-    """Return whether a class name is a whole number."""
+    """Return whether a class name is an integer."""
     return name.isascii() and name.isdecimal() and len(name) <= 18
 
 
 def natural_key(name: str) -> list[Any]:
-    """Return a sort key that compares digits as numbers, and letters without their case, as timm's reader does."""
-    parts = re.split(r"(\d+)", name.lower())  # letters at even places, digits at odd ones
+    """Return a sort key that compares digits as numbers and ignores case, as in timm's reader."""
+    parts = re.split(r"(\d+)", name.lower())  # text at even indices, digits at odd ones
     return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[int, ...] | None:
-    """Return the labels, or None if all are missing; InputError for one that is no class of the head."""
+    """Return the labels, or None if all are missing; InputError for a label that is not a class of the head."""
     values = list(values)
     if all(v is None or v == -1 for v in values):  # the usual form of unlabelled test splits
         return None
@@ -146,7 +146,7 @@ def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[in
 def text_labels(
     values: Sequence[str | None], name: str, num_classes: int
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None, list[str]]:
-    """Return labels, names of the classes and lines, for labels that are text: numbers, or names of classes."""
+    """Return labels, class names and notes for text labels: numbers or names of classes."""
     if all(not v for v in values):
         return None, None, []
     missing = next((row for row, v in enumerate(values) if not v), None)

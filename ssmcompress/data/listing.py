@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and which are left out; everything that is left out is named."""
+"""Which files in a folder are data and which are left out; everything left out is reported."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ..suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 # Folders of images and of their masks, next to each other.
 IMAGES, ANNOTATIONS = "images", "annotations"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-# Files and folders that operating systems, file managers and archivers write, in lower case.
+# Files and folders created by operating systems, file managers and archivers, in lower case.
 SYSTEM_NAMES = {"__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
 SYSTEM_NAMES |= {"thumbs.db", "desktop.ini", "ehthumbs.db"}
-# Hidden folders of tools, which never hold a user's data.
+# Hidden folders of tools, which never contain user data.
 TOOL_FOLDERS = {".git", ".cache", ".huggingface", ".dvc", ".hg", ".svn"}
-# What a folder that this package wrote holds, as others in the Hugging Face manner.
+# Files in a model folder written by this package, or in the Hugging Face format.
 MODEL_FILES = {"config.json", "model.safetensors"}
-# Files that describe a data set; their stems, in lower case.
+# Stems of files that describe a dataset, in lower case.
 DESCRIPTIONS = {"readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict", "state", "citation"}
 
 
 def is_system(name: str) -> bool:
-    """Return whether a file or folder of this name is hidden, or written by a system and not by the user.
+    """Return whether a file or folder with this name is hidden or created by a system rather than the user.
 
-    Names that start with `._` are macOS's attributes of another file; `PaxHeaders` are those of tar. `.` and `..`
-    in the names of tar members are not hidden.
+    Names that start with `._` are macOS attributes of another file; `PaxHeaders` are created by tar. `.` and `..` in
+    the names of tar members are not hidden.
     """
     return (name.startswith((".", "PaxHeader")) and name not in (".", "..")) or name.lower() in SYSTEM_NAMES
 
 
 def suffix_of(name: str) -> str:
-    """Return the suffix of a file in lower case; of a million files, ten times as fast as pathlib."""
+    """Return the suffix of a file in lower case; ten times as fast as pathlib, for millions of files."""
     return os.path.splitext(name.lower())[1]
 
 
@@ -51,19 +51,19 @@ def kind_of(name: str) -> str:
 
 
 class LeftOut:
-    """Counts what is left out of a data set, with an example of each kind, for one line of text."""
+    """Counts what is left out of a dataset, with an example of each kind, for a one-line note."""
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
 
     def add(self, what: str, example: str, count: int = 1) -> None:
-        """Count `count` more of `what`, which names a kind of file, folder, member or image in the singular."""
+        """Count `count` more of `what`, a singular noun for a kind of file, folder, member or image."""
         self.counts[what] += count
         self.examples.setdefault(what, example)
 
     def add_file(self, name: str) -> None:
-        """Count a file that is no data, by its suffix."""
+        """Count a file that is not data, by its suffix."""
         suffix = suffix_of(name)
         known = suffix[1:].isalnum() and not suffix[1:].isdigit() and len(suffix) < 12
         self.add(f"{suffix} file" if known else "other file", name)
@@ -80,7 +80,7 @@ class LeftOut:
         return ", ".join(texts) + (", ..." if len(self.counts) > len(texts) else "")
 
     def tell(self, where: str) -> None:
-        """Note what is left out, if anything is (`ssmcompress.progress.note`)."""
+        """Show a note about what is left out, if anything (`ssmcompress.progress.note`)."""
         if self:
             note(f"{where}: left out {self}")
 
@@ -91,7 +91,7 @@ class Listing:
 
     Attributes:
         root: the folder. images, tables, shards: its files of each kind.
-        folders: the folders directly in it, those without data too. left_out: everything else.
+        folders: the folders directly in it, including those without data. left_out: everything else.
     """
 
     root: Path
@@ -103,14 +103,14 @@ class Listing:
 
 
 def top_of(file: str) -> str:
-    """Return the first folder of a relative path, "" for a file that lies in none."""
+    """Return the first folder of a relative path, "" if there is none."""
     return file.partition("/")[0] if "/" in file else ""
 
 
 def list_files(root: Path, more: Collection[str] = ()) -> Listing:
-    """List the files below a folder; links to folders are followed, as torchvision and timm follow them.
+    """List the files below a folder, following links to folders as torchvision and timm do.
 
-    A link to nothing counts as the file that it would be, so that it is reported as unreadable.
+    A broken link is listed like its target, so that it is reported as unreadable.
 
     Args:
         more: suffixes of further files that count as images, as videos do for a model that takes them.
@@ -121,14 +121,14 @@ def list_files(root: Path, more: Collection[str] = ()) -> Listing:
     listing = Listing(root)
     files: dict[str, list[tuple[str, str]]] = {}  # folder -> (kind, name) of its files
     seen: dict[tuple[int, int], str] = {}
-    models: set[str] = set()  # folders directly in it that hold folders of models
+    models: set[str] = set()  # top-level folders that contain model folders
     stack = [""]
     while stack:
         folder = stack.pop()
         _see_once(root, folder, seen)
         with os.scandir(root / folder) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
-        if folder and {entry.name for entry in entries} >= MODEL_FILES:  # with a picture of the tokens that it keeps
+        if folder and {entry.name for entry in entries} >= MODEL_FILES:  # contains a picture of kept tokens
             listing.left_out.add("folder of a model", folder)
             models.add(top_of(f"{folder}/"))
             continue
@@ -139,7 +139,7 @@ def list_files(root: Path, more: Collection[str] = ()) -> Listing:
                 _leave_out_system(entry, path, listing.left_out)
             elif _is_folder(entry):
                 stack.append(path)
-            elif not (entry.is_symlink() or entry.is_file()):  # a pipe or a device: reading it could wait forever
+            elif not (entry.is_symlink() or entry.is_file()):  # a pipe or a device: reading it could block forever
                 listing.left_out.add("special file", path)
             elif kind := "images" if suffix_of(entry.name) in more else kind_in_folder(entry.name):
                 here.append((kind, entry.name))
@@ -165,7 +165,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _see_once(root: Path, path: str, seen: dict[tuple[int, int], str]) -> None:
     try:
         status = os.stat(root / path)
-    except FileNotFoundError:  # a link to nothing, which is reported when it is opened
+    except FileNotFoundError:  # a broken link, which is reported when it is opened
         return
     other = seen.setdefault((status.st_dev, status.st_ino), path)
     if other != path:
@@ -175,7 +175,7 @@ def _see_once(root: Path, path: str, seen: dict[tuple[int, int], str]) -> None:
 
 
 def kind_in_folder(name: str) -> str:
-    """Return the kind of a file that is found in a folder: caches, unfinished and metadata tables are no data there."""
+    """Return the kind of a file found in a folder: caches, unfinished files and metadata tables are not data there."""
     kind = kind_of(name)
     return "" if kind == "tables" and name.startswith(("cache-", "tmp", "metadata.")) else kind
 
@@ -191,7 +191,7 @@ def _leave_out(path: str, left_out: LeftOut) -> None:
 
 
 def _leave_out_system(entry: os.DirEntry[str], path: str, left_out: LeftOut) -> None:
-    """Name a hidden or system entry, unless it is a file that could not be taken for data."""
+    """Report a hidden or system entry, unless it is a file that could not be mistaken for data."""
     if _is_folder(entry):
         if entry.name not in TOOL_FOLDERS:
             left_out.add("hidden or system folder", path)

@@ -1,4 +1,4 @@
-"""Images at a path: what a file or a folder holds, and which of it is the data."""
+"""Images at a path: what a file or folder contains, and which of it is the data."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .tables import read_saved, read_tables
 from .videos import EXPECTED as VIDEOS
 from .videos import VIDEO_FILES, read_array_set, read_video_folder
 
-# What opens images, for a number of classes, and for what masks mean where they are read.
+# A function that opens images, given the number of classes and the meaning of masks (None if they are not read).
 Reader = Callable[[int, MaskRules | None], Images]
 EXPECTED = "a folder of images, a .parquet, .arrow or uncompressed .tar file, or a folder of these"
 
 
 def find_reader(path: Path, name: str, split: str | None, videos: bool = False) -> Reader:
-    """Return what reads the images of a file or folder, for a number of classes; this looks at names of files alone.
+    """Return a function that reads the images of a file or folder; only file names are examined here.
 
     Args:
-        name: how the user called the data. split: the split of it that the user asked for, if any.
+        name: name of the data as given by the user. split: the requested split, if any.
         videos: whether videos are read, not images.
 
     Raises:
-        InputError: there are no images, or it is not clear which are meant. What is returned raises it where the images
-            cannot be read, or have other classes than the head.
+        InputError: there are no images, or it is ambiguous which are meant. The returned function raises it if the
+            images cannot be read, or have other classes than the head.
         OSError: something cannot be read.
     """
     if path.is_dir():
@@ -59,7 +59,7 @@ def find_reader(path: Path, name: str, split: str | None, videos: bool = False) 
 
 
 def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False, videos: bool = False) -> Reader:
-    """Return what reads a folder; `inner`: what is left out in it has been told with the folder around it."""
+    """Return a function that reads a folder; `inner`: what is left out in it was reported with the parent folder."""
     if videos and any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
         raise InputError(f"{path} is a data set of tables, of which no videos are read: expected {VIDEOS}")
     if (path / "dataset_dict.json").is_file():
@@ -79,7 +79,7 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
     if split is not None:
         _leave_out_images(listing)
     tops = _tops(listing)
-    # Such as `data` in a clone of a hub data set. A single folder of images could be a class, unless a split is asked.
+    # Such as `data` in a clone of a hub dataset. A single folder of images could be a class, unless a split is given.
     if len(tops) == 1 and "" not in tops and (split is not None or not listing.images):
         listing.left_out.tell(name)
         return _find_folder_reader(path / tops[0], name, split, inner=True, videos=videos)
@@ -97,7 +97,7 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
 
 
 def _find_pairs(listing: Listing) -> list[str]:
-    """Return the folders at any depth that hold images in images/ and in annotations/, "" for the folder itself."""
+    """Return the folders at any depth with images in images/ and in annotations/, "" for the folder itself."""
     around: dict[str, set[str]] = {IMAGES: set(), ANNOTATIONS: set()}
     for folder in {file.rpartition("/")[0] for file in listing.images}:
         parts = folder.split("/")
@@ -108,9 +108,9 @@ def _find_pairs(listing: Listing) -> list[str]:
 
 
 def _refuse_masks(path: Path, name: str, num_classes: int, masks: MaskRules | None) -> Images:
-    """Raise an InputError for a folder with images/ and annotations/, which are no classes.
+    """Raise an InputError for a folder with images/ and annotations/, which are not classes.
 
-    Models that need masks get here if the folders lie deeper than `find_pair_reader` looks.
+    Models that need masks get here if the folders are deeper than `find_pair_reader` searches.
     """
     found = f"{name} holds images and masks for segmentation ({path / IMAGES} and {path / ANNOTATIONS})"
     if masks is not None:
@@ -133,7 +133,7 @@ def _saved_splits(file: Path) -> list[str]:
 
 
 def _tops(listing: Listing) -> list[str]:
-    """Return the folders directly in a folder that hold data, and "" if the folder itself does."""
+    """Return the top-level folders with data, and "" if the folder itself directly contains data."""
     return sorted({top_of(file) for file in (*listing.images, *listing.tables, *listing.shards)})
 
 
@@ -141,7 +141,7 @@ def _choose_folder(listing: Listing, name: str, split: str | None) -> str | None
     """Return the folder of the split to read, None if the splits are not folders.
 
     Raises:
-        InputError: it is not clear which folder is meant, or none is the split.
+        InputError: it is ambiguous which folder is meant, or none is the split.
     """
     path, tops = listing.root, _tops(listing)
     folders = {top: top for top in split_folders(top for top in tops if top)}
@@ -153,7 +153,7 @@ def _choose_folder(listing: Listing, name: str, split: str | None) -> str | None
         return choose_split(folders, None, str(path)) if folders else None
     if split in tops:
         folders[split] = split
-    # Files that say a split, too: train.parquet next to a folder train.
+    # Files may also be named by split: train.parquet next to a folder train.
     named = {file: said for file in (*listing.tables, *listing.shards) if (said := split_of_file(file))}
     if not folders or (named and not find_split(folders, split)):
         return None
@@ -170,7 +170,7 @@ def _choose_folder(listing: Listing, name: str, split: str | None) -> str | None
 
 
 def _leave_out_images(listing: Listing) -> None:
-    """Leave out images that belong to no split: those in no folder, and all next to tables or shards."""
+    """Leave out images that belong to no split: those outside folders, and all next to tables or shards."""
     images, listing.images = listing.images, []
     for image in images:
         if top_of(image) and not (listing.tables or listing.shards):
@@ -180,7 +180,7 @@ def _leave_out_images(listing: Listing) -> None:
 
 
 def _choose_split(listing: Listing, split: str | None) -> None:
-    """Reduce the tables and shards of a folder to those of one split, if their names say splits."""
+    """Restrict the tables and shards of a folder to one split, if they are named by split."""
     path, groups = listing.root, {}
     for file in (*listing.tables, *listing.shards):
         groups.setdefault(split_of_file(file), []).append(file)
@@ -202,7 +202,7 @@ def _choose_split(listing: Listing, split: str | None) -> None:
 
 
 def _check_kinds(listing: Listing, what: str) -> None:
-    """Raise InputError unless a folder holds data of one kind in one place; `what`: images or videos."""
+    """Raise InputError unless a folder contains data of one kind in one place; `what`: images or videos."""
     path = listing.root
     kinds = {what: listing.images, "tables": listing.tables, "tar shards": listing.shards}
     held = {kind: files for kind, files in kinds.items() if files}

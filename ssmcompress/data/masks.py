@@ -1,4 +1,4 @@
-"""Masks: the class numbers of an image's pixels, read from one-channel pictures."""
+"""Masks: the class numbers of an image's pixels, read from single-channel pictures."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..tasks.segmentation import find_wrong_labels
 from .images import Images, find_orientation, find_source, load
 from .labels import some_names
 
-# Modes of PIL whose values are class numbers; of a palette picture, its indices.
+# PIL modes whose values are class numbers; for a palette picture, its indices.
 MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
-# Most pairs whose headers are read when they are opened; it takes 0.1 ms for each from a warm disk.
+# Maximum number of pairs whose headers are checked on opening, which takes 0.1 ms for each with a warm disk cache.
 HEADERS = 4000
 # ADE20K counts its classes from 1, and 0 is no class.
 ADE_NOTE = "labels are ADE20K's, where 0 is no class: `reduce_zero_label` is on"
-# Why masks may have no labelled pixel.
+# Possible reasons why masks have no labelled pixel.
 IGNORED_LABELS = f"({IGNORED} is ignored; with `reduce_zero_label`, 0 too)"
-# What is said of data that has one label for each image.
+# Message for data with one label per image.
 LABELS_NOT_READ = "labels of whole images are not read, the model needs masks; the images count as unlabelled"
 
 
@@ -37,8 +37,8 @@ class MaskRules:
 
     Attributes:
         classes: number of classes of the model.
-        reduce_zero_label: whether 0 is no class and the classes count from 1; None: as the data is known to have it,
-            else not.
+        reduce_zero_label: whether 0 is no class and the classes count from 1; None: decided by the data if it is known,
+            otherwise false.
     """
 
     classes: int
@@ -46,10 +46,10 @@ class MaskRules:
 
 
 def make_rules(task: Task, classes: int, reduce_zero_label: bool | None) -> MaskRules | None:
-    """Return what the masks of a segmentation task mean; None for tasks with one label for each image.
+    """Return the meaning of a segmentation task's masks; None for tasks with one label per image.
 
     Raises:
-        InputError: `reduce_zero_label` for another task, or more classes than a mask can tell apart.
+        InputError: `reduce_zero_label` for another task, or more classes than a mask can represent.
     """
     if task.name != SEGMENTATION.name:
         if reduce_zero_label is not None:
@@ -61,7 +61,7 @@ def make_rules(task: Task, classes: int, reduce_zero_label: bool | None) -> Mask
 
 
 def decide_rules(rules: MaskRules, is_ade: bool, name: str) -> MaskRules:
-    """Return rules that say whether labels are shifted; it is noted where the data decides that they are."""
+    """Return rules that specify whether labels are shifted, with a note if the data decides that they are."""
     if rules.reduce_zero_label is None and is_ade:
         note(f"{name}: {ADE_NOTE}")
     return MaskRules(rules.classes, is_ade if rules.reduce_zero_label is None else rules.reduce_zero_label)
@@ -71,7 +71,7 @@ def read_mask(source: Any, root: Path, rules: MaskRules, where: str) -> np.ndarr
     """Return the class numbers (height, width) uint8 of a mask, 255 for pixels without a class.
 
     Args:
-        source: as `ssmcompress.data.images.decode` takes it. where: name of the mask, for messages.
+        source: as for `ssmcompress.data.images.decode`. where: name of the mask, for messages.
 
     Raises:
         InputError: the mask is unreadable, has several channels, or other labels than the classes.
@@ -106,7 +106,7 @@ def read_mask(source: Any, root: Path, rules: MaskRules, where: str) -> np.ndarr
 
 
 def _read_pixels(source: Path | io.BytesIO | np.ndarray) -> tuple[np.ndarray, str | None]:
-    """Return the values of a mask (height, width), of integers; and its mode if that has no class numbers."""
+    """Return the integer values of a mask (height, width), and its mode if that has no class numbers."""
     if isinstance(source, np.ndarray):
         if source.ndim == 2 and (source.dtype == bool or np.issubdtype(source.dtype, np.integer)):
             return np.array(source, np.uint8 if source.dtype == bool else source.dtype), None
@@ -119,7 +119,7 @@ def _read_pixels(source: Path | io.BytesIO | np.ndarray) -> tuple[np.ndarray, st
 
 
 def describe_channels(mode: str) -> str:
-    """Return what is wrong with a mask of a mode of PIL that is none of `MODES`."""
+    """Return the error text for a mask whose PIL mode is not among `MODES`."""
     channels = Image.getmodebands(mode)
     found = f"a mask of {channels} channels ({mode})" if channels > 1 else f"a mask of mode {mode}"
     return (
@@ -130,18 +130,18 @@ def describe_channels(mode: str) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a picture says: its size (height, width), and its mode, None for an array."""
+    """Header data of a picture: its size (height, width), and its mode, None for an array."""
 
     size: tuple[int, int]
     mode: str | None
 
 
 def read_headers(image: Any, mask: Any, root: Path) -> tuple[Header | None, Header | None]:
-    """Return the headers of an image, with its size as it is shown (`decode`), and of its mask."""
+    """Return the headers of an image, with its size after rotation (`decode`), and of its mask."""
     mask_header = read_header(mask, root)
     header = read_header(image, root, shown=True)
     if header is not None and mask_header is not None and header.size == mask_header.size[::-1] != mask_header.size:
-        # A PNG file may say after its pixels that it is rotated. They are decoded only if that could explain the sizes.
+        # A PNG file may store its rotation after the pixels; they are decoded only if that could explain the sizes.
         header = read_header(image, root, shown=True, whole=True)
     return header, mask_header
 
@@ -159,7 +159,7 @@ def read_header(source: Any, root: Path, *, shown: bool = False, whole: bool = F
         with Image.open(source) as image:
             if whole:
                 image.load()
-            # PIL decodes the pixels of a PNG file when it is asked for EXIF data that do not stand before them.
+            # PIL decodes the pixels of a PNG file when it looks for EXIF data that are not stored before them.
             known = shown and (whole or image.format != "PNG" or "exif" in image.info)
             turned = known and find_orientation(image) >= 5
             return Header((image.width, image.height) if turned else (image.height, image.width), image.mode)
@@ -169,14 +169,14 @@ def read_header(source: Any, root: Path, *, shown: bool = False, whole: bool = F
 
 
 def check_pairs(name: str, pairs: Sequence[str], headers: Callable[[int], tuple[Header | None, Header | None]]) -> None:
-    """Check the masks of a data set by their headers, unless there are more than `HEADERS`.
+    """Check the masks of a dataset by their headers, unless there are more than `HEADERS`.
 
     Args:
         pairs: names of the masks. headers: function from an index to the headers of the image and of its mask.
 
     Raises:
-        InputError: masks are unreadable, have several channels, or another size than their image. An unreadable image
-            is no error: it is left out when it is read.
+        InputError: masks are unreadable, have several channels, or another size than their image. Unreadable images
+            are not an error: they are skipped when they are read.
     """
     if len(pairs) > HEADERS:
         return
@@ -206,8 +206,8 @@ def check_pairs(name: str, pairs: Sequence[str], headers: Callable[[int], tuple[
 def drop_empty_masks(images: Images) -> Images:
     """Return images without their masks if none of these labels a pixel, with a note; else the same images.
 
-    Masks are read up to the first one with a label, so of usual data one. If one of them cannot be used, the images
-    keep their masks, and the error is raised where it is read.
+    Masks are read up to the first one with a label, which is usually the first. If one of them cannot be used, the
+    images keep their masks, and the error is raised when it is read.
     """
     try:
         if has_labelled_pixel(images, range(len(images))):
@@ -219,7 +219,7 @@ def drop_empty_masks(images: Images) -> Images:
 
 
 def has_labelled_pixel(images: Images, index: Sequence[int]) -> bool:
-    """Return whether one of the masks at `index` labels a pixel; they are read up to the first one that does.
+    """Return whether any of the masks at `index` labels a pixel; they are read up to the first one that does.
 
     Raises:
         InputError: a mask cannot be used.
@@ -228,10 +228,10 @@ def has_labelled_pixel(images: Images, index: Sequence[int]) -> bool:
 
 
 def describe_empty(count: int) -> str:
-    """Return that `count` masks label no pixel, and which labels are none."""
+    """Return a message that `count` masks label no pixel, and why."""
     return f"no labelled pixel in {count} mask{'s' * (count != 1)} {IGNORED_LABELS}"
 
 
 def describe_sizes(mask: tuple[int, int], image: tuple[int, int]) -> str:
-    """Return in what way a mask's size differs from its image's, both (height, width)."""
+    """Return a message about the different sizes of a mask and its image, both (height, width)."""
     return f"height x width {mask[0]} x {mask[1]}, the image {image[0]} x {image[1]}"

@@ -1,4 +1,4 @@
-"""Images and their masks in two folders, images/ and annotations/, which have the same names in them, as ADE20K has."""
+"""Images and masks in two folders, images/ and annotations/, with the same file names, as in ADE20K."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ ADE_CLASSES = "objectInfo150.txt"
 
 @dataclass(frozen=True)
 class PairFolders:
-    """Two folders whose files belong together by their paths, without the suffix.
+    """Two folders whose files are matched by their paths, without the suffix.
 
     Attributes:
-        root: the folder that holds images/ and annotations/. inner: path of the split below both, "" if there is none.
+        root: the folder that contains images/ and annotations/. inner: path of the split below both, "" if there is
+            none.
         files: the images, paths relative to images/inner.
     """
 
@@ -47,19 +48,19 @@ class PairFolders:
 
     @property
     def masks_name(self) -> str:
-        """The folder of masks in messages: "annotations/validation/"."""
+        """The folder of the masks in messages: "annotations/validation/"."""
         return f"{ANNOTATIONS}/{self.inner}/" if self.inner else f"{ANNOTATIONS}/"
 
 
 def find_pair_reader(path: Path, name: str, split: str | None) -> Callable[[int, MaskRules], Images] | None:
-    """Return what reads images with masks below a folder; None if there is no pair of folders.
+    """Return a function that reads images with masks below a folder; None if there is no pair of folders.
 
     Args:
-        path: a folder with images/ and annotations/, a folder around it, or images/ or a folder below it.
-        name: how the user called the data. split: the split that the user asked for, if any.
+        path: a folder with images/ and annotations/, its parent folder, or images/ or a folder below it.
+        name: name of the data as given by the user. split: the requested split, if any.
 
     Raises:
-        InputError: it is not clear which split is meant, the folder holds masks only, or there are no images.
+        InputError: it is ambiguous which split is meant, the folder contains only masks, or there are no images.
         OSError: something cannot be read.
     """
     if not path.is_dir():
@@ -89,7 +90,7 @@ def find_pair_reader(path: Path, name: str, split: str | None) -> Callable[[int,
 
 
 def _find_root(path: Path, split: str | None) -> tuple[Path, str, str | None] | None:
-    """Return the folder with images/ and annotations/, the path below images/ that is meant, and the split in it."""
+    """Return the folder with images/ and annotations/, the path below images/ that is meant, and its split."""
     if _is_root(path):
         return path, "", split
     whole = path.absolute()
@@ -117,7 +118,7 @@ def _is_root(folder: Path) -> bool:
 
 
 def _leave_out_others(listing: Listing, folder: str, splits: set[str]) -> None:
-    """Leave out the images of no split; those of other splits are not mentioned."""
+    """Leave out images that belong to no split; those of other splits are not reported."""
     for file in listing.images:
         if top_of(file) not in splits:
             listing.left_out.add("image without a split", file)
@@ -184,7 +185,7 @@ def _stem(file: str) -> str:
 
 
 def _read_ade_classes(root: Path, num_classes: int) -> tuple[str, ...] | None:
-    """Return the names of ADE20K's classes, None if its list is not there or has another number of classes."""
+    """Return the names of ADE20K's classes, None if its list is missing or has another number of classes."""
     try:
         lines = (root / ADE_CLASSES).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

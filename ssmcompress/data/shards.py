@@ -1,7 +1,7 @@
 """Tar shards in webdataset's format, read in place: they are indexed once, and each image is read on demand.
 
 Unlike a stream of shards, the index can be shuffled as a whole, resumed at any image and divided among processes. The
-members of one sample have the same name up to the first dot, `train/000017.jpg` and `train/000017.cls`, and may lie
+members of a sample have the same name up to the first dot, `train/000017.jpg` and `train/000017.cls`, and may be
 anywhere in their shard.
 """
 
@@ -25,19 +25,19 @@ from .labels import check_labels
 from .listing import IMAGE_SUFFIXES, LeftOut, is_system
 from .masks import LABELS_NOT_READ, MaskRules
 
-# Suffixes of labels, as webdataset decodes them: whole numbers in text, or a JSON object with one of these keys.
+# Suffixes of labels, decoded as in webdataset: integers as text, or a JSON object with one of these keys.
 NUMBERS, JSON_KEYS = ("cls", "class", "label"), ("label", "cls", "class")
-# Largest .json member that is read for its label; a .cls member has a few bytes.
+# Maximum size of a .json member that is read for its label; a .cls member has a few bytes.
 LABEL_BYTES = 1 << 24
-# Label of an image without one, and of one whose .json has a label that is no whole number.
+# Label of an image without one, and of one whose .json has a label that is not an integer.
 NONE, INVALID = -1, -2
-# Most folders of members that are counted, to say that folders are no labels.
+# Maximum number of folders counted, for the message that folders are not used as labels.
 FOLDERS = 1000
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Positions of images in uncompressed tar files; it takes 20 bytes for each image, 28 with labels.
+    """Positions of images in uncompressed tar files; it takes 20 bytes per image, 28 with labels.
 
     Attributes:
         files: the shards. shard, offset, size: (images,) index into `files`, offset and length in bytes.
@@ -63,12 +63,12 @@ class ShardIndex:
             return file.read(int(self.size[i]))
 
     def describe(self, i: int) -> str:
-        """Return a name of the image `i` for messages."""
+        """Return the name of image `i` for messages."""
         return f"{self.files[self.shard[i]]}, at byte {self.offset[i]}"
 
 
 def read_shards(files: list[Path], name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the images of tar shards; InputError if there are none, or their labels are not the head's.
+    """Return the images of tar shards; InputError if there are none, or their labels do not match the head.
 
     Args:
         masks: for models that need masks, which shards do not have; the images are then unlabelled.
@@ -101,8 +101,8 @@ def read_index(files: Sequence[Path]) -> ShardIndex:
     """Index the images of shards.
 
     Raises:
-        InputError: a shard is damaged or compressed, has a label that is not a whole number, or several images or
-            labels of one sample.
+        InputError: a shard is damaged or compressed, has a label that is not an integer, or several images or labels
+            of one sample.
     """
     left_out, folders = LeftOut(), set()
     parts = []
@@ -124,7 +124,7 @@ def read_index(files: Sequence[Path]) -> ShardIndex:
 class _Members:
     """The images of a shard, and its labels by kind of member, each with the key of its sample.
 
-    A key is a hash of 8 bytes: names of a million samples would take a hundred times as much as the positions.
+    A key is an 8-byte hash: the names of a million samples would take a hundred times as much memory as the positions.
     """
 
     keys: array = field(default_factory=lambda: array("Q"))
@@ -138,28 +138,28 @@ def _key(sample: str) -> int:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Return the sample and the suffix, in lower case, of a member: both sides of the first dot in its own name."""
+    """Split the name of a member at its first dot into the sample and the suffix, in lower case."""
     folder, slash, own = name.removeprefix("./").rpartition("/")
     stem, _, suffix = own.partition(".")
     return folder + slash + stem, suffix.lower()
 
 
 def _read_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Iterate over the members, whole or not, that are no folders.
+    """Iterate over the members that are not folders, including truncated ones.
 
     Raises:
         ReadError: a header is damaged, or something follows the last member.
     """
     end, name = 0, "the beginning"
     for member in tar:
-        tar.members = []  # type: ignore[assignment]  # tarfile would otherwise keep millions of members
+        tar.members = []  # type: ignore[assignment]  # otherwise tarfile would keep millions of members
         if member.size < 0 or member.offset < end:
             raise tarfile.ReadError(f"{member.name} has a damaged header")
         blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
         end, name = member.offset_data + blocks * tarfile.BLOCKSIZE, member.name
         if not member.isdir():
             yield member
-    # tarfile takes a damaged header for the end of the file, and so does a second file joined to the first.
+    # tarfile takes a damaged header for the end of the file, and stops after the first of two concatenated files.
     tar.fileobj.seek(end)
     while rest := tar.fileobj.read(1 << 16):
         if rest.count(0) != len(rest):
@@ -202,7 +202,7 @@ def _scan(tar: tarfile.TarFile, path: Path, members: _Members, left_out: LeftOut
 
 
 def _join(path: Path, members: _Members, left_out: LeftOut) -> np.ndarray:
-    """Return the labels of a shard's images (images,), by their keys; those in .cls members count before .json."""
+    """Return the labels of a shard's images (images,), by their keys; .cls members take precedence over .json."""
     keys = np.array(members.keys)
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
@@ -248,14 +248,14 @@ def _names(path: Path, key: int, suffixes: Sequence[str]) -> list[str]:
 
 
 def _read_label(content: bytes, suffix: str, where: str) -> int | None:
-    """Return the class in the member of a label: None if a .json has none, `INVALID` if it has another value."""
+    """Return the class in a label member: None if a .json has none, `INVALID` if it has another value."""
     try:
         if suffix == "json":
             value = json.loads(content)
             value = next((value[k] for k in JSON_KEYS if isinstance(value, dict) and k in value), None)
             if value is None or not isinstance(value, int) or isinstance(value, bool):
                 return None if value is None else INVALID
-        elif re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", content):  # as webdataset reads it, by int(): 007 is 7
+        elif re.fullmatch(rb"\s*[+-]?\d{1,18}\s*", content):  # as parsed by webdataset with int(): 007 is 7
             value = int(content)
         else:
             raise ValueError(f"expected a whole number, found {content[:20].decode(errors='replace')!r}")

@@ -1,4 +1,4 @@
-"""Signatures of images: what tells whether a run, a folder or a comparison goes on with the images it was made from."""
+"""Signatures of images, to check whether a run, folder or comparison is resumed with the same images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from .. import processes
 from .batches import Batches, sample_indices, skip_picture
 
-# Images whose pixels are part of a signature. Reading them takes 5 s from ImageNet's JPEG files in one process.
+# Number of images whose pixels are signed. Reading them takes 5 s from ImageNet's JPEG files in one process.
 SIGNED = 512
 
 
 def sign_images(batches: Batches) -> dict[str, Any]:
-    """Return what identifies images by content, whatever their names and the number of processes: a JSON object.
+    """Return a JSON object that identifies images by content, independent of names and the number of processes.
 
-    It has the number of images, a hash of their indices and labels, and a hash of the pixels of up to `SIGNED` of them,
-    chosen at random but always the same ones. So a change of any label or of the order is noticed, and a change of
-    pixels in any of up to `SIGNED` images; in larger data it is noticed unless it concerns few images. Masks, which
-    take as long to read as images, are signed as pixels are, those of the same images.
+    It contains the number of images, a hash of their indices and labels, and a hash of the pixels of up to `SIGNED` of
+    them, selected at random with a fixed seed. Any change of a label or of the order is detected, and any change of
+    pixels in up to `SIGNED` images; in larger data, changes of few images may be missed. Masks, which take as long to
+    read as images, are signed like pixels, for the same images.
 
-    Every process of a group makes this call; the images of all of them are signed together.
+    Every process of a group must call this; the images of all of them are signed together.
     """
     source = batches.source
     index = batches.all_indices()
@@ -42,10 +42,10 @@ def sign_images(batches: Batches) -> dict[str, Any]:
 
 
 def compare_signatures(then: Any, now: Mapping[str, Any] | None) -> str | None:
-    """Return in what way images differ, in words; None if they do not.
+    """Describe how images differ, in words; None if they do not.
 
     Args:
-        then, now: signatures; None where there were no images, and anything else where they were not recorded.
+        then, now: signatures; None if there were no images, and anything else if they were not recorded.
     """
     if then == now:
         return None

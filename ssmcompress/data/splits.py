@@ -1,4 +1,4 @@
-"""Splits of a data set (train, validation, test) by the names of its files and folders, as in `datasets`."""
+"""Splits of a dataset (train, validation, test) by the names of its files and folders, as in `datasets`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..errors import InputError
 
 T = TypeVar("T")
 
-# Word in a name -> the split it stands for.
+# Word in a name -> its split.
 KEYWORDS = dict.fromkeys(("train", "training", "trainset"), "train")
 KEYWORDS |= dict.fromkeys(("validation", "valid", "val", "dev", "valset"), "validation")
 KEYWORDS |= dict.fromkeys(("test", "testing", "eval", "evaluation", "testset"), "test")
-# Words that a folder of a split may have in addition: `train_images`, `test-set`, `val2017`.
+# Additional words that the name of a split folder may contain: `train_images`, `test-set`, `val2017`.
 FILLERS = {"image", "images", "img", "imgs", "set", "data", "split", "folder", "photos", "pictures"}
 SHARDED = re.compile(r"(.+)-\d{5}-of-\d{5}", re.ASCII)
 
 
 def _words(name: str) -> tuple[str | None, list[str]]:
-    """Return the split word of a name, None unless there is exactly one, and the other words."""
+    """Return the split word of a name, None unless there is exactly one, and the remaining words."""
     words = [word for word in re.split(r"[\W\d_]+", name.lower()) if word]
     keywords = [word for word in words if word in KEYWORDS]
     return (keywords[0] if len(keywords) == 1 else None), [word for word in words if word not in KEYWORDS]
 
 
 def split_of_file(path: str) -> str | None:
-    """Return the split that the name of a table or shard says: of `train-00000-of-00002.parquet` it is train."""
+    """Return the split in the name of a table or shard: train for `train-00000-of-00002.parquet`."""
     stem = PurePosixPath(path).name.partition(".")[0]
     sharded = SHARDED.match(stem)
     word, _ = _words(stem)
@@ -36,10 +36,11 @@ def split_of_file(path: str) -> str | None:
 
 
 def split_folders(folders: Iterable[str]) -> dict[str, str]:
-    """Return folder -> split if folders next to each other are splits; {} if they are classes or anything else.
+    """Return folder -> split if sibling folders are splits; {} if they are classes or anything else.
 
-    A class may have the name of a split (CIFAR-100 has a class `train`). So folders are splits if at least two
-    different splits are among them (`train` and `val2017`), or all have such names (`pets-train` and `pets-test` too).
+    A class may have the name of a split (CIFAR-100 has a class `train`). Therefore, folders are splits only if at
+    least two different splits are among them (`train` and `val2017`), or all have such names (also `pets-train` and
+    `pets-test`).
     """
     folders = list(folders)
     words = {folder: _words(folder) for folder in folders}
@@ -54,10 +55,10 @@ def split_folders(folders: Iterable[str]) -> dict[str, str]:
 
 
 def choose_split(splits: Mapping[str, T], asked: str | None, where: str) -> T:
-    """Return the value of the split that is asked for; val, valid and validation are the same.
+    """Return the value of the requested split; val, valid and validation are the same.
 
     Raises:
-        InputError: there is no such split, or no split is asked for and there are several.
+        InputError: there is no such split, or none is requested and there are several.
     """
     names = ", ".join(sorted(splits))
     if asked is None:
@@ -73,7 +74,7 @@ def choose_split(splits: Mapping[str, T], asked: str | None, where: str) -> T:
 
 
 def find_split(names: Iterable[str], asked: str) -> list[str]:
-    """Return the names that mean the split that is asked for: itself, else those of the same split."""
+    """Return the names that match the requested split: the name itself, else those of the same split."""
     names = list(names)
     return [asked] if asked in names else [name for name in names if _canonical(name) == _canonical(asked)]
 

@@ -1,4 +1,4 @@
-"""Images in tables: parquet and arrow files, and data sets of the hub, read with `datasets`."""
+"""Images in tables: parquet and arrow files, and datasets on the hub, read with `datasets`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .labels import some_names
 from .listing import LeftOut, kind_in_folder
 from .masks import Header, MaskRules, check_pairs, decide_rules, drop_empty_masks, make_rules, read_headers, read_mask
 
-# Columns of ADE20K on the hub, `scene_parse_150`.
+# Columns of ADE20K on the hub, in `scene_parse_150`.
 ADE_COLUMNS = {"image", "annotation", "scene_category"}
-# Largest parquet file, in bytes, that is read into memory; larger ones are converted to a memory-mapped arrow file.
+# Maximum size in bytes of a parquet file read into memory; larger ones are converted to a memory-mapped arrow file.
 IN_MEMORY = 1 << 28
 
 
@@ -26,11 +26,11 @@ def read_tables(files: Sequence[Path], name: str, num_classes: int, masks: MaskR
     """Return the rows of parquet or arrow files, concatenated.
 
     Args:
-        masks: what masks mean, for models that need them; None: a row has one label.
+        masks: meaning of the masks, for models that need them; None: each row has one label.
 
     Raises:
-        InputError: a file is damaged, tables have different columns, or there are no images or other labels than the
-            head's.
+        InputError: a file is damaged, tables have different columns, there are no images, or the labels do not match
+            the head.
     """
     return _from_table(_read_tables(files), name, num_classes, files[0].parent, masks)
 
@@ -53,13 +53,13 @@ def _read_tables(files: Sequence[Path]) -> Any:
             raise InputError(f"{file}: not a whole {file.suffix[1:]} file ({_first_line(error)})") from error
     try:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         raise_if_out_of_memory(error)
         raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
 
 
 def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the images of a folder that `Dataset.save_to_disk` wrote: those in the files that its state.json lists."""
+    """Return the images of a folder written by `Dataset.save_to_disk`, from the files listed in its state.json."""
     from datasets import load_from_disk
 
     try:
@@ -77,20 +77,20 @@ def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None 
     return _from_table(table, name, num_classes, path, masks)
 
 
-# Kinds of columns of `datasets` that hold no images; reading some of them needs further packages.
+# Kinds of `datasets` columns that contain no images; reading some of them requires further packages.
 OTHER_FEATURES = ("Audio", "Video", "Pdf", "Nifti", "ClassLabel", "Translation", "TranslationVariableLanguages")
 
 
 def read_hub(repo: str, split: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the images of a split of a data set on the hub; InputError if they cannot be used.
+    """Return the images of a dataset split on the hub; InputError if they cannot be used.
 
     Args:
-        split: a split, or a configuration and a split with a colon in between.
-        masks: as `read_tables` takes it.
+        split: a split, or a configuration and a split separated by a colon.
+        masks: as for `read_tables`.
     """
     from datasets import load_dataset
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry; the error below is enough
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry; the error below suffices
     name = f"{repo}:{split}"
     config, colon, rest = split.partition(":")
     if not colon or "[" in config:  # the colon of a slice, as in train[:100]
@@ -107,7 +107,7 @@ def read_hub(repo: str, split: str, num_classes: int, masks: MaskRules | None = 
 
 
 def is_table(data: Any) -> bool:
-    """Return whether this is a `datasets.Dataset` whose rows are as they were stored, with no format or transform."""
+    """Return whether this is a `datasets.Dataset` whose rows are unmodified, without a format or transform."""
     return type(data).__module__.startswith("datasets.") and getattr(data, "format", {}).get("type", "") is None
 
 
@@ -117,7 +117,7 @@ def read_dataset(
     """Return the images of a `datasets.Dataset`; InputError if they cannot be used.
 
     Args:
-        task, reduce_zero_label: as `ssmcompress.open_images` takes them.
+        task, reduce_zero_label: as for `ssmcompress.open_images`.
     """
     masks = make_rules(task, num_classes, reduce_zero_label)
     return _from_table(table, "data set", num_classes, Path(), masks)
@@ -139,10 +139,10 @@ def _from_table(table: Any, name: str, num_classes: int, root: Path, masks: Mask
 
 
 def _image_rows(table: Any, name: str) -> tuple[Any, str, list[str]]:
-    """Return a table whose images are not decoded, the column with them, and lines on other columns.
+    """Return a table whose images are not decoded, the column with them, and notes on other columns.
 
     Raises:
-        InputError: there are no images in it, or it is not clear which column they are.
+        InputError: it contains no images, or it is ambiguous which column they are in.
     """
     from datasets import Image as ImageFeature
 
@@ -153,15 +153,15 @@ def _image_rows(table: Any, name: str) -> tuple[Any, str, list[str]]:
     if (kind := type(feature).__name__) in OTHER_FEATURES:
         raise InputError(f"{name}: the column {column} holds {kind}, expected images")
     if isinstance(feature, ImageFeature) or is_text(feature):
-        table = table.cast_column(column, ImageFeature(decode=False))  # a path of a file, where it is text
+        table = table.cast_column(column, ImageFeature(decode=False))  # text becomes a file path
     return table, column, notes
 
 
 def _readers(
     table: Any, column: str, name: str, root: Path, *, shown: bool = False
 ) -> tuple[Callable[[int], Any], Callable[[int], str]]:
-    """Return what reads an image of a table, `shown` as `decode` takes it, and what names it."""
-    pictures = table.select_columns(column)  # reading a row reads all of its columns
+    """Return a function that reads an image of a table, `shown` as for `decode`, and one that returns its name."""
+    pictures = table.select_columns(column)  # otherwise each read would include all columns
     return lambda i: decode(pictures[i][column], root, shown=shown), lambda i: f"{name}, row {i}"
 
 
@@ -169,7 +169,7 @@ def _with_masks(table: Any, name: str, root: Path, masks: MaskRules) -> Images:
     """Return the images of a table with their masks, or unlabelled if it has none.
 
     Raises:
-        InputError: it is not clear which columns are meant, rows have no mask, or masks cannot be used.
+        InputError: it is ambiguous which columns are meant, rows have no mask, or masks cannot be used.
     """
     from datasets import Image as ImageFeature
 

@@ -23,10 +23,10 @@ class Preprocessing:
 
     Attributes:
         mean, std: per channel, on a 0..1 scale.
-        crop_pct: share of the side of the resized image that the crop keeps, above 0 to 1.
+        crop_pct: share of the resized image's side kept by the crop, above 0 and at most 1.
         interpolation: one of `INTERPOLATIONS`.
-        defaults: names of the values that are defaults, which neither a file nor the user gave.
-        recorded: whether they were read from a saved model; what was assumed is then no news, and not noted again.
+        defaults: names of the values that are defaults, given by neither a file nor the user.
+        recorded: whether they were read from a saved model, so that assumed values need not be noted again.
     """
 
     mean: tuple[float, ...]
@@ -38,9 +38,9 @@ class Preprocessing:
 
     @classmethod
     def default(cls, in_chans: int, image_size: tuple[int, int], video: bool = False) -> Preprocessing:
-        """Use ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below.
+        """Return ImageNet's values for three channels, else 0.5; crop 0.875 at 224 pixels and above, no crop below.
 
-        The frames of videos are not cropped on their shorter side, as video models are trained and measured.
+        The shorter side of video frames is not cropped, as in the training and evaluation of video models.
         """
         crop_pct = 0.875 if min(image_size) >= 224 and not video else 1.0
         if in_chans == 3:
@@ -49,13 +49,13 @@ class Preprocessing:
 
     @property
     def assumed(self) -> bool:
-        """Whether mean or standard deviation are assumed."""
+        """Whether mean or standard deviation is assumed."""
         return bool(self.defaults)
 
     def changed(self, **changes: Any) -> Preprocessing:
-        """Return a copy with fields replaced; None keeps a field, and one number stands for every channel.
+        """Return a copy with fields replaced; None keeps a field, and one number is used for every channel.
 
-        What is not given stays assumed, until both mean and standard deviation are given.
+        Values not given remain assumed, until both mean and standard deviation are given.
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         if not changes:
@@ -68,7 +68,7 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON value that `from_dict` reads.
 
-        It has the key `assumed` only if mean or standard deviation are: true, or the list of what is if not all is.
+        It has the key `assumed` only if mean or standard deviation is: true, or the list of assumed values if not all.
         """
         values = {"mean": list(self.mean), "std": list(self.std)}
         values |= {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
@@ -96,7 +96,7 @@ class Preprocessing:
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
 
-        Values that were assumed are noted, unless a saved model recorded them.
+        A note lists assumed values, unless they come from a saved model.
         """
         steps = self._steps(image_size)
         mode = "L" if len(self.mean) == 1 else "RGB"
@@ -105,8 +105,8 @@ class Preprocessing:
     def transform_crops(self, image_size: tuple[int, int], crops: int) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image to crops (crops, channels, height, width) float32.
 
-        They lie evenly along the longer side of the resized image, from one end to the other, in the centre of the
-        other side; a single one is what `transform` gives.
+        They are evenly spaced along the longer side of the resized image, from end to end, and centred along the other
+        side; a single one equals the result of `transform`.
         """
         resize, _, *finish = self._steps(image_size)
         mode = "L" if len(self.mean) == 1 else "RGB"
@@ -122,7 +122,7 @@ class Preprocessing:
         channels = len(self.mean)
         if channels not in (1, 3):
             raise InputError(f"the model takes {channels}-channel input; images have 1 or 3 channels")
-        # Imported here because timm takes seconds to import, and half of the commands prepare no image.
+        # Imported here because importing timm takes seconds, and half of the commands do not prepare images.
         from timm.data import create_transform
 
         to_tensor = create_transform(
@@ -138,16 +138,16 @@ class Preprocessing:
         return to_tensor.transforms
 
     def describe_assumption(self) -> str:
-        """Return a line that says which values were assumed, and which arguments change them."""
+        """Return a line that lists the assumed values and the arguments that change them."""
         shown = {"crop_pct": f"{self.crop_pct:g}", "interpolation": self.interpolation}
         return describe_defaults(self.defaults, {**describe_colours(self.mean, self.std), **shown})
 
 
 def cut_crops(image: Any, size: tuple[int, int], crops: int) -> list[Any]:
-    """Return crops (height, width) of a PIL image, evenly along its longer side; a single one is the centre crop."""
+    """Return evenly spaced crops (height, width) along the longer side of a PIL image; a single one is centred."""
     height, width = size
     rooms = image.height - height, image.width - width
-    along = int(rooms[1] >= rooms[0])  # the side that leaves more room: 0 vertical, 1 horizontal
+    along = int(rooms[1] >= rooms[0])  # the side with more free space: 0 vertical, 1 horizontal
     shares = [k / (crops - 1) for k in range(crops)] if crops > 1 else [0.5]
     parts = []
     for share in shares:
@@ -162,12 +162,12 @@ def _apply(steps: Iterable[Callable[[Any], Any]], value: Any) -> Any:
     return value
 
 
-# The values that may be assumed, in the order of messages.
+# Values that may be assumed, in the order in which messages list them.
 VALUES = ("mean", "std", "crop_pct", "interpolation")
 
 
 def still_assumed(defaults: Sequence[str], given: Iterable[str]) -> list[str]:
-    """Return the names of the values that are assumed once others are given; none if mean and std are both given."""
+    """Return the names of the values still assumed once others are given; none if mean and std are both given."""
     rest = [name for name in defaults if name not in set(given)]
     return rest if {"mean", "std"} & set(rest) else []
 
@@ -178,7 +178,7 @@ def encode_assumed(defaults: Sequence[str], values: Sequence[str]) -> dict[str, 
 
 
 def decode_assumed(value: Any, values: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the values that are defaults, of what `encode_assumed` wrote; anything else is none."""
+    """Return the names of default values from the output of `encode_assumed`; empty for anything else."""
     if value is True:
         return tuple(values)
     return tuple(name for name in values if name in value) if isinstance(value, list) else ()
@@ -190,16 +190,16 @@ def describe_colours(mean: Sequence[float], std: Sequence[float]) -> dict[str, s
 
 
 def describe_defaults(defaults: Sequence[str], values: Mapping[str, str]) -> str:
-    """Return a line that says which of the values were assumed."""
+    """Return a line that lists which of the values were assumed."""
     assumed = ", ".join(f"`{name}` {value}" for name, value in values.items() if name in defaults)
     return f"preprocessing is not in the file; assumed: {assumed}"
 
 
 def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """Return changes of a preprocessing with one mean and std for each channel, if one of the two is changed.
+    """Return changes of a preprocessing with mean and std per channel, if one of the two is changed.
 
     Raises:
-        InputError: there are neither one nor as many values as channels.
+        InputError: the number of values is neither one nor the number of channels.
     """
     changes, channels = dict(changes), len(mean)
     for name, present in (("mean", mean), ("std", std)):
@@ -214,7 +214,7 @@ def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[flo
 
 
 def _parse_number(value: Any) -> float:
-    """Return a number as a float; TypeError for a text or a truth value, which JSON tells apart."""
+    """Convert a number to float; TypeError for a text or a boolean, which are different types in JSON."""
     if isinstance(value, (bool, str)):
         raise TypeError(f"expected a number, found {value!r}")
     return float(value)

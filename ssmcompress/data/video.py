@@ -1,4 +1,4 @@
-"""Videos: frames that are read on demand, from a folder of pictures, an array, a video file or a function."""
+"""Videos: frames read on demand from a folder of pictures, an array, a video file or a function."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .images import decode
 from .labels import natural_key
 from .listing import is_system, kind_of
 
-# Frames by which a video is recognised in other data.
+# Number of frames used to identify a video in other data.
 SIGNED_FRAMES = 8
-# The names that the array of one video, or of several, may have in an .npz file.
+# Allowed names of the array of one video, or of several, in an .npz file.
 VIDEO_KEYS = ("videos", "video", "frames")
 
 
 class Video:
-    """A video, whose frames are read when they are asked for, and then kept; all have one size.
+    """A video whose frames are read on first use and then cached; all have one size.
 
-    It stands in the place of a picture in `Images`, and has what `digest_picture` reads of one: a video is recognised
-    by the number of its frames and by `SIGNED_FRAMES` of them, evenly spaced.
+    It takes the place of a picture in `Images` and has the interface that `digest_picture` needs: a video is identified
+    by its number of frames and by `SIGNED_FRAMES` of them, evenly spaced.
 
     Args:
         length: number of frames, at least 1.
-        read: function from the number of a frame, from 0, to a PIL image; it raises OSError for an unreadable one.
+        read: function from a frame index, from 0, to a PIL image; it raises OSError for an unreadable frame.
     """
 
     mode = "RGB"
@@ -52,7 +52,7 @@ class Video:
         """Return some of the frames.
 
         Args:
-            choose: function from the number of frames to the numbers of those to return, which may repeat.
+            choose: function from the number of frames to the indices of those to return, which may repeat.
 
         Raises:
             OSError: one of them is unreadable, or they differ in size.
@@ -64,33 +64,33 @@ class Video:
         return [self._frames[index] for index in wanted]
 
     def _check_sizes(self) -> None:
-        """Raise OSError if the frames that were read differ in size."""
+        """Raise OSError if the frames read so far differ in size."""
         sizes = {frame.size for frame in self._frames.values()}
         if len(sizes) > 1:
             first, second = (f"{width}x{height}" for width, height in sorted(sizes)[:2])
             raise OSError(f"unreadable video: frames of {first} and {second}, expected one size")
 
     def read_signed(self) -> list[Image.Image]:
-        """Return the frames by which the video is recognised; OSError if it is unreadable."""
+        """Return the frames that identify the video; OSError if it is unreadable."""
         return [frame.convert("RGB") for frame in self.pick(lambda length: sample_frames(length, SIGNED_FRAMES))]
 
     @property
     def size(self) -> tuple[int, int, int]:
         """(frames, width, height); OSError if the video is unreadable."""
-        first = self.read_signed()[0]  # the number of frames of a file is known once it was read
+        first = self.read_signed()[0]  # the number of frames in a file is known only after reading it
         return len(self), *first.size
 
     def tobytes(self) -> bytes:
-        """Return the pixels by which the video is recognised; OSError if it is unreadable."""
+        """Return the pixels that identify the video; OSError if it is unreadable."""
         return b"".join(frame.tobytes() for frame in self.read_signed())
 
     def load(self) -> None:
-        """Read the frames by which the video is recognised; OSError if it is unreadable."""
+        """Read the frames that identify the video; OSError if it is unreadable."""
         self.read_signed()
 
 
 class VideoFile(Video):
-    """The first video stream of a file, read through PyAV. A rotation that the file records is not applied."""
+    """The first video stream of a file, read with PyAV. A rotation recorded in the file is not applied."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -99,7 +99,7 @@ class VideoFile(Video):
     def pick(self, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
         """Return some of the frames, as `Video.pick`; this decodes the whole stream.
 
-        The packets of a stream are not always as many as its frames: then the frames are chosen again.
+        The number of packets may differ from the number of frames; in that case, the frames are chosen again.
         """
         if missing := set(choose(len(self))) - set(self._frames):
             frames, count = self._decode(missing)
@@ -110,12 +110,12 @@ class VideoFile(Video):
         return super().pick(choose)
 
     def _count(self) -> int:
-        """Return the number of packets of the stream, which takes no decoding."""
+        """Return the number of packets of the stream, which requires no decoding."""
         with _Opened(self.path) as (container, stream):
             return sum(1 for packet in container.demux(stream) if packet.size)
 
     def _decode(self, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
-        """Return frames by their number, and the number of all frames."""
+        """Return the frames by their index, and the total number of frames."""
         frames, count = {}, 0
         with _Opened(self.path) as (container, stream):
             for frame in container.decode(stream):
@@ -126,7 +126,7 @@ class VideoFile(Video):
 
 
 class _Opened:
-    """A context in which a video file is open: (container, stream); what goes wrong in it is an OSError."""
+    """Context manager for an open video file: (container, stream); all its errors become OSErrors."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -152,9 +152,9 @@ class _Opened:
 
 
 def open_video(path: Path) -> Video:
-    """Return the video at a path: a folder of frames, an .npy or .npz file, or a video file; OSError for none.
+    """Open the video at a path: a folder of frames, an .npy or .npz file, or a video file; OSError for anything else.
 
-    The frames of a folder are its pictures, their names in natural order: frame_2 comes before frame_10.
+    The frames of a folder are its pictures in natural order of their names: frame_2 comes before frame_10.
     """
     if path.is_dir():
         with os.scandir(path) as entries:
@@ -172,13 +172,13 @@ def _is_frame(entry: os.DirEntry[str]) -> bool:
 
 
 def array_video(frames: np.ndarray) -> Video:
-    """Return a video of frames (frames, height, width, 3) uint8; OSError for others."""
+    """Return a video of frames (frames, height, width, 3) uint8; OSError for other arrays."""
     check_frames(frames, ("frames", "height", "width"))
     return Video(len(frames), lambda i: Image.fromarray(np.asarray(frames[i])))
 
 
 def check_frames(array: np.ndarray, sides: Sequence[str]) -> None:
-    """Raise OSError unless an array has these dimensions and three channels last, and is uint8."""
+    """Raise OSError unless an array is uint8 and has these dimensions, with three channels last."""
     if array.dtype != np.uint8 or array.ndim != len(sides) + 1 or array.shape[-1] != 3:
         raise OSError(f"an array {array.shape} {array.dtype}: expected ({', '.join(sides)}, 3) uint8")
 
@@ -186,10 +186,10 @@ def check_frames(array: np.ndarray, sides: Sequence[str]) -> None:
 def read_arrays(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the array of frames in an .npy or .npz file, and the other arrays by name; nothing is unpickled.
 
-    The frames are the only array, or the one with a name of `VIDEO_KEYS`. Those of an .npy file are mapped, not read.
+    The frames are the only array, or the one named as in `VIDEO_KEYS`. An .npy file is memory-mapped.
 
     Raises:
-        OSError: the file is unreadable, or does not say which array it is.
+        OSError: the file is unreadable, or it is ambiguous which array it is.
     """
     try:
         loaded = np.load(path, allow_pickle=False, mmap_mode="r")

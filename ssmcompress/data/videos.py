@@ -1,4 +1,4 @@
-"""Data sets of videos: folders of them, with class folders or without, and arrays of several videos."""
+"""Datasets of videos: folders of videos, with or without class folders, and arrays of several videos."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ EXPECTED = (
     ".webm, .mov) or an .npz or .npy file of frames; or one .npz file of several videos"
 )
 LAYOUT = "expected a folder of frames for each video, CLASS/VIDEO/0001.jpg, or video files, CLASS/VIDEO.mp4"
-# Folders of pictures, and pictures in each, whose headers are read to tell frames from other pictures.
+# Numbers of folders, and of pictures in each, whose headers are read to distinguish frames from other pictures.
 CHECKED = 4, 8
 
 
 def read_video_folder(listing: Listing, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the videos of a folder, labelled by class folder if they lie in folders of it.
+    """Return the videos of a folder, labelled by class folder if there are any.
 
-    A folder that holds pictures is a video, whose frames these are. So pictures directly in the folders of a data set
-    are videos without labels, unless it is plain that these are class folders of pictures.
+    A folder that contains pictures is a video with these frames. Therefore, pictures directly in the folders of a
+    dataset are videos without labels, unless these are clearly class folders of pictures.
 
     Args:
         listing: of the folder, with pictures, video files and arrays as its images.
 
     Raises:
-        InputError: pictures that are no frames, videos next to class folders, other classes than the head's, a file of
-            another form, or video files without PyAV.
+        InputError: pictures that are not frames, videos next to class folders, other classes than the head's, a file in
+            another format, or video files without PyAV.
     """
     items, frames = _find_videos(listing, name)
     flat = [item for item in items if "/" not in item]
@@ -65,7 +65,7 @@ def read_video_folder(listing: Listing, name: str, num_classes: int, masks: Mask
 
 
 def _find_videos(listing: Listing, name: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the videos in the order of the listing, and the pictures of those that are folders."""
+    """Return the videos in the order of the listing, and the frames of those that are folders."""
     frames: dict[str, list[str]] = {}
     items: dict[str, None] = {}
     for file in listing.images:
@@ -91,7 +91,7 @@ def _find_videos(listing: Listing, name: str) -> tuple[list[str], dict[str, list
 
 
 def _check_flat(folders: Sequence[str], count: int, name: str, num_classes: int) -> None:
-    """Note that folders of pictures are read as videos without labels; InputError if they look like class folders.
+    """Note that folders of pictures are read as unlabelled videos; InputError if they look like class folders.
 
     Args:
         folders: the videos that are folders. count: the number of all videos.
@@ -113,9 +113,9 @@ def _check_flat(folders: Sequence[str], count: int, name: str, num_classes: int)
 
 
 def _check_sizes(root: Path, frames: dict[str, list[str]]) -> None:
-    """Raise InputError if the pictures of a folder differ in size, as those of different scenes do.
+    """Raise InputError if the pictures of a folder differ in size, like those of different scenes.
 
-    Few headers are read. Pictures that cannot be read are reported when the videos are.
+    Few headers are read. Unreadable pictures are reported when the videos are read.
     """
     folders, pictures = CHECKED
     for folder, files in list(frames.items())[:folders]:
@@ -135,7 +135,7 @@ def _check_sizes(root: Path, frames: dict[str, list[str]]) -> None:
 
 
 def _check_first_array(root: Path, files: Sequence[str]) -> None:
-    """Raise InputError if the first of the arrays can be read, but is no video: others will be of the same form."""
+    """Raise InputError if the first array is readable but not a video, since the others will have the same format."""
     arrays = [file for file in files if suffix_of(file) in ARRAY_SUFFIXES]
     for file in arrays[:1]:
         try:
@@ -150,10 +150,10 @@ def _check_first_array(root: Path, files: Sequence[str]) -> None:
 
 
 def read_array_set(path: Path, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
-    """Return the videos of one file: an array (videos, frames, height, width, 3) uint8, in an .npz file with `labels`.
+    """Return the videos in one file: an array (videos, frames, height, width, 3) uint8, in an .npz file with `labels`.
 
     Raises:
-        InputError: the file cannot be read or has another form.
+        InputError: the file cannot be read or has another format.
     """
     try:
         videos, others = read_arrays(path)
@@ -174,7 +174,7 @@ def read_array_set(path: Path, name: str, num_classes: int, masks: MaskRules | N
 def _read_labels(
     labels: np.ndarray | None, count: int, name: str, num_classes: int
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """Return class numbers, and names of classes where labels are text; InputError for other labels."""
+    """Return class numbers, and class names if the labels are text; InputError for other labels."""
     if labels is None:
         return None, None
     if labels.shape != (count,) or labels.dtype.kind not in "iuU":

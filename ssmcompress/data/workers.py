@@ -16,11 +16,11 @@ import torch
 def make_loader(
     dataset: Any, rows: Sequence[Sequence[Any]], workers: int, worker_init: Callable[[int], None] | None = None
 ) -> torch.utils.data.DataLoader:
-    """A loader that gives the items of `dataset` at each of `rows`, read in `workers` processes (0: in this one).
+    """Return a loader for the items of `dataset` at each of `rows`, read in `workers` processes (0: in this one).
 
-    It does not draw from the global random generator. Workers end when this process has ended, however it ended.
+    It does not use the global random generator. Workers end when this process has ended, for whatever reason.
     """
-    # Readers are closures, which only forked workers can inherit; forking is unsafe on other systems than Linux.
+    # Readers are closures, which only forked workers can inherit; forking is unsafe on systems other than Linux.
     fork = "fork" if workers and sys.platform == "linux" else None
     return torch.utils.data.DataLoader(
         dataset,
@@ -41,11 +41,11 @@ def _begin_worker(parent: int, worker_init: Callable[[int], None] | None, worker
 
 
 def _end_with(parent: int, interval: float = 1.0) -> None:
-    """End this process when `parent` is no longer its parent, at most `interval` seconds later.
+    """End this process at most `interval` seconds after `parent` is no longer its parent.
 
-    The watchdog of torch does not suffice: it asks for the parent only after the worker has begun, so a parent that
-    was killed before is never missed, and a worker waits for ever to write results that do not fit into the pipe,
-    whose other end it holds itself.
+    torch's watchdog is not sufficient: it determines the parent only after the worker has started, so it never notices
+    a parent that was killed before, and the worker waits forever to write results that do not fit into the pipe, whose
+    other end it holds itself.
     """
     while os.getppid() == parent:
         time.sleep(interval)
