@@ -1,10 +1,10 @@
-"""Attention maps: how much the decision of a model takes from each patch of an image, dense or pruned.
+"""Attention maps: how much each patch of an image contributes to the decision of a model, dense or pruned.
 
-Maps are made of the hidden attention of layers (`ssmcompress.evaluation.hidden_attention`): of the row of the token
-that is read out, or where all tokens are read, of the mean over all rows. The formulas of `raw`, `rollout` and
+Maps are computed from the hidden attention of layers (`ssmcompress.evaluation.hidden_attention`): from the row of the
+token that is read out, or, if all tokens are read, from the mean over all rows. The formulas of `raw`, `rollout` and
 `attribution` are those of Ali et al. (arXiv 2403.01590, code of HiddenMambaAttn), with three additions for pruned
-models: a token that was dropped has the value 0; the smallest and the largest value are those of the tokens that are
-there; and a token that was dropped reads itself alone in a rollout.
+models: a dropped token has the value 0; the smallest and the largest value are taken over the tokens that are present;
+and in a rollout, a dropped token attends only to itself.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ METHODS = {
     "rollout": "attention rollout",
     "attribution": "rollout, with rows weighted by the gradient of the predicted class",
 }
-# Layers of Vim-small that published maps use: those from the 16th of 24 on.
+# Published maps use the layers of Vim-small from the 16th of 24 on.
 PUBLISHED_START, PUBLISHED_DEPTH = 15, 24
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What `attend` finds out about a batch of images.
+    """The results of `attend` for a batch of images.
 
     Attributes:
         maps: (batch, rows, columns) float32; 0 where a patch was dropped.
-        kept: (batch, rows, columns) bool, whether a patch is there in all layers of the map.
+        kept: (batch, rows, columns) bool, whether a patch is present in all layers of the map.
         outputs: of the model, (batch, classes) of a classifier.
-        decisions: of the stages, as `TokenModel.trace` returns them.
-        places: for each of them (rows, columns) int64, the position that each patch of the image has or lies in.
+        decisions: of the stages, as returned by `TokenModel.trace`.
+        places: for each decision (rows, columns) int64, the position of each patch of the image, or of the coarser
+            patch that contains it.
     """
 
     maps: Tensor
@@ -63,25 +64,25 @@ class Attention:
 def attention_maps(
     model: TokenModel, images: Any, *, layer: int | Sequence[int] | None = None, method: str = "row"
 ) -> Tensor:
-    """Compute a map for each image of how much the model takes from each patch.
+    """Compute a map for each image of how much each patch contributes to the model's output.
 
-    The token that is read is the class token of a Vim or a ViT; in other models the maps are means over all tokens that
-    read. They are exact for pruned and aligned models. All but a rollout of attention take O(tokens * channels *
+    The token that reads is the class token of a Vim or a ViT; in other models the maps are means over all tokens that
+    read. They are exact for pruned and aligned models. All except a rollout of attention take O(tokens * channels *
     states) operations and no matrix of tokens by tokens.
 
     Args:
         model: a classifier or a segmentation model of `ssmcompress.load`, dense or pruned.
-        images: prepared images (batch, channels, height, width), or what `ssmcompress.evaluate` takes as data.
-        layer: a layer, from 1, or several, of which a map is the mean; for a rollout the layers that are rolled out.
-            None: from 5/8 of the depth on, as published for Vim.
-        method: "row", the mean over channels (of attention: over heads) of the row of the token that is read, signed,
-            forward and backward path added; "xai", the same of the vector that Vim's published code uses, which leaves
-            out the step of the class token and its own entry; "raw", "rollout" or "attribution", the published maps of
-            these vectors (without a class token, of exact means of rows), of which negative values are set to 0.
+        images: prepared images (batch, channels, height, width), or any data that `ssmcompress.evaluate` takes.
+        layer: a layer, from 1, or several, over which the map is averaged; for a rollout the layers that are rolled
+            out. None: from 5/8 of the depth on, as published for Vim.
+        method: "row", the mean over channels (for attention: over heads) of the row of the token that reads, signed,
+            forward and backward path added; "xai", the same for the vector used by Vim's published code, which omits
+            the step of the class token and its own entry; "raw", "rollout" or "attribution", the published maps of
+            these vectors (without a class token, of exact means of rows), with negative values set to 0.
 
     Returns:
-        (images, rows, columns) float32 on the CPU; 0 for patches that were dropped, or merged into others. Those of the
-        frames of a video lie below each other.
+        (images, rows, columns) float32 on the CPU; 0 for patches that were dropped or merged into others. The frames of
+        a video are stacked vertically.
 
     Raises:
         InputError: a layer or a method that the model does not have, or images that cannot be used.
@@ -101,7 +102,7 @@ def attention_maps(
 
 
 def choose_layers(depth: int, layer: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the layers of a map, ascending; InputError for one that a model of `depth` layers does not have."""
+    """Return the layers of a map in ascending order; InputError for one that a model of `depth` layers lacks."""
     if layer is None:
         return tuple(range(min(depth, depth * PUBLISHED_START // PUBLISHED_DEPTH + 1), depth + 1))
     listed = list(layer) if isinstance(layer, Iterable) else [layer]
@@ -111,7 +112,7 @@ def choose_layers(depth: int, layer: int | Sequence[int] | None = None) -> tuple
 
 
 def check_method(model: TokenModel, method: str) -> None:
-    """Raise an InputError unless maps of a model can be made by this method."""
+    """Raise an InputError unless this method can compute maps of the model."""
     if method not in METHODS:
         raise InputError(f"`method` {method!r}: expected one of {', '.join(METHODS)}")
     if method == "xai" and not _reads_as_published(model):
@@ -126,26 +127,26 @@ def check_method(model: TokenModel, method: str) -> None:
 
 
 def describe_reader(model: TokenModel) -> str:
-    """Return what reads the tokens in maps of a model."""
+    """Describe which token reads the others in maps of a model."""
     return "the class token" if model.reads_protected else "the mean over all tokens"
 
 
 def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str) -> Attention:
-    """Run a model and make a map of each image, as `attention_maps` does.
+    """Run a model and compute a map for each image, as `attention_maps` does.
 
     Args:
         images: (batch, channels, height, width) on the model's device. layers: ascending. method: valid for the model.
     """
     learns, published = method == "attribution", _reads_as_published(model)
     chosen: list[Layer] = []
-    grids: list[Tensor] = []  # for each of these layers where the patches are
+    grids: list[Tensor] = []  # for each of these layers, the positions of the patches
     decisions: list[Decision] = []
     places: list[Tensor] = []
     streams: list[Tensor] = []
     with torch.no_grad():
         tokens = model.embed(images)
         patches = find_patches(tokens, model.config.grid).to(images.device)
-    # Gradients are needed even where the caller has switched them off.
+    # Gradients are needed even if the caller has disabled them.
     with torch.inference_mode(False), torch.set_grad_enabled(learns):
         if learns:
             tokens = replace(tokens, features=tokens.features.clone().requires_grad_())
@@ -181,10 +182,10 @@ def attend(model: TokenModel, images: Tensor, layers: Sequence[int], method: str
 
 
 def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
-    """Return the position (rows, columns) of each patch: all that are not protected, in raster order.
+    """Return the position (rows, columns) of each patch: all unprotected tokens, in raster order.
 
     Args:
-        grid: of the model, for tokens that do not have one of their own.
+        grid: of the model, for tokens without their own grid.
     """
     positions = torch.arange(tokens.length, device="cpu")
     if tokens.protected is not None:
@@ -193,10 +194,10 @@ def find_patches(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
 
 
 def find_places(tokens: Tokens, patches: Tensor) -> Tensor:
-    """Return the position (rows, columns) among these tokens that each patch of the image has, or lies in.
+    """Return the position (rows, columns) among these tokens of each patch, or of the coarser patch that contains it.
 
     Args:
-        patches: the positions in the first layer; they are returned where the grid is the same.
+        patches: the positions in the first layer; they are returned if the grid is the same.
     """
     (rows, columns), grid = patches.shape, tokens.grid
     if grid is None or tuple(grid) == (rows, columns):
@@ -209,10 +210,10 @@ def find_places(tokens: Tokens, patches: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What reads in a layer, before it is run; see `Layer` for `present` and `reader`.
+    """The rows to read in a layer, before it is run; see `Layer` for `present` and `reader`.
 
     Attributes:
-        positions: (batch, tokens) of its tokens. rows: told of the calls of the layer.
+        positions: (batch, tokens) of its tokens. rows: observer of the calls of the layer.
     """
 
     positions: Tensor
@@ -223,7 +224,7 @@ class Reading:
     @classmethod
     @torch.no_grad()
     def of(cls, tokens: Tokens, reads_protected: bool, published: bool) -> Reading:
-        """Return a reading of a layer that is run on these tokens, at the protected token or at all tokens."""
+        """Return a reading for a layer that is run on these tokens, at the protected token or at all tokens."""
         positions = tokens.explicit_positions()
         present = torch.zeros(len(positions), tokens.length + tokens.fused, dtype=torch.bool, device=positions.device)
         present = present.scatter(1, positions, True)
@@ -236,7 +237,7 @@ class Reading:
 
     @torch.no_grad()
     def finish(self, method: str) -> Layer:
-        """Return the layer, which was run."""
+        """Return the layer after it has been run."""
         attention, empty = self.rows.attention, torch.zeros_like(self.reader)
         if method == "rollout" and attention is not None:
             return Layer(self.positions, self.present, self.reader, empty, attention)
@@ -252,9 +253,9 @@ class Layer:
 
     Attributes:
         positions: (batch, tokens) of its tokens. present: (batch, length) bool, whether there is a token.
-        reader: (batch, length), the weights of the rows that read, which add up to 1.
-        vector: (batch, length), the row that the map has of it, 0 where there is no token.
-        attention: the call of attention, if its whole matrix is needed; else None.
+        reader: (batch, length), the weights of the rows that read, which sum to 1.
+        vector: (batch, length), the layer's row for the map, 0 where there is no token.
+        attention: the attention call, if its whole matrix is needed; else None.
     """
 
     positions: Tensor
@@ -264,9 +265,9 @@ class Layer:
     attention: AttentionCall | None
 
     def read(self, row: Tensor) -> Tensor:
-        """Return what the row (batch, length) of a rollout becomes when this layer comes before it."""
+        """Return the row (batch, length) of a rollout after multiplication with the matrix of this earlier layer."""
         if self.attention is None:
-            # 1 v^T + I on the tokens that are there, with rows that add up to 1.
+            # 1 v^T + I on the tokens that are present, with rows that sum to 1.
             inside = torch.where(self.present, row, 0.0).sum(1, keepdim=True)
             mixed = (inside * self.vector + row) / (1 + self.vector.sum(1, keepdim=True))
         else:
@@ -276,10 +277,10 @@ class Layer:
         return torch.where(self.present, mixed, row)
 
     def spread(self, places: Tensor, patches: Tensor) -> Layer:
-        """Return the layer on the grid of the image; what a coarser position has is divided among its patches.
+        """Return the layer on the image's grid; the value of a coarser position is divided among its patches.
 
         Args:
-            places, patches: as `find_places` returns and takes them.
+            places, patches: as for `find_places`.
         """
         index, order = places.flatten(), patches.flatten().argsort()
         shares = 1 / index.bincount(minlength=self.present.shape[1]).clamp(min=1)
@@ -288,17 +289,17 @@ class Layer:
         return replace(self, positions=positions, **{name: x[:, index][:, order] for name, x in values.items()})
 
     def padded(self, length: int) -> Layer:
-        """Return the layer with more positions, at which there are no tokens."""
+        """Return the layer padded with positions that have no tokens."""
         parts = ("present", "reader", "vector")
         return replace(self, **{name: F.pad(x := getattr(self, name), (0, length - x.shape[1])) for name in parts})
 
 
 def combine_layers(layers: Sequence[Layer], method: str) -> Tensor:
-    """Return the map of layers, (batch, length)."""
+    """Combine layers into a map (batch, length)."""
     length = max(layer.present.shape[1] for layer in layers)
     layers = [layer.padded(length) for layer in layers]
     if method in ("rollout", "attribution"):
-        # The row of the product of the layers' matrices, the last one first, that starts with the token that reads.
+        # Row of the token that reads in the product of the layers' matrices, the last one first.
         return reduce(lambda row, layer: layer.read(row), reversed(layers), layers[-1].reader).clamp(min=0)
     mean = torch.stack([layer.vector for layer in layers]).mean(0)
     return mean.clamp(min=0) if method == "raw" else mean
@@ -320,13 +321,13 @@ def weigh_layers(layers: Sequence[Layer], streams: Sequence[Tensor], outputs: Te
 
 
 def _scale(values: Tensor) -> Tensor:
-    """Return values (batch, tokens, channels) scaled to 0..1 in each image; zeros where all are the same."""
+    """Scale values (batch, tokens, channels) to 0..1 in each image; zeros if all are equal."""
     low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
     return (values - low) / torch.where(high > low, high - low, 1.0)
 
 
 def _reads_as_published(model: TokenModel) -> bool:
-    """Return whether maps of published code are made of the vectors `xai`, which need a class token and scans."""
+    """Return whether published maps use the vectors `xai`, which require a class token and scans."""
     return model.reads_protected and _has_scans(model)
 
 

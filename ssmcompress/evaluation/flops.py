@@ -1,21 +1,21 @@
 """FLOPs of one image, counted by formula and by part.
 
 One multiply-add is one FLOP in linear and convolution layers. The scan counts 9 FLOPs per token, channel and state, one
-per token and channel for D and one for the gate. Norms, activations and biases are not counted. That is the convention
+per token and channel for D and one for the gate. Norms, activations and biases are not counted. This is the convention
 of the papers, in two variants:
 
 A correction of the class token or of the logits reads sums over all tokens: one FLOP for each token and feature.
 
-- `full`: everything that is executed, so both directions of a Vim. Reports show this one by default.
-- `paper`: what the papers print, one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base), all four of a
-  PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3), and not what choosing and merging tokens costs. A ViT
-  has the same in both. Use it only to compare with the papers.
+- `full`: everything that is executed, including both directions of a Vim. Reports show it by default.
+- `paper`: the numbers printed in the papers, with one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base),
+  all four of a PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3), and without the cost of selecting and
+  merging tokens. For a ViT, both are equal. Use it only to compare with the papers.
 
-A convolution on a grid counts all taps of its window at each kept token, as the compiled backends compute it; in an
-ONNX file, and where gradients are computed, it covers the whole grid.
+A convolution on a grid counts all taps of its window at each kept token, as computed by the compiled backends; in an
+ONNX file, and when gradients are computed, it covers the whole grid.
 
-A Vim reads out its class token alone, so its last layer is computed for that token (`TokenModel.trace`). `paper`, and
-`full` of a dense model, count all tokens of that layer, as the published code computes them. `full` of a compressed
+A Vim reads out only its class token, so its last layer is computed only for that token (`TokenModel.trace`). `paper`,
+and `full` of a dense model, count all tokens of that layer, as computed by the published code. `full` of a compressed
 model counts what is run here, at batch 1; in a larger batch, whose images keep different numbers of tokens before the
 class token, and in an ONNX file, part of this saving is lost.
 """
@@ -35,12 +35,12 @@ from ..pruning.merging import count_merge
 from ..pruning.plan import MAX_RATIO, Stage
 
 CONVENTIONS = ("full", "paper")
-# The parts of a segmentation model that dropped tokens do not change.
+# Parts of a segmentation model whose cost does not depend on dropped tokens.
 DENSE_PARTS = ("neck", "head")
 
 
 def flops(model: TokenModel) -> dict[str, float]:
-    """Return the GFLOPs of one image for the model, by convention: of a dense one as published, else as it is run."""
+    """Return the GFLOPs of the model for one image, by convention: as published if it is dense, else as it is run."""
     check_model(model)
     return {convention: sum(flops_by_part(model, convention).values()) for convention in CONVENTIONS}
 
@@ -62,12 +62,12 @@ def backbone_flops(model: TokenModel) -> dict[str, float] | None:
 
 
 def share_of_whole(model: TokenModel, backbone: float) -> float:
-    """Return the share of a dense segmentation model's FLOPs (`full`) that a share of its backbone's comes to.
+    """Convert a share of a dense segmentation model's backbone FLOPs (`full`) to a share of the whole model's.
 
     Neck and head cost the same whatever tokens are dropped.
 
     Raises:
-        InputError: a classifier, which is all backbone.
+        InputError: the model is a classifier, which is all backbone.
     """
     found = backbone_flops(model)
     if found is None:
@@ -77,7 +77,7 @@ def share_of_whole(model: TokenModel, backbone: float) -> float:
 
 
 def share_of_backbone(model: TokenModel, whole: float) -> float:
-    """Return the share of its backbone's FLOPs that a share of a dense segmentation model's comes to.
+    """Convert a share of a dense segmentation model's FLOPs to a share of its backbone's.
 
     It is the inverse of `share_of_whole`, with the same errors.
     """
@@ -86,7 +86,7 @@ def share_of_backbone(model: TokenModel, whole: float) -> float:
 
 
 def dense_flops(model: TokenModel) -> dict[str, float]:
-    """Return the GFLOPs of one image of the dense model that a model was made from, as published, by convention."""
+    """Return the GFLOPs of the corresponding dense model for one image, as published, by convention."""
     return {convention: _count_dense(model, convention) / 1e9 for convention in CONVENTIONS}
 
 
@@ -97,7 +97,7 @@ def _count_dense(model: TokenModel, convention: str = "full") -> int:
 
 
 def flops_of(model: TokenModel, config: LayeredConfig, counts: Sequence[int] | None = None) -> float:
-    """Return the FLOPs (`full`, as run) of a model of the sizes `config`, as a share of the dense FLOPs of `model`.
+    """Return the FLOPs (`full`, as run) of a model with the sizes `config`, as a share of the dense FLOPs of `model`.
 
     Args:
         counts: tokens of each layer and of the readout (`token_counts`); None: all tokens.
@@ -109,10 +109,10 @@ def flops_of(model: TokenModel, config: LayeredConfig, counts: Sequence[int] | N
 def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | None = None) -> dict[str, float]:
     """Return the GFLOPs of one image by part: embedding, in_proj, conv, x_proj, dt_proj, scan, out_proj, head.
 
-    A pruned model can also have the parts scoring and merging, a reconstructed one corrections.
+    A pruned model can additionally have the parts scoring and merging, a reconstructed one corrections.
 
     Args:
-        as_run: count what is run here, or what the published code runs; None: the former for a compressed model.
+        as_run: count what is run here, or what the published code runs; None: as run for a compressed model only.
     """
     as_run = model.plan is not None if as_run is None else as_run
     parts = model.flops_by_part(model.token_counts(), convention, as_run)
@@ -124,9 +124,9 @@ def flops_by_part(model: TokenModel, convention: str = "full", as_run: bool | No
 
 
 def flops_by_section(model: TokenModel) -> list[dict[str, Any]]:
-    """Return the layers of each section of a model, its tokens and width, and its GFLOPs (`full`) of one image.
+    """Return the layers of each section of a model, with tokens, width and GFLOPs (`full`) for one image.
 
-    What is before, between and after the sections is in none of them. The list is empty for a model of one section.
+    Parts before, between and after the sections are not included. The list is empty for a model with one section.
     """
     counts, sections = model.token_counts(), model.sections
     if len(sections) == 1:
@@ -143,10 +143,10 @@ def flops_by_section(model: TokenModel) -> list[dict[str, Any]]:
 def remaining_share(model: TokenModel, stages: Sequence[Stage]) -> float:
     """Return the FLOPs (`full`) of a dense or trimmed `model` when pruned at `stages`, as a share of the dense FLOPs.
 
-    The model is counted as it is run, the dense one as published; so a Vim that prunes nothing has less than 1.
+    The model is counted as run, the dense one as published; therefore a Vim that prunes nothing has less than 1.
     """
     counts = model.counts_for(stages)
-    as_run = all(stage.after < len(model.blocks) for stage in stages)  # a last layer with a stage is run in full
+    as_run = all(stage.after < len(model.blocks) for stage in stages)  # with a stage, the last layer is run in full
     run = sum(model.flops_by_part(counts, "full", as_run).values()) + sum(_stage_parts(model, stages).values())
     return run / _count_dense(model)
 
@@ -166,7 +166,7 @@ def _stage_parts(model: TokenModel, stages: Sequence[Stage]) -> dict[str, int]:
 
 
 def _count_corrections(model: TokenModel) -> int:
-    """Return the FLOPs of the corrections: their maps, and the sums that those of class token and logits read."""
+    """Return the FLOPs of the corrections: their maps, and the sums for the class token and the logits."""
     readout = model.readout_correction
     maps = [*model.corrections.parameters(), *model.class_corrections.parameters()]
     layers, counts = [int(layer) for layer in model.class_corrections], model.token_counts()
@@ -179,11 +179,11 @@ def _count_corrections(model: TokenModel) -> int:
 
 
 def corrections_share(model: TokenModel, stages: Sequence[int], reconstruct: bool = True) -> float:
-    """Return the largest share of the dense FLOPs that corrections can cost for pruning after layers `stages`.
+    """Return the maximum share of the dense FLOPs that corrections can cost when pruning after layers `stages`.
 
     Args:
         reconstruct: whether the layers are refitted; if not, only the maps of a segmentation model's levels count,
-            which are fitted in any case where there are images.
+            which are always fitted if there are images.
     """
     width, groups, count = model.d_model, len(set(stages)), model.bound_level_maps(stages)
     if reconstruct:

@@ -1,7 +1,7 @@
-"""Hidden attention: what the outputs of a layer's scans, or of its attention, take from each token.
+"""Hidden attention: how much each token contributes to the outputs of a layer's scans, or of its attention.
 
-A scan is a matrix for each channel (`ssmcompress.ops.scan_rows`), which takes the gaps of dropped tokens into account,
-so that its rows are exact for pruned and aligned models, too. Attention is one for each head.
+A scan is a matrix for each channel (`ssmcompress.ops.scan_rows`), which accounts for the gaps of dropped tokens, so
+its rows are also exact for pruned and aligned models. Attention is a matrix for each head.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..pruning.tokens import Tokens
 
 
 class LayerView(NamedTuple):
-    """A layer as it was run.
+    """A layer and its tokens in a forward pass.
 
     Attributes:
-        layer: its number, from 1. before, after: the tokens that it is run on, and those after its stage.
+        layer: its number, from 1. before, after: its input tokens, and the tokens after its stage.
         decision: of its stage, or None.
     """
 
@@ -42,9 +42,9 @@ def view_layers(
     """Run all layers of a model, as its `forward` does, and yield a view of each.
 
     Args:
-        tokens: those that `embed` returns.
-        reader: function from the number of a layer, and its tokens, to what is told of the calls of its scans or of its
-            attention while it runs; None: nothing is.
+        tokens: returned by `embed`.
+        reader: function from the number of a layer, and its tokens, to an observer of its scan or attention calls;
+            None: no observer.
     """
     last = len(model.blocks)
     for layer in range(1, last + 1):
@@ -57,24 +57,24 @@ def view_layers(
 
 
 class RowSum:
-    """An observer that sums rows of the matrices of a layer, each times a weight: a value for each token that is read.
+    """An observer that sums rows of the matrices of a layer with weights, giving a value for each token that is read.
 
-    What a call is told of is used at once and not kept: inner values of one path are then still in the cache, and those
-    of the next one can take their place.
+    The arguments of a call are used immediately and not stored: intermediate values of one path are then still in the
+    cache, and their memory can be reused for the next one.
 
     Attributes:
-        total: (batch, tokens, channels) float32 without gradient, of attention (batch, tokens, heads); all paths are
+        total: (batch, tokens, channels) float32 without gradient, for attention (batch, tokens, heads); all paths are
             summed.
-        attention: the call of attention, if there was one.
+        attention: the attention call, if there was one.
     """
 
     def __init__(self, weights: Tensor, published: bool = False):
-        """Start a sum.
+        """Initialise the sum.
 
         Args:
-            weights: (batch, tokens) of the rows, which are the tokens that read, in token order.
-            published: leave out, as `compute_middle_attn_vector` of Vim's code does, the time that passes at the token
-                that reads, and what it takes from itself; there must be one such token in each image.
+            weights: (batch, tokens) of the rows, one for each token that reads, in token order.
+            published: omit, like `compute_middle_attn_vector` in Vim's code, the time step of the token that reads, and
+                its own contribution; there must be one such token in each image.
         """
         self.weights, self.published = weights, published
         self.total: Tensor | None = None
@@ -95,8 +95,8 @@ class RowSum:
 
 
 def sum_attention_rows(call: AttentionCall, weights: Tensor) -> Tensor:
-    """Return the sum of the rows of attention, (batch, tokens, heads)."""
-    # Rows without a weight are not computed: only the first tokens may be queried, or a single one be read.
+    """Return the weighted sum of the rows of attention, (batch, tokens, heads)."""
+    # Rows without a weight are not computed: possibly only the first tokens are queried, or a single one is read.
     queried = weights.ne(0).any(0).nonzero()[:, 0]
     queries, keys = call.queries[:, :, queried].float(), call.keys.float()
     products = call.scale * queries @ keys.transpose(-2, -1)
@@ -105,7 +105,7 @@ def sum_attention_rows(call: AttentionCall, weights: Tensor) -> Tensor:
 
 
 def _add_rows(call: ScanCall, weights: Tensor, published: bool, total: Tensor) -> None:
-    """Add the sum of the rows of one path to `total` (batch, tokens, channels), in place."""
+    """Add the weighted sum of the rows of one path to `total` (batch, tokens, channels), in place."""
     path = call.path
     start = weights.shape[1] - path.u.shape[1] if path.reverse else 0  # the last layer may not have all tokens
     weights = weights[:, start : start + path.u.shape[1]]
@@ -117,7 +117,7 @@ def _add_rows(call: ScanCall, weights: Tensor, published: bool, total: Tensor) -
 
 
 def _cut_to_readers(path: ScanPath, weights: Tensor) -> tuple[ScanPath, Tensor, int]:
-    """Return a raster path without the tokens that come after all that read, with its weights, and its first token."""
+    """Return a raster path without the tokens after the last one that reads, with its weights, and its first token."""
     readers = weights.ne(0).any(0).nonzero()[:, 0]
     rows = slice(int(readers[0]), None) if path.reverse else slice(0, int(readers[-1]) + 1)
     gap = path.gap

@@ -27,8 +27,8 @@ from .timings import Timings, describe_load, quartiles, speed_up_interval, syste
 
 REPEATS = 9
 PRODUCTS = "matrix products alone"
-# Most numbers of an input of a matrix product, 256 MB in float32; one with more rows is computed in parts, which read
-# the same input. A 3x3 convolution of a Vim-S UperNet at 512 px has 900 MB an image, as a matrix product.
+# Maximum number of elements in the input of a matrix product, 256 MB in float32; larger ones are computed in parts that
+# read the same input. A 3x3 convolution of a Vim-S UperNet at 512 px takes 900 MB per image as a matrix product.
 PRODUCT_NUMBERS = 1 << 26
 REFERENCE = "with the reference scan"
 
@@ -43,12 +43,12 @@ def time_calls(
 ) -> dict[Any, list[float]]:
     """Time each call in `repeats` rounds, after a warm-up round, and return milliseconds per call.
 
-    Each round times every call once, so that other load on the machine affects all of them alike.
+    Each round times every call once, so that other load on the machine affects all of them equally.
 
     Args:
         what: description for the progress bar.
-        at_once: consecutive calls that are timed together, so that a GPU need not wait for the next one; the times are
-            for one call.
+        at_once: number of consecutive calls timed together, so that a GPU need not wait for the next one; the times are
+            per call.
     """
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for repeat in track(range(repeats + 1), what, repeats + 1):
@@ -68,7 +68,7 @@ def latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = REPE
     """Return the median milliseconds of one forward pass of each model.
 
     Args:
-        models: by name, each images (B, C, H, W) -> logits, all on the device of `images`.
+        models: by name, each a module from images (B, C, H, W) to logits, all on the device of `images`.
         repeats: timed passes of each, after a warm-up pass.
     """
     timings = time_models(models, images, repeats)
@@ -94,7 +94,7 @@ def summarize_times(milliseconds: Sequence[float]) -> dict[str, float]:
 
 
 def settings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Return what the figures of this module depend on in addition to the models, as a JSON value."""
+    """Return the settings that affect the figures of this module in addition to the models, as a JSON value."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numba", "triton", "mambapy", "mamba-ssm", "ssmcompress"):
         try:
@@ -128,16 +128,16 @@ def benchmark(
 
     Args:
         models: by name, all on one device; image sizes may differ. The speed of all is relative to the first.
-        reference: whether to time each with the reference scan, too.
-        peers: other packages' models by name, which take the images of the first model; see `peers.make_peers`.
+        reference: whether to also time each with the reference scan.
+        peers: other packages' models by name, which get the images of the first model; see `peers.make_peers`.
 
     Returns:
         A JSON value for each batch size and model: `model`, `batch`, milliseconds of a forward (`ms`, `ms_low` and
         `ms_high`, the quartiles), `images_per_second`, `times_faster` than the first model with its 95 % interval
         (`times_faster_low`, `times_faster_high`) and whether it is `within_noise` (None: too few repeats to say so),
-        `times_fewer_flops` than the first model, as they are run here, `products_ms` and `times_products`,
-        `reference_ms` and `times_reference` if `reference`, then `peak_mb` and `activations_mb`. What is not known of
-        `peers` is None.
+        `times_fewer_flops` than the first model, as run here, `products_ms` and `times_products`,
+        `reference_ms` and `times_reference` if `reference`, then `peak_mb` and `activations_mb`. Values unknown for
+        `peers` are None.
     """
     peers = peers or {}
     device = next(next(iter(models.values())).parameters()).device
@@ -188,7 +188,7 @@ def _compare_with_first(times: Mapping[str, Sequence[float]], first: str, name: 
 def _make_forward(
     model: nn.Module, images: Tensor, dtype: torch.dtype, backend: str | None = None
 ) -> Callable[[], Tensor]:
-    """Return a call that runs a forward pass."""
+    """Return a function that runs a forward pass."""
     model = run_in(model, dtype)
 
     def run() -> Tensor:
@@ -201,7 +201,7 @@ def _make_forward(
 
 
 def _make_products(model: TokenModel, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a call that runs only the matrix products of a forward pass, on inputs that are made beforehand."""
+    """Return a function that runs only the matrix products of a forward pass, on inputs created beforehand."""
     check_not_quantised(model)
     weights = [
         (rows, weight.detach().to(dtype))
@@ -219,14 +219,14 @@ def _make_products(model: TokenModel, batch: int, dtype: torch.dtype, device: to
 
 
 def _split_rows(rows: int, width: int) -> list[int]:
-    """Return the rows of the parts in which a product with inputs of `width` numbers a row is computed."""
+    """Split a product with inputs of `width` numbers per row into parts; return the number of rows of each."""
     most = max(1, PRODUCT_NUMBERS // width)
     return [min(most, rows - first) for first in range(0, rows, most)]
 
 
 @torch.inference_mode()
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Return the peak memory of a call in bytes of torch's tensors, not counting those allocated before."""
+    """Return the peak memory of torch's tensors during a call in bytes, excluding those allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)

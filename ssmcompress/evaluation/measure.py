@@ -1,4 +1,4 @@
-"""Measuring models on images: accuracy if there are labels, agreement with the dense model if there is one."""
+"""Evaluation of models on images: accuracy if there are labels, agreement with the dense model if there is one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     distributed: bool = False,
 ) -> Evaluation:
-    """Measure a model on images.
+    """Evaluate a model on images.
 
     Args:
-        model: images (B, C, H, W) -> its outputs, logits (B, classes) of a classifier. A module of other code is
-            measured, too, as a classifier.
-        data: the images, with labels or without: a folder or another name that `ssmcompress.open_images` takes, for a
+        model: maps images (B, C, H, W) to its outputs, logits (B, classes) for a classifier. Other modules are
+            evaluated as classifiers.
+        data: the images, with or without labels: a folder or another name that `ssmcompress.open_images` takes, for a
             model from `load`; `Images` or `Batches`; a tensor of prepared images, alone or as (images, labels); a
-            DataLoader, or any iterable of batches: tensors, (images, labels, ...) or dicts; a data set of torch or of
-            `datasets`. Labels are class numbers. It is iterated once, so an iterator may be of any length. Of `Batches`
-            with views (`model.transform(views=(4, 3))`), probabilities are averaged over the views of each video.
+            DataLoader, or any iterable of batches: tensors, (images, labels, ...) or dicts; a dataset of torch or of
+            `datasets`. Labels are class numbers. It is iterated once, so an iterator may be of any length. For
+            `Batches` with views (`model.transform(views=(4, 3))`), probabilities are averaged over each video's views.
         dense: the model it was made from, for agreement and KL divergence.
         dtype: float32, or bfloat16, see `run_in`.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images;
-            all of them return the figures of all images.
+            each returns the figures of all images.
 
     Raises:
         InputError: images or labels that cannot be used, or values that are not finite.
@@ -61,12 +61,12 @@ def measure(
     dtype: torch.dtype = torch.float32,
     distributed: bool = False,
 ) -> dict[str, Evaluation]:
-    """Measure several models on the same images in one pass; the others are compared with a model named "dense".
+    """Evaluate several models on the same images in one pass; the others are compared with a model named "dense".
 
-    Logits that were computed earlier can take the place of a model.
+    Precomputed logits can replace a model.
 
     Raises:
-        InputError: as `evaluate`; or images that come in another order than those of the logits.
+        InputError: as for `evaluate`; or images that come in another order than those of the logits.
     """
     given = {name: model for name, model in models.items() if not isinstance(model, Logits)}
     earlier = {name: model for name, model in models.items() if isinstance(model, Logits)}
@@ -98,14 +98,14 @@ def measure(
 
 
 def _find_task(*models: nn.Module) -> tuple[Task, int | None]:
-    """Return the task of models that are measured together, and their number of classes, None for other code's."""
+    """Return the task of models evaluated together, and their number of classes, None for other modules."""
     known = [model for model in models if isinstance(model, TokenModel)]
     return (known[0].task, known[0].config.num_classes) if known else (CLASSIFICATION, None)
 
 
 def _check_outputs(outputs: Mapping[str, Tensor]) -> None:
-    """Raise an InputError for outputs (images, classes, ...) that are not finite, or of other classes than the dense
-    model's.
+    """Raise an InputError for outputs (images, classes, ...) that are not finite, or whose classes differ from the
+    dense model's.
     """
     dense = outputs.get("dense")
     for output in outputs.values():
@@ -119,7 +119,7 @@ def _check_outputs(outputs: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of a model that were computed earlier, and by what their images are recognised.
+    """Precomputed logits of a model, and samples that identify their images.
 
     Attributes:
         values: (images, classes) float32. samples: (images, numbers), a few values of each image.
@@ -129,10 +129,10 @@ class Logits:
     samples: Tensor
 
     def of(self, images: Tensor, start: int) -> Tensor:
-        """Return the logits of images (batch, ...), number `start` of the data and those after it.
+        """Return the logits of images (batch, ...) from index `start` of the data on.
 
         Raises:
-            InputError: they are other images.
+            InputError: the images differ.
         """
         rows = slice(start, start + len(images))
         if not torch.equal(self.samples[rows], _sample_values(images)):
@@ -157,7 +157,7 @@ def compute_logits(model: nn.Module, data: Any, dtype: torch.dtype = torch.float
 
 
 def _sample_values(images: Tensor) -> Tensor:
-    """Return up to 64 values of each image, spread evenly: enough to tell a pass in another order."""
+    """Return up to 64 evenly spaced values of each image: enough to detect a pass in another order."""
     values = images.flatten(1)
     return values[:, :: max(1, values.shape[1] // 64)].clone().cpu()
 
@@ -170,8 +170,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def run_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a model that runs in `dtype`; the model itself for float32.
 
-    In bfloat16 it runs under autocast, and a model of this package holds the weights of its layers' matrix products in
-    bfloat16, too. A module of other code is left as it is.
+    In bfloat16 it runs under autocast, and a model of this package stores the weights of its layers' matrix products in
+    bfloat16 as well. Other modules are not changed.
     """
     return model if dtype == torch.float32 else _InDtype(model, dtype)
 

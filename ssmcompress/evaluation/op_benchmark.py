@@ -19,13 +19,13 @@ from .latency import summarize_times, time_calls
 
 Shape = tuple[int, int, int, int]
 
-# (batch, length, d_inner, d_state): a layer of Vim-small at 224 pixels; on a GPU a batch that fills it, and one image.
+# (batch, length, d_inner, d_state): a layer of Vim-small at 224 pixels; for a GPU a large batch and a single image.
 SHAPES: dict[str, list[Shape]] = {"cpu": [(8, 197, 768, 16)], "cuda": [(128, 197, 768, 16), (1, 197, 768, 16)]}
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
 
 
 class Workload(NamedTuple):
-    """A call to be timed, its number of elements, and the bytes and exponentials that it needs at least."""
+    """A call to time, its number of elements, and the minimum number of bytes and exponentials."""
 
     run: Callable[[], Any] | None
     elements: int | None = None
@@ -41,12 +41,12 @@ def benchmark_ops(
 ) -> list[dict[str, Any]]:
     """Time the scan (with bias, softplus, D and gate) and the convolution, forward and backward, and PlainMamba's ops.
 
-    PlainMamba's are four scans along the snakes over a grid, and a 7x7 convolution on a grid that misses a third of its
+    PlainMamba's ops are four scans along snakes over a grid, and a 7x7 convolution on a grid without a third of its
     tokens.
 
     Args:
-        shape: (batch, length, d_inner, d_state); None: those of `SHAPES`.
-        dtype: dtype of the activations; None: those of `DTYPES`.
+        shape: (batch, length, d_inner, d_state); None: the shapes in `SHAPES`.
+        dtype: dtype of the activations; None: the dtypes in `DTYPES`.
 
     Returns:
         A JSON value for each: `op`, `by`, `shape`, `dtype`, milliseconds (`ms`, `ms_low`, `ms_high`),
@@ -95,7 +95,7 @@ def _time_case(
 
 
 def _measure_limits(device: torch.device) -> dict[str, float] | None:
-    """Measure the billions of bytes and of exponentials per second that a GPU reaches; None on other devices."""
+    """Measure the billions of bytes and exponentials per second that a GPU achieves; None on other devices."""
     if device.type != "cuda" or best_backend(torch.empty(0, device=device)) != "triton":
         return None
     from ..ops.triton import limits
@@ -113,7 +113,7 @@ def _make_workloads(
     rows, states = batch * length * d_inner * dtype.itemsize, batch * length * d_state * dtype.itemsize
     forward, backward = (Workload(None, exps, n * rows + m * states, exps) for n, m in ((4, 2), (7, 4)))
     tap, tap_back = (Workload(None, exps // d_state, n * rows) for n in (2, 3))
-    # PlainMamba: four paths that share everything but their order; a window over a grid without a third of its tokens.
+    # PlainMamba: four paths that differ only in their order; a window over a grid without a third of its tokens.
     grid = (length - 1) // 14 + 1, 14
     order, on_grid = _make_snakes(length, grid, device), _make_pruned_grid(scan["u"], conv["bias"], grid)
     snake = Workload(None, 4 * exps, 4 * rows + 2 * states, 4 * exps)
@@ -164,7 +164,7 @@ def _make_inputs(shape: Shape, dtype, device, seed: int = 0) -> tuple[dict[str, 
 
 
 def _make_positions(shape: Shape, device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return the positions of tokens after a third was dropped, and the gap that a pruned model gives to its scans."""
+    """Return the positions of tokens after dropping a third, and the resulting gap for the scans of a pruned model."""
     batch, length, d_inner, _ = shape
     kept = torch.rand(batch, length + length // 2, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :length]
     positions = kept.sort(1).values
@@ -178,7 +178,7 @@ def _make_snakes(length: int, grid: tuple[int, int], device) -> Tensor:
 
 
 def _make_pruned_grid(u: Tensor, bias: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
-    """Return the arguments of a convolution on a grid that misses a third of its tokens, by name."""
+    """Return the arguments of a convolution on a grid without a third of its tokens, by name."""
     batch, length, channels = u.shape
     kept = max(1, length * 2 // 3)
     positions, _ = _make_positions((batch, kept, channels, 1), u.device)
@@ -202,7 +202,7 @@ def _scan_both_ways(z: Tensor, gap=None, backend: str | None = None, **inputs: T
 
 
 def _make_backward(op, inputs: dict[str, Tensor], **flags: Any) -> Callable[[], Any]:
-    """Return a call that runs the backward pass alone; the forward pass runs here."""
+    """Return a function that runs only the backward pass; the forward pass runs here."""
     with torch.inference_mode(False), torch.enable_grad():
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
         y = op(**leaves, **flags)
@@ -219,7 +219,7 @@ def _try_import(module: str, name: str) -> Callable[..., Tensor] | None:
     """Import a function of another package; None if that fails."""
     try:
         return getattr(import_module(module), name)
-    except Exception:  # also a package that is installed but does not fit this torch or this GPU
+    except Exception:  # includes a package that is installed but incompatible with this torch or this GPU
         return None
 
 
@@ -259,7 +259,7 @@ def _by_mambapy(pscan: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Call
 
 
 def _make_layer_products(shape, dtype, device) -> Callable[[], None]:
-    """Return a call of the matrix products of one Vim layer: in_proj, both x_proj and dt_proj, out_proj."""
+    """Return a function with the matrix products of one Vim layer: in_proj, both x_proj and dt_proj, out_proj."""
     batch, length, d_inner, d_state = shape
     d_model = max(1, d_inner // 2)
     rank = -(-d_model // 16)

@@ -1,4 +1,4 @@
-"""Models of another package that a user could take instead: timm's DeiTs of the sizes of Vim-tiny and Vim-small."""
+"""Alternative models from another package: timm's DeiTs of the sizes of Vim-tiny and Vim-small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_peers(model: TokenModel) -> dict[str, nn.Module]:
     """Return timm's DeiT-tiny and DeiT-small with random weights, by name, such as "timm deit_tiny_patch16_224".
 
     They are built for the model's image size, channels, classes and patch size, and have its dtype and device: with the
-    16 x 16 patches of their names, an image of 28 x 28 pixels would be a single patch. Nothing is downloaded.
+    16 x 16 patches in their names, an image of 28 x 28 pixels would be a single patch. Nothing is downloaded.
 
     Raises:
         InputError: the model is not a classifier of images, or timm is not installed.
@@ -39,7 +39,7 @@ def make_peers(model: TokenModel) -> dict[str, nn.Module]:
 
 
 def describe_peers(model: TokenModel, peers: dict[str, nn.Module]) -> dict[str, Any]:
-    """Return what the peers of a model were built for, as a JSON value: `image_size`, `patch_size` and `tokens`."""
+    """Return the configuration of a model's peers as a JSON value: `image_size`, `patch_size` and `tokens`."""
     embedding = next(iter(peers.values())).patch_embed
-    tokens = embedding.num_patches + 1  # and the class token
+    tokens = embedding.num_patches + 1  # with the class token
     return {"image_size": list(model.config.image_size), "patch_size": list(embedding.patch_size), "tokens": tokens}

@@ -1,9 +1,9 @@
-"""What repeated timings say: medians, quartiles, whether a difference is more than noise, and how busy the machine was.
+"""Statistics of repeated timings: medians, quartiles, significance of a difference, and how busy the machine was.
 
-Models that are compared are timed in the same rounds, each once a round. A disturbance then hits both, so the times of
-a round are compared with each other: a two-sided sign test over the rounds says whether one model is faster. Of the 9
-rounds of a report, 8 must have the same sign. Fewer than `LEAST_ROUNDS` cannot say it, whatever the times are. How much
-faster it is has an interval by the same test, `speed_up_interval`.
+Models to compare are timed in the same rounds, once per round. A disturbance then affects both, so times within a round
+are compared: a two-sided sign test over the rounds decides whether one model is faster. Of the 9 rounds of a report, 8
+must have the same sign. Fewer than `LEAST_ROUNDS` can never be significant. The same test gives an interval for the
+speed-up, `speed_up_interval`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from ..tasks.binomial import at_most, sign_test
 
 SIGNIFICANT, LEAST_ROUNDS = 0.05, 6
-# What `own_load` misses of this process: it may fill all cores, and then the average exceeds their number a bit.
+# Part of this process's load that `own_load` misses: it may fill all cores, and the average then slightly exceeds their
+# number.
 OWN_LOAD = 0.5
 LOAD_SECONDS = 60.0  # time constant of the system's load average
 _start = os.times()
@@ -30,7 +31,7 @@ class Timings:
 
     Attributes:
         rounds: by name, milliseconds of each round.
-        load: other processes that wanted a core, averaged over the minute before; None where the system does not say.
+        load: other processes that wanted a core, averaged over the previous minute; None if unknown to the system.
     """
 
     rounds: Mapping[str, Sequence[float]]
@@ -59,7 +60,7 @@ class Timings:
         }
 
     def within_noise(self, one: str, other: str) -> bool | None:
-        """Return whether the rounds do not tell which of two models is faster; None: there are too few to say so."""
+        """Return whether the rounds do not show which of two models is faster; None: there are too few rounds."""
         return within_noise(self.rounds[one], self.rounds[other])
 
 
@@ -83,22 +84,22 @@ def speed_up_interval(slow: Sequence[float], fast: Sequence[float]) -> list[floa
     """Return the 95 % interval of how many times faster one model is than another; None: there are too few rounds.
 
     It is the interval of the sign test for the median of the ratios by round: from the lowest to the highest ratio for
-    6 to 8 rounds, from the second lowest to the second highest for 9 to 11, and so on. It is widened to hold the ratio
-    of the medians, which is the figure that is shown.
+    6 to 8 rounds, from the second lowest to the second highest for 9 to 11, and so on. It is widened to include the
+    ratio of the medians, which is the figure that is shown.
 
-    In a simulation of noise that the models of a round share and of noise of their own (lognormal; also with drift,
-    with spikes, and with more noise in one of them; 2,000 runs or more of each), it held the true speed-up in 98 % of
-    the runs of 7 rounds and in 96 % of those of 9. A bootstrap of the median of the ratios did so in 87 to 90 % and in
-    91 to 95 %. A bootstrap of the ratio of the medians did so in 93 to 95 % and in 95 to 98 %, but is wider if noise is
-    shared: 1.3 times at 9 rounds, 1.5 times at 15. All are too narrow if a model's own noise lasts from one round into
-    the next: with a correlation of 0.5, this one held it in 90 % at 7 rounds and in 83 % at 9. In 405 measurements of
-    one model next to itself (batch 1, 12 ms, on two shared cores with a load of 3 to 5), this one held 1 in 98 % at 7
-    rounds, 95 % at 9 and 95 % at 15.
+    In a simulation of noise shared by the models of a round and of noise of their own (lognormal; also with drift,
+    with spikes, and with more noise in one of them; 2,000 runs or more of each), it contained the true speed-up in 98 %
+    of the runs of 7 rounds and in 96 % of those of 9. A bootstrap of the median of the ratios did so in 87 to 90 % and
+    in 91 to 95 %. A bootstrap of the ratio of the medians did so in 93 to 95 % and in 95 to 98 %, but is wider if noise
+    is shared: 1.3 times at 9 rounds, 1.5 times at 15. All are too narrow if a model's own noise persists from one round
+    to the next: with a correlation of 0.5, this one contained it in 90 % at 7 rounds and in 83 % at 9. In 405
+    measurements of one model against itself (batch 1, 12 ms, on two shared cores with a load of 3 to 5), this one
+    contained 1 in 98 % at 7 rounds, 95 % at 9 and 95 % at 15.
     """
     ratios = sorted(_ratios(slow, fast))
     if len(ratios) < LEAST_ROUNDS:
         return None
-    # Outside of the interval on either side: the most ratios that are still too few for the test.
+    # Number of ratios outside the interval on either side: the most that are not significant in the test.
     outside = next(k for k in range(len(ratios)) if 2 * at_most(k + 1, len(ratios), 0.5) >= SIGNIFICANT)
     ratio = statistics.median(slow) / statistics.median(fast)
     return [min(ratios[outside], ratio), max(ratios[-1 - outside], ratio)]
@@ -110,14 +111,14 @@ def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
 
 
 def quartiles_overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether two ranges, each from a lower to an upper quartile, overlap, where rounds are not known."""
+    """Return whether two interquartile ranges overlap, for timings without known rounds."""
     return one[0] <= other[1] and other[0] <= one[1]
 
 
 def own_load() -> float:
-    """Return what this process and those that it has ended contribute to the load average of the last minute.
+    """Return how much this process and its ended child processes contribute to the load average of the last minute.
 
-    It is taken from their CPU time, as if that had been spread evenly since this module was imported.
+    It is computed from their CPU time, assuming that it was spread evenly since this module was imported.
     """
     now = os.times()
     seconds = now.elapsed - _start.elapsed
@@ -127,7 +128,7 @@ def own_load() -> float:
 
 
 def system_load() -> float | None:
-    """Return the load average of the last minute without `own_load`, or None on a system that has none."""
+    """Return the load average of the last minute minus `own_load`, or None if the system does not provide one."""
     try:
         return round(max(0.0, os.getloadavg()[0] - own_load()), 2)
     except (OSError, AttributeError):  # Windows has no such function
@@ -140,5 +141,5 @@ def describe_load(load: float | None) -> dict[str, Any]:
 
 
 def is_busy(load: float | None, cores: int | None) -> bool:
-    """Return whether more processes wanted a core than there are cores."""
+    """Return whether more processes compete for a core than there are cores."""
     return load is not None and cores is not None and load > cores + OWN_LOAD

@@ -1,4 +1,4 @@
-"""Predictions of a model that are averaged over views of the same video: clips and crops."""
+"""Predictions averaged over views of the same video: clips and crops."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..data.clips import Views
 
 
 def predict(model: nn.Module, images: Tensor, views: Views | None) -> Tensor:
-    """Return the outputs of a model, float32 on its device; of several views, logits of their mean probabilities.
+    """Return the outputs of a model, float32 on its device; for several views, the log of their mean probabilities.
 
-    The mean is over probabilities, after the softmax, as VideoMamba's code and those before it compute the figures of
-    several views (`merge` in `engines/engine_for_finetuning.py`). Its logarithm takes the place of logits, so that the
-    softmax of the result is the mean.
+    The mean is over probabilities, after the softmax, as in VideoMamba's code and earlier code for several views
+    (`merge` in `engines/engine_for_finetuning.py`). Its logarithm is used as logits, so that the softmax of the result
+    is the mean.
 
     Args:
         images: (batch, ...) as the model takes them; with `views`, (batch, views, ...).

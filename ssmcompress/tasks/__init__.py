@@ -1,4 +1,4 @@
-"""Tasks: what the outputs of a model mean, how they are compared with the truth and with those of another model."""
+"""Tasks: the meaning of a model's outputs, and how they are compared with targets and with another model's outputs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, SEGMENTAT
 
 
 def find_task(name: str | None) -> Task:
-    """Return the task of this name; None: classification, which files of earlier versions do not name.
+    """Return the task with this name; None: classification, which files of earlier versions do not specify.
 
     Raises:
-        ValueError: no task has this name.
+        ValueError: there is no task with this name.
     """
     if name is None:
         return CLASSIFICATION

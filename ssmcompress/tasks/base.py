@@ -1,4 +1,4 @@
-"""The interface of a task, and the figures that its meter gives."""
+"""The interface of a task, and the figures computed by its meter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Figure:
     """A figure of a model, as reports, comparisons and charts show it.
 
     Attributes:
-        name: key of the figure in a `Evaluation` and in the rows of a comparison: "top1".
-        title: name for people: "top-1". form: format of its value, with the unit: "{:.2f} %".
+        name: key of the figure in an `Evaluation` and in the rows of a comparison: "top1".
+        title: display name: "top-1". form: format of its value, with the unit: "{:.2f} %".
         unit: "%" or "nats".
-        compared: whether it compares the model with the dense one; else it is measured on labels.
+        compared: whether it compares the model with the dense one; otherwise it is computed from labels.
         key: key in a report, in the section "agreement" if it is compared, else in the section of the model; None:
             `name`.
-        column: header in the table of a comparison, which has no such column where this is None.
+        column: column header in the table of a comparison; None: there is no such column.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Figure:
 
     @property
     def cell_form(self) -> str:
-        """The format in a table that has the unit below it, except for percentages."""
+        """The format in a table that shows the unit below it, except for percentages."""
         return self.form if self.unit == "%" else self.form.removesuffix(f" {self.unit}")
 
     def explain_column(self) -> str:
-        """What the header of a column stands for: "agrees: same class as dense", "KL from dense in nats"."""
+        """Explain the header of a column: "agrees: same class as dense", "KL from dense in nats"."""
         text = self.title if self.unit == "%" else f"{self.title} in {self.unit}"
         return text if text.startswith(self.column) else f"{self.column}: {text}"
 
@@ -50,8 +50,8 @@ class Figure:
 class Evaluation:
     """The figures of one model on a set of images.
 
-    Each figure is an attribute: `result.top1`. A figure that was not measured, for lack of labels or of a dense model,
-    is None.
+    Each figure is an attribute: `result.top1`. It is None if it could not be computed for lack of labels or of a dense
+    model.
 
     Attributes:
         images: number of images. labelled: whether they have labels. figures: the figures by name.
@@ -81,10 +81,10 @@ class Evaluation:
 
 
 class Meter(abc.ABC):
-    """Sums over batches in float64, so that figures depend neither on the batch size nor on the number of processes.
+    """Sums over batches in float64, so that figures are independent of the batch size and the number of processes.
 
     Attributes:
-        sums: a float64 tensor on the CPU; the sums of several processes add up to those of all their images.
+        sums: a float64 tensor on the CPU; the sums of several processes can be added.
     """
 
     sums: Tensor
@@ -100,18 +100,18 @@ class Meter(abc.ABC):
 
     @abc.abstractmethod
     def result(self) -> Evaluation:
-        """Return the figures of all images so far, of which there is at least one."""
+        """Return the figures of all images so far, at least one."""
 
 
 class Task(abc.ABC):
-    """What a model is for: how its outputs (images, ...) are measured, compared and trained.
+    """The purpose of a model: how its outputs (images, ...) are evaluated, compared and trained.
 
     Attributes:
-        name: what it is called in files and options: "classification". title: what it is called in messages.
-        figures: what is shown of a model, in this order.
-        quality: name of the figure that models with labels are ranked by, and shown by in charts; `likeness`: that of
-            models without. `hits`: that of the mean of `accuracy`.
-        lost_likeness: unit of 100 minus `likeness`: "% of ...". labels: what labels are in data, for advice.
+        name: name in files and options: "classification". title: name in messages.
+        figures: the figures shown for a model, in this order.
+        quality: name of the figure that ranks models with labels and is shown in charts; `likeness`: the figure for
+            models without labels. `hits`: the figure that is the mean of `accuracy`.
+        lost_likeness: unit of 100 minus `likeness`: "% of ...". labels: the form of labels in the data, for advice.
     """
 
     name: ClassVar[str]
@@ -129,12 +129,12 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def distance(self, dense: Tensor, output: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return how far outputs are from those of the dense model, (images,) nats, zero where both agree.
+        """Return the distance of outputs from those of the dense model, (images,) nats, zero if they agree.
 
-        It is computed in the dtype of the arguments, and can be differentiated.
+        It is computed in the dtype of the arguments and is differentiable.
 
         Args:
-            temperature: what the logits of both are divided by.
+            temperature: divisor of the logits of both.
         """
 
     def total_distance(self, dense: Tensor, output: Tensor) -> Tensor:
@@ -143,42 +143,42 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the loss by which outputs are trained on targets, (images,) nats.
+        """Return the training loss of outputs, (images,) nats.
 
-        It is computed in the dtype of `output`, and can be differentiated.
+        It is computed in the dtype of `output` and is differentiable.
         """
 
     @abc.abstractmethod
     def margin(self, output: Tensor) -> Tensor:
-        """Return how clear the decision is, (images,): the largest logit minus the second largest."""
+        """Return the margin of the decision, (images,): the largest logit minus the second largest."""
 
     @abc.abstractmethod
     def agreement(self, dense: Tensor, output: Tensor) -> Tensor:
-        """Return the share of the decisions that both outputs have in common, (images,) from 0 to 1."""
+        """Return the share of decisions on which both outputs agree, (images,) from 0 to 1."""
 
     @abc.abstractmethod
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the share of the decisions that are right, (images,) from 0 to 1; targets as `loss` takes them."""
+        """Return the share of correct decisions, (images,) from 0 to 1; targets as for `loss`."""
 
     @abc.abstractmethod
     def check_target(self, target: Tensor, classes: int) -> None:
-        """Raise an InputError if targets of a batch do not fit a model of `classes` outputs."""
+        """Raise an InputError if the targets of a batch are invalid for a model of `classes` outputs."""
 
     @abc.abstractmethod
     def is_at_chance(self, result: Evaluation, classes: int) -> bool:
-        """Return whether labelled figures are hardly better than a guess, on enough images to tell."""
+        """Return whether figures with labels are hardly better than guessing, on enough images to tell."""
 
     @abc.abstractmethod
     def describe_chance(self, result: Evaluation, classes: int) -> str:
-        """Return what a model `is_at_chance` does, as the end of a sentence about it."""
+        """Describe the predictions of a model that `is_at_chance`, as the end of a sentence about it."""
 
     @abc.abstractmethod
     def causes_of_chance(self, by_name: bool) -> list[str]:
-        """Return what to check in the labels of such a model; `by_name`: classes are numbered by their names."""
+        """Return possible label errors for such a model; `by_name`: classes are numbered by their names."""
 
     @abc.abstractmethod
     def describe_likeness(self, likeness: float, images: int) -> str:
-        """Return that a model has little in common with the dense one, `likeness` in percent, as a sentence."""
+        """Return a sentence saying that a model has little in common with the dense one, `likeness` in percent."""
 
     def figure(self, name: str) -> Figure:
         """Return the figure of this name."""
@@ -195,15 +195,15 @@ class Task(abc.ABC):
 
 
 def mean_loss(task: Task, output: Tensor, dense: Tensor, target: Tensor | None = None) -> float:
-    """Return the mean distance from the dense outputs in nats; with targets, how much more loss there is than theirs.
+    """Return the mean distance from the dense outputs in nats; with targets, the mean increase in loss.
 
     Args:
-        output, dense: (images, ...). target: as `Task.loss` takes it.
+        output, dense: (images, ...). target: as for `Task.loss`.
     """
     return float(image_losses(task, output, dense, target).mean())
 
 
 def image_losses(task: Task, output: Tensor, dense: Tensor, target: Tensor | None = None) -> Tensor:
-    """Return the loss of each image that `mean_loss` averages, (images,) float64."""
+    """Return the loss per image averaged by `mean_loss`, (images,) float64."""
     output, dense = output.double(), dense.double()
     return task.distance(dense, output) if target is None else task.loss(output, target) - task.loss(dense, target)

@@ -1,4 +1,4 @@
-"""Tail probabilities of the binomial distribution, for the tests that say whether a figure is more than chance."""
+"""Tail probabilities of the binomial distribution, for significance tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification: one class for each image, of logits (images, classes)."""
+"""Classification: one class per image, with logits (images, classes)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .binomial import at_least, at_most
 
 # One-sided probability of three standard deviations of a normal distribution.
 THREE_SIGMA = 0.00135
-# What is hardly more than chance with more than FEW_CLASSES: a multiple of it, or a share of the images.
+# Limits of chance level with more than FEW_CLASSES: a multiple of it, or a share of the images.
 FEW_CLASSES, TIMES_CHANCE, LOW_ACCURACY = 20, 3, 0.03
 
 
 class Classification(Task):
-    """One class for each image. Outputs are logits (images, classes), targets are class numbers (images,).
+    """One class per image. Outputs are logits (images, classes), targets are class numbers (images,).
 
     `loss` and `accuracy` also take class probabilities (images, classes) as targets.
     """
@@ -69,12 +69,13 @@ class Classification(Task):
             raise InputError(f"label {low if low < 0 else high}: the model has classes 0 to {classes - 1}{advice}")
 
     def is_at_chance(self, result: Evaluation, classes: int) -> bool:
-        """Return whether the accuracy is hardly better than that of a guess.
+        """Return whether the accuracy is hardly better than guessing.
 
         With `FEW_CLASSES` or fewer, it is not above chance by three standard deviations. With more, it is at most three
-        times chance or 3 %: a wrong order of the classes leaves some of them in their places, as that of their numbers
-        as strings does with 12 of 1,000. A model that is right half way between chance and always would have done
-        better, with a certainty of three standard deviations: 33 images tell for 2 classes, 12 for 10 and 10 for 1,000.
+        times chance or 3 %: a wrong order of the classes leaves some of them in place; sorting numbers as strings, for
+        example, leaves 12 of 1,000. There must be enough images that a model half way between chance and perfect would
+        have done better, with a certainty of three standard deviations: 33 images for 2 classes, 12 for 10 and 10 for
+        1,000.
         """
         images, top1 = result.images, result.figures.get("top1")
         if top1 is None or classes < 2 or not images:
@@ -101,7 +102,7 @@ class Classification(Task):
 
 
 class _Tally(Meter):
-    """Sums of a classifier: images, labelled ones, right at once and within five, loss; compared, agreeing, KL."""
+    """Sums of a classifier: images, labelled ones, top-1 and top-5 hits, loss; compared ones, agreeing ones, KL."""
 
     def __init__(self, task: Classification):
         self.task = task
@@ -121,7 +122,7 @@ class _Tally(Meter):
         if dense is not None:
             same = float(self.task.agreement(dense, output).sum())
             kl = float(self.task.distance(dense.double(), output.double()).sum())
-        top5 = top5 if classes > 5 else -images  # a negative count stands for no top-5
+        top5 = top5 if classes > 5 else -images  # a negative count means that there is no top-5
         labelled, compared = images * (target is not None), images * (dense is not None)
         values = [images, labelled, top1, top5, loss, compared, same, kl]
         self.sums += torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Semantic segmentation: one class for each pixel, of logits (images, classes, height, width)."""
+"""Semantic segmentation: one class per pixel, with logits (images, classes, height, width)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Evaluation, Figure, Meter, Task
 
-# The label of pixels that have no class.
+# The label of pixels without a class.
 IGNORED = 255
-# Most logits that are resized at a time, 64 MB in float32, and that are compared at a time: within a cache, which takes
-# half the time. An image of 150 classes has 39 million at 512 x 512.
+# Maximum number of logits resized at a time, 64 MB in float32, and compared at a time: small enough for a cache, which
+# halves the time. An image of 150 classes has 39 million at 512 x 512.
 RESIZED, COMPARED = 1 << 24, 1 << 20
-# What is hardly more than chance: up to this multiple of it, as far as that is below this mIoU in percent.
+# Limits of chance level: up to this multiple of it, if that is below this mIoU in percent.
 TIMES_CHANCE, LOW_MIOU = 3, 3.0
-# Fewer images may show a scene that a working model is no good at.
+# Fewer images may all show a scene on which a working model fails.
 LEAST_IMAGES = 5
-# Where the confusion matrix begins in the sums of a meter.
+# Start of the confusion matrix in the sums of a meter.
 HEAD = 6
 
 
 class Segmentation(Task):
-    """One class for each pixel. Outputs are logits (images, classes, height, width).
+    """One class per pixel. Outputs are logits (images, classes, height, width).
 
     Targets are class numbers (images, target height, target width), uint8 or another integer dtype, `IGNORED` for
-    pixels without a class. They may have another size than the outputs: logits are then resized to it, bilinear,
-    without aligned corners. A target is never resized. What compares two outputs works on the outputs' own pixels.
+    pixels without a class. If their size differs from that of the outputs, the logits are resized to it, bilinear,
+    without aligned corners. Targets are never resized. Comparisons of two outputs use the outputs' own pixels.
     """
 
     name, title = "segmentation", "semantic segmentation"
@@ -60,7 +60,7 @@ class Segmentation(Task):
         return _per_image(lambda *pair: _mean_kl(*pair, temperature), dense, output)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the cross entropy averaged over the labelled pixels of an image, 0 for an image without any."""
+        """Return the cross entropy averaged over the labelled pixels of an image, 0 if there are none."""
         return _per_image(_cross_entropy, output, target)
 
     def margin(self, output: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ class Segmentation(Task):
         return _per_image(_mean_margin, output)
 
     def agreement(self, dense: Tensor, output: Tensor) -> Tensor:
-        """Return the share of pixels in which both outputs have the same class."""
+        """Return the share of pixels for which both outputs have the same class."""
         return _per_image(lambda *pair: _same_pixels(*pair) / pair[0][0].numel(), dense, output)
 
     def accuracy(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the share of labelled pixels that are right, 0 for an image without any."""
+        """Return the share of labelled pixels that are correct, 0 for an image without any."""
 
         def share(logits: Tensor, labels: Tensor) -> Tensor:
-            right = (_read_pixels(logits, labels)[0] == labels.to(logits.device)).sum()  # no class is `IGNORED`
+            right = (_read_pixels(logits, labels)[0] == labels.to(logits.device)).sum()  # `IGNORED` equals no class
             return right / (labels != IGNORED).sum().clamp(min=1).to(logits.device)
 
         return _per_image(share, output, target)
@@ -96,11 +96,12 @@ class Segmentation(Task):
             )
 
     def is_at_chance(self, result: Evaluation, classes: int) -> bool:
-        """Return whether the mIoU is hardly better than that of predictions that have nothing to do with the images.
+        """Return whether the mIoU is hardly better than that of predictions unrelated to the images.
 
-        That is the larger of two: of the most frequent class everywhere, and of the model's own predictions in pixels
-        drawn at random (`chance`). Up to three times as much counts as chance where it is less than 3 %: labels that
-        are shifted by one still agree in some pixels, where a class is taken for its neighbour in the list.
+        That is the larger of two values: the mIoU of the most frequent class everywhere, and that of the model's own
+        predictions in randomly permuted pixels (`chance`). Up to three times as much counts as chance if it is less
+        than 3 %: labels shifted by one still agree in some pixels, where a class is mistaken for its neighbour in the
+        list.
         """
         miou, chance = result.figures.get("miou"), result.figures.get("chance")
         if miou is None or chance is None or result.images < LEAST_IMAGES:
@@ -138,13 +139,13 @@ def find_wrong_labels(target: Tensor, classes: int) -> str | None:
 
 
 def _per_image(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    """Return the values of a function of single images (images,); one at a time, for the memory that each takes."""
+    """Apply a function to one image at a time, to limit memory, and return the values (images,)."""
     values = [function(*items) for items in zip(*batches, strict=True)]
     return torch.stack(values) if values else batches[0].new_zeros(0)
 
 
 def _mean_kl(dense: Tensor, output: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """Return KL(dense || this) in nats a pixel, of logits (classes, height, width), computed in `dtype`."""
+    """Return KL(dense || this) in nats per pixel, for logits (classes, height, width), computed in `dtype`."""
     classes, height, width = output.shape
     rows = max(1, COMPARED // (classes * width))
     total = 0.0
@@ -158,7 +159,7 @@ def _mean_kl(dense: Tensor, output: Tensor, temperature: float = 1.0, dtype: tor
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of labelled pixels, of logits (classes, h, w) and labels (height, width)."""
+    """Return the mean cross entropy of labelled pixels, for logits (classes, h, w) and labels (height, width)."""
     labels = labels.to(logits.device).long()
     total = F.cross_entropy(_resize(logits, labels.shape)[None], labels[None], ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
@@ -174,7 +175,7 @@ def _same_pixels(dense: Tensor, output: Tensor) -> Tensor:
 
 
 def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return logits (classes, h, w) at another size, themselves if it is theirs."""
+    """Resize logits (classes, h, w); return them unchanged if they already have the size."""
     if logits.shape[1:] == size:
         return logits
     return F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
@@ -184,7 +185,7 @@ def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def _read_pixels(logits: Tensor, labels: Tensor, with_loss: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return the predictions (height, width) of an image, and the float64 mean cross entropy of its labelled pixels.
 
-    Some classes are resized at a time, since labels of a photograph may have ten times as many pixels as the logits.
+    Classes are resized in chunks, since labels of a photograph may have ten times as many pixels as the logits.
 
     Args:
         logits: (classes, h, w). labels: (height, width).
@@ -245,10 +246,10 @@ class _Tally(Meter):
         self.sums[HEAD:] += torch.bincount(pairs, minlength=self.classes**2).double().cpu()
 
     def result(self) -> Evaluation:
-        """Return the figures, `loss`, and `chance`: the mIoU of predictions that have nothing to do with the images.
+        """Return the figures, `loss`, and `chance`: the mIoU of predictions unrelated to the images.
 
-        Accuracies are in percent. Those of labels are None without any labelled pixel, and the images then count as
-        unlabelled.
+        Accuracies are in percent. Figures from labels are None if there is no labelled pixel, in which case the images
+        count as unlabelled.
         """
         images, labelled, loss, compared, same, kl = self.sums[:HEAD].tolist()
         matrix = self.sums[HEAD:].view(self.classes, self.classes)
@@ -272,7 +273,7 @@ class _Tally(Meter):
 
 
 def _mean_iou(right: Tensor, labels: Tensor, predicted: Tensor) -> Tensor:
-    """Return the mean of the classes' intersections over unions; classes (classes,) without any pixel do not count."""
+    """Return the mean of the classes' intersections over unions (classes,), excluding classes without any pixel."""
     union = labels + predicted - right
     return (right[union > 0] / union[union > 0]).mean()
 
