@@ -11,8 +11,8 @@
     ssmcompress.save(pruned, "vim_tiny-r0.30")
     ssmcompress.export_onnx(pruned, "vim_tiny-r0.30.onnx")
 
-Everything is imported when first used, so that `import ssmcompress` alone costs nothing. It sets how OpenMP's threads
-wait, if torch is not imported yet and the environment does not say it (`ssmcompress.openmp`).
+Everything is imported on first use, so that `import ssmcompress` alone is fast. It configures how OpenMP threads wait,
+unless torch is already imported or the environment configures it (`ssmcompress.openmp`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ __all__ = [
 
 openmp.prepare()
 
-if not TYPE_CHECKING:  # to a type checker, every name would exist
+if not TYPE_CHECKING:  # otherwise type checkers would assume that any name exists
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:

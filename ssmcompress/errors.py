@@ -11,7 +11,7 @@ from typing import Any
 
 
 class SsmCompressError(Exception):
-    """Base class of all errors that this package raises on purpose; by itself, a failure at run time."""
+    """Base class of all errors that this package raises deliberately; by itself, a runtime failure."""
 
     exit_code = 1
 
@@ -23,7 +23,7 @@ class InputError(SsmCompressError, ValueError):
 
 
 class OptionError(InputError):
-    """Raised for an option of loading that models of this architecture do not have."""
+    """Raised for a loading option that is not supported by models of this architecture."""
 
 
 class BudgetError(SsmCompressError):
@@ -33,11 +33,11 @@ class BudgetError(SsmCompressError):
 
 
 class SsmCompressWarning(UserWarning):
-    """Category of the warnings of this package: what was assumed or left out, or can be done better."""
+    """Category of the warnings of this package: assumptions, omissions and possible improvements."""
 
 
 class VerificationError(SsmCompressError):
-    """Raised when an exported file does not compute what the model computes; `result` holds the differences."""
+    """Raised when the outputs of an exported file differ from the model's; `result` contains the differences."""
 
     exit_code = 4
 
@@ -47,7 +47,7 @@ class VerificationError(SsmCompressError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the most similar of the known names, "" where none is similar."""
+    """Return "; did you mean ...?" with the most similar of the known names, "" if none is similar."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -56,12 +56,12 @@ NOT_FINITE = "the model's values are not finite on these images: check its weigh
 
 
 def escape_control(text: str) -> str:
-    """Return a text with its control characters escaped: a file name may hold some that a terminal obeys."""
+    """Escape control characters in a text: a file name may contain sequences that a terminal would execute."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-# What allocators say: torch's on CPUs (Linux, Windows), CUDA's and cuBLAS', C++ (onnxruntime), and torch of a process
-# that decodes images and was ended by the system.
+# Error texts of allocators: torch's on CPUs (Linux, Windows), CUDA's and cuBLAS', C++ (onnxruntime), and torch's if the
+# system killed a process that decodes images.
 OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
     "failed to allocate memory", "bad_alloc", "alloc_failed", "out of shared memory", "killed by signal: killed",
@@ -78,10 +78,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def raise_if_out_of_memory(error: Exception) -> None:
-    """Raise an error again if it says that memory could not be allocated.
+    """Re-raise an error if it says that memory could not be allocated.
 
-    Readers call it for an error that they would else report as a damaged file. An OSError or RuntimeError of a library
-    becomes a MemoryError, because callers take those for damage as well.
+    Readers call it for an error that they would otherwise report as a damaged file. An OSError or RuntimeError of a
+    library becomes a MemoryError, because callers interpret those as damage as well.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         raise error

@@ -1,4 +1,4 @@
-"""Messages about installed packages: extras that are missing, and packages that cannot be imported."""
+"""Messages about installed packages: missing extras, and packages that cannot be imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from .errors import InputError
 
-# Extra -> what needs it, and the modules that it brings. pyproject.toml names their distributions.
+# Extra -> what needs it, and its modules. pyproject.toml names their distributions.
 EXTRAS = {
     "onnx": ("ONNX files need", ("onnx", "onnxscript", "onnxruntime")),
     "finetune": ("fine-tuning and work in several processes need", ("accelerate",)),
@@ -21,7 +21,7 @@ def has_extra(extra: str) -> bool:
 
 
 def describe_missing(extra: str) -> str:
-    """Return which packages of an extra are not installed, and how to install them; "" if all are."""
+    """Return a message about missing packages of an extra and how to install them; "" if none is missing."""
     what, modules = EXTRAS[extra]
     missing = [name for name in modules if not _is_installed(name)]
     if not missing:
@@ -32,23 +32,23 @@ def describe_missing(extra: str) -> str:
 
 
 def require_extra(extra: str) -> None:
-    """Check that the packages of an extra are installed; this does not import them.
+    """Check that the packages of an extra are installed, without importing them.
 
     Args:
         extra: one of `EXTRAS`.
 
     Raises:
-        InputError: some are not; the message says which, and how to install them.
+        InputError: some are missing; the message says which, and how to install them.
     """
     if message := describe_missing(extra):
         raise InputError(message)
 
 
 def explain_import(error: BaseException) -> str:
-    """Return what is wrong with the installed packages if an error comes from importing one of them; else "".
+    """Return a message about the installed packages if an error comes from importing one of them; otherwise "".
 
-    torchvision of another build than torch, such as one for CUDA next to the CPU build, fails with a RuntimeError about
-    an operator.
+    If torchvision and torch are of different builds, such as one for CUDA and one for the CPU, torchvision fails with a
+    RuntimeError about an operator.
     """
     if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
         return (
@@ -64,7 +64,7 @@ def explain_import(error: BaseException) -> str:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ImportError:  # a finder that refuses it
+    except ImportError:  # an import hook that blocks it
         return False
-    except ValueError:  # a module without a spec, which somebody put in its place
+    except ValueError:  # a module without a spec, such as a stub in `sys.modules`
         return True

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is written completely or not at all, and replaces another only if asked to."""
+"""Atomic writes: a file or folder is written completely or not at all, and replaces another only on request."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from typing import Any
 from .errors import InputError
 from .progress import note
 
-# Files that ssmcompress writes into the folder of a model. A folder's report.json names the others: under `files` those
-# that steps added, under `onnx` the file that was exported into it.
+# Files that ssmcompress writes into a model folder. Further files are listed in its report.json: under `files` those
+# added by steps, under `onnx` the exported file.
 OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
     "sensitivity.json", "last.safetensors", "finetuning.png", "recipe.yaml",
 }  # fmt: skip
-# The file by which a folder is known to be ours: of a model, and of pictures, whose file names all others in `files`.
+# The file that identifies a folder as ours: of a model, and of pictures, where it lists all other files in `files`.
 MODEL_FILE, VISUALIZED = "config.json", "visualize.json"
-RECIPE_FILE = "recipe.yaml"  # by which the folder of a model can be made again
-ATTENTION = "attention"  # the folder of pictures in that of a model
+RECIPE_FILE = "recipe.yaml"  # recreates the folder of a model
+ATTENTION = "attention"  # subfolder of a model folder with pictures
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file browsers leave these everywhere
-HEAD_BYTES = 1 << 20  # of a file, to recognise its kind; the header of a large model has about 100 KB
+HEAD_BYTES = 1 << 20  # read to recognise the kind of a file; the header of a large model has about 100 KB
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that is written: `force=True` replaces an existing file of the same kind only.
+    """A kind of output file: `force=True` replaces an existing file only if it is of the same kind.
 
     Attributes:
-        name: the kind, for messages. matches: whether a file that begins with these bytes is of this kind.
+        name: the kind, for messages. matches: whether a file that starts with these bytes is of this kind.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Kind:
 
 
 WEB_PAGE = Kind("a web page", lambda head: head.lstrip().lower().startswith((b"<!doctype html", b"<html")))
-# An ONNX file begins with the field of its version; a .safetensors file with the length of a header in JSON.
+# An ONNX file starts with its version field; a .safetensors file with the length of a JSON header.
 ONNX = Kind("an ONNX file", lambda head: head[:1] == b"\x08" and head[8:9] != b"{")
 MODEL = Kind("a model that ssmcompress wrote", lambda head: head[8:9] == b"{" and b'"ssmcompress' in head)
 
@@ -59,13 +59,13 @@ def sha256(path: Path) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raise an OSError if `path` exists and is no regular file: a pipe or a device may never end."""
+    """Raise an OSError if `path` exists and is not a regular file: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a regular file in UTF-8; OSError or UnicodeDecodeError if it has none."""
+    """Return the UTF-8 text of a regular file; OSError or UnicodeDecodeError if that fails."""
     check_regular(path)
     return path.read_text(encoding="utf-8")
 
@@ -83,12 +83,12 @@ def check_target(
     Args:
         path: the file or folder to be written. force: whether an existing one may be replaced.
         inputs: files and folders that are read, which `path` must not be or contain.
-        folder: the file by which a folder that will be written is known to be ours, MODEL_FILE or VISUALIZED; None: a
-            file will be written. kind: the kind of that file.
+        folder: the file that identifies an output folder as ours, MODEL_FILE or VISUALIZED; None: a file will be
+            written. kind: the kind of that file.
 
     Raises:
-        InputError: `path` exists, is of another kind, holds one of the `inputs` or what ssmcompress did not write, or
-            cannot be written.
+        InputError: `path` exists, is of another kind, contains one of the `inputs` or files that ssmcompress did not
+            write, or cannot be written.
     """
     for name in inputs:
         if name is not None and Path(name).exists() and path.exists():
@@ -107,9 +107,9 @@ def check_target(
 def new_folder(path: Path, force: bool = False, marker: str = MODEL_FILE) -> Iterator[Path]:
     """Yield a temporary folder that is moved to `path` on success and deleted if the body of the with raises.
 
-    With `force`, a folder of the same kind that ssmcompress wrote is replaced as a whole; a note names what else it
-    held. Callers with long work check it with `check_target` before, which refuses files that ssmcompress did not
-    write. `marker` is the file by which such a folder is known.
+    With `force`, a folder of the same kind that ssmcompress wrote is replaced as a whole; a note lists what else it
+    contained. Before long work, callers use `check_target`, which refuses files that ssmcompress did not write.
+    `marker` is the file that identifies such a folder.
     """
     with _workplace(path, force, marker=marker) as workplace:
         folder = workplace / "new"
@@ -131,7 +131,7 @@ def write_file(path: Path, content: bytes, force: bool = False, kind: Kind | Non
 def replace_files(path: Path, force: bool = False, kind: Kind | None = None) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved next to `path`, unless the body of the with raises.
 
-    The file with the name of `path` is moved last, so that whenever it exists, the files it needs exist too.
+    The file named `path` is moved last, so that whenever it exists, the files it needs exist as well.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file to write")
@@ -144,14 +144,14 @@ def replace_files(path: Path, force: bool = False, kind: Kind | None = None) -> 
 
 
 def _move(new: Path, path: Path, workplace: Path, force: bool, marker: str = MODEL_FILE) -> None:
-    _refuse_existing(path, force, marker=marker)  # another process may have created it meanwhile
+    _refuse_existing(path, force, marker=marker)  # another process may have created it in the meantime
     if not path.is_dir() or path.is_symlink():
         os.replace(new, path)
         return
     os.rename(path, workplace / "old")
     try:
         os.rename(new, path)
-    except BaseException:  # an interruption, too, must not lose the old folder
+    except BaseException:  # the old folder must also survive an interrupt
         os.rename(workplace / "old", path)
         raise
 
@@ -174,7 +174,7 @@ def _refuse_existing(path: Path, force: bool, kind: Kind | None = None, marker: 
 
 def _foreign_error(folder: Path, names: list[str]) -> InputError:
     for marker, what in ((MODEL_FILE, "is the folder of a model"), (VISUALIZED, "has pictures of `visualize`")):
-        if not _list_foreign(folder, marker):  # all of it is ours, but of another kind
+        if not _list_foreign(folder, marker):  # all files are ours, but of another kind
             return InputError(f"{folder} {what}, which `force=True` does not replace by something else; choose another")
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return InputError(
@@ -193,7 +193,7 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def _list_foreign(folder: Path, marker: str = MODEL_FILE) -> list[str]:
-    """Return the names of what is not of a folder with this marker."""
+    """Return the names of files that do not belong to a folder with this marker."""
     names = {entry.name for entry in folder.iterdir()}
     if not _is_ours(folder, marker):
         return sorted(names)
@@ -206,7 +206,7 @@ def _list_foreign(folder: Path, marker: str = MODEL_FILE) -> list[str]:
 
 
 def _list_named(file: Path) -> set[str]:
-    """Return the names of the files that a JSON object in a file has under `files`."""
+    """Return the file names listed under `files` in the JSON object of a file."""
     files = _read_json(file).get("files")
     return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
@@ -221,13 +221,13 @@ def _list_exported(folder: Path) -> set[str]:
 
 
 def _list_added(folder: Path) -> set[str]:
-    """Return the names of what was made of a model after it was written into a folder."""
+    """Return the names of files created from a model after it was written to a folder."""
     pictures = {ATTENTION} if (folder / ATTENTION / VISUALIZED).is_file() else set()
     return _list_exported(folder) | pictures
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, {} where there is none."""
+    """Return the JSON object in a file, {} if there is none."""
     try:
         value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError):
@@ -251,7 +251,7 @@ def _workplace(path: Path, force: bool, kind: Kind | None = None, marker: str = 
     finally:
         if workplace is not None:
             shutil.rmtree(workplace, ignore_errors=True)
-        for parent in parents:  # innermost first; stops at the first that is not empty
+        for parent in parents:  # innermost first; stops at the first non-empty one
             try:
                 parent.rmdir()
             except OSError:

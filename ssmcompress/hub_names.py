@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face Hub, told from local paths and from web addresses; nothing is fetched here."""
+"""Names of models on the Hugging Face Hub, as opposed to local paths and URLs; nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .suffixes import IMAGE_SUFFIXES, TABLE_SUFFIXES
 
 WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
 TEXTS = (".json", ".html", ".md", ".yaml", ".csv")
-# A name that ends in one of these is that of a local file: with one slash, runs/model.pth would be a Hub name, too.
+# Names with these suffixes are local files: with its single slash, runs/model.pth would also be a valid Hub name.
 LOCAL = (*WEIGHTS, *TEXTS, *IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".onnx", ".tar", ".gz", ".zip", ".pkl", ".npz", ".yml")
 FORMS = "owner/name, owner/name@revision or owner/name:folder/file.pth"
 
-# What the Hub allows, apart from the lengths.
+# Characters that the Hub allows; lengths are checked separately.
 _PART = r"(?![.-])(?![\w.-]*(?:--|\.\.))[\w.-]+(?<![.-])"
 _REPOSITORY = re.compile(rf"{_PART}/{_PART}(?<!\.git)", re.ASCII)
 _REVISION = re.compile(r"[^@:\\\s]+")
@@ -44,7 +44,7 @@ class HubName:
 
     @property
     def title(self) -> str:
-        """What a folder that is made of it is called: the file without its ending, or the repository without owner."""
+        """The name of a folder created from it: the file name without suffix, or the repository without owner."""
         return PurePosixPath(self.file).stem if self.file else self.repository.partition("/")[2]
 
     def __str__(self) -> str:
@@ -53,13 +53,13 @@ class HubName:
 
 
 def parse_hub_name(name: str | Path) -> HubName | None:
-    """Return what a name means on the Hub, or None if it is a local path: it exists, or looks like one.
+    """Parse a Hub name; return None if the name is a local path, which exists or looks like one.
 
     Args:
         name: a text; a `Path` is local, and so is a name with control characters, which no repository has.
 
     Raises:
-        InputError: a web address.
+        InputError: a URL.
     """
     if isinstance(name, Path):
         return None
@@ -77,10 +77,10 @@ def parse_hub_name(name: str | Path) -> HubName | None:
 
 
 def at_revision(name: str | Path, revision: str) -> HubName:
-    """Return a model of the Hub at another revision than its main branch.
+    """Return a model on the Hub at the given revision.
 
     Raises:
-        InputError: the name is a local path, or has a revision already; or no revision can be called so.
+        InputError: the name is a local path, or already has a revision; or the revision is not a valid name.
     """
     hub = parse_hub_name(name)
     if hub is None:
@@ -93,13 +93,13 @@ def at_revision(name: str | Path, revision: str) -> HubName:
 
 
 def check_revision(revision: str) -> None:
-    """Raise an InputError for a text that no branch, tag or commit of the Hub can be called."""
+    """Raise an InputError if a text is not a valid name of a branch, tag or commit on the Hub."""
     if not (_REVISION.fullmatch(revision) and revision.isprintable() and _is_inside(revision)):
         raise InputError(f"`revision` {revision!r}: expected a branch, tag or commit, as v1.0")
 
 
 def _is_inside(path: str) -> bool:
-    """Return whether a path in a repository has no part that leads out of it."""
+    """Return whether a path in a repository has no component that leads outside."""
     return not {"", ".", ".."} & set(path.split("/"))
 
 
@@ -109,7 +109,7 @@ def is_repository(name: str) -> bool:
 
 
 def check_no_address(text: str | None) -> None:
-    """Raise an InputError if a text is a web address; for one of a model on the Hub, it says the name of that."""
+    """Raise an InputError if a text is a URL; for a model on the Hub, the message suggests its name."""
     if text is None or not _ADDRESS.match(text):
         return
     name = _parse_address(text)
@@ -118,7 +118,7 @@ def check_no_address(text: str | None) -> None:
 
 
 def _parse_address(address: str) -> HubName | None:
-    """Return the model of the Hub that an address leads to, None if there is none."""
+    """Return the model on the Hub that a URL refers to, None if there is none."""
     try:
         parts = urlsplit(address)
         own = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -147,15 +147,15 @@ def _parse_address(address: str) -> HubName | None:
 
 
 def name_model(name: str | Path) -> str:
-    """Return what a folder that is made of a model is called: its file without the ending, or its folder."""
+    """Return the name of a folder created from a model: its file name without suffix, or its folder name."""
     if (hub := parse_hub_name(name)) is not None:
         return hub.title
     path = Path(name)
-    return path.resolve().name if path.is_dir() else path.stem  # a folder may be called "."; a link keeps its name
+    return path.resolve().name if path.is_dir() else path.stem  # a folder may be "."; a link to a file keeps its name
 
 
 def _exists(name: str) -> bool:
     try:
         return os.path.lexists(name)
-    except (OSError, ValueError):  # too long, or with a null character
+    except (OSError, ValueError):  # too long, or contains a null character
         return False

@@ -1,12 +1,12 @@
-"""Settings of OpenMP's threads for shared machines, made before torch reads them.
+"""Settings of OpenMP's threads for shared machines, applied before torch reads them.
 
-- Idle threads wait shortly. A thread of GNU OpenMP, which torch's wheels for Linux bring, spins 300,000 times before it
-  sleeps: up to 20 ms. If one thread of a team has lost its core to another process, the others spin on theirs until
-  they lose them, too. Beside two busy processes on two cores, a forward of a small model took up to 770 ms instead of
-  12.
+- Idle threads wait only briefly. A thread of GNU OpenMP, which is part of torch's wheels for Linux, spins 300,000 times
+  before it sleeps: up to 20 ms. If one thread of a team has lost its core to another process, the others spin on theirs
+  until they lose them, too. Next to two busy processes on two cores, a forward pass of a small model took up to 770 ms
+  instead of 12.
 - A container that may use fewer cores than the machine has gets as many threads as it may use cores.
 
-While a program runs, work that is too small for a second thread runs on one (`one_thread`).
+At run time, work that is too small for a second thread runs on a single one (`one_thread`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# About 0.2 ms: longer than the pauses between the parallel parts of a forward, and shorter than a time slice. On a
-# quiet machine, forwards of a small model at batch 8 took 1.2 times as long with 1,000 as with the default, and no
-# longer with 3,000; on a busy one, 10,000 took 1.7 times as long as 1,000.
+# About 0.2 ms: longer than the pauses between the parallel parts of a forward pass, and shorter than a time slice. On
+# an idle machine, forward passes of a small model at batch 8 took 1.2 times as long with 1,000 as with the default, and
+# no longer with 3,000; on a busy one, 10,000 took 1.7 times as long as 1,000.
 SPINS = 3000
 
 
 def prepare() -> None:
-    """Set `GOMP_SPINCOUNT` and, in a container with a quota of cores, `OMP_NUM_THREADS`, for this process and others
-    that it starts.
+    """Set `GOMP_SPINCOUNT` and, in a container with a CPU quota, `OMP_NUM_THREADS`, for this process and its child
+    processes.
 
-    Settings of the user's own are left alone. torch reads these variables when it is imported: later, nothing is set.
+    Variables set by the user are not changed. torch reads them when it is imported; after that, nothing is set.
     """
     if "torch" in sys.modules:
         return
@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def has_own_waits() -> bool:
-    """Return whether the environment says how long OpenMP's threads wait."""
+    """Return whether the environment configures how long OpenMP's threads wait."""
     return "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
 
 
@@ -51,17 +51,17 @@ def count_cores() -> int:
 
 
 def read_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the number of cores, rounded up, whose time a container may use; None: there is no limit.
+    """Return the CPU quota of a container in cores, rounded up; None: there is no limit.
 
     Args:
-        cgroup: where the control groups of Linux are mounted (version 2, or 1 with the folder `cpu`).
+        cgroup: mount point of Linux control groups (version 2, or 1 with the folder `cpu`).
     """
     try:
         if (file := cgroup / "cpu.max").exists():
             share, period = file.read_text().split()
         else:
             share, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        cores = int(share) / int(period)  # "max", or -1, is no limit
+        cores = int(share) / int(period)  # no limit if "max" or -1
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return math.ceil(cores) if cores > 0 else None
@@ -69,10 +69,10 @@ def read_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 @contextmanager
 def one_thread(small: bool = True) -> Iterator[None]:
-    """Run torch's operations and the kernels in the body on one thread if the work is `small`.
+    """Run torch operations and kernels in the body on one thread if the work is `small`.
 
-    torch has one number of threads for all threads of Python that use it for the first time: while there are others,
-    nothing is changed.
+    Python threads that use torch for the first time inherit torch's current number of threads, so nothing is changed
+    while there are other Python threads.
     """
     import torch
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def launched_index() -> int:
-    """Return the rank that a launcher gave to this process, 0 without one; needs neither torch nor a process group."""
+    """Return the rank set by a launcher, 0 without one; requires neither torch nor a process group."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdecimal() else 0
 
@@ -26,7 +26,7 @@ def start(device: str) -> str:
     """Initialise the process group if a launcher started this process.
 
     Args:
-        device: the device that the user asked for.
+        device: the device requested by the user.
 
     Returns:
         The device of this process: with "cuda", each of several processes has its own GPU.

@@ -1,4 +1,4 @@
-"""Progress reports and warnings: until a front end is set, lines are logged, notes are warnings, the rest is not shown.
+"""Progress and warnings: without a front end, lines are logged, notes become warnings, and the rest is not shown.
 
 Lines are records of the logger "ssmcompress" (INFO). Warnings have the category `SsmCompressWarning`.
 """
@@ -35,7 +35,7 @@ class FrontEnd:
         _logger.info(text)
 
     def note(self, text: str) -> None:
-        """Show a note; without a front end, it is a warning, which Python prints by default."""
+        """Show a note; without a front end, it becomes a warning, which Python prints by default."""
         if type(self) is FrontEnd:
             warn(text)
         else:
@@ -43,13 +43,13 @@ class FrontEnd:
 
 
 class Steps:
-    """The loops of `track` while `record_steps` records them, so that an error can say in which one it was raised.
+    """The loops of `track` recorded by `record_steps`, so that an error message can name the loop that raised it.
 
     Attributes:
-        running: what the loops that run are called, the innermost last.
-        left: the innermost loop that was left before its end, by an error or a `break`, until another one goes on.
-            Python ends the generators of a loop before its caller sees the error, so `running` has it no more then.
-        finished: the last loop that came to its end, None before the first.
+        running: descriptions of the running loops, the innermost last.
+        left: the innermost loop that ended early, by an error or a `break`, until another loop continues. Python closes
+            the generators of a loop before its caller sees the error, so the loop is then no longer in `running`.
+        finished: the last completed loop, None before the first.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Steps:
         self.finished: str | None = None
 
     def follow(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """Iterate over `items`, and log the beginning and the end as DEBUG."""
+        """Iterate over `items`, and log the start and end at level DEBUG."""
         self.running.append(what)
         self.left, began, whole = None, time.perf_counter(), False
         _logger.debug("%s: %d to do", what, total)
@@ -87,7 +87,7 @@ def track(items: Iterable[T], what: str, total: int, done: int = 0) -> Iterable[
 
     Args:
         items: the remaining items. what: a description of the work.
-        total: the number of items in all. done: how many of them were finished before these.
+        total: the total number of items. done: how many of them were finished before these.
     """
     shown, steps = _front_end.get().track(items, what, total, done), _steps.get()
     return shown if steps is None else steps.follow(shown, what, total - done)
@@ -104,30 +104,30 @@ def line(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say what was assumed or left out, and a user should know of the result: a line, printed once.
+    """Show, once, an assumption or omission that users should know about to interpret the result.
 
-    A command prints its notes when it has succeeded (`hold_notes`), so that an error is not preceded by them. In Python
-    a note is a warning, and the filters of `warnings` decide how often it is shown.
+    A command prints its notes only on success (`hold_notes`), so that they do not precede an error. In Python, a note
+    is a warning, and the filters of `warnings` control how often it is shown.
     """
     if (held := _held.get()) is not None:
         if text not in held:
-            _logger.debug("note: %s", text)  # a command that fails does not print it
+            _logger.debug("note: %s", text)  # not printed by a command that fails
         held[text] = None
         return
     front_end = _front_end.get()
     if type(front_end) is FrontEnd:
         front_end.note(text)
         return
-    noted = vars(front_end).setdefault("noted", set())  # in the front end: another one shows the note again
+    noted = vars(front_end).setdefault("noted", set())  # stored in the front end, since another one shows it again
     if text not in noted:
         noted.add(text)
         front_end.note(text)
 
 
 def warn(text: str) -> None:
-    """Warn of what a user can do something about, at the line of the caller's code that led to it."""
+    """Warn about something the user can change, attributed to the line of the calling code outside this package."""
     level, frame = 2, sys._getframe(1)
-    inside = (__name__.partition(".")[0], "torch")  # whose decorators and modules call this package
+    inside = (__name__.partition(".")[0], "torch")  # torch's decorators and modules call this package
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, SsmCompressWarning, stacklevel=level)
@@ -135,7 +135,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def hold_notes() -> Iterator[dict[str, None]]:
-    """Collect the notes of the body of the with statement instead of printing them; yields them as keys, in order."""
+    """Collect the notes of the with block instead of printing them; yield them as keys, in order."""
     token = _held.set({})
     try:
         yield _held.get()
