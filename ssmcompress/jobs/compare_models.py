@@ -198,7 +198,7 @@ class ModelsComparison:
         return self.to_dict()
 
     def _read_earlier(self, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows of an earlier run by model, skipping models whose folder no longer exists."""
+        """Return the rows of an earlier run, by model; those whose folder no longer exists are measured again."""
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):

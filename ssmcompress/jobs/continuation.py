@@ -113,7 +113,7 @@ def check_request(start: Start, request: PlanRequest) -> None:
 
 
 def read_further_trims(start: Start, file: str) -> Trims:
-    """Return the trims of a plan in a file; empty if only tokens of a compressed model are to be dropped.
+    """Return the trims of a plan in a file; empty for a compressed model, from which only tokens are dropped.
 
     Raises:
         InputError: the plan is for a model with other trims than the one to start from.

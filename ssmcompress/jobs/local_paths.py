@@ -67,7 +67,7 @@ class PathRemover:
         texts = list(_list_texts(list(values)))
         self._commands = {text: self.clean_command(text) for key, text in texts if key == COMMAND}
         found = {path for key, text in texts for path in self._list_paths(key, text)} | set(_roots())
-        # A folder with a space in its name is not recognised within a text; known paths of other files in it help.
+        # A folder with a space in its name is not recognised within a text, so parents of known paths are added.
         folders = {str(parent) for path in found for parent in PurePosixPath(path).parents}
         found |= {folder for folder in folders if re.search(rf"[{_END}]", folder)}
         # Longest first, so that a folder is not removed from the path of a file in it.
