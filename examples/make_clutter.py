@@ -1,7 +1,7 @@
 """Generate cluttered images from Fashion-MNIST and photographs, for segmentation or classification.
 
     apt-get install dataset-fashion-mnist        # Debian; or any copy of the four original files
-    pip install scikit-image                     # for its photographs; scikit-learn's are used as well
+    pip install scikit-image                     # for its photographs; those of scikit-learn are used, too
     python examples/make_clutter.py segmentation train seg-train.parquet --images 20000
     python examples/make_clutter.py segmentation test seg-test.parquet --images 2000
     python examples/make_clutter.py classification train clutter-train.parquet --images 20000

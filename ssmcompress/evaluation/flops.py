@@ -4,12 +4,12 @@ One multiply-add is one FLOP in linear and convolution layers. The scan counts 9
 per token and channel for D and one for the gate. Norms, activations and biases are not counted. This is the convention
 of the papers, in two variants:
 
-A correction of the class token or of the logits reads sums over all tokens: one FLOP for each token and feature.
-
 - `full`: everything that is executed, including both directions of a Vim. Reports show it by default.
 - `paper`: the numbers printed in the papers, with one direction of a Vim (1.45 / 5.08 / 18.87 for tiny / small / base),
   all four of a PlainMamba but no gate (3.01 / 8.07 / 14.43 for L1 / L2 / L3), and without the cost of selecting and
   merging tokens. For a ViT, both are equal. Use it only to compare with the papers.
+
+A correction of the class token or of the logits reads sums over all tokens: one FLOP for each token and feature.
 
 A convolution on a grid counts all taps of its window at each kept token, as computed by the compiled backends; in an
 ONNX file, and when gradients are computed, it covers the whole grid.

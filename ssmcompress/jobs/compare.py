@@ -317,7 +317,7 @@ class Comparison:
         return times
 
     def warnings(self) -> list[str]:
-        """Warn if the dense model is at chance, or if calibration and evaluation images may overlap."""
+        """Return warnings if the dense model is at chance, or if calibration and evaluation images may overlap."""
         dense = next((row for row in self.rows if row["method"] == "dense"), None)
         subject = Subject.of(self.model, self.measured.source, len(self.measured.index))
         comparable = self.calibration.pictures == self.measured.pictures
