@@ -91,7 +91,7 @@ def test_without_the_dense_model_labels_teach(checkpoint, class_folders, pruned_
     said = call("finetune", "pruned", "--data", tmp_path / "plain", "-o", "a", code=2).stderr
     assert "no dense model to learn from" in said.splitlines()[-1]
     result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
-    assert "learning from labels alone" in result.stderr
+    assert "training on labels only" in result.stderr
     found = call_json("report", "tuned")
     assert found["agreement"] == {"top1": None, "kl": None}
     assert found["dense"]["flops"]["full"] > found["pruned"]["flops"]["full"]
@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
     assert process.wait(60) == 130
     said = process.stderr.read().splitlines()
     assert said[-1].startswith("error: interrupted")
-    assert "--resume` goes on" in said[-2]
+    assert "--resume`" in said[-2]
     assert not any("Traceback" in line for line in said)
     assert ended(workers)
     state = torch.load("cut.training.pt", weights_only=True)
@@ -238,7 +238,7 @@ def test_a_folder_that_another_command_wrote_meanwhile_is_not_replaced(
 
 
 def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class_folders):
-    """`prune` writes it before the first step; `finetune --resume` goes on from the state."""
+    """`prune` writes it before the first step; `finetune --resume` from the state."""
     options = "--set", "batch_size=6", "--no-latency", "--data", class_folders
     command = "prune", checkpoint, "--ratio", 0.5, "--finetune-epochs", 4000, *options, "-o", "m"
     process = start(*command)

@@ -94,7 +94,7 @@ def test_options_of_onnx_without_onnx(checkpoint, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tensorboard", "tb"], "--tensorboard: how to fine-tune, but --finetune-epochs is not given"),
+        (["--tensorboard", "tb"], "--tensorboard: options of fine-tuning, but --finetune-epochs is not given"),
         (["--search-images", "5"], "--search-images: only a search uses that; give --flops or --latency"),
         (["--no-search"], "--no-search says how to meet --flops"),
         (["--ratio", "0.3", "--no-search"], "--no-search says how to meet --flops"),
