@@ -333,8 +333,8 @@ def test_files_of_others_are_replaced_only_if_asked(hub, pruned_folder, config):
     hub.add(TO, {**theirs, **({"config.json": config} if config is not None else {})})
     before = dict(hub.repositories[TO].branches)
     said = refused("push", pruned_folder, TO, "--license", "mit")
-    assert f"{TO} exists and holds what ssmcompress did not write (" in said
-    assert "write into it by --force" in said
+    assert f"{TO} exists and has files that ssmcompress did not write (" in said
+    assert "upload anyway with --force" in said
     assert hub.repositories[TO].branches == before
     result = call_json("push", pruned_folder, TO, "--license", "mit", "--force")
     assert result["deleted"] == []

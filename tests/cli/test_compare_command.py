@@ -60,7 +60,7 @@ def test_json_is_what_the_file_says_and_a_second_run_measures_nothing(checkpoint
 def test_a_warning_is_called_one_once(checkpoint, class_folders):
     data = ("--data", class_folders, "--eval-data", class_folders, "--ratios", 0.4, "--methods", "clip, aligned")
     printed = call("compare", checkpoint, *data, "--no-latency").stdout
-    assert "warning: all 20 measured images were learnt from" in " ".join(printed.split())
+    assert "warning: all 20 measured images were used for calibration or training" in " ".join(printed.split())
     assert "warning: warning:" not in printed
 
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_fine_tuned(checkpoint, class_folders, pruned_folder, tmp
     assert "expected NAME=VALUE" in refused("finetune", "pruned", "--data", class_folders, *where, "--set", "speed=1")
     assert "no labels" in refused("finetune", "pruned", "--data", tmp_path / "plain", *where, "--no-teacher")
     Path("tuned.training.pt").write_bytes(b"nothing")
-    assert "--resume goes on" in refused("finetune", "pruned", "--data", class_folders, *where)
+    assert "--resume continues it" in refused("finetune", "pruned", "--data", class_folders, *where)
     assert "tuned.training.pt" in refused("finetune", "pruned", "--data", class_folders, *where, "--resume")
     call("finetune", "pruned", "--data", class_folders, *where, "--force", *TUNE)
 
@@ -101,7 +101,7 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
     for file in (class_folders / "class7").iterdir():
         file.unlink()
     result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
-    assert "no image to learn from for 1 class: class7" in result.stderr
+    assert "no training images for 1 class: class7" in result.stderr
 
 
 def long_run(folder, images, *more):

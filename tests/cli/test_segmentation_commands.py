@@ -175,7 +175,7 @@ def test_a_comparison_has_rows_of_levels(data, tmp_path):
     assert {"miou", "pixel_accuracy", "agreement", "kl"} <= set(columns)
     assert "mIoU" in call("compare", "s.pth", *options, "-o", "c").stdout
     line = refused("compare", "s.pth", "--methods", "smaller image", "--data", data, "-o", "d")
-    assert "'smaller image' is for classifiers alone" in line
+    assert "'smaller image' is only for classifiers" in line
 
 
 def test_all_tokens_can_enter_the_last_layers_again(checkpoint, data):

@@ -120,5 +120,5 @@ def describe_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
         elif isinstance(new, Mapping):
             found += describe_differences(old, new)
         else:
-            found.append(f"{name} {old!r} for {new!r}")
+            found.append(f"{name} {old!r} instead of {new!r}")
     return found
