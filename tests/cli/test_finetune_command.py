@@ -186,7 +186,7 @@ def test_a_second_run_in_place_that_is_interrupted_goes_on(pruned_folder, class_
     first = Path("pruned/model.safetensors").read_bytes()
     interrupted(monkeypatch, *options, "--force")
     again = call(*options, "--resume")
-    assert "going on after step 1 of 6" in again.stderr
+    assert "resuming after step 1 of 6" in again.stderr
     assert "is finished" not in again.stderr
     assert Path("pruned/model.safetensors").read_bytes() != first
     assert "before" in call_json("report", "pruned")
@@ -200,7 +200,7 @@ def test_a_forced_run_that_is_interrupted_replaces_the_older_result(pruned_folde
     changed = *options, "--epochs", 3
     interrupted(monkeypatch, *changed, "--force")
     assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 2
-    assert "going on after step 1 of 9" in call(*changed, "--resume").stderr
+    assert "resuming after step 1 of 9" in call(*changed, "--resume").stderr
     assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 3
     assert not os.path.exists("tuned.training.pt")
 
@@ -255,5 +255,5 @@ def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class
     state["run"]["about"]["recipe"]["epochs"] = 5  # so that the end is near
     torch.save(state, "m.training.pt")
     again = call("finetune", "m", *options, "--epochs", 5, "--resume", "-o", "m")
-    assert f"going on after step {done} of" in again.stderr
+    assert f"resuming after step {done} of" in again.stderr
     assert ssmcompress.load("m").find_record("finetuning") is not None

@@ -136,7 +136,7 @@ def begun(vim, class_folders, tmp_path):
 )
 def test_a_state_is_bound_to_models_recipe_and_seed(vim, class_folders, begun, change, says):
     change = {name: make_vim(seed=7) if value == "other" else value for name, value in change.items()}
-    with pytest.raises(InputError, match=f"of another run, with .*{says}"):
+    with pytest.raises(InputError, match=f"to another run, with .*{says}"):
         finetune(pruned_of(vim), batches(vim, class_folders, range(16)), **begun | change)
 
 
