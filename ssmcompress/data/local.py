@@ -61,13 +61,13 @@ def find_reader(path: Path, name: str, split: str | None, videos: bool = False) 
 def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False, videos: bool = False) -> Reader:
     """Return a function that reads a folder; `inner`: what is left out in it was reported with the parent folder."""
     if videos and any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
-        raise InputError(f"{path} is a data set of tables, of which no videos are read: expected {VIDEOS}")
+        raise InputError(f"{path} is a dataset of tables, from which videos are not read: expected {VIDEOS}")
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
         return partial(read_saved, path / choose_split(splits, split, str(path)), name)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         if split is not None:
-            raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
+            raise InputError(f"{path} is one dataset, which has no split {split}; name the folder alone")
         return partial(read_saved, path, name)
     listing = list_files(path, VIDEO_FILES if videos else ())
     if inner:
@@ -88,7 +88,7 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
     if listing.images and pairs:
         return partial(_refuse_masks, path / pairs[0], name)
     if videos and not listing.images:
-        raise InputError(f"{path} holds tables or tar shards, of which no videos are read: expected {VIDEOS}")
+        raise InputError(f"{path} holds tables or tar shards, from which videos are not read: expected {VIDEOS}")
     listing.left_out.tell(name)
     if listing.images:
         return partial(read_video_folder if videos else read_folder, listing, name)

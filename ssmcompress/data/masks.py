@@ -195,12 +195,10 @@ def check_pairs(name: str, pairs: Sequence[str], headers: Callable[[int], tuple[
     if modes:
         names = some_names([mask for mask, _ in modes])
         raise InputError(
-            f"{name}: {len(modes)} of {total} masks ({names}) are no masks: {describe_channels(modes[0][1])}"
+            f"{name}: {len(modes)} of {total} masks ({names}) cannot be used: {describe_channels(modes[0][1])}"
         )
     if sizes:
-        raise InputError(
-            f"{name}: {len(sizes)} of {total} masks have another size than their image ({some_names(sizes)})"
-        )
+        raise InputError(f"{name}: {len(sizes)} of {total} masks differ in size from their image ({some_names(sizes)})")
 
 
 def drop_empty_masks(images: Images) -> Images:

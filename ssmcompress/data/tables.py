@@ -55,7 +55,7 @@ def _read_tables(files: Sequence[Path]) -> Any:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     except Exception as error:  # as above
         raise_if_out_of_memory(error)
-        raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
+        raise InputError(f"{files[0].parent}: the tables in it are not compatible ({_first_line(error)})") from error
 
 
 def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:

@@ -314,7 +314,7 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
         try:
             path = _find_place(source.path).path
         except SsmCompressError as error:  # callers do without the dense model, whatever the reason
-            raise InputError(f"the dense model is not there: {error}") from error
+            raise InputError(f"the dense model is not available: {error}") from error
         file = path / WEIGHTS_FILE if path.is_dir() else path
         if not file.is_file():
             raise InputError(f"the dense model {source.path} is gone")

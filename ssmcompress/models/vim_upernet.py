@@ -258,7 +258,7 @@ class VimUperNet(UperNet):
         if patch != patch_size[1] or patch not in PATCH_SIZES:
             raise InputError(f"patches of {tuple(patch_size)} pixels: the neck has one for 16 or 8 pixels only")
         if stride not in (None, patch):
-            raise InputError(f"stride {stride}: a segmentation model's patches, {patch} pixels here, lie side by side")
+            raise InputError(f"stride {stride}: a segmentation model's patches, {patch} pixels here, do not overlap")
 
         def grid_of(size: Size) -> Size:
             return size[0] // patch, size[1] // patch

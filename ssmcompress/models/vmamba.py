@@ -312,7 +312,7 @@ def to_own_form(state: StateDict) -> dict[str, Tensor]:
         elif key.endswith("op.dt_projs.weight") and value.ndim == 2 and len(value) % PATHS == 0:
             key, value = f"{key.removesuffix('.weight')}_weight", value.unflatten(0, (PATHS, -1))
         if key in found:
-            raise InputError(f"{key} of a VMamba is there twice, once as {stored}: remove one of them")
+            raise InputError(f"{key} of a VMamba is present twice, once as {stored}: remove one of them")
         found[key] = value
     return found
 

@@ -188,7 +188,7 @@ def test_all_tokens_can_enter_the_last_layers_again(checkpoint, data):
 
 def test_what_is_not_for_the_task_is_refused(checkpoint, data, tmp_path, class_folders):
     assert "decode_head" in refused("inspect", make_classifier(tmp_path), "--task", "segmentation")
-    assert "no model for image classification" in refused("inspect", checkpoint, "--task", "classification")
+    assert "not a model for image classification" in refused("inspect", checkpoint, "--task", "classification")
     classifier = make_classifier(tmp_path)
     line = refused("prune", classifier, "--architecture", "vim", "--reenter", 1, "--data", class_folders)
     assert "read out every position" in line

@@ -201,7 +201,7 @@ BROKEN = [
 COUNTED = {
     "channels": "2 of 3 masks",
     "alpha": "2 of 3 masks",
-    "size": "2 of 3 masks have another size than their image",
+    "size": "2 of 3 masks differ in size from their image",
 }
 
 

@@ -393,7 +393,7 @@ def test_what_is_assumed_is_said():
     ]
     with hold_notes() as notes:
         ssmcompress.load(VIM, level="residual")
-    assert list(notes) == ["`level` 'residual' counts, although the file says 'hidden' by its options"]
+    assert list(notes) == ["`level` 'residual' takes precedence, although the options in the file say 'hidden'"]
 
 
 @torch.no_grad()
@@ -517,11 +517,11 @@ def test_options_of_other_models_are_refused():
 
 def test_models_for_another_task_are_refused():
     for made in (make_vim(), make_plain_mamba()):
-        with pytest.raises(InputError, match=r"no model for semantic segmentation; decode_head.\*, .*is missing"):
+        with pytest.raises(InputError, match=r"not a model for semantic segmentation; decode_head.\*, .*is missing"):
             ssmcompress.load(made.state_dict(), task="segmentation")
         assert ssmcompress.load(made, task="classification").task.name == "classification"
     for file in (VIM, PLAIN_MAMBA):
-        with pytest.raises(InputError, match=r"no model for image classification; head.weight .*is missing"):
+        with pytest.raises(InputError, match=r"not a model for image classification; head.weight .*is missing"):
             ssmcompress.load(file, task="classification")
     with pytest.raises(InputError, match=r"`task` 'detection': expected one of 'classification', 'segmentation'"):
         ssmcompress.load(VIM, task="detection")
@@ -564,7 +564,7 @@ def test_a_trimmed_model_is_the_same_after_saving(tmp_path, pictures, changes):
         assert torch.equal(found(pictures), smaller(pictures))
         block = json.loads((folder / "config.json").read_text())["architecture"]
         assert {"type", "image_size", "stride", "out_layers"} <= block.keys()
-        with pytest.raises(InputError, match="no model for image classification"):
+        with pytest.raises(InputError, match="not a model for image classification"):
             ssmcompress.load(folder, task="classification")
 
 
