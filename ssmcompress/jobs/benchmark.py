@@ -88,7 +88,7 @@ def list_doubts(rows: Sequence[Mapping[str, Any]], repeats: int) -> list[str]:
     first = rows[0]["model"]
     return [
         f"the speed-up of {row['model']} at batch {row['batch']} is {row['times_faster']:.2f} "
-        f"({row['times_faster_low']:.2f} to {row['times_faster_high']:.2f}), so it may be noise; use more `repeats`, "
+        f"({row['times_faster_low']:.2f} to {row['times_faster_high']:.2f}): it may be noise; use more `repeats`, "
         "or a quieter machine"
         for row in rows
         if row["model"] != first and row["times_faster_low"] <= 1 <= row["times_faster_high"]

@@ -54,7 +54,7 @@ def test_a_finished_run_is_done_at_once(pruned_folder, class_folders):
     stamp = os.stat("tuned/model.safetensors").st_mtime_ns
     assert call_json(*arguments) == first
     assert os.stat("tuned/model.safetensors").st_mtime_ns == stamp
-    assert "another fine-tuned model, with epochs 2 for 3" in refused(*arguments, "--epochs", 3)
+    assert "another fine-tuned model, with epochs 2 instead of 3" in refused(*arguments, "--epochs", 3)
     call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--force", "--seed", 1)
     assert call_json("report", "tuned")["finetuning"]["seed"] == 1
 

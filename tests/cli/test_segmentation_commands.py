@@ -183,7 +183,7 @@ def test_all_tokens_can_enter_the_last_layers_again(checkpoint, data):
     report = call_json("prune", checkpoint, *options)
     assert report["plan"]["reenter"] == 2
     assert ssmcompress.load("m").token_counts() == [16, 16, 12, 12, 16, 16, 16]
-    assert "goes with" in refused("prune", checkpoint, "--flops", "80%", "--reenter", 1, "--data", data)
+    assert "--reenter needs --ratio" in refused("prune", checkpoint, "--flops", "80%", "--reenter", 1, "--data", data)
 
 
 def test_what_is_not_for_the_task_is_refused(checkpoint, data, tmp_path, class_folders):

@@ -75,7 +75,7 @@ def test_images_are_signed_by_content_and_labels_whatever_their_names(vim, class
     (copy / "class5" / "0.png").unlink()
     assert compare_signatures(first, sign_images(batches(vim, copy))) == "20 images instead of 19 images"
     assert compare_signatures(None, first) == "no images instead of 20 images"
-    assert "not known" in compare_signatures({}, first)
+    assert "not recorded" in compare_signatures({}, first)
 
 
 def test_other_labels_of_the_same_pictures_are_other_images(vim, class_folders):
@@ -128,8 +128,8 @@ def begun(vim, class_folders, tmp_path):
     [
         ({"dense": "other"}, "another dense model to learn from"),
         ({"dense": None}, "a dense model to learn from"),
-        ({"recipe": replace(RECIPE, lr=9e-3)}, "lr 0.00.* for 0.009"),
-        ({"seed": 1}, "seed 0 for 1"),
+        ({"recipe": replace(RECIPE, lr=9e-3)}, "lr 0.00.* instead of 0.009"),
+        ({"seed": 1}, "seed 0 instead of 1"),
         ({"held_out": None}, r"other images held out \(4 images instead of no images\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -267,11 +267,11 @@ def test_a_finished_folder_is_bound_to_the_images_from_before_the_training(finis
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--epochs", 3], "with epochs 2 for 3"),
-        (["--seed", 4], "seed 0 for 4"),
+        (["--epochs", 3], "with epochs 2 instead of 3"),
+        (["--seed", 4], "seed 0 instead of 4"),
         (["--no-teacher"], "a dense model to learn from"),
         (["--set", "lr=5e-3"], "lr "),
-        (["--set", "batch_size=8"], "batch_size 6 for 8"),
+        (["--set", "batch_size=8"], "batch_size 6 instead of 8"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
