@@ -175,9 +175,11 @@ def _show_models(models: list[dict[str, Any]]) -> None:
         rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", _known(m["activations_mb"], "{:.1f}")]))
     show_table([*header, "peak MB", "one layer's MB"], rows)
     print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too few")
-    print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as they are run here. products:")
-    print("  the model's matrix products alone, and how many of them the forward takes. peak: most memory of tensors")
-    print("  at once, beside what the ops of one layer, or of a stem that takes more, hand to each other.")
+    print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as run here. products: the time")
+    print("  of the model's matrix products only, and how many times as long the forward takes. peak: peak memory of")
+    print(
+        "  tensors. one layer's: tensors that the ops of one layer, or of a stem that takes more, pass to each other."
+    )
     if with_reference:
         print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
 

@@ -40,7 +40,7 @@ def find_reader(path: Path, name: str, split: str | None, videos: bool = False) 
         return _find_folder_reader(path, name, split, videos=videos)
     kind = kind_of(path.name)
     if split is not None:
-        raise InputError(f"{path} is a file, which has no split {split}; name the file alone")
+        raise InputError(f"{path} is a file, which has no split {split}; give the file without a split")
     if videos:
         if suffix_of(path.name) in ARRAY_SUFFIXES:
             return partial(read_array_set, path, name)
@@ -67,7 +67,7 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
         return partial(read_saved, path / choose_split(splits, split, str(path)), name)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         if split is not None:
-            raise InputError(f"{path} is one dataset, which has no split {split}; name the folder alone")
+            raise InputError(f"{path} is one dataset, which has no split {split}; give the folder without a split")
         return partial(read_saved, path, name)
     listing = list_files(path, VIDEO_FILES if videos else ())
     if inner:
@@ -114,7 +114,7 @@ def _refuse_masks(path: Path, name: str, num_classes: int, masks: MaskRules | No
     """
     found = f"{name} holds images and masks for segmentation ({path / IMAGES} and {path / ANNOTATIONS})"
     if masks is not None:
-        raise InputError(f"{found}: name the folder around both, {path}")
+        raise InputError(f"{found}: give the folder that contains both, {path}")
     raise InputError(
         f"{found}, and the model classifies whole images: give class folders, or {path / IMAGES} for images without "
         f"labels"
@@ -187,7 +187,7 @@ def _choose_split(listing: Listing, split: str | None) -> None:
     others = groups.pop(None, [])
     if not groups:
         if split is not None:
-            raise InputError(f"{path} has no splits, so none called {split}; name the folder alone")
+            raise InputError(f"{path} has no splits, so none called {split}; give the folder without a split")
         return
     if others and split is None:
         raise InputError(

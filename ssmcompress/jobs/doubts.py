@@ -113,8 +113,8 @@ def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
         lines.append(f"only {distinct} of {images} images to calibrate on are different: give more (`data`)")
     if classes and images >= MANY and classes["seen"] * 2 <= min(images, classes["of"]):
         lines.append(
-            f"the images to calibrate on are of {classes['seen']} of {classes['of']} classes: what is fitted may not "
-            "hold for the others; give images of all classes (`data`)"
+            f"the images to calibrate on cover only {classes['seen']} of {classes['of']} classes: what is fitted may "
+            "not hold for the others; give images of all classes (`data`)"
         )
     return lines
 

@@ -167,7 +167,7 @@ def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | 
         values.pop("interpolation", None)  # "random", for instance, which is for training
     if not {"mean", "std"} <= values.keys() or not all(isinstance(values[name], tuple) for name in ("mean", "std")):
         return _normalise(default, said)
-    note(f"mean and std of the images are those of {said.options['mean'].where}")
+    note(f"mean and std of the images are taken from {said.options['mean'].where}")
     return default.changed(**values)
 
 
@@ -183,7 +183,7 @@ def _normalise(
     except InputError as error:
         note(f"mean and std of {where} are not used: {str(error)[:200]}")
         return default
-    note(f"mean and std of the images are those of {where}{more}")
+    note(f"mean and std of the images are taken from {where}{more}")
     return found
 
 

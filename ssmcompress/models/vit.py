@@ -241,7 +241,7 @@ class VisionTransformer(TokenModel):
         found = read_options(config, said)
         if config.pre_norm and "activation" not in found:
             raise InputError(
-                "a ViT with a norm before its layers, as of CLIP, whose activation is not in the weights: load it from "
+                "a ViT with a norm before its layers, as in CLIP, whose activation is not in the weights: load it from "
                 "a folder with timm's config.json, which names the model"
             )
         options = {"activation": "gelu", "epsilon": 1e-6, "pool": default, **found}

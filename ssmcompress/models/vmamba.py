@@ -290,7 +290,7 @@ class VMamba(LevelledModel):
 
 HINTS = {
     "layers.0.blocks.0.mlp.fc1.weight": "its layers have no MLP, as in the first version, which is not supported",
-    "patch_embed.0.weight": "its patches are made otherwise, as in the first version, which is not supported",
+    "patch_embed.0.weight": "its patches are made differently, as in the first version, which is not supported",
 }
 
 

@@ -388,6 +388,6 @@ def test_several_configurations_are_named(tmp_path, monkeypatch):
         write(tmp_path / "repo" / config / "test-0.parquet", [1])
     configs = [{"config_name": c, "data_files": f"{c}/*.parquet"} for c in ("large", "small")]
     (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    with pytest.raises(InputError, match=r"name one, as .*repo:NAME:train .*'large', 'small'"):
+    with pytest.raises(InputError, match=r"name one, such as .*repo:NAME:train .*'large', 'small'"):
         read_hub(str(tmp_path / "repo"), "train", 3)
     assert read_hub(str(tmp_path / "repo"), "small:train", 3).labels == (1,)

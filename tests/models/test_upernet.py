@@ -406,9 +406,9 @@ def test_rotary_tables_in_the_file_say_what_the_levels_are():
     assert model.config.level == "rope"
     model = ssmcompress.load(with_config("x = dict(out_indices=[1, 2, 4, 5])", state))
     assert_close(model.readout(model.encode(normalise(golden["image_a"]))[0]), golden["head_a_rope"])
-    with pytest.raises(InputError, match=r"supported with `level` 'rope' only, but 'hidden' is said"):
+    with pytest.raises(InputError, match=r"supported with `level` 'rope' only, not with 'hidden'"):
         ssmcompress.load({"state_dict": state}, level="hidden")
-    with pytest.raises(InputError, match=r"freqs_cos holds other rotations than those of a grid of \(8, 8\) patches"):
+    with pytest.raises(InputError, match=r"freqs_cos does not hold the rotations of a grid of \(8, 8\) patches"):
         ssmcompress.load({"state_dict": {**state, ROPE[0]: tables[ROPE[1]]}})
 
 
