@@ -86,8 +86,8 @@ def _write_steps(directions: str) -> list[str]:
     - channels innermost, so that products have long rows: 118 and 790 ms; states innermost: 220 and 1,570.
     - the states of both paths stacked in one tensor: 125 and 670 on an idle machine, but 160 to 220 and 1,800 on a busy
       one, because every product is then large enough for the runtime to split it over its threads and wait for them.
-    - exponentials for all steps at once: the body is shorter but the scan slower (8.3 instead of 5.0 ms), because they do
-      not fit in the cache.
+    - exponentials for all steps at once: the body is shorter but the scan slower (8.3 instead of 5.0 ms), because they
+      do not fit in the cache.
     """
     paths = range(len(directions))
     lines = ["rows = Constant <value_ints = [2]> ()", "columns = Constant <value_ints = [3]> ()"]

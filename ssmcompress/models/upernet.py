@@ -91,7 +91,7 @@ class ConvModule(nn.Module):
 class UPerHead(nn.Module):
     """Four maps (batch, width, rows, columns) from fine to coarse -> logits (batch, classes) at the size of the first.
 
-    Pyramid pooling of the coarsest map (PPM), then a feature pyramid from coarse to fine (FPN).
+    Pyramid pooling of the coarsest map (PSP), then a feature pyramid from coarse to fine (FPN).
     """
 
     def __init__(self, width: int, channels: int, classes: int):
@@ -145,7 +145,7 @@ class UperNet(LevelledModel):
     levels = LEVELS
     reads_levels = True
     hidden_options = ("level", "out_layers")
-    # Both sides of an image are padded to a multiple of this number before the model; None: no padding.
+    # Both sides of an image are resized up to a multiple of this number before the model; None: they are not.
     multiple: ClassVar[int | None] = None
 
     expected_options: ClassVar[Mapping[str, Expected]] = HEAD_OPTIONS

@@ -46,7 +46,7 @@ def operator(
 def may_skip_dispatcher(arguments: tuple[Any, ...], devices: Sequence[str] = ("cpu",)) -> bool:
     """Return whether a kernel call may bypass torch's dispatcher.
 
-    This requires plain tensors on the kernel's devices, no gradients, and no trace, transform, dispatch mode or
+    This requires plain tensors, all on one of `devices`, no gradients, and no trace, transform, dispatch mode or
     profiler of torch that has to see the call.
     """
     return not torch.compiler.is_compiling() and _wants_only_values(arguments, devices)
