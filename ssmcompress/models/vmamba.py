@@ -105,7 +105,7 @@ class VMamba(LevelledModel):
 
     @property
     def levels(self) -> int:
-        """The number of sections, each of which ends in a level."""
+        """The number of levels: one at the end of each section."""
         return len(self.config.depths)
 
     @property

@@ -1,4 +1,4 @@
-"""Fine-tuning of a pruned model: steps, evaluation after each epoch, and a state from which a killed run continues.
+"""Fine-tuning of a pruned model: steps, evaluation after each epoch, and a state to resume a killed run.
 
 The dense model is the teacher, on the same images that the pruned model gets; labels are used as well if there are any.
 Norm layers are not trained unless the recipe says so.
