@@ -1,4 +1,4 @@
-"""Running commands in tests: in this process, in one of their own, or in several that share their imports."""
+"""Running commands in tests: in this process, in a separate process, or in several that share imports."""
 
 import json
 import os

@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-# One thread for each of the processes that the tests run in (pytest-xdist), and for those that they start: models as
-# small as these only lose time to a second one.
+# One thread for each test process (pytest-xdist) and for the processes that it starts: a second thread only costs time
+# for such small models.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -29,13 +29,13 @@ BUNDLED = Path(ssmcompress.__file__).parent / "assets" / "vim-fashion-mnist"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu`, only files that speak of one: a machine with a GPU may lack what the others import."""
+    """With `-m gpu`, collect only files with GPU tests: a GPU machine may lack dependencies of the others."""
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
         return "gpu" not in collection_path.read_text().lower() or None
     return None
 
 
-# Tests of 15 s and more run first, so that no worker is left with one of them at the end.
+# Tests that take 15 s or more run first, so that no worker ends up with one of them at the end.
 LONGEST = (
     "test_kernels_in_the_interpreter",
     "test_commands_run_where_a_page_begins_with_the_three_lines",
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def convolutions_in_float32(monkeypatch):
-    """As the commands have it on a GPU, where torch rounds them to 10 bits."""
+    """Disable TF32, as the commands do on a GPU, where torch would round convolution inputs to 10 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -128,7 +128,7 @@ def make_plain_mamba(depth=4, d_model=16, image=(64, 64), channels=3, seed=0, **
 
 
 def make_vit(depth=4, d_model=24, heads=3, image=(16, 16), patch=4, channels=3, seed=0, **others) -> VisionTransformer:
-    """A ViT with random weights, spread as those of `make_vim`.
+    """A ViT with random weights, spread as in `make_vim`.
 
     Args:
         others: `classes`, and fields of `ViTConfig`.
@@ -156,7 +156,7 @@ def make_vit(depth=4, d_model=24, heads=3, image=(16, 16), patch=4, channels=3, 
 
 
 def make_vmamba(depths=(1, 2, 3, 1), width=8, image=(64, 48), channels=3, seed=0, **others) -> VMamba:
-    """A VMamba with random weights, spread as those of `make_vim`; `width` is that of its first section.
+    """A VMamba with random weights, spread as in `make_vim`; `width` is the width of its first section.
 
     Args:
         others: `classes`, `ratio` (of the inner width to that of the tokens) and fields of `VMambaConfig`.
@@ -207,7 +207,7 @@ def plain_mamba() -> PlainMamba:
 
 @pytest.fixture(params=["vim", "plain_mamba"])
 def model(request) -> TokenModel:
-    """One of each architecture; `images_of` has what it takes."""
+    """One model of each architecture; `images_of` creates its inputs."""
     return request.getfixturevalue(request.param)
 
 
@@ -280,7 +280,7 @@ def check_damage_is_refused(model: TokenModel, folder: Path, change, message: st
 
 @pytest.fixture(scope="session")
 def pruned_once(tmp_path_factory) -> Path:
-    """A folder with a checkpoint, images, and what `prune` made of them in `pruned`."""
+    """A folder with a checkpoint, images, and the result of `prune` in `pruned`."""
     from command_line import call
 
     root = tmp_path_factory.mktemp("once")
@@ -293,7 +293,7 @@ def pruned_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pruned_folder(pruned_once, checkpoint, class_folders, tmp_path) -> Path:
-    """A folder that `prune` wrote, in the working folder: a copy with the paths of this test, since 80 tests use it."""
+    """A folder written by `prune`, in the working folder: a copy with the paths of this test, as 80 tests use it."""
     folder = Path(shutil.copytree(pruned_once / "pruned", "pruned"))
     old, new = (str(root).encode() for root in (pruned_once, tmp_path))
     for name in ("config.json", "report.json", "README.md"):

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP interface as downloads and uploads of models need."""
+"""A local Hugging Face Hub with the part of the HTTP interface that downloads and uploads of models need."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Repository:
 
 
 class FakeHub:
-    """The server's state, and what it was asked for.
+    """The server's state, and the requests that it received.
 
     Attributes:
         requests: "METHOD path" of each request. cut: paths of files whose transfer breaks off in the middle.
@@ -262,7 +262,7 @@ ROUTES = (
 
 @contextmanager
 def serve_hub(cache: Path) -> Iterator[FakeHub]:
-    """Serve a Hub without models, which huggingface_hub takes for the real one, with an empty cache and no token."""
+    """Serve an empty Hub that huggingface_hub uses as the real one, with an empty cache and no token."""
     from huggingface_hub import constants
 
     hub = FakeHub()

@@ -1,10 +1,10 @@
-"""Run commands in processes of their own that share their imports of other libraries, 5 s of CPU time each.
+"""Run commands in separate processes that share their imports of other libraries, which take 5 s of CPU time.
 
     python tests/forked.py together '["ssmcompress", "evaluate", ...]'
     python tests/forked.py in-turn '["python", "script.py"]' '["ssmcompress", "report"]'
 
-`together` starts two processes of one command with the environment that torchrun gives them; `in-turn` runs commands
-one after another. Of ssmcompress nothing is imported before the fork, so that each process starts it itself.
+`together` starts two processes of one command with the environment of torchrun; `in-turn` runs commands sequentially.
+No part of ssmcompress is imported before the fork, so that each process imports it itself.
 """
 
 import importlib
@@ -18,8 +18,8 @@ import traceback
 from pathlib import Path
 
 LIBRARIES = ("torch", "torch.distributed", "numba", "scipy.optimize", "timm.data", "accelerate")
-BETWEEN = "\f"  # printed between the outputs of commands in turn
-SECONDS = 250  # a process that waits for one that is gone ends by itself
+BETWEEN = "\f"  # printed between the outputs of sequential commands
+SECONDS = 250  # a process that waits for a terminated one ends by itself
 
 
 def run(program: str, *arguments: str) -> None:
@@ -59,7 +59,7 @@ def fork(command: list[str], environment: dict[str, str]) -> int:
 
 
 def wait_for(children: set[int]) -> None:
-    """Wait for all processes; where one fails, end the others and exit with its code."""
+    """Wait for all processes; if one fails, end the others and exit with its code."""
     while children:
         child, status = os.wait()
         children.discard(child)

@@ -1,4 +1,4 @@
-"""Segmentation models with random weights, and images that have something to segment."""
+"""Segmentation models with random weights, and images to segment."""
 
 import numpy as np
 import torch

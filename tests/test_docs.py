@@ -119,7 +119,7 @@ BEGINNERS = [page for page in PAGES if commands_here(page)[:3] == THREE_LINES]
 
 
 def test_commands_run_where_a_page_begins_with_the_three_lines(tmp_path):
-    """README and guide: the lines once, and each page's other commands in a copy of what they left."""
+    """README and guide: the shared lines once, and each page's other commands in a copy of their results."""
     assert README in BEGINNERS
     begun = tmp_path / "begun"
     begun.mkdir()

@@ -66,7 +66,7 @@ def test_one_new_file_is_enough(place, says):
     examples = {section: example(section) for section in says}
     names = [name for name, *_ in examples.values()]
     package = PACKAGE
-    if names[0].startswith("ssmcompress/"):  # goes into the package: into a copy of it
+    if names[0].startswith("ssmcompress/"):  # belongs to the package: written into a copy of it
         package = place / "ssmcompress"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     before = files_of(place) | files_of(package)

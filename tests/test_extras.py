@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def without_extras(monkeypatch):
-    """No optional package can be found or imported, as where none is installed."""
+    """No optional package can be found or imported, as if none were installed."""
     for _, modules in EXTRAS.values():
         for module in modules:
             monkeypatch.setitem(sys.modules, module, None)
@@ -92,7 +92,7 @@ def _name(requirement: str) -> str:
     ],
 )
 def test_broken_packages_are_named(monkeypatch, checkpoint, error, message):
-    """An installation that does not fit together is no fault of ssmcompress to report."""
+    """An inconsistent installation is not reported as an error of ssmcompress."""
 
     def fail(*_, **__):
         raise error

@@ -1,6 +1,7 @@
-"""The order of the rooms: a module imports from its own room and from those below it, and no two import each other.
+"""The layering of the subpackages: a module imports only from its own subpackage and lower ones, without cycles.
 
-All imports count, those of functions and of type checkers too: a late import may save time, but not break a circle.
+All imports count, including those in functions and for type checkers: a late import may save time, but not hide a
+cycle.
 """
 
 import ast
@@ -12,7 +13,7 @@ import ssmcompress
 
 PACKAGE = Path(ssmcompress.__file__).parent
 GROUND = {"_version", "errors", "extras", "files", "hub_names", "openmp", "processes", "progress", "suffixes"}
-# From the ground up; rooms of one floor do not know each other.
+# From the lowest layer up; subpackages on the same floor do not import each other.
 FLOORS = (
     {"ground"},
     {"ops", "tasks"},
@@ -36,7 +37,7 @@ MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def room_of(module: str) -> str:
-    """The room of a module: the folder below the package, "ground", or the package itself."""
+    """The room (subpackage) of a module: the folder below the package, "ground", or the package itself."""
     parts = module.split(".")
     if len(parts) == 1 or parts[1] == "__main__":
         return "ssmcompress"
@@ -66,7 +67,7 @@ GRAPH = {m: imports(m, path.read_text(encoding="utf-8"), path.name == "__init__.
 
 
 def upward(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """(importing module, imported module) that the order of the rooms does not allow."""
+    """(importing module, imported module) pairs that violate the layering."""
     return sorted(
         (module, imported)
         for module, others in graph.items()

@@ -1,4 +1,4 @@
-"""Settings of OpenMP's threads: made before torch reads them, and never against the user's own."""
+"""Settings of OpenMP threads: set before torch reads them, and never overriding the user's settings."""
 
 import os
 import subprocess
@@ -100,7 +100,7 @@ def test_a_forward_for_one_small_image_runs_on_one_thread(vim):
 
 
 class Machine:
-    """What a `Watch` sees of a machine on which others take `share` of one core more than are left to them."""
+    """A simulated machine on which other processes use `share` of a core more than is left to them."""
 
     def __init__(self, monkeypatch, threads: int):
         self.seconds, self.used, self.teams = 0.0, 100.0, []
@@ -123,7 +123,7 @@ def test_waits_are_short_while_others_take_cores(threads, monkeypatch):
     machine = Machine(monkeypatch, threads)
     assert not machine.look(0.0, 3)
     assert machine.look(1.5)
-    # More threads of OpenMP than cores, with those of torch: then it spins shortly.
+    # More OpenMP threads than cores, including torch's: then it spins only briefly.
     assert machine.teams == [max(2, os.cpu_count() - threads + 2)]
     assert machine.look(0.0, 5)
     assert machine.look(0.2, 30), "not quiet enough"

@@ -245,11 +245,11 @@ def test_an_iterator_is_evaluated_without_being_kept(vim, monkeypatch):
     monkeypatch.setattr("ssmcompress.data.any_batches.KEPT_BYTES", 1)
     assert ssmcompress.evaluate(vim, (part for part in IMAGES.split(2))).images == 10
     with pytest.raises(InputError, match=r"GiB of images, which have to be in memory .* pass a folder"):
-        ssmcompress.calibrate(vim, (IMAGES for _ in iter(int, 1)))  # without an end
+        ssmcompress.calibrate(vim, (IMAGES for _ in iter(int, 1)))  # infinite
 
 
 class Once:
-    """Has a length, and gives its batches a single time, as tqdm around a generator does."""
+    """Has a length, but yields its batches only once, like tqdm around a generator."""
 
     def __init__(self):
         self.batches = iter(IMAGES.split(5))
@@ -571,7 +571,7 @@ def test_a_plan_prints_what_it_does(vim):
 
 
 def messages(path: Path) -> list[str]:
-    """The texts in a module that are no docstrings."""
+    """The strings in a module that are not docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {

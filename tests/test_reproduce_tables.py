@@ -156,7 +156,7 @@ def test_a_fine_tuning_that_is_stopped_goes_on(run, stand_ins, monkeypatch):
 
 @pytest.mark.parametrize("older", [True, False])
 def test_a_fine_tuning_of_a_row_measured_anew_begins_again(monkeypatch, stand_ins, tmp_path, older):
-    """The state of the fine-tuning of an earlier model of the row is dropped; that of the present one is not."""
+    """The fine-tuning state of an earlier model of the row is discarded; that of the current one is not."""
     monkeypatch.syspath_prepend(EXAMPLES)
     from reproduce import tuning
     from reproduce.settings import Settings
@@ -396,7 +396,7 @@ def test_shares_of_what_dropped_tokens_show(monkeypatch):
 
 
 def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path):
-    """And in pieces: what is finished is not made again, and only what the models that are asked for need is made."""
+    """Also in several runs: finished parts are not repeated, and only those needed by the requested models are made."""
     import train_clutter
     import train_segmenter
     from reproduce import clutter

@@ -1,4 +1,4 @@
-"""The training scripts of the examples: a run in pieces gives the model of a run in one."""
+"""The training scripts of the examples: an interrupted and resumed run gives the same model as a single run."""
 
 import gzip
 import importlib
@@ -222,7 +222,7 @@ def test_masks_are_moved_with_their_images(run):
 
 
 def test_targets_of_patches(run):
-    """As far as a patch shows the object, its class; for the rest, all classes alike."""
+    """The class of the object, weighted by its share of a patch; the rest is uniform over the classes."""
     from train_clutter import make_patch_targets
 
     masks = torch.zeros(1, 1, 4, 6)

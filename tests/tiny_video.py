@@ -1,4 +1,4 @@
-"""A small model of videos, whose layers take a share of the mean token; it stands for any that has frames."""
+"""A small video model whose layers mix in a share of the mean token; a stand-in for any model with frames."""
 
 from dataclasses import dataclass
 

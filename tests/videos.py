@@ -1,4 +1,4 @@
-"""Videos that the tests write: frames whose colour says their number."""
+"""Videos written by tests, in which the colour of a frame encodes its number."""
 
 import numpy as np
 from PIL import Image

@@ -7,7 +7,7 @@ from ssmcompress.ops import causal_conv1d, selective_scan
 
 
 def run_zeroed(block, features, mask, gap_delta):
-    """What a dense layer adds up (batch, length, d_model) from features of which only those in `mask` are its inputs.
+    """The update (batch, length, d_model) of a dense layer, whose inputs are only the features in `mask`.
 
     There the scans take steps of `gap_delta` (2, d_inner). Both scans are gated, added and projected.
     """

@@ -1,4 +1,4 @@
-"""Calibration: plans, and the statistics that they need from real images."""
+"""Calibration of plans: collecting the statistics that they need from real images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..pruning.plan import Calibration, Plan
 from .remember import hash_of, keeps_results, remembered
 from .saliency import fit_probes
 
-# The deltas of a layer without scans.
+# Stands for the step sizes of a layer without scans.
 NO_DELTAS = torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
@@ -37,38 +37,38 @@ def calibrate(
     distributed: bool = False,
     **options: Any,
 ) -> Plan:
-    """Return a plan with statistics of the model on real images.
+    """Return a plan with statistics of the model on calibration images.
 
-    The delta of a removed token is unknown in later layers; it is replaced by the mean delta of the layer, dt_proj and
-    channel over all tokens of the calibration images. `images` is iterated up to three times, so memory does not grow
-    with their number. A loader may shuffle or augment them: the statistics are sums over all images.
+    The step size (delta) of a dropped token is unknown in later layers. It is replaced by the mean delta over all
+    tokens of the calibration images, per layer, dt_proj and channel. `images` is iterated up to three times, so memory
+    does not grow with their number. A loader may shuffle or augment them: the statistics are sums over all images.
 
     Args:
-        model: the model, dense, trimmed or pruned. For a pruned one, which the plan prunes further, the deltas are
-            those of its weights on all tokens.
-        images: a folder or another name that `ssmcompress.open_images` takes; `Images` or `Batches`; a tensor
+        model: a dense, trimmed or pruned model. For a pruned model, which the plan prunes further, the deltas are
+            computed from its weights on all tokens.
+        images: a folder or another name accepted by `ssmcompress.open_images`; `Images` or `Batches`; a tensor
             (count, C, H, W) of prepared images; a DataLoader or any iterable of batches: tensors, (images, ...) or
-            dicts; a data set of torch or of `datasets`. Labels are not used. An iterator is read into memory, up to
+            dicts; a dataset of torch or of `datasets`. Labels are not used. An iterator is read into memory, up to
             4 GiB.
-        plan: what to prune; None: `make_plan(model, **options)`.
-        gap: source of the delta of pruned positions, "calibrated" or "bias"; None: as the plan says, else calibrated.
+        plan: the plan; None: `make_plan(model, **options)`.
+        gap: source of the delta of pruned positions, "calibrated" or "bias"; None: as in the plan, else calibrated.
         name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
         options: those of `make_plan`: `stages`, `ratio`, `importance`, `alignment`, `seed`.
 
     Returns:
-        The plan with a `calibration`: the mean deltas, and for each stage how often each position was kept and its
-        mean score.
+        The plan with a `calibration`: the mean deltas, and for each stage the frequency with which each position was
+        kept, and its mean score.
 
     Raises:
-        InputError: no images, values that are not finite on them, or a plan that does not fit the model.
+        InputError: there are no images, values are not finite, or the plan does not fit the model.
     """
     check_model(model)
     plan = check_plan(model, plan, options) if plan is not None else make_plan(model, **options)
     check_fewer(model, plan)
     batches = as_batches(model, images)
     whole = remove_stages(model, corrections=False) if is_pruned(model) else model
-    # Without scan alignment nothing reads the deltas, so no pass over the images is made for them.
+    # Without scan alignment the deltas are not used, so the pass over the images is skipped.
     scans = any(isinstance(block, ScanBlock) for block in model.blocks)
     gap = (gap or plan.gap or "calibrated") if plan.alignment.scan and scans else "bias"
     deltas = gap_deltas(whole, batches, gap, distributed)
@@ -79,7 +79,7 @@ def calibrate(
 
 
 def gap_deltas(model: TokenModel, images: Any, gap: str, distributed: bool = False) -> tuple[Tensor, ...]:
-    """Return the delta of pruned positions by the gap source `gap`, (deltas, d_inner) for each layer."""
+    """Return the delta of pruned positions from the gap source `gap`, (deltas, d_inner) for each layer."""
     return mean_deltas(model, as_batches(model, images), distributed) if gap == "calibrated" else bias_deltas(model)
 
 
@@ -94,7 +94,7 @@ def bias_deltas(model: TokenModel) -> tuple[Tensor, ...]:
 
 
 def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = False) -> tuple[Tensor, ...]:
-    """Return the mean of delta over the images and tokens of the dense model, (deltas, d_inner) for each layer."""
+    """Return the mean delta over images and tokens of the dense model, (deltas, d_inner) for each layer."""
     device = next(model.parameters()).device
     totals = [torch.zeros_like(delta, dtype=_sum_dtype(device), device=device) for delta in bias_deltas(model)]
     images = torch.zeros((), dtype=_sum_dtype(device), device="cpu")
@@ -116,13 +116,13 @@ def mean_deltas(model: TokenModel, batches: AnyBatches, distributed: bool = Fals
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of sums on a device: Apple's GPUs have no float64."""
+    """Return the dtype of sums on a device: float64, except on Apple GPUs, which do not support it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 @torch.no_grad()
 def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
-    """Return delta summed over images and tokens, (deltas, d_inner) for each layer, in float64 where there is one."""
+    """Return delta summed over images and tokens, (deltas, d_inner) for each layer, in float64 if supported."""
     device = next(model.parameters()).device
     sums = []
     for layer, before, *_ in model.run_layers(model.embed(images.to(device))):
@@ -133,15 +133,15 @@ def _sum_deltas(model: TokenModel, images: Tensor) -> list[Tensor]:
 
 
 def _sum_by_position(positions: Tensor, length: int, values: Tensor | None = None) -> Tensor:
-    """Return (length,) the sum of values, or the number, of tokens at each position; those without one are left out."""
+    """Return (length,): the sum of values, or the number, of tokens at each position; others are ignored."""
     return positions.bincount(values, minlength=length)[:length]
 
 
 def _sum_stages(pruned: TokenModel, images: Tensor) -> Tensor:
-    """Return (3, stages, positions) float64: how often each stage kept and had each position, and its scores, summed.
+    """Return (3, stages, positions) float64: kept counts, candidate counts and summed scores per stage and position.
 
     Raises:
-        InputError: values that are not finite.
+        InputError: values are not finite.
     """
     logits, decisions = pruned.trace(images.to(next(pruned.parameters()).device))
     if not logits.isfinite().all():
@@ -163,7 +163,7 @@ def _longest(model: TokenModel) -> int:
 
 @torch.no_grad()
 def _collect_stage_statistics(model: TokenModel, plan: Plan, batches: AnyBatches, distributed: bool) -> Calibration:
-    """Return the calibration with how often each stage keeps each position and its mean score in the pruned model."""
+    """Return the calibration with the kept frequency and mean score per stage and position of the pruned model."""
     pruned = prune(model, plan)
     totals = torch.zeros(3, len(plan.stages), _longest(model), dtype=torch.float64, device="cpu")
     images = torch.zeros((), dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Gradients of a model's decision margin: how much an error in a token changes the decision."""
+"""Gradients of a model's decision margin, which measure the effect of an error in a token on the decision."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..pruning.tokens import Level, Tokens
 def margin_gradients(model: TokenModel, images: Tensor) -> list[Tensor]:
     """Return the squared norm of each gradient of `features_and_gradients`, (images, tokens) float32 for each point.
 
-    It measures how much an error in a token's features changes the model's decision.
+    It measures the effect of an error in a token's features on the model's decision.
     """
     return [gradient.square().sum(-1) for gradient in features_and_gradients(model, images)[1]]
 
 
 def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return every token's features and the gradients of the margin by them, each (images, tokens, d_model).
+    """Return the features of all tokens and the margin's gradients with respect to them, (images, tokens, d_model).
 
     The margin is `Task.margin`, for a classifier the largest logit minus the second largest. Entry 0 is for the
-    features before the first layer, entry i for those at the i-th point (`TokenModel.count_points`), which are the ends
-    of layers where these have one part. The activations of one part are held at a time.
+    features before the first layer, entry i for those at the i-th point (`TokenModel.count_points`); in models whose
+    layers have one part, these are the ends of the layers. Only the activations of one part are in memory at a time.
     """
     check_not_quantised(model)
     with torch.no_grad():  # no graph is needed before the first layer
@@ -54,7 +54,7 @@ def features_and_gradients(model: TokenModel, images: Tensor) -> tuple[list[Tens
 
 
 def _enter(model: TokenModel, layer: int, tokens: Tokens, features: Tensor) -> Tensor:
-    """Return the features that a layer of a dense model is run on."""
+    """Return the input features of a layer of a dense model."""
     return model.enter(layer, tokens.updated(features)).features
 
 

@@ -1,8 +1,8 @@
-"""Results of long work, kept in a folder while a job runs, so that a job that was stopped goes on with them.
+"""Cache of expensive results in a folder while a job runs, so that an interrupted job can resume from them.
 
-A result is found again by a hash of all that it follows from: weights, images, options. So nothing of another run, of
-changed images or of another model can be taken for it, and a run that goes on has the results of one that was not
-stopped, bit for bit.
+A result is identified by a hash of everything it depends on: weights, images, options. So results of another run, of
+changed images or of another model are never reused, and a resumed run gives the same results as an uninterrupted one,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ..processes import count
 Result = TypeVar("Result")
 
 _results: ContextVar[Results | None] = ContextVar("ssmcompress_results", default=None)
-# Of a file with a result, and of one that was being written.
+# File names of a result, and of a partially written result.
 _NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.part")
 _logger = logging.getLogger("ssmcompress")
 
 
 class Results(NamedTuple):
-    """Where results are kept, and what they depend on besides their own hashes.
+    """The folder of cached results, and what they depend on in addition to their own hashes.
 
     Attributes:
-        folder: the files. parents: the folders above it that were not there, the lowest first.
-        device: where they are computed.
-        setting: hash of the versions, the device and the threads, which change the last bits.
+        folder: the folder of the files. parents: its parent folders that did not exist before, the lowest first.
+        device: the device on which results are computed.
+        setting: hash of the versions, the device and the threads, which affect the last bits.
     """
 
     folder: Path
@@ -52,12 +52,12 @@ class Results(NamedTuple):
 
 @contextmanager
 def keep_results(folder: Path | None, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Keep results in a folder, made if needed, while the body of the with statement runs; None: keep none.
+    """Cache results in a folder, created if needed, in the body of the with statement; None: no caching.
 
-    In several processes none are kept: they wait for each other, and could be stopped at different places.
+    With several processes nothing is cached: they wait for each other, and could be stopped at different points.
 
     Args:
-        device: where the results are computed, and read to.
+        device: the device on which results are computed, and to which they are read.
     """
     results = None
     if folder is not None and count() == 1:
@@ -74,7 +74,7 @@ def keep_results(folder: Path | None, device: torch.device | str = "cpu") -> Ite
 
 
 def forget_results() -> None:
-    """Remove what was kept, at the end of the work that it is of."""
+    """Remove the cached results, at the end of the work that they belong to."""
     if (results := _results.get()) is not None:
         remove_results(results.folder)
         with suppress(OSError):  # a folder that is not empty
@@ -83,7 +83,7 @@ def forget_results() -> None:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove results of an earlier run; InputError for a folder that holds anything else, which stays as it is."""
+    """Remove results of an earlier run; InputError for a folder with other content, which is not changed."""
     check_results(folder)
     with suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(folder):
@@ -92,7 +92,7 @@ def remove_results(folder: Path) -> None:
 
 
 def check_results(folder: Path) -> None:
-    """Raise an InputError if there is something else than results of an earlier run at a path."""
+    """Raise an InputError if a path contains anything but results of an earlier run."""
     if not folder.exists():
         return
     names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else [f"{folder.name}, no folder"]
@@ -104,15 +104,15 @@ def check_results(folder: Path) -> None:
 
 
 def keeps_results() -> bool:
-    """Return whether results are kept: hashes need not be computed otherwise."""
+    """Return whether results are cached; if not, hashes need not be computed."""
     return _results.get() is not None
 
 
 def hash_of(*values: Any) -> str:
-    """Return a hash of the content of tensors, numbers, texts, None, and of tuples, lists and dataclasses of them.
+    """Return a hash of the content of tensors, numbers, strings, None, and of tuples, lists and dataclasses of them.
 
     Raises:
-        TypeError: a value of another kind, whose content may not be in its `repr`.
+        TypeError: a value of another type, whose `repr` may not represent its content.
     """
     digest = hashlib.sha256()
     for value in values:
@@ -133,11 +133,11 @@ def hash_of(*values: Any) -> str:
 
 
 def remembered(key: Callable[[], str], compute: Callable[[], Result]) -> Result:
-    """Return a result that was kept, or compute and keep it.
+    """Return a cached result, or compute and cache it.
 
     Args:
-        key: function that returns its `hash_of`. compute: function that returns a value of numbers, texts, None,
-            tensors, and lists, tuples and dicts of them. What is remembered inside it is not kept.
+        key: function that returns its `hash_of`. compute: function that returns numbers, strings, None, tensors, or
+            lists, tuples and dicts of them. Nested calls of `remembered` inside it are not cached.
     """
     if not keeps_results():
         return compute()
@@ -151,25 +151,25 @@ def remembered(key: Callable[[], str], compute: Callable[[], Result]) -> Result:
 
 
 def recall(name: str) -> tuple[Any] | None:
-    """Return (result,) that was kept under a hash, or None: there is none, or its file is damaged."""
+    """Return (result,) cached under a hash; None if there is none or its file is damaged."""
     if (results := _results.get()) is None:
         return None
     try:
         content = _file(results, name).read_bytes()
         check, payload = content[:32], content[32:]
-        if hashlib.sha256(payload).digest() != check:  # torch does not check the data of tensors
+        if hashlib.sha256(payload).digest() != check:  # torch does not verify tensor data
             raise ValueError("damaged")
         return (torch.load(BytesIO(payload), map_location=results.device, weights_only=True),)
     except FileNotFoundError:
         return None
-    except Exception as error:  # what torch raises for a file of another kind is not documented
+    except Exception as error:  # the errors of torch for other kinds of files are not documented
         raise_if_out_of_memory(error)
         _logger.debug("a result of %s cannot be read: %s", results.folder, error)
         return None
 
 
 def keep(name: str, value: Any) -> None:
-    """Keep a result under a hash, whole or not at all; where there is no room, it is only not kept."""
+    """Cache a result under a hash, atomically; without enough space, it is not cached."""
     if (results := _results.get()) is None:
         return
     payload = BytesIO()

@@ -1,16 +1,16 @@
-"""The importance `saliency`: how much an error in a token changes the dense model's decision, predicted from features.
+"""The importance metric `saliency`: the predicted effect of an error in a token on the dense model's decision.
 
-The gradient of the margin between the two best classes with respect to a token's features says how much the token
-matters, but needs a backward pass. A linear map of the token's features and its position predicts the norm of that
-gradient; it is fitted in closed form on a few hundred unlabelled images and costs d_model multiply-adds per token.
+The gradient of the margin between the two best classes with respect to a token's features measures the importance of
+the token, but needs a backward pass. A linear map of the token's features and position, the probe, predicts the norm of
+that gradient; it is fitted in closed form on a few hundred unlabelled images and costs d_model multiply-adds per token.
 
 On the bundled Vim (60 % of the FLOPs, one stage, 1,024 images that nothing was fitted on, KL from the dense model after
 alignment alone and after reconstruction): after layer 2 `clip` 0.261 and 0.105, `l2` 0.204 and 0.097, saliency 0.195
 and 0.069; after layer 3 `clip` 0.496, `delta` 0.280 and 0.083, saliency 0.261 and 0.071; but after layer 1 `clip`
-0.633 and 0.131, saliency 0.803 and 0.140. So it is one more metric to choose from. We tried and left out: the logarithm
-of the squared gradient (0.212 and 0.075 after layer 2), times the square of the features (0.208 and 0.071), the mean
-of either at each position alone (0.283, 0.290), the change of a token across the block (0.259), the norm of its
-features (0.223 and 0.094).
+0.633 and 0.131, saliency 0.803 and 0.140. So it is offered as one more metric. Rejected alternatives: the logarithm of
+the squared gradient (0.212 and 0.075 after layer 2), the same times the squared features (0.208 and 0.071), the mean of
+either per position only (0.283, 0.290), the change of a token across the block (0.259), the norm of its features (0.223
+and 0.094).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def fit_probes(
 ) -> tuple[Tensor, ...]:
     """Fit the probes that predict the saliency of tokens after `layers`.
 
-    A probe is the ridge regression of the norm of the margin's gradient on the features, normalised to a mean square of
+    A probe is a ridge regression of the norm of the margin's gradient on the features, normalised to a mean square of
     1, with an intercept for each position.
 
     Args:
-        model: the dense model. images: as for `ssmcompress.calibrate`. layers: layers to fit probes for, from 1.
+        model: the dense model. images: as for `ssmcompress.calibrate`. layers: the layers (1-based) to fit probes for.
 
     Returns:
-        A probe (d_model + length,) of its section for each layer of the model, empty for layers that are not in
+        For each layer of the model a probe (d_model + length,), with the sizes of its section; empty for layers not in
         `layers`.
 
     Raises:
-        InputError: no images, or values that are not finite.
+        InputError: there are no images, or values are not finite.
     """
     batches, device = as_batches(model, images), next(model.parameters()).device
     sums = {layer: _RegressionSums(*model.section_of(layer)[2:]) for layer in layers}
@@ -77,7 +77,7 @@ def fit_probes(
 
 
 def _sum_chunk(model: TokenModel, images: Tensor, layers: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """Return the sums over the tokens of a chunk, as `_RegressionSums.values` has them, for each of the layers."""
+    """Return the sums over the tokens of a chunk for each of the layers, in the order of `_RegressionSums.values`."""
     features, gradients = features_and_gradients(model, images)
     found = []
     for point in map(model.stage_point, layers):
@@ -89,7 +89,7 @@ def _sum_chunk(model: TokenModel, images: Tensor, layers: Sequence[int]) -> list
 
 
 class _RegressionSums:
-    """The sums over all rows that determine the regression of one layer, in float64."""
+    """The float64 sums over all rows for the regression of one layer."""
 
     def __init__(self, length: int, width: int):
         shapes = (width, width), (width,), (length, width), (length,)
@@ -101,12 +101,12 @@ class _RegressionSums:
         return self.gram, self.cross, self.x, self.y
 
     def add(self, *chunk: Tensor) -> None:
-        """Add the sums over a chunk, as `values` has them."""
+        """Add the sums over a chunk, in the order of `values`."""
         for total, value in zip(self.values(), chunk, strict=True):
             total += value
 
     def solve(self, images: float) -> Tensor:
-        """Return the probe (d_model + length,) for sums over this number of images."""
+        """Return the probe (d_model + length,), given the number of images in the sums."""
         x, y = self.x / images, self.y / images
         gram = self.gram - images * x.T @ x
         gram.diagonal().add_(RIDGE * images * len(x))

@@ -1,7 +1,7 @@
-"""Smaller input images for the same weights: they cost nothing to make, so any compression has to beat them.
+"""Smaller input images for the same weights: a free baseline that any compression has to beat.
 
-The position embedding is resized to the smaller grid. The classifier stays as it is, or is refitted in closed form to
-the logits that the model has at its own size.
+The position embedding is resized to the smaller grid. The classifier is unchanged, or refitted in closed form to the
+logits of the model at its own size.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .search.proxy_loss import Collector
 
 
 def choose_image_size(model: TokenModel, share: float) -> tuple[int, int]:
-    """Return the largest image size (height, width), by whole patches, with at most this share of the dense FLOPs.
+    """Return the largest image size (height, width) in whole patches with at most this share of the dense FLOPs.
 
-    FLOPs are `full`, as run, relative to those of the dense model at its own size. The sides keep their proportion.
+    FLOPs are `full`, as run, relative to the dense model at its own size. The aspect ratio is kept.
 
     Raises:
-        InputError: images of one patch take more.
+        InputError: images of one patch already exceed this share.
     """
     least = 1.0
     for size in _list_sizes(model):
@@ -43,7 +43,7 @@ def choose_image_size(model: TokenModel, share: float) -> tuple[int, int]:
 
 
 def _list_sizes(model: TokenModel) -> Iterator[tuple[int, int]]:
-    """Yield the model's image size and smaller ones, each with one row of patches less than the one before."""
+    """Yield the model's image size and smaller ones, each with one row of patches less than the previous one."""
     (rows, columns), (height, width) = model.config.frame_grid, model.config.image_size
     for fewer in range(rows):
         kept = max(1, round(columns * (rows - fewer) / rows))
@@ -56,14 +56,14 @@ def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches
     Args:
         model: the dense model.
         image_size: (height, width) in pixels.
-        images: to refit the classifier on, prepared for `model`; labels are not used, and duplicates are ignored. One
-            in five is held out to choose the ridge, as in reconstruction. None: the classifier stays as it is.
+        images: images for refitting the classifier, prepared for `model`; labels are not used, and duplicates are
+            ignored. One in five is held out to choose the ridge, as in reconstruction. None: no refit.
 
     Returns:
         A model that counts as compressed, with an empty plan.
 
     Raises:
-        InputError: fewer than two different images, or values that are not finite.
+        InputError: there are fewer than two different images, or values are not finite.
     """
     device = next(model.parameters()).device
     small = load(model, image_size=image_size, device=device)
@@ -76,7 +76,7 @@ def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches
 
 @torch.no_grad()
 def refit_classifier(small: TokenModel, model: TokenModel, images: Batches) -> None:
-    """Refit the classifier of `small`, in place, to the logits that `model` has of the same images at its own size."""
+    """Refit the classifier of `small`, in place, to the logits of `model` on the same images at its own size."""
     device = next(model.parameters()).device
     linear = small.classifier
     old = linear.weight if linear.bias is None else torch.cat([linear.weight, linear.bias[:, None]], dim=1)
@@ -90,7 +90,7 @@ def refit_classifier(small: TokenModel, model: TokenModel, images: Batches) -> N
         if not chosen:
             continue
         numbers = torch.arange(len(seen) - len(chosen), len(seen), device="cpu")
-        held = numbers % HELD_OUT == 1  # the second image is, so two are enough
+        held = numbers % HELD_OUT == 1  # the second image is held out, so two are enough
         logits = _run(model, full.images[chosen].to(device)).cpu()
         with Collector(small) as received:
             _run(small, resized.images[chosen].to(device))
@@ -110,7 +110,7 @@ def refit_classifier(small: TokenModel, model: TokenModel, images: Batches) -> N
 
 
 def _is_new(value: bytes, seen: set[bytes]) -> bool:
-    """Return whether a value is not among those seen, and add it."""
+    """Return whether a value has not been seen before, and add it."""
     count = len(seen)
     seen.add(value)
     return len(seen) > count
@@ -121,10 +121,10 @@ def _run(model: TokenModel, images: Tensor) -> Tensor:
 
 
 def resize_batches(images: Batches, model: TokenModel, small: TokenModel) -> Batches:
-    """Return images that are prepared for `model` as images for `small`, the same model at another size.
+    """Convert images prepared for `model` to images for `small`, the same model at another size.
 
-    Pictures that `model.transform()` prepares are prepared from the original by the transform of `small`; tensors, and
-    pictures with a transform of the caller's own, are resized after they were prepared.
+    Pictures prepared by `model.transform()` are prepared again from the original by the transform of `small`; tensors,
+    and pictures with a custom transform, are resized after preparation.
     """
     size, prepare = small.config.image_size, images.transform
     if images.pictures and _prepares(images, _silent_transform(model)):
@@ -133,12 +133,12 @@ def resize_batches(images: Batches, model: TokenModel, small: TokenModel) -> Bat
 
 
 def _silent_transform(model: TokenModel) -> Callable[[Any], Tensor]:
-    """Return the transform of a model, without a note of what was assumed about it."""
+    """Return the transform of a model, without the note about assumed preprocessing."""
     return model.transform_with(replace(model.preprocessing, recorded=True))
 
 
 def _prepares(images: Batches, transform: Callable[[Any], Tensor]) -> bool:
-    """Return whether a transform prepares the first image that can be read as the images are prepared."""
+    """Return whether a transform reproduces the preparation of the first readable image."""
     for i in images.index:
         try:
             picture = images.source.read(i)
@@ -149,7 +149,7 @@ def _prepares(images: Batches, transform: Callable[[Any], Tensor]) -> bool:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return an image (..., height, width) at another size; the filter is that of PIL's bicubic resizing."""
+    """Resize an image (..., height, width) with the filter of PIL's bicubic resizing."""
     planes = image.flatten(0, -3)[None].float()
     resized = F.interpolate(planes, size, mode="bicubic", align_corners=False, antialias=True)[0]
     return resized.unflatten(0, image.shape[:-2])

@@ -1,6 +1,6 @@
-"""The functions of an ONNX file, which the nodes of `lowering` call, in ONNX's textual syntax.
+"""The functions of an ONNX file, in ONNX's textual syntax, that are called by the nodes of `lowering`.
 
-The scan has three forms with the same inputs and outputs. The docstrings have times for one layer of Vim-tiny (two
+The scan has three forms with the same inputs and outputs. Times in the docstrings are for one layer of Vim-tiny (two
 paths of 197 tokens, 384 channels, 16 states, batch 1, two cores, onnxruntime 1.31).
 """
 
@@ -18,7 +18,7 @@ def function_text(name: str, opset: int, form: str = "scan") -> str:
     """Return the text of the function that a node of `lowering` calls.
 
     Args:
-        name: name of the node's function. opset: opset of the file. form: how scans are computed, one of `FORMS`.
+        name: name of the node's function. opset: opset of the file. form: form of the scans, one of `FORMS`.
     """
     kind, *parts = name.split("_")
     write = {"SelectiveScan": partial(_write_scan, form=form), "CausalConv": _write_conv, **_SHORT_FUNCTIONS}[kind]
@@ -30,9 +30,9 @@ def function_text(name: str, opset: int, form: str = "scan") -> str:
 
 
 def _write_scan(parts: list[str], form: str) -> tuple[list[str], list[str], list[str]]:
-    """Return inputs, outputs and body of a scan.
+    """Return the inputs, outputs and body of a scan.
 
-    What does not depend on the state is computed for all steps at once.
+    Everything that does not depend on the state is computed for all steps at once.
     """
     directions, channels, *flags = parts
     names = ["u", "delta", "A", "B", "C", *(p for p in ("D", "bias") if p in flags)]
@@ -85,9 +85,9 @@ def _write_steps(directions: str) -> list[str]:
     Measured on onnxruntime 1.31, two cores, whole Vim-tiny at batch 1 and 8:
     - channels innermost, so that products have long rows: 118 and 790 ms; states innermost: 220 and 1,570.
     - the states of both paths stacked in one tensor: 125 and 670 on an idle machine, but 160 to 220 and 1,800 on a busy
-      one, because every product is then large enough that the runtime splits it over its threads, and waits.
+      one, because every product is then large enough for the runtime to split it over its threads and wait for them.
     - exponentials for all steps at once: the body is shorter but the scan slower (8.3 instead of 5.0 ms), because they
-      do not fit the cache.
+      do not fit in the cache.
     """
     paths = range(len(directions))
     lines = ["rows = Constant <value_ints = [2]> ()", "columns = Constant <value_ints = [3]> ()"]
@@ -132,7 +132,7 @@ def _write_steps(directions: str) -> list[str]:
 
 
 def _write_attention(directions: str, channels: int, standard: bool) -> list[str]:
-    """Write each path as gated linear attention with one head per channel: keys of d_state, values of one number.
+    """Write each path as gated linear attention with one head per channel: keys of size d_state, scalar values.
 
     In com.microsoft's operator all heads share one query and key; the standard operator needs a query and a key for
     each head.
@@ -167,7 +167,7 @@ def _write_attention(directions: str, channels: int, standard: bool) -> list[str
 
 
 def _write_conv(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Return inputs, outputs and body of a convolution along the sequence.
+    """Return the inputs, outputs and body of a convolution along the sequence.
 
     The last tap of `weight` (channels, width) is that of the token itself.
     """
@@ -235,16 +235,16 @@ def _write_shifted_sum(width: int, channels: int, length: int, back: bool) -> li
 
 
 def _write_batch_norm(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Write the norm of maps by the mean and variance of each channel."""
+    """Write a batch norm of maps, with the mean and variance of each channel."""
     inputs = ["x", "scale", "bias", "mean", "variance"]
     epsilon = f"epsilon = {read_number(parts[0]):.12f}"  # without an exponent, as not every version of onnx parses one
     return inputs, ["y"], [f"y = BatchNormalization <{epsilon}> ({', '.join(inputs)})"]
 
 
 def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Write images or videos as they are, or one of zeros if there is none.
+    """Write images or videos unchanged, or a single one of zeros for an empty batch.
 
-    onnxruntime's Scan divides by the size of the batch (1.22 to 1.31 end in a SIGFPE), and its LinearAttention cannot
+    onnxruntime's Scan divides by the batch size (1.22 to 1.31 crash with SIGFPE), and its LinearAttention cannot
     reshape an empty batch.
     """
     lines = [
@@ -262,7 +262,7 @@ def _write_fill_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]
 
 
 def _write_trim_batch(parts: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """Write the rows of `values` that belong to images: none if there is no image, else all."""
+    """Write the rows of `values` that belong to images: none for an empty batch, else all."""
     lines = [
         "batch = Shape <start = 0, end = 1> (images)",
         "zero = Constant <value_ints = [0]> ()",

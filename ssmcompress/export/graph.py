@@ -44,14 +44,14 @@ NEWEST_TRACED = 25  # the newest opset that torch's exporter writes
 def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -> onnx.ModelProto:
     """Export `model` as a graph that calls a function for each op; `assemble` adds the functions.
 
-    Weights have the names and values of the model's; each node has the name of its layer. The tokens that each stage
-    keeps and the features after each layer are named values, for example `kept_after_5` and `features_after_5`.
+    Weights keep the names and values of the model; each node is named after its layer. The kept tokens of each stage
+    and the features after each layer are named values, for example `kept_after_5` and `features_after_5`.
 
     Args:
-        opset: opset of the file. classes: names of the classes, for the metadata, where the model has none.
+        opset: opset of the file. classes: class names for the metadata if the model has none.
 
     Raises:
-        InputError: the opset cannot be written.
+        InputError: the opset is not supported.
     """
     import onnx
     import onnxscript.optimizer
@@ -75,7 +75,7 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
-        # Expressions of weights alone are not folded, so weights keep their values. A runtime computes such expressions
+        # Expressions of weights are not folded, so that weights keep their values. A runtime computes such expressions
         # once, when it loads the file.
         onnxscript.optimizer.optimize_ir(program.model, should_fold=_should_fold, inline=False)
     graph = program.model_proto
@@ -99,11 +99,11 @@ def trace(model: TokenModel, opset: int, classes: Sequence[str] | None = None) -
 def assemble(
     traced: onnx.ModelProto, scan: str, half: bool = False, debug_outputs: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """Return a copy of a traced graph with the functions that it calls, so that it can be run.
+    """Return a runnable copy of a traced graph, with the functions that it calls.
 
     Args:
-        scan: how scans are computed, one of `functions.FORMS`.
-        half: whether to store the matrices as float16; they are cast to float32 where they are used.
+        scan: form of the scans, one of `functions.FORMS`.
+        half: whether to store the matrices as float16; they are cast to float32 before use.
         debug_outputs: named values of the graph that become outputs, in addition to the logits.
     """
     import onnx
@@ -136,11 +136,11 @@ def add_outputs(graph: onnx.ModelProto, names: Sequence[str]) -> None:
 def find_values(graph: onnx.ModelProto, prefix: str) -> list[str]:
     """Return the names of the values that start with `prefix`, in the order of the graph."""
     names = (name for node in graph.graph.node for name in node.output)
-    return [name for name in names if isinstance(name, str) and name.startswith(prefix)]  # bytes if they are no UTF-8
+    return [name for name in names if isinstance(name, str) and name.startswith(prefix)]  # invalid UTF-8 gives bytes
 
 
 class _WithIntermediates(nn.Module):
-    """The model with the kept positions of its stages and the features after its layers as additional outputs.
+    """Wraps a model with the kept positions of its stages and the features after its layers as additional outputs.
 
     Args:
         model: its `step` is replaced.
@@ -158,7 +158,7 @@ class _WithIntermediates(nn.Module):
 
 
 class _Recorder:
-    """`TokenModel.step`, which records what the layers give."""
+    """`TokenModel.step` that records the outputs of the layers."""
 
     def __init__(self, step: Callable[[int, Tokens], tuple[Tokens, Decision | None]]):
         self.step = step
@@ -173,14 +173,14 @@ class _Recorder:
 
 
 def _should_fold(node: Any) -> bool | None:
-    """Return False for a node that reads a weight, else None: the optimizer decides."""
+    """Return False for a node that reads a weight; else None, to let the optimizer decide."""
     return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
 
 
 def _rename_nodes(graph: onnx.ModelProto) -> None:
     """Name weights as in the checkpoint, nodes after their layer ("layers.3.mixer.in_proj/MatMul"), values after nodes.
 
-    The exporter's metadata is removed: it has file names and lines of code of this machine.
+    The exporter's metadata is removed, because it contains file names and lines of code of this machine.
     """
     wrapper = "model."
     values = {t.name: t.name.removeprefix(wrapper) for t in graph.graph.initializer if t.name.startswith(wrapper)}
@@ -189,7 +189,7 @@ def _rename_nodes(graph: onnx.ModelProto) -> None:
     scope = ""
     for node in graph.graph.node:
         metadata = {p.key: p.value for p in node.metadata_props}
-        if "pkg.torch.onnx.name_scopes" in metadata:  # nodes that the optimizer made belong to the scope around them
+        if "pkg.torch.onnx.name_scopes" in metadata:  # nodes created by the optimizer belong to the enclosing scope
             scopes = [s for s in ast.literal_eval(metadata["pkg.torch.onnx.name_scopes"])[:-1] if s.startswith(wrapper)]
             scope = scopes[-1].removeprefix(wrapper) if scopes else ""
         name = f"{scope or 'model'}/{node.op_type.split('_')[0]}"
@@ -202,7 +202,7 @@ def _rename_nodes(graph: onnx.ModelProto) -> None:
         for names in (node.input, node.output):
             names[:] = [values.get(name, name) for name in names]
     weights = {tensor.name for tensor in graph.graph.initializer}
-    infos = [info for info in graph.graph.value_info if info.name not in weights]  # a weight has its type itself
+    infos = [info for info in graph.graph.value_info if info.name not in weights]  # a weight already has its type
     del graph.graph.value_info[:]
     graph.graph.value_info.extend(infos)
     for value in (*graph.graph.initializer, *graph.graph.value_info):
@@ -214,7 +214,7 @@ def _rename_nodes(graph: onnx.ModelProto) -> None:
 
 
 def _fill_batch(graph: onnx.ModelProto) -> None:
-    """Make the graph compute one image of zeros if its batch is empty; `_trim_batch` removes it from an output."""
+    """Make the graph process one image of zeros for an empty batch; `_trim_batch` removes it from an output."""
     import onnx
 
     filled = "images/filled"
@@ -249,8 +249,8 @@ def _trim_batch(graph: onnx.ModelProto, output: onnx.ValueInfoProto) -> None:
 def _set_opset(graph: onnx.ModelProto, opset: int) -> None:
     """Set the graph's opset to the one it was traced for, or a newer one.
 
-    In newer opsets the operators used here gained types and attributes (Range in 27) without changing their meaning;
-    and every file is run before it is put in place.
+    In newer opsets the operators used here gained types and attributes (Range in 27) without changing their meaning,
+    and every file is tested before it is written to its final location.
     """
     import onnx
 
@@ -284,9 +284,9 @@ def _store_half(graph: onnx.ModelProto) -> None:
 
 
 def _remove_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration without the paths of this machine, because an ONNX file is made to be given away.
+    """Return a configuration without local paths, because ONNX files are meant to be shared.
 
-    The record of the reconstruction is removed as well, because it names the data.
+    The record of the reconstruction is also removed, because it names the data.
     """
     pruning = config["pruning"]
     if pruning is not None:
@@ -297,7 +297,7 @@ def _remove_paths(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silence_exporter():
-    """Silence the exporter's log and warnings, and redirect its prints from stdout, which has this program's output."""
+    """Silence the exporter's log and warnings, and redirect its prints from stdout, which is for program output."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

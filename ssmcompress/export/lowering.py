@@ -2,8 +2,8 @@
 
 This backend computes nothing. A node is named after the kind of its op and the arguments that are present
 ("SelectiveScan_bf_D_bias_softplus"), and its inputs are the tensors of these arguments. `functions.function_text`
-writes the function of any such name in ONNX operators. So the graph shows one node where the model has one op, and how
-a scan is computed is chosen after the graph was made.
+writes the function of any such name in ONNX operators. So the graph has one node for each op of the model, and the form
+of a scan is chosen after the graph has been built.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..ops.selective_scan import SCORES, ScanPath, step_size
 __all__ = ["causal_conv1d", "gather_tokens", "grid_conv2d", "rms_norm", "scan_paths", "selective_scan", "topk_tokens"]
 
 DOMAIN = "ssmcompress"
-_NUMBER_SIGNS = {ord("-"): "m", ord("."): "p"}  # the name of a function has letters and digits alone
+_NUMBER_SIGNS = {ord("-"): "m", ord("."): "p"}  # function names consist of letters and digits only
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, reverse, add, order) -> Tensor:
@@ -69,27 +69,27 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
     if positions is None:
         return reference.grid_conv2d(x, weight, bias, grid, None, activation)
     kept = x.shape[1]
-    rows = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # for a missing token, the row of zeros
+    rows = positions.new_full((x.shape[0], grid[0] * grid[1]), kept)  # missing tokens refer to the row of zeros
     rows = rows.scatter(1, positions, torch.arange(kept, device=positions.device).expand_as(positions))
     full_grid = gather_tokens(F.pad(x, (0, 0, 0, 1)), rows)
     return gather_tokens(reference.grid_conv2d(full_grid, weight, bias, grid, None, activation), positions)
 
 
 def topk_tokens(scores: Tensor, count: int) -> Tensor:
-    """See `ssmcompress.ops.topk_tokens`. It becomes ONNX TopK, which prefers the lower index for equal values."""
+    """See `ssmcompress.ops.topk_tokens`. Emits ONNX TopK, which prefers the lower index for equal values."""
     best = scores.topk(count, dim=1).indices
     return best.topk(count, dim=1, largest=False).values
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """See `ssmcompress.ops.gather_tokens`. GatherND copies whole rows; torch's gather would index every number."""
+    """See `ssmcompress.ops.gather_tokens`. GatherND copies whole rows; torch's gather would index every element."""
     shape = (*index.shape, tokens.shape[2])
     inputs, attributes = (tokens, index.long()[..., None]), {"batch_dims": 1}
     return torch.onnx.ops.symbolic("GatherND", inputs, attributes, dtype=tokens.dtype, shape=shape, version=13)
 
 
 def lower_modules(model: nn.Module) -> None:
-    """Make modules of a model call what this backend has for them, in place: batch norms and adaptive mean pools."""
+    """Replace the forward of batch norms and adaptive average pools of a model by the ops of this backend, in place."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.forward = partial(batch_norm, module)
@@ -98,10 +98,10 @@ def lower_modules(model: nn.Module) -> None:
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Return the norm of maps (batch, channels, rows, columns), with the statistics that it has.
+    """Normalise maps (batch, channels, rows, columns) with the running statistics.
 
-    It is a call of a function: onnxscript's optimizer multiplies a BatchNormalization into the weights of the
-    convolution before it, which then are not the model's any more. A runtime does that when it loads the file.
+    It is a function call, because onnxscript's optimizer folds a BatchNormalization into the weights of the preceding
+    convolution, which would then differ from the model's. A runtime does this when it loads the file.
     """
     tensors = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     (y,) = _call("BatchNorm", [name_number(norm.eps)], tensors, [x])
@@ -111,8 +111,8 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def adaptive_avg_pool(size: int | tuple[int | None, int | None], x: Tensor) -> Tensor:
     """Return the means (batch, channels, *size) of maps (batch, channels, rows, columns), as two matrix products.
 
-    torch's exporter gathers every window and adds up its places one by one, of ranges that it computes in the graph:
-    130 nodes for the pyramid of a UperNet on a grid of 5 x 6, and more where windows are larger.
+    torch's exporter gathers every window and adds its elements one by one, with ranges computed in the graph: 130 nodes
+    for the pyramid of a UperNet on a grid of 5 x 6, and more for larger windows.
     """
     parts = size if isinstance(size, tuple) else (size, size)
     rows, columns = (
@@ -122,7 +122,7 @@ def adaptive_avg_pool(size: int | tuple[int | None, int | None], x: Tensor) -> T
 
 
 def _means(side: int, parts: int) -> Tensor:
-    """Return the matrix (parts, side) of the means over the parts of a side, which overlap where it does not divide."""
+    """Return the matrix (parts, side) of means over the parts of a side, which overlap if it is not divisible."""
     matrix = []
     for part in range(parts):
         first, last = part * side // parts, -(-(part + 1) * side // parts)
@@ -149,12 +149,12 @@ def _call_scans(paths: list[ScanPath], delta_softplus: bool) -> list[Tensor]:
 
 
 def name_number(value: float) -> str:
-    """Return a number as a part of a function's name: "1em05"; `read_number` reads it."""
+    """Encode a number as part of a function name, such as "1em05"; `read_number` decodes it."""
     return repr(value).translate(_NUMBER_SIGNS)
 
 
 def read_number(part: str) -> float:
-    """Return the number that a part of a function's name stands for."""
+    """Decode a number from part of a function name."""
     return float(part.translate({ord(new): chr(old) for old, new in _NUMBER_SIGNS.items()}))
 
 

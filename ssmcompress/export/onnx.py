@@ -1,4 +1,4 @@
-"""Export of a model as an ONNX file, which is run and compared with the model before it is put in place."""
+"""Export of a model to an ONNX file, which is run and compared with the model before it is written."""
 
 from __future__ import annotations
 
@@ -47,16 +47,15 @@ DTYPES = ("float32", "float16")
 
 @dataclass(frozen=True)
 class Exported(Verification):
-    """The written file, in addition to how it compares with its model.
+    """Properties of the written file, in addition to the comparison with its model.
 
     Attributes:
         opset, dtype: of the file. bytes: its size, including a second file with the weights if there is one.
-        scan: the form of its scans. scan_ms: milliseconds of each form that was timed, by batch size, the chosen one
-            first.
+        scan: the form of its scans. scan_ms: milliseconds of each timed form by batch size, with the chosen form first.
         refused: the reason why each of the other forms was not timed.
-        provider: onnxruntime's execution provider, on which the file was timed and verified.
-        session: the options of onnxruntime's sessions that the file's metadata recommends, and with which it was timed
-            and verified: `intra_op_num_threads`, 0 for all cores that a process may use, and entries of `config`.
+        provider: onnxruntime's execution provider with which the file was timed and verified.
+        session: the session options of onnxruntime recommended in the file's metadata, with which it was timed and
+            verified: `intra_op_num_threads`, 0 for all cores that a process may use, and entries of `config`.
         latency: rows {`model` ("dense" or "pruned"), `by` ("torch" or "onnxruntime"), `batch`, `ms`, `ms_low`,
             `ms_high`}, medians and quartiles over alternating rounds of calls; None: not measured.
         latency_settings: the settings of the measurement, with the `load` of the machine before it.
@@ -76,18 +75,19 @@ class Exported(Verification):
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """How a model is exported and verified.
+    """Options for exporting and verifying a model.
 
     Attributes:
-        data: the images to verify on, as `open_images` takes them. None: those that the model names, else photographs.
+        data: the images for verification, see `open_images`. None: those named by the model, else photographs.
         atol: the largest allowed difference of a logit.
-        opset: the ONNX opset. None: the newest that the installed onnxruntime runs.
-        scan: how scans are computed, one of `FORMS`, or "auto": the fastest on this machine, at batch 1 and 8 (at 1
-            alone if 8 images have more than 34 million logits).
-        dtype: type of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in both.
+        opset: the ONNX opset. None: the newest one supported by the installed onnxruntime.
+        scan: form of the scans, one of `FORMS`, or "auto": the fastest on this machine at batch sizes 1 and 8 (only 1
+            if 8 images have more than 34 million logits).
+        dtype: dtype of the matrices in the file, "float32" or "float16"; states and arithmetic are float32 in both
+            cases.
         provider: onnxruntime's execution provider for timing and verification: "cpu", "cuda", ...
-        debug_outputs: whether the positions that each stage keeps become outputs, too.
-        latency: whether to time onnxruntime and torch, on the dense model as well where one is given.
+        debug_outputs: whether the kept positions of each stage become additional outputs.
+        latency: whether to time onnxruntime and torch, also on the dense model if given.
     """
 
     data: str | Path | None = None
@@ -110,18 +110,18 @@ def export_onnx(
 ) -> Exported:
     """Write `model`, pruned or dense, as an ONNX file with a dynamic batch, after checking it in onnxruntime.
 
-    Kept counts are static, and so is the size of the images, `model.config.image_size`. The input `images` is prepared
-    as `model.preprocessing` says; the output is `logits`, (batch, classes), or of a segmentation model (batch, classes,
-    height, width). The file's metadata has the task, preprocessing, class names, pruning, versions and recommended
-    options of onnxruntime's sessions, as JSON under "ssmcompress". Weights beyond 2 GB go into a second file in the
-    same folder, `<file>.data`.
+    Kept counts are static, as is the image size, `model.config.image_size`. The input `images` must be preprocessed as
+    in `model.preprocessing`; the output is `logits`, (batch, classes), or for segmentation (batch, classes, height,
+    width). The file's metadata has the task, preprocessing, class names, pruning, versions and recommended onnxruntime
+    session options, as JSON under "ssmcompress". Weights beyond 2 GB are written to a second file in the same folder,
+    `<file>.data`.
 
     Args:
         dense: the model before pruning, timed as well if `options.latency`.
         force: whether to replace an existing file.
 
     Raises:
-        VerificationError: the graph computes something else; no file is written.
+        VerificationError: the outputs of the graph differ; no file is written.
         InputError: the file exists or cannot be written, or an option is not available on this machine.
     """
     require_extra("onnx")
@@ -144,7 +144,7 @@ def export_onnx(
     provider_name = find_provider(provider)
     forms, refused = choose_forms(options.scan, opset)
     if not any(isinstance(block, ScanBlock) for block in model.blocks):
-        forms, refused = forms[:1], {}  # without scans, all forms are one
+        forms, refused = forms[:1], {}  # without scans, all forms are the same
     images = model.find_images(options.data)
     traced = trace(model, opset, class_names(images, model.config.num_classes))
     times: dict[str, dict[str, float]] = {}
@@ -188,7 +188,7 @@ def export_onnx(
 
 
 def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") -> onnx.ModelProto:
-    """Build the ONNX graph of `model`; onnx checks it, but it is not run."""
+    """Build the ONNX graph of `model`, checked by onnx but not run."""
     require_extra("onnx")
     import onnx
 
@@ -198,7 +198,7 @@ def build_onnx(model: TokenModel, opset: int | None = None, scan: str = "scan") 
 
 
 def _batches(model: TokenModel) -> tuple[int, ...]:
-    """Return the batch sizes that are timed: one image alone where 8 take a few GB, and minutes."""
+    """Return the batch sizes to time: only one image if 8 would take a few GB, and minutes."""
     return BATCHES if takes_batches(model) else BATCHES[:1]
 
 

@@ -1,4 +1,4 @@
-"""onnxruntime on this machine: what it runs, and how fast."""
+"""Capabilities and timing of onnxruntime on this machine."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .functions import FORMS, STANDARD_OPSET
 
 BATCHES = (1, 8)
 METADATA_KEY = "ssmcompress"  # of the metadata of an ONNX file, a JSON object
-# The options of a session that exported files recommend, as they are written into their metadata. No number of threads
-# is right for every machine: 0 stands for all cores that the process may use. Figures are in docs/onnx.md.
+# The session options recommended in the metadata of exported files. No number of threads is right for every machine: 0
+# stands for all cores that the process may use. Measurements are in docs/onnx.md.
 SESSION = {"intra_op_num_threads": 0, "config": {"session.intra_op.allow_spinning": "0"}}
-# The entries of `config` that a file may set, each "0" or "1"; they change the speed alone. Others are not applied:
-# some make onnxruntime write files, or change what it computes.
+# The entries of `config` that a file may set, each "0" or "1"; they only affect the speed. Others are not applied: some
+# make onnxruntime write files, or change its results.
 CONFIG_ENTRIES = ("session.intra_op.allow_spinning", "session.force_spinning_stop")
 
 
 @cache
 def newest_opset() -> int:
-    """Return the newest opset that the installed onnxruntime runs and the installed onnx knows."""
+    """Return the newest opset that both the installed onnxruntime and the installed onnx support."""
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
@@ -55,7 +55,7 @@ def _make_smallest_model(opset: int) -> bytes:
 
 
 def find_provider(name: str) -> str:
-    """Return onnxruntime's name of an execution provider: "cpu" is CPUExecutionProvider.
+    """Return onnxruntime's name of an execution provider, such as CPUExecutionProvider for "cpu".
 
     Raises:
         InputError: the installed onnxruntime does not have it.
@@ -69,16 +69,16 @@ def find_provider(name: str) -> str:
 
 
 def read_session(metadata: str | bytes | None) -> dict[str, Any]:
-    """Return the options of a session that an ONNX file recommends, in the form of `SESSION`.
+    """Return the session options recommended by an ONNX file, in the form of `SESSION`.
 
-    Entries that are unknown here are left out, which is noted.
+    Unknown entries are ignored, with a note.
 
     Args:
-        metadata: the JSON text under `METADATA_KEY` in the file's metadata. Without one, or without recommended options
-            in it, as in files of earlier versions, the options are `SESSION`.
+        metadata: the JSON text under `METADATA_KEY` in the file's metadata. If it is missing, or has no recommended
+            options, as in files of earlier versions, the options are `SESSION`.
 
     Raises:
-        InputError: the text is no JSON object, or an option has a value of another kind.
+        InputError: the text is not a JSON object, or an option has an invalid value.
     """
     if metadata is None:
         return SESSION
@@ -92,7 +92,7 @@ def read_session(metadata: str | bytes | None) -> dict[str, Any]:
         return SESSION
     _expect(isinstance(found, dict), "session", found, "an object")
     threads, config = found.get("intra_op_num_threads", 0), found.get("config", {})
-    # bool is a kind of int in Python, and not in JSON
+    # bool is a subclass of int in Python, but not in JSON
     whole = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 0
     _expect(whole, "session.intra_op_num_threads", threads, "a whole number from 0")
     _expect(isinstance(config, dict), "session.config", config, "an object")
@@ -116,24 +116,24 @@ def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def describe_session(recommended: Mapping[str, Any]) -> str:
-    """Return options of a session, in the form of `SESSION`, as a line of text."""
+    """Format session options, in the form of `SESSION`, as a line of text."""
     entries = [f"{key}={value}" for key, value in recommended["config"].items()]
     return ", ".join([f"intra_op_num_threads={recommended['intra_op_num_threads'] or 'all cores'}", *entries])
 
 
 def session_options(recommended: Mapping[str, Any] = SESSION) -> Any:
-    """Return onnxruntime's options for a session.
+    """Return the onnxruntime session options.
 
     Args:
-        recommended: options in the form of `SESSION`, which are those of exported files. There are never more threads
-            than torch has, which stand for the cores that the process may use.
+        recommended: options in the form of `SESSION`, from an exported file. The number of threads is limited to that
+            of torch, which stands for the cores that the process may use.
     """
     import onnxruntime
     import torch
 
     options = onnxruntime.SessionOptions()
     cores = torch.get_num_threads()
-    # 0 is replaced here, because onnxruntime's own 0 also ties each thread to one core.
+    # 0 is replaced here, because in onnxruntime 0 also pins each thread to a core.
     options.intra_op_num_threads = min(recommended["intra_op_num_threads"] or cores, cores)
     for key, value in recommended["config"].items():
         options.add_session_config_entry(key, value)
@@ -150,8 +150,8 @@ def open_session(
     """Load an ONNX file, given by its content or its path, into an onnxruntime session.
 
     Args:
-        weights: folder with the external data of a file that is given by its content.
-        recommended: options of the session, as `read_session` returns them.
+        weights: folder with the external data of a file given by its content.
+        recommended: the session options, from `read_session`.
 
     Raises:
         InputError: onnxruntime cannot load the file, or the provider does not work on this machine.
@@ -193,7 +193,7 @@ def _first_line(error: Exception) -> str:
 
 
 def choose_forms(scan: str, opset: int) -> tuple[list[str], dict[str, str]]:
-    """Return the forms of the scan to choose from, and the reason why each of the others is not available.
+    """Return the candidate forms of the scan, and the reason why each of the others is unavailable.
 
     Args:
         scan: one of `FORMS`, or "auto". opset: the opset of the file to be written.
@@ -231,7 +231,7 @@ def rank_by_speed(
 ) -> dict[str, dict[str, float]]:
     """Time ONNX files and return milliseconds by batch size for each, fastest first.
 
-    The order is by the product of the times over the batch sizes. Files that the provider does not run are left out.
+    They are sorted by the product of the times over the batch sizes. Files that the provider cannot run are omitted.
 
     Args:
         shape: shape of one image. batches: the batch sizes.
@@ -254,7 +254,7 @@ def rank_by_speed(
 def time_round(file: Path, provider: str, shape: tuple[int, ...], repeats: int) -> list[float]:
     """Return milliseconds of consecutive runs of an ONNX file in a new session, after a warm-up run.
 
-    The threads end with the session, so that none is left to compete with whatever is timed next.
+    The threads end with the session, so that none of them competes with the next measurement.
     """
     session = open_session(file, provider)
     images = np.zeros(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Verification that an ONNX file computes what its model computes, and localisation of a difference."""
+"""Verification that an ONNX file gives the same results as its model, and localisation of differences."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ if TYPE_CHECKING:
 
 ATOL = 1e-4
 VERIFY_IMAGES = 36  # four batches of 8, one of 3 and one of 1
-# Largest difference of a layer's features that is accepted, relative to the largest feature; rounding gives 1e-6.
+# Largest accepted difference of a layer's features, relative to the largest feature; rounding gives 1e-6.
 FEATURES_RTOL = 1e-4
-# Percent of pixels that must get the same class, where pixels are classified. Their logits are held to `atol` as those
-# of images are, but of millions of pixels, some have two classes that are equal up to rounding.
+# Percent of pixels that must get the same class in segmentation. Their logits are also held to `atol`, but among
+# millions of pixels, some have two classes that are equal up to rounding.
 LEAST_SAME_PIXELS = 99.0
-# Most logits of a batch of 8 images, 128 MB: those of 150 classes at 160 x 160 pixels.
+# Maximum number of logits of a batch of 8 images, 128 MB: 150 classes at 160 x 160 pixels.
 BATCH_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How an ONNX file compares with the model it was made from.
+    """The result of comparing an ONNX file with its model.
 
     Attributes:
-        images: number of images run through both. data: name of their data set.
-        max_difference: the largest difference of a logit, over the images whose kept tokens are the same.
-        top1_agreement: percent of all images, or of their pixels, that get the same class from both.
-        ties: names of images that kept other tokens because two scores are equal up to rounding.
-        mismatches: names of images that kept other tokens for any other reason.
+        images: number of images run through both. data: name of their dataset.
+        max_difference: the largest difference of a logit over the images with the same kept tokens.
+        top1_agreement: percent of all images, or of their pixels, with the same predicted class.
+        ties: names of images with different kept tokens because two scores are equal up to rounding.
+        mismatches: names of images with different kept tokens for any other reason.
         atol: the largest allowed max_difference.
-        stages: for each stage the layer that it comes `after`, its number of `kept` tokens, and for how many images
-            these are the `same`; None: the file does not name its stages.
-        weights: names of the model's weights that have other values in the file; None: no weight in the file has a
-            name of the model's.
-        first_layer: the first layer, from 1, after which the features differ; 0: after none; None: not determined.
-        rounding: `max_difference` and `top1_agreement` between the model and the model with its weights rounded as in
-            the file, which is what the file is compared with; None: the file rounds no weight.
-        task: name of the model's task; "segmentation": classes are those of pixels.
+        stages: for each stage the layer that it comes `after`, its number of `kept` tokens, and the number of images
+            for which these are the `same`; None: the file does not name its stages.
+        weights: names of the model's weights that have different values in the file; None: no weight in the file has
+            the name of a model weight.
+        first_layer: the first layer (1-based) after which the features differ; 0: none; None: not determined.
+        rounding: `max_difference` and `top1_agreement` between the model and the model with weights rounded as in the
+            file, with which the file is compared; None: the file rounds no weight.
+        task: name of the model's task; for "segmentation", classes refer to pixels.
     """
 
     images: int
@@ -78,7 +78,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether the file computes what the model computes; a NaN fails, too."""
+        """Whether the file gives the same results as the model; a NaN also fails."""
         least = 100 if self.task == CLASSIFICATION.name else LEAST_SAME_PIXELS
         same = self.max_difference <= self.atol and self.top1_agreement >= least
         return same and not self.mismatches and not self.weights and len(self.ties) < self.images
@@ -94,18 +94,18 @@ def verify_onnx(
 ) -> Verification:
     """Compare an ONNX file with its model: weight by weight, and onnxruntime with torch on real images.
 
-    Images go in batches of 8, of 3 and of 1, or of 3 and of 1 if they have many logits. Where the file stores weights
-    as float16, the model's are rounded in the same way before the comparison. Sessions have the options that the file
-    recommends in its metadata.
+    Images are run in batches of 8, 3 and 1, or of 3 and 1 if they have many logits. If the file stores weights as
+    float16, the model's weights are rounded in the same way before the comparison. Sessions use the options recommended
+    in the file's metadata.
 
     Args:
-        data: images, as `open_images` takes them; None: those that the model names, else photographs.
+        data: images, see `open_images`; None: those named by the model, else photographs.
         provider: onnxruntime's execution provider, for example "cpu" or "cuda".
 
     Raises:
-        VerificationError: they differ by more than `atol`, in a class, in the tokens kept, or in a weight; of the
-            pixels of a segmentation model, at most 1 % may get another class.
-        InputError: not an ONNX file, one of another kind of model, or one whose metadata has odd session options.
+        VerificationError: they differ by more than `atol`, in a class, in the kept tokens, or in a weight; in
+            segmentation, at most 1 % of the pixels may get a different class.
+        InputError: it is not an ONNX file, belongs to another kind of model, or has invalid session options.
     """
     require_extra("onnx")
     if not 0 <= atol < float("inf"):
@@ -136,7 +136,7 @@ def verify_onnx(
 
 
 class _OnnxFile:
-    """An ONNX file in a session whose outputs are the logits and the kept tokens; `open` makes sessions with others."""
+    """A session of an ONNX file that outputs the logits and the kept tokens; `open` creates sessions with others."""
 
     def __init__(self, source: onnx.ModelProto | str | Path, model: TokenModel, provider: str):
         import onnx
@@ -170,7 +170,7 @@ class _OnnxFile:
         for tensor in self.graph.graph.initializer:
             try:
                 yield tensor.name, onnx.numpy_helper.to_array(tensor, base_dir=self.folder)
-            except Exception as error:  # missing, too short, outside the folder, or of an unknown type
+            except Exception as error:  # a file is missing, too short, outside the folder, or of unknown type
                 raise_if_out_of_memory(error)
                 raise InputError(f"cannot read the weight {tensor.name} of the ONNX file ({error})") from error
 
@@ -185,7 +185,7 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
     except OSError as error:
         raise_if_out_of_memory(error)
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # protobuf's own error type
         raise_if_out_of_memory(error)
         raise InputError(f"{file}: not an ONNX file") from error
     if not graph.graph.node:
@@ -196,11 +196,11 @@ def read_graph(file: str | Path) -> onnx.ModelProto:
 def compare_weights(
     model: TokenModel, weights: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[TokenModel, list[str] | None]:
-    """Round the model's weights as the file does, and compare them with the file's.
+    """Round the model's weights as in the file, and compare them with the weights of the file.
 
     Returns:
-        The model with those weights rounded, or `model` itself if the file rounds none. The names of weights that
-        still differ, or None if no weight in the file has a name of the model's.
+        The model with rounded weights, or `model` itself if the file rounds none. The names of weights that still
+        differ, or None if no weight in the file has the name of a model weight.
     """
     state = {name: tensor.detach().cpu().float() for name, tensor in model.state_dict().items()}
     rounded, differing, matches = {}, [], 0
@@ -213,7 +213,7 @@ def compare_weights(
             ours = rounded[name] = ours.half().float()
         if tuple(ours.shape) != theirs.shape or not np.array_equal(ours.numpy(), theirs):
             differing.append(name)
-    for name in state.keys() - rounded.keys():  # the exporter keeps one of equal tensors
+    for name in state.keys() - rounded.keys():  # the exporter deduplicates equal tensors
         if any(torch.equal(state[name], state[twin]) for twin in [*rounded] if state[twin].shape == state[name].shape):
             rounded[name] = state[name].half().float()
     if rounded:
@@ -223,7 +223,7 @@ def compare_weights(
 
 
 class _Comparison:
-    """The figures of a `Verification`, accumulated over batches."""
+    """Accumulates the results of a `Verification` over batches."""
 
     def __init__(self, model: TokenModel, kept: Sequence[str]):
         self.kept, self.task = kept, model.task
@@ -251,11 +251,11 @@ class _Comparison:
                 stage["same"] += int(set(decision.kept[row].tolist()) == set(theirs[row].tolist()))
 
     def _agreement(self, ours: np.ndarray, theirs: np.ndarray) -> float:
-        """Return the share of the decisions of one image that two outputs have in common."""
+        """Return the share of an image's decisions on which two outputs agree."""
         return float(self.task.agreement(torch.from_numpy(ours)[None], torch.from_numpy(theirs)[None]))
 
     def result(self, data: str, atol: float, weights: list[str] | None, rounded: bool) -> Verification:
-        """Return the figures of all batches; `rounded`: whether the file rounds weights."""
+        """Return the result over all batches; `rounded`: whether the file rounds weights."""
         rounding = {
             "max_difference": self.max_rounding,
             "top1_agreement": 100 * self.same_rounded / self.count,
@@ -293,9 +293,9 @@ def compare_kept(decisions: list[Decision], kept: list[np.ndarray], row: int) ->
 
 
 def _make_batches(images: Images, model: TokenModel) -> list[Batch]:
-    """Read images that are spread over the data set, in as many batches of 8 as possible, then of 3, then of 1.
+    """Read images spread over the dataset, in as many batches of 8 as possible, then of 3, then of 1.
 
-    There are none of 8 if so many images have more than `BATCH_LOGITS`.
+    There are no batches of 8 if 8 images have more than `BATCH_LOGITS`.
     """
     index = np.unique(np.linspace(0, len(images) - 1, VERIFY_IMAGES).round().astype(int)).tolist()
     (batch,) = Batches(images, model.fixed_transform(), index, batch_size=len(index), labelled=False)
@@ -306,7 +306,7 @@ def _make_batches(images: Images, model: TokenModel) -> list[Batch]:
 
 
 def takes_batches(model: TokenModel) -> bool:
-    """Return whether 8 images at a time have at most `BATCH_LOGITS`; they take a few GB in a model that segments."""
+    """Return whether 8 images have at most `BATCH_LOGITS`; in segmentation models they can take a few GB."""
     pixels = math.prod(model.config.image_size) if model.task.name == SEGMENTATION.name else 1
     return 8 * pixels * model.config.num_classes <= BATCH_LOGITS
 
@@ -321,7 +321,7 @@ def _find_first_layer(model: TokenModel, file: _OnnxFile, images: Tensor, device
     with torch.no_grad():
         tokens = model.embed(images.to(device))
         for layer, theirs in enumerate(outputs, 1):
-            # Files of earlier versions have all tokens of the last layer, others those that are read out.
+            # Files of earlier versions have all tokens of the last layer, newer ones only those that are read out.
             alone = model.shortens_last and layer == len(outputs) and theirs.shape[1] < counts[-1]
             tokens, _ = model.step(layer, model.enter(layer, tokens), protected_only=alone)
             ours = _to_numpy(tokens.features)
@@ -349,7 +349,7 @@ def _describe_failure(result: Verification) -> str:
 
 
 def _describe_difference(result: Verification) -> str:
-    """Return how far logits differ, where any can be compared."""
+    """Describe the difference of the logits, if any can be compared."""
     if len(result.ties) + len(result.mismatches) == result.images:
         return "no image keeps the same tokens, so that logits could be compared"
     return f"largest difference {result.max_difference:.3g} (allowed {result.atol:g})"

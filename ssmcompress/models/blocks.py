@@ -1,4 +1,4 @@
-"""The layers of the models, from Tokens to Tokens: what can be pruned after, aligned and trimmed."""
+"""Base classes of the models' layers, which map Tokens to Tokens and support pruning, alignment and trimming."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .sizes import ScanReading
 def low_rank(
     inputs: int, rank: int, outputs: int | None = None, device: torch.device | str | None = None
 ) -> nn.Sequential:
-    """Return a linear map (inputs) -> (outputs) of the given rank, without bias, as two float32 layers.
+    """Return a low-rank linear map (inputs) -> (outputs) without bias, as two float32 layers.
 
     Args:
-        outputs: None: as many as inputs.
+        outputs: None: equal to `inputs`.
     """
     outputs = inputs if outputs is None else outputs
     options = {"bias": False, "device": device or "cpu", "dtype": torch.float32}
@@ -30,16 +30,16 @@ def low_rank(
 
 
 class Block(nn.Module, abc.ABC):
-    """One layer, from Tokens to Tokens; it aligns its ops to the positions of the tokens.
+    """One layer, which maps Tokens to Tokens and aligns its ops to the positions of the tokens.
 
-    A layer can have two parts that add to the residual stream, as attention and an MLP: `begin` and `end`. Then tokens
-    are dropped between the two.
+    A layer can have two parts that each add to the residual stream, such as attention and an MLP: `begin` and `end`.
+    Tokens are then dropped between the two.
 
     Attributes:
-        residual_scale: factor of the projection when it is added to the residual stream, one or one for each feature.
-        scores: names of the scores of tokens that `begin` can compute.
-        end_projection: name of the linear layer whose result `end` adds to the residual stream, times `end_scale`; None
-            if the layer has no second part.
+        residual_scale: scalar or per-feature factor of the projection when it is added to the residual stream.
+        scores: names of the token scores that `begin` can compute.
+        end_projection: name of the linear layer whose output, times `end_scale`, `end` adds to the residual stream;
+            None if the layer has no second part.
     """
 
     residual_scale: float | Tensor = 1.0
@@ -50,7 +50,7 @@ class Block(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def refitted(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the linear layers of `begin` that reconstruction refits, in groups in the order in which they run.
+        """Names of the linear layers of `begin` that reconstruction refits, in groups in execution order.
 
         Layers of one group do not feed each other. The last group is the projection into the residual stream:
         features out = features in + residual_scale * projection. Empty if the layer has no such projection.
@@ -58,44 +58,44 @@ class Block(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def begin(self, tokens: Tokens, metric: str | None = None, protected_only: bool = False) -> Tokens:
-        """Return the tokens at the place of a stage, with scores of `metric` unless it is None.
+        """Return the tokens at the point where a stage applies, with scores of `metric` unless it is None.
 
         Args:
-            protected_only: compute only the protected tokens that are read out, which are then the only ones left.
+            protected_only: compute, and return, only the protected tokens that are read out.
         """
 
     def end(self, tokens: Tokens) -> Tokens:
-        """Return the tokens after the layer, from those after its stage."""
+        """Run the second part of the layer on the tokens kept by its stage."""
         return tokens
 
     def forward(
         self, tokens: Tokens, metric: str | None = None, protected_only: bool = False, part: str | None = None
     ) -> Tokens:
-        """Return the tokens after the layer without a stage, or after one of its parts.
+        """Run the whole layer without a stage, or one of its parts.
 
         Args:
-            part: "begin" or "end"; None: both. Others as for `begin`.
+            part: "begin" or "end"; None: both. The other arguments are those of `begin`.
         """
         tokens = tokens if part == "end" else self.begin(tokens, metric, protected_only)
         return tokens if part == "begin" else self.end(tokens)
 
 
 class ScanBlock(Block):
-    """A layer of scans, whose states decay at pruned positions."""
+    """A layer of selective scans, whose hidden states decay at pruned positions."""
 
     scores = frozenset(SCORES)
 
     @abc.abstractmethod
     def deltas(self, tokens: Tokens) -> Tensor:
-        """Return delta after softplus (deltas, batch, kept, d_inner), as this layer uses it, one for each dt_proj."""
+        """Return the step sizes after softplus (deltas, batch, kept, d_inner) of this layer, one for each dt_proj."""
 
     @abc.abstractmethod
     def bias_delta(self) -> Tensor:
-        """Return the delta (deltas, d_inner) of a position without input: softplus of the bias."""
+        """Return the step size (deltas, d_inner) at a position without input: softplus of the bias."""
 
     @abc.abstractmethod
     def set_gap_delta(self, delta: Tensor | None) -> None:
-        """Set the delta (deltas, d_inner) with which pruned positions decay the state; None: they are not aligned."""
+        """Set the step size (deltas, d_inner) by which pruned positions decay the state; None: no alignment."""
 
     @property
     @abc.abstractmethod
@@ -112,7 +112,7 @@ class TrimmableBlock(ScanBlock):
     @property
     @abc.abstractmethod
     def channel_maps(self) -> tuple[tuple[str, ...], str]:
-        """Names of the linear layers that read the channels: those inside, and the projection."""
+        """Names of the linear layers whose inputs are the channels: the inner ones, and the out-projection."""
 
     @property
     def d_inner(self) -> int:
@@ -126,7 +126,7 @@ class TrimmableBlock(ScanBlock):
 
     @property
     def directions(self) -> tuple[int, ...]:
-        """The numbers of the scan paths that the layer has."""
+        """The indices of the scan paths of the layer."""
         return self.scans.directions
 
     @abc.abstractmethod
@@ -135,14 +135,14 @@ class TrimmableBlock(ScanBlock):
 
     @abc.abstractmethod
     def read_weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Return for each set of scan parameters the rows of C (d_state, d_inner) and D (d_inner,)."""
+        """Return the rows of C (d_state, d_inner) and D (d_inner,) of each set of scan parameters."""
 
     def cut_states(self, index: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep some of the states, in place.
+        """Keep a subset of the states, in place.
 
         Args:
-            index: for each set of scan parameters the states to keep, ascending, as many in all sets.
-            weights: for each set the new rows of C (kept, d_inner), and D (d_inner,).
+            index: the states to keep in each set of scan parameters, ascending, the same number in all sets.
+            weights: the new rows of C (kept, d_inner), and D (d_inner,), of each set.
         """
         self.scans.cut_states(index, weights)
 

@@ -1,4 +1,4 @@
-"""Loading of models: published checkpoints, live modules, and what `saved` wrote."""
+"""Loading of models from published checkpoints, live modules and the files written by `saved`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
-# Arguments of `load` that say what the weights of some architectures do not show: fields of their configurations.
+# Arguments of `load` that set configuration fields which cannot be inferred from the weights of some architectures.
 GIVEN = ("level", "num_heads")
 
 
@@ -63,17 +63,17 @@ class LoadOptions:
 
 
 class Loaded(NamedTuple):
-    """A model, and what its file or module says about it."""
+    """A model, and the statements of its file or module about it."""
 
     model: TokenModel
     said: Statements
 
 
 class Place(NamedTuple):
-    """Where a model is read from.
+    """The location that a model is read from.
 
     Attributes:
-        path: a file or folder. name: what messages call it. recorded: how the model remembers it.
+        path: a file or folder. name: its name in messages. recorded: the path that the model records as its source.
     """
 
     path: Path
@@ -101,49 +101,48 @@ def load(
     device: str | torch.device | None = None,
     **options: Unpack[LoadArguments],
 ) -> TokenModel:
-    """Load a vision state-space model; its architecture is recognised by its weights and by what is said about it.
+    """Load a vision state-space model; its architecture is inferred from its weights and from its metadata.
 
     Args:
-        path: a checkpoint (.pth, .pt, .safetensors), a folder that `save` wrote, a live module (a Vim of any fork, for
-            instance), its state dict, or a checkpoint that `torch.load` has read. A text that is no local path may be
-            a name of the Hugging Face Hub: "owner/name", "owner/name@revision" or "owner/name:folder/file.pth". It is
-            fetched into the Hub's cache, and nothing in it is run.
+        path: a checkpoint (.pth, .pt, .safetensors), a folder written by `save`, a live module (for example a Vim of
+            any fork), its state dict, or a checkpoint already read by `torch.load`. A string that is not a local path
+            may name a repository of the Hugging Face Hub: "owner/name", "owner/name@revision" or
+            "owner/name:folder/file.pth". It is downloaded into the Hub's cache, and none of its code is run.
         device: the device of the model. None: the CPU.
-        image_size: side, or (height, width), of the images it will run on, in pixels; the position
-            embedding is interpolated. None: the size it was trained at. A segmentation model takes images of any size;
-            this is the size of the windows of one on a Vim, and the size at which one on a PlainMamba is counted.
-        stride: step between patches, in pixels, if they overlap. None: the stride in the file, else the patch
-            size.
-        weights: the entry of a training checkpoint to read, "model" or "model_ema", or the name of another entry; for
-            the state of our own fine-tuning also "best".
-        unsafe_load: unpickle also objects that torch refuses as unsafe. That can run any code; only for files you
-            trust.
-        architecture: "vim", "video_mamba", "plain_mamba", "vmamba" or "vit". Needed only where neither the weights
-            nor anything else says it: a bare state dict of a Vim has the names and shapes of a VideoMamba's for images.
-        task: "classification" or "segmentation", to be refused a file of another one. None: what the file is.
-        level: what the output levels of a segmentation model on a Vim are, where its file does not say it: "hidden",
-            "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as the file says,
+        image_size: side, or (height, width), of the input images in pixels; the position embedding is interpolated.
+            None: the training size. A segmentation model takes images of any size: on a Vim this is the window size,
+            on a PlainMamba the size for which FLOPs are counted.
+        stride: step between overlapping patches, in pixels. None: the stride in the file, else the patch size.
+        weights: the entry of a training checkpoint to read: "model", "model_ema" or the name of another entry; for a
+            fine-tuning state of this package also "best".
+        unsafe_load: also unpickle objects that torch rejects as unsafe. This can run arbitrary code; use it only for
+            files you trust.
+        architecture: "vim", "video_mamba", "plain_mamba", "vmamba" or "vit". Needed only if it cannot be inferred: a
+            bare state dict of a Vim has the same names and shapes as an image VideoMamba.
+        task: "classification" or "segmentation"; a file for another task is rejected. None: the task of the file.
+        level: the kind of output levels of a segmentation model on a Vim, if its file does not say it: "hidden",
+            "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as in the file,
             else "hidden".
-        num_heads: number of attention heads of a ViT, which its weights do not show. None: as the file says it, or the
-            model of timm that it names, else the width divided by 64.
-        frames: number of frames of a video that a model for videos will run on; the embedding of their times is
-            interpolated. None: the number it was trained at.
+        num_heads: number of attention heads of a ViT, which cannot be inferred from its weights. None: the number in
+            the file or of the timm model that it names, else the width divided by 64.
+        frames: number of frames of the input videos, for a video model; the temporal embedding is interpolated.
+            None: the number used in training.
 
     Returns:
-        A module whose forward takes images (B, C, H, W), or videos (B, C, frames, H, W), and returns logits,
-        (B, classes) or, for segmentation, (B, classes, H, W), in eval mode and float32, with `.config`, `.plan`,
-        `.task`, `.preprocessing` and `.source`.
+        A float32 module in eval mode whose forward takes images (B, C, H, W), or videos (B, C, frames, H, W), and
+        returns logits, (B, classes) or, for segmentation, (B, classes, H, W). It has `.config`, `.plan`, `.task`,
+        `.preprocessing` and `.source`.
 
     Raises:
-        InputError: the file is missing, damaged, unsafe or not a checkpoint; or it is, or may be, another model than
-            those that are supported, or a model for another task. SsmCompressError: the Hub cannot be reached.
+        InputError: the file is missing, damaged, unsafe or not a checkpoint; or it holds, or may hold, an unsupported
+            model or a model for another task. SsmCompressError: the Hub cannot be reached.
     """
     model, _ = read_model(path, LoadOptions(**options))
     return model.to(device or "cpu")
 
 
 def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOptions) -> Loaded:
-    """Load a model as `load` does, on the CPU, with what is said about it."""
+    """Load a model on the CPU as `load` does, and return it with the statements about it."""
     if isinstance(path, nn.Module):
         loaded = _read_module(getattr(path, "module", path), options)  # unwraps data parallelism
     elif isinstance(path, Mapping):
@@ -157,9 +156,9 @@ def read_model(path: str | Path | nn.Module | Mapping[str, Any], options: LoadOp
 
 
 def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | DensePreprocessing:
-    """Return the preprocessing that is said with the model, by mean and std at least, or the default one."""
+    """Return the preprocessing stated with the model (at least mean and std), else the default one."""
     default = model.default_preprocessing()
-    if model.task is SEGMENTATION:  # images are not cropped, and arguments do not say of which scale their values are
+    if model.task is SEGMENTATION:  # images are not cropped, and arguments do not give the scale of mean and std
         return _normalise(default, said, f"; `short_side` {default.short_side or 'none'} is assumed")
     names = [name for name in ("mean", "std", "crop_pct", "interpolation") if name in said.options]
     values = {name: said.options[name].value for name in names}
@@ -174,7 +173,7 @@ def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | 
 def _normalise(
     default: Preprocessing | DensePreprocessing, said: Statements, more: str = ""
 ) -> Preprocessing | DensePreprocessing:
-    """Return the preprocessing with mean and std of a configuration of mm's that fit it; `more` ends the note."""
+    """Return the preprocessing with the mean and std of an OpenMMLab configuration; `more` is appended to the note."""
     if said.normalisation is None:
         return default
     (mean, std), where = said.normalisation
@@ -206,7 +205,7 @@ def _read_module(module: nn.Module, options: LoadOptions) -> Loaded:
 def _build(
     state: Mapping[str, Tensor], said: Statements, options: LoadOptions, trained_size: tuple[int, int] | None = None
 ) -> Loaded:
-    """Build the model; what the caller says of its architecture counts where nothing else than a file name does."""
+    """Build the model; the caller's `architecture` overrides a file name, but no other statement."""
     if options.architecture is not None:
         give_architecture(said, options.architecture)
     check_task(state, options.task)
@@ -229,7 +228,7 @@ def _read_content(content: Any, said: Statements, options: LoadOptions) -> Loade
 
 
 def _find_place(name: str | Path) -> Place:
-    """Return where a model is; one of the Hub is fetched."""
+    """Return the location of a model, downloading it if it is on the Hub."""
     if (hub := parse_hub_name(name)) is None:
         path = Path(name)
         return Place(path, str(path), str(path.absolute()))
@@ -238,7 +237,7 @@ def _find_place(name: str | Path) -> Place:
 
 
 def _read_path(place: Place, options: LoadOptions) -> Loaded:
-    """Load a model from a file or folder; errors begin with its name."""
+    """Load a model from a file or folder; error messages start with its name."""
     path, name = place.path, place.name
     if not path.exists():
         raise InputError(f"{name}: no such file or folder")
@@ -271,7 +270,7 @@ def _read_path(place: Place, options: LoadOptions) -> Loaded:
 
 
 def _restore(config: dict[str, Any], content: Any, options: LoadOptions, place: Place, file: Path) -> Loaded:
-    """Build the model that we saved in `file`, of the folder at `place` or itself that file, with its source."""
+    """Build a model saved by this package in `file` (in the folder `place`, or `place` itself), and set its source."""
     path = place.path
     state, _ = find_state_dict(content, options.weights)
     check_task(state, options.task)
@@ -295,17 +294,17 @@ def _restore(config: dict[str, Any], content: Any, options: LoadOptions, place: 
 
 
 def describe_file(name: str | Path) -> Source:
-    """Return the file of the model that a name stands for, with its digest; one of the Hub is fetched."""
+    """Return the file of a named model with its digest, downloading it if it is on the Hub."""
     place = _find_place(name)
     return Source(place.recorded, sha256(place.path / WEIGHTS_FILE if place.path.is_dir() else place.path))
 
 
 def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
-    """Load the dense model that a pruned one was made from, or `override` instead; one of the Hub is fetched again.
+    """Load the dense model that a pruned one was made from, or `override`; Hub models are downloaded again.
 
     Raises:
-        InputError: the file is gone or has changed, or cannot be fetched; or `override` is pruned, or has other classes
-            or channels.
+        InputError: the file is missing, has changed or cannot be downloaded; or `override` is pruned, or has other
+            classes or channels.
     """
     source = model.source or Source("", "")
     if override is None:
@@ -313,7 +312,7 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
             raise InputError("the dense model was never a file")
         try:
             path = _find_place(source.path).path
-        except SsmCompressError as error:  # callers do without the dense model, whatever the reason
+        except SsmCompressError as error:  # callers can continue without the dense model, whatever the reason
             raise InputError(f"the dense model is not available: {error}") from error
         file = path / WEIGHTS_FILE if path.is_dir() else path
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""The classifier of a model: replaced for other classes, or left out."""
+"""The classifier of a model: replacing it for other classes, or removing it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .records import StepRecord
 
 
 class NoClassifier(nn.Identity):
-    """The classifier of a model without classes, which returns the features that it reads.
+    """The classifier of a model without classes, which returns its input features.
 
-    Its empty weight (0, width) has the dtype and the device of the model, and says in a file that there are no classes.
+    Its empty weight (0, width) has the dtype and device of the model, and marks in a file that there are no classes.
 
     Args:
-        width: features of an input.
+        width: number of input features.
     """
 
     def __init__(self, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
@@ -39,7 +39,7 @@ def make_classifier(
 
 
 def has_no_classes(weight: Tensor | None) -> bool:
-    """Return whether the weight of a classifier in a file, if any, is that of a `NoClassifier`."""
+    """Return whether the classifier weight in a file, if any, belongs to a `NoClassifier`."""
     return weight is not None and weight.ndim == 2 and weight.shape[0] == 0 < weight.shape[1]
 
 
@@ -49,10 +49,10 @@ def name_module(model: nn.Module, module: nn.Module) -> str:
 
 
 def replace_classifier(model: Any, classes: int) -> None:
-    """Give a `TokenModel` another classifier, in place; see `TokenModel.reset_classifier`.
+    """Replace the classifier of a `TokenModel` in place; see `TokenModel.reset_classifier`.
 
     Raises:
-        InputError: a number of classes that the model cannot have, or a quantised model.
+        InputError: the number of classes is invalid, or the model is quantised.
     """
     check_not_quantised(model)
     old = model.classifier
@@ -69,10 +69,10 @@ def replace_classifier(model: Any, classes: int) -> None:
     before, model.config = model.config.num_classes, replace(model.config, num_classes=classes)
     if model.origin is not None:
         model.origin = model.origin._replace(config=replace(model.origin.config, num_classes=classes))
-    # These are of the old classes: what reconstruction adds to their logits, their names, and how masks count them.
+    # These belong to the old classes: the correction of their logits, their names, and the numbering in masks.
     model.readout_correction = None
     model.classes = model.palette = model.reduce_zero_label = None
-    # The dense model that the file records has the old classes: agreement with it, and its images, mean nothing now.
+    # The recorded dense model has the old classes, so agreement with it, and its images, are no longer meaningful.
     digest = model.source.sha256 if model.source is not None else None
     model.source = None
     model.add_record(StepRecord("classifier", {"classes": classes, "before": before, "source_sha256": digest}))

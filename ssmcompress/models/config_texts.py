@@ -1,4 +1,4 @@
-"""Configurations as Python text, read without executing them: the options of the model that they describe."""
+"""Reading of model options from configurations in Python, without executing them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 
 from ..progress import note
 
-# Dictionaries in a description that are about something else.
+# Names of dictionaries in a configuration that do not describe the model.
 ABOUT_OTHERS = re.compile(r"teacher|distill|optim|sched|data|aug|loss|train|eval|val|test|head|neck")
-# Of these not even the size of the images or their mean is read, which stand in the descriptions of the data.
+# From these, not even the image size, mean and std are read, which are otherwise taken from descriptions of the data.
 TEACHERS = re.compile(r"teacher|distill")
-# Parts of mm's models that count before all else in a configuration. Its other heads are for training only.
+# Parts of OpenMMLab models, which take precedence over the rest of a configuration. Other heads are for training only.
 PARTS = ("backbone", "decode_head", "test_cfg")
-# Where mm's configurations have mean and std, of values up to 255; the last one is a step of a pipeline.
+# Places of mean and std (on a 0..255 scale) in OpenMMLab configurations; the last one is a step of a pipeline.
 NORMALISATIONS = ("data_preprocessor", "img_norm_cfg", "Normalize")
-# Names under which a description has the name of its model, the most telling ones first.
+# Keys that hold the name of the model, the most specific ones first.
 MODEL_NAMES = ("model", "arch", "architecture", "architectures", "model_name", "model_type", "backbone", "encoder",
                "name", "type")  # fmt: skip
-# Options that mean something else where a dictionary is not known to describe the model.
+# Options that may mean something else unless a dictionary is known to describe the model.
 GENERAL = {*MODEL_NAMES, "stride", "patch_stride", "input_size", "img_size", "image_size", "mean", "std", "rms_norm"}
 LONGEST_TEXT = 1 << 20  # characters of a configuration
-DEEPEST_TEXT = 100  # dictionaries, lists and operations in one another, in a Python text
+DEEPEST_TEXT = 100  # nesting depth of dictionaries, lists and operations in a Python text
 LARGEST_NUMBER = 1 << 63  # in the results of arithmetic
-LONGEST_LIST = 4096  # numbers in a list that a text multiplies, and
-LARGEST_LISTS = 1 << 16  # entries of all of these lists, and of the dictionaries that are copied into others
+LONGEST_LIST = 4096  # numbers in a list that is multiplied, and
+LARGEST_LISTS = 1 << 16  # total entries of these lists and of the dictionaries that are copied into others
 OPERATIONS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv
 }  # fmt: skip
 ASSUMED = "what the weights do not show is assumed"
-UNREAD = object()  # in place of what a Python text has to compute
+UNREAD = object()  # stands for values that cannot be read without executing the text
 
 
 def read_text(text: str, where: str) -> Mapping[Any, Any] | None:
-    """Read a configuration in JSON, YAML or Python, as mm's are, of which nothing is executed; None for an empty one.
+    """Read a configuration in JSON, YAML or Python (as in OpenMMLab) without executing it; None for an empty one.
 
     Raises:
         ValueError: it is none of these, or too long.
@@ -75,10 +75,10 @@ def _assigns(statement: ast.stmt) -> bool:
 
 
 class _Literals:
-    """The values of expressions of a Python text, found without executing it; `UNREAD` for what has to be computed.
+    """Evaluates expressions of a Python text without executing it; `UNREAD` stands for values it cannot determine.
 
-    Those are constants, lists, tuples and dictionaries, the arguments of calls as dictionaries (of `dict`, or of a
-    class), names of values before, and arithmetic of numbers and of lists of numbers.
+    It reads constants, lists, tuples and dictionaries, the arguments of calls as dictionaries (of `dict`, or of a
+    class), previously assigned names, and arithmetic on numbers and lists of numbers.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Literals:
         return UNREAD
 
     def _merge(self, pairs: Iterable[tuple[ast.AST | None, ast.AST]], depth: int) -> dict[str, Any]:
-        """Return the dictionary of these keys and values; a value without a key is a dictionary to copy."""
+        """Return the dictionary of these keys and values; a value without a key is a dictionary to merge in."""
         found: dict[str, Any] = {}
         for key, node in pairs:
             value, name = self.read(node, depth + 1), self.read(key, depth + 1)
@@ -144,27 +144,27 @@ class _Literals:
         return UNREAD
 
     def _take(self, entries: int) -> bool:
-        """Count entries of lists and dictionaries that the text makes; False if they are too many."""
+        """Count entries of lists and dictionaries that the text creates; return False if there are too many."""
         self.entries_left -= entries
         return self.entries_left >= 0
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is an int or a float, and no bool."""
+    """Return whether a value is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read_python(tree: ast.Module, where: str) -> dict[str, Any]:
-    """Return the options in a Python text: of the parts of its model, then of all else but what is about others.
+    """Return the options in a Python text: first those of the parts of its model, then those of other dictionaries.
 
-    Of an option in several places the first one counts. A type is a list, of all the types in the text. The size of the
-    images and their mean and std are also read from the descriptions of the data.
+    If an option occurs several times, the first one counts. A type is a list of all types in the text. The image size,
+    mean and std are also read from descriptions of the data.
 
     Args:
-        tree: the parsed text. where: its place, for the note about options that are not literal.
+        tree: the parsed text. where: its location, for the note about options that are not literal.
     """
     literals, loose, outer = _Literals(), [], set(map(id, tree.body))
-    for statement in ast.walk(tree):  # those of the module come first
+    for statement in ast.walk(tree):  # statements at module level come first
         if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)):
             continue
         value = literals.read(statement.value)
@@ -172,7 +172,7 @@ def _read_python(tree: ast.Module, where: str) -> dict[str, Any]:
         for target in targets:
             if isinstance(target, ast.Name) and id(statement) in outer:
                 literals.names[target.id] = value
-            elif isinstance(target, ast.Name):  # which of several branches is taken, for instance, is not known
+            elif isinstance(target, ast.Name):  # for example, it is not known which branch is taken
                 loose += [{target.id: value}] if isinstance(value, dict) else []
             else:
                 loose.append(value)
@@ -181,7 +181,7 @@ def _read_python(tree: ast.Module, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in PARTS:
         _collect(_walk(model.get(part) for model in models), found)
-    # A name that is assigned is no option, but what it stands for may hold some.
+    # An assigned name is not an option, but its value may contain options.
     assigned = [value for name, value in literals.names.items() if not _is_about(name, ABOUT_OTHERS)]
     _collect(_walk([*models, *assigned, *loose]), found)
 
@@ -207,9 +207,9 @@ def _is_about(name: str, others: re.Pattern[str]) -> bool:
 
 
 def _walk(values: Iterable[Any], others: re.Pattern[str] = ABOUT_OTHERS) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and content of each dictionary in these values, once, outer ones first, but not of `others`.
+    """Yield the name and content of each dictionary in these values once, outer ones first, except for `others`.
 
-    The values themselves, and what is in lists without a name, have the name "".
+    The values themselves, and entries of unnamed lists, have the name "".
     """
     queue, seen = deque(("", value) for value in values), set()
     while queue:
@@ -225,7 +225,7 @@ def _walk(values: Iterable[Any], others: re.Pattern[str] = ABOUT_OTHERS) -> Iter
 
 
 def _collect(parts: Iterable[tuple[str, dict[str, Any]]], found: dict[str, Any]) -> None:
-    """Add the options of dictionaries to those that are found already, of which the first ones remain."""
+    """Add the options of dictionaries to those already found, without overwriting them."""
     for _, part in parts:
         for name, value in part.items():
             if name == "type":

@@ -1,4 +1,4 @@
-"""Pruning of a model that is pruned already: what it takes over from the old plan, and what it must not bring back."""
+"""Further pruning of a pruned model: what the new plan inherits, and the check that it restores no dropped tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .blocks import ScanBlock
 
 
 class Inherited(NamedTuple):
-    """The arguments of `make_plan` as a plan that the model has already completes them.
+    """The arguments of `make_plan`, completed from the model's current plan.
 
     Attributes:
-        reenter, fill: as a `Plan` has them.
+        reenter, fill: see `Plan`.
     """
 
     stages: Sequence[int] | None
@@ -32,7 +32,7 @@ class Inherited(NamedTuple):
 
 
 def is_pruned(model: TokenModel) -> bool:
-    """Return whether a model drops or merges tokens; one that was only trimmed does not."""
+    """Return whether a model drops or merges tokens; False for a model that was only trimmed."""
     return model.plan is not None and bool(model.plan.stages)
 
 
@@ -43,21 +43,21 @@ def inherit(
     alignment: Alignment | bool | None,
     fuse: bool,
 ) -> Inherited:
-    """Return the arguments of `make_plan`, with those that are None taken from the plan of a model that has stages.
+    """Return the arguments of `make_plan`, where None is replaced by the value in the model's plan, if it has stages.
 
-    The importance of each stage is taken over with the stages. For other stages it is taken over only if all old ones
-    have the same. Whether pruned tokens stay in the mean that is read out (`Alignment.pool`) is taken over also where
-    `alignment` is True or False, because the classifier was fitted for it.
+    The importance of each stage is inherited together with the stages; for other stages it is inherited only if all old
+    ones agree. Whether pruned tokens stay in the pooled mean (`Alignment.pool`) is inherited even if `alignment` is
+    True or False, because the classifier was fitted for it.
 
     Raises:
-        InputError: the old stages merge tokens in a way that no ratio describes.
+        InputError: the old stages merge tokens in a way that a ratio cannot express.
     """
     if not is_pruned(model):
         return Inherited(stages, importance, True if alignment is None else alignment, fuse)
     old, merges = model.plan, {stage.merge for stage in model.plan.stages}
     if isinstance(alignment, bool):
         alignment = replace(old.alignment, conv=alignment, scan=alignment)
-    # Dropping where the model merges, or merging a share in every layer, is nothing that a ratio alone asks for.
+    # A ratio alone requests neither dropping where the model merges nor merging a share in every layer.
     if (merges - {None, "fused"} and None in (stages, importance)) or (importance is None and len(merges) > 1):
         found = f"{sum(stage.merge is not None for stage in old.stages)} layers ({', '.join(merges - {None})})"
         way_out = "`merge` with more tokens, or `plan`" if MERGED_BY["keys"] in merges else "`plan`"
@@ -70,20 +70,20 @@ def inherit(
         metrics = tuple(stage.importance for stage in old.stages)
         if stages is None or len({*metrics}) == 1:
             importance = metrics if stages is None else metrics[0]
-    reenter = old.reenter if stages is None else 0  # other stages may be too late for it
+    reenter = old.reenter if stages is None else 0  # other stages may come too late to re-enter
     stages = tuple(stage.after for stage in old.stages) if stages is None else stages
     return Inherited(stages, importance, old.alignment if alignment is None else alignment, fuse, reenter, old.fill)
 
 
 def name_dense(model: TokenModel) -> str:
-    """Return ", PATH" of the dense model that a model was made from, "" where it was never a file."""
+    """Return ", PATH" with the file of the dense model that a model was made from; "" if it was never a file."""
     return f", {model.source.path}" if model.source is not None and model.source.path else ""
 
 
 def check_fewer(model: TokenModel, plan: Plan) -> None:
-    """Raise an InputError if a plan keeps more tokens before any layer than a model that is pruned by it has there.
+    """Raise an InputError if a plan keeps more tokens before some layer than the pruned model has there.
 
-    The weights of a pruned model, and its corrections, were made for the tokens that it keeps.
+    The weights and corrections of a pruned model were fitted for the tokens that it keeps.
     """
     if not is_pruned(model):
         return
@@ -98,11 +98,11 @@ def check_fewer(model: TokenModel, plan: Plan) -> None:
 
 
 def remove_stages(model: TokenModel, corrections: bool = True) -> TokenModel:
-    """Return a copy of a model that drops no tokens, with its weights and sizes; the argument is not changed.
+    """Return a copy of a model with the same weights and sizes that drops no tokens; the argument is not changed.
 
     Args:
-        corrections: whether the copy keeps the corrections, and the maps of output levels, for which a new plan is
-            installed next. They make up for dropped tokens, so a model that is run without any must not have them.
+        corrections: whether the copy keeps the corrections and the maps of output levels, if a new plan is to be
+            installed. They compensate for dropped tokens, so a model that drops none must not have them.
     """
     model = copy.deepcopy(model)
     model.pruners.clear()
@@ -121,15 +121,15 @@ def remove_stages(model: TokenModel, corrections: bool = True) -> TokenModel:
 
 
 def has_corrections(model: TokenModel) -> bool:
-    """Return whether a model has corrections besides its weights, which cost FLOPs."""
+    """Return whether a model has corrections in addition to its weights, which cost FLOPs."""
     return bool(len(model.corrections) or len(model.class_corrections)) or model.readout_correction is not None
 
 
 def make_ready(model: TokenModel, plan: Plan) -> TokenModel:
-    """Return a copy of a pruned model in which `plan` can take the place of its own.
+    """Return a copy of a pruned model in which `plan` can replace its own plan.
 
-    Maps of output levels are for the tokens that each stage dropped, so they stay only if the stages are after the same
-    layers; a note says if they do not.
+    Maps of output levels are specific to the tokens that each stage dropped, so they are kept only if the stages are
+    after the same layers; otherwise a note is shown.
     """
     old, model = model.plan, remove_stages(model)
     same = [s.after for s in old.stages] == [s.after for s in plan.stages] and old.reenter == plan.reenter

@@ -1,4 +1,4 @@
-"""The weights of a model as a state dict for the code that its checkpoint was published with."""
+"""The weights of a model as a state dict for the code with which its checkpoint was published."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from .inputs import check_model
 from .saved_corrections import CORRECTIONS
 from .sizes import LayeredConfig
 
-# Beginnings of the names of what published models do not have.
+# Prefixes of parameter names that published models do not have.
 OWN = (*CORRECTIONS, "pruners.", "level_maps.")
 
 
 def dense_state_dict(model: TokenModel, *, strict: bool = True) -> dict[str, Tensor]:
-    """Return the weights under their published names, for the authors' code or timm to load.
+    """Return the weights under their published names, which the authors' code or timm can load.
 
-    The code must be told what was trimmed, for example `d_state`; a note names it.
+    Trimmed sizes, for example `d_state`, must be passed to that code; a note lists them.
 
     Args:
-        model: from `load` and the functions that change models.
-        strict: refuse a model that computes something else than its weights do in published code, because it drops
-            tokens or has corrections. Without it the weights are returned all the same, with a note: published code
-            then computes every token, with weights that were fitted to fewer.
+        model: from `load` or the functions that change models.
+        strict: reject a model whose outputs differ from those of its weights in the published code, because it drops
+            tokens or has corrections. If False, the weights are returned with a note: the published code then computes
+            every token, with weights that were fitted to fewer.
 
     Returns:
         Copies of the tensors, on the CPU.
 
     Raises:
-        InputError: no published code has layers like the model's, or, if `strict`, computes what the model does.
+        InputError: no published code supports the model's layer sizes or, if `strict`, computes what the model does.
     """
     check_model(model)
     if shapes := list(_list_odd_shapes(model)):
@@ -55,7 +55,7 @@ def dense_state_dict(model: TokenModel, *, strict: bool = True) -> dict[str, Ten
 
 
 def _list_odd_shapes(model: TokenModel) -> Iterator[str]:
-    """Yield what code that has one size for all layers cannot express."""
+    """Yield the sizes that code with a single size for all layers cannot express."""
     if isinstance(model.classifier, NoClassifier):
         yield "it has no classifier"
     if not isinstance(model.config, LayeredConfig):
@@ -70,7 +70,7 @@ def _list_odd_shapes(model: TokenModel) -> Iterator[str]:
 
 
 def _list_extras(model: TokenModel) -> Iterator[str]:
-    """Yield what the model computes that is not in published weights."""
+    """Yield the parts of the model's computation that published weights do not have."""
     if len(model.pruners):
         yield f"tokens are dropped after layers {', '.join(model.pruners)}, while it runs"
     parts = (model.corrections, model.class_corrections, model.readout_correction, getattr(model, "level_maps", None))
@@ -79,6 +79,6 @@ def _list_extras(model: TokenModel) -> Iterator[str]:
 
 
 def _list_sizes(model: TokenModel) -> list[str]:
-    """Return the sizes in which the model differs from the dense one, "d_state=8"."""
+    """Return the sizes that differ from the dense model, such as "d_state=8"."""
     ours, dense = model.config.to_dict(), model.dense_config.to_dict()
     return [f"{name}={value} (was {dense.get(name)})" for name, value in ours.items() if value != dense.get(name)]

@@ -1,4 +1,4 @@
-"""Model families that are not supported, recognised by parameter names, so that an error can name them."""
+"""Unsupported model families, recognised by parameter names so that error messages can name them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 StateDict = Mapping[str, Tensor]
 
 HEAD_OF_SEGMENTATION = "decode_head.conv_seg.weight"
-# The scans of the first version of VMamba and of what is built on it: VM-UNet, MedMamba.
+# The scans of the first version of VMamba and of models derived from it: VM-UNet, MedMamba.
 FIRST_VERSION = "layers.0.blocks.0.self_attention"
 SUPPORTED_BACKBONES = ("backbone.layers.0.mixer.", "backbone.layers.0.mamba.direction_Bs")
 
 
 class Family(NamedTuple):
-    """A family of models: its name, what its output is, and whether parameter names are those of one."""
+    """A family of models: its name, its kind of output, and a test of whether parameter names belong to it."""
 
     name: str
     task: str
@@ -31,12 +31,12 @@ def _with(*keys: str) -> Callable[[StateDict], bool]:
 
 
 def _with_part(key: str, part: str) -> Callable[[StateDict], bool]:
-    """Return a test for a parameter, and for a module of this name at any place."""
+    """Return a test for a parameter `key` together with a module called `part` at any level."""
     return lambda state: key in state and any(f".{part}." in name for name in state)
 
 
 def _has_other_head_or_backbone(state: StateDict) -> bool:
-    """Return whether there is a head of mmseg that is no UperNet, or is on neither a Vim nor a PlainMamba."""
+    """Return whether there is an mmseg head that is not UperNet, or not on a Vim or PlainMamba backbone."""
     if HEAD_OF_SEGMENTATION in state:
         return not any(key.startswith(SUPPORTED_BACKBONES) for key in state)
     backbones = any(key.startswith(("backbone.layers.", "backbone.levels.")) for key in state)
@@ -44,7 +44,7 @@ def _has_other_head_or_backbone(state: StateDict) -> bool:
 
 
 def _scans_parts_of_grids(state: StateDict) -> bool:
-    """Return whether layers have the scans over windows of LocalVim and LocalVMamba."""
+    """Return whether layers have the windowed scans of LocalVim and LocalVMamba."""
     return any(".multi_scan." in key for key in state if key.startswith("layers.0."))
 
 
@@ -52,7 +52,7 @@ def _beginning(*prefixes: str) -> Callable[[StateDict], bool]:
     return lambda state: all(any(key.startswith(prefix) for key in state) for prefix in prefixes)
 
 
-# In this order: what is built on another family comes before it.
+# The order matters: a family that is derived from another one comes before it.
 FAMILIES: tuple[Family, ...] = (
     Family(
         "UperNet on a VMamba backbone",
@@ -76,7 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("ResNet", CLASSIFICATION, _with("conv1.weight", "layer1.0.conv1.weight")),
 )
 
-# Names of architectures, as statements in files spell them, in the order in which they are looked for.
+# Names of architectures as they are spelled in files, in the order in which they are searched.
 FAMILY_NAMES: tuple[tuple[str, str, str], ...] = (
     ("video_mamba", "VideoMamba", r"video[-_ ]?mamba"),
     ("plain_mamba", "PlainMamba", r"plain[-_ ]?mamba"),
@@ -95,5 +95,5 @@ FAMILY_NAMES: tuple[tuple[str, str, str], ...] = (
 
 
 def find_family(state: StateDict) -> Family | None:
-    """Return the family of models that is not supported and has these parameter names, or None."""
+    """Return the unsupported family of models with these parameter names, or None."""
     return next((family for family in FAMILIES if family.recognises(state)), None)

@@ -1,4 +1,4 @@
-"""The seams of timm's models: features and head apart, features of any layer on the grid of patches, and what they are.
+"""timm's model interface: separate features and head, feature maps of intermediate layers, and their metadata.
 
 Layers are numbered from 0 here, as in timm; everywhere else in the package they are numbered from 1.
 """
@@ -19,23 +19,23 @@ from ..pruning.tokens import Level, Tokens
 from .classifier import name_module, replace_classifier
 
 FORMATS = ("NCHW", "NLC")
-# The name under which features carry what they do not show; see `DroppedSums`.
+# Attribute of the features that holds the sums over dropped tokens; see `DroppedSums`.
 ATTRIBUTE = "dropped_sums"
 
 
 class NamePatterns(tuple):
-    """Patterns of parameter names. A call returns them as a set: timm's optimisers call `model.no_weight_decay()`."""
+    """Patterns of parameter names. Calling it returns them as a set, as timm's optimisers call `no_weight_decay()`."""
 
     def __call__(self) -> set[str]:
         return set(self)
 
 
 class DroppedSums(NamedTuple):
-    """What the readout of a mean needs besides the tokens that are left.
+    """The inputs of a mean-pooling readout other than the kept tokens.
 
     Attributes:
-        total: (batch, d_model), `Tokens.pruned_sum`, where the mean is over all tokens; else None.
-        summary: (batch, segments * (d_model + 1)), `Tokens.summarise`, where the logits are corrected; else None.
+        total: (batch, d_model), `Tokens.pruned_sum`, if the mean is over all tokens; else None.
+        summary: (batch, segments * (d_model + 1)), `Tokens.summarise`, if the logits are corrected; else None.
     """
 
     total: Tensor | None = None
@@ -43,9 +43,9 @@ class DroppedSums(NamedTuple):
 
 
 class FeatureModel(nn.Module):
-    """The part of `TokenModel` that timm's users call.
+    """The part of `TokenModel` that follows timm's interface.
 
-    An architecture defines `normalise`, `select_read` and `classify`, of which its `readout` consists.
+    An architecture defines `normalise`, `select_read` and `classify`, from which its `readout` is composed.
     """
 
     # ------------------------------------------------------------------------- what an architecture defines
@@ -55,11 +55,11 @@ class FeatureModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define `normalise`, as features need it")
 
     def select_read(self, features: Tensor) -> Tensor:
-        """Return the tokens (batch, read, d_model) that are read out, of those that `forward_features` returns."""
+        """Select the tokens (batch, read, d_model) that are read out from the result of `forward_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `select_read`, as `forward_head` needs it")
 
     def classify(self, read: Tensor, sums: DroppedSums, pre_logits: bool = False) -> Tensor:
-        """Compute the logits (batch, classes), or what the classifier reads, from normalised tokens that are read."""
+        """Compute the logits (batch, classes), or the classifier's input, from the normalised tokens to be read."""
         raise NotImplementedError(f"{type(self).__name__} does not define `classify`, as `forward_head` needs it")
 
     # ------------------------------------------------------------------------------------- features and head
@@ -67,13 +67,13 @@ class FeatureModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the tokens after the last layer, normalised: (batch, kept, d_model).
 
-        The class token, or all tokens that are never pruned, come first (`num_prefix_tokens` of them), then the kept
-        patches in their order, and last those that others were fused into. The class token of a Vim lies in the middle
-        of its sequence, at another index in each pruned image, and is moved to the front.
+        The protected tokens, such as the class token, come first (`num_prefix_tokens` of them), then the kept patches
+        in order, and last the fused tokens. The class token of a Vim is in the middle of the sequence, at a different
+        index in each pruned image, and is moved to the front.
 
-        Where the head reads more than these tokens (a mean over all tokens as last seen, or a correction of the logits,
-        both made by reconstruction), the tensor carries that as an attribute, which `forward_head` needs. Tensors that
-        are computed from it lack the attribute.
+        If the head reads more than these tokens (a mean that includes the last features of dropped tokens, or a
+        correction of the logits, both created by reconstruction), these sums are attached to the tensor as an
+        attribute, which `forward_head` needs. Tensors computed from it do not have the attribute.
 
         Args:
             x: images (batch, channels, height, width).
@@ -81,16 +81,16 @@ class FeatureModel(nn.Module):
         return self._features(self.encode(x)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Compute the logits (batch, classes) of what `forward_features` returned.
+        """Compute the logits (batch, classes) from the result of `forward_features`.
 
-        They are those of the model up to rounding: its own forward computes the last layer for the class token alone,
-        where that is read out.
+        They equal the logits of `forward` up to rounding: `forward` computes the last layer only for the class token if
+        only that is read out.
 
         Args:
-            pre_logits: return what the classifier reads, (batch, `head_hidden_size`).
+            pre_logits: return the input of the classifier, (batch, `head_hidden_size`).
 
         Raises:
-            InputError: the head reads more than the tokens, and `x` does not carry it.
+            InputError: the head reads more than the tokens, and `x` lacks the attribute for it.
         """
         sums = getattr(x, ATTRIBUTE, None)
         if sums is None and self._reads_dropped():
@@ -110,29 +110,29 @@ class FeatureModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute features after layers on the full grid of patches, (batch, d_model, rows, columns), as timm does.
+        """Compute the features after layers on the full patch grid, (batch, d_model, rows, columns), as timm does.
 
-        The grid of a video is that of its frames below each other: `unflatten(2, (times, -1))` takes them apart.
+        The grid of a video stacks its frames vertically: `unflatten(2, (times, -1))` separates them.
 
-        A token that a stage dropped keeps the features with which it was last seen: after the layer of its stage, or,
-        in a ViT, after the attention of that layer.
+        A dropped token keeps its last features: those after the layer of its stage or, in a ViT, after the attention of
+        that layer.
 
         Args:
             x: images (batch, channels, height, width).
-            indices: numbers of layers, from 0, negative ones from the end; a number: the last so many; None: all. The
+            indices: 0-based layer indices, negative ones from the end; an int n: the last n layers; None: all. The
                 result is in the order of the layers.
-            return_prefix_tokens: return each as a pair with the tokens (batch, prefix, d_model) that come before the
-                patches, in a model that has any.
+            return_prefix_tokens: return each as a pair with the prefix tokens (batch, prefix, d_model), if the model
+                has any.
             norm: apply the norm after the last layer to each.
-            stop_early: do not run the layers after the last one that is asked for.
+            stop_early: do not run the layers after the last requested one.
             output_fmt: "NCHW", or "NLC" for (batch, rows * columns, d_model).
             intermediates_only: return the list alone.
 
         Returns:
-            (what `forward_features` returns, list), or the list.
+            (result of `forward_features`, list), or the list.
 
         Raises:
-            InputError: a layer that the model does not have, or another format.
+            InputError: the model has no such layer, or the format is unknown.
         """
         if output_fmt not in FORMATS:
             raise InputError(f"`output_fmt` {output_fmt!r}: expected one of {', '.join(map(repr, FORMATS))}")
@@ -147,7 +147,7 @@ class FeatureModel(nn.Module):
         return maps if intermediates_only else (self._features(tokens), maps)
 
     def dropped_sums(self, tokens: Tokens) -> DroppedSums:
-        """Return what the readout needs besides the features of the tokens that are left."""
+        """Return the inputs of the readout other than the features of the kept tokens."""
         total = tokens.pruned_sum if self.pools and tokens.alignment.pool else None
         return DroppedSums(total, tokens.summarise(self.segments) if self.readout_correction is not None else None)
 
@@ -156,7 +156,7 @@ class FeatureModel(nn.Module):
         return pooled or self.readout_correction is not None
 
     def _features(self, tokens: Tokens) -> Tensor:
-        """Return normalised tokens in the order of `forward_features`, with the sums that the head reads, if any."""
+        """Return normalised tokens in the order of `forward_features`, with the sums for the head attached, if any."""
         features = self.normalise(protected_first(tokens))
         sums = self.dropped_sums(tokens)
         if any(value is not None for value in sums):
@@ -164,7 +164,7 @@ class FeatureModel(nn.Module):
         return features
 
     def _on_grid(self, tokens: Tokens, norm: bool, output_fmt: str) -> tuple[Tensor, Tensor | None]:
-        """Return the features of all patches, in one of `FORMATS`, and of the tokens before them, if there are any."""
+        """Return the features of all patches, in one of `FORMATS`, and of the prefix tokens, if there are any."""
         filled = fill_dropped(tokens)
         filled = self.normalise(filled) if norm else filled
         positions = self.patch_positions
@@ -179,22 +179,22 @@ class FeatureModel(nn.Module):
     # ------------------------------------------------------------------------------------------- classifier
 
     def get_classifier(self) -> nn.Module:
-        """Return the layer that computes the logits; that of a model without classes returns its input."""
+        """Return the layer that computes the logits; in a model without classes, it returns its input."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a new classifier with random weights, in place; the stages and all other weights stay.
+        """Give the model a new classifier with random weights, in place, and keep the stages and all other weights.
 
-        The corrections of features that reconstruction made stay, that of the logits is removed. So are the names of
-        the classes, and the record of the file of the dense model, which has other classes: agreement with it would
-        mean nothing. `steps` has a record of kind "classifier".
+        Corrections of features from a reconstruction are kept; the correction of the logits and the class names are
+        removed. The recorded file of the dense model is removed too: it has other classes, so agreement with it would
+        be meaningless. A record of kind "classifier" is added to `steps`.
 
         Args:
-            num_classes: 0: none, so that the model returns what its classifier read (batch, `head_hidden_size`).
-            global_pool: what is read out; it cannot be changed. None: as before.
+            num_classes: 0: no classifier; the model returns its input (batch, `head_hidden_size`).
+            global_pool: the pooling, which cannot be changed. None: as before.
 
         Raises:
-            InputError: another pooling, a number of classes that the model cannot have, or a quantised model.
+            InputError: the pooling differs, the number of classes is invalid, or the model is quantised.
         """
         if global_pool not in (None, self.global_pool):
             raise InputError(
@@ -218,12 +218,12 @@ class FeatureModel(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """The width of what the classifier reads."""
+        """The width of the classifier's input."""
         return self.classifier.weight.shape[1]
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The number of tokens before the patches in the features: those that are never pruned."""
+        """The number of tokens before the patches in the features, which are never pruned."""
         return self.protected_count
 
     @property
@@ -233,14 +233,14 @@ class FeatureModel(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """For each layer the channels, the reduction in pixels, and the name of the module, as timm has them."""
+        """The channels, the reduction in pixels and the module name of each layer, in timm's format."""
         name = name_module(self, self.blocks)
         info = {"num_chs": self.d_model, "reduction": self.config.stride}
         return [{**info, "module": f"{name}.{layer}"} for layer in range(len(self.blocks))]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What timm's functions ask for: sizes, preprocessing, and the names of the classifier and its classes' number.
+        """timm's configuration: sizes, preprocessing, the name of the classifier and the number of classes.
 
         For segmentation, the size is that of one image or window, and nothing is cropped.
         """
@@ -261,12 +261,12 @@ class FeatureModel(nn.Module):
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's earlier name of `pretrained_cfg`."""
+        """timm's former name of `pretrained_cfg`."""
         return self.pretrained_cfg
 
 
 def find_layers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
-    """Return numbers of layers, from 0, as `forward_intermediates` takes them; InputError for one that is not there."""
+    """Resolve the `indices` of `forward_intermediates` to 0-based layer indices; InputError if one is out of range."""
     if indices is None or isinstance(indices, int):
         count = depth if indices is None else indices
         if not 0 < count <= depth:
@@ -279,7 +279,7 @@ def find_layers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
 
 
 def protected_first(tokens: Tokens) -> Tensor:
-    """Return the features (batch, kept, d_model) with the tokens that are never pruned in front."""
+    """Return the features (batch, kept, d_model) with the protected tokens moved to the front."""
     if not tokens.protected:  # there are none, or they are there already
         return tokens.features
     start, count = tokens.protected_index()[:, None], tokens.protected_count
@@ -290,6 +290,6 @@ def protected_first(tokens: Tokens) -> Tensor:
 
 
 def fill_dropped(tokens: Tokens) -> Tensor:
-    """Return the features at all positions, (batch, length, d_model): dropped tokens as they were last seen."""
+    """Return the features at all positions, (batch, length, d_model), with the last features of dropped tokens."""
     dropped = tuple(group._replace(values=group.features) for group in tokens.dropped)
     return Level(tokens.positions, tokens.features, dropped).fill()[:, : tokens.length]

@@ -1,4 +1,4 @@
-"""What identifies a model by its content, not by the file it came from."""
+"""Fingerprints that identify a model by its content, independent of its file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import TokenModel
 
 
 def describe_preprocessing(model: TokenModel) -> dict[str, Any] | None:
-    """Return the preprocessing of a model's images as a JSON value, without how it came to be known."""
+    """Return the preprocessing of a model's images as a JSON value, without its provenance."""
     given = model.preprocessing
     if given is None:
         return None

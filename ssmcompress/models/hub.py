@@ -1,6 +1,6 @@
-"""Models from the Hugging Face Hub, fetched into its cache, and files that are uploaded to it.
+"""Downloads of models from the Hugging Face Hub into its cache, and uploads to it.
 
-Only the files that are needed are fetched, and nothing in them is run: they are read as local files are.
+Only the needed files are downloaded, and no code in them is run: they are read like local files.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LARGEST_JSON = 64 * MEGABYTE  # bytes; config.json has some KB, report.json at m
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model of the Hub that is in the cache.
+    """A model from the Hub in the local cache.
 
     Attributes:
         path: a file, or a folder with model.safetensors and config.json.
-        name: the model with its commit, by which the same files are found again.
+        name: the model with its commit, so that the same files can be found again.
     """
 
     path: Path
@@ -42,11 +42,11 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository that exists, before an upload.
+    """An existing repository, before an upload.
 
     Attributes:
-        private: whether only its owner sees it. files: paths of what is in it.
-        contents: the JSON objects in those files that were asked for and are there; {} of a file without one.
+        private: whether it is private. files: paths of its files.
+        contents: the JSON objects in the requested files that exist; {} for a file without one.
     """
 
     private: bool
@@ -55,14 +55,14 @@ class Target:
 
 
 def fetch(name: HubName) -> Fetched:
-    """Fetch a model: the named file, the folder of model.safetensors and config.json, or the only file of weights.
+    """Download a model: the named file, the folder of model.safetensors and config.json, or the only weights file.
 
-    A commit that is in the cache is read without the network. Where the Hub cannot be reached, the cached version of a
-    branch is used, with a note.
+    A cached commit is read without network access. If the Hub cannot be reached, the cached version of a branch is
+    used, with a note.
 
     Raises:
-        InputError: there is no such repository, revision or file, access is not allowed, or it is not clear which file
-            is meant. SsmCompressError: the Hub cannot be reached, or its answer cannot be read.
+        InputError: there is no such repository, revision or file, access is denied, or the file is ambiguous.
+            SsmCompressError: the Hub cannot be reached, or its response cannot be read.
     """
     with explained(name):
         listing = list_cached(name) if COMMIT.fullmatch(name.revision or "") else None
@@ -77,10 +77,10 @@ def fetch(name: HubName) -> Fetched:
 
 
 def fetch_files(name: HubName, wanted: Sequence[str]) -> Path:
-    """Fetch those of the `wanted` files that the repository has, and return the folder of the cache that they are in.
+    """Download the `wanted` files that exist in the repository, and return their folder in the cache.
 
     Raises:
-        InputError, SsmCompressError: as `fetch`; or the repository does not have the first of them.
+        InputError, SsmCompressError: as `fetch`; or the first of them does not exist.
     """
     with explained(name):
         listing = list_files(name)
@@ -105,15 +105,15 @@ def read_license(name: HubName) -> str | None:
 
 
 def inspect_target(name: HubName, wanted: Sequence[str]) -> Target | None:
-    """Return what is in the repository that an upload would write to, None if it does not exist.
+    """Return the content of the repository that an upload would write to; None if it does not exist.
 
-    Of a branch that does not exist, this is the main one, which it would begin as.
+    For a branch that does not exist yet, this is the content of the main branch, from which it would be created.
 
     Args:
         wanted: the JSON files whose content is read.
 
     Raises:
-        InputError: there is no token, or it does not allow it. SsmCompressError: the Hub cannot be reached.
+        InputError: there is no token, or it lacks the permission. SsmCompressError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -140,7 +140,7 @@ def inspect_target(name: HubName, wanted: Sequence[str]) -> Target | None:
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
-    """Return the JSON object in a file, {} where there is none."""
+    """Return the JSON object in a file; {} if there is none."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -151,19 +151,19 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 def upload(
     name: HubName, files: Mapping[str, Path], message: str, *, deleted: Sequence[str] = (), private: bool, bars: bool
 ) -> tuple[str, str]:
-    """Upload files as one commit to a repository, which is created if it does not exist, and its branch with it.
+    """Upload files as one commit to a repository; the repository and the branch are created if they do not exist.
 
-    `inspect_target` says before whether it may be written.
+    Call `inspect_target` first to check that it may be written.
 
     Args:
         files: path in the repository -> file. deleted: paths in the repository that the same commit removes.
-        private: whether a repository that is created is private. bars: whether huggingface_hub may draw its bars.
+        private: whether a new repository is private. bars: whether huggingface_hub may show progress bars.
 
     Returns:
         The commit and the address of the repository.
 
     Raises:
-        InputError: the token does not allow it. SsmCompressError: the Hub cannot be reached.
+        InputError: the token lacks the permission. SsmCompressError: the Hub cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
@@ -180,11 +180,11 @@ def upload(
 
 @contextmanager
 def _own_bars(shown: bool) -> Iterator[None]:
-    """Let huggingface_hub draw its bars, and give its warnings, only if `shown`."""
+    """Let huggingface_hub show its progress bars and warnings only if `shown`."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as that the environment decides about the bars
+        warnings.simplefilter("ignore")  # for example that environment variables control the progress bars
         if shown or are_progress_bars_disabled():
             yield
             return
@@ -196,18 +196,18 @@ def _own_bars(shown: bool) -> Iterator[None]:
 
 
 def title_of(folder: Path) -> str:
-    """Return what a folder is called: its name, or the name of the repository if it is one of the cache of the Hub."""
+    """Return the title of a folder: its name, or the repository name for a folder in the cache of the Hub."""
     folder = folder.absolute()
     match = re.fullmatch(r"models--.+--(.+)", folder.parent.parent.name) if folder.parent.name == "snapshots" else None
     return match[1] if match else folder.name
 
 
 def _download(name: HubName, files: list[str], listing: Listing) -> list[Path]:
-    """Return the paths in the cache of files of a repository, all of one commit, after fetching what is not there."""
+    """Return the cache paths of files of a repository, all from one commit, and download missing ones."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # The first download resolves a branch and remembers its commit for work without network; others follow it.
+    # The first download resolves a branch and caches its commit for offline use; the others use the same commit.
     revision, paths = name.revision, []
     takes_bars = "tqdm_class" in inspect.signature(hf_hub_download).parameters  # since 1.0
     for file in files:
@@ -229,12 +229,12 @@ def _download(name: HubName, files: list[str], listing: Listing) -> list[Path]:
 
 
 def _commit_of(path: Path, file: str) -> str:
-    """Return the commit of a file in the cache, the name of the folder that mirrors the repository."""
+    """Return the commit of a cached file: the name of the snapshot folder."""
     return path.parents[file.count("/")].name
 
 
 class DownloadProgress:
-    """The part of tqdm's interface that huggingface_hub uses, shown as the progress of this package, in megabytes."""
+    """The part of tqdm's interface that huggingface_hub uses; it reports to this package's progress, in megabytes."""
 
     def __init__(self, file: str, *_: Any, total: float | None = None, initial: float = 0, **__: Any):
         self.n, self.total = initial, total
@@ -243,7 +243,7 @@ class DownloadProgress:
         self._steps = iter(track(range(self._shown, steps), f"download {file}, MB", steps, self._shown))
 
     def update(self, amount: float | None = 1) -> None:
-        """Count bytes that have come."""
+        """Count received bytes."""
         self.n += amount or 0
         while self._shown < self.n // MEGABYTE:
             next(self._steps, None)
@@ -255,7 +255,7 @@ class DownloadProgress:
             self._steps.close()
 
     def refresh(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the front end draws by itself."""
+        """Do nothing: the front end redraws on its own."""
 
     set_description = set_description_str = set_postfix = set_postfix_str = reset = clear = refresh
 

@@ -1,4 +1,4 @@
-"""What goes wrong on the Hugging Face Hub, as errors in one line: what was found and what to do."""
+"""One-line error messages for failures of the Hugging Face Hub: the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..hub_names import HubName
 
 @contextmanager
 def explained(name: HubName, writes: bool = False) -> Iterator[None]:
-    """Let all that goes wrong in the body of the with statement be an error in one line, without the Hub's own logs."""
+    """Turn any failure in the body of the with statement into a one-line error, and silence the Hub's own logs."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.CRITICAL)  # it logs every retry and how to log in; the error is enough
@@ -22,7 +22,7 @@ def explained(name: HubName, writes: bool = False) -> Iterator[None]:
         yield
     except SsmCompressError:
         raise
-    except Exception as error:  # the network, the Hub and damaged answers raise many kinds of errors
+    except Exception as error:  # network, Hub and damaged responses raise many kinds of errors
         raise_if_out_of_memory(error)
         raise explain(name, error, writes) from error
     finally:
@@ -30,14 +30,14 @@ def explained(name: HubName, writes: bool = False) -> Iterator[None]:
 
 
 def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCompressError:
-    """Return the error of a request about a repository as one line: what was found and what to do.
+    """Return the error of a request about a repository as one line: the cause and the remedy.
 
-    What the user named wrongly is an InputError; failures of the network and of the Hub are not. A name that is read
-    could also have been meant as that of a local file, unless the request `writes`.
+    Wrong names given by the user are InputErrors; failures of the network or the Hub are not. Unless the request
+    `writes`, the user may have meant a local file by the name.
     """
     from huggingface_hub import constants, errors
 
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of a thread that uploads a file
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # from a thread that uploads a file
         error = error.__cause__
     if str(error).startswith("Invalid metadata"):
         return InputError(f"{name}: the Hub rejects the model card: {' '.join(str(error).split())[:300]}")
@@ -68,7 +68,7 @@ def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCom
         return SsmCompressError(
             f"{name}: {locally}{constants.ENDPOINT} cannot be reached ({first_line(_root(error))}); check the network"
         )
-    if isinstance(error, OSError) and error.errno is None:  # a file that is shorter than it was said to be
+    if isinstance(error, OSError) and error.errno is None:  # a file is shorter than announced
         return SsmCompressError(f"{name}: the download ended early ({first_line(error)}); run the command again")
     if isinstance(error, OSError):
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
@@ -78,7 +78,7 @@ def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCom
 
 
 def not_cached(name: HubName) -> SsmCompressError:
-    """Return the error for what only the cache could have, and has not."""
+    """Return the error for a file that is needed offline but is not in the cache."""
     from huggingface_hub import constants
 
     reason = "the Hub cannot be reached"
@@ -88,7 +88,7 @@ def not_cached(name: HubName) -> SsmCompressError:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the status of the answer that an error is about, if there was one."""
+    """Return the HTTP status of the response that caused an error, if there was one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -100,7 +100,7 @@ def is_offline(error: BaseException) -> bool:
 
 
 def is_network(error: BaseException) -> bool:
-    """Return whether a request got no answer, or the Hub is down."""
+    """Return whether a request got no response, or the Hub is down."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
@@ -125,6 +125,6 @@ def _root(error: BaseException) -> BaseException:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error with any text in it, cut to 200 characters; its type if there is none."""
+    """Return the first non-empty line of an error, truncated to 200 characters; its type if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

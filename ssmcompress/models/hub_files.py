@@ -1,4 +1,4 @@
-"""The files of a repository on the Hugging Face Hub, and which of them are its model."""
+"""The files of a repository on the Hugging Face Hub, and the choice of its model files."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ..progress import note
 from .hub_errors import is_network, is_offline, not_cached
 from .saved import CONFIG_FILE, WEIGHTS_FILE
 
-LISTED = 10  # files in a message
+LISTED = 10  # maximum number of files in a message
 TIMEOUT = 10.0  # seconds to wait for the listing of a repository
-# What trainers leave next to the weights.
+# Files that trainers save next to the weights.
 STATES = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state(?:_\d+)?)\.(?:bin|pt|pth)")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository: path in it -> size in bytes or None; `cached`: only those in the cache are known."""
+    """The files of a repository: path -> size in bytes or None; `cached`: only cached files are known."""
 
     files: Mapping[str, int | None]
     cached: bool = False
 
 
 def list_files(name: HubName) -> Listing:
-    """Return the files of a repository; where the Hub cannot be reached, those in the cache."""
+    """Return the files of a repository; if the Hub cannot be reached, those in the cache."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True, timeout=TIMEOUT)
         files = {str(file.rfilename): file.size if isinstance(file.size, int) else None for file in info.siblings}
         return Listing(files)
-    except Exception as error:  # of several libraries, one for each version of huggingface_hub
+    except Exception as error:  # from different libraries, depending on the version of huggingface_hub
         cached = list_cached(name) if is_network(error) else None
         if cached is None:
             raise
@@ -45,10 +45,10 @@ def list_files(name: HubName) -> Listing:
 
 
 def choose_files(name: HubName, listing: Listing) -> list[str]:
-    """Return which files of a repository are its model: one file of weights, or model.safetensors and config.json.
+    """Choose the model files of a repository: one weights file, or model.safetensors and config.json.
 
     Raises:
-        InputError: none is, or several may be.
+        InputError: there is no candidate, or several.
     """
     files = listing.files
     if name.file is not None:
@@ -76,9 +76,9 @@ def choose_files(name: HubName, listing: Listing) -> list[str]:
 
 
 def is_complete(name: HubName, listing: Listing) -> bool:
-    """Return whether the files in the cache are those that the whole repository would be read from.
+    """Return whether the cache holds the files that would be chosen from the whole repository.
 
-    Several files of weights that are not in the cache could make the only one that is there ambiguous.
+    Further weights files that are not cached could make the only cached one ambiguous.
     """
     if name.file is not None:
         return name.file in listing.files
@@ -86,7 +86,7 @@ def is_complete(name: HubName, listing: Listing) -> bool:
 
 
 def list_cached(name: HubName) -> Listing | None:
-    """Return the files of a repository that are in the cache, None if there are none."""
+    """Return the cached files of a repository; None if there are none."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -104,14 +104,14 @@ def list_cached(name: HubName) -> Listing | None:
 
 
 def describe_files(files: Mapping[str, int | None]) -> str:
-    """Return the names of files with their sizes, `LISTED` of them at most."""
+    """Return the names of at most `LISTED` files with their sizes."""
     listed = [file if size is None else f"{file} ({_size(size)})" for file, size in list(files.items())[:LISTED]]
     more = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
     return ", ".join(listed) + more if listed else "no files"
 
 
 def _size(count: int) -> str:
-    """Return a number of bytes with a unit: 980 B, 4.1 kB, 102.3 MB."""
+    """Format a number of bytes with a unit: 980 B, 4.1 kB, 102.3 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The inputs of a model: their shape, how images become inputs, and which images a name stands for."""
+"""The inputs of a model: their shape, preprocessing, and the images that a name stands for."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..progress import note
 from ..tasks import SEGMENTATION
 from .precision import check_images, find_weight
 
-# Bytes of activations that the ops of a layer exchange for a chunk: 20 images of a Vim-tiny at 224 px, 5 of a Vim-base.
+# Bytes of activations of a chunk inside a layer: 20 images for Vim-tiny at 224 px, 5 for Vim-base.
 CHUNK_BYTES = 1 << 26
-# Most clips of a video, and most crops.
+# Maximum number of clips, and of crops, of a video.
 MOST_VIEWS = 64
 
 
@@ -28,7 +28,7 @@ class InputModel(nn.Module):
     """The part of `TokenModel` that prepares its inputs."""
 
     def check(self, images: Tensor) -> None:
-        """Raise an InputError unless the images have the shape, dtype and device that the model takes."""
+        """Raise an InputError unless the images have the shape, dtype and device that the model expects."""
         check_images(images, self.image_shape, find_weight(self.classifier))
 
     def resize_frames(self, frames: int) -> None:
@@ -42,21 +42,21 @@ class InputModel(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """(channels, height, width) of an input of `config.image_size`; of a video with the frames second."""
+        """The shape of an input of `config.image_size`: (channels, height, width), with frames second for a video."""
         frames = () if self.frames is None else (self.frames,)
         return (self.config.in_chans, *frames, *self.config.image_size)
 
     @property
     def image_shape(self) -> tuple[int | None, ...]:
-        """The shape of every input, as `input_shape` has it; None stands for a side of any length."""
+        """The accepted input shape, in the form of `input_shape`; None stands for a side of any length."""
         return self.input_shape
 
     def default_preprocessing(self) -> Preprocessing | DensePreprocessing:
-        """Return the preparation of images where nothing says another one."""
+        """Return the preprocessing that is used if none is given."""
         return Preprocessing.default(self.config.in_chans, self.config.image_size, video=self.frames is not None)
 
     def read_preprocessing(self, value: Mapping[str, Any]) -> Preprocessing | DensePreprocessing:
-        """Return the preparation of images that a configuration describes; InputError for invalid values."""
+        """Read the preprocessing from a configuration; InputError for invalid values."""
         return Preprocessing.from_dict(value, self.config.in_chans)
 
     def transform(self, views: tuple[int, int] | None = None) -> Callable[[Any], Tensor]:
@@ -65,7 +65,7 @@ class InputModel(nn.Module):
         For a model that takes videos, it is a function from a `Video` to (channels, frames, height, width).
 
         Args:
-            views: clips and crops of each video, which the result then has in front of its channels (`Views`).
+            views: numbers of clips and crops of each video, which are then the leading axes of the result (`Views`).
 
         Raises:
             InputError: views for a model that takes images.
@@ -73,14 +73,14 @@ class InputModel(nn.Module):
         return self.transform_with(self.preprocessing, views)
 
     def transform_with(self, preprocessing: Preprocessing, views: tuple[int, int] | None = None) -> Any:
-        """Return the transform that `transform` gives, with another preparation of the images."""
+        """Return the transform of `transform` with a different preprocessing."""
         checked = self.check_views(views)
         if self.frames is None:
             return preprocessing.transform(self.config.image_size)
         return VideoTransform(preprocessing, self.config.image_size, self.frames, checked)
 
     def check_views(self, views: tuple[int, int] | None) -> Views | None:
-        """Return the views (clips, crops) of a video; InputError for a model that takes images, or for no views."""
+        """Return the views (clips, crops) of a video; InputError for an image model, or for invalid views."""
         if views is None:
             return None
         if self.frames is None:
@@ -90,14 +90,14 @@ class InputModel(nn.Module):
         return Views(*views)
 
     def fixed_transform(self) -> Callable[[Any], Tensor]:
-        """Return a transform to images of one size, `config.image_size`, by which models are fitted and searched."""
+        """Return the transform to the fixed size `config.image_size` that is used for fitting and searching models."""
         return self.transform()
 
     def find_images(self, data: str | Path | None = None, *, reduce_zero_label: bool | None = None) -> Images:
-        """Return the images to use with the model: `data`, else those that its folder names, else sample photographs.
+        """Return the images to use with the model: `data`, else those named in its folder, else sample photographs.
 
         Args:
-            reduce_zero_label: for segmentation, as `ssmcompress.open_images` takes it.
+            reduce_zero_label: for segmentation, see `ssmcompress.open_images`.
 
         Raises:
             InputError: as `ssmcompress.data.open_images`.
@@ -108,7 +108,7 @@ class InputModel(nn.Module):
         return find_images(data, self.config.image_size, self.config.num_classes, recorded, **options)
 
     def label_rule(self, asked: bool | None = None) -> bool | None:
-        """Return whether masks count classes from 1: as `asked`, which is remembered, else as it was told before."""
+        """Return whether masks number the classes from 1: `asked`, which is stored, else the stored value."""
         if asked is None and self.reduce_zero_label:
             note("masks count classes from 1, as recorded in the model (`reduce_zero_label`)")
         if asked is not None and self.task is SEGMENTATION:
@@ -116,5 +116,5 @@ class InputModel(nn.Module):
         return self.reduce_zero_label if asked is None else asked
 
     def chunk_size(self) -> int:
-        """Return the number of images in a chunk of fixed size; it depends only on the model."""
+        """Return the number of images in a fixed-size chunk, which depends only on the model."""
         return max(1, min(32, CHUNK_BYTES // self.activation_bytes()))

@@ -1,6 +1,6 @@
 """Shapes of the inputs of models: (channels, height, width) of images, (channels, frames, height, width) of videos.
 
-In a shape that is expected, None stands for a side of any length.
+In an expected shape, None stands for a side of any length.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from ..data.items import SIDES
 
 
 def describe_shape(shape: Sequence[int | None]) -> str:
-    """Return the sides of an input for messages, "3, height, width"."""
+    """Format an input shape for messages, as in "3, height, width"."""
     return ", ".join(str(side or name) for side, name in zip(shape, SIDES[len(shape)], strict=True))
 
 
 def fits_shape(found: Sequence[int], shape: Sequence[int | None]) -> bool:
-    """Return whether an input has this shape; a side of any length has one pixel at least."""
+    """Return whether an input has this shape; a side of any length must have at least one pixel."""
     if len(found) != len(shape):
         return False
     pairs = zip(found, shape, strict=True)
@@ -24,7 +24,7 @@ def fits_shape(found: Sequence[int], shape: Sequence[int | None]) -> bool:
 
 
 def advise_on_shape(found: Sequence[int], shape: Sequence[int | None]) -> str:
-    """Return what to do about a batch of the shape `found`, whose inputs do not have `shape`."""
+    """Return advice for a batch of the shape `found`, whose inputs do not have `shape`."""
     last = len(shape)
     order = (0, last, *range(1, last))  # channels first
     if len(found) == 1 + last and fits_shape([found[side] for side in order[1:]], shape):

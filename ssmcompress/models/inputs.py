@@ -1,4 +1,4 @@
-"""What callers pass to the library: models, and images for a model, brought into one form or refused by name."""
+"""Normalisation of arguments passed to the library: models, and images for a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .precision import check_not_quantised
 
 
 def check_model(model: Any, name: str = "model") -> None:
-    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or quantised; `name` is its name."""
+    """Raise an InputError if the argument `name` is not a model from `ssmcompress.load`, or is quantised."""
     if isinstance(model, TokenModel):
         check_not_quantised(model)
         return
@@ -37,7 +37,7 @@ def check_model(model: Any, name: str = "model") -> None:
 
 
 def check_dense(model: Any) -> None:
-    """Raise an InputError if an argument is not a model of `ssmcompress.load`, or is pruned or trimmed already."""
+    """Raise an InputError if an argument is not a model from `ssmcompress.load`, or is already pruned or trimmed."""
     check_model(model)
     if model.plan is None:
         return
@@ -48,7 +48,7 @@ def check_dense(model: Any) -> None:
 
 
 def check_module(model: Any, name: str = "model") -> None:
-    """Raise an InputError if an argument is not a model at all; any `torch.nn.Module` is one."""
+    """Raise an InputError if an argument is not a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
         check_model(model, name)
 
@@ -58,12 +58,12 @@ def as_batches(model: nn.Module, data: Any, *, repeat: bool = True, labelled: bo
 
     Args:
         model: the model that the images are for. Any module will do, unless it has to prepare them.
-        data: what `AnyBatches` takes; or the name of images, as `ssmcompress.open_images` takes it, or `Images`, which
-            are prepared by the model's transform.
-        repeat, labelled: as `AnyBatches` has them.
+        data: any argument of `AnyBatches`; or a name accepted by `ssmcompress.open_images`, or `Images`, which are
+            prepared by the model's transform.
+        repeat, labelled: see `AnyBatches`.
 
     Raises:
-        InputError: data that cannot be used.
+        InputError: the data cannot be used.
     """
     if isinstance(data, AnyBatches):
         return data
@@ -74,13 +74,13 @@ def as_batches(model: nn.Module, data: Any, *, repeat: bool = True, labelled: bo
 
 
 def open_batches(model: nn.Module, data: Any) -> Batches | None:
-    """Return the images that `data` names as batches for a model; None if it names none.
+    """Return the images named by `data` as batches for a model; None if `data` is not a name of images.
 
     Args:
-        data: a name, as `ssmcompress.open_images` takes it, `Images`, or a data set of the library `datasets`.
+        data: a name accepted by `ssmcompress.open_images`, `Images`, or a dataset of the `datasets` library.
 
     Raises:
-        InputError: images that cannot be opened; or a module that does not say how to prepare them.
+        InputError: the images cannot be opened, or the module does not define their preprocessing.
     """
     table = is_table(data)
     if not table and not isinstance(data, (str, Path, Images)):
@@ -102,10 +102,10 @@ def to_batches(model: TokenModel, data: Any) -> Batches:
     """Return images for a model as `Batches`; tensors and loaders are read into memory.
 
     Args:
-        data: as `as_batches` takes it.
+        data: see `as_batches`.
 
     Raises:
-        InputError: data that cannot be used, or more than fits `AnyBatches.read_all`.
+        InputError: the data cannot be used, or exceeds the limit of `AnyBatches.read_all`.
     """
     batches = data if isinstance(data, Batches) else open_batches(model, data)
     if batches is not None:
@@ -124,7 +124,7 @@ def to_batches(model: TokenModel, data: Any) -> Batches:
 
 
 class PreparedImage:
-    """A prepared image (channels, height, width) in the place of a picture; it has what `digest_picture` reads."""
+    """Presents a prepared image (channels, height, width) as a picture, with the methods that `digest_picture` uses."""
 
     mode = "RGB"
 
@@ -132,21 +132,21 @@ class PreparedImage:
         self.image, self.size = image, tuple(image.shape)
 
     def load(self) -> None:
-        """Do nothing: the image is in memory."""
+        """Do nothing: the image is already in memory."""
 
     def tobytes(self) -> bytes:
-        """Return the values, by which the image is recognised in other data."""
+        """Return the bytes that identify the image in other data."""
         return self.image.float().numpy().tobytes()
 
 
 def open_training(model: TokenModel, data: Any) -> Batches:
-    """Return the images to train a model on, which are read again and augmented in each epoch.
+    """Return the training images for a model, which are read again and augmented in each epoch.
 
     Args:
-        data: as `open_batches` takes it, or `Batches`.
+        data: any argument of `open_batches`, or `Batches`.
 
     Raises:
-        InputError: other data, or images that cannot be opened.
+        InputError: the data has another type, or the images cannot be opened.
     """
     batches = data if isinstance(data, Batches) else open_batches(model, data)
     if batches is None:
@@ -162,6 +162,6 @@ def _spec_of(model: nn.Module) -> InputSpec:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if not isinstance(model, TokenModel):
         return InputSpec(dtype=dtype)
-    # Made when first needed: timm, which makes it, takes seconds to import.
+    # Created lazily: it needs timm, which takes seconds to import.
     transform = cache(model.transform)
     return InputSpec(model.image_shape, dtype, lambda image: transform()(image), model.preprocessing, model.task)

@@ -1,4 +1,4 @@
-"""Which images a compressed model was learnt from, so that they are recognised by content among those measured on."""
+"""Records of the images that a compressed model was fitted on, to detect them by content in evaluation data."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ..data.batches import Batches
 from ..data.content import different
 from ..errors import InputError
 
-# Names of the tensor with the digests in a file: whether they are all images that the model was learnt from.
+# Name of the tensor of digests in a file; it shows whether they cover all images that the model was fitted on.
 ALL, SOME = "learnt_from.all", "learnt_from.some"
 
 
 @dataclass(frozen=True, eq=False)
 class LearntFrom:
-    """The images on which a model was calibrated, reconstructed, searched for, trained, or chosen.
+    """The images on which a model was calibrated, reconstructed, searched, trained or selected.
 
     Attributes:
-        digests: (different images,) uint64, ascending (`ssmcompress.data.content`); 8 bytes for an image, 10 MB for
+        digests: (different images,) uint64, ascending (`ssmcompress.data.content`); 8 bytes per image, 10 MB for
             ImageNet.
-        complete: whether these are all of them. Files of older versions do not say, nor do tensors passed in Python.
+        complete: whether these are all of them. This is unknown for files of older versions and tensors passed in
+            Python.
     """
 
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
     complete: bool = True
 
     def add(self, images: Any) -> LearntFrom:
-        """Return these images and `images`: `Batches` that were read and synced, digests, or other, unknown images."""
+        """Return the union with `images`: `Batches` that were read and synced, digests, or unidentified images."""
         batches = find_batches(images)
         known = images if batches is None else batches.digests if batches.pictures else None
         if not isinstance(known, np.ndarray) or known.dtype != np.uint64:
@@ -41,21 +42,21 @@ class LearntFrom:
         return LearntFrom(np.union1d(self.digests, different(known)), self.complete)
 
     def count(self, measured: Batches) -> int | None:
-        """Return how many of the images that were read from `measured` are among these; None if that is not known."""
+        """Return how many of the images read from `measured` are among these; None if unknown."""
         read = measured.digests[measured.digests != 0]
         found = int(np.isin(read, self.digests).sum())
         return found if (self.complete and measured.pictures) or found == len(read) else None
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the tensor to save, (different images,) int64, by its name."""
+        """Return the tensor to save, (different images,) int64, in a dict by its name."""
         return {ALL if self.complete else SOME: torch.from_numpy(self.digests.view(np.int64))}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LearntFrom | None:
-        """Read what `to_tensors` returned; None without tensors.
+        """Read the result of `to_tensors`; None if there is no such tensor.
 
         Raises:
-            InputError: they are something else.
+            InputError: the tensors are invalid.
         """
         if not tensors:
             return None
@@ -66,9 +67,9 @@ class LearntFrom:
 
 
 def count_common(learnt: Batches, measured: Batches) -> int | None:
-    """Return how many images of `measured` are in `learnt`, of those that were read; None if that cannot be told.
+    """Return how many of the images read from `measured` are in `learnt`; None if unknown.
 
-    Digests of prepared images are compared with each other, and those of pictures with each other.
+    Digests of prepared images are compared only with each other, and those of pictures only with each other.
     """
     if learnt.pictures != measured.pictures:
         return None
@@ -76,18 +77,18 @@ def count_common(learnt: Batches, measured: Batches) -> int | None:
 
 
 def find_batches(data: Any) -> Batches | None:
-    """Return the `Batches` that `data` is, or that `AnyBatches` wraps; None for any other data."""
+    """Return `data` if it is `Batches`, or the `Batches` wrapped by `AnyBatches`; None for any other data."""
     data = data.data if isinstance(data, AnyBatches) else data
     return data if isinstance(data, Batches) else None
 
 
 def learnt_from(model: Any) -> LearntFrom:
-    """Return the images that a model was learnt from; a dense model was learnt from none, as far as it matters here."""
+    """Return the images that a model was fitted on; none for a dense model, whose own training does not count."""
     return model.learnt if model.learnt is not None else LearntFrom(complete=model.plan is None)
 
 
 def add_learnt(model: Any, parts: Iterable[Any]) -> None:
-    """Note further images that `model` was learnt from, each of them as `LearntFrom.add` takes it."""
+    """Record further images that `model` was fitted on, each an argument of `LearntFrom.add`."""
     learnt = learnt_from(model)
     for part in parts:
         learnt = learnt.add(part)

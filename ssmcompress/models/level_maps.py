@@ -1,7 +1,7 @@
-"""Models with output levels, at which every position is needed, and the maps of tokens to what a dense model has there.
+"""Models with output levels, which need all positions, and the maps from tokens to the values of the dense model there.
 
-A segmentation model reads its levels out; in a model with several resolutions, later layers process them. Of a dropped
-token a level has the value that was last seen. `compression.reconstruct.levels` fits the maps.
+A segmentation model reads out its levels; in a model with several resolutions, later layers process them. At a dropped
+token, a level has the token's last value. `compression.reconstruct.levels` fits the maps.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class LevelMap(nn.Module):
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         super().__init__()
         self.own = skip_init(nn.Linear, width, width, device=device, dtype=torch.float32)
-        # One vector for an image, so it is not computed for each token.
+        # The mean is one vector per image, so this product is not repeated for each token.
         self.mean = skip_init(nn.Linear, width, width, bias=False, device=device, dtype=torch.float32)
 
     @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear) -> LevelMap:
-        """Return a map by a linear layer of [x; c], which has 2 * width inputs."""
+        """Create a map from a linear layer of [x; c], which has 2 * width inputs."""
         width = linear.out_features
         part = cls(width, linear.weight.device)
         part.own.weight.copy_(linear.weight[:, :width])
@@ -55,8 +55,8 @@ def fill_level(level: Level, maps: Sequence[nn.Module] | None, values: Sequence[
     """Return a level at all positions, (batch, length, d_model).
 
     Args:
-        maps: for each group of tokens a `LevelMap`, or an Identity; None: values as they are.
-        values: of each group, as `LevelledModel.read_groups` returns them; None: those of the level.
+        maps: a `LevelMap` or an Identity for each group of tokens; None: keep the values unchanged.
+        values: the values of each group, from `LevelledModel.read_groups`; None: those of the level.
     """
     values = level.groups() if values is None else values
     if maps is None:
@@ -71,8 +71,8 @@ class LevelledModel(TokenModel):
     """A model with output levels, which are numbered from 1.
 
     Attributes:
-        level_maps: for each level, by its number, a `LevelMap` or an Identity for each group of its tokens; outside of
-            the layers, so that published parameter names do not change.
+        level_maps: for each level, by its number, a `LevelMap` or an Identity for each group of its tokens. They are
+            outside the layers so that published parameter names do not change.
     """
 
     def __init__(self, config: Any):
@@ -81,36 +81,36 @@ class LevelledModel(TokenModel):
 
     @abc.abstractmethod
     def level_layer(self, level: int) -> int:
-        """Return the layer, from 1, after which a level is taken."""
+        """Return the layer (1-based) after which a level is taken."""
 
     @abc.abstractmethod
     def level_stages(self, level: int) -> list[Stage]:
-        """Return the stages whose tokens are missing at a level."""
+        """Return the stages whose dropped tokens are missing at a level."""
 
     @abc.abstractmethod
     def level_passes(self) -> list[tuple[int, ...]]:
-        """Return the levels whose maps are fitted, in groups in their order; maps of a group do not feed each other."""
+        """Return the levels whose maps are fitted, in ordered groups; maps within a group do not feed each other."""
 
     @abc.abstractmethod
     def read_levels(self, images: Tensor, levels: Sequence[int]) -> list[Level]:
-        """Return levels of images, those of one group of `level_passes`, without their maps."""
+        """Compute the levels of one group of `level_passes` for images, without applying their maps."""
 
     def fill(self, number: int, level: Level) -> Tensor:
-        """Return a level at all positions, (batch, length, width), with its maps."""
+        """Return a level at all positions, (batch, length, width), after its maps."""
         maps = self.level_maps[str(number)] if str(number) in self.level_maps else None
         return fill_level(level, maps, self.read_groups(level))
 
     def read_groups(self, level: Level) -> list[Tensor]:
-        """Return what is read of each group of tokens of a level (batch, tokens, width), before its map.
+        """Return the values of each group of tokens of a level (batch, tokens, width), before its map.
 
-        Of dropped tokens that is what the plan's `fill` says.
+        The values of dropped tokens depend on the plan's `fill`.
         """
         *dropped, kept = level.groups()
         zero = self.plan is not None and self.plan.fill == "zero"
         return [*(map(torch.zeros_like, dropped) if zero else dropped), kept]
 
     def group_sizes(self, level: int) -> list[int]:
-        """Return the tokens of each group at a level: those that each stage dropped, and those that are kept."""
+        """Return the number of tokens in each group at a level: those dropped by each stage, and the kept ones."""
         layer, counts = self.level_layer(level), self.token_counts()
         length = self.section_of(layer).length
         if self.plan is None or (self.plan.reenter and layer > len(self.blocks) - self.plan.reenter):
@@ -120,7 +120,7 @@ class LevelledModel(TokenModel):
         return [*dropped, length - sum(dropped)]
 
     def level_products(self) -> list[tuple[int, Tensor]]:
-        """Return the matrix products (rows, weight) of the maps of levels, for one image."""
+        """Return the matrix products (rows, weight) of the level maps for one image."""
         maps = (
             (size, part)
             for level, parts in self.level_maps.items()
@@ -142,14 +142,14 @@ class LevelledModel(TokenModel):
 
 
 def fill_level_maps(model: TokenModel, state: Mapping[str, Tensor]) -> None:
-    """Put maps from a file into a pruned model that has output levels.
+    """Load level maps from a file into a pruned model with output levels.
 
     Args:
-        state: "level_maps.{level}.{group}.own.weight" and so on, level from 1, -> tensors. A group without any keeps
-            its values.
+        state: "level_maps.{level}.{group}.own.weight" and so on (1-based levels) -> tensors. A group without a map
+            keeps its values.
 
     Raises:
-        InputError: maps that do not fit the model.
+        InputError: the maps do not fit the model.
     """
     if not state:
         return

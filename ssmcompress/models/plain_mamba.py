@@ -80,7 +80,7 @@ class PlainMamba(TokenModel):
         return Tokens(patches + self.backbone.pos_embed, self.length, alignment=self.alignment, orders=orders)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        """Classify the mean over the kept tokens; with alignment `pool`, over all tokens as they were last seen.
+        """Classify the mean over the kept tokens; with alignment `pool`, over the last features of all tokens.
 
         With a correction, the logits also depend on a summary of all tokens.
         """
@@ -133,7 +133,7 @@ class PlainMamba(TokenModel):
         stride: int | None,
         trained_size: tuple[int, int] | None,
     ) -> tuple[PlainMambaConfig, dict[str, Tensor]]:
-        # Without mmcv's running averages, which have the names of the weights with underscores for dots.
+        # Exclude mmcv's moving averages, which are named like the weights, with underscores instead of dots.
         fitted = {key: value for key, value in state.items() if not key.startswith("ema_")}
         shape = Shapes(fitted, "PlainMamba")
         sizes = read_backbone_sizes(shape, stride)
@@ -148,6 +148,6 @@ class PlainMamba(TokenModel):
         trained, image_size = infer_grid(entries, patch, patch, grid_of, image_size, trained_size)
         config = PlainMambaConfig(**sizes, image_size=tuple(image_size))
         table = fitted["backbone.pos_embed"]
-        if table.shape[2] == config.d_model:  # a contradiction is reported with the other shapes
+        if table.shape[2] == config.d_model:  # a mismatch is reported with the other shapes
             fitted["backbone.pos_embed"] = resize_grid(table, trained, config.grid)
         return config, fitted

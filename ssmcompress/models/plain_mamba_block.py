@@ -1,8 +1,8 @@
 """The layers of a PlainMamba: patches, and four continuous scans over a grid of them with a 2-D convolution.
 
-arXiv 2403.17695; `plain_mamba` and `plain_mamba_upernet` are made of them. The weights were trained with three quirks
-of the published code, which these layers therefore reproduce, each marked by a comment: the order of delta, B and C,
-the bias of delta, and D.
+arXiv 2403.17695; used by `plain_mamba` and `plain_mamba_upernet`. The weights were trained with three quirks of the
+published code, so these layers reproduce them, each marked by a comment: the order of delta, B and C, the bias of
+delta, and D.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ BIASES = 2
 
 @dataclass(frozen=True)
 class PlainMambaConfig(LayeredConfig):
-    """Sizes of a PlainMamba; all except `image_size` and `directions` follow from its weights.
+    """Sizes of a PlainMamba; all except `image_size` and `directions` can be inferred from its weights.
 
     Attributes:
         d_inner, d_state: one number for all layers, or one for each.
-        directions: for each layer the snakes that it scans, 0 to 3; None: all four in all layers.
+        directions: the snakes, 0 to 3, that each layer scans; None: all four in all layers.
         stem_width, stem_depth: channels of the stem, and number of 3x3 convolutions after its first one.
         patch_size: side of a patch in pixels. stride: distance between patches, the same.
-        window: side of the convolution on the grid.
-        dw_layers: layers, from 0, that end in a 3x3 convolution. dw_window: its side.
+        window: kernel size of the convolution on the grid.
+        dw_layers: 0-based layers that end in a depthwise convolution. dw_window: its kernel size.
     """
 
     PATHS: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
@@ -81,13 +81,13 @@ class PlainMambaConfig(LayeredConfig):
 
     @property
     def stem_grid(self) -> tuple[int, int]:
-        """The outputs of the stem in (rows, columns): one for every second pixel."""
+        """The output size of the stem, (rows, columns): one for every second pixel."""
         height, width = self.image_size
         return -(-height // STEM_STRIDE), -(-width // STEM_STRIDE)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches in (rows, columns)."""
+        """The size of the patch grid, (rows, columns)."""
         rows, columns = (side // (self.patch_size // STEM_STRIDE) for side in self.stem_grid)
         return rows, columns
 
@@ -135,7 +135,7 @@ class PlainMambaMixer(nn.Module):
 
     @property
     def split(self) -> list[int]:
-        """The outputs of x_proj: delta's rank, B and C."""
+        """The output sizes of x_proj: rank of delta, B and C."""
         return [self.dt_rank, self.d_state, self.d_state]
 
     @property
@@ -151,11 +151,11 @@ class PlainMambaMixer(nn.Module):
         return BIASES * find_bias(self.dt_proj)
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
-        """Yield the inputs of the scan of each path, from x (batch, kept, d_inner), delta among them."""
+        """Yield the scan inputs of each path, including delta, computed from x (batch, kept, d_inner)."""
         return map(Expander(), self.paths_by_parameters(x, tokens))
 
     def paths_by_parameters(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
-        """Yield the inputs of the scan of each path, where possible with a factor of delta instead of delta."""
+        """Yield the scan inputs of each path, where possible with a low-rank factor of delta instead of delta."""
         u = conv_on_grid(x, self.conv2d, tokens, self.grid, "silu")
         dt, B, C = self.x_proj(u).split(self.split, dim=-1)
         (delta, weight, bias), A_log = factorise(self.dt_proj, dt, BIASES), self.A_log
@@ -179,12 +179,12 @@ class PlainMambaMixer(nn.Module):
     # ------------------------------------------------------------------------------------------------- trimming
 
     def read_scans(self, features: Tensor, tokens: Tokens) -> list[ScanReading]:
-        """Return the inner values of the scans, which share their parameters, from normalised features."""
+        """Return the internal values of the scans, which share their parameters, computed from normalised features."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
         paths = list(self.paths(x, tokens))
         u, readers = paths[0].u, []
         for path in paths:
-            # C of step t is computed from the token that is t-th in raster order, not from the one that is visited.
+            # C at step t comes from the t-th token in raster order, not from the token visited at that step.
             steps = invert_order(path.order)
             readers.append(u[:, steps] if steps.ndim == 1 else u.gather(1, steps[..., None].expand_as(u)))
         return [ScanReading(partial(read_state, paths), readers, u, F.silu(z), len(paths))]
@@ -218,9 +218,9 @@ class PlainMambaMixer(nn.Module):
 def conv_on_grid(
     x: Tensor, conv: nn.Conv2d, tokens: Tokens, grid: tuple[int, int], activation: str | None = None
 ) -> Tensor:
-    """Convolve x (batch, kept, channels) on the grid of the images, or else on `grid`, the one of the model.
+    """Convolve x (batch, kept, channels) on the grid of the images if it is known, else on the model's `grid`.
 
-    Without alignment, the kept tokens fill it from the start.
+    Without alignment, the kept tokens fill the grid from its start.
     """
     grid = grid if tokens.grid is None else tokens.grid
     positions = tokens.positions if tokens.alignment.conv else None
@@ -281,7 +281,7 @@ def read_backbone_sizes(shape: Shapes, stride: int | None) -> dict[str, Any]:
     """Return the fields of a `PlainMambaConfig` that follow from its backbone.
 
     Raises:
-        InputError: a tensor is missing or has an unexpected shape, or `stride` is another one than the patches have.
+        InputError: a tensor is missing or has an unexpected shape, or `stride` differs from that of the patches.
     """
     depth = shape.count("backbone.layers.")
     inner_sizes = layer_sizes(shape, depth, "backbone.layers.{}.mamba.A_log")
@@ -311,10 +311,10 @@ def read_backbone_sizes(shape: Shapes, stride: int | None) -> dict[str, Any]:
 
 
 def count_layers(c: PlainMambaConfig, counts: Sequence[int], convention: str) -> dict[str, int]:
-    """Return the FLOPs of the patches and of the layers by part, as `TokenModel.count_flops` does.
+    """Return the FLOPs of the patch embedding and the layers by part, as in `TokenModel.count_flops`.
 
-    All four directions in both conventions; `full` includes the gate, `paper`, as in the papers, does not. A
-    convolution on the grid costs exactly all taps of its window for each kept token: see `grid_conv2d`.
+    Both conventions count all four directions; only `full` includes the gate, which the papers leave out. A convolution
+    on the grid costs exactly all taps of its window for each kept token, see `grid_conv2d`.
     """
     R = c.dt_rank
     stem_weights = c.in_chans * c.stem_window**2 * c.stem_width + c.stem_depth * 9 * c.stem_width**2
@@ -332,7 +332,7 @@ def count_layers(c: PlainMambaConfig, counts: Sequence[int], convention: str) ->
 
 
 def count_bytes(c: PlainMambaConfig, size: int) -> int:
-    """Return the bytes of one image's activations, as `TokenModel.activation_bytes` does."""
+    """Return the bytes of one image's activations, as in `TokenModel.activation_bytes`."""
     # Residual stream in and out, norm; x and z of in_proj, conv, x_proj, dt_proj, scans, out_proj.
     E, N = max(layer.d_inner for layer in c.layers), max(layer.d_state for layer in c.layers)
     inner = 2 * E + E + c.dt_rank + 2 * N + 4 * N + E + E

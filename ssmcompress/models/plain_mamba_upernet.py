@@ -1,7 +1,7 @@
 """UperNet on a PlainMamba (ChenhongyiYang, downstream/mmsegmentation): images of any size, four levels of stride 16.
 
-Module and parameter names are those of the published checkpoints (mmseg's, `backbone.` and `decode_head.`). A norm for
-each output level, `norm_layer{i}` after layer i from 0, shows which layers they are.
+Module and parameter names are those of the published checkpoints (mmseg's, `backbone.` and `decode_head.`). The output
+layers are inferred from the norms of the output levels, `norm_layer{i}` after the 0-based layer i.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ NORM_KEY = re.compile(r"backbone\.norm_layer(\d{1,6})\.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class PlainMambaUperNetConfig(UperNetConfig, PlainMambaConfig):
-    """Sizes of a PlainMamba with a UperNet head; all except `image_size` and `directions` follow from its weights.
+    """Sizes of a PlainMamba with UperNet head; all but `image_size` and `directions` can be inferred from its weights.
 
     Attributes:
-        image_size: the size of image that is counted; the model takes any.
-        trained_grid: (rows, columns) of the position embedding, which is resized for every other grid.
+        image_size: the image size for which FLOPs are counted; the model takes any size.
+        trained_grid: (rows, columns) of the position embedding, which is resized for all other grids.
     """
 
     trained_grid: Size
 
     @property
     def grid(self) -> Size:
-        """The patches in (rows, columns) of an image of `image_size`."""
+        """The size of the patch grid, (rows, columns), of an image of `image_size`."""
         return self.grid_of(self.image_size)
 
     def grid_of(self, size: Size) -> Size:
-        """Return the patches in (rows, columns) of an image of (height, width) pixels; the last ones may be partial."""
+        """Return the patch grid (rows, columns) of an image of (height, width) pixels; edge patches may be partial."""
         rows, columns = (-(-side // self.patch_size) for side in size)
         return rows, columns
 
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
 
 
 def norm_name(layer: int) -> str:
-    """Return the name of the norm of the output level of a layer, from 1."""
+    """Return the name of the norm of the output level after a layer (1-based)."""
     return f"norm_layer{layer - 1}"
 
 
@@ -130,7 +130,7 @@ class PlainMambaUperNet(UperNet):
         """Return the scan paths over a grid."""
         if grid == self.config.grid:
             visits, labels = self.visits, self.labels
-        elif torch.compiler.is_compiling():  # what is traced must not be kept
+        elif torch.compiler.is_compiling():  # traced tensors must not be cached
             visits, labels = (table.to(device) for table in snakes(*grid))
         else:
             visits, labels = cached_snakes(grid, device)
@@ -199,7 +199,7 @@ class PlainMambaUperNet(UperNet):
     def complete_config(
         cls, config: PlainMambaUperNetConfig, said: Statements, image_size: Size | None
     ) -> PlainMambaUperNetConfig:
-        """Return the configuration with the image size that it was trained on, if that is said."""
+        """Return the configuration with the training image size, if it is stated."""
         if "level" in said.options:
             raise InputError("`level` tells what the output levels of a Vim are: a PlainMamba has one kind of them")
         if image_size is None:
@@ -210,7 +210,7 @@ class PlainMambaUperNet(UperNet):
 
 
 def find_crop(said: Statements) -> Size | None:
-    """Return the (height, width) of the images in training, if it is said."""
+    """Return the (height, width) of the training images, if it is stated."""
     for name in ("crop_size", "img_size"):
         value: Any = said.options[name].value if name in said.options else None
         value = (value, value) if type(value) is int else value
@@ -221,6 +221,6 @@ def find_crop(said: Statements) -> Size | None:
 
 @lru_cache(maxsize=32)
 def cached_snakes(grid: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `snakes` of a grid on a device; images of a data set have some tens of grids."""
+    """Return `snakes` of a grid on a device; the images of a dataset have a few dozen different grids."""
     with torch.inference_mode(False):  # they are also used where gradients are computed
         return tuple(table.to(device) for table in snakes(*grid))

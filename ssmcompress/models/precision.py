@@ -1,7 +1,7 @@
-"""Layers that work in models of any dtype: float32, float64, and their `half()`, `bfloat16()` and quantised copies.
+"""Layers for models of any dtype: float32, float64, and `half()`, `bfloat16()` and quantised copies.
 
-The residual stream, the sums of the norms and the states of the scans are float32, or float64 in a float64 model. The
-weights, and what the linear layers exchange, have the dtype of the model.
+The residual stream, the sums of the norms and the hidden states of the scans are float32, or float64 in a float64
+model. The weights, and the activations between linear layers, have the dtype of the model.
 """
 
 from __future__ import annotations
@@ -55,35 +55,35 @@ class LayerNorm(nn.LayerNorm):
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 if it is that."""
+    """Convert x to float32, unless it is float64."""
     return x.to(accumulation_dtype(x.dtype))
 
 
 def cast(x: Tensor, layer: nn.Module) -> Tensor:
-    """Return x in the dtype of a layer's weight, or x itself if the layer has none that is a tensor of numbers."""
+    """Convert x to the dtype of a layer's weight; x is unchanged if the layer has no floating-point weight tensor."""
     weight = find_weight(layer)
     return x if weight is None or weight.dtype == x.dtype or not weight.is_floating_point() else x.to(weight.dtype)
 
 
 def find_weight(layer: nn.Module) -> Tensor | None:
-    """Return the weight of a layer, or None: that of a quantised layer is a method."""
+    """Return the weight of a layer; None for a quantised layer, whose `weight` is a method."""
     weight = getattr(layer, "weight", None)
     return weight if isinstance(weight, Tensor) else None
 
 
 def find_bias(layer: nn.Module) -> Tensor:
-    """Return the bias of a layer; that of a quantised layer is a method."""
+    """Return the bias of a layer, also of a quantised layer, whose `bias` is a method."""
     return layer.bias() if callable(layer.bias) else layer.bias
 
 
 def factorise(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return (x, weight, bias) of a linear layer: its result is x weight^T, and the bias is still to be added to it.
+    """Return (x, weight, bias) such that the output of a linear layer is x weight^T + bias.
 
-    A layer of any other type than nn.Linear, for example a quantised one or an adapter, adds its bias itself: then x is
-    its result, and the weight None.
+    A layer other than nn.Linear, for example a quantised layer or an adapter, is applied here, including its bias: then
+    x is its output, and the weight is None.
 
     Args:
-        times: how many times the bias is to be added in total.
+        times: the total number of times that the bias is to be added.
     """
     if type(linear) is nn.Linear:
         return x, linear.weight, linear.bias if times == 1 else times * linear.bias
@@ -91,7 +91,7 @@ def factorise(linear: nn.Module, x: Tensor, times: int = 1) -> tuple[Tensor, Ten
 
 
 def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
-    """Return some of the outputs of a linear layer; one of any other type than nn.Linear computes all of them."""
+    """Return some of the outputs of a linear layer; layers other than nn.Linear compute all outputs first."""
     if type(linear) is nn.Linear:
         return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
     return linear(x)[..., rows]
@@ -100,7 +100,7 @@ def project_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
 def embed_patches(projection: nn.Conv2d | nn.Conv3d, images: Tensor) -> Tensor:
     """Embed images (batch, channels, height, width) as patches (batch, d_model, rows, columns) by a convolution.
 
-    Or videos (batch, channels, frames, height, width) as patches (batch, d_model, times, rows, columns).
+    Videos (batch, channels, frames, height, width) become patches (batch, d_model, times, rows, columns).
 
     On a CPU it runs in float32 or wider, even under autocast and in a bfloat16 model: on processors with AMX, torch
     2.14's bfloat16 convolution of 4 to 24 channels with windows of 4 to 16 pixels has errors as large as its result.
@@ -118,7 +118,7 @@ def embed_patches(projection: nn.Conv2d | nn.Conv3d, images: Tensor) -> Tensor:
 
 
 def check_not_quantised(model: nn.Module) -> None:
-    """Raise an InputError if layers of a model are quantised: their weights are packed, for a forward pass alone."""
+    """Raise an InputError if layers of a model are quantised: their packed weights support only a forward pass."""
     packed = next((name for name, module in model.named_modules() if hasattr(module, "_packed_params")), None)
     if packed is not None:
         raise InputError(
@@ -133,11 +133,11 @@ def to_float32(model: Model) -> Model:
 
 
 def narrow_products(model: Model, dtype: torch.dtype) -> Model:
-    """Return a copy of a model that holds the weights of its layers' matrix products in `dtype`.
+    """Return a copy of a model with the weights of its layers' matrix products in `dtype`.
 
-    It is to be run under autocast to `dtype`, which then has less to convert at each forward: neither these weights nor
-    the results of norms before scans. What is no matrix product, the patch embedding and the readout stay as they are.
-    The model itself is returned for float32, and if it is quantised.
+    Run it under autocast to `dtype`, which then need not convert these weights, or the outputs of norms before scans,
+    in each forward pass. The patch embedding, the readout and everything but matrix products are unchanged. For
+    float32, and for a quantised model, the model itself is returned.
     """
     if dtype == torch.float32 or any(hasattr(module, "_packed_params") for module in model.modules()):
         return model
@@ -152,12 +152,12 @@ def narrow_products(model: Model, dtype: torch.dtype) -> Model:
 
 
 def check_images(images: Any, shape: Sequence[int | None], weight: Tensor | None) -> None:
-    """Raise an InputError unless `images` can be given to a model.
+    """Raise an InputError unless `images` are valid inputs of a model.
 
     Args:
-        shape: (channels, height, width) of an image, or (channels, frames, height, width) of a video; None: any number
-            of pixels.
-        weight: a weight of the model, which has its dtype and device; None: a quantised model, float32 on the CPU.
+        shape: (channels, height, width) of an image, or (channels, frames, height, width) of a video; None entries: any
+            number of pixels.
+        weight: a weight with the dtype and device of the model; None: a quantised model, float32 on the CPU.
     """
     size = describe_shape(shape)
     if isinstance(images, torch.fx.Proxy):

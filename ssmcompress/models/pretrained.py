@@ -1,7 +1,7 @@
-"""Methods of a model that read and write it, under the names of huggingface_hub's `PyTorchModelHubMixin`.
+"""Methods to load and save a model, named as in huggingface_hub's `PyTorchModelHubMixin`.
 
-They call public functions of the package, in whose modules models are known: this one, which models are made of, knows
-none of them.
+They call public functions of the package by name, because the modules of those functions import the models, which are
+built on this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PretrainedModel(nn.Module):
     """The part of `TokenModel` that reads and writes folders."""
 
     def save_pretrained(self, save_directory: str | Path, *, force: bool = False) -> Path:
-        """Write a folder that `from_pretrained` and `ssmcompress.load` read, as `ssmcompress.save` does.
+        """Write a folder that `from_pretrained` and `ssmcompress.load` can read, as `ssmcompress.save` does.
 
         Args:
             save_directory: the folder to write. force: replace it if it exists.
@@ -38,15 +38,15 @@ class PretrainedModel(nn.Module):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **options: Any
     ) -> Self:
-        """Load a model, of this class or for `TokenModel` of any, as `ssmcompress.load` does.
+        """Load a model of this class (of any class if called on `TokenModel`), as `ssmcompress.load` does.
 
         Args:
-            pretrained_model_name_or_path: a folder or file, or a name of the Hugging Face Hub. A path that exists comes
-                first, and a `Path` is always local.
+            pretrained_model_name_or_path: a folder or file, or a name on the Hugging Face Hub. An existing path takes
+                precedence, and a `Path` is always local.
             revision: a branch, tag or commit of the Hub; None: the default branch. options: those of `load`.
 
         Raises:
-            InputError: as `load`; a `revision` of a local path; or a model of another class.
+            InputError: as `load`; also for a `revision` of a local path, or a model of another class.
         """
         name = pretrained_model_name_or_path
         if revision is not None:
@@ -66,20 +66,21 @@ class PretrainedModel(nn.Module):
         branch: str | None = None,
         force: bool = False,
     ) -> str:
-        """Upload a compressed model to the Hugging Face Hub, as the command `push` does, and return its address.
+        """Upload a compressed model to the Hugging Face Hub, as the command `push` does, and return its URL.
 
-        It has a card without a report; the command uploads the report of a folder, too.
+        The model card has no report; the command also uploads the report of a folder.
 
         Args:
-            repo_id: owner/name; it is created if it does not exist. private: create a private one; a public one that
-                exists is refused.
-            commit_message: None: one that names the model. branch: None: the main one.
-            license: identifier of the licence on the Hub, as "mit"; None: that of the dense model, if it is on the Hub.
-            force: write into a repository with files that ssmcompress did not write.
+            repo_id: owner/name; the repository is created if it does not exist. private: create a private repository;
+                an existing public one is rejected.
+            commit_message: None: a message that names the model. branch: None: the main branch.
+            license: licence identifier of the Hub, such as "mit"; None: the licence of the dense model, if it is on the
+                Hub.
+            force: write into a repository with files that were not written by ssmcompress.
 
         Raises:
-            InputError: a dense model, no licence, no token, no permission, a public repository where `private` is
-                asked for, or one with files of others. SsmCompressError: the Hub cannot be reached.
+            InputError: the model is dense, there is no licence, token or permission, the repository is public although
+                `private` is set, or it has foreign files. SsmCompressError: the Hub cannot be reached.
         """
         request = _public("PushRequest")(
             repository=repo_id, private=private, revision=branch, message=commit_message, license=license, force=force
@@ -89,5 +90,5 @@ class PretrainedModel(nn.Module):
 
 
 def _public(name: str) -> Any:
-    """Return a public function of the package, which is always imported before its modules."""
+    """Return a public function of the package, which is always imported before its submodules."""
     return getattr(sys.modules[__name__.partition(".")[0]], name)

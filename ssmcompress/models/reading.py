@@ -1,4 +1,4 @@
-"""Helpers to read published weights of any architecture: shapes, depth, and the grid of a position embedding."""
+"""Helpers for reading published weights of any architecture: shapes, depth, and the grid of a position embedding."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import InputError
 from .families import StateDict
 from .precision import widen
 
-# In pixels; a typing error must not allocate a position table of terabytes.
+# In pixels; a typo must not allocate a position embedding of terabytes.
 LARGEST_SIDE = 8192
 
 Size = tuple[int, int]
 
 
 class Shapes:
-    """Shapes of the tensors in a state dict, with an InputError for a missing tensor or an unexpected shape.
+    """Accessor for tensor shapes of a state dict; raises an InputError for a missing tensor or an unexpected shape.
 
     Args:
-        state: the tensors. architecture: its name for messages.
-        hints: parameter name -> what it means that the parameter is missing.
+        state: the tensors. architecture: its name in messages.
+        hints: parameter name -> explanation for messages if the parameter is missing.
     """
 
     def __init__(self, state: StateDict, architecture: str, hints: Mapping[str, str] | None = None):
@@ -39,7 +39,7 @@ class Shapes:
         return shape
 
     def window(self, key: str) -> int:
-        """Return the side of a convolution's window, which must be odd so that it has a centre."""
+        """Return the kernel size of a convolution, which must be odd."""
         *_, height, width = self(key, 4)
         if height != width or width % 2 == 0:
             raise InputError(f"{key} has a window of {(height, width)}: expected a square one of odd sides")
@@ -59,7 +59,7 @@ class Shapes:
         raise InputError(f"looks like a {self.architecture}, but {key!r} is missing: {reason}")
 
     def count(self, prefix: str) -> int:
-        """Return the number of layers, from the numbers that follow `prefix` in the names."""
+        """Return the number of layers, from the indices that follow `prefix` in the names."""
         texts = (key.removeprefix(prefix).partition(".")[0] for key in self.state if key.startswith(prefix))
         numbers = [int(text) for text in texts if text.isdecimal() and len(text) < 9]
         count = 1 + max(numbers, default=-1)
@@ -69,9 +69,9 @@ class Shapes:
 
 
 def layer_sizes(shape: Shapes, depth: int, *names: str) -> list[tuple[int, ...]]:
-    """Return (d_inner, d_state) of each layer, the shape of its first parameter among `names` ("layers.{}.A_log").
+    """Return (d_inner, d_state) of each layer: the shape of its first parameter among `names` ("layers.{}.A_log").
 
-    A layer without any of them counts as the first layer, and the missing parameter is reported with the others.
+    A layer without any of them gets the sizes of the first layer; its missing parameter is reported with the others.
     """
     sizes: list[tuple[int, ...]] = []
     for layer in range(depth):
@@ -92,13 +92,13 @@ def infer_grid(
     trained_size: Size | None,
     advice: str = "",
 ) -> tuple[Size, Size]:
-    """Infer the grid of a position embedding and the image size (height, width) that the model will run at.
+    """Infer the grid of a position embedding and the input size (height, width) of the model.
 
     Args:
         entries: number of patches in the embedding. patch, stride: their size and distance, in pixels.
         grid_of: function from (height, width) of images to (rows, columns) of patches.
-        image_size: the size that the caller asks for, or None. trained_size: the size trained at, if known, or None.
-        advice: an addition to the error message: what else the caller may need to pass.
+        image_size: the size requested by the caller, or None. trained_size: the training size if known, or None.
+        advice: appended to the error message: other arguments that the caller may need to pass.
 
     Returns:
         (trained grid (rows, columns), image size (height, width)).

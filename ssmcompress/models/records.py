@@ -1,4 +1,4 @@
-"""The history of a model: its source, and one record for each step that changed its weights."""
+"""The history of a model: its source, and a record of each step that changed its weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """The file that a model was read from; for a compressed model, the file of its dense model.
+    """The file that a model was loaded from; for a compressed model, the file of its dense model.
 
     Attributes:
-        path: absolute path; of a model of the Hugging Face Hub its name, with the commit and the file.
+        path: absolute path; for a model from the Hugging Face Hub, its name with the commit and the file.
         sha256: digest of the weights file. weights: the entry that was read.
-        data: the images that the folder names (a path or a hub name), or None.
+        data: the images named in the folder (a path or a Hub name), or None.
     """
 
     path: str
@@ -28,21 +28,21 @@ class Source:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """The command line and the versions that pruned a model, if they are known."""
+    """The command line and the versions with which a model was pruned, if known."""
 
     command: str | None = None
     versions: dict[str, str] | None = None
 
 
 class Record(Protocol):
-    """The record that a step appends to `TokenModel.steps`: a frozen dataclass of plain values, named by its `kind`."""
+    """A record that a step appends to `TokenModel.steps`: a frozen dataclass of plain values, identified by `kind`."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The record of a step that has no record class.
+    """The record of a step without a record class of its own.
 
     Attributes:
         kind: the name of the step. values: a JSON object that describes the step.
@@ -63,7 +63,7 @@ class Fit:
     half: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object, without `half` where that was not measured."""
+        """Return a JSON object, without `half` if it was not measured."""
         return {key: value for key, value in asdict(self).items() if key != "half" or value is not None}
 
 
@@ -74,8 +74,9 @@ class Reconstruction:
     Attributes:
         name, images: the name of the data and the number of different images used.
         held_out: how many of them were used for selection only.
-        kl_before, kl_after: mean KL(dense || pruned) on the held-out images in nats an image, with old and new weights.
-        kept: whether the model has the new weights; it keeps the old ones if they were closer.
+        kl_before, kl_after: mean KL(dense || pruned) on the held-out images in nats per image, with old and new
+            weights.
+        kept: whether the new weights were kept; the old ones are kept if they were closer to the dense model.
         fits: the refits in the order in which they were made.
     """
 
@@ -123,15 +124,15 @@ class Finetuning:
     """The record of a fine-tuning.
 
     Attributes:
-        name, images: the name of the data and the number of its images in an epoch.
+        name, images: the name of the data and the number of its images per epoch.
         held_out: number of images on which the best epoch was selected.
         labels, teacher: whether they were used. recipe: the recipe as a JSON object, with the actual batch size.
-        seed: seed of the order of the images and of their augmentation. steps: total optimiser steps.
-        epoch: the epoch of the model's weights; 0: the starting weights, as no epoch was better on the held-out images.
-        averaged: whether the weights are the running average.
+        seed: seed of the order and the augmentation of the images. steps: total optimiser steps.
+        epoch: the epoch of the model's weights; 0: the initial weights, as no epoch was better on the held-out images.
+        averaged: whether the weights are the moving average.
         seconds: wall-clock time. processes: number of processes at the end.
         history: a JSON object for each epoch.
-        run: what the folder was made from, to which `resume` is bound, a JSON object; None where it was not recorded.
+        run: the inputs of the run, which `resume` must match, as a JSON object; None if they were not recorded.
     """
 
     kind: ClassVar[str] = "finetuning"
@@ -196,7 +197,7 @@ def _are_layers(value: Any) -> bool:
 
 
 def _are_paths(value: Any) -> bool:
-    """Return whether a value maps the numbers of layers, texts in JSON, to numbers of scan paths."""
+    """Return whether a value maps layer numbers (strings in JSON) to lists of scan path indices."""
     return isinstance(value, dict) and all(
         isinstance(layer, str) and layer.isascii() and layer.isdigit() and layer == str(int(layer[:9]))
         and isinstance(paths, list) and paths and all(type(path) is int and path >= 0 for path in paths)
@@ -205,11 +206,11 @@ def _are_paths(value: Any) -> bool:
     )  # fmt: skip
 
 
-# The models in a row, each made from the one before, that a file may name.
+# Maximum length of the chain of input models, each made from the one before, in a file.
 MOST_INPUTS = 64
 _IMAGES = {"name": (_is_text, "a text"), "images": (_is_count, "a number of at least 1")}
 _COUNTS, _LOSSES = (_are_counts, "a list of numbers of at least 1"), (_are_numbers, "a list of finite numbers")
-# What the records of trimming hold: for each kind, key -> (test of its value, what is expected).
+# The fields of trimming records: for each kind, key -> (test of its value, description of valid values).
 TRIMMING: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "states": {**_IMAGES, "n": _COUNTS, "losses": _LOSSES},
     "channels": {**_IMAGES, "e": _COUNTS, "costs": _LOSSES},
@@ -219,7 +220,7 @@ TRIMMING: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 
 
 def _read_step(kind: Any, values: Any) -> StepRecord:
-    """Return the record of a step that has no record class; InputError for values that a kind of trimming never has."""
+    """Return the record of a step without a record class; InputError for values that are invalid for its kind."""
     record = StepRecord(str(kind), dict(values))
     if record.kind == INPUT:
         _check_input(record.values)
@@ -230,18 +231,18 @@ def _read_step(kind: Any, values: Any) -> StepRecord:
     return record
 
 
-# The record of the compressed model that a compression went on from. Records before it are of that model.
+# The kind of record for the compressed model that a compression started from. Records before it belong to that model.
 INPUT = "input"
 
 
 def list_own_steps(steps: Sequence[Record]) -> tuple[Record, ...]:
-    """Return the records of what was done since a compression went on from a compressed model; all if none did."""
+    """Return the records since a compression continued from a compressed model; all records if none did."""
     start = next((number for number, step in enumerate(steps, 1) if step.kind == INPUT), 0)
     return tuple(steps[start:])
 
 
 def _check_input(value: Any, depth: int = 0) -> None:
-    """Raise an InputError unless a value is a record of the model that a compression went on from."""
+    """Raise an InputError unless a value is a record of the model that a compression started from."""
     valid = isinstance(value, dict) and depth < MOST_INPUTS
     valid = valid and all(value.get(key) is None or isinstance(value[key], str) for key in ("path", "sha256"))
     valid = valid and isinstance(value.get("steps"), list) and all(map(_is_text, value["steps"]))
@@ -255,12 +256,12 @@ def _check_input(value: Any, depth: int = 0) -> None:
         _check_input(value["input"], depth + 1)
 
 
-# Kinds that have their own key in config.json; all others are listed under `steps`.
+# Kinds with their own key in config.json; all others are listed under `steps`.
 KEYED = {record.kind: record for record in (Reconstruction, Finetuning)}
 
 
 def steps_to_dict(steps: Sequence[Record]) -> dict[str, Any]:
-    """Return the records as a JSON object: the part of the `pruning` section of config.json about steps.
+    """Return the records as a JSON object for the `pruning` section of config.json.
 
     The key `steps` exists only if a record has no key of its own; it lists all records in order.
     """
@@ -278,10 +279,10 @@ def _values(step: Record) -> dict[str, Any]:
 
 
 def steps_from_dict(value: Mapping[str, Any]) -> tuple[Record, ...]:
-    """Read the records that `steps_to_dict` wrote; those of other kinds than `KEYED` become `StepRecord`s.
+    """Read the records written by `steps_to_dict`; kinds not in `KEYED` become `StepRecord`s.
 
     Raises:
-        InputError: the value has another form, or a record of `TRIMMING` lacks a value or has one of another form.
+        InputError: the value is malformed, or a record of `TRIMMING` has a missing or malformed value.
     """
     records = {k: cls.from_dict(value[k]) for k, cls in KEYED.items() if value.get(k) is not None}
     entries = value.get("steps")

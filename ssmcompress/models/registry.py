@@ -21,8 +21,8 @@ from .vim_upernet import VimUperNet
 from .vit import VisionTransformer
 from .vmamba import VMamba
 
-# In the order in which they are asked whether a state dict is theirs. A list, which other modules import by value: what
-# `register_architecture` adds is seen there, too.
+# In the order in which `recognises` is tried on a state dict. It is modified in place because other modules import the
+# list object: they also see the additions of `register_architecture`.
 MODELS: list[type[TokenModel]] = [
     VisionMamba,
     PlainMamba,
@@ -36,16 +36,16 @@ _registered: list[type[TokenModel]] = []  # those of `MODELS` that the package d
 
 
 def register_architecture(model_class: type[TokenModel]) -> type[TokenModel]:
-    """Add an architecture, which `load` and all commands then recognise; it can be used as a decorator of the class.
+    """Add an architecture, which `load` and all commands then recognise; usable as a class decorator.
 
-    It is asked before the package's own, and for families that the package refuses, so its `recognises` must be true
-    for its own parameter names alone. A saved model of it can be loaded again only where it is registered.
+    It is tried before the built-in architectures and unsupported families, so its `recognises` must be true only for
+    its own parameter names. A saved model can be loaded again only while its architecture is registered.
 
     Returns:
         The class.
 
     Raises:
-        ValueError: the name is taken, or the class lacks something that every architecture has.
+        ValueError: the name is taken, or the class lacks a required attribute or method.
     """
     missing = [name for name in ("architecture", "config_class", "telling_keys") if not hasattr(model_class, name)]
     if missing := [*missing, *sorted(model_class.__abstractmethods__)]:
@@ -58,17 +58,17 @@ def register_architecture(model_class: type[TokenModel]) -> type[TokenModel]:
 
 
 def _key(name: str) -> str:
-    """Return the name of an architecture without what its spellings differ in."""
+    """Return the name of an architecture in a spelling-independent form."""
     return name.strip().lower().replace("-", "").replace("_", "")
 
 
 def is_known(state: StateDict) -> bool:
-    """Return whether parameter names are those of a supported architecture or of a family with a name."""
+    """Return whether parameter names belong to a supported architecture or to a known unsupported family."""
     return find_family(state) is not None or any(model_class.recognises(state) for model_class in MODELS)
 
 
 def is_named(model_class: type[TokenModel], family: str) -> bool:
-    """Return whether files call an architecture by this entry of `FAMILY_NAMES`."""
+    """Return whether this entry of `FAMILY_NAMES` denotes the architecture."""
     return family in (model_class.architecture, *model_class.families)
 
 
@@ -76,12 +76,12 @@ def recognise(state: StateDict, writer: str | None = None, family: str | None = 
     """Return the architecture that these parameter names belong to.
 
     Args:
-        writer: the tool that wrote its file, for messages.
-        family: the architecture that is named. It decides between several that have these names of parameters; else
-            a size does that only one of them is published in, and then their order in `MODELS`.
+        writer: the tool that wrote the file, for messages.
+        family: the stated architecture. It decides between architectures with the same parameter names; otherwise, a
+            size that is published for only one of them decides, and then their order in `MODELS`.
 
     Raises:
-        InputError: it is none of `MODELS`; the message names it, and its writer, if known.
+        InputError: it is not in `MODELS`; the message names it and its writer, if known.
     """
     fitting = [model_class for model_class in MODELS if model_class.recognises(state)]
     named = [model_class for model_class in fitting if family is not None and is_named(model_class, family)]
@@ -101,7 +101,7 @@ def recognise(state: StateDict, writer: str | None = None, family: str | None = 
 
 
 def normalise_architecture(name: str) -> str:
-    """Return the name of an architecture as `MODELS` has it; InputError for one that is not supported."""
+    """Return the name of an architecture as spelled in `MODELS`; InputError if it is not supported."""
     if not isinstance(name, str):
         raise InputError(f"`architecture` {name!r}: expected one of {', '.join(repr(m.architecture) for m in MODELS)}")
     supported = {_key(known): m.architecture for m in reversed(MODELS) for known in (*m.families, m.architecture)}
@@ -113,10 +113,10 @@ def normalise_architecture(name: str) -> str:
 
 
 def give_architecture(said: Statements, name: str) -> None:
-    """Set the architecture that the caller gives, which counts for more than the name of a file.
+    """Set the architecture given by the caller, which overrides the name of a file.
 
     Raises:
-        InputError: it is not supported, or not the one that anything else says.
+        InputError: it is not supported, or contradicts another statement.
     """
     architecture = normalise_architecture(name)
     said.set_family(architecture, GIVEN_NAME)
@@ -136,16 +136,15 @@ def build(
 
     Args:
         state: published parameter names -> tensors.
-        image_size: (height, width) of the images it will run on; None: the size it was trained at.
-        stride: step between patches in pixels; None: what `said` says of it, else the patch size.
-        trained_size: (height, width) that its position embedding was made for, if that is known.
-        said: what its file or module says about it.
-        directions: for each layer the scan paths that it has, which weights do not always show; None: all.
+        image_size: (height, width) of the input images; None: the training size.
+        stride: step between patches in pixels; None: the stride stated in `said`, else the patch size.
+        trained_size: (height, width) for which the position embedding was trained, if known.
+        said: the statements of the file or module about the model.
+        directions: the scan paths of each layer, which cannot always be inferred from the weights; None: all.
 
     Raises:
-        InputError: the architecture is unknown, not certain or not the one that `said` names, an option has another
-            value than the model computes, or parameters are missing, left over, contradict each other or are not
-            finite.
+        InputError: the architecture is unknown, ambiguous or not the one named in `said`, an option has an unsupported
+            value, or parameters are missing, unexpected, inconsistent or not finite.
     """
     said = said or Statements()
     model_class = recognise(state, said.writer, said.family.value if said.family is not None else None)
@@ -159,7 +158,7 @@ def build(
         model = model_class(config).float()  # whatever torch's default dtype is
     _check(model, fitted)
     model_class.check_identity(config, said)
-    # Cloned, because the caller's own tensors, of a live module, must not change with the model.
+    # Cloned because the tensors may belong to the caller's live module and must not change with the model.
     dtypes = {k: v.dtype for k, v in model.state_dict().items()}
     model.load_state_dict({k: v.to(dtypes[k], copy=True) for k, v in fitted.items()}, assign=True)
     if model.task is SEGMENTATION:
@@ -168,7 +167,7 @@ def build(
 
 
 def check_task(state: StateDict, task: str | None) -> None:
-    """Raise an InputError unless parameter names are those of a model for the task, by its name; None: for any."""
+    """Raise an InputError unless parameter names belong to a model for the task with this name; None: any task."""
     if task is None:
         return
     if task not in TASKS:
@@ -184,7 +183,7 @@ def check_task(state: StateDict, task: str | None) -> None:
 
 
 def _add_classes(model: TokenModel, said: Statements) -> None:
-    """Set the names and colours of the model's classes, if those in the file are as many as it has."""
+    """Set the names and colours of the model's classes if their number in the file matches."""
     if said.classes is None:
         return
     if len(said.classes) != model.config.num_classes:
@@ -194,7 +193,7 @@ def _add_classes(model: TokenModel, said: Statements) -> None:
 
 
 def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statements) -> int | None:
-    """Return the patch stride that follows from what is said, with a note if patches overlap; None if nothing is."""
+    """Return the patch stride that follows from the statements, with a note if patches overlap; None without any."""
     if any(key not in state or state[key].ndim < 3 for key in ("pos_embed", "patch_embed.proj.weight")):
         return None  # not a Vim, or a damaged one
     found, size = said.number("stride", "patch_stride"), said.number("input_size", "img_size", "image_size")
@@ -206,7 +205,7 @@ def _find_stride(model_class: type[TokenModel], state: StateDict, said: Statemen
 
 
 def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
-    """Raise an InputError if something is said about a model that is not so in this architecture."""
+    """Raise an InputError if a statement about a model contradicts this architecture."""
     if said.family is not None and not is_named(model_class, said.family.value):
         if said.family.value in [m.architecture for m in MODELS]:
             way_out = ": rename it, or give `architecture`" if said.family.where == FILE_NAME else ""
@@ -230,7 +229,7 @@ def _check_statements(model_class: type[TokenModel], said: Statements) -> None:
 
 
 def _note_another_name(said: Statements) -> None:
-    """Note that the name of the file says another architecture than what counts for more, if the caller gives none."""
+    """Show a note if the file name contradicts a stronger statement of the architecture and the caller gave none."""
     if said.family is None or said.family.where == GIVEN_NAME:
         return
     others = {family_of_name(s.value) for s in said.names if s.where == FILE_NAME} - {None, said.family.value}
@@ -240,7 +239,7 @@ def _note_another_name(said: Statements) -> None:
 
 
 def _check(model: TokenModel, state: dict[str, Tensor]) -> None:
-    """Raise an InputError unless `state` has the names, shapes and kinds of dtype of the model, and finite values."""
+    """Raise an InputError unless `state` matches the model's names, shapes and kinds of dtype and has finite values."""
     expected = model.state_dict()
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected]

@@ -1,4 +1,4 @@
-"""Application of a plan to a model: it adds pruners between the blocks and gap deltas to the blocks after them."""
+"""Applying a plan to a model: pruners are added between the blocks, and gap deltas to the blocks after them."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def make_plan(
     seed: int = 0,
     fuse: bool = False,
 ) -> Plan:
-    """Make a plan without images and check it against the model; its gap source is left open.
+    """Make a plan without calibration images and check it against the model; its gap source is left unset.
 
     Args:
-        model: dense, trimmed or pruned. Of a pruned one, the stages, importance, alignment and `fuse` of its plan take
-            the place of the defaults, and `ratio` still counts from all tokens.
-        stages: layers, 1-based, after which to prune, or in which, between attention and the MLP; None: ToP-ViM's or
-            EViT's, scaled to the model's depth.
-        ratio: share of the tokens removed at each stage, 0 to below 1; one for all stages, or one for each.
-        importance: the metric, see `ssmcompress.pruning.importance`, one for all stages, or one for each; None: "clip",
-            or "attention" where a class token pays it.
+        model: dense, trimmed or pruned. For a pruned model, the defaults are the stages, importance, alignment and
+            `fuse` of its plan, and `ratio` is still relative to all tokens.
+        stages: 1-based layers after which to prune, or inside which, between attention and the MLP; None: those of
+            ToP-ViM or EViT, scaled to the model's depth.
+        ratio: share of the tokens removed at each stage, in [0, 1); one for all stages, or one for each.
+        importance: the metric, see `ssmcompress.pruning.importance`; one for all stages, or one for each. None: "clip",
+            or "attention" for a model with a class token that attends to the others.
         alignment: True for conv and scan, False for neither, or an Alignment; None: True.
         seed: seed of importance `random`.
-        fuse: fuse the tokens that a stage removes into one, by their attention, as EViT does.
+        fuse: fuse the tokens removed by a stage into one token, weighted by their attention, as in EViT.
 
     Raises:
         InputError: the model cannot be pruned by these stages, ratios or metric.
@@ -69,9 +69,9 @@ def make_plan(
 
 
 def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
-    """Return the numbers in a list, an array or a tensor as Python's; InputError if there are none, or other things."""
+    """Return the entries of a list, array or tensor as Python numbers; InputError if empty or not numeric."""
     values = values.tolist() if hasattr(values, "tolist") else values
-    values = (values,) if isinstance(values, Real) and name == "ratio" else values  # an array without dimensions
+    values = (values,) if isinstance(values, Real) and name == "ratio" else values  # an array may be zero-dimensional
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
         values = tuple(values)
         if values and all(isinstance(value, Real) for value in values):
@@ -80,7 +80,7 @@ def list_numbers(name: str, values: Any, what: str) -> tuple[int | float, ...]:
 
 
 def _to_python(value: Real) -> bool | int | float:
-    """Return a number of any library as one that JSON has."""
+    """Convert a number of any library to a type that JSON supports."""
     if isinstance(value, bool):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -98,17 +98,17 @@ def prune(
 ) -> TokenModel:
     """Return a copy of `model` that prunes by `plan`; `model` is not changed.
 
-    A model that is pruned already is pruned further: it keeps its weights and corrections, and `plan` takes the place
-    of its own. Tokens are counted from the dense model, so a ratio of 0.4 keeps as many as it does there.
+    A pruned model is pruned further: it keeps its weights and corrections, and `plan` replaces its own plan. Ratios are
+    relative to the tokens of the dense model, so a ratio of 0.4 keeps as many tokens as it would there.
 
     Args:
         model: a model from `load`, dense, trimmed or pruned.
-        plan: from `calibrate`, `search` or `make_plan`, or written by hand (with `gap="bias"`, no images are needed);
-            also the dict that `Plan.to_dict` made. None: one is made without images of the other arguments, which are
-            those of `make_plan`; the gap deltas then come from the bias.
+        plan: from `calibrate`, `search` or `make_plan`, written by hand (with `gap="bias"`, no images are needed), or
+            the result of `Plan.to_dict`. None: a plan is made without images from the other arguments, which are those
+            of `make_plan`; the gap deltas then come from the bias.
 
     Raises:
-        InputError: the plan does not fit the model, or keeps more tokens before a layer than the model has there.
+        InputError: the plan does not fit the model, or keeps more tokens before some layer than the model has there.
     """
     check_model(model)
     options = {"ratio": ratio, "stages": stages, "importance": importance, "alignment": alignment, "seed": seed}
@@ -123,11 +123,11 @@ def prune(
 
 
 def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: int | None = None) -> Plan:
-    """Return a plan that a caller gave for a model; InputError if it is none, or if options for making one came along.
+    """Check and return a plan given by the caller; InputError if it is invalid or combined with options of a new plan.
 
     Args:
-        plan: a Plan, or its dict. options: the arguments that were given for making a plan.
-        depth: layers that the model will have when the plan is carried out; None: as many as it has.
+        plan: a Plan, or its dict. options: the arguments for making a plan that were also given.
+        depth: number of layers that the model will have when the plan is applied; None: its current number.
     """
     if options:
         raise InputError(f"`plan` and {', '.join(f'`{name}`' for name in options)}: the plan already sets that")
@@ -161,14 +161,14 @@ def align(model: TokenModel, alignment: Alignment) -> TokenModel:
 def prune_like(dense: TokenModel, pruned: TokenModel, alignment: Alignment) -> TokenModel:
     """Return a copy of `dense` that drops the tokens that `pruned` would drop, with another alignment.
 
-    It has the plan, the pruners and the gap deltas of `pruned`, also those that were read from a file, and the weights
-    of `dense`.
+    It has the plan, the pruners and the gap deltas of `pruned`, including those loaded from a file, and the weights of
+    `dense`.
 
     Args:
-        pruned: a model that was made from `dense` and has lost nothing but tokens.
+        pruned: a model made from `dense` that drops tokens but was not trimmed.
 
     Raises:
-        InputError: `dense` is compressed itself, or its layers have other sizes.
+        InputError: `dense` is itself compressed, or its layers have other sizes.
     """
     check_dense(dense)
     if pruned.config != dense.config:
@@ -189,9 +189,9 @@ def _check_pool(model: TokenModel, alignment: Alignment) -> None:
 
 @torch.no_grad()
 def install(model: TokenModel, plan: Plan) -> TokenModel:
-    """Put the pruners and gap deltas of `plan` into `model` itself, and return it.
+    """Install the pruners and gap deltas of `plan` in `model` in place, and return it.
 
-    Probes that the plan does not have are zeros, to be filled from a file.
+    Probes that the plan lacks are initialised to zeros, to be loaded from a file.
     """
     model.check_plan(plan)
     _check_pool(model, plan.alignment)

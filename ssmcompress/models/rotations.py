@@ -1,4 +1,4 @@
-"""Rotary positions on a grid of patches."""
+"""Rotary position embedding on a patch grid."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from ..errors import InputError
 
 Size = tuple[int, int]
-# Positions on a side of the grid that the rotary embedding was pretrained with; other grids are scaled to it.
+# Side of the grid on which the rotary embedding was pretrained; positions on other grids are scaled to it.
 ROPE_SIDE = 14
 
 
 def rotations(
     grid: Size, width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines (rows * columns, width) of the rotary positions on a grid.
+    """Return the cosines and sines (rows * columns, width) of the rotary embedding on a grid.
 
-    The first half of the features is rotated by the row and the second by the column, each pair by one angle.
+    The first half of the features is rotated according to the row, the second half to the column; each pair of features
+    shares one angle.
     """
     if width % 4:
         raise InputError(f"rotary positions need a width that is a multiple of 4, found {width}")
@@ -36,6 +37,6 @@ def rotations(
 
 @lru_cache(maxsize=8)
 def cached_rotations(grid: Size, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `rotations`, which all layers and batches share."""
+    """Return `rotations`, cached for all layers and batches."""
     with torch.inference_mode(False):  # they are also used where gradients are computed
         return rotations(grid, width, device, dtype)

@@ -14,15 +14,15 @@ from ..pruning.importance import normalize_rms
 from ..pruning.tokens import Tokens
 from .precision import cast
 
-# Bytes of activations of a batch up to which two threads are not faster than one. The bundled model, two cores, batch 1
-# (1.0 MB), 2, 3 and 4: one thread takes 5.3, 7.6, 9.9 and 17 ms, two take 5.5, 7.6, 10.4 and 15 ms.
+# Activation bytes of a batch up to which two threads are not faster than one. For the bundled model on two cores, batch
+# sizes 1 (1.0 MB), 2, 3 and 4: one thread takes 5.3, 7.6, 9.9 and 17 ms, two take 5.5, 7.6, 10.4 and 15 ms.
 ONE_THREAD_BYTES = 2 << 20
 
 
 class LayerRun(NamedTuple):
-    """A layer as it was run: its number, from 1, the tokens before and after it, and the decision of its stage.
+    """One executed layer: its 1-based number, the tokens before and after it, and the decision of its stage.
 
-    `before` are the tokens that it is run on, which `TokenModel.enter` returned.
+    `before` holds the tokens that the layer is run on, from `TokenModel.enter`.
     """
 
     layer: int
@@ -50,24 +50,24 @@ class RunningModel(nn.Module):
             return self.trace(images)[0]
 
     def _is_small(self, images: Any) -> bool:
-        """Return whether a forward is too small for a second thread of the CPU."""
+        """Return whether a forward pass is too small for a second CPU thread."""
         if not isinstance(images, Tensor) or not images.is_cpu or images.ndim != 1 + len(self.input_shape):
-            return False  # what is no batch of images is refused later
+            return False  # anything but a batch of images is rejected later
         larger = max(1.0, math.prod(images.shape[2:]) / math.prod(self.input_shape[1:]))
         return len(images) * larger * self.activation_bytes() <= ONE_THREAD_BYTES
 
     def raw_outputs(self, images: Tensor) -> Tensor:
-        """Return the outputs (batch, classes, ...) by which the model is compared with another one: the logits.
+        """Return the logits (batch, classes, ...) that are used to compare the model with another one.
 
-        Those of a segmentation model are the head's, before they are enlarged to the size of the images.
+        For a segmentation model, these are the logits of the head, before upsampling to the image size.
         """
         return self(images)
 
     def trace(self, images: Tensor) -> tuple[Tensor, list[Decision]]:
         """Compute the logits (batch, classes); return them and the decision of each stage.
 
-        Where the protected token alone is read out, the last layer is computed for that token only. The logits are
-        those of `readout(encode(images)[0])`, up to rounding.
+        If only the protected token is read out, the last layer is computed for that token only. The logits equal
+        `readout(encode(images)[0])` up to rounding.
         """
         tokens, decisions = self._run(self.embed(images), len(self.blocks) - self.shortens_last)
         if self.shortens_last:
@@ -77,7 +77,7 @@ class RunningModel(nn.Module):
 
     @property
     def shortens_last(self) -> bool:
-        """Whether the last layer is computed for the tokens alone that are read out: not if a stage is in it."""
+        """Whether the last layer is computed only for the tokens that are read out; False if it has a stage."""
         return self.reads_protected and str(len(self.blocks)) not in self.pruners
 
     def encode(self, images: Tensor) -> tuple[Tokens, list[Decision]]:
@@ -93,10 +93,10 @@ class RunningModel(nn.Module):
         return tokens, decisions
 
     def run_layers(self, tokens: Tokens, numbers: Iterable[int] | None = None) -> Iterator[LayerRun]:
-        """Run layers and their stages one after the other, and yield each.
+        """Run layers and their stages in sequence, and yield each.
 
         Args:
-            tokens: those after the layer before the first of these. numbers: of the layers, ascending; None: all.
+            tokens: the output of the layer before the first of these. numbers: layer numbers, ascending; None: all.
         """
         for layer in range(1, len(self.blocks) + 1) if numbers is None else numbers:
             before = self.enter(layer, tokens)
@@ -104,18 +104,18 @@ class RunningModel(nn.Module):
             yield LayerRun(layer, before, tokens, decision)
 
     def observe(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens at the place of the stage of a layer (from 1), with its corrections.
+        """Return the tokens at the stage of a layer (1-based), with its corrections applied.
 
-        A model that reads out several layers appends a level here; see `Tokens.levels`.
+        A model that reads out several layers appends an output level here; see `Tokens.levels`.
         """
         return tokens
 
     def step(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:
-        """Run a layer (from 1) and its stage, if any; return the tokens and the decision of the stage.
+        """Run a layer (1-based) and its stage, if any; return the tokens and the decision of the stage.
 
         Args:
-            tokens: those that `enter` returned for the layer.
-            protected_only: compute the layer for the tokens alone that are read out.
+            tokens: the result of `enter` for the layer.
+            protected_only: compute the layer only for the tokens that are read out.
         """
         tokens, decision = self.begin(layer, tokens, protected_only)
         return self.end(layer, tokens), decision
@@ -126,14 +126,14 @@ class RunningModel(nn.Module):
         return tokens if block.end_projection is None else block(tokens, part="end")
 
     def enter(self, layer: int, tokens: Tokens) -> Tokens:
-        """Return the tokens that a layer (from 1) is run on, from those after the layer before it.
+        """Return the input tokens of a layer (1-based), given the output tokens of the layer before it.
 
-        They are the same, except where all dropped tokens enter again, or where a section begins.
+        They are the same, except where all dropped tokens re-enter, or where a section starts.
         """
         return tokens.rejoin() if self.plan is not None and self.plan.reenter and self.changes_at(layer) else tokens
 
     def memory(self, features: Tensor) -> Tensor:
-        """Return the values (batch, tokens, d_model) to remember of pruned tokens: features with a mean square of 1."""
+        """Return the values (batch, tokens, d_model) stored for pruned tokens: features scaled to mean square 1."""
         return normalize_rms(features)
 
     def begin(self, layer: int, tokens: Tokens, protected_only: bool = False) -> tuple[Tokens, Decision | None]:

@@ -1,4 +1,4 @@
-"""Safe unpickling of training checkpoints, without running code in them."""
+"""Safe unpickling of training checkpoints, without running any code in them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import torch
 from ..errors import InputError, raise_if_out_of_memory
 from ..files import check_regular
 
-# Dictionaries of settings, which are read as `OrderedDict` without their packages; VMamba's files have the first.
+# Dict subclasses for settings, read as `OrderedDict` without importing their packages; VMamba's files have the first.
 SETTINGS = ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "addict.addict.Dict", "easydict.EasyDict")
 
-TOO_NEW = range(4, pickle.HIGHEST_PROTOCOL + 1)  # protocols that torch does not read without running anything
+TOO_NEW = range(4, pickle.HIGHEST_PROTOCOL + 1)  # protocols that torch's safe unpickler does not support
 
 
 def _safe_globals() -> list[Any]:
@@ -49,7 +49,8 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
     """Read a checkpoint file: tensors, numbers, strings, containers, Namespaces, `SETTINGS` and paths.
 
     Raises:
-        InputError: the file is damaged, or asks for an object that could run code; the message names it, nothing runs.
+        InputError: the file is damaged, or refers to an object that could run code; the message names it, and nothing
+            is run.
         OSError: the file cannot be opened.
     """
     check_regular(file)
@@ -80,13 +81,13 @@ def read_pickle(file: Path, unsafe_load: bool = False) -> Any:
 
 
 def _asks_for_more(error: Exception, file: Path) -> bool:
-    """Return whether torch asked for more memory than a file has bytes, of which it compresses none: it is damaged."""
+    """Return whether torch requested more memory than the file size: torch does not compress, so it is damaged."""
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))
     return asked is not None and int(asked[1]) > file.stat().st_size
 
 
 def _describe_start(file: Path) -> str:
-    """Return " (...)" with what a file begins with, where that is no checkpoint, for an error; else ""."""
+    """Return " (...)" with the start of a file that is not a checkpoint, for an error message; else ""."""
     with open(file, "rb") as content:
         start = content.read(256)
     if not start:
@@ -98,10 +99,10 @@ def _describe_start(file: Path) -> str:
 
 
 def _check_sums(file: Path) -> None:
-    """Compare the records of a checkpoint with their check sums, which torch.load does not: a changed bit is noticed.
+    """Verify the checksums of a checkpoint's records, which torch.load does not, to detect flipped bits.
 
     Raises:
-        InputError: some of them differ. If all differ, they were written without sums (`set_crc32_options`).
+        InputError: some of them differ. If all differ, the file was written without checksums (`set_crc32_options`).
     """
     if not zipfile.is_zipfile(file):
         return
@@ -116,14 +117,14 @@ def _check_sums(file: Path) -> None:
                             pass
                 except zipfile.BadZipFile:
                     damaged += 1
-    except Exception as error:  # what is no archive of torch's is reported by torch.load
+    except Exception as error:  # torch.load reports files that are not torch archives
         raise_if_out_of_memory(error)
         return
     if 0 < damaged < records:
         raise InputError(f"damaged: {damaged} of {records} records differ from their checksums; get the file again")
 
 
-# Globals in the pickles of tensors, state dicts and training arguments.
+# Globals that occur in the pickles of tensors, state dicts and training arguments.
 _SAFE_NAMES = re.compile(
     r"torch\.(_utils\._rebuild\w+|\w+Storage|storage\.\w+|nn\.parameter\.Parameter|Size|device|b?float\d+|u?int\d+|bool)"
     r"|numpy\.(dtype|dtypes\.\w+|_?core\.multiarray\.scalar)|pathlib\.(_local\.)?(Pure)?(Posix|Windows)Path"
@@ -133,7 +134,7 @@ _SAFE_NAMES = re.compile(
 
 
 def _read_content(file: Path) -> bytes:
-    """Return the bytes of the pickle in a file; of torch's older format, those of several."""
+    """Return the bytes of the pickle in a file; in torch's legacy format, of several pickles."""
     if not zipfile.is_zipfile(file):
         return file.read_bytes()
     with zipfile.ZipFile(file) as archive:
@@ -141,7 +142,7 @@ def _read_content(file: Path) -> bytes:
 
 
 def _find_protocol(file: Path) -> int:
-    """Return the protocol that the pickle in a file says it has, 0 if it says none."""
+    """Return the protocol that the pickle in a file declares; 0 if it declares none."""
     try:
         start = _read_content(file)[:2]
     except Exception as error:  # a damaged archive
@@ -151,12 +152,12 @@ def _find_protocol(file: Path) -> int:
 
 
 def _unsafe_globals(file: Path) -> list[str]:
-    """Return up to three globals in a pickle of any protocol that are not known as safe; the pickle is not executed."""
+    """Return up to three globals in a pickle of any protocol that are not known to be safe, without executing it."""
     names: set[str] = set()
     try:
         content = _read_content(file)
         stream = io.BytesIO(content)
-        while stream.tell() < len(content):  # torch's older format is a sequence of pickles
+        while stream.tell() < len(content):  # torch's legacy format is a sequence of pickles
             memo: list[str | None] = []
             strings: list[str | None] = [None, None]
             for opcode, argument, _ in pickletools.genops(stream):

@@ -33,8 +33,8 @@ from .statements import Statement, Statements, read_classes
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-MOST_LAYERS = 4096  # of a dense model, in a configuration that may be damaged
-# The sizes of the dense model that records of trimming require: what a kind changes.
+MOST_LAYERS = 4096  # limit for the dense model in a configuration that may be damaged
+# The sizes of the dense model that each kind of trimming record requires: those that it changes.
 SIZES_OF = {"states": ("d_state",), "channels": ("d_inner",), "layers": ("depth",), "directions": ("directions",)}
 PLAN_EXPECTED = "expected a pruned model's folder or report, or the JSON of a dry run"
 
@@ -54,7 +54,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the configuration in a folder: ours, or one of another tool, which has no `format_version`."""
+    """Read the configuration in a folder: one of this package, or of another tool, which has no `format_version`."""
     try:
         text = read_text(file)
     except FileNotFoundError as error:
@@ -81,18 +81,18 @@ def restore(
     stride: int | None,
     frames: int | None = None,
 ) -> TokenModel:
-    """Build the model, pruned or not, that a configuration and its tensors describe.
+    """Build the model, pruned or dense, described by a configuration and its tensors.
 
     Args:
         config: from `parse_config`. state: cleaned tensors.
-        size: (height, width) of its images, stride: step between patches, both in pixels; None: as saved.
-        frames: the number of frames of its videos; None: as saved.
+        size: (height, width) of the images. stride: step between patches. Both in pixels; None: as saved.
+        frames: the number of frames of the videos; None: as saved.
 
     Returns:
-        The model without its source.
+        The model, without its source set.
 
     Raises:
-        InputError: they do not fit each other.
+        InputError: configuration and tensors do not match.
     """
     architecture = config["architecture"]
     supported = {model_class.architecture: model_class for model_class in MODELS}
@@ -130,7 +130,7 @@ def restore(
         plan = Plan.from_dict(pruning)
         plan = replace(plan, gap=plan.gap or "bias", calibration=None)
         model.made_by = MadeBy(pruning.get("command"), pruning.get("versions"))
-        install(model, replace(plan, gap="bias"))  # creates the buffers for the deltas in the file
+        install(model, replace(plan, gap="bias"))  # create the buffers for the deltas in the file
         _fill_buffers(model, "gap_delta", gaps, "gap deltas")
         _fill_buffers(model, "probe", probes, "saliency probes")
         fill_corrections(model, corrections)
@@ -150,7 +150,7 @@ def restore(
 
 
 def _parse_directions(architecture: Mapping[str, Any]) -> tuple[tuple[int, ...], ...] | None:
-    """Return the scan paths of each layer that a configuration names; InputError if they are none."""
+    """Return the scan paths of each layer in a configuration; InputError if they are invalid."""
     value = architecture.get("directions")
     if value is None:
         return None
@@ -166,10 +166,10 @@ def _parse_directions(architecture: Mapping[str, Any]) -> tuple[tuple[int, ...],
 
 
 def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | None:
-    """Return the dense model's sizes that a configuration names; None if the model was not trimmed.
+    """Return the sizes of the dense model in a configuration; None if the model was not trimmed.
 
     Raises:
-        InputError: there are none although records say that something was trimmed; or the model cannot have been
+        InputError: there are none although records state that the model was trimmed; or the model cannot have been
             trimmed from a model of these sizes.
     """
     value = pruning.get("trimmed_from")
@@ -198,7 +198,7 @@ def _parse_origin(model: TokenModel, pruning: Mapping[str, Any]) -> Origin | Non
 
 
 def _parse_size(name: str, value: Any) -> Any:
-    """Return a size with tuples for lists; ValueError for anything but whole numbers, lists of them, and None."""
+    """Return a size with lists converted to tuples; ValueError for anything but integers, lists of them, and None."""
     if isinstance(value, list):
         return tuple(_parse_size(name, part) for part in value)
     if value is not None and type(value) is not int:
@@ -221,7 +221,7 @@ def _check_origin(config: LayeredConfig, origin: Origin) -> None:
             )
         if not set(size.directions) <= set(whole.directions):
             raise ValueError(f"layer {number} had scan paths {whole.directions}, {size.directions} are left")
-    # Everything else, such as the width or the number of classes, is that of the model itself.
+    # Everything else, such as the width or the number of classes, must equal that of the model itself.
     trimmed = origin.config.with_layers(dict(zip(origin.layers, ours, strict=True))).to_dict()
     expected = config.with_layers(dict(enumerate(ours, 1))).to_dict()
     if wrong := [key for key in {**expected, **trimmed} if expected.get(key) != trimmed.get(key)]:
@@ -229,7 +229,7 @@ def _check_origin(config: LayeredConfig, origin: Origin) -> None:
 
 
 def _check_trimming(model: TokenModel) -> None:
-    """Raise an InputError if records of trimming do not say what the model has, and has lost."""
+    """Raise an InputError if the trimming records contradict the sizes that the model has and has lost."""
     values = {step.kind: step.values for step in model.steps if step.kind in TRIMMING}
     if not values:
         return
@@ -252,7 +252,7 @@ def _check_trimming(model: TokenModel) -> None:
 
 
 def _describe_origin(model: TokenModel) -> dict[str, Any]:
-    """Return what `_parse_origin` reads: nothing for a model that was not trimmed."""
+    """Return the entries that `_parse_origin` reads; empty for a model that was not trimmed."""
     if model.origin is None:
         return {}
     dense, ours = model.origin.config.to_dict(), model.config.to_dict()
@@ -263,7 +263,7 @@ def _describe_origin(model: TokenModel) -> dict[str, Any]:
 
 
 def find_writer(config: Mapping[str, Any]) -> str:
-    """Return the tool that wrote a configuration of ours, with its version if that is recorded."""
+    """Return the tool that wrote a configuration in this package's format, with its version if recorded."""
     pruning = config.get("pruning")
     made = pruning.get("versions") if isinstance(pruning, Mapping) else None
     version = made.get("ssmcompress") if isinstance(made, Mapping) else None
@@ -271,7 +271,7 @@ def find_writer(config: Mapping[str, Any]) -> str:
 
 
 def _fill_buffers(model: TokenModel, name: str, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Copy the tensors of a file into the buffers called `name`; InputError unless names and shapes match."""
+    """Copy tensors from a file into the buffers called `name`; InputError unless names and shapes match."""
     buffers = {k: v for k, v in model.named_buffers() if k.rpartition(".")[2] == name}
     wrong = sorted(set(buffers) ^ set(tensors)) or [k for k in tensors if tensors[k].shape != buffers[k].shape]
     if wrong:
@@ -290,14 +290,14 @@ def _parse_flag(config: Mapping[str, Any], name: str) -> bool | None:
 
 
 def read_plan(file: str | Path) -> Plan:
-    """Read a plan from its own JSON, from the output of a dry run, or from what a pruned model was saved as.
+    """Read a plan from its own JSON file, from the output of a dry run, or from a saved pruned model.
 
     Args:
-        file: a JSON file, also a model's config.json or report.json; a model's folder; or a .safetensors file with its
-            configuration.
+        file: a JSON file, including a model's config.json or report.json; a model folder; or a .safetensors file that
+            contains its configuration.
 
     Raises:
-        InputError: a file that cannot be read, or that holds no plan.
+        InputError: the file cannot be read, or contains no plan.
     """
     value = read_plan_file(file)
     if isinstance(value, dict):
@@ -314,7 +314,7 @@ def read_plan_file(file: str | Path) -> Any:
     """Return the JSON value in a file that `read_plan` reads.
 
     Raises:
-        InputError: a file that cannot be read.
+        InputError: the file cannot be read.
     """
     path = Path(file)
     path = path / CONFIG_FILE if path.is_dir() else path
@@ -327,7 +327,7 @@ def read_plan_file(file: str | Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a plan; {PLAN_EXPECTED}") from error
     if isinstance(value, dict) and "agreement" in value and "plan" not in value:
-        # A report of format 1 has counts of tokens, but no ratios.
+        # A report of format 1 has token counts, but no ratios.
         if not (config := path.with_name(CONFIG_FILE)).is_file():
             raise InputError(f"{file}: a report without its plan; expected the {CONFIG_FILE} next to it")
         return read_plan_file(config)
@@ -335,7 +335,7 @@ def read_plan_file(file: str | Path) -> Any:
 
 
 def describe(model: TokenModel) -> dict[str, Any]:
-    """Return the configuration that `load` needs: a JSON value, the content of config.json."""
+    """Return the configuration that `load` needs as a JSON value: the content of config.json."""
     pruning = None
     if model.plan is not None:
         source = model.source or Source("", "")
@@ -370,7 +370,7 @@ def serialise(model: TokenModel, report: str | None = None) -> bytes:
     """Return a self-describing .safetensors file: weights and gap deltas, with configuration and report as metadata."""
     from safetensors.torch import save as to_bytes
 
-    # Not save_file, whose error on a full disk is not an OSError.
+    # Not save_file: its error on a full disk is not an OSError.
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     state |= model.learnt.to_tensors() if model.learnt is not None else {}
     metadata = {"format": "pt", "ssmcompress": json.dumps(describe(model))}
@@ -384,7 +384,7 @@ def save(
     extra: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a folder that `load` can read: model.safetensors and config.json, completely or not at all.
+    """Write a folder that `load` can read, with model.safetensors and config.json, atomically.
 
     Args:
         model: from `load` or `prune`.

@@ -1,4 +1,4 @@
-"""Corrections in the files of saved models."""
+"""Loading of the corrections in saved models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .base import TokenModel
 from .blocks import low_rank
 from .class_corrections import MAX_SEGMENTS, ClassCorrection, count_inputs
 
-# Beginnings of their names.
+# Prefixes of their parameter names.
 CORRECTIONS = ("corrections.", "class_corrections.", "readout_correction.")
 
 
 def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> None:
-    """Build the corrections of a file in the model; InputError if names, shapes or values are invalid."""
+    """Create the corrections from a file in the model; InputError if names, shapes or values are invalid."""
     remaining = dict(corrections)
     model.fitted_segments = _find_segments(model, corrections)
     segments = model.segments
@@ -39,7 +39,7 @@ def fill_corrections(model: TokenModel, corrections: Mapping[str, Tensor]) -> No
 
 
 def build_correction(model: TokenModel, kind: str, values: Mapping[str, Tensor]) -> nn.Sequential:
-    """Return a correction of a layer with these weights, the state dict of one.
+    """Return a correction of a layer with the weights of this state dict.
 
     Args:
         kind: "corrections" or "class_corrections".
@@ -51,7 +51,7 @@ def build_correction(model: TokenModel, kind: str, values: Mapping[str, Tensor])
 
 
 def _find_segments(model: TokenModel, corrections: Mapping[str, Tensor]) -> int | None:
-    """Return the number of segments that the shapes of corrections show; None if they show none that is possible."""
+    """Infer the number of segments from the shapes of corrections; None if no number fits."""
     width = model.d_model
     for name, value in corrections.items():
         others = {"class_corrections": width, "readout_correction": 0}.get(name.partition(".")[0])
@@ -62,7 +62,7 @@ def _find_segments(model: TokenModel, corrections: Mapping[str, Tensor]) -> int 
 
 
 def _take_factors(values: dict[str, Tensor], prefix: str, inputs: int, outputs: int) -> list[Tensor] | None:
-    """Remove and return the factors (rank, inputs) and (outputs, rank) of a correction; None if it is not there."""
+    """Pop the factors (rank, inputs) and (outputs, rank) of a correction from `values`; None if it is missing."""
     pair = [values.pop(f"{prefix}{side}.weight", None) for side in (0, 1)]
     if pair == [None, None]:
         return None

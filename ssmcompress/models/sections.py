@@ -1,4 +1,4 @@
-"""The sections of a model, layers on grids of one size, and what is counted along its layers: tokens and points."""
+"""The sections of a model, which are layers on a grid of one size, and the counts of tokens and points along layers."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from .sizes import Section
 
 
 class SectionedModel(nn.Module):
-    """The part of `TokenModel` that says which layers process how many tokens."""
+    """The part of `TokenModel` that defines how many tokens each layer processes."""
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """The layers in groups that process tokens of the same grid; most models have one."""
+        """Groups of layers that process tokens of the same grid; most models have one section."""
         return self.config.sections(self.length - self.config.patches)
 
     def section_of(self, layer: int) -> Section:
-        """Return the section of a layer, from 1."""
+        """Return the section of a layer (1-based)."""
         return next(section for section in self.sections if layer <= section.last)
 
     def starts_section(self, layer: int) -> bool:
-        """Return whether a layer, from 1, is the first one of a section other than the first."""
+        """Return whether a layer (1-based) is the first one of a section other than the first."""
         return any(layer == section.first for section in self.sections[1:])
 
     def changes_at(self, layer: int) -> bool:
-        """Return whether a layer, from 1, is run on other tokens than those after the layer before it (`enter`)."""
+        """Return whether the input tokens of a layer (1-based) differ from the output of the previous one (`enter`)."""
         again = self.plan is not None and self.plan.reenter and layer == len(self.blocks) - self.plan.reenter + 1
         return bool(again) or self.starts_section(layer)
 
     def count_points(self, layers: int) -> int:
-        """Return the number of points up to the end of the first layers at which there is a residual stream.
+        """Return the number of points of the residual stream up to the end of the first `layers` layers.
 
-        Each part of a layer has one, where it has added to the stream, and the beginning of each further section.
+        There is one after each part of a layer that adds to the stream, and one at the start of each further section.
         """
         parts = sum(1 + (block.end_projection is not None) for block in self.blocks[:layers])
         return parts + sum(section.first <= layers for section in self.sections[1:])
 
     def input_point(self, layer: int) -> int:
-        """Return the number of points up to the tokens that a layer, from 1, is run on."""
+        """Return the number of points up to the input of a layer (1-based)."""
         return self.count_points(layer - 1) + self.starts_section(layer)
 
     def stage_point(self, layer: int) -> int:
-        """Return the number of points up to the place of a stage after (or in) a layer, from 1."""
+        """Return the number of points up to the stage after (or in) a layer (1-based)."""
         return self.input_point(layer) + 1
 
     def count_index(self, layer: int) -> int:
-        """Return the index in `token_counts` of the tokens that a layer, from 1, processes; those after it follow."""
+        """Return the index in `token_counts` of the input of a layer (1-based); the next entry is its output."""
         return layer - 1 + sum(section.first <= layer for section in self.sections[1:])
 
     def name_count(self, index: int) -> str:
-        """Return where the tokens of an entry of `token_counts` are: "before layer 3"."""
+        """Describe the location of an entry of `token_counts`, such as "before layer 3"."""
         layers = range(1, len(self.blocks) + 1)
         before = next((layer for layer in layers if self.count_index(layer) == index), None)
         after = next((layer for layer in layers if self.count_index(layer) + 1 == index), None)
@@ -63,20 +63,20 @@ class SectionedModel(nn.Module):
         return "after the last layer" if after == len(self.blocks) else f"after layer {after}"
 
     def token_counts(self) -> list[int]:
-        """Return the number of tokens that each layer processes, and after the last layer of each section those left.
+        """Return the number of tokens that each layer processes, and the number left at the end of each section.
 
-        These are depth + 1 values in a model of one section, of which the last one is the number read out. In others,
-        `count_index` says where a layer is.
+        A model of one section has depth + 1 values, the last of which is the number of tokens read out. In other
+        models, `count_index` returns the index of a layer.
         """
         return self.counts_for(self.plan.stages, self.plan.reenter) if self.plan else self.counts_for(())
 
     def kept_counts(self) -> list[int]:
-        """Return the number of tokens that are left after each stage."""
+        """Return the number of kept tokens after each stage."""
         counts = self.token_counts()
         return [counts[self.count_index(stage.after) + 1] for stage in self.plan.stages] if self.plan else []
 
     def counts_for(self, stages: Sequence[Stage], reenter: int = 0, config: Any = None) -> list[int]:
-        """Return the `token_counts` that these stages would give the model, or one of the sizes `config`."""
+        """Return the `token_counts` of the model, or of a model with the sizes `config`, with these stages."""
         sections = self.sections if config is None else config.sections(self.length - self.config.patches)
         counts: list[int] = []
         for first, last, length, _ in sections:

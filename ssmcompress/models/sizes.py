@@ -1,4 +1,4 @@
-"""Sizes of layers, which may differ after trimming, and the parts of layers that trimming keeps."""
+"""Sizes of layers, which may differ after trimming, and functions that slice layers to trimmed sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PerLayer = int | tuple[int, ...]
 
 
 class LayerSize(NamedTuple):
-    """The sizes of one layer: its channels, its states, and the numbers of the scan paths that it has."""
+    """The sizes of one layer: its channels, its states, and the indices of its scan paths."""
 
     d_inner: int
     d_state: int
@@ -24,7 +24,7 @@ class Section(NamedTuple):
     """Consecutive layers that process tokens of the same grid.
 
     Attributes:
-        first, last: numbers of its layers, from 1. length: number of tokens before any pruning. width: their features.
+        first, last: its first and last layer (1-based). length: number of tokens before any pruning. width: d_model.
     """
 
     first: int
@@ -34,7 +34,7 @@ class Section(NamedTuple):
 
 
 class ModelConfig:
-    """Base of the configurations of all models, frozen dataclasses."""
+    """Base class of the configurations of all models, which are frozen dataclasses."""
 
     d_model: int
     depth: int
@@ -47,12 +47,12 @@ class ModelConfig:
 
     @property
     def frame_grid(self) -> tuple[int, int]:
-        """The patches of one image, in (rows, columns); in `grid`, those of a video lie below each other."""
+        """The patch grid of one image, (rows, columns); `grid` stacks the frames of a video vertically."""
         return self.grid
 
     @property
     def frame_patches(self) -> int:
-        """The number of patches of one image, of which a video has several."""
+        """The number of patches of one image, or of one time step of a video."""
         return self.frame_grid[0] * self.frame_grid[1]
 
     @property
@@ -61,10 +61,10 @@ class ModelConfig:
         return (None,) * self.depth
 
     def sections(self, others: int = 0) -> tuple[Section, ...]:
-        """Return the layers in groups that process tokens of the same grid; most models have one.
+        """Return the groups of layers that process tokens of the same grid; most models have one section.
 
         Args:
-            others: number of tokens that are no patches.
+            others: number of tokens that are not patches.
         """
         return (Section(1, self.depth, self.patches + others, self.d_model),)
 
@@ -74,9 +74,9 @@ class ModelConfig:
 
 
 class LayeredConfig(ModelConfig):
-    """Base of configurations whose `d_inner` and `d_state` are one number for all layers or one for each.
+    """Base class of configurations whose `d_inner` and `d_state` are one number for all layers or one per layer.
 
-    `directions` lists the scan paths of each layer, None if every layer has all `PATHS`.
+    `directions` lists the scan paths of each layer; None if every layer has all `PATHS`.
     """
 
     PATHS: tuple[int, ...]
@@ -92,7 +92,7 @@ class LayeredConfig(ModelConfig):
         return [LayerSize(*size) for size in sizes]
 
     def with_layers(self, sizes: Mapping[int, LayerSize]) -> LayeredConfig:
-        """Return this configuration with other sizes of some of its layers, by their number from 1, and no others."""
+        """Return this configuration with only the layers in `sizes` (by 1-based number), resized as given there."""
         directions = tuple(size.directions for size in sizes.values())
         return replace(
             self,
@@ -107,7 +107,7 @@ class Origin(NamedTuple):
     """The dense model that a model with fewer states, channels, directions or layers was trimmed from.
 
     Attributes:
-        config: its configuration. layers: for each layer of the trimmed model its number in the dense one, from 1.
+        config: its configuration. layers: the 1-based number in the dense model of each layer of the trimmed model.
     """
 
     config: Any
@@ -115,14 +115,14 @@ class Origin(NamedTuple):
 
 
 class ScanReading(NamedTuple):
-    """The inner values of one set of scan parameters for a batch, from which C and D can be refitted.
+    """The internal values of one set of scan parameters for a batch, from which C and D can be refitted.
 
-    The result of the set is y_t = (sum over paths p and states n of (C_n . x_p,t) h_p,n,t + times * D u_t) * gate_t.
+    The output of the set is y_t = (sum over paths p and states n of (C_n . x_p,t) h_p,n,t + times * D u_t) * gate_t.
 
     Attributes:
         states: function from a state n to its trajectory h_n on each path, (batch, tokens, d_inner), in token order.
-        readers: for each path x (batch, tokens, d_inner), in token order: what the rows C_n of the projection multiply.
-        u: (batch, tokens, d_inner), what D multiplies. gate: (batch, tokens, d_inner).
+        readers: the input x (batch, tokens, d_inner), in token order, of the rows C_n of the projection on each path.
+        u: (batch, tokens, d_inner), the input of D. gate: (batch, tokens, d_inner).
         times: number of times that D u is added.
     """
 
@@ -139,13 +139,13 @@ def spread(value: int | Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def compact(values: Iterable[int]) -> PerLayer:
-    """Return the only value if all layers have the same, else all of them."""
+    """Return a single value if all layers have the same, else all of them."""
     values = tuple(values)
     return values[0] if len(set(values)) == 1 else values
 
 
 def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
-    """Return a linear layer with some of the outputs (`rows`) and inputs (`columns`) of another one; None keeps all."""
+    """Slice a linear layer to some of its outputs (`rows`) and inputs (`columns`); None keeps all."""
     weight, bias = linear.weight.detach(), linear.bias
     weight = weight if rows is None else weight[rows.to(weight.device)]
     weight = weight if columns is None else weight[:, columns.to(weight.device)]
@@ -158,7 +158,7 @@ def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor 
 
 
 def slice_depthwise(conv: nn.Conv1d | nn.Conv2d, channels: Tensor) -> nn.Conv1d | nn.Conv2d:
-    """Return a depthwise convolution over some of the channels of another one."""
+    """Slice a depthwise convolution to some of its channels."""
     weight, count = conv.weight.detach(), len(channels)
     index = channels.to(weight.device)
     options = {"padding": conv.padding, "groups": count, "bias": conv.bias is not None}
@@ -170,7 +170,7 @@ def slice_depthwise(conv: nn.Conv1d | nn.Conv2d, channels: Tensor) -> nn.Conv1d 
 
 
 def slice_parameter(parameter: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Parameter:
-    """Return a parameter with some rows (first axis) and columns (last axis) of another one; None keeps all."""
+    """Slice a parameter to some rows (first axis) and columns (last axis); None keeps all."""
     value = parameter.detach()
     value = value if rows is None else value[rows.to(value.device)]
     value = value if columns is None else value[..., columns.to(value.device)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Kinds of steps, by the move that leads to the place.
+# Kinds of steps: the move that leads to a position.
 START, RIGHT, LEFT, UP, DOWN = range(5)
 
 
 def snakes(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return the four continuous paths over a grid (rows, columns).
 
-    The first goes right from the first place and snakes down, the third goes down and snakes right; the second and
-    fourth are the same paths from end to start.
+    The first starts to the right and snakes down, the third starts downwards and snakes to the right; the second and
+    fourth are their reverses.
 
     Returns:
         visits (4, rows * columns) int64, the position (row * columns + column) at each step, and labels of the same

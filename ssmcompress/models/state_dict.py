@@ -1,4 +1,4 @@
-"""State dicts from published files: safetensors and training checkpoints."""
+"""Extraction of state dicts from published files: safetensors and training checkpoints."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..progress import note
 
-# Entries with the weights: of hustvl and DeiT, of Lightning and mmcv, and of DeepSpeed.
+# Keys of the weights in checkpoints of hustvl and DeiT, of Lightning and mmcv, and of DeepSpeed.
 STATE_KEYS = ("model", "state_dict", "module")
-# Entries with running averages of the weights: of hustvl and DeiT, of timm, and of others.
+# Keys of moving averages of the weights in checkpoints of hustvl and DeiT, of timm, and of others.
 AVERAGE_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "model_ema_state_dict", "ema_model")
-# Entries that hold tensors, but not a model's.
+# Keys of tensors that are not model weights.
 OTHER_KEYS = (
     "optimizer",
     "lr_scheduler",
@@ -29,15 +29,15 @@ OTHER_KEYS = (
     "amp_scaler",
     "loss_scaler",
 )
-# Buffers that tools add to the weights of a model: of thop's FLOPs counter, of torch.optim.swa_utils, and of mmengine.
+# Buffers added to a model by tools: thop's FLOPs counter, torch.optim.swa_utils, and mmengine.
 COUNTERS = re.compile(r"(^|\.)(total_ops|total_params)$|^(n_averaged|steps)$")
-# Beginnings of the names of a classifier that lies next to its backbone.
+# Prefixes of classifiers that are stored next to their backbone.
 HEADS = ("head.", "classifier.", "fc.")
 DEPTH = 4
 
 
 def looks_like_safetensors(file: Path) -> bool:
-    """Return whether a file begins like safetensors, with the length of a JSON header and the header; for any name."""
+    """Return whether a file of any name starts like safetensors, with the length of a JSON header and the header."""
     with open(file, "rb") as content:
         start = content.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
@@ -70,15 +70,15 @@ def find_state_dict(content: Any, weights: str = "model") -> tuple[Mapping[str, 
     """Find the state dict in a checkpoint.
 
     Args:
-        content: an unpickled checkpoint. weights: the entry to read: "model" or "model_ema", which are also found under
-            their other names (`STATE_KEYS`, `AVERAGE_KEYS`), or the name of an entry.
+        content: an unpickled checkpoint. weights: the entry to read: "model" or "model_ema", including their aliases
+            (`STATE_KEYS`, `AVERAGE_KEYS`), or the name of an entry.
 
     Returns:
-        The state dict, and the part of it to take as `unwrap` does: `weights` where the whole content is one state
-        dict, and "model" where the state dict is an entry.
+        The state dict, and the `weights` argument for `unwrap`: `weights` if the whole content is one state dict, and
+        "model" if the state dict is an entry.
 
     Raises:
-        InputError: there is no such entry, or several that could be meant.
+        InputError: there is no such entry, or it is ambiguous.
     """
     if isinstance(content, nn.Module):  # only with unsafe_load
         content = content.state_dict()
@@ -92,7 +92,7 @@ def find_state_dict(content: Any, weights: str = "model") -> tuple[Mapping[str, 
 
 
 def _names(weights: str) -> tuple[str, ...]:
-    """Return the names of entries and of parts that a name of weights stands for."""
+    """Return the keys and prefixes that a `weights` argument stands for."""
     return {"model": STATE_KEYS, "model_ema": AVERAGE_KEYS}.get(weights, (weights,))
 
 
@@ -128,7 +128,7 @@ def _is_bare(content: Mapping[Any, Any]) -> bool:
 
 
 def _holds_weights(value: Any, depth: int) -> bool:
-    """Return whether a value is a module, a state dict, or a dict with one in it, at most `depth` levels further in."""
+    """Return whether a value is a module, a state dict, or a dict that contains one at most `depth` levels deeper."""
     if isinstance(value, nn.Module):
         return True
     return (
@@ -142,7 +142,7 @@ def _holds_weights(value: Any, depth: int) -> bool:
 
 
 def _inside(state: Mapping[Any, Any], name: str) -> dict[str, Any]:
-    """Return the entries whose names begin with `name` and a dot, without these."""
+    """Return the entries whose names start with `name` and a dot, without this prefix."""
     return {
         key.removeprefix(f"{name}."): value
         for key, value in state.items()
@@ -151,10 +151,10 @@ def _inside(state: Mapping[Any, Any], name: str) -> dict[str, Any]:
 
 
 def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors detached, without the marks of compiled modules and counters in their names.
+    """Return the tensors, detached, without counters and without the prefixes of compiled modules in their names.
 
     Raises:
-        InputError: a value is not a plain dense tensor, or two have the same name without these marks.
+        InputError: a value is not a plain dense tensor, or two names become equal without these prefixes.
     """
     cleaned = {}
     for key, value in state.items():
@@ -177,17 +177,17 @@ def clean(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def unwrap(
     state: Mapping[str, Tensor], recognises: Callable[[Mapping[str, Tensor]], bool], weights: str = "model"
 ) -> dict[str, Tensor]:
-    """Remove the prefixes that wrappers put before parameter names: `module.`, `model.`, `net.`, `backbone.`, ...
+    """Remove the prefixes that wrappers add to parameter names: `module.`, `model.`, `net.`, `backbone.`, ...
 
     Args:
-        state: cleaned tensors. recognises: whether names are those of a known model.
-        weights: the part to take where several parts are known models: "model", "model_ema" or its own name.
+        state: cleaned tensors. recognises: returns whether names belong to a known model.
+        weights: the part to use if several parts are known models: "model", "model_ema" or the name of a part.
 
     Returns:
-        The names without prefixes. Of what lies outside the part, only a head is kept; a line names the rest.
+        The tensors by their names without prefixes. Outside the part, only a head is kept; a note lists the rest.
 
     Raises:
-        InputError: several parts could be meant.
+        InputError: the part is ambiguous.
     """
     state = dict(state)
     for _ in range(DEPTH):
@@ -221,7 +221,7 @@ def unwrap(
 
 
 def _is_known(state: Mapping[str, Tensor], recognises: Callable[[Mapping[str, Tensor]], bool]) -> bool:
-    """Return whether names are those of a known model, possibly behind further prefixes."""
+    """Return whether names belong to a known model, possibly after further prefixes."""
     for _ in range(DEPTH):
         if recognises(state):
             return True

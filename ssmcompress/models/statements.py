@@ -1,8 +1,8 @@
-"""Statements about a model that its weights do not show: in a training run's arguments, a configuration, a file name,
-or the attributes of a live module.
+"""Statements about a model that cannot be inferred from its weights: training arguments, a configuration, a file name,
+or attributes of a live module.
 
-Two models can have weights with the same names and shapes and compute different things: a Vim with its class token
-in front, one without the division by two, a VideoMamba. Whatever says which one it is must therefore be read.
+Models whose weights have the same names and shapes can compute different functions: a Vim with its class token in
+front, one without the division by two, a VideoMamba. Every source that tells them apart must therefore be read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .config_texts import (
 )
 from .families import FAMILY_NAMES
 
-# Entries of a checkpoint that describe its model, and dictionaries in them that do.
+# Keys of checkpoint entries, and of dictionaries in them, that describe the model.
 DESCRIPTIONS = ("model", "model_args", "model_config", "model_kwargs", "args", "config", "cfg", "hyper_parameters",
                 "hparams", "opt", "options", "meta", "params", "kwargs", "init_args", "net", "network", "backbone",
                 "encoder", "student", "pretrained_cfg")  # fmt: skip
@@ -45,7 +45,7 @@ SPELLINGS = {
     "posembed": "POSEMBED",
     "gmlp": "GMLP",
 }
-# The option of yacs's configurations, in their section "DATA", that is about the model, too.
+# Option in the section "DATA" of yacs configurations that also describes the model.
 IMAGE_SIZE = "IMG_SIZE"
 DEPTH = 4
 FILE_NAME = "the name of the file"
@@ -53,7 +53,7 @@ GIVEN_NAME = "`architecture`"  # the argument of `load`
 
 
 class Statement(NamedTuple):
-    """A value, and where it was found: "args.model 'vim_tiny'"."""
+    """A value and the place where it was found, such as "args.model 'vim_tiny'"."""
 
     value: Any
     where: str
@@ -61,16 +61,17 @@ class Statement(NamedTuple):
 
 @dataclass
 class Statements:
-    """What is said about a model.
+    """All statements about a model.
 
     Attributes:
         options: option of the published code -> statement.
-        family: the architecture that is named, an entry of `FAMILY_NAMES`, or None.
-        names: names of the model, as they are said.
+        family: the stated architecture, an entry of `FAMILY_NAMES`, or None.
+        names: names of the model, as stated.
         wrapped: whether the weights are an entry of a checkpoint or of a wrapper, not a bare state dict.
-        writer: the tool that wrote the file, for messages; None if nothing names it.
-        normalisation: (mean, std), each a tuple with one value a channel, on a 0..1 scale, by a configuration of mm's.
-        classes, palette: names of the classes and their colours (red, green, blue), as mm's tools write them, or None.
+        writer: the tool that wrote the file, for messages; None if unknown.
+        normalisation: (mean, std) from an OpenMMLab configuration, each a tuple with one value per channel, on a 0..1
+            scale.
+        classes, palette: class names and colours (red, green, blue) as written by OpenMMLab tools, or None.
     """
 
     options: dict[str, Statement] = field(default_factory=dict)
@@ -83,11 +84,11 @@ class Statements:
     palette: tuple[tuple[int, int, int], ...] | None = None
 
     def add_option(self, name: str, value: Any, where: str) -> None:
-        """Add an option; the first statement about it remains."""
+        """Add an option, unless there is already a statement about it."""
         self.options.setdefault(SPELLINGS.get(name, name), Statement(_plain(value), where))
 
     def add_name(self, name: str, where: str) -> None:
-        """Add what the name of a model says: its architecture, and options in the form of hustvl's names."""
+        """Add the statements in the name of a model: its architecture, and the options in names of hustvl's form."""
         self.names.append(Statement(name, where))
         if self.family is None and (family := family_of_name(name)) is not None:
             self.family = Statement(family, where)
@@ -95,9 +96,9 @@ class Statements:
             self.add_option(option, value, where)
 
     def add_normalisation(self, values: Mapping[Any, Any], where: str) -> None:
-        """Add the mean and std of a configuration of mm's, if it has both; the first ones remain.
+        """Add the mean and std of an OpenMMLab configuration, if it has both; earlier ones take precedence.
 
-        Those that cannot be used are noted: they are no numbers, not of values up to 255, or of images in BGR order.
+        A note is shown if they cannot be used: they are not numbers, not on a 0..255 scale, or for BGR images.
         """
         if self.normalisation is not None or values.get("mean") is None or values.get("std") is None:
             return
@@ -116,27 +117,27 @@ class Statements:
         note(f"mean and std of {where} are not used: {reason}")
 
     def set_family(self, family: str, where: str) -> None:
-        """Set the architecture that the caller gives, in place of what the name of the file says."""
+        """Set the architecture given by the caller, overriding the file name."""
         if self.family is None or self.family.where == FILE_NAME:
             self.family = Statement(family, where)
         self.options = {name: option for name, option in self.options.items() if option.where != FILE_NAME}
 
     def add_config(self, config: Mapping[str, Any], names: Iterable[str], where: str) -> None:
-        """Add what a configuration of ours says of the fields `names`, which weights do not show."""
+        """Add the fields `names`, which cannot be inferred from weights, of a configuration of this package."""
         for name in names:
             if name in config:
                 value = config[name]
                 self.options[name] = Statement(tuple(value) if isinstance(value, list) else value, where)
 
     def number(self, *names: str) -> Statement | None:
-        """Return the first of these options that is a positive whole number, or None."""
+        """Return the first of these options that is a positive integer, or None."""
         found = [self.options[name] for name in names if name in self.options]
         return next(
             (o for o in found if isinstance(o.value, int) and not isinstance(o.value, bool) and o.value > 0), None
         )
 
     def size(self, *names: str) -> Statement | None:
-        """Return the first of these options that is a size, (height, width) of one or of two positive whole numbers."""
+        """Return the first of these options that is a size, as (height, width): one or two positive integers."""
         for name in names:
             if (side := self.number(name)) is not None:
                 return Statement((side.value, side.value), side.where)
@@ -148,10 +149,10 @@ class Statements:
 
 
 def family_of_name(name: str) -> str | None:
-    """Return the architecture that the name of a model or of a file contains; None if it has none or several."""
+    """Return the architecture in the name of a model or file; None if there is none or several."""
     name, found = name.lower(), []
     for key, _, pattern in FAMILY_NAMES:
-        name, count = re.subn(pattern, " ", name)  # a part of another name, as in local_vim, does not count again
+        name, count = re.subn(pattern, " ", name)  # as in local_vim, whose "vim" must not count
         found += [key] if count else []
     return found[0] if len(found) == 1 else None
 
@@ -159,8 +160,8 @@ def family_of_name(name: str) -> str | None:
 def options_of_name(name: str) -> dict[str, Any]:
     """Return the options in a model name of hustvl's form, `vim_tiny_patch16_224_bimambav2_..._with_midclstok_div2`.
 
-    In a name of the full form, what is left out is said, too: without `div2` the sum of both scans is not divided, and
-    without a class token there is none.
+    In a full name, absent parts are also statements: without `div2` the sum of both scans is not divided, and without a
+    class token in the name the model has none.
     """
     name = name.lower()
     options: dict[str, Any] = {}
@@ -190,7 +191,7 @@ def options_of_name(name: str) -> dict[str, Any]:
 
 
 def read_statements(content: Any, file: Path | None = None) -> Statements:
-    """Read what the content of a checkpoint, and the name of its file, say about its model.
+    """Read the statements about a model in the content of a checkpoint and in its file name.
 
     Args:
         content: an unpickled checkpoint, or the JSON value of a configuration.
@@ -210,14 +211,14 @@ def read_statements(content: Any, file: Path | None = None) -> Statements:
 
 
 def read_module(module: nn.Module) -> Statements:
-    """Read what the attributes of a live module say about it."""
+    """Read the statements in the attributes of a live module."""
     said = Statements(wrapped=True)
     _read_module(module, said)
     return said
 
 
 def read_config(config: Mapping[str, Any]) -> Statements:
-    """Read what a configuration next to the weights, as in a folder of the Hugging Face hub, says about its model."""
+    """Read the statements in a configuration next to the weights, as in a folder of the Hugging Face Hub."""
     said = Statements(wrapped=True)
     _read_description(config, "config.json", said)
     return said
@@ -226,11 +227,11 @@ def read_config(config: Mapping[str, Any]) -> Statements:
 def _read_description(
     values: Mapping[Any, Any], where: str, said: Statements, depth: int = 0, known: bool = True
 ) -> None:
-    """Add the statements in a checkpoint, in its arguments or its configuration, and in what these hold.
+    """Add the statements in a checkpoint, its arguments or its configuration, including nested dictionaries.
 
     Args:
-        where: the place for messages, "" for the whole checkpoint. depth: of that place.
-        known: whether it describes the model; where it may describe something else, only telling options are read.
+        where: the location for messages, "" for the whole checkpoint. depth: its nesting depth.
+        known: whether it is known to describe the model; if not, only unambiguous options are read.
     """
     if depth > DEPTH:
         return
@@ -246,7 +247,7 @@ def _read_description(
         elif name in DESCRIPTIONS and (described := _to_mapping(entry, name, place)) is not None:
             _read_description(described, place, said, depth + 1)
         elif isinstance(entry, (Mapping, argparse.Namespace)):
-            # The entries of a checkpoint that are not known hold weights, or the state of an optimiser.
+            # Unknown entries of a checkpoint hold weights or optimiser state.
             is_part = known and name in PARTS and "backbone" in values
             if known and name == "DATA" and isinstance(entry, Mapping) and IMAGE_SIZE in entry:
                 _read_value(IMAGE_SIZE, entry[IMAGE_SIZE], f"{place}.{IMAGE_SIZE}", said)
@@ -257,7 +258,7 @@ def _read_description(
 
 
 def _to_mapping(value: Any, name: str, where: str) -> Mapping[Any, Any] | None:
-    """Return arguments or a configuration as a mapping: also the text of one, or a command line; None for the rest."""
+    """Convert arguments or a configuration, also as text or a command line, to a mapping; None for other values."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
@@ -269,7 +270,7 @@ def _to_mapping(value: Any, name: str, where: str) -> Mapping[Any, Any] | None:
         try:
             return read_text(value, where)
         except ValueError as error:
-            if name not in MODEL_NAMES:  # these may have any text
+            if name not in MODEL_NAMES:  # these may be any text
                 note(f"the configuration in {where} could not be read: {error}; {ASSUMED}")
             return None
     return value if isinstance(value, Mapping) else None
@@ -287,12 +288,12 @@ def _read_value(name: str, value: Any, place: str, said: Statements) -> None:
 
 
 def _read_module(module: nn.Module, said: Statements) -> None:
-    """Add the options that the published code keeps as attributes of the model, of its first mixer and its norms."""
+    """Add the options that the published code stores as attributes of the model, its first mixer and its norms."""
     module = next((inner for inner in module.modules() if _first_mixer(inner) is not None), module)
     kind, mixer = type(module), _first_mixer(module)
     if "videomamba" in kind.__module__.lower() or (hasattr(mixer, "bimamba") and not hasattr(mixer, "bimamba_type")):
         said.family = said.family or Statement("video_mamba", f"its class {kind.__module__}.{kind.__qualname__}")
-    # Words of a class name are told apart by their capitals.
+    # Split the class name into words at capital letters.
     said.add_name(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__qualname__), f"its class {kind.__qualname__}")
     for part, where in ((module, "its attribute"), (mixer, "its mixers' attribute")):
         for option, value in vars(part).items() if isinstance(part, nn.Module) else ():
@@ -313,13 +314,13 @@ def _read_module(module: nn.Module, said: Statements) -> None:
 
 
 def _first_mixer(module: nn.Module) -> nn.Module | None:
-    """Return the mixer of the first layer of a Vim or a VideoMamba, None for any other module."""
-    layers = module._modules.get("layers")  # not an attribute, which a compiled module takes from the one inside
+    """Return the mixer of the first layer of a Vim or a VideoMamba; None for any other module."""
+    layers = module._modules.get("layers")  # not getattr, which a compiled module forwards to the original module
     return getattr(layers[0], "mixer", None) if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
 def _find_writer(content: Mapping[Any, Any]) -> str | None:
-    """Return the tool that wrote a checkpoint, with its version, as far as the entries tell."""
+    """Return the tool that wrote a checkpoint, with its version, if the entries identify it."""
     meta = content.get("meta")
     if isinstance(meta, Mapping):
         for tool in ("mmseg", "mmcls", "mmpretrain", "mmdet", "mmengine", "mmcv"):
@@ -339,9 +340,9 @@ def _find_writer(content: Mapping[Any, Any]) -> str | None:
 
 
 def read_classes(content: Mapping[Any, Any]) -> tuple[tuple[str, ...] | None, tuple[tuple[int, int, int], ...] | None]:
-    """Return the names of classes and their colours in a configuration, or None for what it does not have.
+    """Return the class names and their colours in a configuration, each None if missing.
 
-    It is one of ours, or a checkpoint with a `meta` of mmcv's or mmengine's.
+    It is a configuration of this package, or a checkpoint with the `meta` of mmcv or mmengine.
     """
     meta = content.get("meta")
     values: dict[str, Any] = {}
@@ -360,9 +361,9 @@ def _is_colour(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return True for "true", None for "None", 1e-5 for "1e-5": what a YAML file or a command line has as text.
+    """Parse text from a YAML file or a command line: True for "true", None for "None", 1e-5 for "1e-5".
 
-    The word "none" in small letters remains: it is a value of the published code's options.
+    The lower-case word "none" stays a string: it is a value of options in the published code.
     """
     if not isinstance(value, str):
         return value

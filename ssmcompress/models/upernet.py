@@ -1,4 +1,4 @@
-"""Semantic segmentation with UperNet on any backbone: its head, and what the models on different backbones share.
+"""Semantic segmentation with UperNet on any backbone: the head, and the base class of the models.
 
 arXiv 1807.10221, and mmseg's `UPerHead`; module and parameter names are those of mmseg's checkpoints (`decode_head.`).
 Its auxiliary head is for training only and is left out.
@@ -37,7 +37,7 @@ HINTS = {
     f"decode_head.{part}": "its head is another one than UperNet's, and is not supported"
     for part in ("psp_modules.0.1.conv.weight", "lateral_convs.0.conv.weight", "fpn_convs.0.conv.weight")
 }
-# Of mmseg's configurations; all published models have these values.
+# From mmseg's configurations; all published models have these values.
 HEAD_OPTIONS: Mapping[str, Expected] = {
     "pool_scales": Expected((POOL_SCALES,), f"means over {', '.join(map(str, POOL_SCALES))} parts of each side"),
     "align_corners": Expected((False,), "maps that are resized without aligned corners"),
@@ -50,7 +50,7 @@ class UperNetConfig(LayeredConfig):
 
     Attributes:
         head_channels: width of the head.
-        out_layers: the layers, from 1, after which an output level is taken; the last one is the last layer.
+        out_layers: the layers (1-based) after which an output level is taken; the last one is the last layer.
     """
 
     head_channels: int
@@ -58,7 +58,7 @@ class UperNetConfig(LayeredConfig):
 
     @property
     def map_sizes(self) -> list[Size]:
-        """The (rows, columns) of the maps that the head reads, from fine to coarse, for images of `image_size`."""
+        """The (rows, columns) of the input maps of the head, from fine to coarse, for images of `image_size`."""
         return [self.grid] * LEVELS
 
     def count_head(self) -> int:
@@ -91,7 +91,7 @@ class ConvModule(nn.Module):
 class UPerHead(nn.Module):
     """Four maps (batch, width, rows, columns) from fine to coarse -> logits (batch, classes) at the size of the first.
 
-    A pyramid of means over the coarsest map (PSP), then a feature pyramid from coarse to fine (FPN).
+    Pyramid pooling of the coarsest map (PSP), then a feature pyramid from coarse to fine (FPN).
     """
 
     def __init__(self, width: int, channels: int, classes: int):
@@ -118,7 +118,7 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.fpn_bottleneck(torch.cat(outputs, dim=1)))
 
     def products(self, sizes: Sequence[Size]) -> list[tuple[int, Tensor]]:
-        """Return the matrix products (rows, weight) for one image, whose maps have these (rows, columns)."""
+        """Return the matrix products (rows, weight) for one image whose maps have these (rows, columns)."""
         areas = [rows * columns for rows, columns in sizes]
         convs = [(scale**2, pool[1].conv) for scale, pool in zip(POOL_SCALES, self.psp_modules, strict=True)]
         convs += [(areas[-1], self.bottleneck.conv)]
@@ -129,7 +129,7 @@ class UPerHead(nn.Module):
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
-    """Return maps (batch, channels, rows, columns) at another size, bilinear as everywhere in mmseg."""
+    """Resize maps (batch, channels, rows, columns) bilinearly, as everywhere in mmseg."""
     size = tuple(size)
     return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
@@ -137,15 +137,15 @@ def resize(x: Tensor, size: Size) -> Tensor:
 class UperNet(LevelledModel):
     """A segmentation model. `forward`: images (B, C, H, W) -> logits (B, classes, H, W).
 
-    Its `backbone` has `layers`. `readout` returns the logits of the head, which are smaller than the images, as `trace`
-    and `forward` do not.
+    Its `backbone` has `layers`. `readout` returns the logits of the head, which are smaller than the images; `trace`
+    and `forward` return them upsampled.
     """
 
     task = SEGMENTATION
     levels = LEVELS
     reads_levels = True
     hidden_options = ("level", "out_layers")
-    # What both sides of an image are enlarged to a multiple of before it is given to the model; None: they are not.
+    # Both sides of an image are resized up to a multiple of this number before the model; None: they are not.
     multiple: ClassVar[int | None] = None
 
     expected_options: ClassVar[Mapping[str, Expected]] = HEAD_OPTIONS
@@ -177,11 +177,11 @@ class UperNet(LevelledModel):
         return DensePreprocessing.from_dict(value, self.config.in_chans)
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """Return a function from a PIL image to the model's input, with a method `pair` for an image and its mask."""
+        """Return a function from a PIL image to the model's input; its method `pair` takes an image and its mask."""
         return self.preprocessing.transform()
 
     def fixed_transform(self) -> Callable[[Any], Tensor]:
-        """Return a transform like `transform`, which cuts the centre out of images of another ratio."""
+        """Return a transform like `transform` that center-crops images of another aspect ratio."""
         return self.preprocessing.transform(self.config.image_size)
 
     def raw_outputs(self, images: Tensor) -> Tensor:
@@ -216,15 +216,15 @@ class UperNet(LevelledModel):
         return replace(tokens, levels=(*tokens.levels, level))
 
     def read_values(self, layer: int, values: Tensor) -> Tensor:
-        """Return what an output level has of tokens (batch, tokens, d_model), from the stream or updates after it."""
+        """Return the level's values for tokens (batch, tokens, d_model), from the stream or the updates after it."""
         return values
 
     def form_maps(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Return what the head reads, of the levels as maps (batch, d_model, rows, columns)."""
+        """Return the input maps of the head, given the levels as maps (batch, d_model, rows, columns)."""
         return list(levels)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        """Compute the logits (batch, classes, rows, columns) of the head, at the size of its finest map."""
+        """Compute the head's logits (batch, classes, rows, columns) at the size of its finest map."""
         maps = []
         for number, level in enumerate(tokens.levels, 1):
             filled = cast(self.fill(number, level), self.classifier)
@@ -245,21 +245,21 @@ class UperNet(LevelledModel):
         super().drop_layers(layers)
 
     def count_head_bytes(self, size: int) -> int:
-        """Return the bytes of one image's activations in the head, where it has most of them."""
+        """Return the bytes of one image's activations at the peak of the head."""
         c, (area, *_) = self.config, (math.prod(size) for size in self.config.map_sizes)
-        # What the last 3x3 convolution reads and writes; the logits, and the logits at the size of the image.
+        # Input and output of the last 3x3 convolution; the logits, and the logits at the size of the image.
         return max((LEVELS + 1) * c.head_channels * area, c.num_classes * (area + math.prod(c.image_size))) * size
 
     def finish_products(self, products: Iterable[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-        """Return the matrix products of the backbone, and of its neck, with those of corrections and head."""
+        """Append the matrix products of corrections and head to those of the backbone and its neck."""
         corrections = [(1, weight) for weight in self.corrections.parameters()]
         return [*products, *corrections, *self.decode_head.products(self.config.map_sizes)]
 
 
 def strip_training(state: StateDict) -> dict[str, Tensor]:
-    """Return the weights without what only training needs: the auxiliary head, and mmcv's running averages.
+    """Return the weights without training-only parts: the auxiliary head, and mmcv's moving averages.
 
-    The latter have the names of the weights with underscores for dots.
+    The latter are named like the weights, with underscores instead of dots.
     """
     return {key: value for key, value in state.items() if not key.startswith(("auxiliary_head.", "ema_"))}
 
@@ -268,7 +268,7 @@ def read_head(shape: Shapes) -> dict[str, int]:
     """Return the sizes of a UperNet head: num_classes and head_channels.
 
     Raises:
-        InputError: it is another head, or reads another number of maps.
+        InputError: it is a different head, or has a different number of input maps.
     """
     classes, channels, _, _ = shape("decode_head.conv_seg.weight", 4)
     for key in HINTS:
@@ -282,7 +282,7 @@ def read_head(shape: Shapes) -> dict[str, int]:
 
 
 def check_out_layers(out_layers: Any, depth: int, where: str) -> tuple[int, ...]:
-    """Return the numbers of output layers, from 1; InputError unless they are four, the last of them the last layer."""
+    """Check and return the output layers (1-based); InputError unless there are four and the last is the last layer."""
     valid = isinstance(out_layers, (list, tuple)) and all(type(layer) is int for layer in out_layers)
     ascending = valid and list(out_layers) == sorted(set(out_layers))
     if not (ascending and len(out_layers) == LEVELS and out_layers[0] >= 1 and out_layers[-1] == depth):
@@ -294,7 +294,7 @@ def check_out_layers(out_layers: Any, depth: int, where: str) -> tuple[int, ...]
 
 
 def find_out_layers(said: Statements) -> Statement | None:
-    """Return what is said about the output layers, counted from 1; None if nothing is."""
+    """Return the statement about the output layers (1-based), or None."""
     if "out_layers" in said.options:
         return said.options["out_layers"]
     if (found := said.options.get("out_indices")) is None:

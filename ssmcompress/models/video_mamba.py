@@ -1,7 +1,7 @@
 """VideoMamba (OpenGVLab): the layers of a Vim with the class token in front, for images and for videos.
 
-arXiv 2403.06977; module and parameter names are those of the published checkpoints. Both scans of a layer are added,
-where a Vim takes their mean. A checkpoint for images has exactly the names and shapes of a Vim's.
+arXiv 2403.06977; module and parameter names are those of the published checkpoints. Both scans of a layer are summed,
+whereas a Vim averages them. A checkpoint for images has exactly the same names and shapes as one of a Vim.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .statements import Statements
 from .vim_block import VimConfig
 from .vim_classifier import PROJECTION, VIDEO_MAMBA_M, VIM_OPTIONS, VimClassifier, has_vim_layers, is_of_video
 
-# Frames of the longest video, for which positions are made; the published models have at most 64.
+# Maximum number of frames of a video, as the temporal embedding is allocated; published models have at most 64.
 MOST_FRAMES = 4096
 
 
 @dataclass(frozen=True)
 class VideoMambaConfig(VimConfig):
-    """Sizes of a VideoMamba; all except `stride` and `image_size` follow from its weights.
+    """Sizes of a VideoMamba; all except `stride` and `image_size` can be inferred from its weights.
 
     Attributes:
-        frames: the number of frames of a video; None: a model for images.
-        tubelet: the number of frames of a patch, of a model for videos.
+        frames: the number of frames of a video; None: an image model.
+        tubelet: the number of frames of a patch in a video model.
     """
 
     residual_scale: ClassVar[float] = 1.0  # the sum of both scans
@@ -49,13 +49,13 @@ class VideoMambaConfig(VimConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches in (rows, columns), those of later frames below those of earlier ones."""
+        """The size of the patch grid, (rows, columns), with later frames below earlier ones."""
         rows, columns = self.frame_grid
         return rows * self.times, columns
 
     @property
     def times(self) -> int:
-        """The number of patches at the same place in different frames."""
+        """The number of patches along the time axis."""
         return 1 if self.frames is None else self.frames // self.tubelet
 
     @property
@@ -74,7 +74,7 @@ class VideoMamba(VimClassifier):
     architecture, title = "video_mamba", "VideoMamba"
     config_class = VideoMambaConfig
     no_weight_decay = NamePatterns([*VimClassifier.no_weight_decay, "temporal_pos_embedding"])
-    # Of OpenGVLab's videomamba.py, and those of Vim's code that make the same model.
+    # From OpenGVLab's videomamba.py, and the options of Vim's code that give the same model.
     expected_options: ClassVar[Mapping[str, Expected]] = {
         **VIM_OPTIONS,
         "bimamba": Expected((True,), "bidirectional blocks"),
@@ -108,10 +108,10 @@ class VideoMamba(VimClassifier):
         return torch.cat([token, places.flatten(1, 2)], dim=1)
 
     def resize_frames(self, frames: int) -> None:
-        """Change the number of frames of a video, in place; the embedding of their times is interpolated linearly.
+        """Change the number of frames of a video, in place; the temporal embedding is interpolated linearly.
 
         Raises:
-            InputError: frames that do not make whole patches. OptionError: inputs are images.
+            InputError: the frames do not fill whole patches. OptionError: inputs are images.
         """
         if self.frames is None:
             super().resize_frames(frames)
@@ -125,7 +125,7 @@ class VideoMamba(VimClassifier):
 
     @classmethod
     def check_identity(cls, config: VideoMambaConfig, said: Statements) -> None:
-        """Note why weights for images, which could be a Vim's, are taken for a VideoMamba's where nothing says so."""
+        """Show a note if image weights, which could belong to a Vim, are taken for a VideoMamba without a statement."""
         if said.family is None and config.frames is None:
             note(
                 f"taken for a VideoMamba: its {config.depth} layers of width {config.d_model} are the size of "

@@ -1,7 +1,7 @@
 """Vision Mamba (Vim, hustvl): bidirectional scans over a raster of patches, with a class token in the middle.
 
 arXiv 2401.09417; module and parameter names are those of the published checkpoints (`bimambav2`,
-`final_pool_mean`, `abs_pos_embed`, `with_midclstok`, `div2`). The layers are in `vim_block`, and what it shares with
+`final_pool_mean`, `abs_pos_embed`, `with_midclstok`, `div2`). The layers are in `vim_block`, the code shared with
 VideoMamba in `vim_classifier`.
 """
 
@@ -39,7 +39,7 @@ class VisionMamba(VimClassifier):
 
     architecture, title = "vim", "Vim"
     config_class = VimConfig
-    # Of hustvl's vim/models_mamba.py; all published models have these values.
+    # From hustvl's vim/models_mamba.py; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
         **VIM_OPTIONS,
         "use_middle_cls_token": Expected((True,), "the class token in the middle of the sequence"),
@@ -61,9 +61,9 @@ class VisionMamba(VimClassifier):
 
     @classmethod
     def check_identity(cls, config: VimConfig, said: Statements) -> None:
-        """Tell a Vim from a VideoMamba, which has its class token in front and does not divide by two."""
+        """Distinguish a Vim from a VideoMamba, which has its class token in front and does not divide by two."""
         is_size_of_m = (config.d_model, config.depth) == VIDEO_MAMBA_M
-        # The name of a file does not outweigh a size that only the other one is published in.
+        # A file name does not outweigh a size that is published only for the other architecture.
         if said.family is not None and not (is_size_of_m and said.family.where == FILE_NAME):
             return
         if config.d_model == VIDEO_MAMBA_M[0] or config.depth == VIDEO_MAMBA_M[1]:

@@ -1,7 +1,7 @@
-"""The layers of a Vim and of its relatives: patches, and bidirectional scans over a raster of them.
+"""The layers of Vim and related models: patch embedding, and bidirectional scans over the patches in raster order.
 
-arXiv 2401.09417; `vim`, `video_mamba` and `vim_upernet` are made of them. Parameter names are those of the published
-checkpoints (`bimambav2`, `div2`).
+arXiv 2401.09417; used by `vim`, `video_mamba` and `vim_upernet`. Parameter names are those of the published checkpoints
+(`bimambav2`, `div2`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ FORTH_AND_BACK = (ScanOrder(), ScanOrder(reverse=True))
 
 @dataclass(frozen=True)
 class VimConfig(LayeredConfig):
-    """Sizes of a Vim; all except `stride` and `image_size` follow from its weights.
+    """Sizes of a Vim; all except `stride` and `image_size` can be inferred from its weights.
 
     Attributes:
         d_inner, d_state: one number for all layers, or one for each.
-        directions: for each layer the scans that it has, 0 forward and 1 backward; None: both in all layers.
-        residual_scale: factor of the sum of both scans, projected, when it is added to the residual stream.
+        directions: the scans of each layer, 0 forward and 1 backward; None: both in all layers.
+        residual_scale: factor of the projected sum of both scans when it is added to the residual stream.
     """
 
     PATHS: ClassVar[tuple[int, ...]] = (0, 1)
@@ -67,7 +67,7 @@ class VimConfig(LayeredConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches in (rows, columns)."""
+        """The size of the patch grid, (rows, columns)."""
         (height, width), (ph, pw) = self.image_size, self.patch_size
         return (height - ph) // self.stride + 1, (width - pw) // self.stride + 1
 
@@ -78,7 +78,7 @@ class VimConfig(LayeredConfig):
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The distances of patches along the sides of `window`."""
+        """The steps between patches along the sides of `window`."""
         return self.stride, self.stride
 
 
@@ -127,25 +127,25 @@ class VimMixer(nn.Module):
 
     @property
     def split(self) -> list[int]:
-        """The outputs of x_proj: delta's rank, B and C."""
+        """The output sizes of x_proj: rank of delta, B and C."""
         states = self.d_state
         return [self.dt_rank, states, states]
 
     def parameters_of(self, path: int):
         """Return the parameters of the forward (0) or the backward path (1): conv, x_proj, dt_proj, A_log, D."""
         conv, x_proj, dt_proj, A_log, D = PARAMETERS[path]
-        own, modules = self._parameters, self._modules  # getattr of a module takes ten times as long
+        own, modules = self._parameters, self._modules  # getattr on a module takes ten times as long
         return (
             modules[conv], modules[x_proj], modules[dt_proj],
             own[A_log] if A_log in own else getattr(self, A_log), own[D] if D in own else getattr(self, D),
         )  # fmt: skip
 
     def scan_path(self, x: Tensor, tokens: Tokens, path: int) -> ScanPath:
-        """Compute the inputs of the scan of a path from x (batch, kept, d_inner), delta among them."""
+        """Compute the scan inputs of a path, including delta, from x (batch, kept, d_inner)."""
         return self.scan_parameters(x, tokens, path).expanded()
 
     def scan_parameters(self, x: Tensor, tokens: Tokens, path: int) -> ScanPath:
-        """Compute the inputs of the scan of a path from x, where possible with a factor of delta instead of delta."""
+        """Compute the scan inputs of a path from x, where possible with a low-rank factor of delta instead of delta."""
         conv, x_proj, dt_proj, A_log, D = self.parameters_of(path)
         positions = tokens.positions if tokens.alignment.conv else None
         reverse, gaps = tokens.paths[path].reverse, tokens.paths[path].gaps
@@ -164,18 +164,18 @@ class VimMixer(nn.Module):
     def forward(self, features: Tensor, tokens: Tokens, metric: str | None) -> tuple[Tensor, Tensor | None]:
         """Return the projected sum of both paths (batch, kept, d_model) and, given a metric, scores (batch, kept)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
-        # The paths are computed one after the other, so that the second reuses the memory of the first from cache. The
-        # score uses only the backward path, which therefore comes first: on the first bundled model (2, 4, 6 at 0.3,
-        # 2,000 images) it gave 65.2 % top-1, and the sum of both paths 59.9.
+        # The paths are computed in sequence, so that the second reuses the cached memory of the first. The score uses
+        # only the backward path, which therefore comes first: on the first bundled model (2, 4, 6 at 0.3, 2,000 images)
+        # it gave 65.2 % top-1, and the sum of both paths 59.9.
         paths = (self.scan_parameters(x, tokens, path) for path in reversed(self.directions))
         y, scores = scan_paths(paths, z, delta_softplus=True, score=metric, scored=1)
         return self.out_proj(y), scores
 
     def forward_protected(self, features: Tensor, tokens: Tokens) -> Tensor:
-        """Return the projected sum of both paths (batch, 1, d_model) at the protected token alone.
+        """Return the projected sum of both paths (batch, 1, d_model) at the protected token only.
 
-        The forward path runs up to that token and the backward path back to it, which together are kept + 1 steps; the
-        gate and the projection are computed for one token. See `span_to_protected` for batches.
+        The forward path runs up to that token and the backward path back to it, kept + 1 steps in total; the gate and
+        the projection are computed for one token. See `span_to_protected` for batches.
         """
         index = tokens.protected_index()
         channels = self.in_proj.out_features // 2
@@ -199,7 +199,7 @@ class VimMixer(nn.Module):
         """Return the matrix products (rows, weight) of `forward_protected`, for one image of `count` tokens.
 
         Args:
-            spans: steps of the forward and of the backward path up to the protected token, as `count_spans` has them.
+            spans: steps of the forward and backward path up to the protected token, from `count_spans`.
         """
         x, z = self.in_proj.weight.chunk(2)
         inner = [(spans[path], layer.weight) for path in self.directions for layer in self.parameters_of(path)[1:3]]
@@ -208,7 +208,7 @@ class VimMixer(nn.Module):
     # ------------------------------------------------------------------------------------------------- trimming
 
     def read_scans(self, features: Tensor, tokens: Tokens) -> list[ScanReading]:
-        """Return the inner values of each direction, from normalised features (batch, kept, d_model)."""
+        """Return the internal values of each direction, computed from normalised features (batch, kept, d_model)."""
         x, z = self.in_proj(features).chunk(2, dim=-1)
         gate, readings = F.silu(z), []
         for path in self.directions:
@@ -220,7 +220,7 @@ class VimMixer(nn.Module):
         """Keep the states `index` of each direction, with new rows of C and a new D."""
         for path, kept, (C, D) in zip(self.directions, index, weights, strict=True):
             _, x_proj, _, A_log, old = self.parameters_of(path)
-            # Not `split`: the first direction is cut already when the second one is.
+            # Not `split`: the first direction has already been cut when the second one is.
             dt, B, _ = x_proj.weight.detach().split([self.dt_rank, A_log.shape[1], A_log.shape[1]])
             rows = torch.cat([dt, B[kept.to(B.device)], C.to(dt)])
             new = slice_linear(x_proj, rows=torch.arange(len(rows)))
@@ -256,10 +256,10 @@ class VimMixer(nn.Module):
 class VimBlock(TrimmableBlock):
     """One layer.
 
-    One that has lost a scan keeps the factor `residual_scale` of the sum of both.
+    A layer that has lost a scan keeps the factor `residual_scale` of the sum of both.
 
     Attributes:
-        keeps_update: whether the tokens after it hold in `update` what it added to the residual stream.
+        keeps_update: whether `update` of the output tokens holds what the layer added to the residual stream.
     """
 
     keeps_update = False
@@ -316,7 +316,7 @@ class VimBlock(TrimmableBlock):
 
 
 def read_layer_sizes(shape: Shapes, prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a `VimConfig` that follow from the layers, whose names begin with `prefix`."""
+    """Infer the fields of a `VimConfig` that are determined by the layers, whose names start with `prefix`."""
     state, depth = shape.state, shape.count(f"{prefix}layers.")
     only_backward = any(f"{prefix}layers.{layer}.mixer.x_proj.weight" not in state for layer in range(depth))
     names = [f"{prefix}layers.{{}}.mixer.{name}" for name in ("A_log", "A_b_log")[: 1 + only_backward]]
@@ -331,32 +331,32 @@ def read_layer_sizes(shape: Shapes, prefix: str = "") -> dict[str, Any]:
 
 
 def _either(state: StateDict, name: str, end: str = "") -> str:
-    """Return a parameter's name on the forward path, or on the backward path where a layer has only that."""
+    """Return the name of a parameter on the forward path, or on the backward path if a layer has only that."""
     backward = f"{name}_b{end}"
     return backward if f"{name}{end}" not in state and backward in state else f"{name}{end}"
 
 
 def count_spans(tokens: int, patches: int, protected: int) -> tuple[int, int]:
-    """Return the steps of the forward and of the backward path that reach the protected token; both include it.
+    """Return the steps of the forward and backward path needed to reach the protected token; both include it.
 
-    Together they are one more than the tokens. Exact without pruning and for a token at an end; else that of an image
-    that keeps the same share of the patches on either side.
+    Their sum is the number of tokens plus one. They are exact without pruning and for a token at either end; else they
+    assume that an image keeps the same share of the patches on both sides.
 
     Args:
-        tokens: the number that is kept, the protected one among them. patches: their number without pruning.
-        protected: the position of the protected token among all.
+        tokens: the number of kept tokens, including the protected one. patches: the number of patches without pruning.
+        protected: the position of the protected token in the full sequence.
     """
     before = (tokens - 1) * protected // patches
     return before + 1, tokens - before
 
 
 def count_layers(c: VimConfig, counts: Sequence[int], convention: str, read: int | None) -> dict[str, int]:
-    """Return the FLOPs of the patches and of the layers by part, as `TokenModel.count_flops` does.
+    """Return the FLOPs of the patch embedding and the layers by part, as in `TokenModel.count_flops`.
 
-    One direction only for `paper`, as the papers count, and both for `full`; the gate belongs to the scan.
+    `paper` counts one direction only, as the papers do, and `full` both; the gate is part of the scan.
 
     Args:
-        read: the position of the only token that the last layer is computed for; None: all of them.
+        read: the position of the only token for which the last layer is computed; None: all tokens.
     """
     R = c.dt_rank
     parts = dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"), 0)

@@ -1,6 +1,6 @@
-"""What the classifiers on layers of a Vim share: a class token among the patches, at which the output is read.
+"""Base class of classifiers with Vim layers: a class token among the patches is read out.
 
-An architecture says where the token is, and what tells its weights from those of the others.
+Subclasses define the position of the token and how their weights are recognised.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .vim_block import (
 )
 
 PROJECTION = "patch_embed.proj.weight"
-# (d_model, depth) of VideoMamba-M, which no published Vim has, and of VideoMamba-B, whose weights are published as an
-# entry of a checkpoint, as a Vim's are.
+# (d_model, depth) of VideoMamba-M, which no published Vim has, and of VideoMamba-B, whose weights are published as a
+# checkpoint entry, like those of a Vim.
 VIDEO_MAMBA_M, VIDEO_MAMBA_B = (576, 32), (768, 24)
 SAME_NAMES = "the weights of a Vim or of a VideoMamba, which have the same names and shapes"
 
-# Of hustvl's vim/models_mamba.py: what all of these models have in common.
+# From hustvl's vim/models_mamba.py: options that all of these models have in common.
 VIM_OPTIONS: Mapping[str, Expected] = {
     "if_cls_token": Expected((True,), "one class token"),
     "use_double_cls_token": Expected((False,), "one class token"),
@@ -78,7 +78,7 @@ class VimClassifier(TokenModel):
     @staticmethod
     @abc.abstractmethod
     def place_class_token(patches: int) -> int:
-        """Return the position of the class token in the sequence of so many patches."""
+        """Return the position of the class token in a sequence with this number of patches."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -106,12 +106,12 @@ class VimClassifier(TokenModel):
         patches = widen(embed_patches(self.patch_embed.proj, images).flatten(2).transpose(1, 2))
         parts = (patches[:, : self.protected], self.cls_token.expand(images.shape[0], -1, -1))
         parts = (*parts, patches[:, self.protected :])
-        # No empty part, which would remain as an operator in ONNX files.
+        # Avoid an empty part, which would remain as an operator in ONNX files.
         features = torch.cat(parts if self.protected else parts[1:], dim=1) + self.place_embedding()
         return Tokens(features, self.length, self.protected, alignment=self.alignment, orders=FORTH_AND_BACK)
 
     def place_embedding(self) -> Tensor:
-        """Return what is added to the tokens for their places, (1, length, d_model)."""
+        """Return the position embedding (1, length, d_model) that is added to the tokens."""
         return self.pos_embed
 
     def readout(self, tokens: Tokens) -> Tensor:
@@ -131,7 +131,7 @@ class VimClassifier(TokenModel):
     def count_flops(
         cls, config: VimConfig, counts: Sequence[int], convention: str, as_run: bool = True
     ) -> dict[str, int]:
-        # `full` of the last layer, as run, counts the class token alone.
+        # For the last layer as run, `full` counts only the class token.
         read = cls.place_class_token(config.patches) if as_run and convention == "full" else None
         return {**count_layers(config, counts, convention, read), "head": config.num_classes * config.d_model}
 
@@ -152,7 +152,7 @@ class VimClassifier(TokenModel):
     @classmethod
     def infer_stride(cls, state: StateDict, side: int) -> int | None:
         patch, entries = state[PROJECTION].shape[-1], state["pos_embed"].shape[1] - 1
-        # Images are filled by patches, as in all published models: else any size near theirs would do.
+        # Patches must cover the image exactly, as in all published models; otherwise several strides would fit.
         fitting = (s for s in range(1, patch + 1) if side >= patch and (side - patch) % s == 0)
         strides = [s for s in fitting if ((side - patch) // s + 1) ** 2 == entries]
         return strides[0] if len(strides) == 1 else None
@@ -196,14 +196,14 @@ class VimClassifier(TokenModel):
             image_size=tuple(image_size),
         )
         fitted = dict(state)
-        if state["pos_embed"].shape[2] == d_model:  # a contradiction is reported with the other shapes
+        if state["pos_embed"].shape[2] == d_model:  # a mismatch is reported with the other shapes
             table = resize_pos_embed(state["pos_embed"], trained, config.frame_grid, cls.place_class_token)
             fitted["pos_embed"] = table
         return config, fitted
 
     @classmethod
     def read_patches(cls, shape: Shapes) -> dict[str, Any]:
-        """Return the fields of the configuration that follow from the patches."""
+        """Infer the fields of the configuration that are determined by the patch embedding."""
         d_model, in_chans, *patch_size = shape(PROJECTION, 4)
         return {"d_model": d_model, "in_chans": in_chans, "patch_size": tuple(patch_size)}
 
@@ -216,12 +216,12 @@ MISSING = {
 
 
 def has_vim_layers(state: StateDict) -> bool:
-    """Return whether parameter names are those of patches and layers of a Vim."""
+    """Return whether parameter names belong to the patch embedding and layers of a Vim."""
     return PROJECTION in state and any(key.startswith("layers.0.mixer.") for key in state)
 
 
 def is_of_video(state: StateDict) -> bool:
-    """Return whether weights with layers of a Vim are for videos, which no Vim is."""
+    """Return whether weights with Vim layers belong to a video model, which rules out a Vim."""
     return "temporal_pos_embedding" in state or state[PROJECTION].ndim == 5
 
 
@@ -231,7 +231,7 @@ def resize_pos_embed(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     The entry of the class token does not change.
 
     Args:
-        place: the position of the class token among so many patches.
+        place: function from the number of patches to the position of the class token.
     """
     token = place(table.shape[1] - 1)
     patches = resize_grid(torch.cat([table[:, :token], table[:, token + 1 :]], dim=1), old, new)

@@ -1,4 +1,4 @@
-"""Output levels of a segmentation model on a Vim: which tensors they are, and what is said about that."""
+"""Output levels of a segmentation model on a Vim: the kinds of tensors, and statements about the kind."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .statements import Statements
 
 
 class Level(NamedTuple):
-    """What an output level is: the residual stream or what its layer added to it; the last one also normalised.
+    """The kind of an output level: the residual stream or the layer's update of it; the last level is also normalised.
 
-    `rope` stands for rotary positions in front of every layer, the first too: the stream is rotated.
+    `rope` applies a rotary position embedding to the residual stream before every layer, including the first.
     """
 
     stream: bool
@@ -21,8 +21,8 @@ class Level(NamedTuple):
     rope: bool = False
 
 
-# In the published code: the default, of the Tiny model; use_residual_as_feature with last_layer_process "add"; the same
-# with "add & norm"; the former with if_rope and if_rope_residual.
+# In the published code: the default, used by the Tiny model; use_residual_as_feature with last_layer_process "add"; the
+# same with "add & norm"; the former with if_rope and if_rope_residual.
 LEVELS: Mapping[str, Level] = {
     "hidden": Level(stream=False),
     "residual": Level(stream=True),
@@ -30,8 +30,8 @@ LEVELS: Mapping[str, Level] = {
     "rope": Level(stream=True, rope=True),
 }
 DEFAULT_LEVEL = "hidden"
-# The options of the published code that say it, and what their values mean: use_residual_as_feature,
-# last_layer_process, which has no effect without the former, if_rope.
+# The options of the published code that determine the kind, and the meaning of their values: use_residual_as_feature,
+# last_layer_process (no effect without the former), if_rope.
 LEVEL_OPTIONS = ("use_residual_as_feature", "last_layer_process", "if_rope", "if_rope_residual")
 CONFIGURED = {
     (False, None, False): "hidden",
@@ -42,10 +42,10 @@ CONFIGURED = {
 
 
 def find_level(said: Statements) -> str | None:
-    """Return what is said about the output levels, a key of `LEVELS`; None if nothing is.
+    """Return the stated kind of the output levels, a key of `LEVELS`; None without a statement.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the stated kind is not supported.
     """
     given = said.options.get("level")
     if given is not None and given.value not in LEVELS:

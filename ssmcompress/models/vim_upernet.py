@@ -1,7 +1,7 @@
 """UperNet on a Vim (hustvl, seg/): a Vim without class token, whose output levels pass through a neck of convolutions.
 
-Module and parameter names are those of the published code (mmseg's, `backbone.` and `decode_head.`). Which tensor an
-output level is, the weights do not show: see `ssmcompress.models.vim_levels.LEVELS`.
+Module and parameter names are those of the published code (mmseg's, `backbone.` and `decode_head.`). The kind of the
+output levels cannot be inferred from the weights: see `ssmcompress.models.vim_levels.LEVELS`.
 """
 
 from __future__ import annotations
@@ -57,28 +57,28 @@ PATCH_SIZES = (16, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class VimUperNetConfig(UperNetConfig, VimConfig):
-    """Sizes of a Vim with a UperNet head; `level` and `out_layers` do not follow from the weights.
+    """Sizes of a Vim with a UperNet head; `level` and `out_layers` cannot be inferred from the weights.
 
     Attributes:
-        image_size: the size of all images, and of the windows of larger ones.
-        level: what an output level is, a key of `LEVELS`.
+        image_size: the size of the model's input, and of the windows of larger images.
+        level: the kind of the output levels, a key of `LEVELS`.
     """
 
     level: str
 
     @property
     def map_sizes(self) -> list[Size]:
-        # Four sizes, each half the one before: strides 4 to 32, in patches of 16 and of 8 pixels.
+        # Four sizes, each half of the previous one: strides 4 to 32, for patches of 16 and of 8 pixels.
         (rows, columns), ups = self.grid, self.doublings
         return [((rows << ups) >> halved, (columns << ups) >> halved) for halved in range(LEVEL_COUNT)]
 
     @property
     def doublings(self) -> int:
-        """How many times the neck doubles the sides of the grid for the finest map."""
+        """The number of times that the neck doubles the sides of the grid for the finest map."""
         return int(math.log2(self.stride // 4))
 
     def count_neck(self) -> int:
-        """Return the FLOPs of the neck: d_model^2 for each place of each map that it doubles."""
+        """Return the FLOPs of the neck: d_model^2 for each position of each map that it upsamples."""
         doubled = sum(math.prod(size) for size in self.map_sizes[: self.doublings])
         if self.doublings == 2:  # the finest map is doubled twice
             doubled += math.prod(self.map_sizes[1])
@@ -103,14 +103,14 @@ class Backbone(nn.Module):
 class VimUperNet(UperNet):
     """UperNet on a Vim of any size. `forward`: images (B, C, H, W) -> logits (B, classes, H, W).
 
-    Images of another size than `config.image_size` are segmented in windows of it, which overlap by a third.
+    Images of a size other than `config.image_size` are segmented in windows of that size, which overlap by a third.
     """
 
     architecture, families = "vim_upernet", ("vim",)
     config_class = VimUperNetConfig
     telling_keys = ("backbone.patch_embed.proj.weight", "backbone.layers.0.mixer.A_b_log", HEAD_OF_SEGMENTATION)
     no_weight_decay = NamePatterns(["*A_log", "*A_b_log", "*pos_embed"])
-    # Of hustvl's seg/backbone/vim.py; all published models have these values.
+    # From hustvl's seg/backbone/vim.py; all published models have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
         **HEAD_OPTIONS,
         "if_cls_token": Expected((False,), "no class token"),
@@ -131,7 +131,7 @@ class VimUperNet(UperNet):
         super().__init__(config)
         self.backbone = Backbone(config)
         level = LEVELS[config.level]
-        for block in self.blocks:  # of a token that is dropped between two levels, too
+        for block in self.blocks:  # also for tokens that are dropped between two levels
             block.keeps_update = not level.stream
 
     def embed(self, images: Tensor) -> Tokens:
@@ -153,7 +153,7 @@ class VimUperNet(UperNet):
         self.check(images)
         window = self.config.image_size
         height, width = images.shape[-2:]
-        # A side that is shorter than the window is filled with zeros, the mean colour.
+        # A side shorter than the window is padded with zeros, the mean colour.
         padded = F.pad(images, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
         rows, columns = (window_starts(side, part) for side, part in zip(padded.shape[-2:], window, strict=True))
         total = counts = None
@@ -169,7 +169,7 @@ class VimUperNet(UperNet):
         return (total / counts)[..., :height, :width].to(images.dtype)
 
     def observe(self, layer: int, tokens: Tokens) -> Tokens:
-        """Append the output level of the layer, if it has one, and rotate the stream for the next layer."""
+        """Append the output level of the layer, if it has one, and apply the rotary embedding for the next layer."""
         if layer < len(self.blocks) and LEVELS[self.config.level].rope:
             dropped = tuple(self._rotate_group(group) for group in tokens.dropped)
             tokens = replace(tokens, features=self._rotate(tokens.features, tokens.positions), dropped=dropped)
@@ -194,16 +194,16 @@ class VimUperNet(UperNet):
         return [neck.fpn1(first), second, F.max_pool2d(third, 2), F.max_pool2d(fourth, 4)]
 
     def _rotate_group(self, group: Dropped) -> Dropped:
-        """Return dropped tokens whose stream goes on to be rotated with that of the kept ones."""
+        """Return dropped tokens, rotated in the same way as the kept ones."""
         features = self._rotate(group.features, group.positions)
         return group._replace(features=features, values=features)
 
     def _rotate(self, features: Tensor, positions: Tensor | None) -> Tensor:
-        """Return features (batch, kept, d_model) rotated to their positions, if the model has rotary positions."""
+        """Apply the rotary position embedding to features (batch, kept, d_model), if the model has one."""
         if not LEVELS[self.config.level].rope:
             return features
-        # No buffers, which a narrow model would round: rounded to bfloat16, 24 rotations change lengths by percents.
-        tables = rotations if torch.compiler.is_compiling() else cached_rotations  # what is traced must not be kept
+        # Not buffers, which a low-precision model would round: in bfloat16, 24 rotations change lengths by percents.
+        tables = rotations if torch.compiler.is_compiling() else cached_rotations  # traced tensors must not be cached
         cos, sin = tables(self.config.grid, self.config.d_model, features.device, features.dtype)
         if positions is not None:
             cos, sin = cos[positions], sin[positions]
@@ -229,7 +229,7 @@ class VimUperNet(UperNet):
         doubling = [(neck.fpn1[0], self.config.grid)]
         if self.config.doublings == 2:
             doubling += [(neck.fpn1[3], sizes[1]), (neck.fpn2[0], self.config.grid)]
-        # One row for each input: it has all outputs of its window.
+        # One row for each input position, with all outputs of its window.
         products += [(math.prod(size), conv.weight.flatten(1).t()) for conv, size in doubling]
         return self.finish_products(products)
 
@@ -284,13 +284,13 @@ class VimUperNet(UperNet):
             level="rope" if ropes else "",
         )
         table = fitted["backbone.pos_embed"]
-        if table.shape[2] == d_model:  # a contradiction is reported with the other shapes
+        if table.shape[2] == d_model:  # a mismatch is reported with the other shapes
             fitted["backbone.pos_embed"] = resize_grid(table, trained, config.grid)
         return config, fitted
 
     @classmethod
     def complete_config(cls, config: VimUperNetConfig, said: Statements, image_size: Size | None) -> VimUperNetConfig:
-        """Return the configuration with its output levels: as said, else the defaults of the published code."""
+        """Return the configuration with its output levels: as stated, else the defaults of the published code."""
         found, assumed = find_out_layers(said), []
         quarters = tuple(config.depth * part // LEVEL_COUNT for part in range(1, LEVEL_COUNT + 1))
         value, where = (quarters, "every quarter of the layers") if found is None else found
@@ -312,7 +312,7 @@ class VimUperNet(UperNet):
 
 
 def window_starts(side: int, window: int) -> list[int]:
-    """Return where windows begin that cover a side of at least their size; they overlap by a third or more."""
+    """Return the start offsets of windows that cover a side of at least their size; they overlap by a third or more."""
     stride = window * 2 // 3
     count = max(side - window + stride - 1, 0) // stride + 1
     return [max(0, min(number * stride, side - window)) for number in range(count)]

@@ -1,7 +1,7 @@
 """Vision transformers (ViT, DeiT, distilled DeiT, DeiT III, AugReg) in timm's form, the baseline of the papers.
 
-The modules are timm's own, and so are the parameter names, but for one: the two classifiers of a distilled DeiT, whose
-logits are averaged, are one linear layer `head` that reads both tokens.
+The modules and parameter names are those of timm with one exception: the two classifiers of a distilled DeiT, whose
+logits are averaged, are a single linear layer `head` on both tokens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .statements import Statements
 from .vit_block import ViTBlock, ViTConfig, count_layers
 from .vit_options import check_options, read_options
 
-# Width of a head in every published model; where the width of a model is a multiple of it, that gives their number.
+# Head width of every published model; if it divides the width of a model, it determines the number of heads.
 HEAD_WIDTH = 64
-# DeiT's own code calls the parameters of the layer scale by other names than timm.
+# DeiT's own code uses different names than timm for the parameters of the layer scale.
 RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
 
 
@@ -123,7 +123,7 @@ class VisionTransformer(TokenModel):
         return Tokens(features, self.length, self.protected, prefix=max(1, c.prefix), alignment=self.alignment)
 
     def readout(self, tokens: Tokens) -> Tensor:
-        """Classify the class token, or the mean over the patches that are kept; see `Alignment.pool`."""
+        """Classify the class token, or the mean over the kept patches; see `Alignment.pool`."""
         return self.classify(self.normalise(self.select_read(tokens.features)), self.dropped_sums(tokens))
 
     def normalise(self, features: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class VisionTransformer(TokenModel):
     def count_flops(
         cls, config: ViTConfig, counts: Sequence[int], convention: str, as_run: bool = True
     ) -> dict[str, int]:
-        # `full` of the last layer, as run, counts the tokens alone that are read out.
+        # For the last layer as run, `full` counts only the tokens that are read out.
         parts = count_layers(config, counts, as_run and convention == "full" and config.read > 0)
         return {**parts, "head": config.num_classes * config.d_model * max(1, config.read)}
 
@@ -229,7 +229,7 @@ class VisionTransformer(TokenModel):
             pre_norm="norm_pre.weight" in state,
             fc_norm="fc_norm.weight" in state and "norm.weight" not in state,
         )
-        if state["pos_embed"].shape[2] == width:  # a contradiction is reported with the other shapes
+        if state["pos_embed"].shape[2] == width:  # a mismatch is reported with the other shapes
             state["pos_embed"] = _resize_positions(state["pos_embed"], sum(own) * embeds, trained, config.grid)
         if config.distillation_token and "head_dist.weight" in state:
             _join_heads(state)
@@ -266,10 +266,10 @@ def _rename(key: str) -> str:
 
 
 def _embeds_prefix(entries: int, prefix: int, grid: tuple[int, int] | None) -> bool:
-    """Return whether a position embedding has entries for the tokens before the patches, from the number of entries.
+    """Infer from the number of entries whether a position embedding covers the tokens before the patches.
 
     Args:
-        grid: (rows, columns) of the patches, if it is known; else they are as many as columns.
+        grid: (rows, columns) of the patches, if known; else a square grid is assumed.
     """
     if not prefix:
         return False
@@ -284,7 +284,7 @@ def _resize_positions(table: Tensor, prefix: int, old: tuple[int, int], new: tup
 
 
 def _join_heads(state: dict[str, Tensor]) -> None:
-    """Replace the classifiers of a distilled DeiT by one that reads both tokens, in place: the mean of both."""
+    """Merge the two classifiers of a distilled DeiT, in place, into one on both tokens that computes their mean."""
     weight, bias = (state.pop(f"head_dist.{name}") for name in ("weight", "bias"))
     if weight.shape == state["head.weight"].shape and bias.shape == state["head.bias"].shape:
         state["head.weight"] = torch.cat([state["head.weight"], weight], dim=1) / 2
@@ -292,7 +292,7 @@ def _join_heads(state: dict[str, Tensor]) -> None:
 
 
 def _split_heads(state: dict[str, Tensor]) -> None:
-    """Replace the classifier of a distilled DeiT by two whose mean it is, in place."""
+    """Split the classifier of a distilled DeiT, in place, into the two whose mean it computes."""
     parts = (2 * state["head.weight"]).chunk(2, dim=1)
     state["head.weight"], state["head_dist.weight"] = (part.contiguous() for part in parts)
     state["head_dist.bias"] = state["head.bias"].clone()

@@ -1,4 +1,4 @@
-"""The layers of a ViT: attention and an MLP, made of timm's modules, with what dropping tokens between them needs.
+"""The layers of a ViT: attention and an MLP, built from timm's modules, with support for dropping tokens between them.
 
 DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and timm's other models of this kind; parameter names are timm's.
 """
@@ -22,22 +22,22 @@ from .blocks import Block
 from .precision import LayerNorm, cast, project_rows, widen
 from .sizes import ModelConfig
 
-# Scores of `ssmcompress.ops.SCORES` that are of what a layer computes for a token before its projection.
+# Scores of `ssmcompress.ops.SCORES` that are computed from the output of attention before its projection.
 OF_VALUES = ("clip", "l1", "l2", "mean")
 
 
 @dataclass(frozen=True)
 class ViTConfig(ModelConfig):
-    """Sizes of a ViT; all but `num_heads`, `activation`, `epsilon`, `pool` and the image size follow from its weights.
+    """Sizes of a ViT; `num_heads`, `activation`, `epsilon`, `pool` and image size cannot be inferred from its weights.
 
     Attributes:
-        mlp_dim: width of the MLP inside.
+        mlp_dim: hidden width of the MLP.
         class_token, distillation_token: whether there is one. registers: number of register tokens. These tokens come
             before the patches, in this order.
         embeds_prefix: whether the tokens before the patches have entries in the position embedding.
-        qkv_bias, qk_norm, layer_scale, pre_norm: parts of timm's model. fc_norm: whether the last norm is after the
+        qkv_bias, qk_norm, layer_scale, pre_norm: options of timm's model. fc_norm: whether the last norm is after the
             pooling.
-        activation: of the MLP, "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". epsilon: of the norms.
+        activation: of the MLP: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". epsilon: of the norms.
         pool: what is read out, "token" for the class token (and the distillation token) or "avg" for the mean over the
             patches.
     """
@@ -66,7 +66,7 @@ class ViTConfig(ModelConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches in (rows, columns)."""
+        """The size of the patch grid, (rows, columns)."""
         (height, width), (ph, pw) = self.image_size, self.patch_size
         return height // ph, width // pw
 
@@ -77,12 +77,12 @@ class ViTConfig(ModelConfig):
 
     @property
     def read(self) -> int:
-        """The number of tokens that are read out, from the first; 0: the mean over the patches is."""
+        """The number of leading tokens that are read out; 0: the mean over the patches is read out."""
         return 1 + self.distillation_token if self.pool == "token" else 0
 
 
 def make_parts(c: ViTConfig) -> nn.Module:
-    """Return the modules of a layer as timm's `Block` has them."""
+    """Return the modules of a layer, named as in timm's `Block`."""
     from timm.layers import get_act_layer
     from timm.models.vision_transformer import Block as TimmBlock
 
@@ -99,7 +99,7 @@ def make_parts(c: ViTConfig) -> nn.Module:
 
 
 class ViTBlock(Block):
-    """One layer. `begin` is attention, `end` the MLP; tokens are dropped between the two, as in EViT and ToMe."""
+    """One layer: `begin` is attention, `end` the MLP; tokens are dropped between the two, as in EViT and ToMe."""
 
     end_projection: ClassVar[str] = "mlp.fc2"
 
@@ -135,15 +135,15 @@ class ViTBlock(Block):
     def attend(
         self, x: Tensor, tokens: Tokens, metric: str | None, protected_only: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return what attention adds (batch, kept, d_model), scores of `metric` (batch, kept), and the mean keys.
+        """Return the output of attention (batch, kept, d_model), scores of `metric` (batch, kept), and the mean keys.
 
-        With `protected_only`, queries are those of the tokens alone that are read out.
+        With `protected_only`, only the tokens that are read out have queries.
 
         Args:
             x: (batch, kept, d_model), normalised.
         """
         attn, width = self.attn, self.attn.attn_dim
-        # Merged tokens have the weight of all that they stand for (proportional attention, ToMe, equation 1).
+        # Merged tokens are weighted by the number of tokens they represent (proportional attention, ToMe, equation 1).
         bias = tokens.sizes.log()[:, None, None] if tokens.sizes is not None and tokens.alignment.scan else None
         observed = is_observed()
         if not (protected_only or metric or observed) and bias is None:
@@ -155,7 +155,7 @@ class ViTBlock(Block):
         q, k = attn.q_norm(q), attn.k_norm(k)
         if observed:
             tell(AttentionCall(q, k, attn.scale, bias))
-        # onnxruntime's attention wants a row of the mask for each query.
+        # onnxruntime's attention requires a mask row for each query.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         scores = keys = None
@@ -170,12 +170,12 @@ class ViTBlock(Block):
 
 
 def count_layers(c: ViTConfig, counts: Sequence[int], read_one: bool) -> dict[str, int]:
-    """Return the FLOPs of the patches and of the layers by part, as `TokenModel.count_flops` does.
+    """Return the FLOPs of the patch embedding and the layers by part, as in `TokenModel.count_flops`.
 
-    N D^2 4 + N^2 D 2 for attention and N D H 2 for an MLP of width H, on the tokens that are left inside the layer.
+    4 N D^2 + 2 N^2 D for attention and 2 N D H for an MLP of hidden width H, where N is the number of tokens at each.
 
     Args:
-        read_one: whether the last layer is computed for the tokens alone that are read out.
+        read_one: whether the last layer is computed only for the tokens that are read out.
     """
     D, parts = c.d_model, dict.fromkeys(("qkv", "attention", "proj", "mlp"), 0)
     for layer in range(1, c.depth + 1):

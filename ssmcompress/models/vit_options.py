@@ -1,7 +1,7 @@
-"""Options of a ViT that its weights do not show, from what is said: in a configuration, or by a name that timm knows.
+"""Options of a ViT that cannot be inferred from its weights, read from a configuration or from a timm model name.
 
-timm's models of one class differ in what no weight tells: the number of heads, the activation, the epsilon of the
-norms, what is pooled. A name such as "vit_base_patch16_clip_quickgelu_224" stands for all of it.
+timm's models of one class differ in options without weights: the number of heads, the activation, the epsilon of the
+norms, the pooling. A name such as "vit_base_patch16_clip_quickgelu_224" determines all of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TIMM_NAMES = {"global_pool": "pool", "act_layer": "activation"}
 
 
 def read_options(config: ViTConfig, said: Statements) -> dict[str, Any]:
-    """Return the options that are said, by the names of their fields.
+    """Return the stated options by the names of their fields.
 
     Raises:
-        InputError: two statements contradict each other, or timm's model of that name is of another kind.
+        InputError: two statements contradict each other, or timm's model of that name is of a different kind.
     """
     options, where = {}, {}
     for name in said.names:
@@ -43,7 +43,7 @@ def read_options(config: ViTConfig, said: Statements) -> dict[str, Any]:
 
 
 def check_options(config: ViTConfig, options: dict[str, Any]) -> None:
-    """Raise an InputError unless the model with these options is one that is supported."""
+    """Raise an InputError unless the model with these options is supported."""
     heads = options.get("num_heads")
     if heads is not None and (type(heads) is not int or heads < 1 or config.d_model % heads):
         raise InputError(f"`num_heads` {heads!r}: expected a divisor of the width {config.d_model}")
@@ -60,10 +60,10 @@ def check_options(config: ViTConfig, options: dict[str, Any]) -> None:
 
 
 def read_timm_model(name: str, config: ViTConfig, said: Statements) -> dict[str, Any] | None:
-    """Return the options of the model that timm knows by a name, with its prefix and tag; None if it knows none.
+    """Return the options of timm's model with this name, including prefix and tag; None if timm has no such model.
 
     Raises:
-        InputError: the model is of another class, or made of other parts.
+        InputError: the model is of a different class, or has different parts.
     """
     import timm
     from timm.layers import Attention, Mlp
@@ -95,7 +95,7 @@ def read_timm_model(name: str, config: ViTConfig, said: Statements) -> dict[str,
 
 
 def _name_activation(activation: nn.Module, model: str) -> str:
-    """Return the name of an activation, found by its values."""
+    """Return the name of an activation, identified by its values."""
     from timm.layers import get_act_layer
 
     x = torch.linspace(-4, 4, 33, device="cpu")

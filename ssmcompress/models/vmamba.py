@@ -1,10 +1,10 @@
-"""VMamba (MzeroMiko): four sections of layers on grids that halve, four scans in each layer, and a mean that is read.
+"""VMamba (MzeroMiko): four sections of layers on successively halved grids, four scans in each layer, mean pooling.
 
 arXiv 2401.10166, the second version, `v05_noz`, whose weights are released; module names are those of the published
-checkpoints. The authors call the sections stages. The layers are in `vmamba_block`.
+checkpoints. The authors call the sections "stages". The layers are in `vmamba_block`.
 
-Tokens are dropped inside of a section. At its end every position is needed: a dropped token is there as it was last
-seen, or as the maps of the section's level make it (`level_maps`).
+Tokens are dropped inside a section. At its end every position is needed: a dropped token is restored with its last
+features, or with the output of the maps of the section's level (`level_maps`).
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ __all__ = ["VMamba", "VMambaBlock", "VMambaConfig", "VMambaMixer"]
 
 STRIDE = 4
 PUBLISHED_SIZE = (224, 224)
-# Layers of one kind that may be stored as 1x1 convolutions.
+# Linear layers that may be stored as 1x1 convolutions.
 PROJECTIONS = ("op.in_proj.weight", "op.out_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
 
 class SectionLayers(nn.Module):
-    """The layers of a section, and what leads to the next one."""
+    """The layers of a section, and the downsampling to the next one."""
 
     def __init__(self, c: VMambaConfig, section: int):
         super().__init__()
@@ -68,7 +68,7 @@ class VMamba(LevelledModel):
     config_class = VMambaConfig
     telling_keys = ("patch_embed.0.weight", "layers.0.blocks.0.op.A_logs", "classifier.head.weight")
     no_weight_decay = NamePatterns(["*A_logs", "*Ds", "*dt_projs_bias"])
-    # Of MzeroMiko/VMamba's configurations; all released models of the second version have these values.
+    # From MzeroMiko/VMamba's configurations; all released models of the second version have these values.
     expected_options: ClassVar[Mapping[str, Expected]] = {
         "SSM_FORWARDTYPE": Expected(("v05_noz",), "layers of type v05_noz"),
         "SSM_ACT_LAYER": Expected(("silu",), "SiLU after the convolution"),
@@ -92,7 +92,7 @@ class VMamba(LevelledModel):
         self.head = make_classifier(c.d_model, c.num_classes)
         for section, grid in enumerate(c.grids):
             self.register_buffer(f"visits{section}", make_paths(*grid), persistent=False)
-        # By the number of the first layer of each further section, the number of the section, from 0.
+        # Number of the first layer of each further section -> 0-based index of the section.
         self._first = {section.first: number for number, section in enumerate(self.sections) if number}
 
     @property
@@ -105,7 +105,7 @@ class VMamba(LevelledModel):
 
     @property
     def levels(self) -> int:
-        """The number of sections, each of which ends in a level."""
+        """The number of levels: one at the end of each section."""
         return len(self.config.depths)
 
     @property
@@ -113,7 +113,7 @@ class VMamba(LevelledModel):
         return ()
 
     def default_stages(self) -> tuple[int, ...]:
-        """Return the first layer of each section of several layers, and ToP-ViM's of the section with the most."""
+        """Return the first layer of each section with several layers, and ToP-ViM's stages in the longest section."""
         deepest = max(self.sections, key=lambda section: section.last - section.first)
         depth = deepest.last - deepest.first + 1
         layers = {section.first for section in self.sections if section.last > section.first} or {1}
@@ -147,7 +147,7 @@ class VMamba(LevelledModel):
         return self._to_tokens(self.patch_embed(images), 0)
 
     def _to_tokens(self, maps: Tensor, section: int) -> Tokens:
-        """Return maps (batch, width, rows, columns) as the tokens of a section, which remember what is dropped."""
+        """Convert maps (batch, width, rows, columns) to the tokens of a section, which store dropped tokens."""
         grid = tuple(maps.shape[-2:])
         orders = tuple(map(ScanOrder, getattr(self, f"visits{section}")))
         features = widen(maps.flatten(2).transpose(1, 2))
@@ -268,7 +268,7 @@ class VMamba(LevelledModel):
     def complete_config(
         cls, config: VMambaConfig, said: Statements, image_size: tuple[int, int] | None
     ) -> VMambaConfig:
-        """Return the configuration with the image size that is said, if the caller asks for none."""
+        """Return the configuration with the stated image size, unless the caller requests one."""
         found = said.size(IMAGE_SIZE, "img_size", "input_size", "image_size")
         if image_size is None and found is not None:
             config = replace(config, image_size=found.value)
@@ -295,12 +295,12 @@ HINTS = {
 
 
 def to_own_form(state: StateDict) -> dict[str, Tensor]:
-    """Return weights in any of the published forms under the names and in the shapes of the model here.
+    """Convert weights in any of the published forms to the names and shapes of this model.
 
-    Matrices may be stored as 1x1 convolutions, and those of the four paths as one tensor of two or of three dimensions.
+    Matrices may be stored as 1x1 convolutions, and those of the four paths as one tensor of two or three dimensions.
 
     Raises:
-        InputError: a parameter is there in two forms.
+        InputError: a parameter is present in two forms.
     """
     found: dict[str, Tensor] = {}
     for stored, value in state.items():
@@ -318,7 +318,7 @@ def to_own_form(state: StateDict) -> dict[str, Tensor]:
 
 
 def check_version(state: StateDict, shape: Shapes) -> None:
-    """Raise an InputError for a VMamba of another version, with other layers, which it names."""
+    """Raise an InputError that names the version if it is a VMamba of another version with different layers."""
     name = "layers.0.blocks.0.op."
     channels, (rows, _) = shape(f"{name}conv2d.weight", 4)[0], shape(f"{name}in_proj.weight", 2)
     others = {

@@ -1,8 +1,8 @@
-"""The layers of a VMamba: four scans over a grid of patches with a convolution, then an MLP; and what is between them.
+"""The layers of a VMamba: four scans over a patch grid with a convolution, then an MLP; and stem and downsampling.
 
-arXiv 2401.10166, the second version (`v05_noz` of MzeroMiko/VMamba): no gate, no bias of convolutions and projections.
-Module names are those of the published checkpoints; the matrices of the four paths, which are one tensor there, are
-one linear layer here (`VMamba.infer_config`).
+arXiv 2401.10166, the second version (`v05_noz` of MzeroMiko/VMamba): no gate, no bias in convolutions and projections.
+Module names are those of the published checkpoints; the matrices of the four paths, a single tensor there, are one
+linear layer here (`VMamba.infer_config`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class VMambaConfig(ModelConfig):
-    """Sizes of a VMamba; all except `image_size` follow from its weights.
+    """Sizes of a VMamba; all except `image_size` can be inferred from its weights.
 
-    The lists have one entry for each of its sections, which the authors call stages: layers on a grid of one size.
+    The lists have one entry for each section (layers on a grid of one size), which the authors call stage.
 
     Attributes:
-        widths, depths: features of a token, and number of layers. d_inner, dt_rank, mlp_dim: of each of these layers.
+        widths, depths: d_model, and number of layers. d_inner, dt_rank, mlp_dim: sizes of each of these layers.
         stem_width: channels between the two convolutions of the stem.
-        window: side of the convolution on the grid.
+        window: kernel size of the convolution on the grid.
         stride: pixels between the tokens of the first section.
     """
 
@@ -66,12 +66,12 @@ class VMambaConfig(ModelConfig):
 
     @property
     def stem_grid(self) -> Size:
-        """The outputs of the first convolution in (rows, columns)."""
+        """The output size of the first convolution, (rows, columns)."""
         return halve(self.image_size)
 
     @property
     def grids(self) -> list[Size]:
-        """The tokens of each section in (rows, columns)."""
+        """The grid size of each section, (rows, columns)."""
         grids = [halve(self.stem_grid)]
         for _ in self.depths[1:]:
             grids.append(halve(grids[-1]))
@@ -79,11 +79,11 @@ class VMambaConfig(ModelConfig):
 
     @property
     def grid(self) -> Size:
-        """The tokens of the first section in (rows, columns)."""
+        """The grid size of the first section, (rows, columns)."""
         return self.grids[0]
 
     def sections(self, others: int = 0) -> tuple[Section, ...]:
-        """Return the layers of each section with the size of its grid; there are no tokens that are no patches."""
+        """Return the layers of each section with the size of its grid; all tokens are patches."""
         found, first = [], 1
         for (rows, columns), width, depth in zip(self.grids, self.widths, self.depths, strict=True):
             found.append(Section(first, first + depth - 1, rows * columns, width))
@@ -91,7 +91,7 @@ class VMambaConfig(ModelConfig):
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a JSON object, with the width and the depth that follow from the sections."""
+        """Return the configuration as a JSON object, including the width and depth derived from the sections."""
         return {"d_model": self.d_model, "depth": self.depth, **super().to_dict()}
 
 
@@ -103,7 +103,7 @@ def halve(size: Size) -> Size:
 def make_paths(rows: int, columns: int) -> Tensor:
     """Return the positions (4, rows * columns) in the order of each path over a grid.
 
-    They are row by row, column by column, and both from the end to the start.
+    They go row by row, column by column, and both in reverse.
     """
     # Explicitly on the CPU, because the model is built on the meta device.
     places = torch.arange(rows * columns, device="cpu").view(rows, columns)
@@ -112,7 +112,7 @@ def make_paths(rows: int, columns: int) -> Tensor:
 
 
 class Stem(nn.ModuleDict):
-    """Images (batch, channels, height, width) -> patches (batch, width, rows, columns), a quarter of the size."""
+    """Images (batch, channels, height, width) -> patches (batch, width, rows, columns), a quarter of each side."""
 
     def __init__(self, c: VMambaConfig):
         width = c.widths[0]
@@ -173,7 +173,7 @@ class VMambaMixer(nn.Module):
         self.register_buffer("gap_delta", None)  # (4, d_inner) after an earlier layer of the section is pruned
 
     def paths(self, x: Tensor, tokens: Tokens) -> Iterator[ScanPath]:
-        """Yield the inputs of the scan of each path from x (batch, kept, d_inner), with a factor of delta."""
+        """Yield the scan inputs of each path from x (batch, kept, d_inner), with a low-rank factor of delta."""
         positions = tokens.positions if tokens.alignment.conv else None
         u = grid_conv2d(x, self.conv2d.weight, None, grid=tokens.grid, positions=positions, activation="silu")
         projected = self.x_proj(u).chunk(PATHS, dim=-1)
@@ -212,13 +212,13 @@ class MLP(nn.Module):
 
 
 class VMambaBlock(ScanBlock):
-    """One layer. `begin` is the scans, `end` the MLP; tokens are dropped between the two.
+    """One layer: `begin` runs the scans, `end` the MLP; tokens are dropped between the two.
 
     Args:
         section: the number of its section, from 0.
     """
 
-    # A score of delta would be in the order of each path.
+    # A delta score would follow the order of each path instead of token order.
     scores = frozenset(SCORES) - {"delta"}
     end_projection: ClassVar[str] = "mlp.fc2"
 
@@ -257,10 +257,10 @@ class VMambaBlock(ScanBlock):
 
 
 def count_layers(c: VMambaConfig, counts: Sequence[int], convention: str) -> dict[str, int]:
-    """Return the FLOPs of everything but the head by part, as `TokenModel.count_flops` does.
+    """Return the FLOPs of everything but the head by part, as in `TokenModel.count_flops`.
 
-    All four directions in both conventions. A convolution on the grid costs exactly all taps of its window for each
-    kept token: see `grid_conv2d`. An MLP is computed for the tokens that are left after the stage in its layer.
+    Both conventions count all four directions. A convolution on the grid costs exactly all taps of its window for each
+    kept token, see `grid_conv2d`. An MLP is computed for the tokens kept by the stage in its layer.
     """
     if len(counts) != c.depth + len(c.depths):
         raise ValueError(f"{len(counts)} numbers of tokens for {c.depth} layers in {len(c.depths)} sections")
@@ -284,7 +284,7 @@ def count_layers(c: VMambaConfig, counts: Sequence[int], convention: str) -> dic
 
 
 def count_bytes(c: VMambaConfig, size: int) -> int:
-    """Return the bytes of one image's activations, as `TokenModel.activation_bytes` does."""
+    """Return the bytes of one image's activations, as in `TokenModel.activation_bytes`."""
     most = 2 * math.prod(c.stem_grid) * c.stem_width * size  # output of a convolution and its norm
     for grid, C, E, R, H in zip(c.grids, c.widths, c.d_inner, c.dt_rank, c.mlp_dim, strict=True):
         # in_proj, conv, x_proj, one path after the other with its delta, and their sum; the MLP.

@@ -18,9 +18,9 @@ def causal_conv1d(
 ) -> Tensor:
     """Apply a depthwise causal convolution along a sequence from which tokens may be missing.
 
-    A kept token sees its neighbours at their distance on the original path, and zero where a token was
-    pruned: y_j = act(bias + sum_d weight[:, width-1-d] * x[token at position q_j - d, if kept]),
-    d = 0..width-1. This equals the dense convolution with zeros at the pruned positions, evaluated at the kept ones.
+    A kept token sees its neighbours at their distance on the original path, and zeros at pruned positions:
+    y_j = act(bias + sum_d weight[:, width-1-d] * x[token at position q_j - d, if kept]), d = 0..width-1. This equals
+    the dense convolution with zeros at the pruned positions, evaluated at the kept tokens.
 
     Args:
         x: (batch, length, channels). weight: (channels, width) or (channels, 1, width), where the last tap

@@ -1,4 +1,4 @@
-"""Backend of the compiled CPU kernels in `cpu`: first derivatives, no second ones."""
+"""Backend of the compiled CPU kernels in `cpu`; supports first derivatives only."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, gap, rev
 
 
 def scan_parameters(path: ScanPath, z: Tensor | None, delta_softplus: bool, add: Tensor | None) -> Tensor | None:
-    """Scan a path without making its delta and its A; see `ssmcompress.ops.scan_paths`.
+    """Scan a path without materialising its delta and A; see `ssmcompress.ops.scan_paths`.
 
     Returns:
-        y (batch, length, d_inner), or None where torch has to see the ops, for gradients or a graph, for example.
+        y (batch, length, d_inner), or None if torch has to see the ops, for example for gradients or tracing.
     """
     u, delta, A, B, C, D, bias, gap, reverse, order, weight, log_A = path
     gaps = gap if isinstance(gap, tuple) else (gap,)
@@ -75,7 +75,7 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
 
 
 def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
-    """See `ssmcompress.ops.grid_conv2d`. A full grid goes to torch's convolution.
+    """See `ssmcompress.ops.grid_conv2d`. A full grid uses torch's convolution.
 
     For (8, 196 places, 768), 7x7, on one thread: all 196 tokens take 2.4 ms here and 4.7 in the kernel, 138 take 6.5
     and 2.7, 60 take 4.5 and 0.5. With its gradients, (8, 137 of 196 places, 384) takes 23 ms in torch and 9.2 here.
@@ -87,7 +87,7 @@ def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `ssmcompress.ops.rms_norm`. One pass instead of torch's six; inputs that need gradients go to torch."""
+    """See `ssmcompress.ops.rms_norm`. One pass instead of torch's six; torch is used if gradients are needed."""
     return rms_norm_to(x, weight, eps, x.dtype)
 
 
@@ -99,7 +99,7 @@ def rms_norm_to(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Te
 
 
 def segment_sums(x, index, segments, eps, sums, sign) -> Tensor:
-    """See `ssmcompress.ops.segment_sums`. Inputs that need gradients go to torch."""
+    """See `ssmcompress.ops.segment_sums`. Torch is used if gradients are needed."""
     if wants_gradient(x, sums):
         return reference.segment_sums(x, index, segments, eps, sums, sign)
     return _segment_sums(_as(_common(x), x), _as(torch.int64, index), _float(sums), segments, eps, sign)
@@ -137,8 +137,8 @@ def _import_cpu() -> ModuleType:
     return import_module(".cpu", __package__)
 
 
-# u, delta, B, C, z, add and dy are float32 or bfloat16, all the same; the rest is float32. The gap is one tensor, or
-# steps (batch, length) and gap_delta (d_inner,), which have no gradient.
+# u, delta, B, C, z, add and dy all have the same dtype, float32 or bfloat16; the rest is float32. The gap is one
+# tensor, or steps (batch, length) and gap_delta (d_inner,), which have no gradient.
 _INPUTS = """Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? steps,
     Tensor? gap_delta, Tensor? gap"""
 # The last arguments of a forward and a backward.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..progress import warn
 
-# A backend is a module with these functions: the public ops, called with all arguments in the same order. It may also
-# have `scan_paths`, which is otherwise composed of its `selective_scan`; `scan_parameters`, for paths that are given by
-# their parameters and otherwise expanded; `segment_sums`, which is otherwise that of the reference; and `rms_norm_to`,
-# which is otherwise `rms_norm` and a conversion.
+# A backend is a module with these functions: the public ops, called with all arguments in the same order. Optional
+# functions are `scan_paths` (default: composed of its `selective_scan`), `scan_parameters`, for paths that are given by
+# their parameters (default: they are expanded), `segment_sums` (default: that of the reference), and `rms_norm_to`
+# (default: `rms_norm` and a conversion).
 FUNCTIONS = ("causal_conv1d", "grid_conv2d", "rms_norm", "selective_scan", "gather_tokens", "topk_tokens")
 BACKENDS: dict[str, str | ModuleType] = {
     "reference": "ssmcompress.ops.reference",
@@ -29,11 +29,11 @@ _override: ContextVar[str | None] = ContextVar("ssmcompress_ops_backend", defaul
 
 
 def register_backend(name: str, module: str | ModuleType) -> None:
-    """Add a backend, or replace one, under a name for `use_backend` and `backend=`.
+    """Register or replace a backend under a name for `use_backend` and `backend=`.
 
     Args:
-        module: a module with the functions in `FUNCTIONS`, or its dotted name, which is imported at its first use. It
-            may import functions that it does not implement from `ssmcompress.ops.reference`.
+        module: a module with the functions in `FUNCTIONS`, or its dotted name, which is imported at first use. It may
+            import functions that it does not implement from `ssmcompress.ops.reference`.
 
     Raises:
         ValueError: functions are missing.
@@ -46,7 +46,7 @@ def register_backend(name: str, module: str | ModuleType) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op in the body of the with statement on the backend `name`, unless its call names another."""
+    """Run every op in the body of the with statement on the backend `name`, unless a call specifies another one."""
     _find_backend(name)
     token = _override.set(name)
     try:
@@ -56,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def select(backend: str | None, *activations: Tensor | None) -> ModuleType:
-    """Return the module that runs an op on these tensors: `backend`, that of `use_backend`, or the fastest for them."""
+    """Return the module that runs an op on these tensors: `backend`, the one of `use_backend`, or the fastest."""
     name = backend or _override.get() or best_backend(*activations)
     _load(name)
     return _modules[name]
@@ -67,7 +67,7 @@ _modules: dict[str, ModuleType] = {}
 
 @torch.compiler.assume_constant_result
 def _load(name: str) -> bool:
-    """Import the module of a backend into `_modules`, where torch.compile finds it: it cannot trace an import."""
+    """Import the module of a backend into `_modules` for torch.compile, which cannot trace an import."""
     if name not in _modules:
         module = _find_backend(name)
         if isinstance(module, str):
@@ -127,7 +127,7 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def _find_backend(name: str) -> str | ModuleType:
-    """Return a registered backend: its module, or the dotted name of one that is not imported yet."""
+    """Return a registered backend: its module, or its dotted name if it has not been imported yet."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     return BACKENDS[name]

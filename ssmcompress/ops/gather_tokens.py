@@ -1,4 +1,4 @@
-"""The selection of tokens by index, separately for each image."""
+"""Selection of tokens by index, separately for each image."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ def grid_conv2d(
 ) -> Tensor:
     """Apply a depthwise 2-D convolution over a grid from which tokens may be missing, at the kept tokens.
 
-    A token sees its neighbours at their places on the grid, and zero beyond the edges and at empty places. This equals
-    the dense convolution with zeros at the pruned positions, evaluated at the kept ones; the cost is the taps of one
-    window for each kept token, whatever the size of the grid.
+    A token sees its neighbours on the grid, and zeros beyond the edges and at empty positions. This equals the dense
+    convolution with zeros at the pruned positions, evaluated at the kept tokens; the cost is the taps of one window for
+    each kept token, regardless of the grid size.
 
     Args:
         x: (batch, length, channels). weight: (channels, 1, height, width), both odd. bias: (channels,).

@@ -1,4 +1,4 @@
-"""Seeing what the scans and the attention of a model are called with while it runs, without running them again."""
+"""Observing the arguments of a model's scans and attention while it runs, without running them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AttentionCall(NamedTuple):
     """One call of attention: softmax(scale * q k^T + bias) v.
 
     Attributes:
-        queries: (batch, heads, queries, width), those of the first tokens. keys: (batch, heads, tokens, width).
+        queries: (batch, heads, queries, width), of the first tokens. keys: (batch, heads, tokens, width).
         scale: factor of the products. bias: (batch, 1, 1, tokens), or None.
     """
 
@@ -24,16 +24,16 @@ class AttentionCall(NamedTuple):
     bias: Tensor | None
 
 
-# Told of a `ScanCall` of `selective_scan`, or an `AttentionCall`.
+# Called with a `ScanCall` of `selective_scan`, or an `AttentionCall`.
 Observer = Callable[[Any], None]
 
-# A plain list, which torch.compile can guard; each observer with the thread whose calls it is told of.
+# A plain list, which torch.compile can guard. Each observer is stored with the thread whose calls it observes.
 _observers: list[tuple[int, Observer]] = []
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Tell `observer` of the calls that this thread makes inside the with statement."""
+    """Notify `observer` of the calls of this thread in the body of the with statement."""
     entry = threading.get_ident(), observer
     _observers.append(entry)
     try:
@@ -43,12 +43,12 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Return whether anybody is told of the calls of this thread."""
+    """Return whether the calls of this thread are observed."""
     return bool(_observers) and any(thread == threading.get_ident() for thread, _ in _observers)
 
 
 def tell(call: Any) -> None:
-    """Tell the observers of this thread of a call, a `ScanCall` or an `AttentionCall`."""
+    """Notify the observers of this thread of a call, a `ScanCall` or an `AttentionCall`."""
     for thread, observer in _observers:
         if thread == threading.get_ident():
             observer(call)

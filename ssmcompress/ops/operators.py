@@ -19,8 +19,8 @@ def operator(
 ) -> Callable[..., Any]:
     """Define the operator `ssmcompress::<schema>`, and return a function that calls it.
 
-    The function calls the kernel itself where nothing but the result is wanted: torch's dispatcher takes longer for the
-    15 arguments of a scan (15 us) than a kernel for one small image, and a forward has a hundred such calls.
+    The function calls the kernel directly if only the result is needed: for the 15 arguments of a scan, torch's
+    dispatcher (15 us) takes longer than a kernel for one small image, and a forward pass has a hundred such calls.
 
     Args:
         schema: name, arguments and results in torch's schema language.
@@ -44,10 +44,10 @@ def operator(
 
 
 def may_skip_dispatcher(arguments: tuple[Any, ...], devices: Sequence[str] = ("cpu",)) -> bool:
-    """Return whether a kernel may be called past torch's dispatcher.
+    """Return whether a kernel call may bypass torch's dispatcher.
 
-    It may with plain tensors, all on one of its devices, without gradients, and with no trace, transform, dispatch
-    mode or profiler of torch that has to see the call.
+    This requires plain tensors, all on one of `devices`, no gradients, and no trace, transform, dispatch mode or
+    profiler of torch that has to see the call.
     """
     return not torch.compiler.is_compiling() and _wants_only_values(arguments, devices)
 
@@ -73,7 +73,7 @@ def _wants_only_values(arguments: tuple[Any, ...], devices: Sequence[str]) -> bo
             or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
         )
-    except AttributeError:  # a torch without one of these, none of which is documented
+    except AttributeError:  # a torch version without one of these undocumented functions
         return False
 
 

@@ -1,4 +1,4 @@
-"""Scan orders: integer permutations of tokens, (length,) for all images or (batch, length) for one each."""
+"""Scan orders: integer permutations of tokens, (length,) for all images or (batch, length) for one per image."""
 
 from __future__ import annotations
 

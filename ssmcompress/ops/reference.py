@@ -1,4 +1,4 @@
-"""Reference backend: the ops in plain torch, differentiable, also in float64; other backends are tested against it."""
+"""Reference backend in plain torch: differentiable, supports float64; other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def discretise(
     delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool, gap, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return delta and delta + gap after bias and softplus, (batch, length, d_inner): the input and the decay step."""
+    """Return delta and delta + gap after bias and softplus, (batch, length, d_inner): the input and decay steps."""
     delta = delta.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)
@@ -65,10 +65,10 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     width, length = weight.shape[1], x.shape[1]
     source = x.to(dtype)
-    # taps[d] multiplies the token at distance d on the original path; a last row of zeros is for tokens out of reach.
+    # taps[d] multiplies the token at distance d on the original path; the last row, zeros, is for tokens out of range.
     taps = F.pad(weight.to(dtype).flip(1).t(), (0, 0, 0, 1))
     y = source * taps[0]
-    # Kept tokens are ordered, so only the width-1 tokens just before can be in reach.
+    # Kept tokens are ordered, so only the width-1 preceding tokens can be in range.
     for back in range(1, min(width, length)):
         if positions is None:
             tap = taps[back]
@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def segment_sums(x, index, segments, eps, sums, sign) -> Tensor:
     """See `ssmcompress.ops.segment_sums`.
 
-    A product with a matrix of scales and zeros: it adds in the same order on every run, exports to ONNX, and needs no
+    Computed as a product with a matrix of scales and zeros: it is deterministic, exports to ONNX, and needs no
     normalised copy of the tokens, with which (8, 108, 64) took a sixth longer.
     """
     x = x.to(accumulation_dtype(x.dtype))
@@ -131,6 +131,6 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def topk_tokens(scores: Tensor, count: int) -> Tensor:
-    """See `ssmcompress.ops.topk_tokens`. A stable sort defines the order of ties, which torch.topk does not."""
+    """See `ssmcompress.ops.topk_tokens`. A stable sort defines the order of ties, unlike torch.topk."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return best.sort(dim=1).values

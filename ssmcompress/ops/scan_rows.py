@@ -1,11 +1,11 @@
-"""Sums of rows of the matrix that a selective scan is: what its outputs take from each of its inputs.
+"""Sums over rows of the matrix form of a selective scan: the contributions of each input to its outputs.
 
-For each channel, y_r = sum over c <= r of alpha[r, c] u_c on the path (and D u_r besides), with
+For each channel, y_r = sum over c <= r of alpha[r, c] u_c on the path (plus D u_r), with
 
     alpha[r, c] = sum_n C[r, n] exp(A[n] * sum over k = c+1..r of (delta_k + gap_k)) delta_c B[c, n]
 
-(Ali et al., arXiv 2403.01590, with the gaps of pruned positions). A sum of rows follows from the scan in the other
-direction, in as many operations as the scan, O(length * d_inner * d_state), without a matrix:
+(Ali et al., arXiv 2403.01590, with the gaps of pruned positions). A sum of rows can be computed by a scan in the other
+direction, with as many operations as the scan, O(length * d_inner * d_state), without forming the matrix:
 
     s_c = w_c C_c + exp(A (delta_{c+1} + gap_{c+1})) s_{c+1},   sum_r w_r alpha[r, c] = delta_c sum_n B[c, n] s_c[n]
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from .dispatch import full_precision, select
 from .selective_scan import ScanPath, selective_scan, step_size
 
-# Delta and input of the scan in the other direction, whose decays are all in its gap. A power of two, so that products
-# with it are exact, and small, so that the gap, which makes up for it, loses no precision.
+# Delta and input of the scan in the other direction, whose decays are all in its gap. It is a power of two, so that
+# products with it are exact, and small, so that the gap, which compensates for it, loses no precision.
 TINY = 2.0**-10
 
 
@@ -38,8 +38,8 @@ def add_scan_rows(
         total: (batch, length, d_inner) float32, in token order.
         path: the inputs of the scan; its u and D are not used, except for the shape. delta_softplus: as in
             `selective_scan`.
-        weights: (batch, length), of the tokens that read, in token order.
-        published: leave out the delta of tokens with a weight from the decays, as Vim's published code does.
+        weights: (batch, length), the weights of the rows, in token order.
+        published: exclude the delta of tokens with a weight from the decays, as in Vim's published code.
         backend: "cpu", "triton", "reference", or None for the best one available.
     """
     order = None if path.order is None else path.order.expand(weights.shape[0], -1)
@@ -55,12 +55,12 @@ def add_scan_rows(
 
 
 def _add_by_scan(delta, A, B, C, delta_bias, delta_softplus, gap, spends, reverse, order, total) -> None:
-    """Compute `add_scan_rows` by `selective_scan`: for backends without a kernel of their own."""
+    """Compute `add_scan_rows` with `selective_scan`, for backends without their own kernel."""
     steps = step_size(ScanPath(delta, delta, A, B, C, delta_bias=delta_bias), delta_softplus)
     spent = steps if spends is None else steps * spends[..., None]
     if gap is not None:
         spent = spent + (gap if torch.is_tensor(gap) else gap[0][..., None] * gap[1])
-    # Between two tokens passes the time of the one that comes later on the path.
+    # The decay between two tokens is that of the later one on the path.
     decays, before, after = torch.zeros_like(spent), slice(None, -1), slice(1, None)
     to, of = (after, before) if reverse else (before, after)
     torch.sub(spent[:, of], TINY, out=decays[:, to])

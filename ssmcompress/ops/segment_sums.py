@@ -1,4 +1,4 @@
-"""Sums of normalised tokens over segments: what is known of all tokens where only the class token is corrected."""
+"""Sums of normalised tokens over segments: the summary of all tokens for corrections of the class token."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def segment_sums(
 ) -> Tensor:
     """Sum tokens, each divided by sqrt(mean(x^2) + eps), over the segments that they lie in.
 
-    A backend without this op runs that of the reference. On one thread of the CPU, (8, 108, 64) in 14 segments takes
-    46 us, and 94 by the operations of the reference; (1, 108, 64) takes 32 and 59.
+    Backends without this op use the reference. On one CPU thread, (8, 108, 64) in 14 segments takes 46 us, and 94 with
+    the reference; (1, 108, 64) takes 32 and 59.
 
     Args:
         x: (batch, tokens, channels). index: (batch, tokens) int64, the segment of each token, below `segments`.
-        sums: the result of another call, whose sums are added to, or None. sign: 1 to add the tokens, -1 to subtract.
+        sums: the result of another call to accumulate onto, or None. sign: 1 to add the tokens, -1 to subtract.
         backend: "cpu", "reference", or None for the best one available.
 
     Returns:
-        (batch, segments * (channels + 1)) float32, or float64 if `x` is that: the sums of each segment, and after those
-        of all segments the number of tokens of `x` in each.
+        (batch, segments * (channels + 1)) float32, or float64 if `x` is float64: the sums of all segments, followed by
+        the number of tokens of `x` in each segment.
 
     Raises:
         ValueError: the shapes do not match, or the backend is unknown.

@@ -16,8 +16,8 @@ from .reference import accumulation_dtype
 
 Gap = Tensor | tuple[Tensor, Tensor] | None
 
-# Scores of a token: the mean over channels of its gated result y, or of the delta of its paths. "clip-paths" scores the
-# result of each path separately and averages over the paths, so that values of opposite sign do not cancel.
+# Scores of a token: means over channels of its gated output y, or of the delta of its paths. "clip-paths" scores the
+# output of each path separately and averages over the paths, so that values of opposite sign do not cancel.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "clip": lambda y: y.relu().mean(-1),
     "l1": lambda y: y.abs().mean(-1),
@@ -51,8 +51,8 @@ def selective_scan(
         h_t = exp((delta_t + gap_t) A) h_{t-1} + delta_t B_t u_t,   h_0 = 0
         y_t = (sum_n C_t h_t + D u_t) * silu(z_t) + add_t
 
-    `gap_t` is the sum of delta over the positions pruned just before token t: time passes there without input, so it
-    enters the decay and never the input (ToP-ViM, arXiv 2409.18962, section 4).
+    `gap_t` is the sum of delta over the positions pruned just before token t: these steps have no input, so the gap
+    enters only the decay (ToP-ViM, arXiv 2409.18962, section 4).
 
     Args:
         u, delta, z: (batch, length, d_inner); `z` None: no gate.
@@ -61,7 +61,8 @@ def selective_scan(
         gap: (batch, length, d_inner) in the units of delta after softplus; or a pair
             (steps (batch, length), delta (d_inner,)), whose product is the gap; or None.
         reverse: run from the last token to the first. All tensors, `gap` included, stay in token order.
-        add: (batch, length, d_inner), added to the result in the same pass over memory: the sum of other paths, say.
+        add: (batch, length, d_inner), added to the result in the same pass over memory, for example the sum of other
+            paths.
         order: (length,) or (batch, length) integers, a permutation: the token that each step visits; it replaces
             `reverse`. u, z, add and the result are in token order; delta, B, C and a gap are in the order of the steps,
             as in PlainMamba (arXiv 2403.17695).
@@ -82,11 +83,12 @@ def selective_scan(
 class ScanPath(NamedTuple):
     """One path of `scan_paths`; most fields are the arguments of `selective_scan` of the same names.
 
-    A path may be given by its parameters, as layers have them: then the compiled kernels for CPUs compute delta and A
-    while they scan, instead of reading them from memory.
+    A path may be given by the parameters of a layer: then the compiled CPU kernels compute delta and A during the scan
+    instead of reading them from memory.
 
     Attributes:
-        delta_weight: (d_inner, rank), whose product with `delta`, then (batch, length, rank), is delta; or None.
+        delta_weight: (d_inner, rank); then `delta` is (batch, length, rank), and their product is the actual delta.
+            Or None.
         log_A: whether `A` holds the logarithm of -A.
     """
 
@@ -114,7 +116,7 @@ class ScanPath(NamedTuple):
 
 
 class Expander:
-    """Expands paths one after the other; what consecutive ones share, as PlainMamba's do, is computed once."""
+    """Expands paths in sequence; values shared by consecutive paths, as in PlainMamba, are computed once."""
 
     def __init__(self):
         self._last: tuple[ScanPath, ScanPath] | None = None
@@ -151,16 +153,16 @@ def scan_paths(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute selective scans of the same tokens along several paths, summed and gated, in token order.
 
-    y = (sum over paths of sum_n C_t h_t + D u_t) * silu(z), with h of each path as in `selective_scan`. Where one
-    kernel computes all paths, u and z are neither flipped nor gathered, and scores take no further pass over y.
+    y = (sum over paths of sum_n C_t h_t + D u_t) * silu(z), with h of each path as in `selective_scan`. If one kernel
+    computes all paths, u and z are neither flipped nor gathered, and scores need no further pass over y.
 
     Args:
-        paths: all with the same shapes and the same optional fields. A backend that scans one path at a time also
-            consumes one at a time, so that a generator need not hold them all in memory.
+        paths: paths with equal shapes and the same optional fields. A backend that scans one path at a time also
+            consumes them one at a time, so a generator avoids holding all of them in memory.
         z: (batch, length, d_inner) or None. delta_softplus: as in `selective_scan`.
         score: a name in `SCORES`, or None.
-        scored: the number of paths, from the first, whose sum y is scored; None: all. The scores "delta" and
-            "clip-paths" always use all paths.
+        scored: the number of leading paths whose sum y is scored; None: all. The scores "delta" and "clip-paths" always
+            use all paths.
         backend: "cpu", "triton", "reference", or None for the best one available.
 
     Returns:
@@ -191,11 +193,11 @@ def scan_paths(
 def scan_one_by_one(
     scan, paths: Iterable[ScanPath], z, delta_softplus, score, scored, scan_parameters=None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `scan_paths` with a backend's scan of one path, adding each path to the sum of those before it.
+    """Compute `scan_paths` with a backend's scan of one path, accumulating the sum over the paths.
 
     Args:
-        scan_parameters: a function of (path, z, delta_softplus, sum) that scans a path as it is, or returns None if it
-            cannot: then the path is expanded. Others as for `scan_paths`.
+        scan_parameters: a function of (path, z, delta_softplus, sum) that scans a path given by its parameters, or
+            returns None if it cannot; then the path is expanded. The other arguments are those of `scan_paths`.
     """
     y, scores, parts, expand = None, None, [], Expander()
     for count, path in enumerate(paths, 1):  # the paths are computed by the caller's code, under the caller's autocast
@@ -223,7 +225,7 @@ def scan_one_by_one(
 
 
 def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
-    """Return the delta (batch, length, d_inner) float32 of a path after bias and softplus, without gradient."""
+    """Return the step sizes (batch, length, d_inner) of a path after bias and softplus, float32, without gradient."""
     delta = path.delta.detach().float()
     if path.delta_bias is not None:
         delta = delta + path.delta_bias.detach().float()
@@ -231,14 +233,14 @@ def step_size(path: ScanPath, delta_softplus: bool) -> Tensor:
 
 
 def _tell_paths(paths: Iterable[ScanPath], delta_softplus: bool) -> Iterator[ScanPath]:
-    """Yield the paths, expanded, and tell observers of each."""
+    """Yield the expanded paths, and notify observers of each."""
     for path in map(Expander(), paths):
         tell(ScanCall(path, delta_softplus))
         yield path
 
 
 def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None) -> Iterator[ScanPath]:
-    """Yield the paths; raise a ValueError for shapes that do not match the first path, or an invalid `scored`."""
+    """Yield the paths; ValueError for shapes that differ from the first path, or an invalid `scored`."""
     first, count = None, 0
     for path in paths:
         count += 1
@@ -262,7 +264,7 @@ def _check_paths(paths: Iterable[ScanPath], z: Tensor | None, scored: int | None
 
 
 def _check_product(u: Tensor, factor: Tensor, weight: Tensor) -> None:
-    """Raise a ValueError unless the product of a factor and a weight is a delta for u."""
+    """Raise a ValueError unless the product of a factor and a weight has the shape of a delta for u."""
     fits = weight.ndim == 2 and weight.shape[0] == u.shape[-1] and weight.shape[1] > 0
     if not fits or factor.shape != (*u.shape[:-1], weight.shape[1]):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The selection of the tokens to keep."""
+"""Selection of the tokens to keep."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from .dispatch import select
 def topk_tokens(scores: Tensor, count: int, backend: str | None = None) -> Tensor:
     """Return the indices (batch, count) int64, ascending, of the highest `scores` (batch, tokens).
 
-    Ties go to the lower index on every backend, so that the same image keeps the same tokens.
+    Ties are resolved in favour of the lower index on every backend, so that the same image keeps the same tokens.
     """
     return select(backend, scores).topk_tokens(scores, count)

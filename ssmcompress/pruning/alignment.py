@@ -1,4 +1,4 @@
-"""Pruning-aware alignment: how a scan path accounts for the positions that were pruned.
+"""Pruning-aware alignment: scan paths that account for pruned positions.
 
 ToP-ViM (arXiv 2409.18962) section 4: a pruned position still decays the hidden state but adds no input. On a path
 whose kept tokens are at positions q_1 < q_2 < ..., g_j = q_j - q_{j-1} - 1 positions are missing just before token j,
@@ -22,9 +22,9 @@ class Alignment:
     """Which ops are aligned to pruned positions; with all off, pruning is a plain gather.
 
     Attributes:
-        conv, scan: whether these ops of the blocks are aligned. `scan` also stands for attention, in which merged
-            tokens have the weight of all that they stand for.
-        pool: whether the mean over tokens that a model reads out includes pruned tokens as they were last seen.
+        conv, scan: whether these ops of the blocks are aligned. `scan` also applies to attention, in which merged
+            tokens are weighted by the number of tokens they represent.
+        pool: whether the pooled mean includes pruned tokens, with their last features.
     """
 
     conv: bool = True
@@ -32,7 +32,7 @@ class Alignment:
     pool: bool = False
 
 
-# Plain pruning: the kept tokens are gathered, and nothing knows of the others.
+# Plain pruning: the kept tokens are gathered, and pruned positions are ignored.
 UNALIGNED = Alignment(conv=False, scan=False)
 
 

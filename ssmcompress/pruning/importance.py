@@ -4,12 +4,12 @@
 block's output before its projection. `l1`, `l2`, `mean` and `random` are the baselines of its ablation, `delta` is the
 signal of MTR (arXiv 2507.14042), and `clip-paths` is the mean of `clip` over the separate scan paths. All but `random`
 are computed by the scan: see `ssmcompress.ops.SCORES`. `saliency` is predicted from a token's features by a linear map
-fitted to the dense model's gradients: see `ssmcompress.compression.saliency`. `similarity` is the criterion by which
-R-MeeTo merges tokens (`ssmcompress.pruning.merging`).
+fitted to the dense model's gradients: see `ssmcompress.compression.saliency`. `similarity` is the merging criterion of
+R-MeeTo (`ssmcompress.pruning.merging`).
 
-Layers with attention have `attention`, the score of EViT (arXiv 2202.07800): the attention that the class token pays to
-a token, as a mean over the heads. Their `clip`, `l1`, `l2` and `mean` are of the values that attention computes for a
-token, before their projection. `keys` is the criterion by which ToMe merges tokens.
+Layers with attention have `attention`, the score of EViT (arXiv 2202.07800): the attention of the class token to a
+token, averaged over the heads. Their `clip`, `l1`, `l2` and `mean` are computed from the output of attention before its
+projection. `keys` is the merging criterion of ToMe.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ DRAW_BITS = 24  # torch.rand gives multiples of 2 ** -24 in float32
 def draw_random(length: int, seed: int) -> Tensor:
     """Return a random number (length,) int32 for each position, below 2 ** DRAW_BITS.
 
-    It is the same for every image and batch: with a draw for each image, a prediction would depend on the batch of the
-    image. An integer stays exact in `half()` and `bfloat16()` copies of a model; bfloat16 would have ties.
+    It is the same for every image and batch: with a draw per image, predictions would depend on the batch. Integers
+        stay
+    exact in `half()` and `bfloat16()` copies of a model; bfloat16 values would have ties.
     """
     draw = torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
     return (draw * 2**DRAW_BITS).int()
@@ -55,7 +56,7 @@ def normalize_rms(features: Tensor) -> Tensor:
 
 
 def predict_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tensor:
-    """Predict the saliency (batch, tokens) of tokens: a linear map of their features plus a value for their position.
+    """Predict the saliency (batch, tokens): a linear map of the features plus an intercept for each position.
 
     Args:
         features: (batch, tokens, d_model). positions: (batch, tokens).
@@ -69,11 +70,11 @@ def predict_saliency(features: Tensor, positions: Tensor, probe: Tensor) -> Tens
 
 
 def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Link tokens as R-MeeTo does; returns (distance, partner), both (batch, tokens).
+    """Link tokens as in R-MeeTo; returns (distance, partner), both (batch, tokens).
 
-    Without the protected token, the tokens are split into even and odd ones. Each even token is linked to the odd token
-    with the largest cosine similarity, and its distance is 1 minus that. All other tokens are linked to themselves,
-    with the distance `UNLINKED_DISTANCE`.
+    The tokens, except for the protected one, are split into even and odd ones. Each even token is linked to the odd
+    token with the largest cosine similarity, and its distance is 1 minus the similarity. All other tokens are linked to
+    themselves, with distance `UNLINKED_DISTANCE`.
     """
     batch, count, _ = tokens.features.shape
     indices = torch.arange(count, device=tokens.features.device).expand(batch, -1)
@@ -97,11 +98,11 @@ def link_pairs(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def match_keys(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Match tokens by their keys as ToMe (arXiv 2210.09461) does; returns (distance, partner), both (batch, tokens).
+    """Match tokens by their keys as in ToMe (arXiv 2210.09461); returns (distance, partner), both (batch, tokens).
 
-    In the order of `tokens.ranks`, the tokens at even places are matched with those at odd places: each with the one
-    whose key has the largest cosine similarity, and its distance is 1 minus that. All others, and the protected tokens,
-    are matched with themselves, with the distance `UNLINKED_DISTANCE`.
+    In the order of `tokens.ranks`, each token at an even place is matched with the token at an odd place whose key has
+    the largest cosine similarity, and its distance is 1 minus the similarity. All others, including the protected
+    tokens, are matched with themselves, with distance `UNLINKED_DISTANCE`.
     """
     batch, count, _ = tokens.features.shape
     indices = torch.arange(count, device=tokens.features.device).expand(batch, -1)
@@ -122,17 +123,17 @@ def match_keys(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Importance:
-    """A metric of importance: what it needs, what it costs, and how it scores.
+    """An importance metric: its scoring function, its requirements and its cost.
 
     Attributes:
-        score: (tokens, pruner) -> scores (batch, tokens), higher for tokens that matter more. `tokens` are those after
-            the layer of the stage; the pruner has the buffers `draw` and `probe`.
-        block_metric: the score that the layer computes for it, in `tokens.scores` (`keys`: in `tokens.keys`); or None.
-            Scans have those of `ssmcompress.ops.SCORES`.
-        draw: whether it needs a random value for each position. probe: whether it needs a predictor that is fitted on
+        score: (tokens, pruner) -> scores (batch, tokens), higher for more important tokens. `tokens` are the tokens
+            after the layer of the stage; the pruner has the buffers `draw` and `probe`.
+        block_metric: the score that the layer must compute, in `tokens.scores` (`keys`: in `tokens.keys`); or None.
+            Scans support those of `ssmcompress.ops.SCORES`.
+        draw: whether it needs a random value for each position. probe: whether it needs a predictor fitted on
             calibration images (`ssmcompress.compression.saliency`).
-        flops: multiply-adds for one token, as a multiple of d_model, apart from what the layer computes anyway.
-        ranks: whether tokens can be dropped by it; if not, they can only be merged by it.
+        flops: additional multiply-adds per token, as a multiple of d_model.
+        ranks: whether it can be used to drop tokens; if not, it is only for merging.
     """
 
     score: Callable[[Tokens, Any], Tensor]
@@ -158,9 +159,9 @@ IMPORTANCES: dict[str, Importance] = {
 
 
 def register_importance(name: str, importance: Importance) -> None:
-    """Add a metric under a name that plans, `prune --importance` and `calibrate(..., importance=)` take.
+    """Register a metric under a name for plans, `prune --importance` and `calibrate(..., importance=)`.
 
-    A model that was pruned by it can be loaded again only where the metric is registered.
+    A model pruned with it can be loaded again only while the metric is registered.
 
     Raises:
         ValueError: the name is taken.

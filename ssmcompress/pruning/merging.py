@@ -1,18 +1,18 @@
-"""Token merging instead of dropping: the strongest training-free alternatives to pruning, for comparison.
+"""Token merging instead of dropping: the strongest training-free alternatives to pruning, as baselines.
 
 - "ordered" is the method of R-MeeTo (arXiv 2412.12496): each removed token is merged into the partner it is linked to,
-  by a mean that is weighted by the number of tokens that each one stands for.
-- "grouped" is the method of MTR (arXiv 2507.14042): the tokens with the highest scores stay unchanged, the lowest are
-  sources, those between are targets, and each source is averaged into the target most similar to it. There are as many
-  targets as sources, if enough tokens are kept.
+  by a mean weighted by the number of tokens that each one represents.
+- "grouped" is the method of MTR (arXiv 2507.14042): the tokens with the highest scores stay unchanged, those with the
+  lowest scores are sources, the others are targets, and each source is averaged into the target most similar to it.
+  There are as many targets as sources, if enough tokens are kept.
 
-Two are for layers with attention:
+Two methods are for layers with attention:
 
-- "bipartite" is the method of ToMe (arXiv 2210.09461): each removed token is merged into the one whose key is most like
-  its own, by a mean that is weighted by the number of tokens that each one stands for. Later attention gives a token
-  the weight of that number (proportional attention), if the plan is aligned.
-- "fused" is that of EViT (arXiv 2202.07800): all removed tokens become one, their sum weighted by the attention of the
-  class token. It has no position and comes last; later stages can remove it.
+- "bipartite" is the method of ToMe (arXiv 2210.09461): each removed token is merged into the token with the most
+  similar key, by a mean weighted by the number of tokens that each one represents. If the plan is aligned, later
+  attention weights tokens by this number (proportional attention).
+- "fused" is the method of EViT (arXiv 2202.07800): all removed tokens are fused into one token, their sum weighted by
+  the attention of the class token. It has no position and comes last; later stages can remove it.
 
 The kept tokens retain their order and positions, and protected tokens are not merged.
 """
@@ -30,7 +30,7 @@ from .importance import link_pairs, match_keys
 from .tokens import Tokens
 
 MERGES = ("ordered", "grouped", "bipartite", "fused")
-# Importances that rank tokens for merging alone, and the merge that goes with each.
+# Importance metrics that are only for merging, and the merge method of each.
 MERGED_BY = {"similarity": "ordered", "keys": "bipartite"}
 
 
@@ -39,7 +39,7 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
 
     Args:
         tokens: the tokens before the stage. index: (batch, kept) ascending, the tokens to keep.
-        scores: (batch, tokens) the scores they were ranked by, infinite for the protected token.
+        scores: (batch, tokens), the scores by which they were ranked, infinite for the protected token.
         merge: one of `MERGES`.
     """
     if merge == "fused":
@@ -66,10 +66,11 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
 
 
 def count_merge(merge: str, tokens: int, kept: int, width: int, key_width: int) -> int:
-    """Return the multiply-adds of a merge of one image's tokens, apart from what the layer computes anyway.
+    """Return the additional multiply-adds of merging the tokens of one image.
 
     Args:
-        tokens, kept: before and after. width: of the residual stream. key_width: of the keys that are compared.
+        tokens, kept: number of tokens before and after. width: width of the residual stream. key_width: width of the
+            compared keys.
     """
     if merge == "fused":
         return (tokens - kept) * width
@@ -79,9 +80,9 @@ def count_merge(merge: str, tokens: int, kept: int, width: int, key_width: int) 
 
 
 def _rank(tokens: Tokens) -> Tensor:
-    """Return ranks (batch, tokens) after a merge as ToMe has them: tokens at even places first, then those at odd ones.
+    """Return ranks (batch, tokens) after a merge as in ToMe: first the tokens at even places, then those at odd places.
 
-    They are distinct, in the order of the tokens that are left.
+    They are distinct, in the order of the remaining tokens.
     """
     count = int(tokens.features.shape[1])
     places = torch.arange(count, device=tokens.features.device).expand(tokens.features.shape[0], -1)
@@ -91,7 +92,7 @@ def _rank(tokens: Tokens) -> Tensor:
 
 
 def _fuse(tokens: Tokens, index: Tensor, scores: Tensor) -> Tokens:
-    """Return the tokens at `index`, and last the sum of all others, weighted by their scores."""
+    """Return the tokens at `index`, followed by the sum of all others weighted by their scores."""
     removed = torch.ones_like(scores).scatter(1, index, torch.zeros_like(index).to(scores.dtype))
     weight = torch.where(removed > 0, scores, 0).to(tokens.features.dtype)
     with full_precision(weight.device):
@@ -100,7 +101,7 @@ def _fuse(tokens: Tokens, index: Tensor, scores: Tensor) -> Tokens:
 
 
 def _find_targets(tokens: Tokens, kept: int, is_kept: Tensor, scores: Tensor) -> Tensor:
-    """Return for each token (batch, tokens) the most similar of the `kept` tokens with the lowest scores."""
+    """Return (batch, tokens): for each token, the most similar of the `kept` tokens with the lowest scores."""
     features, length = tokens.features, int(tokens.features.shape[1])
     count = min(length - kept, kept - tokens.protected_count)
     if not count:

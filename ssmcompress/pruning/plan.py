@@ -1,4 +1,4 @@
-"""The pruning plan: its stages, and the token counts that follow from them."""
+"""The pruning plan: its stages, and the resulting token counts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .merging import MERGED_BY, MERGES
 
 # ToP-ViM prunes its 24-layer models after layers 5, 10 and 15.
 DEFAULT_FRACTIONS = (5 / 24, 10 / 24, 15 / 24)
-# The largest ratio: it keeps two tokens of any length up to a million.
+# The largest ratio: it keeps two tokens for any length up to a million.
 MAX_RATIO = 0.999999
-# What is read out of a dropped token where every position is.
+# Values of dropped tokens in output levels.
 FILLS = ("stale", "zero")
 
 
@@ -33,10 +33,10 @@ def default_stages(depth: int) -> tuple[int, ...]:
 
 
 def kept_count(length: int, ratio: float, protected: int) -> int:
-    """Return how many of `length` tokens are kept if the share `ratio` of the unprotected ones is removed.
+    """Return the number of kept tokens if the share `ratio` of the unprotected ones among `length` tokens is removed.
 
     With keep = 1 - ratio, it is protected + ceil((length - protected) * keep). The product is rounded to 9 digits
-    first, so that 10 * 0.7 = 7.000000000000001 keeps 7. At least 2 are kept, and one that is not protected.
+    first, so that 10 * 0.7 = 7.000000000000001 keeps 7. At least 2 tokens and one unprotected token are kept.
 
     Args:
         protected: number of tokens that are never removed, among `length`.
@@ -47,20 +47,20 @@ def kept_count(length: int, ratio: float, protected: int) -> int:
 
 
 def share_removed(length: int, kept: int, protected: int) -> float:
-    """Return the ratio with which `kept_count` keeps `kept` of `length` tokens."""
+    """Return the ratio for which `kept_count` keeps `kept` of `length` tokens."""
     free = length - protected
     return max(0.0, 1 - (kept - protected) / free) if free else 0.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Removal of the share `ratio` of the tokens after layer `after` (1-based), those with the lowest importance.
+    """Removes the share `ratio` of the tokens, those with the lowest importance, after layer `after` (1-based).
 
     In a layer of attention and an MLP, tokens are removed between the two.
 
     Attributes:
         importance: the metric that ranks the tokens, one of `IMPORTANCES`.
-        merge: how removed tokens are merged into others (`ssmcompress.pruning.merging`); None: they are dropped.
+        merge: the method to merge removed tokens into others (`ssmcompress.pruning.merging`); None: they are dropped.
     """
 
     after: int
@@ -73,7 +73,7 @@ class Stage:
         return value | ({"merge": self.merge} if self.merge is not None else {})
 
     def count(self, tokens: int, protected: int) -> int:
-        """Return how many of `tokens` are left, with the one that removed tokens are fused into."""
+        """Return how many of `tokens` remain, including the fused token."""
         kept = kept_count(tokens, self.ratio, protected)
         return kept + (self.merge == "fused" and kept < tokens)
 
@@ -83,7 +83,7 @@ class Calibration:
     """Statistics of the calibration images.
 
     Attributes:
-        name, images: the name of the data and the number of its images that were used.
+        name, images: the name of the data and the number of images used.
         gap_deltas: for each layer (deltas, d_inner), the mean of delta over images and tokens.
         kept: for each stage (positions,), the share of images that kept each position.
         scores: for each stage (positions,), the mean importance over the images that had the position (0: none).
@@ -109,9 +109,9 @@ class Plan:
             choice to calibration: "calibrated" if there are images, else "bias".
         seed: seed of the `random` metric.
         calibration: required by gap "calibrated".
-        reenter: number of last layers that all tokens enter again, of a model that reads out every position.
-        fill: what a model with output levels has there of a dropped token: "stale", its features as they were last
-            seen, or "zero", nothing, which is worse and serves comparisons.
+        reenter: number of last layers that process all tokens again, for models that read out every position.
+        fill: the value of a dropped token in output levels: "stale", its last features, or "zero", which is worse and
+            only for comparisons.
     """
 
     stages: tuple[Stage, ...]
@@ -123,7 +123,7 @@ class Plan:
     fill: str = FILLS[0]
 
     def __repr__(self) -> str:
-        """Return a line without tensors: the stages, the alignment, the gap source and the images."""
+        """Return one line without tensors: the stages, the alignment, the gap source and the images."""
         layers: dict[str, list[int]] = {}
         for stage in self.stages:
             merged = f", merged {stage.merge}" if stage.merge else ""
@@ -139,7 +139,7 @@ class Plan:
         """Return this plan, or raise an InputError if it is invalid for a model of `depth` layers.
 
         Args:
-            inside: whether tokens are removed inside the layer of a stage, so that the last layer can have one.
+            inside: whether tokens are removed inside the layer of a stage, so that the last layer can have a stage.
         """
         last = depth if inside else depth - 1
         if not isinstance(self.stages, (tuple, list)) or not all(isinstance(stage, Stage) for stage in self.stages):
@@ -208,7 +208,7 @@ class Plan:
 
     @property
     def probed_layers(self) -> tuple[int, ...]:
-        """The layers that stages follow whose metric needs a fitted predictor."""
+        """The layers of stages whose metric needs a fitted predictor."""
         return tuple(stage.after for stage in self.stages if IMPORTANCES[stage.importance].probe)
 
     def probe(self, layer: int) -> Tensor | None:
@@ -217,7 +217,7 @@ class Plan:
         return probes[layer - 1] if len(probes) >= layer and len(probes[layer - 1]) else None
 
     def to_dict(self, tensors: bool = True) -> dict[str, Any]:
-        """Return a JSON value that `from_dict` reads; without `tensors`, it has no calibration."""
+        """Return a JSON value that `from_dict` can read; without `tensors`, it has no calibration."""
         value: dict[str, Any] = {
             "stages": [stage.to_dict() for stage in self.stages],
             "alignment": {k: v for k, v in asdict(self.alignment).items() if v or k != "pool"},
@@ -236,7 +236,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Plan:
-        """Return the plan that `to_dict` wrote; InputError for any other value."""
+        """Read a plan written by `to_dict`; InputError for any other value."""
         try:
             calibration = value.get("calibration")
             if calibration is not None:
@@ -291,7 +291,7 @@ def _parse_int(value: Any) -> int:
 
 
 def token_counts(depth: int, length: int, stages: Sequence[Stage], protected: int, reenter: int = 0) -> list[int]:
-    """Return the number of tokens that each of `depth` layers processes, then the number read out: depth + 1 values.
+    """Return depth + 1 values: the number of tokens that each of `depth` layers processes, and the number read out.
 
     Args:
         protected: number of tokens that are never removed. reenter: number of last layers that process all tokens.

@@ -13,14 +13,14 @@ from .tokens import Tokens
 
 
 class TokenPruner(nn.Module):
-    """Keeps the tokens with the highest scores in each image; how many depends only on the number of tokens before.
+    """Keeps the tokens with the highest scores in each image; their number depends only on the number of input tokens.
 
     Args:
-        ratio: share of the tokens that is removed. metric: one of `IMPORTANCES`.
+        ratio: share of the tokens to remove. metric: one of `IMPORTANCES`.
         length: number of tokens before any pruning. seed: seed of the metric `random`.
         probe: (d_model + length,), the predictor of the metric `saliency`, else None.
-        merge: how the other tokens are merged into the kept ones; None: they are dropped.
-        grid: (rows, columns) of the positions of `draw` and `probe`, if images can have another one; else None.
+        merge: the method to merge the other tokens into the kept ones; None: they are dropped.
+        grid: (rows, columns) of the positions of `draw` and `probe`, if images can have another grid; else None.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class TokenPruner(nn.Module):
 
     @property
     def block_metric(self) -> str | None:
-        """The metric that the block before it must compute; None if the pruner computes its own scores."""
+        """The metric that the preceding block must compute; None if the pruner computes its own scores."""
         return IMPORTANCES[self.metric].block_metric
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
         count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected_count)
-        if count == tokens.features.shape[1]:  # to the bit: with all positions given, a convolution rounds otherwise
+        if count == tokens.features.shape[1]:  # bitwise equal: explicit positions change the rounding of a convolution
             return tokens.keep_all()
         positions = tokens.explicit_positions()
         scores = self.scores(tokens)
         if tokens.protected is not None:
-            # A NaN, of an image that is not finite, would rank above the infinity.
+            # A NaN, from an image that is not finite, would rank above infinity.
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
             scores = scores.masked_fill(tokens.is_protected(positions), torch.inf)
         index = topk_tokens(scores, count)
@@ -66,7 +66,7 @@ class TokenPruner(nn.Module):
         return IMPORTANCES[self.metric].score(tokens, self)
 
     def table_positions(self, tokens: Tokens) -> Tensor:
-        """Return the places (batch, kept) of the tokens in tables by position: on another grid, the nearest ones."""
+        """Return the indices (batch, kept) of the tokens in per-position tables, on another grid the nearest ones."""
         positions = tokens.explicit_positions()
         if self.grid is None or tokens.grid in (None, self.grid):
             return positions

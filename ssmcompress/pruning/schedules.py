@@ -9,10 +9,10 @@ from .plan import Stage, share_removed
 
 
 def evit_stages(layers: Sequence[int], ratios: Sequence[float], fuse: bool = False) -> tuple[Stage, ...]:
-    """Return the stages of EViT (arXiv 2202.07800): by the attention of the class token, inside the layers.
+    """Return the stages of EViT (arXiv 2202.07800), which rank by the attention of the class token, inside the layers.
 
     Args:
-        layers: 4, 7 and 10 of 12 in the paper, from 1. ratios: shares of the tokens that are removed there.
+        layers: 1-based layers; 4, 7 and 10 of 12 in the paper. ratios: the shares of tokens to remove there.
         fuse: whether the removed tokens are fused into one.
     """
     merge = "fused" if fuse else None
@@ -20,16 +20,17 @@ def evit_stages(layers: Sequence[int], ratios: Sequence[float], fuse: bool = Fal
 
 
 def tome_stages(depth: int, length: int, protected: int, removed: int, inflection: float = 0.0) -> tuple[Stage, ...]:
-    """Return the stages of ToMe (arXiv 2210.09461): some tokens are merged in every layer.
+    """Return the stages of ToMe (arXiv 2210.09461), which merges some tokens in every layer.
 
     Args:
-        depth: number of layers. length: number of tokens before the first. protected: of these, never merged.
-        removed: tokens that are merged in each layer, on average.
-        inflection: 0: as many in each layer; -1: from twice as many in the first layer down to none, the "decreasing"
-            schedule of the paper; 1: the reverse.
+        depth: number of layers. length: number of tokens before the first layer. protected: how many of these are never
+            merged.
+        removed: average number of tokens that are merged in each layer.
+        inflection: 0: the same number in each layer; -1: from twice the number in the first layer down to zero, the
+            "decreasing" schedule of the paper; 1: the reverse.
 
     Raises:
-        InputError: a number or an inflection out of range.
+        InputError: a number or the inflection is out of range.
     """
     if type(removed) is not int or removed < 1:
         raise InputError(f"{removed!r} tokens to merge in each layer: expected a whole number, from 1")

@@ -1,4 +1,4 @@
-"""`prune --flops` over several axes, and what `report` and `inspect` say of its result."""
+"""`prune --flops` over several axes, and the output of `report` and `inspect` for its result."""
 
 import json
 import re

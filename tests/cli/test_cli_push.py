@@ -1,4 +1,4 @@
-"""`push`: a compressed folder with its card on the Hugging Face Hub, without a path of this machine."""
+"""`push`: a compressed folder with its card on the Hugging Face Hub, without local paths."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_pushed_model_is_the_same_model(hub, pruned_folder, checkpoint):
     assert "the dense model model.pt is gone; give --dense" in said  # not: /home/... is gone
     call(
         "push", pruned_folder, TO, "--license", "mit", "--revision", "v2", "--quiet"
-    )  # into a repository that is there
+    )  # into a repository that exists already
     assert "config.json" in uploaded(hub, "v2")
 
 
@@ -286,7 +286,7 @@ def test_no_folder_of_the_user_is_published_by_a_relative_name(hub, pruned_folde
     assert "ssmcompress prune vim.pth --data images.parquet -oout" in result["card"]
     data = json.loads(uploaded(hub)["report.json"])["data"]
     assert (data["unreadable"], data["unreadable_images"]) == ([], 2)
-    shown = call("report", TO)  # it is a report still
+    shown = call("report", TO)  # it is still a report
     assert "of images.parquet" in shown.stdout + shown.stderr
 
 
@@ -372,7 +372,7 @@ def test_what_an_earlier_upload_left_is_deleted_in_the_same_commit(hub, pruned_f
 
 
 def export(folder, name="graph.onnx"):
-    """Put a graph and its data into a folder, and name it in the report."""
+    """Add a graph and its data to a folder, and to its report."""
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), folder / name)
     (folder / f"{name}.data").write_bytes(b"weights")
     report = json.loads((folder / "report.json").read_text())
@@ -429,7 +429,7 @@ def test_only_an_onnx_file_of_the_folder_is_the_graph(hub, pruned_folder, name):
 
 
 def test_a_malformed_file_is_refused_in_one_line_or_does_not_matter(hub, pruned_folder):
-    """Every value of the JSON files, down to those in objects in objects, replaced by one of each kind."""
+    """Every value of the JSON files, including nested ones, replaced by a value of each type."""
 
     def places(value, depth):
         for key, part in value.items() if isinstance(value, dict) and depth else ():

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def test_the_three_lines_in_an_empty_folder():
-    """Each in a process of its own."""
+    """Each command in a separate process."""
     torch.save({"model": make_vim(depth=2).state_dict()}, "model.pt")
     lines = "prune model.pt --ratio 0.3", "report", "export --onnx"
     done = forked("in-turn", *(["ssmcompress", *line.split()] for line in lines))
@@ -28,7 +28,7 @@ def test_the_three_lines_in_an_empty_folder():
     assert sorted(p.name for p in os.scandir("compressed/model-r0.30")) == [
         "README.md", "config.json", "kept_tokens.png", "model.onnx", "model.safetensors", "recipe.yaml", "report.json",
     ]  # fmt: skip
-    assert "\x1b" not in done.stdout + done.stderr  # nothing animated, nothing coloured
+    assert "\x1b" not in done.stdout + done.stderr  # no animation and no colours
 
 
 def test_every_command_takes_a_plain_mamba(class_folders):

@@ -102,7 +102,7 @@ def test_a_method_is_left_out_with_a_note(checkpoint, class_folders, tmp_path):
 
 
 def test_heads_are_for_the_files_that_have_some(checkpoint, class_folders, tmp_path):
-    """A Vim next to a ViT: the option is left out for it, with a line; alone, the Vim is refused it."""
+    """With a ViT, the option is ignored for a Vim, with a note; with a Vim alone, it is rejected."""
     torch.save({"model": make_vit().state_dict()}, tmp_path / "vit.pth")
     options = ("--data", class_folders, *FEW, "--num-heads", 3)
     result = call("compare", checkpoint, tmp_path / "vit.pth", *options)

@@ -1,4 +1,4 @@
-"""Tables of comparisons: of one model, and of several."""
+"""Tables of comparisons of one model and of several models."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`demo`: the whole chain on what comes with the package."""
+"""`demo`: the whole pipeline on the bundled model and images."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def few_images(monkeypatch):
 
 
 def test_demo():
-    """The whole chain."""
+    """The whole pipeline."""
     found = call_json("demo")
     assert (found["data"]["images"], found["data"]["labelled"]) == (50, True)
     assert found["dense"]["top1"] > found["aligned"]["top1"] > found["naive"]["top1"]

@@ -50,7 +50,7 @@ def one_process(monkeypatch):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """As on a machine without one, whatever this machine has."""
+    """Simulate a machine without a GPU."""
     FakeCuda(monkeypatch, 0, available=False, init_error=RuntimeError("Found no NVIDIA driver on your system. More."))
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy, agreement, and what could not be read."""
+"""`evaluate`: accuracy, agreement, and unreadable images."""
 
 import json
 

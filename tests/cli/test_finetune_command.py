@@ -1,4 +1,4 @@
-"""`finetune`: what it reports, what it refuses, and runs that are cut off."""
+"""`finetune`: its report, rejected arguments, and interrupted runs."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def test_finetune_reports_beside_what_it_began_with(pruned_folder, class_folders
 
 def test_a_finished_run_is_done_at_once(pruned_folder, class_folders):
     arguments = "finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--resume"
-    first = call_json(*arguments)  # there is nothing to go on from: it starts afresh
+    first = call_json(*arguments)  # there is no state to resume from: it starts from scratch
     stamp = os.stat("tuned/model.safetensors").st_mtime_ns
     assert call_json(*arguments) == first
     assert os.stat("tuned/model.safetensors").st_mtime_ns == stamp
@@ -129,13 +129,13 @@ def ended(pids, seconds=15.0):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
-    """SIGKILL at moments drawn by chance, while it trains; whatever state is there then is whole."""
+    """SIGKILL at random times during training; a state that exists afterwards is complete."""
     call(*long_run("pruned", class_folders, "whole"))
     kills, generator = 0, np.random.default_rng()
     for _ in range(2):
         process = start(*long_run("pruned", class_folders, "cut", "--resume"))
         wait_for(process, "epoch ")
-        time.sleep(generator.uniform(0, 0.7))  # of the 2 s or more that 16 epochs take
+        time.sleep(generator.uniform(0, 0.7))  # 16 epochs take 2 s or more
         workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         kills += process.poll() is None
         process.kill()
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
         if os.path.exists("cut.training.pt"):
             assert ssmcompress.load("cut.training.pt").plan is not None
         if os.path.exists(".cut.training.pt.part"):
-            # Cut off it is refused; killed between its last byte and its new name, it is whole.
+            # A truncated file is rejected; after a kill between the last write and the rename, it is complete.
             with contextlib.suppress(ssmcompress.errors.InputError):
                 assert ssmcompress.load(".cut.training.pt.part").plan is not None
     assert kills
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(class_folders, pruned_folder):
 
 
 def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
-    """As a terminal sends it: to every process of the group."""
+    """Send the signal to every process of the group, as a terminal does."""
     process = start(*long_run("pruned", class_folders, "cut", "--set", "epochs=4000"), start_new_session=True)
     assert "epoch 1 of" in process.stderr.readline()
     workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -238,7 +238,7 @@ def test_a_folder_that_another_command_wrote_meanwhile_is_not_replaced(
 
 
 def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class_folders):
-    """`prune` writes it before the first step; `finetune --resume` from the state."""
+    """`prune` writes it before the first step; `finetune --resume` continues from the state."""
     options = "--set", "batch_size=6", "--no-latency", "--data", class_folders
     command = "prune", checkpoint, "--ratio", 0.5, "--finetune-epochs", 4000, *options, "-o", "m"
     process = start(*command)

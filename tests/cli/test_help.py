@@ -67,7 +67,7 @@ def test_summaries_are_readable_in_full():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"]], ids=" ".join)
 def test_help_imports_nothing_heavy(arguments):
-    """It takes a tenth of a second; torch alone would take two."""
+    """It takes a tenth of a second; importing torch alone would take two."""
     code = (
         "import sys; from ssmcompress.cli.app import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"

@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint is."""
+"""`inspect`: description of a checkpoint."""
 
 import pytest
 import torch

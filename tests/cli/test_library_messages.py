@@ -1,4 +1,4 @@
-"""In Python and notebooks, without the command line: what the library says goes through `logging` and `warnings`."""
+"""In Python and notebooks, without the command line, messages of the library use `logging` and `warnings`."""
 
 import logging
 import subprocess
@@ -14,7 +14,7 @@ from ssmcompress import SsmCompressWarning, progress
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
-# What people do in a notebook, from reading a checkpoint to an ONNX file.
+# A typical notebook, from loading a checkpoint to exporting an ONNX file.
 BEGIN = """
 import logging, sys, warnings
 import torch

@@ -1,4 +1,4 @@
-"""`--log-file` and `--verbose`: what a command does, in a file and on stderr."""
+"""`--log-file` and `--verbose`: the log of a command in a file and on stderr."""
 
 import logging
 import os
@@ -134,7 +134,7 @@ def test_warnings_of_python_and_of_other_packages_are_in_the_log(checkpoint, mon
         logging.getLogger("torch").debug("internals")
 
     monkeypatch.setattr("ssmcompress.evaluation.measure._check_outputs", odd)
-    with pytest.warns(UserWarning, match="an odd value"):  # it is shown as ever
+    with pytest.warns(UserWarning, match="an odd value"):  # it is shown as usual
         call("evaluate", checkpoint, "--log-file", "run.log")
     found = read_log()
     assert ("WARNING", "huggingface_hub.test", "rate limited") in found

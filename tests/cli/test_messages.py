@@ -1,4 +1,4 @@
-"""What users type by mistake, and what the commands say then: swapped arguments, typos, shares, devices, outputs."""
+"""Error messages for user mistakes: swapped arguments, typos, shares, devices, outputs."""
 
 import json
 import os
@@ -224,7 +224,7 @@ def test_an_onnx_file_of_the_model_that_is_replaced_goes_with_a_line(checkpoint,
     for name in ("model.onnx", "model.onnx.data"):
         Path("pruned", name).write_text("graph")
     again = "prune", checkpoint, "--ratio", "0.4", "-o", "pruned", "--force", "--no-latency"
-    Path("pruned/other.onnx").write_text("graph")  # nothing says that it was made here
+    Path("pruned/other.onnx").write_text("graph")  # there is no record that it was created here
     assert "did not write (other.onnx)" in refused(*again)
     os.remove("pruned/other.onnx")
     assert "removed pruned/model.onnx, pruned/model.onnx.data with the model that was replaced" in call(*again).stderr
@@ -234,7 +234,7 @@ def test_an_onnx_file_of_the_model_that_is_replaced_goes_with_a_line(checkpoint,
 
 @dataclass(frozen=True)
 class Note:
-    """A step of someone's own, which adds a file to the folder."""
+    """A custom step that adds a file to the folder."""
 
     name: ClassVar[str] = "noted"
 

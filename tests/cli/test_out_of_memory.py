@@ -1,4 +1,4 @@
-"""Out of memory: one line that names the step and the options of that command that lower what it takes."""
+"""Out of memory: one line that names the step and the options of the command that reduce its memory."""
 
 import errno
 import re
@@ -26,7 +26,7 @@ GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. G
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
-# Command -> (arguments, step in which memory runs out, options that the message names, with their values).
+# Command -> (arguments, step that runs out of memory, options named in the message, with their values).
 # DENSE is a checkpoint, IMAGES are class folders, pruned is a folder, m.onnx is made from it.
 SIZE = "--image-size (now as trained)"
 CASES = {
@@ -75,7 +75,7 @@ def fail(error):
 
 @pytest.fixture
 def run_out(monkeypatch):
-    """Makes the memory run out when the loop of a name takes its first item, or (None) when a job begins."""
+    """Simulates running out of memory at the first item of the named loop, or (None) at the start of a job."""
 
     def run_out(step, error):
         track, jobs = progress.FrontEnd.track, ("benchmark.benchmark_all", "inspect.inspect_file")
@@ -121,13 +121,13 @@ def test_the_step_and_the_options_that_lower_it_are_named(run_out, words, text, 
     command = arguments[0]
     place = f'the step "{step}" of {command}' if step else command
     assert said.startswith(f"error: out of memory in {place}; ")
-    advice = said.partition("; then `")[0]  # a fine-tuning that ends in the last step has left a state
+    advice = said.partition("; then `")[0]  # a fine-tuning that fails in the last step has left a state
     assert re.findall(r"--[a-z][\w-]*(?: accumulate=NUMBER)?(?: \(now [^)]*\))?", advice) == options
     assert {option.split()[0] for option in options} <= options_of(command)
 
 
 def refused_after_work(arguments):
-    """The last line on stderr of a command that fails at run time: a step before may have said something."""
+    """The last line on stderr of a command that fails at run time; earlier steps may have printed notes."""
     result = call(*arguments, code=1)
     assert result.stdout == ""
     return result.stderr.splitlines()[-1]
@@ -162,7 +162,7 @@ def test_other_errors_are_not_about_memory(error):
     assert not is_out_of_memory(error)
 
 
-# Reader, with the command that calls it: an error there would else be one of a damaged file.
+# Readers with the commands that call them: their errors must not be reported as damaged files.
 READERS = {
     "torch.load": "evaluate DENSE --data IMAGES",
     "ssmcompress.data.images.load": "evaluate DENSE --data IMAGES",
@@ -225,7 +225,7 @@ def test_without_results_no_resuming_is_advised(run_out, words):
 
 
 def test_compiled_kernels_run_out_of_memory(words, monkeypatch):
-    """A kernel that could not allocate its scratch leaves the count of its items at 0."""
+    """A kernel that cannot allocate its scratch memory leaves its item counter at 0."""
     monkeypatch.setattr("ssmcompress.ops.cpu.run", lambda *_: None)
     said = refused("evaluate", *words("DENSE --data IMAGES"), code=1)
     assert said.startswith('error: out of memory in the step "measuring" of evaluate; lower --batch-size')
@@ -244,7 +244,7 @@ def test_what_ran_before_is_named_where_no_step_runs(words, monkeypatch):
 
 
 def test_an_error_in_the_body_of_a_loop_is_of_its_step(words, monkeypatch):
-    """Python has ended the loop's generator when the error arrives."""
+    """Python has closed the loop's generator by the time the error arrives."""
     monkeypatch.setattr("ssmcompress.evaluation.measure._check_outputs", lambda *_: fail(GPU))
     assert 'in the step "measuring" of evaluate' in refused("evaluate", *words("DENSE --data IMAGES"), code=1)
 

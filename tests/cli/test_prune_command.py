@@ -32,7 +32,7 @@ def test_prune_on_labelled_images_reports_everything(checkpoint, class_folders):
     assert found["pruned"]["flops"]["full"] < found["dense"]["flops"]["full"]
     fitted = found["reconstruction"]
     added = sum(2 * 16 * rank for rank in fitted["correction_ranks"].values())
-    # Those of the class token read its update, and the sum and the number of tokens of each of five segments.
+    # The inputs of class token corrections are its update, and the sum and token count of each of five segments.
     added += sum((16 + 5 * 17 + 16) * rank for rank in fitted["class_correction_ranks"].values())
     assert found["pruned"]["params"] == found["dense"]["params"] + added
     assert min(found["pruned"]["latency_ms"], found["dense"]["latency_ms"]) > 0
@@ -181,8 +181,8 @@ def test_an_output_that_exists_is_left_alone_and_a_pruned_model_is_not_pruned_le
 def test_figures_of_the_trained_model(tmp_path):
     """An independent implementation measured 83.95 % dense, 65.2 % aligned and 52.1 % naive on 2,000 images.
 
-    It had 75.8 % after a reconstruction on 1,024 images, here are 128. Of 500 of its images the standard errors are
-    1.4, 1.8 and 1.9 points; two of them are allowed besides the 1 and 1.5 points of all 2,000.
+    It had 75.8 % after a reconstruction on 1,024 images; this test uses 128. On 500 of its images the standard errors
+    are 1.4, 1.8 and 1.9 points; two of them are allowed in addition to the 1 and 1.5 points of all 2,000.
     """
     images = select_bundled_images(500, tmp_path / "images.parquet")
     found = call_json(
@@ -192,7 +192,7 @@ def test_figures_of_the_trained_model(tmp_path):
     assert (found["data"]["images"], found["data"]["labelled"], found["data"]["overlap"]) == (500, True, 128)
     assert found["dense"]["top1"] == pytest.approx(84, abs=1 + 2 * 1.4)
     assert found["aligned"]["top1"] == pytest.approx(65.2, abs=1.5 + 2 * 1.8)
-    assert found["pruned"]["top1"] >= found["aligned"]["top1"] + 7  # of the same images: 72 % of all 2,000
+    assert found["pruned"]["top1"] >= found["aligned"]["top1"] + 7  # on the same images: 72 % of all 2,000
     assert found["naive"]["top1"] == pytest.approx(52, abs=1.5 + 2 * 1.9)
     assert [s["kept"] for s in found["stages"]] == [139, 98, 69]
 
@@ -232,7 +232,7 @@ def test_prune_fine_tunes_too(checkpoint, class_folders):
     assert {"aligned", "reconstructed"} & found.keys()
     assert (found["finetuning"]["images"], found["finetuning"]["recipe"]["mixup"]) == (20, 0.8)
     assert found["data"]["overlap"] == 20
-    # Without other images, a tenth is kept to measure on, and learnt from by neither step.
+    # Without other images, a tenth is held out for evaluation and not used for fitting in either step.
     found = call_json("prune", checkpoint, *options[:4], "--finetune-epochs", 1, "--set", "batch_size=6", "-o", "apart")
     assert (found["data"]["images"], found["data"]["overlap"]) == (2, 0)
     assert (found["calibration"]["images"], found["finetuning"]["images"]) == (18, 18)

@@ -1,4 +1,4 @@
-"""`prune` of a compressed folder goes on from its weights and its plan, or says why it does not."""
+"""`prune` of a compressed folder continues from its weights and plan, or explains why it cannot."""
 
 import json
 import os
@@ -75,10 +75,10 @@ def test_the_report_has_the_model_as_it_came_and_says_what_it_was(pruned_folder,
     call("report", "m", "--html", "m.html")
     steps = [step["kind"] for step in json.loads(Path("m/config.json").read_text())["pruning"]["steps"]]
     assert steps == ["input", "reconstruction"]
-    # And once more: each record once, with the whole line of models.
+    # Prune a third time: each record appears once, with the whole chain of models.
     further = call_json("prune", "m", "--ratio", "0.8", "--no-reconstruct", *QUICK, "-o", "n")
     assert further["made_from"]["input"] == made_from
-    assert further["reconstruction"] is None  # that of the model as it came is not one of this run
+    assert further["reconstruction"] is None  # the reconstruction of the input model does not belong to this run
     loaded = ssmcompress.load("n")
     assert [step.kind for step in loaded.steps] == ["reconstruction", "input"]
     assert loaded.learnt.complete
@@ -140,7 +140,7 @@ def test_a_budget_is_a_share_of_the_dense_model(checkpoint, pruned_folder, class
     assert report["stages"] == direct["stages"]
     said = call("prune", "pruned", "--flops", "95%", "--no-search", "-o", "x", code=2).stderr
     assert "by this plan it would have" in said
-    report = call_json("prune", "pruned", *options, "--no-reconstruct", "-o", "o")  # its corrections stay
+    report = call_json("prune", "pruned", *options, "--no-reconstruct", "-o", "o")  # its corrections are kept
     assert report["pruned"]["flops"]["full"] <= 0.4 * report["dense"]["flops"]["full"]
 
 
@@ -224,7 +224,7 @@ def test_a_trimmed_folder_drops_tokens(checkpoint, class_folders):
     further = call_json("prune", "m", "--ratio", "0.6", *options, "-o", "n")
     assert further["trims"]["layers"] == [2]
     assert [s["kept"] for s in further["stages"]] < [s["kept"] for s in report["stages"]]
-    # Its own plan has its trims, and a plan of other layers would be for others.
+    # Its own plan includes its trims, and a plan for other layers would not fit.
     Path("plan.json").write_text(call("prune", "m", "--ratio", "0.6", "--dry-run", "--json").stdout)
     call("prune", "m", "--plan", "plan.json", *options, "-o", "o")
     assert same("n", "o")
@@ -292,7 +292,7 @@ def test_a_segmentation_model_maps_its_levels_anew(tmp_path):
     assert {"dense", "input", "naive", "aligned", "mapped", "pruned"} < report.keys()
     steps = [step["kind"] for step in json.loads(Path("m/config.json").read_text())["pruning"]["steps"]]
     assert steps == ["input", "level_maps", "reconstruction"]
-    # Corrections of a model as small as this cost too much for most budgets.
+    # Corrections of such a small model exceed most budgets.
     data = (*data, "--no-reconstruct")
     call("prune", tmp_path / "s.pth", "--ratio", "0.2", "--stages", "2,4", *data, "-o", "first", "--force")
     budget = ("--flops-backbone", "70%", "--no-search")

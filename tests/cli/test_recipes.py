@@ -1,4 +1,4 @@
-"""Recipes: a run as a file, written by commands, run again by `run`, and refused in useful words where it is wrong."""
+"""Recipes: a run as a file, written by commands and rerun by `run`, with useful errors for invalid recipes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 
 
 def weights(folder) -> bytes:
-    """The tensors of a model; the header has the command line in it."""
+    """The tensors of a model, without the header, which contains the command line."""
     content = Path(folder, WEIGHTS).read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
 
@@ -44,7 +44,7 @@ def test_a_folder_s_recipe_makes_the_same_weights_again(options, checkpoint, ima
     call("prune", checkpoint, "--data", images, "--samples", 24, "--no-latency", *options, "-o", "first")
     first = Path("first").absolute()
     before = (first / "recipe.yaml").read_text()
-    monkeypatch.chdir(tmp_path)  # names in a recipe do not depend on the working folder
+    monkeypatch.chdir(tmp_path)  # paths in a recipe do not depend on the working folder
     call("run", first / "recipe.yaml", "-o", "second", "--batch-size", 7)
     assert weights("second") == weights(first)
     again = recipe_of("second")
@@ -58,7 +58,7 @@ def test_a_folder_s_recipe_makes_the_same_weights_again(options, checkpoint, ima
 
 @pytest.fixture
 def recipe(checkpoint, class_folders, in_an_empty_folder) -> Path:
-    """A recipe written by hand, which names the checkpoint and the images beside it."""
+    """A hand-written recipe that names the checkpoint and the images next to it."""
     file = checkpoint.parent / "mine.yaml"
     file.write_text(f"model: {checkpoint.name}\ndata: {class_folders.name}\nratio: 0.5\nsamples: 8\nno_latency: true\n")
     return file
@@ -68,7 +68,7 @@ def test_options_of_the_command_line_override_the_recipe_and_are_recorded(recipe
     call("run", recipe, "-o", "a", "--samples", 4, "--flops", "80%", "--no-search", "--no-reconstruct")
     found = recipe_of("a")
     assert (found["samples"], found["flops"], found["search"], found["reconstruct"]) == (4, "80%", False, False)
-    assert "ratio" not in found  # one way to say how much replaces the other
+    assert "ratio" not in found  # one way to set the amount replaces the other
     assert json.loads(Path("a/report.json").read_text())["calibration"]["images"] == 4
 
 
@@ -94,7 +94,7 @@ def test_a_model_that_has_changed_is_refused_unless_it_is_named(recipe, checkpoi
 
 @pytest.fixture
 def searched(checkpoint, images, in_an_empty_folder) -> Path:
-    """A folder with a plan and a sensitivity that was searched for."""
+    """A folder with a plan from a search and its sensitivity."""
     options = ["--flops", "80%", "--no-reconstruct", "--axes", "tokens", "--search-images", 12]
     call("prune", checkpoint, "--data", images, "--samples", 24, "--no-latency", *options, "-o", "searched")
     return Path("searched")
@@ -123,7 +123,7 @@ def test_a_plan_or_a_sensitivity_that_has_changed_is_refused(searched, checkpoin
     assert not Path("c").exists()
     Path("copy").mkdir()
     Path("copy", file).write_text(content)
-    call("run", "a/recipe.yaml", "-o", "d", *(other or (f"--{option}", "copy")))  # it does not count then
+    call("run", "a/recipe.yaml", "-o", "d", *(other or (f"--{option}", "copy")))  # it is ignored then
 
 
 def test_images_that_have_changed_are_said_in_one_line(recipe, class_folders):
@@ -132,7 +132,7 @@ def test_images_that_have_changed_are_said_in_one_line(recipe, class_folders):
     kept = json.loads(Path("a/report.json").read_text())["calibration"]["content"]
     assert recipe_of("a")["images_digest"] == kept
     assert "warning" not in call("run", "a/recipe.yaml", "-o", "b", "--batch-size", 3).stderr
-    assert "warning" not in call("run", "a/recipe.yaml", "-o", "c", "--samples", 4).stderr  # others are asked for
+    assert "warning" not in call("run", "a/recipe.yaml", "-o", "c", "--samples", 4).stderr  # other images are requested
     for number, file in enumerate(sorted(class_folders.rglob("*.*"))):
         write_image(file, seed=1000 + number)
     changed = call("run", "a/recipe.yaml", "-o", "d")
@@ -242,7 +242,7 @@ def test_the_schema_takes_what_commands_write(recipe):
 
 
 def test_names_are_relative_to_the_recipe_alone(recipe, class_folders, tmp_path, monkeypatch):
-    """Also where the working folder has files of the same names, and for what is written."""
+    """Also if the working folder has files of the same names, and for outputs."""
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / class_folders.name).mkdir(parents=True)
     (elsewhere / "moved").mkdir()
@@ -268,7 +268,7 @@ def test_a_folder_behind_a_link_knows_where_its_files_are(recipe, tmp_path, monk
 
 
 def test_fine_tuning_in_place_has_no_recipe(recipe):
-    """What it would begin with is gone."""
+    """The input of the run is missing."""
     call("run", recipe, "-o", "a")
     data = Path("a", recipe_of("a")["data"])
     call("finetune", "a", "--data", data, "--epochs", 1, "--no-latency", "-o", "a", "--force")

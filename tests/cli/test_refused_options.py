@@ -1,4 +1,4 @@
-"""What commands refuse: outputs that would replace files of another kind, options without effect, bad values."""
+"""Rejected options: outputs that would replace files of another kind, options without effect, invalid values."""
 
 import os
 import shutil

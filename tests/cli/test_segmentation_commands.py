@@ -1,4 +1,4 @@
-"""The commands on segmentation models: figures, reports, budgets, comparisons, and what is refused."""
+"""The commands on segmentation models: metrics, reports, budgets, comparisons, and rejected options."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 @pytest.fixture(params=MAKERS)
 def checkpoint(request, tmp_path):
-    """A segmentation model in mmseg's format, of which nothing but the weights says what it is."""
+    """A segmentation model in mmseg's format that can be identified only by its weights."""
     model = MAKERS[request.param]()
     torch.save(
         {"meta": {"CLASSES": ("ground", "a", "b", "c", "d")}, "state_dict": model.state_dict()}, tmp_path / "s.pth"
@@ -100,7 +100,7 @@ def test_budgets_are_met_and_several_axes_searched(tmp_path):
 
 
 def test_a_budget_can_be_the_backbone_s_alone(data, tmp_path):
-    """Neck and head cost the same whatever is dropped, here more than half of all."""
+    """The cost of neck and head does not depend on dropped tokens; here it is more than half of the total."""
     torch.save({"state_dict": make_vim_upernet().state_dict()}, "s.pth")
     options = ("--data", data, "--stages", "1,2", "--no-latency", "--no-reconstruct", "-o", "m")
     report = call_json("prune", "s.pth", "--flops-backbone", "80%", "--no-search", *options)
@@ -108,7 +108,7 @@ def test_a_budget_can_be_the_backbone_s_alone(data, tmp_path):
     assert 0.7 < shares[0] <= 0.8 < shares[1]
     searched = call_json("prune", "s.pth", "--flops-backbone", "80%", "--dry-run", "--search-images", 8, *options[:5])
     assert searched["pruned"]["flops"]["full"] <= shares[1] * report["dense"]["flops"]["full"] * 1.05
-    # The maps of the output levels are fitted without a reconstruction, too, and the budget leaves room for them.
+    # The maps of the output levels are also fitted without a reconstruction, and the budget reserves FLOPs for them.
     for share in (60, 65, 70, 75):
         within = call_json("prune", "s.pth", "--flops-backbone", f"{share}%", "--no-search", *options, "--force")
         assert within["pruned"]["flops_backbone"]["full"] <= share / 100 * within["dense"]["flops_backbone"]["full"]
@@ -139,7 +139,7 @@ def test_two_processes_measure_and_fit_what_one_does(tmp_path):
 
 
 def test_how_masks_count_classes_is_remembered(data):
-    """0 is no class in these masks: the figures are those of four classes that count from 1."""
+    """0 is not a class in these masks: the metrics are for four classes that count from 1."""
     torch.save({"state_dict": make_vim_upernet(num_classes=4).state_dict()}, "s.pth")
     options = ("--ratio", 0.3, "--stages", "2", "--data", data, "--no-latency", "--no-reconstruct")
     report = call_json("prune", "s.pth", *options, "--reduce-zero-label", "-o", "m")

@@ -93,7 +93,7 @@ def test_a_search_by_labels_that_no_pixel_has_is_refused(checkpoint, empty):
 
 
 def test_labels_in_other_images_than_those_used(checkpoint):
-    """One image of twelve has labels: it is measured on with some seeds, and learnt from with all others."""
+    """One image of twelve has labels: it is used for evaluation with some seeds, and for fitting with the others."""
     write_scenes(Path("one"), 12)
     for names in ("00[1-9]", "01*"):
         fill_masks("one", 255, names)
@@ -166,7 +166,7 @@ def save_rotated(picture, path, orientation, **options):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_a_mask_belongs_to_the_picture_as_it_is_shown(orientation, suffix):
-    """As mmcv reads it. Sides differ, and so do all corners."""
+    """Orientation as in mmcv. Both sides, and all corners, differ."""
     Path("r/images").mkdir(parents=True)
     Path("r/annotations").mkdir()
     pixels = scenes(1)[0][0][:32, :48]
@@ -206,7 +206,7 @@ def test_a_png_file_may_say_after_its_pixels_that_it_is_rotated():
 
 
 def test_all_images_for_segmentation_are_read_as_shown():
-    """Folders without masks, shards and tables, too; classifiers get the stored pixels."""
+    """Also folders without masks, shards and tables; classifiers get the stored pixels."""
     pixels = scenes(1)[0][0][:32, :48]
     Path("flat").mkdir()
     save_rotated(Image.fromarray(pixels), "flat/a.png", 6)

@@ -37,7 +37,7 @@ def test_a_table_that_fits_is_one_table(capsys, monkeypatch):
 
 @pytest.mark.parametrize("length", range(1, 40))
 def test_names_are_whole_where_there_is_room(capsys, monkeypatch, length):
-    """A name is folded only if it takes more than half of the width."""
+    """A name is wrapped only if it takes more than half of the width."""
     rows = [("n" * length, ["12345678"] * 6)]
     out = shown(capsys, ["", *"abcdef"], rows, 80, monkeypatch)
     assert ("n" * length) in out

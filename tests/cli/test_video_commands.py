@@ -1,4 +1,4 @@
-"""Commands on a model of videos, and `--views`."""
+"""Commands on a video model, and `--views`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from videos import write_frames
 import ssmcompress
 from ssmcompress.data import Batches, open_images
 
-# `prune` draws the tokens that are kept of frames by the module that lays them out.
+# `prune` draws the kept tokens of frames with the module that arranges them.
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The commands on a VideoMamba for videos, from folders of frames to a verified file and its pictures."""
+"""The commands on a VideoMamba for videos, from folders of frames to a verified ONNX file and pictures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The commands on a ViT: EViT's and ToMe's options, what is refused, and the report, files and graph of a Vim."""
+"""The commands on a ViT: options of EViT and ToMe, rejected options, and the same outputs as for a Vim."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `test_training` runs in two processes: each step of the work, its figures from the first process as JSON.
+"""The script that `test_training` runs in two processes: all steps, with metrics of the first process as JSON.
 
     torchrun --nproc-per-node 2 tests/compression/distributed_work.py FOLDER
 
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         },
         "images": plan.calibration.images,
     }
-    # Weights as they were, whatever the calibration's last digit is; one step of 14 images, mixed with each other.
+    # Weights independent of the last digit of the calibration; one step of 14 images, with mixup.
     pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.3))
     for name, changes in {
         "step": {},

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learnt from, that it helps, and that a run cut off or divided is the same run."""
+"""Fine-tuning: the objective, its benefit, and equal results for interrupted and distributed runs."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def record_of(model):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Ten classes of four images each, a class in one colour or so."""
+    """Ten classes of four images each; each class has roughly one colour."""
     root = tmp_path_factory.mktemp("pictures")
     for label in range(10):
         for i in range(4):
@@ -157,7 +157,7 @@ def test_fused_tokens_have_no_teacher(pictures):
 def test_features_of_fused_tokens_are_left_out():
     generator = torch.Generator().manual_seed(0)
     features, teacher = torch.randn(2, 4, 6, generator=generator), torch.randn(2, 5, 6, generator=generator)
-    positions = torch.tensor([[0, 2, 3, 5], [1, 2, 6, 7]])  # from 5 on, tokens that others were fused into
+    positions = torch.tensor([[0, 2, 3, 5], [1, 2, 6, 7]])  # positions from 5 on are fused tokens
     known = [
         (1 - F.cosine_similarity(features[0, :3], teacher[0, [0, 2, 3]])).mean(),
         (1 - F.cosine_similarity(features[1, :2], teacher[1, [1, 2]])).mean(),
@@ -166,7 +166,7 @@ def test_features_of_fused_tokens_are_left_out():
 
 
 def test_features_are_compared_at_the_kept_positions(pictures):
-    """Pruned behind its last layer but one and never trained: at lr 0, the loss is the cosine there alone."""
+    """Pruned after the second to last layer: at lr 0, the loss is only the cosine distance there."""
     dense = make_vim(depth=3)
     pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, stages=(2,), ratio=0.5))
     recipe = replace(SMALL, epochs=1, lr=0.0, warmup=0.0, min_lr=0.0, batch_size=40, crop=1.0, flip=0.0, teacher=0.0)
@@ -289,7 +289,7 @@ def test_the_model_comes_closer_to_its_teacher_without_labels(model, tmp_path):
 
 
 def test_a_model_is_no_worse_for_it(vim, pictures):
-    """With steps far too large every epoch does worse than the model before, whose weights are kept."""
+    """With far too large steps, every epoch is worse than the initial model, whose weights are kept."""
     data = batches(vim, pictures)
     pruned = pruned_of(vim)
     recipe = replace(SMALL, lr=3.0, teacher=1.0, clip_grad=0.0, warmup=0.0)
@@ -324,7 +324,7 @@ def test_norms_are_trained_only_if_the_recipe_says_so(model, tmp_path, norms):
 
 
 def test_a_ramp_begins_with_nothing_pruned(vim, pictures):
-    """At its first step the pruned model still is the dense one, so that there is nothing to learn."""
+    """At the first step the pruned model still equals the dense one, so the loss is zero."""
     first = {}
     for ramp in (0.0, 1.0):
         losses = []
@@ -374,7 +374,7 @@ def test_what_cannot_be_learnt_from(vim, tmp_path, pictures):
 
 
 def test_features_are_compared_with_a_teachers_alone(vim, pictures):
-    """Without one, their weight changes nothing."""
+    """Without a teacher, the weight of features has no effect."""
     data = batches(vim, pictures)
     with_them, without = (
         finetune(pruned_of(vim), data, recipe=replace(SMALL, features=features)).last for features in (1.0, 0.0)
@@ -480,7 +480,7 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(vim, pictures, tmp_p
         with pytest.raises(InputError):
             ssmcompress.load(state)
     state.unlink()
-    finetune(pruned_of(vim), data, recipe=SMALL, **options)  # without a state it starts afresh
+    finetune(pruned_of(vim), data, recipe=SMALL, **options)  # without a state it starts from scratch
 
 
 def test_two_processes_do_what_one_does(tmp_path, capsys):
@@ -518,7 +518,7 @@ def test_memory_does_not_grow(pictures):
 
 
 def test_other_threads_can_train(vim, pictures):
-    """Signals can be handled in the main thread alone."""
+    """Signals can be handled only in the main thread."""
     done = []
     thread = threading.Thread(
         target=lambda: done.append(finetune(pruned_of(vim), batches(vim, pictures), dense=vim, recipe=SMALL))

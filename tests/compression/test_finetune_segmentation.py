@@ -1,4 +1,4 @@
-"""Fine-tuning of segmentation models: images and masks are augmented alike, and what is learnt from them."""
+"""Fine-tuning of segmentation models: joint augmentation of images and masks, and training on them."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def segmenter() -> VimUperNet:
             value.uniform_(0.5, 2, generator=generator)
         elif value.is_floating_point() and not name.endswith(("_log", ".D", ".D_b")):
             value.normal_(0, 0.3, generator=generator)
-    model.backbone.patch_embed.proj.weight.data *= 0.05  # else the layers would change hardly anything
+    model.backbone.patch_embed.proj.weight.data *= 0.05  # otherwise the layers would have almost no effect
     for block in model.blocks:
         block.mixer.out_proj.weight.data *= 4
     model.classifier.weight.data *= 20
@@ -104,7 +104,7 @@ def first_loss(tuned) -> float:
 
 
 def test_an_image_and_its_mask_have_the_same_geometry(segmenter):
-    """A picture that is white where its mask has class 1: it still is, at any scale, place and side."""
+    """A picture that is white where its mask has class 1 stays so at any scale, position and flip."""
     mask = np.zeros((40, 60), np.uint8)
     mask[5:22, 8:50], mask[22:38, 8:20], mask[:, 57:] = 1, 1, 1  # no symmetry
     picture = Image.fromarray(mask * 255).convert("RGB")
@@ -166,7 +166,7 @@ def test_colours_change_in_the_image_alone(segmenter):
 
 
 def test_a_crop_of_one_class_is_drawn_again(segmenter):
-    """Class 1 is at the left, in a sixth of all crops; in a tenth, both classes have enough pixels."""
+    """Class 1 is on the left, in a sixth of all crops; in a tenth, both classes have enough pixels."""
     mask = np.zeros((32, 128), np.uint8)
     mask[:, :16] = 1
     found = [1 in augment(segmenter, PLAIN, read_picture(0, mask.shape), mask, seed)[1] for seed in range(60)]
@@ -243,7 +243,7 @@ def test_recipes_for_the_other_task_are_refused_before_anything_is_read(pruned, 
 
 @torch.no_grad()
 def test_the_objective_is_of_labelled_pixels_and_of_the_teacher(segmenter, pruned):
-    """At lr 0, without augmentation: the loss of all images, of logits at the size of the head's finest map."""
+    """At lr 0, without augmentation: the loss of all images on logits at the size of the head's finest map."""
     recipe = replace(PLAIN, batch_size=8, lr=0.0, warmup_lr=0.0, min_lr=0.0, teacher=0.25, features=2.0)
     with torch.enable_grad():
         found = first_loss(finetune(pruned, batches(segmenter), dense=segmenter, recipe=recipe))
@@ -276,7 +276,7 @@ def test_gradients_of_labels_are_those_of_the_task():
 
 
 def test_a_segmenter_comes_closer_to_its_teacher_and_keeps_its_norms(segmenter, pruned):
-    """Without masks; statistics and weights of batch norms stay as they are."""
+    """Without masks; statistics and weights of batch norms do not change."""
     data = batches(segmenter, pairs(labelled=False))
     before = evaluate(pruned, data, dense=segmenter)
     recipe = replace(PLAIN, epochs=12, batch_size=8, lr=3e-4, lr_images=8, ramp=0.3)
@@ -304,7 +304,7 @@ def test_the_best_epoch_is_the_one_with_the_lowest_objective(segmenter, pruned):
 
 
 def test_a_segmenters_run_cut_off_goes_on_to_the_same_weights(segmenter, pruned, tmp_path):
-    """With a ramp, during which each stage drops one token at least, as the maps of levels need it."""
+    """With a ramp, during which each stage drops at least one token, as required by the level maps."""
     state, recipe = tmp_path / "state.pt", replace(SMALL, epochs=2, ramp=0.8, accumulate=2)
     data = batches(segmenter)
 

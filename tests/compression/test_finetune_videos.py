@@ -1,4 +1,4 @@
-"""Augmentation of videos: every frame of a clip alike."""
+"""Augmentation of videos: the same for every frame of a clip."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from ssmcompress.data import Batches, Video, open_images
 from ssmcompress.data.transforms import Preprocessing
 
 PLAIN = Preprocessing((0.5,) * 3, (0.25,) * 3, 1.0, "bicubic", recorded=True)
-# Of timm's random choices, all that a recipe can ask for.
+# All random augmentations of timm that a recipe supports.
 STRONG = Recipe(crop=0.3, flip=0.5, randaugment="rand-m9-mstd0.5-inc1", erasing=0.5)
 
 
@@ -27,7 +27,7 @@ def make_noise(frames=1, size=(20, 30), seed=0):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_frames_stay_equal(seed):
-    """A video that does not move does not move after augmentation, whatever crop, flip and operations are drawn."""
+    """A static video is static after augmentation, for any crop, flip and operations."""
     still = Image.fromarray(make_noise()[0])
     transform = training_transform(PLAIN, (8, 8), STRONG, frames=6)
     with seed_rng(seed):
@@ -37,7 +37,7 @@ def test_equal_frames_stay_equal(seed):
 
 
 def test_clips_are_augmented_anew():
-    """Each call draws other frames and another augmentation, and the same seed the same ones."""
+    """Each call draws new frames and augmentations; the same seed gives the same ones."""
     pixels = make_noise(40)
     video = Video(40, lambda i: Image.fromarray(pixels[i]))
     transform = training_transform(PLAIN, (8, 8), STRONG, frames=4)

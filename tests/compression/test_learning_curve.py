@@ -1,4 +1,4 @@
-"""What half of the images tell about the images of a refit: the rows, the estimate, records and reports."""
+"""Estimating from half of the images whether a refit has enough: the rows, the estimate, records and reports."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_half_of_the_images_are_worse_by_the_law_of_least_squares():
     images, runs = 100, 200
     found = []
     for seed in range(runs):
-        held = torch.arange(images + 400) >= images  # many, so that choosing the ridge tells little
+        held = torch.arange(images + 400) >= images  # many, so that the choice of the ridge has little influence
         split, *_ = noisy_rows(seed, images + 400, held)
         result = split.refit(torch.zeros(OUTPUTS, INPUTS), [INPUTS])
         found.append((result.after, result.half))
@@ -92,7 +92,7 @@ def test_nothing_is_said_where_there_is_nothing_to_compare(case):
 
 @torch.no_grad()
 def test_a_correction_of_low_rank_is_measured_at_its_rank():
-    """With as many inputs as images to fit on, half of them determine a map of full rank far worse."""
+    """With as many inputs as images for fitting, half of them determine a full-rank map far worse."""
     generator = torch.Generator().manual_seed(0)
     linear, correction = torch.nn.Linear(6, 16, bias=False), torch.nn.Linear(32, 16, bias=False)
     for module in (linear, correction):

@@ -1,4 +1,4 @@
-"""Maps of output levels: what they are fitted to, what they bring, and when nothing is changed."""
+"""Maps of output levels: their targets, their gain, and when nothing is changed."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_reconstruction_fits_the_maps_of_its_own_weights(segmenter):
 @pytest.mark.parametrize("make", [make_vim_upernet, make_vmamba])
 @torch.no_grad()
 def test_maps_of_tokens_that_are_read_as_zeros_are_fitted_to_zeros(make):
-    """What the record says of the error after the maps is the error of the level that the model reads."""
+    """The recorded error after the maps is the error of the level that the model reads."""
     model = make()
     images = images_of(model, 40)
     pruned = ssmcompress.prune(model, Plan((Stage(2, 0.5),), gap="bias", fill="zero"))

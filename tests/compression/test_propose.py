@@ -1,4 +1,4 @@
-"""Plans for a budget: the FLOPs that the search reckons with are those that are counted."""
+"""Plans for a budget: the FLOPs in the search equal the counted FLOPs."""
 
 import random
 

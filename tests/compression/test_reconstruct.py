@@ -1,4 +1,4 @@
-"""Reconstruction: the regression, the run side by side, what is kept of it in files, graphs and reports."""
+"""Reconstruction: the regression, the layer-by-layer run, and its results in files, graphs and reports."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def test_the_error_of_a_weight_comes_from_the_sums():
 
 def test_a_refit_that_the_held_out_rows_do_not_confirm_is_not_made():
     x, old = draw(40, 6), draw(4, 6, seed=3)
-    fitted = rows_of(x, draw(40, 4, seed=1), torch.ones(40))  # what was to be learnt is noise
+    fitted = rows_of(x, draw(40, 4, seed=1), torch.ones(40))  # the targets are noise
     held_out = rows_of(draw(40, 6, seed=4), draw(40, 6, seed=4) @ old.T, torch.ones(40))
     found = refit(fitted, held_out, old)
     assert torch.equal(found.weight, old)
@@ -73,7 +73,7 @@ def test_each_group_of_inputs_has_its_own_ridge_and_one_of_noise_is_left_alone()
     x, true = draw(4000, 6), draw(4, 6, seed=1)
     t = x @ true.T + 0.1 * draw(4000, 4, seed=2)
     noise, other = draw(4000, 30, seed=3), draw(4000, 30, seed=4)
-    # On the rows to fit the further inputs foretell the noise, on those held out they do not.
+    # The additional inputs predict the noise on the fitted rows, but not on the held-out rows.
     told = torch.cat([x, (t - x @ true.T) @ draw(4, 30, seed=5) + 1e-3 * noise], dim=1)
     ones = torch.ones(4000)
     found = refit(rows_of(told, t, ones), rows_of(torch.cat([x, other], dim=1), t, ones), torch.zeros(4, 36), [6, 30])
@@ -118,7 +118,7 @@ def test_rows_that_are_not_finite_are_refused():
 
 
 def noise(count, seed):
-    """Images that have something in common among their patches: each has a colour of its own."""
+    """Images whose patches are correlated: each image has its own colour."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, 1, 1, generator=generator) + torch.randn(count, 3, 16, 16, generator=generator) / 2
 
@@ -151,7 +151,7 @@ def same_weights(one, other):
 def test_the_dense_model_is_followed_more_closely_on_images_not_used(dense, pruned, rebuilt):
     unseen = noise(64, seed=3)
     before, after = (ssmcompress.evaluate(m, unseen, dense=dense).kl for m in (pruned, rebuilt))
-    assert after < 0.8 * before  # random weights have little that a linear map could win back
+    assert after < 0.8 * before  # with random weights, a linear map can recover little
     record = record_of(rebuilt)
     assert (record.name, record.images, record.held_out, record.kept) == ("noise", 300, 60, True)
     assert record.kl_after < 0.8 * record.kl_before
@@ -191,7 +191,7 @@ def test_where_nothing_is_pruned_nothing_changes(dense, many):
     found = ssmcompress.reconstruct(pruned, dense, many)
     assert same_weights(found, pruned)
     assert record_of(found) is None
-    # The same with tokens missing in the counts only: all maps are right as they are.
+    # The same with tokens missing in the counts only: all maps are already correct.
     pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.5, stages=(1,)))
     pruned.pruners["1"].ratio = 0.0
     found = ssmcompress.reconstruct(pruned, dense, many)
@@ -261,7 +261,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
         ).solution.T
         mapped = expected[:, : groups[0]]
         torch.testing.assert_close(torch.cat([new.weight, *biases[1]], 1).double(), mapped, atol=1e-5, rtol=1e-4)
-        # Of the correction what keeps 98 % of the gain on the images held out, unless that takes half of its rank.
+        # The correction keeps 98 % of the gain on the held-out images, unless this needs half of its rank.
         thin = found.corrections["2"]
         thinner = torch.cat([mapped, (thin[1].weight @ thin[0].weight).double() / scale], dim=1)
         x, t, w = (
@@ -273,7 +273,7 @@ def test_a_projection_is_the_weighted_regression_of_the_dense_features(many, mak
 
 
 def test_a_correction_is_added_to_all_kept_tokens_of_an_image(rebuilt, many):
-    """What the model computes, step by step: of all pruned so far the mean, each scaled to a mean square of 1."""
+    """The model's computation step by step: the mean of all tokens pruned so far, each scaled to mean square 1."""
     rebuilt = copy.deepcopy(rebuilt)
     rebuilt.class_corrections.clear()
     layer = max(map(int, rebuilt.corrections))
@@ -317,7 +317,7 @@ def test_no_files_are_left_and_none_are_kept_when_it_fails(dense, pruned, many, 
 
 
 def test_two_processes_add_their_sums(dense, pruned, tmp_path):
-    """Each has half of the images; 40 of 80, so that every fifth is the same one."""
+    """Each process has half of the images; 40 of 80, so that every fifth image is the same."""
     images = noise(80, seed=4)
     whole = ssmcompress.reconstruct(pruned, dense, images)
     torch.save((dense, pruned, images), tmp_path / "given.pt")

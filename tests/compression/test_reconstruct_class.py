@@ -1,4 +1,4 @@
-"""Corrections of the class token: what they compute, where they are exact, and what is kept of them."""
+"""Corrections of the class token: their computation, cases in which they are exact, and saving."""
 
 import copy
 from dataclasses import replace
@@ -57,7 +57,7 @@ def test_the_number_of_segments_follows_from_the_model():
 
 
 def test_a_correction_is_a_map_of_the_update_and_of_all_tokens_in_segments(corrected):
-    """What the model computes, written out for each image: dropped tokens as they were last seen."""
+    """The model's computation written out for each image, with the last features of dropped tokens."""
     model, images = corrected
     tokens, bare = model.embed(images), plain(model)
     length, count = model.length, choose_segments(model.length, 16)
@@ -99,7 +99,7 @@ def test_the_last_layer_computed_for_the_class_token_alone_gives_the_same(correc
 
 
 def test_the_mean_of_dropped_tokens_follows_from_their_sums_in_segments(corrected):
-    """Corrections of all tokens read that mean, and no second sum is made for them."""
+    """Corrections of all tokens use that mean; no second sum is computed for them."""
     model, images = copy.deepcopy(corrected[0]), corrected[1]
     model.corrections["4"] = low_rank(16, 2)
     without_stages = copy.deepcopy(model)
@@ -118,7 +118,7 @@ def test_narrow_models_and_autocast_compute_it_too(corrected):
     expected = model(images)
     narrow = copy.deepcopy(model).half()(images.half())
     assert (narrow - expected).abs().max() < 0.01 * expected.abs().max()
-    # In bfloat16 some other tokens are kept.
+    # In bfloat16 some of the kept tokens differ.
     with torch.autocast("cpu", torch.bfloat16):
         results = [model(images)]
     results.append(copy.deepcopy(model).bfloat16()(images.bfloat16()))

@@ -1,4 +1,4 @@
-"""Corrections of the logits where a mean is read out: what they compute, what is kept of them, and where they go."""
+"""Corrections of the logits in models with mean pooling: their computation, saving, and removal."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def plain(model):
 
 
 def test_it_is_a_map_of_all_tokens_in_segments(corrected):
-    """What the model computes, written out for each image: dropped tokens as they were last seen."""
+    """The model's computation written out for each image, with the last features of dropped tokens."""
     model, images = corrected
     bare, tokens = plain(model), model.embed(images)
     last_seen = [{} for _ in images]
@@ -81,7 +81,7 @@ def test_narrow_models_and_autocast_compute_it_too(corrected):
         narrow, bare = copy.deepcopy(model).to(kind), plain(model).to(kind)
         found = narrow(images.to(kind)) - bare(images.to(kind))
         assert found.dtype == kind
-        # In bfloat16 some other tokens are kept.
+        # In bfloat16 some of the kept tokens differ.
         assert torch.nn.functional.cosine_similarity(found.flatten().float(), correction.flatten(), dim=0) > 0.95
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images) - plain(model)(images)
@@ -120,7 +120,7 @@ def test_damaged_files_are_refused(corrected, tmp_path, change, message):
 
 @pytest.fixture(scope="module")
 def rebuilt():
-    """A dense model, one pruned, and that one reconstructed without and with a correction."""
+    """A dense model, a pruned model, and its reconstructions without and with a correction."""
     dense = make_plain_mamba(depth=2)
     images = striped(400, seed=3)
     pruned = ssmcompress.prune(dense, ssmcompress.make_plan(dense, ratio=0.6, stages=(1,)))
@@ -192,7 +192,7 @@ def test_its_rank_is_bounded_for_many_classes():
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 64)])
 def test_it_is_taken_along_to_other_image_sizes(rebuilt, tmp_path, size):
-    """Its segments stay as many as they were, although 4 tokens would have fewer, and 24 more."""
+    """The number of segments does not change, although it would be lower for 4 tokens and higher for 24."""
     folder = ssmcompress.save(copy.deepcopy(rebuilt[3]), tmp_path / "m")
     model = ssmcompress.load(folder, image_size=size)
     assert model.segments == SEGMENTS

@@ -1,4 +1,4 @@
-"""Trimming: the chains against direct solves, the sums against the model, and chosen parts against random ones."""
+"""Trimming: chains against direct solves, sums against the model, and selected parts against random ones."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ from ssmcompress.compression.trim.layers import drop_directions, drop_layers
 from ssmcompress.compression.trim.states import cut_states, state_chains, trim_states
 from ssmcompress.errors import InputError
 
-TINY = 1e-13  # a ridge that draws nothing towards the old solution
+TINY = 1e-13  # a ridge too small to have an effect
 
 
 def draw(*shape, seed=0):
@@ -154,7 +154,7 @@ def equal_states(model, other):
 
 @torch.no_grad()
 def errors_after(model, cut, images):
-    """For each layer, the weighted error of its update when it alone is cut, relative to that update without a bias."""
+    """For each layer, the weighted error of its update if only it is cut, relative to the update without a bias."""
     inputs, shares = LayerInputs(model, images), []
     for new in cut.blocks:
         block, error, power = inputs.block, 0.0, 0.0
@@ -364,7 +364,7 @@ def test_directions_that_cannot_be_dropped_are_refused(vim, directions):
 
 @pytest.fixture(scope="module")
 def trained():
-    """The bundled model, 16 images to fit on and 60 others to judge by."""
+    """The bundled model, 16 images for fitting and 60 others for evaluation."""
     model = ssmcompress.load(BUNDLED)
     images = ssmcompress.open_images(BUNDLED / "images.parquet", 10)
     prepared = torch.cat([batch.images for batch in ssmcompress.Batches(images, model.transform(), range(76))])

@@ -1,4 +1,4 @@
-"""A VideoMamba is pruned, trimmed, refitted, searched and compared as a Vim is, for images and for videos."""
+"""Pruning, trimming, refitting, search and comparison of VideoMambas for images and for videos."""
 
 import pytest
 import torch

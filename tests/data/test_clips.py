@@ -24,7 +24,7 @@ def make_video(count, size=(8, 8)):
 
 
 def read_numbers(clip):
-    """The numbers of the frames (...,) of a clip (..., channels, frames, height, width) of `make_video`."""
+    """The frame numbers (...,) of a clip (..., channels, frames, height, width) of `make_video`."""
     return (clip[..., 0, :, 0, 0] * 255).round().int().tolist()
 
 
@@ -46,7 +46,7 @@ def test_frames_are_the_centres_of_equal_parts(length, frames, numbers):
 
 @given(st.integers(1, 400), st.integers(1, 64), st.integers(1, 10))
 def test_frames_of_each_clip_lie_in_their_parts(length, frames, clips):
-    """In order, one in each part, and mirrored in time where the offset is: no clip prefers an end of the video."""
+    """Ordered, one per part, and symmetric in time for mirrored offsets: no clip is biased to an end of the video."""
     for a, b in Views(clips).offsets():
         numbers = sample_frames(length, frames, (a, b))
         assert all(t * length <= (i + 1) * frames and i * frames < (t + 1) * length for t, i in enumerate(numbers))
@@ -63,7 +63,7 @@ def test_drawn_frames_lie_in_their_parts(length, frames, seed):
 
 
 def test_a_frame_is_prepared_as_an_image():
-    """By the same resizing, crop and normalisation, and stacked behind the channels."""
+    """With the same resizing, crop and normalisation, and stacked after the channels."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 30, 44, 3), dtype=np.uint8)
     values = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, 0.8, "bicubic", recorded=True)
     clip = VideoTransform(values, (16, 20), 5)(Video(5, lambda i: Image.fromarray(frames[i])))

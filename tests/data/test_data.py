@@ -1,4 +1,4 @@
-"""Images from every place users keep them in, and what is wrong with some."""
+"""Images in all supported forms, and invalid images."""
 
 import gzip
 import io
@@ -231,7 +231,7 @@ def test_a_strangers_folder_names_no_data_of_mine(vim, tmp_path, monkeypatch):
 
 
 def test_a_hub_name_with_a_split_is_loaded_by_datasets(tmp_path, monkeypatch):
-    """The real loading code, on a local repository of the hub's layout; the hub itself is not reached by tests."""
+    """The real loading code on a local repository in the Hub's layout; tests do not access the Hub itself."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "repo" / "data").mkdir(parents=True)
     for split, labels in (("train", [1, 2, 3]), ("validation", [4, 5])):
@@ -335,7 +335,7 @@ def test_large_parquet_files_are_mapped_not_read(tmp_path, monkeypatch):
 
 
 def test_a_tree_of_many_files_takes_little_memory(tmp_path):
-    """Names of 5,000 files in one piece: less than 256 kB, and nothing that a fork would copy."""
+    """The names of 5,000 files in one buffer: less than 256 kB, and nothing that a fork would copy."""
     for label in range(10):
         (tmp_path / f"class{label}").mkdir()
         for i in range(500):

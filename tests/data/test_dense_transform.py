@@ -1,4 +1,4 @@
-"""Preprocessing that keeps the ratio of images, and of masks that follow them."""
+"""Preprocessing that keeps the aspect ratio of images and of their masks."""
 
 import numpy as np
 import pytest
@@ -181,6 +181,6 @@ def test_what_is_assumed_is_remembered_for_each_value(kind, channels):
         assert tuple(name for name in ("mean", "std") if name in changed.defaults) == rest
         read = kind.from_dict(changed.to_dict(), channels)
         assert (read.defaults, read.recorded, changed.recorded) == (changed.defaults, True, False)
-        assert read.changed(**size).recorded  # by which it is not noted again
+        assert read.changed(**size).recorded  # so that the note is not repeated
     assert "assumed" not in values.changed(mean=(0.4,), std=(0.4,)).to_dict()
     assert kind.from_dict({**values.to_dict(), "assumed": "mean"}, channels).assumed is False

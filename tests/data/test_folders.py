@@ -1,4 +1,4 @@
-"""Which files of a folder are the data, and which class each folder is: as torchvision reads them, or by name."""
+"""The data files of a folder, and the class of each folder: as in torchvision, or by name."""
 
 import os
 import random
@@ -148,7 +148,7 @@ def test_numbers_that_hold_class_folders_are_not_classes(data, numbers, inside, 
 
 @pytest.mark.parametrize("inside", [["images"], ["x", "y"]])
 def test_numbers_may_hold_further_folders(data, lines, inside):
-    """One folder `images` in each, or folders that are not the same everywhere."""
+    """One folder `images` in each, or different folders in each."""
     fill(data, *(f"{i}/{inside[i % len(inside)]}/a.png" for i in (3, 6, 7)))
     assert labels_by_folder(open_images(data, 10)) == {"3": 3, "6": 6, "7": 7}
 

@@ -1,4 +1,4 @@
-"""Tables and what `datasets` saves: which files are one data set, and which columns are images and labels."""
+"""Tables and datasets saved by `datasets`: the files of one dataset, and the columns of images and labels."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_images_next_to_tables_are_asked_about(tmp_path, lines):
 
 
 def test_a_split_is_a_folder_or_a_file_but_not_both(tmp_path, lines):
-    """A clone may hold pictures for its tests, or of its splits next to the tables."""
+    """A clone may contain test pictures, or pictures of its splits next to the tables."""
     write(tmp_path / "repo" / "data" / "train-0.parquet", [0])
     write(tmp_path / "repo" / "data" / "test-0.parquet", [1, 2])
     (tmp_path / "repo" / "test").mkdir()

@@ -1,4 +1,4 @@
-"""Images with masks: which mask belongs to which image, what its values mean, and what is wrong with some."""
+"""Images with masks: matching masks to images, the meaning of their values, and invalid masks."""
 
 import io
 import tarfile

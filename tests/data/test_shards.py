@@ -1,4 +1,4 @@
-"""Tar shards whose members lie in any order, next to what does not belong to them."""
+"""Tar shards with members in any order, and with unrelated members."""
 
 import random
 import tarfile

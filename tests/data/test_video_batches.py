@@ -1,4 +1,4 @@
-"""Videos that a caller has as tensors, in loaders and as lists."""
+"""Videos passed as tensors, loaders and lists."""
 
 import numpy as np
 import pytest

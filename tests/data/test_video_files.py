@@ -40,7 +40,7 @@ def test_files_and_folders_of_frames_go_together(tmp_path):
 
 
 def test_a_file_with_other_packets_than_frames_is_sampled_over_its_frames(tmp_path, monkeypatch):
-    """The number of packets is a guess; here it says three times as many."""
+    """The number of packets is only an estimate; here it is three times too large."""
     pytest.importorskip("av")
     file = write_video(tmp_path / "v.mp4", 6)
     count = VideoFile._count

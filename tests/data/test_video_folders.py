@@ -1,4 +1,4 @@
-"""What counts as a video in a folder, which class it has, and what is refused."""
+"""The videos of a folder, their classes, and rejected folders."""
 
 import itertools
 
@@ -70,7 +70,7 @@ def test_folders_of_pictures_are_videos_without_labels(data, lines):
 
 
 def test_files_without_class_folders_have_no_labels(data):
-    """As many files as classes are no class folders."""
+    """As many files as classes do not count as class folders."""
     for name in "xy":
         np.save(data / f"{name}.npy", make_frames(3))
     assert open_videos(data).labels is None
@@ -146,7 +146,7 @@ def test_splits_are_chosen_as_for_images(data):
 
 
 def test_a_split_of_video_files_is_found_before_the_model_is_known(data):
-    """Files alone, in which a model of images finds nothing."""
+    """Only files, in which an image model finds nothing."""
     for split in ("train", "val"):
         (data / split).mkdir()
         np.save(data / split / "v.npy", make_frames(2))
@@ -269,7 +269,7 @@ def test_a_video_has_one_digest_however_it_is_stored(tmp_path):
 
 
 def test_videos_of_other_lengths_have_other_digests():
-    """Even where all frames are alike."""
+    """Even if all frames are equal."""
     still = Image.new("RGB", (8, 8))
     assert len({digest_picture(Video(length, lambda i: still)) for length in (8, 9, 16)}) == 3
 

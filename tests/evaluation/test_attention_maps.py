@@ -1,4 +1,4 @@
-"""Hidden attention and its maps: authors' values, matrices made of unit inputs, and what maps of pruned models show."""
+"""Hidden attention and its maps: the authors' values, matrices from unit inputs, and maps of pruned models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +114,7 @@ def explicit_matrix(call: ScanCall, tokens: Tokens) -> Tensor:
 
 
 def keep_some(model: TokenModel, images: Tensor, mask: list[bool], alignment: Alignment) -> Tokens:
-    """The tokens of images without those that a mask drops, another part of them in each image."""
+    """The tokens of images after dropping those in a mask, which differs between images."""
     tokens = replace(model.embed(images), alignment=alignment)
     rows = []
     for image in range(len(images)):
@@ -129,7 +129,7 @@ MASKS = st.lists(st.booleans(), min_size=16, max_size=16).filter(any)
 
 
 class TestExactForPruned:
-    """The sum of rows equals that of the matrix which unit inputs make, for any kept tokens."""
+    """The sum of rows equals that of the matrix computed from unit inputs, for any kept tokens."""
 
     @settings(max_examples=25, deadline=None)
     @given(mask=MASKS, aligned=st.booleans())
@@ -171,7 +171,7 @@ class TestExactForPruned:
         assert not torch.allclose(*(ssmcompress.attention_maps(m, images, **options) for m in (model, naive)))
 
     def test_last_layer_for_the_class_token_alone(self):
-        """The last layer is run for one token, and its row is that of the whole layer."""
+        """The last layer is run for one token, and its row equals that of the full layer."""
         model = ssmcompress.prune(make_vim(), ratio=0.3, stages=(2,))
         images = images_of(model, 4)
         views, calls = see_calls(model, images)
@@ -343,7 +343,7 @@ def test_models_are_not_observed_afterwards(vim, images):
 @pytest.mark.parametrize("kind", ["forward", "reverse", "order"])
 @pytest.mark.parametrize("gap", [None, "pair", "tensor"])
 def test_the_kernel_computes_what_the_scan_does(kind, gap, dtype, published):
-    """The compiled rows equal those by the reference scan, for odd sizes, and are added to what is there."""
+    """The compiled rows equal those of the reference scan, for odd sizes, and are accumulated."""
     g = torch.Generator().manual_seed(0)
     batch, length, d_inner, d_state = 2, 7, 83, 3
 

@@ -1,4 +1,4 @@
-"""What the report's figures mean: accuracy, agreement, FLOPs, latency."""
+"""The metrics of the report: accuracy, agreement, FLOPs, latency."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from ssmcompress.pruning.plan import Plan, Stage, default_stages
 
 
 class Fixed(torch.nn.Module):
-    """Gives out the logits that it was fed as images (B, 1, 1, classes)."""
+    """Returns the logits that are passed as images (B, 1, 1, classes)."""
 
     def __init__(self, shift=0.0):
         super().__init__()
@@ -120,7 +120,7 @@ def to_be_counted(architecture, ratio):
 @pytest.mark.parametrize("ratio", [None, 0.5])
 @pytest.mark.parametrize("architecture", ["vim", "plain_mamba"])
 def test_matrix_products_agree_with_torchs_own_counter(architecture, ratio):
-    """Torch counts no scan, no element-wise convolution and both directions; a multiply-add is two."""
+    """Torch counts neither scans nor depthwise convolutions, but both directions; a multiply-add is two FLOPs."""
     model = to_be_counted(architecture, ratio)
     parts, c = flops_by_part(model, as_run=True), model.config
     expected = 1e9 * sum(parts[name] for name in PRODUCTS)
@@ -176,7 +176,7 @@ def test_peak_memory_is_what_is_held_at_once():
 def test_a_forward_holds_less_than_its_activations_and_no_tensor_of_all_states():
     c = replace(make_vim(image=(64, 64), d_model=32).config, d_state=64)
     model, images = VisionMamba(c).eval(), torch.randn(2, 3, 64, 64)
-    model(images)  # what is made once is not of the forward
+    model(images)  # one-time allocations are not part of the forward pass
     states = 2 * model.length * c.d_inner * c.d_state * 4
     assert peak_memory(lambda: model(images), torch.device("cpu")) < min(states, 1.5 * 2 * model.activation_bytes())
 

@@ -1,4 +1,4 @@
-"""Models that are run in bfloat16: weights held in it, the same results as under autocast, float32 beside it."""
+"""Models in bfloat16: weights in bfloat16, the same results as under autocast, and the parts kept in float32."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_only_products_of_layers_are_narrow(vim):
 
 
 def test_no_weight_is_converted_at_each_forward(vim, images):
-    """The activations of a layer stay in bfloat16, too, so that nothing is left to convert but a few small tensors."""
+    """The activations of a layer also stay in bfloat16, so that only a few small tensors are converted."""
     converted = []
 
     class Conversions(torch.utils._python_dispatch.TorchDispatchMode):

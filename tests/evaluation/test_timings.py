@@ -39,7 +39,7 @@ def test_a_difference_is_one_if_nearly_all_rounds_agree(faster, noise):
 
 
 def test_rounds_are_compared_in_pairs_so_that_drift_does_not_hide_a_difference():
-    """Each round is slower than the one before by far more than the models differ."""
+    """Each round is slower than the previous one by far more than the difference of the models."""
     dense = [10.0 * 1.3**i for i in range(9)]
     found = Timings({"dense": dense, "pruned": [0.98 * ms for ms in dense]}).compare("dense", "pruned")
     assert not found["within_noise"]
@@ -88,7 +88,7 @@ def test_the_interval_is_of_pairs_and_holds_the_ratio_of_the_medians():
 
 @pytest.mark.parametrize("rounds", [7, 9, 15])
 def test_the_interval_holds_the_true_speed_up_as_often_as_it_says(rounds):
-    """Lognormal noise that the models share, and of their own."""
+    """Lognormal noise, shared and individual."""
     draw = torch.Generator().manual_seed(0)
     held, runs = 0, 1000
     for _ in range(runs):
@@ -210,7 +210,7 @@ def test_the_load_of_a_machine(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "load"), [(0, 0), (6, 0.19), (60, 1.26), (3600, 2.0)])
 def test_the_load_of_this_command_is_the_cpu_time_that_it_took(monkeypatch, seconds, load):
-    """Two cores, one of them in processes that have ended, as those that decode images."""
+    """Two cores, one of them used by processes that have ended, such as image decoders."""
     start = os.times_result((5.0, 1.0, 0.0, 0.0, 1000.0))
     now = os.times_result((5.0 + 0.9 * seconds, 1.0 + 0.1 * seconds, seconds, 0.0, 1000.0 + seconds))
     monkeypatch.setattr(timings, "_start", start)

@@ -1,4 +1,4 @@
-"""Figures of several views of each video."""
+"""Metrics for several views of each video."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_probabilities_of_the_views_are_averaged(model):
 
 
 def test_a_mean_of_probabilities_is_no_mean_of_logits():
-    """Two views that are as sure as can be count alike, however large their logits are."""
+    """Two fully confident views have the same weight, regardless of the size of their logits."""
 
     class Shown(torch.nn.Module):
         def __init__(self):
@@ -73,7 +73,7 @@ def test_several_views_are_measured(model, videos):
 
 
 def test_views_are_for_measuring_alone(model, videos):
-    """What fits a model on batches refuses them."""
+    """Functions that fit a model on batches reject views."""
     batches = Batches(videos, model.transform(views=(2, 3)))
     plan = ssmcompress.make_plan(model, ratio=0.5, importance="l2")
     with pytest.raises(InputError, match=r"\(4, 6, 3, 4, 8, 8\)"):

@@ -1,4 +1,4 @@
-"""Batches that an ONNX file is given: none, one or many images, values that are not finite, other sizes."""
+"""Input batches of an ONNX file: no, one or many images, values that are not finite, other sizes."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from ssmcompress.export.graph import KEPT_PREFIX, _set_opset, assemble, find_val
 from ssmcompress.export.runtime import choose_forms, newest_opset
 from ssmcompress.export.verify import verify_onnx
 
-# In a process of its own, which onnxruntime's Scan ended by a SIGFPE when its batch was empty.
+# In a separate process, because onnxruntime's Scan crashed with SIGFPE on an empty batch.
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime
@@ -77,7 +77,7 @@ def test_the_standard_form_is_valid_with_the_guard_against_an_empty_batch(traced
     if onnx.defs.onnx_opset_version() < STANDARD_OPSET:
         pytest.skip("this onnx does not know the operator")
     _, graph = traced
-    graph = copy_of(graph)  # `trace` writes the same for both opsets but for their number
+    graph = copy_of(graph)  # for both opsets, `trace` writes the same graph except for the opset number
     _set_opset(graph, STANDARD_OPSET)
     graph = assemble(graph, "standard")
     onnx.checker.check_model(graph, full_check=True)

@@ -1,4 +1,4 @@
-"""The ONNX file: what it computes, what is in it, and that a wrong one is found out."""
+"""The ONNX file: its results, its contents, and the detection of a wrong file."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ from ssmcompress.pruning.plan import Plan, Stage
 
 @pytest.fixture(scope="module", autouse=True)
 def one_trace_of_a_model():
-    """Tests of what is done with a graph share its trace, which takes 3 s."""
+    """Tests that use a graph share its trace, which takes 3 s."""
     traces = {}
 
     def trace_once(model, opset, classes=None):
@@ -136,7 +136,7 @@ def test_the_conv_function_is_the_op(reverse, aligned, length):
 
 
 def sessions_that_agree(model):
-    """A session of each form of scan, all verified, and held against the model with batches of other sizes."""
+    """A session of each form of scan, all verified, and compared with the model for other batch sizes."""
     traced = trace(model, newest_opset())
     for form in FORMS_HERE:
         graph = assemble(traced, form)

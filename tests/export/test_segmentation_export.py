@@ -59,7 +59,7 @@ def prune_and_map(dense, *layers, **changes):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Four pictures of different sizes, with useless masks: their labels go up to 255, of 5 classes."""
+    """Four pictures of different sizes, with meaningless masks: labels go up to 255 for 5 classes."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, size in enumerate([(70, 110), (64, 300), (200, 90), (30, 20)]):
         write_image(folder / "images" / f"{number}.png", number, size)
@@ -104,7 +104,7 @@ def test_a_pruned_vim_in_onnx_gives_the_logits_of_every_pixel(vim, form):
 
 
 def test_no_image_has_no_logits(plain_mamba):
-    """In a process of its own, which an empty batch may end."""
+    """In a separate process, because an empty batch may crash it."""
     _, file, _ = plain_mamba
     result = subprocess.run([sys.executable, "-c", EMPTY, file], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-500:]
@@ -158,7 +158,7 @@ def test_weights_of_neck_head_and_maps_are_the_models(vim):
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     unused = {"backbone.norm_f.weight", "backbone.layers.0.mixer.gap_delta", "backbone.layers.3.mixer.gap_delta"}
     for name, tensor in state.items():
-        if name in unused:  # all tokens are there in the first layer and in the last one
+        if name in unused:  # the first and the last layer process all tokens
             continue
         twins = [values[name]] if name in values else values.values()  # the exporter keeps one of equal tensors
         assert any(np.array_equal(twin, tensor.numpy()) for twin in twins), name

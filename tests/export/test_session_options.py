@@ -71,7 +71,7 @@ def test_a_file_recommends_the_options_that_its_figures_were_measured_with(model
     options = ssmcompress.OnnxOptions(latency=True)
     result = ssmcompress.export_onnx(model, tmp_path / "m.onnx", options)
     assert metadata(onnx.load(tmp_path / "m.onnx"))["session"] == result.session == SESSION
-    assert SESSION["intra_op_num_threads"] == 0  # nothing of the machine that exported it
+    assert SESSION["intra_op_num_threads"] == 0  # independent of the exporting machine
     assert set(opened) == {(2, "0")}
     assert result.latency_settings["onnxruntime_threads"] == 2
 

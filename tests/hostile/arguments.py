@@ -1,4 +1,4 @@
-"""Arguments: nonsense for every option of every command, outputs that are inputs, and what contradicts itself."""
+"""Arguments: invalid values for every option of every command, outputs that are inputs, contradictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = "9" * 5000
 
 
 def base(command: str, box: Box) -> list[Any]:
-    """A command line that would work, as far as reading its inputs goes; its output would be `out`."""
+    """A command line whose inputs are valid; its output would be `out`."""
     world = box.world
     images = ["--data", world.images]
     return {
@@ -34,7 +34,7 @@ def base(command: str, box: Box) -> list[Any]:
     }.get(command, [world.vim12])
 
 
-# Values that no option of the kind takes.
+# Values that are invalid for every option of the kind.
 _NUMBERS = ("", "nan", "inf", "-1", "1e999", "abc", "0x10", LONG, "1,2", "--", "-999999999999")
 _TEXTS: dict[str, tuple[str, ...]] = {
     "--ratio": ("", "nan", "-0.1", "0", "1", "1e999", "abc", "0.3,", ",", "0.3;0.4", "130%", LONG,
@@ -110,9 +110,9 @@ def nonsense(rng, box):
     weights = [0.2 if values[0].startswith("=") else 1 for _, _, values in options]
     command, option, values = rng.choices(options, weights)[0]
     value = rng.choice(values)
-    if "\x00" in value:  # no system passes it on
+    if "\x00" in value:  # no operating system can pass it
         value = "x"
-    if not value:  # the working folder must not be taken for the data
+    if not value:  # must not be interpreted as the working folder
         shutil.copytree(box.world.images, box.folder, dirs_exist_ok=True)
     given = [f"{option}{value}"] if value.startswith("=") and option not in _TEXTS else [f"{option}={value}"]
     more = [] if option in ("--finetune-epochs", "--json", "--force") or rng.random() < 0.7 else ["--json"]
@@ -128,7 +128,7 @@ def nonsense(rng, box):
 
 @maker(KIND, times=6)
 def nonsense_that_other_programs_take(rng, box):
-    """Values with a meaning elsewhere; whether they are taken or refused, nothing breaks."""
+    """Values with a special meaning elsewhere; they may be accepted or rejected, but nothing breaks."""
     command = rng.choice(["inspect", "evaluate", "report"])
     unfit = (
         "--html",
@@ -243,7 +243,7 @@ def outputs_that_are_inputs(rng, box, variant):
         ("compare", "in/model.pt", "--data", "in/images", "-o", output),
     ]
     forced = ("a file by force", "a device by force", "the model by force", "the dense model by force")
-    if variant not in (*forced, "dangling link"):  # to replace a file by a file is what --force is for
+    if variant not in (*forced, "dangling link"):  # replacing a file by a file is the purpose of --force
         commands.append(("export", "in/pruned", "-o", output))
     return Case((*rng.choice(commands), *force), detail=output)
 

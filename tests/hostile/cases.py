@@ -1,4 +1,4 @@
-"""Cases: what a maker writes and calls, what it accepts, and the seeded choice of cases of a kind."""
+"""Cases: the files and command of a maker, the accepted results, and the seeded choice of cases of a kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A command that has ended: exit code, and what it printed."""
+    """A finished command: exit code and output."""
 
     code: int
     stdout: str
@@ -23,14 +23,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Box:
-    """Where a case may write: `folder` is the working folder of the command. `canary` must never come into being."""
+    """The folders of a case: `folder` is the working folder of the command. `canary` must never be created."""
 
     folder: Path
     canary: Path
     world: World
 
 
-# Returns what is wrong with a finished command that has exit code 0, or None.
+# Returns the error of a finished command with exit code 0, or None.
 Judge = Callable[[Run], str | None]
 
 
@@ -87,7 +87,7 @@ def kinds() -> list[str]:
 
 
 def size(kind: str) -> int:
-    """How many different cases a kind has before random ones are made again with other values."""
+    """The number of different cases of a kind before random ones repeat with other values."""
     return len(_ENTRIES[kind])
 
 

@@ -22,7 +22,7 @@ KIND = "checkpoints"
 
 
 def refusal(rng: random.Random, box: Box, file: Any, detail: str = "") -> Case:
-    """A command, drawn by chance, that must refuse a checkpoint."""
+    """A randomly chosen command that must reject a checkpoint."""
     commands = [
         ("inspect", file),
         ("inspect", file, "--json"),
@@ -43,12 +43,12 @@ def refusal(rng: random.Random, box: Box, file: Any, detail: str = "") -> Case:
 def reading(
     box: Box, file: Path, expected: np.ndarray | None = None, must_read: bool = False, detail: str = ""
 ) -> Case:
-    """`inspect`, which may refuse a checkpoint or read it as what it is."""
+    """`inspect`, which may reject a checkpoint or must read it correctly."""
     return Case(("inspect", file.name, "--json"), same_logits(box, file, expected), must_read=must_read, detail=detail)
 
 
 def save(box: Box, content: Any, name: str = "model.pt", **options: Any) -> Path:
-    """Write a checkpoint of torch's."""
+    """Write a torch checkpoint."""
     file = box.folder / name
     torch.save(content, file, **options)
     return file

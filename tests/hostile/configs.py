@@ -34,14 +34,14 @@ def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
 
 
 def put(value: Any, place: tuple, new: Any) -> None:
-    """Replace what is at a place."""
+    """Replace the value at a place."""
     for key in place[:-1]:
         value = value[key]
     value[place[-1]] = new
 
 
 def take_away(value: Any, place: tuple) -> None:
-    """Delete what is at a place."""
+    """Delete the value at a place."""
     for key in place[:-1]:
         value = value[key]
     del value[place[-1]]
@@ -59,7 +59,7 @@ def write(box: Box, value: Any, name: str = "pruned/config.json") -> None:
 
 
 def using(rng: random.Random, box: Box, detail: str, refused: bool = False) -> Case:
-    """A command that reads the folder; if it does not refuse, the result is that of the undamaged one."""
+    """A command that reads the folder; unless it rejects it, the result must equal that of the undamaged folder."""
     world = box.world
     command: tuple = rng.choice([("inspect",), ("evaluate",), ("evaluate",)])
     more = ("--data", world.images) if command == ("evaluate",) else ()
@@ -80,7 +80,7 @@ def a_value_replaced(rng, box):
     for key in place:
         old = old[key]
     put(config, place, new)
-    # These are other values, but valid ones; whether they are true, nobody can tell.
+    # Changed values of these keys are valid; whether they are true cannot be checked.
     free = {"data", "command", "source", "versions", "seed", "name", "images", "held_out", "kept", "crop_pct"}
     text = json.dumps(config)
     write(box, text)

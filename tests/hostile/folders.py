@@ -1,4 +1,4 @@
-"""Folders of pictures: damaged and odd pictures, odd names, folders that are no classes."""
+"""Folders of pictures: damaged and unusual pictures, unusual names, folders that are not classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoded(pixels: np.ndarray | Image.Image, form: str = "png", **options: Any)
 
 
 def class_name(label: int) -> str:
-    """Names whose order is that of the classes."""
+    """Names that sort in the order of the classes."""
     return f"class{label:02d}"
 
 

@@ -1,4 +1,4 @@
-"""ONNX files for `verify`: damaged, of other models, with external data, with operators that are none."""
+"""ONNX files for `verify`: damaged, of other models, with external data, with operators that do not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""safetensors files: headers that lie, and metadata that is no configuration."""
+"""safetensors files: false headers, and metadata that is not a configuration."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def headers_that_are_none(rng, box, variant):
 
 
 def _spoil(rng: random.Random, header: dict[str, Any], variant: str) -> str:
-    """Spoil one entry, drawn by chance; returns its name."""
+    """Corrupt one random entry; returns its name."""
     keys = [k for k, v in header.items() if len(v["shape"]) and k != "__metadata__"]
     key, other = rng.sample(keys, 2)
     entry = header[key]

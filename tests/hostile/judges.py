@@ -1,4 +1,4 @@
-"""Judges of commands that have read their input: is the result the true one?"""
+"""Judges of commands that have read their input: is the result correct?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _no_constant(name: str) -> None:
 
 
 def same_logits(box: Box, file: Path, expected: np.ndarray | None = None, **options: Any) -> Judge:
-    """The file loads as a model that gives the logits of the undamaged one, and `inspect --json` says its shapes."""
+    """The file loads as a model with the logits of the undamaged one, and `inspect --json` reports its shapes."""
 
     def right(_: Run) -> str | None:
         import torch
@@ -43,7 +43,7 @@ def same_logits(box: Box, file: Path, expected: np.ndarray | None = None, **opti
 
 
 def same_json(expected: Callable[[], Any], ignore: Collection[str] = ()) -> Judge:
-    """What is printed is this JSON value."""
+    """The output is this JSON value."""
 
     def right(run: Run) -> str | None:
         found, truth = _json(run), expected()

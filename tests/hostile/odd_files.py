@@ -1,4 +1,4 @@
-"""Checkpoint files that are something else: other formats, places of the system, other models, zip files that lie."""
+"""Checkpoint files that are something else: other formats, system paths, other models, inconsistent zip files."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ _ODD_ARGUMENTS = {
 @maker(KIND, variants=list(_ODD_ARGUMENTS))
 def odd_arguments(rng, box, variant):
     file = save(box, checkpoint(box.world.state, args=_ODD_ARGUMENTS[variant]))
-    if variant == "a huge stride":  # it may be taken at its word: images of 3,005 pixels
+    if variant == "a huge stride":  # it may be accepted: images of 3,005 pixels
         return Case(("inspect", file.name), anything)
     return reading(box, file)
 

@@ -1,4 +1,4 @@
-"""Pickles that ask for code: any opcode, any protocol, in any place of a file. None may run."""
+"""Pickles that request code execution: any opcode, any protocol, anywhere in a file. None may run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dumps(value: Any, protocol: int) -> bytes:
 
 
 def attacks(box: Box) -> dict[str, Named]:
-    """Calls that would make the canary."""
+    """Calls that would create the canary."""
     canary = str(box.canary)
     touch, code = f"touch {canary}", f"open({canary!r}, 'w')"
     return {
@@ -95,7 +95,7 @@ def a_pickle_alone(rng, box, variant):
 
 
 def in_a_zip(box: Box, value: Any, protocol: int) -> None:
-    """A checkpoint of torch's whose pickle has a further entry."""
+    """A torch checkpoint whose pickle has an additional entry."""
     file = save(box, checkpoint(box.world.state))
     replace_member(file, "data.pkl", dumps({"epoch": 3, "hook": value, "model": {"a": 1}}, protocol))
 

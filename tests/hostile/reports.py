@@ -18,7 +18,7 @@ _ACTIVE = re.compile(r"<script|<img[^>]*onerror|<iframe|<svg|(href|src)=.?javasc
 
 
 def showing(rng: random.Random, box: Box, report: Any, detail: str, refused: bool = False) -> Case:
-    """A command that shows the report, or a refusal; a page has no active content in it."""
+    """A command that shows the report or rejects it; a page must have no active content."""
     form = rng.choice(["table", "json", "html", "verbose"])
     if form == "json":
         return Case(("report", "pruned", "--json"), None if refused else same_json(lambda: report), detail=detail)

@@ -23,9 +23,9 @@ from .world import World
 REFUSED, RIGHT, FAILED = "refused", "right result", "failed"
 # Files larger than this are compared by size and time only.
 HASHED = 8 << 20
-# What torch and onnxruntime leave in the folder for temporary files.
+# Files that torch and onnxruntime leave in the temporary folder.
 _CACHES = ("tmp/torchinductor_root", "tmp/.ses")
-# Lines on stderr that no user should see: of Python, of native libraries, of torch.
+# Lines on stderr that no user should see, from Python, native libraries and torch.
 _NOISE = re.compile(
     r"Traceback \(most recent|^\s+File \".*\", line \d+|[A-Za-z]Warning: |\[E:onnxruntime|\[W:onnxruntime|libpng |"
     r"^TIFF|Corrupt JPEG|terminate called|Fatal Python error|^Exception ignored",
@@ -46,7 +46,7 @@ class Result:
 
 
 def run_case(seed: int, kind: str, index: int, world: World, root: Path) -> Result:
-    """Make a case in the empty folder `root`, run it and judge it."""
+    """Create a case in the empty folder `root`, run it and judge it."""
     box = cases.Box(root / "work", root / "canary", world)
     box.folder.mkdir(parents=True)
     (root / "tmp").mkdir()
@@ -72,7 +72,7 @@ def run_case(seed: int, kind: str, index: int, world: World, root: Path) -> Resu
 
 
 def judge(case: cases.Case, run: cases.Run, before: dict, after: dict) -> str | None:
-    """Return what is wrong with a run, or None."""
+    """Return the error of a run, or None."""
     if "canary" in after:
         return "code of the input was run"
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
@@ -139,14 +139,14 @@ def _describe(entry: os.DirEntry) -> tuple:
 
 @contextmanager
 def _surroundings(folder: Path, temporary: Path) -> Iterator[None]:
-    """The working folder and the folder for temporary files of a command; state of the process is put back."""
+    """Set the working and temporary folders of a command; restores the state of the process."""
     import torch
 
     level = logging.getLogger("ssmcompress").level
     saved = os.getcwd(), tempfile.tempdir, dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
     os.chdir(folder)
     tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
-    for module in list(sys.modules.values()):  # so that a warning that was given once is given again
+    for module in list(sys.modules.values()):  # so that warnings that were shown before are shown again
         if isinstance(module, ModuleType):
             vars(module).pop("__warningregistry__", None)
     try:
@@ -163,7 +163,7 @@ def _surroundings(folder: Path, temporary: Path) -> Iterator[None]:
 
 
 def call(arguments: list[str]) -> cases.Run:
-    """Run a command line in this process; what native code prints is seen, too."""
+    """Run a command line in this process, and also capture the output of native code."""
     from ssmcompress.cli.app import app
 
     streams = sys.stdout, sys.stderr
@@ -198,5 +198,5 @@ def call(arguments: list[str]) -> cases.Run:
 
 
 def clear(root: Path) -> None:
-    """Remove the files of a case, whatever their rights."""
+    """Remove the files of a case, regardless of their permissions."""
     shutil.rmtree(os.fsencode(root), ignore_errors=True)

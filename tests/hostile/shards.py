@@ -1,4 +1,4 @@
-"""Tar shards: damaged, compressed, with links and odd members, with labels that are none."""
+"""Tar shards: damaged, compressed, with links and unusual members, with invalid labels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def a_header_spoiled(rng, box):
     place = start + rng.randrange(512)
     content[place] ^= 1 << rng.randrange(7)
     file.write_bytes(content)
-    # The rest of the shard must not be left out in silence.
+    # The rest of the shard must not be skipped silently.
     return measuring(box, all_right(COUNT), NAME, detail=f"byte {place}")
 
 
@@ -133,7 +133,7 @@ def labels_in_json(rng, box, variant):
             name, content = name.replace(".cls", ".json"), json.dumps(value).encode()
         entries.append((name, content))
     write(box, entries)
-    # Labels that are somewhere else in the JSON may be overlooked, if the result says that it has none.
+    # Labels elsewhere in the JSON may be ignored, if the result reports that there are no labels.
     right = all_right(COUNT, labelled=variant not in ("none", "nested"))
     return measuring(box, right, NAME)
 
@@ -227,7 +227,7 @@ def after_the_end(rng, box, variant):
     entries = members(box)
     half = len(entries) // 2
     first, second = packed(entries[:half]), packed(entries[half:])
-    if variant == "two files joined":  # by `cat`: what follows must not be left out in silence
+    if variant == "two files joined":  # by `cat`: the second file must not be skipped silently
         content = first + second
     elif variant == "zeros between":
         content = first.rstrip(b"\0")

@@ -1,4 +1,4 @@
-"""Parquet and arrow files: damaged, with other columns, with labels that are none."""
+"""Parquet and arrow files: damaged, with other columns, with invalid labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases in a process of their own, which a parent kills when one hangs and starts again when it has died."""
+"""Cases in a worker process, which a parent kills when a case hangs and restarts when it has died."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_cases(names: list[tuple[int, str, int]], root: Path, seconds: float = SE
 
 
 def _answers(worker: subprocess.Popen, pending: list, seconds: float, log: Path) -> Iterator[dict]:
-    """Yield what a worker answers, and drop those cases from `pending`; the one it hangs or dies in fails."""
+    """Yield a worker's results, and remove those cases from `pending`; the case in which it hangs or dies fails."""
     lines, buffer, limit = [], b"", STARTUP_SECONDS
     descriptor = worker.stdout.fileno()
     with selectors.DefaultSelector() as selector:

@@ -1,4 +1,4 @@
-"""What hostile inputs are made from, and the truth about it: models, pictures with their labels, a pruned folder."""
+"""The valid data from which hostile inputs are made: models, labelled pictures, a pruned folder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class World:
         return file
 
     def baseline(self, *arguments: Any) -> Any:
-        """What a command prints as JSON for undamaged inputs."""
+        """The JSON output of a command for undamaged inputs."""
         key = tuple(map(str, arguments))
         if key not in self._baselines:
             self._baselines[key] = json.loads(_run(*arguments, "--json"))
@@ -113,7 +113,7 @@ def draw_pictures(count: int) -> np.ndarray:
 
 
 def build(root: Path) -> World:
-    """Make the files of a world, unless they are there."""
+    """Create the files of a world, unless they exist."""
     world = World(root)
     if (root / DONE).exists():
         return world

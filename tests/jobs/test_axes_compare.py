@@ -1,4 +1,4 @@
-"""The rows of a comparison that trim other axes than tokens, and those of smaller images."""
+"""Rows of a comparison that trim axes other than tokens, and rows of smaller images."""
 
 import csv
 import json
@@ -97,7 +97,7 @@ def test_the_largest_image_within_the_level_is_chosen():
         for _ in sizes:
             found.append(choose_image_size(model, share))
             small = ssmcompress.load(model, image_size=found[-1])
-            small.mark_compressed()  # counted as it is run
+            small.mark_compressed()  # counted as run
             reached = flops(small)["full"] / flops(model)["full"]
             assert reached <= share
             share = reached - 1e-9
@@ -163,7 +163,7 @@ def test_pictures_are_prepared_for_the_smaller_size_and_tensors_resized(vim, cla
     first = pictures.source.read(pictures.index[0])
     assert torch.equal(prepared.images[0], small.transform()(first))
     assert prepared.index == next(iter(pictures)).index
-    # With a transform of the caller's own, the tensor that it makes is resized.
+    # With a custom transform, its resulting tensor is resized.
     transform = vim.transform()
     own = Batches(pictures.source, lambda picture: 0 * transform(picture) + 7, pictures.index)
     for batches in (own, to_batches(vim, torch.full((3, 3, 16, 16), 7.0))):
@@ -231,7 +231,7 @@ def timed(row):
 
 
 def test_a_smaller_image_is_compared_with_the_dense_model_on_the_same_images(vim, class_folders):
-    """The figures of the row, against both models on the pictures, each prepared by its own transform."""
+    """The metrics of the row against both models on the pictures, each with its own transform."""
     data = {"data": str(class_folders), "eval_data": str(class_folders)}
     row = ssmcompress.compare(vim, **data, ratios=[0.3], methods=["smaller image, reconstructed"])["rows"][-1]
     pictures = choose_images(vim, DataOptions(**data))
@@ -278,7 +278,7 @@ def test_methods_of_other_axes_are_asked_for(vim):
 
 
 def test_a_smaller_image_needs_no_images_of_ones_own(vim):
-    """Sample photographs will do, as nothing is learnt from them."""
+    """Sample photographs suffice, as nothing is fitted on them."""
     row = next(row for row in compare_stand_in(vim)["rows"] if row["method"] == "smaller image")
     assert row["image_size"][0] < 16
     assert row["agreement"] is not None
@@ -305,7 +305,7 @@ def test_a_smaller_image_of_an_older_version_keeps_its_figures_under_the_new_nam
 
 
 def test_methods_of_other_axes_may_use_all_of_the_flops_that_are_asked_for(vim):
-    """Tokens are whole, so a plan for them falls short of it."""
+    """Token counts are integers, so a token plan stays below it."""
     level = make_levels(vim, None, [0.3])[0]
     assert level.budget == level.flops
     assert replace(level, asked=0.75).budget == 0.75

@@ -1,4 +1,4 @@
-"""A budget over several axes: what is measured, how it is combined, what is run, and what the folder holds."""
+"""A budget over several axes: the measurements, their combination, the runs, and the resulting folder."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def test_losses_add_up_and_flops_are_those_of_the_sizes():
 
 
 def test_more_saved_never_counts_as_less_lost():
-    """A measured loss can fall by chance where more is trimmed."""
+    """A measured loss can decrease by chance when more is trimmed."""
     model = make_vim(depth=2, d_state=8, d_model=16)
     counts = [trims for axis, trims in list_options(model, ("states",)) if axis == "states"]
     losses = [0.3, 0.1] + [0.4] * (len(counts) - 2)
@@ -221,7 +221,7 @@ def test_a_model_that_is_cheap_enough_as_it_is_run_stays_as_it_is(checkpoint, fo
 
 
 def test_few_images_or_stand_ins_trim_tokens_alone(checkpoint, class_folders):
-    """States and channels are refitted, for which a stand-in for the user's images does not serve."""
+    """States and channels are refitted, for which sample images are no substitute for the user's images."""
     for data in (("--data", class_folders), ()):
         report = call_json("prune", checkpoint, "--flops", "60%", *data, *QUICK, "-o", "m", "--force")
         assert report["trims"] == {}
@@ -360,7 +360,7 @@ def test_a_loss_is_searched_for_without_repeating_a_combination(checkpoint, fold
 
 
 def test_a_model_of_one_layer_has_no_stages(tmp_path, folders):
-    """It has no layer after which tokens could be dropped, so nothing that is said of tokens has an effect."""
+    """It has no layer after which tokens could be dropped, so token options have no effect."""
     path = write_checkpoint(tmp_path, depth=1)
     found = refused("prune", path, "--flops", "80%", "--stages", "1", "--data", folders, *QUICK)
     assert "--stages: only for tokens, but the search is over states, channels" in found
@@ -460,7 +460,7 @@ def test_two_records_of_a_kind_are_refused(trimmed_folder):
     ],
 )  # fmt: skip
 def test_wrong_sizes_of_the_dense_model_are_refused(trimmed_folder, sizes):
-    """They would give other FLOPs of the dense model, without a word."""
+    """They would silently change the FLOPs of the dense model."""
 
     def change(config):
         if sizes is None:
@@ -486,7 +486,7 @@ def test_directions_of_a_plain_mamba_that_its_configuration_does_not_have_are_re
 
 @pytest.mark.parametrize("make", [make_vim, make_plain_mamba])
 def test_models_trimmed_in_any_order_are_read_again(make, tmp_path):
-    """Also where dropping a layer leaves nothing of what an earlier step trimmed."""
+    """Also if dropping a layer removes everything that an earlier step trimmed."""
     dense = make(depth=4)
     images = images_of(dense, 4)
     uneven = ssmcompress.trim_states(dense, [2, 4, 4, 4], images)

@@ -1,4 +1,4 @@
-"""What rows of several models are worth at their cost, and the chart of them."""
+"""Accuracy and cost of rows of several models, and their chart."""
 
 import itertools
 import re
@@ -57,7 +57,7 @@ def test_speed_is_in_images_a_second_and_relative_to_the_own_dense_model():
 
 
 def test_a_row_that_was_timed_on_a_busy_machine_is_not_taken_for_a_slow_one():
-    """Its dense model, timed in turn with it, was slowed down as much."""
+    """Its dense model, timed in alternation, was slowed down by the same factor."""
     quiet = [row("a", "dense", 2.0, 80.0, 20.0, 1.0), row("b", "dense", 2.0, 70.0, 15.0, 1.0)]
     busy = row("a", "naive", 1.0, 75.0, 24.0, 0.6)
     found = placed([*quiet, busy])
@@ -84,7 +84,7 @@ def test_what_was_not_measured_has_no_place():
 
 
 def test_without_labels_only_rows_of_one_model_are_compared():
-    """Agreement is with the own dense model: 95 % of one is no better than 90 % of another."""
+    """Agreement is with each model's own dense model: 95 % of one is not better than 90 % of another."""
     shares = None, 90, 95, None, 80
     rows = [{**r, "top1": None, "agreement": agreement} for r, agreement in zip(ROWS, shares, strict=True)]
     found = placed(rows)
@@ -141,7 +141,7 @@ def test_rows_of_the_front_and_dense_models_have_labels_that_do_not_overlap():
 
 @pytest.mark.parametrize("count", [2, 6, 12])
 def test_labels_of_points_that_almost_coincide_do_not_overlap(count):
-    """They move apart; those that find no place are left out."""
+    """Overlapping labels are moved apart; those without space are omitted."""
     close = [row("one", f"method {n}", 1.0 + 1e-4 * n, 70.0 + 1e-3 * n) for n in range(count)]
     (axes,) = plot_models([row("one", "dense", 2.0, 80.0), row("one", "poor", 0.5, 30.0), *close], CLASSIFICATION).axes
     boxes = [text.get_window_extent() for text in axes.texts]

@@ -1,4 +1,4 @@
-"""Which methods a comparison offers for a model, and by which stages they reach a level."""
+"""The methods of a comparison for a model, and the stages with which they reach a level."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ CLASSIFIERS = tuple(m for m in METHODS if not m.of_levels and m.importance not i
 
 
 class WithoutScan(Block):
-    """A layer without a scan, which computes the score l2 alone."""
+    """A layer without a scan, which computes only the score l2."""
 
     scores = frozenset({"l2"})
 
@@ -50,7 +50,7 @@ class WithoutScan(Block):
 
 @pytest.fixture
 def without_scan():
-    """A Vim whose layers are no scans: like an architecture of attention, as far as methods are concerned."""
+    """A Vim without scans: with respect to methods, like an attention architecture."""
     model = make_vim(depth=4)
     for layer in range(4):
         model.blocks[layer] = WithoutScan(model.d_model)
@@ -74,7 +74,7 @@ def test_a_model_without_scans_has_what_its_layers_can_do(without_scan):
 
 
 def test_alignment_needs_a_scan_in_every_layer():
-    """A single layer without one is enough to leave out alignment and the axes, not metrics that all layers have."""
+    """One layer without a scan excludes alignment and the axes, but not metrics that all layers support."""
     model = make_vim(depth=4)
     before = everything(model)
     model.blocks[2] = WithoutScan(model.d_model)
@@ -180,7 +180,7 @@ def test_merging_that_does_not_save_as_much_says_so():
 
 
 def test_the_smaller_image_counts_tokens_without_a_patch_once():
-    """Of a model with more such tokens than the protected one, all stay when patches go."""
+    """In a model with further special tokens, all of them stay when patches are dropped."""
 
     class TwoMore(type(make_vim())):
         @property

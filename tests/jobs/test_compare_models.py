@@ -1,4 +1,4 @@
-"""Several models in one comparison: their folders, what is checked before, and what an interrupted one goes on with."""
+"""Several models in one comparison: their folders, the checks before it, and resuming an interrupted one."""
 
 import csv
 import gc
@@ -124,7 +124,7 @@ def test_models_are_in_memory_one_at_a_time(pictures, tmp_path):
 
 
 def mark(folder, name):
-    """Mark the rows of a model, to see which are measured again."""
+    """Mark the rows of a model, to detect which are measured again."""
     file = folder / name / "compare.json"
     value = json.loads(file.read_text())
     value["rows"] = [{**row, "seconds": -1.0} for row in value["rows"]]

@@ -1,4 +1,4 @@
-"""Warnings about accuracy at chance, low agreement and images that are alike."""
+"""Warnings about accuracy at chance, low agreement and similar images."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_without_the_dense_model_the_model_itself_is_judged():
 
 @pytest.mark.usefixtures("in_an_empty_folder")
 def test_commands_say_so(checkpoint, class_folders, tmp_path):
-    """A model with random weights is at chance, and so is what is made from it."""
+    """A model with random weights is at chance, and so are models made from it."""
     plain = call("evaluate", checkpoint, "--data", class_folders).stdout
     assert "warning: the dense model finds the class" in plain or "warning: the model finds the class" in plain
     assert "--mean and --std, which were assumed" in plain

@@ -1,4 +1,4 @@
-"""The page that shows attention maps and kept tokens: what it embeds, and in a browser what it shows."""
+"""The page that shows attention maps and kept tokens: its embedded data, and its display in a browser."""
 
 import base64
 import io
@@ -51,7 +51,7 @@ def make_stages(rows: int, columns: int, seed: int) -> list[dict]:
 
 
 def make_value(grid=(4, 6), names=NAMES, labelled=True) -> dict:
-    """What the page takes, of three images; the first variant is dense.
+    """The data of the page for three images; the first variant is dense.
 
     The map of variant k is k + 1 times a ramp, but 0.5 at the first patch and 0.25 at the second of all variants.
     """
@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_are_refused_by_place(number):
 
 
 class Page:
-    """A page in a browser, with what its tests ask and do."""
+    """A page in a browser, with the queries and actions of the tests."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -392,7 +392,7 @@ def test_pointing_at_a_patch_tells_its_values(open_page):
     early = next((r, c) for r in range(4) for c in range(6) if not variant["stages"][0]["kept"][r][c])
     page.hover("naive", *early)
     assert page.readout("aligned")[2:] == ["not scored: dropped before", "dropped after layer 5"]
-    assert page.text("#announce") == ""  # a pointer that moves about is not announced
+    assert page.text("#announce") == ""  # pointer movements are not announced
 
 
 @needs_browser

@@ -1,4 +1,4 @@
-"""What was learnt from among what is measured on: counted by content, whatever the files are called."""
+"""Overlap of fitting and evaluation images, counted by content regardless of file names."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def to_table(folder: Path, file: Path) -> Path:
 
 
 def without_learnt(folder: Path, name=None, value=None) -> None:
-    """Remove what a folder remembers, as in the folders of older versions; or put something in its place."""
+    """Remove or replace the recorded images of a folder, as in folders of older versions."""
     file = folder / "model.safetensors"
     state = {k: v for k, v in load_file(file).items() if k not in (ALL, SOME)}
     save_file(state | ({name: value} if name else {}), file)
@@ -172,7 +172,7 @@ def test_finetune_counts_an_image_once_under_any_path(checkpoint, class_folders,
 
 
 def test_finetune_measures_on_images_that_the_earlier_prune_did_not_calibrate_on(checkpoint, class_folders):
-    """19 of 20 are calibrated on, so the other one is left to measure on, wherever it is."""
+    """19 of 20 images are used for calibration, so the remaining one is used for evaluation."""
     call("prune", checkpoint, "--data", class_folders, "--eval-data", class_folders, *QUICK, "--samples", 19, "-o", "p")
     result = call("finetune", "p", "--data", class_folders, *TUNE, "-o", "f", "--json")
     found = json.loads(result.stdout)

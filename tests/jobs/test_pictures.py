@@ -61,7 +61,7 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def blended(colour) -> np.ndarray:
-    """What a colour is over black."""
+    """A colour blended over black."""
     return np.array([int((1 - pictures.DIMMED) * value) for value in colour])
 
 
@@ -292,4 +292,4 @@ def test_the_folder_of_a_segmenter_has_a_picture_of_segments(tmp_path):
     assert "](segments.png)" in Path("out/README.md").read_text()
     call("report", "out", "--html", "page.html")
     assert 'alt="segments" src="data:image/png;base64,' in Path("page.html").read_text()
-    call(*prune, "--data", tmp_path, "--no-latency", "-o", "out", "--force")  # the folder is all its own
+    call(*prune, "--data", tmp_path, "--no-latency", "-o", "out", "--force")  # the folder contains only its own files

@@ -1,4 +1,4 @@
-"""The pipeline: steps in order, snapshots, records, and the one rule for reconstruction."""
+"""The pipeline: steps in order, snapshots, records, and the rule for reconstruction."""
 
 import json
 from dataclasses import dataclass

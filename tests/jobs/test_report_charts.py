@@ -1,4 +1,4 @@
-"""The charts of a report's web page: what they show, and what is left out where there is no data for it."""
+"""The charts of a report's web page: their content, and charts omitted for lack of data."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""What reports say of the refits of a reconstruction: what more images would bring, and if they hold for others."""
+"""Reports of the refits of a reconstruction: the gain from more images, and generalisation to other images."""
 
 import json
 from types import SimpleNamespace

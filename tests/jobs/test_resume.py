@@ -1,4 +1,4 @@
-"""Runs that go on, and folders that are finished, are bound to models, recipe and content of the images."""
+"""Resumed runs and finished folders are bound to models, recipe and content of the images."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ RECIPE = Recipe(epochs=1, batch_size=10, ema=0.0)
 
 
 def refuse(*arguments) -> str:
-    """stderr of a command that must be refused; what it says before that does not matter."""
+    """stderr of a command that must be rejected; earlier output is ignored."""
     result = call(*arguments, code=2)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -48,7 +48,7 @@ def change_picture(folder: Path, name="class3/1.png") -> None:
 
 
 def move_to_other_class(folder: Path) -> None:
-    """The same number of files, of which two have changed places."""
+    """The same number of files, two of which are swapped."""
     one, other = folder / "class3" / "1.png", folder / "class4" / "0.png"
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -204,7 +204,7 @@ FINISHED = ["finetune", "pruned", "--data", "images", "--eval-data", "measured",
 
 @pytest.fixture(scope="module")
 def finished_once(pruned_once, tmp_path_factory):
-    """A folder with a run that is finished, and with images of their own to measure on."""
+    """A folder with a finished run, and with separate evaluation images."""
     root = tmp_path_factory.mktemp("finished")
     for name in ("pruned", "images"):
         shutil.copytree(pruned_once / name, root / name)
@@ -297,7 +297,7 @@ def test_a_finished_folder_that_does_not_say_is_refused(finished):
 
 
 def test_a_model_that_was_replaced_by_its_result_is_finished(checkpoint, class_folders):
-    """The model that the run began with is gone; the rest is compared all the same."""
+    """The initial model of the run is missing; the rest is still compared."""
     options = "--data", class_folders, *TUNE[2:]
     first = call_json("prune", checkpoint, "--ratio", 0.5, "--finetune-epochs", 2, *options, "-o", "m")
     again = "finetune", "m", *options, "--epochs", 2, "-o", "m", "--resume"
@@ -327,7 +327,7 @@ def test_a_comparison_goes_on_with_the_same_content_alone(checkpoint, class_fold
 
 
 def test_a_comparison_names_what_differs_once(checkpoint, class_folders):
-    # Images of their own to measure on, for a seed also chooses others.
+    # Separate evaluation images, because a seed also changes the split.
     options = "compare", checkpoint, "--data", class_folders, "--eval-data", class_folders
     more = "--methods", "naive", "--no-latency", "-o", "c"
     call(*options, *more, "--ratios", 0.4)

@@ -1,4 +1,4 @@
-"""A search and a reconstruction that are killed at any moment, and gone on with: the weights of an unbroken run."""
+"""A search and a reconstruction killed at any point and resumed give the weights of an uninterrupted run."""
 
 import json
 import os
@@ -58,7 +58,7 @@ app(sys.argv[2:])
 
 
 def stopped(work: Path, results: int, output: str, *more: str, by: str = "9") -> subprocess.CompletedProcess:
-    """A run that is stopped when it is to keep one more result."""
+    """A run that is stopped when it is about to cache another result."""
     command = [sys.executable, "-c", SCRIPT.replace("{signal}", by), str(results), "prune", "model.pt"]
     command += ["--data", "images.parquet", *OPTIONS, "-o", output, *more]
     return subprocess.run(command, cwd=work, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

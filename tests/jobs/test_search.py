@@ -204,7 +204,7 @@ def test_a_sensitivity_is_what_the_pruned_model_loses(model):
 
 
 def test_a_refitted_classifier_is_judged_on_images_it_was_not_fitted_on():
-    """Pure noise cannot be predicted, so to judge on the same images would show a gain that is not there."""
+    """Pure noise cannot be predicted, so evaluation on the same images would show a spurious gain."""
     generator = torch.Generator().manual_seed(0)
     features, dense = torch.randn(60, 40, generator=generator), torch.randn(60, 4, generator=generator)
     classifier = torch.nn.Linear(40, 4)
@@ -328,7 +328,7 @@ def search(model, folder, **request) -> SearchResult:
 
 
 def test_a_search_finds_the_layer_that_does_not_need_its_tokens(class_folders):
-    """Layers that add nothing need no tokens: pruning right before them is free, and is what it does."""
+    """Layers that add nothing need no tokens: pruning right before them is free, and is chosen."""
     model = make_vim(depth=5)
     for block in model.blocks[3:]:
         block.mixer.out_proj.weight.data.zero_()
@@ -390,7 +390,7 @@ def test_the_range_is_what_pruning_to_two_tokens_leaves(vim):
 
 
 def test_a_latency_is_searched_for_by_timing(monkeypatch, class_folders):
-    """With a clock that counts FLOPs, the plan found takes what was asked for and hardly less."""
+    """With a clock that counts FLOPs, the plan takes the requested time and hardly less."""
 
     def clock(models, image, repeats):
         return {name: flops(model)["full"] for name, model in models.items()}
@@ -420,7 +420,7 @@ def test_compare_measures_every_method_and_goes_on_where_it_was(checkpoint, clas
     level = value["rows"][1]["flops_share"]
     for row in value["rows"][1:]:
         if not row.get("failed"):
-            assert row["flops_share"] <= level + 0.02, row["method"]  # corrections of so small a model weigh something
+            assert row["flops_share"] <= level + 0.02, row["method"]  # corrections of a small model have a cost
     assert len(list(csv.DictReader((out / "compare.csv").open()))) == len(value["rows"])
     assert (out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (out / "pareto.svg").read_bytes()

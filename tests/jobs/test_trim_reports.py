@@ -1,4 +1,4 @@
-"""What reports say of trimmed models: in words, in tables, and as a chart."""
+"""Reports of trimmed models: text, tables and charts."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What `visualize` shows: which models, which images, figures over all of them, and a folder with all of it."""
+"""Results of `visualize`: the models, the images, metrics over all of them, and the folder."""
 
 import io
 import json
@@ -300,7 +300,7 @@ def test_force_replaces_only_what_visualize_wrote(tmp_path):
 
 
 def test_force_never_removes_a_model_or_its_neighbours(tmp_path):
-    """A folder of another kind is not replaced, whatever files it has; nor one with a file that is not listed."""
+    """A folder of another kind is not replaced, regardless of its files, nor one with an unlisted file."""
     dense, images = make_vim(), write_class_folders(tmp_path)
     request = VisualizeRequest(data=replace(VisualizeRequest().data, data=str(images)), images=1)
     pruned = ssmcompress.prune(dense, ratio=0.4)
@@ -335,7 +335,7 @@ def test_trimmed_models_have_the_layers_of_the_dense_one(tmp_path):
     assert value["layers"] == [4, 5, 6]
     assert [variant["layers"] for variant in value["variants"]] == [[4, 5, 6], [4, 5]]
     assert [stage["after"] for stage in value["stages"]] == [1, 3]
-    # The same numbers where the dense model is gone.
+    # The same numbers if the dense model is missing.
     alone = visualize(smaller, VisualizeRequest(data=data, images=1), tmp_path / "alone")
     assert alone["variants"][0]["layers"] == [4, 5]
     with pytest.raises(InputError, match="no longer has layers 2"):

@@ -1,4 +1,4 @@
-"""A model that is pruned already is pruned further: tokens count from the dense model, and none comes back."""
+"""Further pruning of a pruned model: ratios refer to the dense model, and no dropped token is restored."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_the_old_plan_takes_the_place_of_the_defaults(vim):
     given = ssmcompress.make_plan(first, stages=(1, 2), ratio=0.5, importance="mean", alignment=True)
     assert [(s.after, s.importance) for s in given.stages] == [(1, "mean"), (2, "mean")]
     assert given.alignment == Alignment()
-    # Metrics of two stages say nothing of others.
+    # The metrics of two stages do not apply to other stages.
     assert {s.importance for s in ssmcompress.make_plan(first, stages=(1, 2), ratio=0.5).stages} == {"clip"}
 
 

@@ -1,4 +1,4 @@
-"""What others do with a model of ours: torch's conversions, other dtypes, tracing, empty batches, unusual images."""
+"""Use of the models by other code: torch's conversions, dtypes, tracing, empty batches, unusual images."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ def quantised(model, dtype=torch.qint8):
 
 
 def close_logits(found, expected, tolerance):
-    """Rounding may keep another token in a few images; all other logits are close."""
+    """Rounding may change the kept tokens of a few images; all other logits are close."""
     assert found.isfinite().all()
     errors = (found.float() - expected).abs().amax(1) / expected.abs().max()
     assert errors.median() < tolerance
@@ -115,7 +115,7 @@ def test_a_quantised_copy_computes_nearly_the_same(any_model, dtype, tolerance):
 
 @torch.no_grad()
 def test_the_states_of_a_bfloat16_copy_are_float32():
-    """Its weights are rounded and nothing else that adds up: the same rounded weights in float32 differ less."""
+    """Only its weights are rounded, not the sums: the same rounded weights in float32 differ less."""
     model = make_vim(depth=6)
     images = images_of(model, 8)
     rounded = copy.deepcopy(model).bfloat16()
@@ -158,7 +158,7 @@ def test_what_a_quantised_model_cannot_do_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def half_model(tmp_path_factory):
-    """A pruned model in float16, its file, and whether that was found right."""
+    """A pruned model in float16, its file, and the result of its verification."""
     model, file = variant(make_plain_mamba, "clip").half(), tmp_path_factory.mktemp("half") / "m.onnx"
     return model, file, ssmcompress.export_onnx(model, file, ssmcompress.OnnxOptions(scan="scan")).passed
 
@@ -279,7 +279,7 @@ def test_images_that_a_model_cannot_take_are_refused_with_what_to_do(plain_or_pr
 def test_onnx_files_do_not_depend_on_the_defaults_of_torch(half_model):
     model, file, _ = half_model
     found, expected = with_default(torch.float64, "meta", lambda: build_onnx(model)), onnx.load(file)
-    for graph in (found, expected):  # a file has the classes of the images that it was held against
+    for graph in (found, expected):  # a file has the classes of the images with which it was verified
         about = json.loads(graph.metadata_props[0].value)
         del graph.metadata_props[:], about["classes"]
         onnx.helper.set_model_props(graph, {"about": json.dumps(about)})

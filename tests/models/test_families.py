@@ -1,4 +1,4 @@
-"""Models that look like supported ones and are not: each is named, with its task."""
+"""Unsupported models that resemble supported ones: each is named, with its task."""
 
 import json
 

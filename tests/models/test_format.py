@@ -42,7 +42,7 @@ def test_its_records_are_read(folder):
 
 
 def test_another_alignment_gives_other_logits(folder, tmp_path):
-    """So the golden logits tell how a folder is read."""
+    """The golden logits thus show how a folder is read."""
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / CONFIG_FILE).read_text())
     config["pruning"]["alignment"]["scan"] = not config["pruning"]["alignment"]["scan"]

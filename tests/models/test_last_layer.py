@@ -59,7 +59,7 @@ def test_in_float64_it_is_exact(a_vim):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_in_bfloat16(a_vim, how):
-    """Both round the same values, except where a matrix product of fewer rows adds up in another order."""
+    """Both round the same values, except that a matrix product with fewer rows may sum in another order."""
     images = images_of(a_vim, 8)
     if how == "weights":
         model = copy.deepcopy(a_vim).bfloat16()

@@ -1,4 +1,4 @@
-"""Output levels of pruned segmentation models: dropped tokens as last seen, mapped, or entering again."""
+"""Output levels of pruned segmentation models: dropped tokens with last features, mapped, or re-entering."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_a_dropped_token_is_read_as_it_was_last_seen(segmenter):
 
 
 def rotated(model, layer, seen, tokens):
-    """Where positions are rotary, the stream of dropped tokens is rotated with that of the others."""
+    """With a rotary embedding, the stream of dropped tokens is rotated like that of the others."""
     if model.is_residual or layer == len(model.blocks) or tokens.positions is None:
         return seen
     return model._rotate(seen, None)
@@ -90,7 +90,7 @@ def test_zero_filling_reads_nothing_of_dropped_tokens():
     ids=["reenter vim", "reenter vmamba", "fill vim"],
 )
 def test_what_a_model_does_not_read_is_refused(make, option, message):
-    """A VMamba has levels, but all tokens are there again at its sections' ends in any case."""
+    """A VMamba has levels, but all tokens are restored at the end of each section in any case."""
     with pytest.raises(InputError, match=message):
         ssmcompress.prune(make(), Plan((Stage(2, 0.5),), gap="bias", **option))
 

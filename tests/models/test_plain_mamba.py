@@ -167,7 +167,7 @@ def dense_conv(features, conv, mask, grid):
 
 @pytest.mark.parametrize("dw", [False, True], ids=["", "dw"])
 def test_an_aligned_block_equals_a_dense_one_with_nothing_coming_in_where_pruned(dw):
-    """Spelt out from the paper's equations and the published code's quirks."""
+    """Written out from the paper's equations and the quirks of the published code."""
     model = make_plain_mamba(image=(48, 80), dw_layers=(1,) if dw else ())
     grid, block, E, N = (3, 5), model.blocks[1], model.config.d_inner, model.config.d_state
     gap_delta = torch.rand(1, E, generator=torch.Generator().manual_seed(3))
@@ -412,7 +412,7 @@ def test_any_batch_goes_through_a_graph_made_with_one_of_another_size(ratio, tmp
 
 
 def coloured(count, seed):
-    """Images whose patches have something in common: each image has a colour of its own."""
+    """Images whose patches are correlated: each image has its own colour."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, 1, 1, generator=generator) + torch.randn(count, 3, 64, 64, generator=generator) / 2
 
@@ -444,7 +444,7 @@ def test_a_plan_that_aligns_nothing_stays_so_and_pool_needs_a_mean(plain_mamba, 
 
 @pytest.mark.parametrize("better", [False, True])
 def test_reconstruction_reads_out_the_mean_that_serves_better(plain_mamba, better, monkeypatch, tmp_path):
-    """The classifier's inputs are spoilt where the other mean is read out."""
+    """The classifier's inputs are corrupted if the other mean is read out."""
     readout = PlainMamba.readout
 
     def spoilt(model, tokens):

@@ -1,4 +1,4 @@
-"""What files and live modules say about a model besides its weights is read; what is not supported is refused."""
+"""Statements of files and live modules about a model are read; unsupported models are rejected."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_a_bare_vim_may_be_a_video_mamba_and_is_asked_about(vim, images, tmp_pat
     assert ssmcompress.load(tmp_path / "vim_s_81p6acc.pth").config == vim.config
     torch.save(state, tmp_path / "videomamba_t16_in1k_res224.pth")
     assert ssmcompress.load(tmp_path / "videomamba_t16_in1k_res224.pth").architecture == "video_mamba"
-    # The caller knows better than the name of a file, but not than the run that wrote it.
+    # The caller overrides the name of a file, but not the statements of the run that wrote it.
     assert ssmcompress.load(tmp_path / "videomamba_t16_in1k_res224.pth", architecture="vim").config == vim.config
     for said, given in (("videomamba_tiny", "vim"), ("vim_tiny", "videomamba")):
         torch.save({"model": state, "args": argparse.Namespace(model=said)}, tmp_path / "m.pth")

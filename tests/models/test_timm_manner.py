@@ -1,4 +1,4 @@
-"""Models in the hands of timm's users: features and head apart, features of any layer, new classes, preprocessing."""
+"""timm's interface of the models: separate features and head, features of any layer, new classes, preprocessing."""
 
 import copy
 from dataclasses import replace
@@ -180,7 +180,7 @@ def last_seen(model, images, layer):
     tokens = model.embed(images)
     filled = torch.zeros(len(images), model.length, model.d_model)
     for run in model.run_layers(tokens, range(1, layer + 1)):
-        # All tokens are seen at the place of the stage, and those that are left after the layer, too.
+        # All tokens are recorded at the stage, and the kept ones also after the layer.
         unpruned = copy.copy(model)
         unpruned._modules = {**model._modules, "pruners": torch.nn.ModuleDict()}
         for part in (unpruned.begin(run.layer, run.before)[0], run.after):

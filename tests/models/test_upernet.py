@@ -1,4 +1,4 @@
-"""UperNet on a Vim and on a PlainMamba against golden outputs of the authors' code, and what files say about them."""
+"""UperNet on a Vim and on a PlainMamba against golden outputs of the authors' code, and metadata of files."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""VideoMamba, of images and of videos, against golden logits of the authors' code, and its sizes against published."""
+"""VideoMamba for images and videos against golden logits of the authors' code, and published sizes."""
 
 import argparse
 

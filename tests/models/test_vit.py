@@ -1,4 +1,4 @@
-"""ViTs: timm's own models, DeiT's and ToMe's golden logits, and what dropping tokens inside a layer does."""
+"""ViTs: comparison with timm's models, golden logits of DeiT and ToMe, and dropping tokens inside a layer."""
 
 import copy
 import json
@@ -134,7 +134,7 @@ def test_timm_models(name, tmp_path):
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(ours(images), expected, atol=1e-6, rtol=1e-6)
-        if "clip" in name:  # its activation is in no weight
+        if "clip" in name:  # its activation cannot be inferred from the weights
             with pytest.raises(InputError, match=r"timm's config\.json"):
                 ssmcompress.load(tmp_path / "model.pth")
         else:

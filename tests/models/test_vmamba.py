@@ -1,4 +1,4 @@
-"""VMamba: the authors' logits, published sizes, alignment on its four paths, and dropping inside of a section."""
+"""VMamba: the authors' logits, published sizes, alignment on its four paths, and dropping inside a section."""
 
 import argparse
 import sys
@@ -95,7 +95,7 @@ def test_shares_of_the_sections(name):
 
 
 def test_flops_of_a_pruned_model_are_its_matrix_products(vmamba):
-    """Dropped tokens leave the products of their own section alone, from the MLP of the stage's layer on."""
+    """Dropped tokens are missing only in the products of their own section, from the MLP of the stage's layer on."""
     plan = Plan((Stage(1, 0.5), Stage(3, 0.25), Stage(5, 0.5), Stage(7, 0.25)))
     pruned = ssmcompress.prune(vmamba, plan)
     parts = flops_by_part(pruned)
@@ -181,7 +181,7 @@ def test_a_ratio_of_zero_is_the_dense_model_to_the_bit(vmamba):
 
 @pytest.mark.parametrize("fill", ["stale", "zero"])
 def test_the_grid_is_whole_again_where_a_section_ends(vmamba, fill):
-    """Dropped tokens are there as they were last seen, or as zeros, and the kept ones as they are."""
+    """Dropped tokens have their last features, or zeros; kept tokens are unchanged."""
     pruned = ssmcompress.prune(vmamba, Plan((Stage(2, 0.5),), UNALIGNED, fill=fill))
     with torch.no_grad():
         runs = list(pruned.run_layers(pruned.embed(images_of(pruned))))
@@ -383,7 +383,7 @@ def test_an_image_size_of_a_configuration_that_is_too_large(vmamba):
 
 
 def test_a_training_checkpoint_with_a_configuration_of_yacs(vmamba, tmp_path, monkeypatch):
-    """Its class is not there when the file is read, and is not needed."""
+    """Its class is not available when the file is read, and is not needed."""
     module = ModuleType("yacs.config")
     module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What is Triton's own, run in its interpreter by `test_triton.py`: operators, and how often memory is read."""
+"""Triton-specific tests, run in its interpreter by `test_triton.py`: operators, and memory traffic."""
 
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_a_convolution_reads_a_token_once_for_each_tap(monkeypatch):
 
 
 def test_the_work_that_is_timed_on_a_gpu():
-    """What `benchmark --ops --device cuda` calls, where no GPU is needed for it."""
+    """The calls of `benchmark --ops --device cuda` that need no GPU."""
     shape = (2, 6, 33, 4)
     (first, _), (second, _) = (_make_inputs(shape, torch.float32, "cpu", seed) for seed in (0, 1))
     twice = {**first, **{f"{name}_b": tensor for name, tensor in second.items() if name != "z"}}
@@ -165,7 +165,7 @@ def test_the_work_that_is_timed_on_a_gpu():
 
 
 def test_gradients_under_checkpointing():
-    """It hands out what a backward saved once, and refuses a second reading."""
+    """It returns the saved tensors of a backward once, and rejects a second reading."""
     case = scan_case(batch=1, length=5, d_inner=32, d_state=4)
     case = {name: tensor.float() for name, tensor in case.items()}
 

@@ -1,4 +1,4 @@
-"""The CPU's compiled kernels in the situations they may meet: threads, forks, caches, torch's own machinery."""
+"""The compiled CPU kernels with threads, forks, caches, and torch's transforms and tracing."""
 
 import logging
 import math
@@ -107,7 +107,7 @@ def everything():
 
 
 def test_positions_and_orders_that_point_outside_touch_no_other_memory():
-    """Wrong numbers are the caller's; a crash would not be."""
+    """Invalid numbers are the caller's responsibility, but must not crash."""
     (x, weight, bias), _ = grid_case((3, 4), 5, channels=5)
     wild = torch.tensor([[-(2**40), 3, 12, 2**40, 2**62]] * 2)
     y = torch.ops.ssmcompress.grid_conv2d(x.float(), weight.float(), bias.float(), wild, 3, 4, True)
@@ -168,7 +168,7 @@ print(selective_scan(u, u, A, u[..., :1], u[..., :1], backend="cpu").sum().item(
 
 @pytest.mark.parametrize("fault", ["no folder", "damaged file"])
 def test_compiled_code_that_cannot_be_kept_or_read(fault, tmp_path):
-    """The ops work all the same, and say that they compile."""
+    """The ops still work, and announce that they compile."""
     package = tmp_path / "ssmcompress"
     ignored = shutil.ignore_patterns("__pycache__", "assets")
     shutil.copytree(Path(ssmcompress.__file__).parent, package, ignore=ignored)

@@ -1,4 +1,4 @@
-"""Backends of one's own."""
+"""Custom backends."""
 
 import types
 

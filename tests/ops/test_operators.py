@@ -1,4 +1,4 @@
-"""Kernels that are called past torch's dispatcher: only where nothing of torch has to see the call."""
+"""Kernel calls that bypass torch's dispatcher: only where no part of torch has to see the call."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def case():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Whether each call of an operator went past the dispatcher."""
+    """Whether each call of an operator bypassed the dispatcher."""
     decide, decisions = operators._wants_only_values, []
     monkeypatch.setattr(
         operators, "_wants_only_values", lambda *arguments: decisions.append(decide(*arguments)) or decisions[-1]

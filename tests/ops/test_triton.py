@@ -1,6 +1,6 @@
-"""Triton's kernels without a GPU: right in the interpreter, and small enough for the GPUs that they compile for.
+"""Triton kernels without a GPU: correct in the interpreter, and within the limits of the target GPUs.
 
-TRITON_INTERPRET must be set before triton is imported and spoils compiling, so each runs in processes of its own.
+TRITON_INTERPRET must be set before triton is imported and prevents compilation, so each runs in separate processes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Blocks that are no scans, or cannot give every score: what works, what is refused, and what a search uses instead."""
+"""Blocks that are not scans, or lack some scores: supported features, rejections, and alternatives in a search."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from ssmcompress.pruning.plan import Plan
 
 @pytest.fixture
 def few_scores(monkeypatch):
-    """Blocks that give l1 and l2 alone."""
+    """Blocks that compute only l1 and l2."""
     monkeypatch.setattr(VimBlock, "scores", frozenset({"l1", "l2"}))
 
 
@@ -73,7 +73,7 @@ class Mixing(Block):
 
 @pytest.fixture
 def mixed():
-    """A Vim of four layers, the third of which is no scan."""
+    """A Vim of four layers, the third of which is not a scan."""
     model = make_vim(depth=4, image=(32, 32))
     torch.manual_seed(0)
     model.blocks[2] = Mixing(model.d_model)

@@ -1,4 +1,4 @@
-"""Segmentation: figures that are those of a confusion matrix of all pixels, and losses of single images."""
+"""Segmentation: metrics from a confusion matrix of all pixels, and losses of single images."""
 
 import numpy as np
 import pytest

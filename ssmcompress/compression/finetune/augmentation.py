@@ -1,4 +1,4 @@
-"""Augmentation of training images: timm's for classification, alike for all frames of a clip; masks as well."""
+"""Augmentation of training images (with timm, for classification), of video clips, and of images with masks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ...tasks import IGNORED
 from .recipe import Recipe
 from .seeds import seed_rng
 
-# As in mmsegmentation: a crop in which one class has more than this share of the labelled pixels is drawn again, up to
-# this many times in all.
+# As in mmsegmentation: a crop in which one class has more than this share of the labelled pixels is redrawn, up to this
+# number of attempts in total.
 LARGEST_CLASS, CROPS = 0.75, 10
-# The hue changes by up to this share of `Recipe.jitter`, in turns of the colour circle: 36 degrees for a jitter of 0.5.
+# Maximum change of hue relative to `Recipe.jitter`, in turns of the colour circle: 36 degrees for a jitter of 0.5.
 HUE = 0.2
 
 
@@ -34,11 +34,11 @@ def training_transform(
 ) -> Callable[[Any], Tensor]:
     """Return a function from a PIL image, in any mode, to an augmented tensor (channels, height, width), float32.
 
-    For segmentation it has a method `pair`, which augments an image and its mask alike.
+    For segmentation it has a method `pair`, which applies the same augmentation to an image and its mask.
 
     Args:
-        frames: number of frames of a clip, for a function from a `Video` to (channels, frames, height, width); None:
-            images.
+        frames: for videos, the number of frames of a clip: the function then maps a `Video` to
+            (channels, frames, height, width). None: images.
     """
     if isinstance(preprocessing, DensePreprocessing):
         return DenseAugmentation(preprocessing, image_size, recipe)
@@ -52,7 +52,7 @@ def training_transform(
         hflip=recipe.flip,
         color_jitter=0.0,
         auto_augment=recipe.randaugment or None,
-        # timm's crops and RandAugment do not take nearest and lanczos.
+        # timm's crops and RandAugment do not support nearest and lanczos.
         interpolation=preprocessing.interpolation if preprocessing.interpolation == "bilinear" else "bicubic",
         mean=preprocessing.mean,
         std=preprocessing.std,
@@ -63,7 +63,7 @@ def training_transform(
     mode = "L" if channels == 1 else "RGB"
 
     def prepare(image: Any) -> Tensor:
-        # RandAugment fills with a colour of three channels, so it needs an RGB image.
+        # RandAugment pads with a three-channel colour, so it needs an RGB image.
         return finish(colours(augment(image.convert("RGB"))).convert(mode))
 
     return prepare if frames is None else VideoAugmentation(prepare, frames)
@@ -73,11 +73,11 @@ def training_transform(
 class VideoAugmentation:
     """A function from a `Video` to an augmented clip (channels, frames, height, width).
 
-    A frame is drawn from each of `frames` equal parts of the video, and all frames are augmented alike: with the same
-    crop, flip, operations and erased box, because `prepare` runs with the same random numbers for each.
+    One frame is sampled from each of `frames` equal parts of the video. All frames get the same crop, flip, operations
+    and erased box, because `prepare` runs with the same random numbers for each.
 
     Attributes:
-        prepare: function from a frame, all of which have one size, to an augmented tensor (channels, height, width).
+        prepare: function from a frame to an augmented tensor (channels, height, width); all frames have the same size.
         frames: number of frames.
     """
 
@@ -94,7 +94,7 @@ class VideoAugmentation:
 
 
 class Window(NamedTuple):
-    """A part of a side of an image that is resized: the side before and after, first pixel and number of pixels."""
+    """A window along one side of a resized image: side length before and after, first pixel and number of pixels."""
 
     side: int
     resized: int
@@ -102,7 +102,7 @@ class Window(NamedTuple):
     count: int
 
     def places(self) -> Tensor:
-        """Return the centres of the pixels (count,) in the image before it is resized, as float32."""
+        """Return the float32 pixel centres (count,) in coordinates of the original image."""
         return (torch.arange(self.first, self.first + self.count) + 0.5) * (self.side / self.resized)
 
 
@@ -110,10 +110,10 @@ class Window(NamedTuple):
 class DenseAugmentation:
     """A function from a PIL image to an augmented (channels, height, width); `pair` augments its mask in the same way.
 
-    An image is resized to between `min_scale` and `max_scale` times the size that it has when a model is measured; a
-    part of `size` is cut out and mirrored. What is missing in small images is filled at the bottom and at the right,
-    with the mean colour and with `IGNORED`. Colours of the image change by up to `jitter`. Only the part that is cut
-    out is resized, so a large scale takes neither time nor memory.
+    An image is resized by a random factor between `min_scale` and `max_scale`, relative to its size in evaluation, then
+    randomly cropped to `size` and flipped. Small images are padded at the bottom and right with the mean colour, masks
+    with `IGNORED`. Colours are jittered by up to `jitter`. Only the crop is resized, so a large scale needs no more
+    time or memory.
 
     Attributes:
         preprocessing: size at scale 1, and normalisation. size: (height, width) of the result.
@@ -131,7 +131,7 @@ class DenseAugmentation:
         """Return an image (channels, height, width) and its mask (height, width) uint8.
 
         Args:
-            mask: class numbers (height, width) of the picture's pixels.
+            mask: class indices (height, width) of the picture's pixels.
         """
         return self._augment(picture, torch.from_numpy(np.ascontiguousarray(mask)))
 
@@ -152,7 +152,7 @@ class DenseAugmentation:
     def _draw_windows(
         self, before: tuple[int, int], size: tuple[int, int], mask: Tensor | None
     ) -> tuple[Window, Window]:
-        """Draw the part to cut out of an image that is resized from `before` to `size`, both (height, width)."""
+        """Draw the crop windows of an image that is resized from `before` to `size`, both (height, width)."""
         for _ in range(CROPS):
             rows, columns = (_draw_window(*sides) for sides in zip(before, size, self.size, strict=True))
             if mask is None:
@@ -163,7 +163,7 @@ class DenseAugmentation:
         return rows, columns
 
     def _change_colours(self, image: Tensor) -> Tensor:
-        """Return an image (channels, height, width) of values 0..1 with other brightness, contrast and colours."""
+        """Randomly change brightness, contrast, saturation and hue of an image (channels, height, width) in [0, 1]."""
         if not (jitter := self.recipe.jitter):
             return image
         from torchvision.transforms import ColorJitter
@@ -171,14 +171,14 @@ class DenseAugmentation:
         return ColorJitter(jitter, jitter, jitter, min(0.5, HUE * jitter))(image)
 
     def _finish(self, part: Tensor, mirrored: bool, fill: float) -> Tensor:
-        """Return a part of an image or mask (..., height, width), mirrored where it is, at the whole `size`."""
+        """Flip a crop of an image or mask (..., height, width) if `mirrored`, and pad it to `size`."""
         part = part.flip(-1) if mirrored else part
         height, width = (wanted - side for wanted, side in zip(self.size, part.shape[-2:], strict=True))
         return F.pad(part, (0, width, 0, height), value=fill)
 
 
 def _measured_size(values: DensePreprocessing, height: int, width: int) -> tuple[int, ...]:
-    """Return the (height, width) that an image has when a model is measured on it."""
+    """Return the (height, width) of an image in evaluation."""
     size, multiple = values.new_size(height, width), values.multiple
     return size if multiple is None else tuple(-(-side // multiple) * multiple for side in size)
 
@@ -189,7 +189,7 @@ def _draw_window(side: int, resized: int, wanted: int) -> Window:
 
 
 def _interpolate(image: Tensor, dim: int, window: Window) -> Tensor:
-    """Return a window of a side of an image that is resized, bilinear without antialias and aligned corners."""
+    """Resize one side of an image and return a window of it (bilinear, no antialiasing, corners not aligned)."""
     at = (window.places() - 0.5).clamp(0, window.side - 1)
     low = at.long()
     shape = [1] * image.ndim
@@ -200,6 +200,6 @@ def _interpolate(image: Tensor, dim: int, window: Window) -> Tensor:
 
 
 def _pick(mask: Tensor, rows: Window, columns: Window) -> Tensor:
-    """Return a window of a mask (height, width) that is resized, to the nearest label."""
+    """Resize a mask (height, width) with nearest-neighbour sampling, and return a window of it."""
     index = (part.places().long().clamp(max=part.side - 1) for part in (rows, columns))
     return mask.index_select(0, next(index)).index_select(1, next(index))

@@ -1,4 +1,4 @@
-"""The choice of weights: what the recipe minimises, measured on images held out."""
+"""Selection of the best weights by the recipe's objective on held-out images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...models.base import TokenModel
 
 
 class BestWeights:
-    """The weights that did best on the images held out so far; without such images, the last ones.
+    """The weights with the best score on the held-out images so far; without such images, the last weights.
 
     Args:
         held_out: batches of images, or None. dense: the dense model, or None.
-        teacher_weight: weight of the teacher in the score; the labels have the rest.
+        teacher_weight: weight of the teacher in the score; the labels have the remaining weight.
 
     Attributes:
         weights: a state dict on the CPU; None before the first candidate.
-        score: their score, lower is better. epoch: the epoch that they are from, 0: the start.
-        averaged: whether they are the average of the weights.
+        score: their score, lower is better. epoch: their epoch; 0: the initial weights.
+        averaged: whether they are the moving average.
     """
 
     def __init__(self, held_out: Any, dense: nn.Module | None, teacher_weight: float):
@@ -31,13 +31,13 @@ class BestWeights:
         self.score, self.epoch, self.averaged = math.inf, 0, False
 
     def update(self, candidates: dict[str, TokenModel], epoch: int) -> tuple[str, dict[str, Any] | None]:
-        """Measure candidates, and keep the weights of the best one unless earlier weights were better.
+        """Evaluate candidates, and keep the weights of the best one unless earlier weights were better.
 
         Args:
             candidates: models by name, "weights" or "average".
 
         Returns:
-            The name of the best candidate, and its figures; None without images held out.
+            The name of the best candidate, and its metrics; None without held-out images.
         """
         figures: dict[str, dict[str, Any]] = {}
         if self.held_out is not None:
@@ -52,7 +52,7 @@ class BestWeights:
         return name, figures.get(name)
 
     def _compute_score(self, figures: dict[str, Any] | None) -> float:
-        """Return the recipe's objective on the images held out, without augmentation."""
+        """Return the recipe's objective on the held-out images, without augmentation."""
         if figures is None:
             return -math.inf
         weight = self.teacher_weight

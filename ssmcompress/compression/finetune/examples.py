@@ -1,8 +1,8 @@
-"""Training examples, augmented and in steps; they do not depend on the number of workers or processes.
+"""Augmented training examples in steps, independent of the number of workers and processes.
 
-The augmentation of an image depends only on the seed, the epoch and the image, and the images of a step only on the
-seed and the epoch. So an interrupted run continues exactly as an uninterrupted one, and several processes take the same
-step as one.
+The augmentation of an image depends only on the seed, the epoch and the image, and the images of a step depend only on
+the seed and the epoch. So a resumed run gives the same results as an uninterrupted one, and several processes take the
+same step as one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .seeds import seed_rng
 
 
 class MicroBatch(NamedTuple):
-    """A part of a step.
+    """A micro-batch of a step.
 
     Attributes:
-        images: (n, channels, height, width), with frames after the channels of videos.
+        images: (n, channels, height, width), or (n, channels, frames, height, width) for videos.
         targets: class probabilities (n, classes), for segmentation masks (n, height, width) uint8; None: no labels.
     """
 
@@ -41,13 +41,13 @@ class Examples:
     """The augmented images of `training`, step by step.
 
     Args:
-        model: the model, which decides the image size, preprocessing and classes.
-        training: the images; its batch size and transform are not used, and unreadable images are left out.
+        model: the model, which determines the image size, preprocessing and classes.
+        training: the images; its batch size and transform are not used, and unreadable images are skipped.
         process: (index of this process, number of processes that share a step).
 
     Raises:
-        InputError: too few images, or a recipe that is not for the task of the model. A mask that cannot be used raises
-            one in an iteration.
+        InputError: there are too few images, or the recipe does not fit the task of the model. Invalid masks raise an
+            InputError during iteration.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Examples:
         transform = training_transform(model.preprocessing, model.config.image_size, recipe, model.frames)
         self.reader = replace(training, transform=transform, labelled=True)
         images = len(training.index)
-        # If there are fewer images than a batch, a step has all of them.
+        # With fewer images than the batch size, a step has all of them.
         self.batch_size = min(recipe.batch_size, images - images % 2)
         parts = processes * recipe.accumulate
         if self.batch_size < 2 * parts:
@@ -72,8 +72,8 @@ class Examples:
         self.steps = images // self.batch_size
 
     def iterate_epoch(self, epoch: int, first: int = 0) -> Iterator[list[MicroBatch]]:
-        """Yield this process's parts of each step of an epoch (from 0), starting at step `first`."""
-        # Images that were read before are not recognised anew.
+        """Yield this process's micro-batches of each step of an epoch (0-based), starting at step `first`."""
+        # Digests of images that were read before are reused.
         self.reader.digests, self.reader.mask_digests = self.training.digests, self.training.mask_digests
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training.index))
         rows = []
@@ -99,7 +99,7 @@ class Examples:
             return self.reader[row]
 
     def _make_part(self, items: list[Item], epoch: int, step: int) -> MicroBatch:
-        """Stack the images that could be read, with their masks; or mix them, and encode their labels."""
+        """Stack the readable images with their masks; or mix them, and encode their labels."""
         if wrong := next((item.error for item in items if item.error is not None), None):
             raise InputError(wrong)
         self.training.unreadable.update(item.index for item in items if item.image is None)
@@ -120,17 +120,17 @@ class Examples:
         return part if source.labelled else part._replace(targets=None)
 
     def _encode(self, images: Tensor, labels: Tensor, place: tuple[int, int]) -> MicroBatch:
-        """Return images and labels (images,) with smoothed labels, mixed with each other if the recipe says so.
+        """Return images with smoothed labels, given labels (images,), and mix them if the recipe says so.
 
         Args:
-            place: the epoch and the step, by which images are mixed.
+            place: the epoch and the step, which seed the mixing.
         """
         recipe = self.recipe
         if recipe.mixes and len(images) % 2 == 0:  # odd if an image was unreadable
             from timm.data import Mixup
 
             mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=self.classes)
-            # timm cuts boxes out of the third and fourth dimension; those of videos are frames and height.
+            # timm cuts boxes out of the third and fourth dimension, which for videos would be frames and height.
             planes = images.flatten(1, -3)
             with seed_rng(self.seed, *place, 1):
                 mixed, targets = mix(planes, labels)
@@ -140,9 +140,9 @@ class Examples:
 
 
 def select_pairs(rows: Sequence[int], part: int, parts: int) -> np.ndarray:
-    """Return one of `parts` parts of a step's rows, made of pairs of the i-th row from the front and from the back.
+    """Return one of `parts` parts of a step's rows, composed of pairs of the i-th row from the front and the back.
 
-    timm mixes a batch with its own reverse, so every part is mixed as it would be in the whole batch.
+    timm mixes a batch with its reverse, so every part is mixed as in the whole batch.
     """
     rows = np.asarray(rows)
     half = len(rows) // 2

@@ -1,4 +1,4 @@
-"""Fine-tuning of a pruned model: steps, evaluation after each epoch, and a state from which a killed run continues.
+"""Fine-tuning of a pruned model: steps, evaluation after each epoch, and a state to resume a killed run.
 
 The dense model is the teacher, on the same images that the pruned model gets; labels are used as well if there are any.
 Norm layers are not trained unless the recipe says so.
@@ -42,7 +42,7 @@ SAVE_SHARE, SAVE_EVERY = 50, 5.0
 
 
 class Finetuned(NamedTuple):
-    """The model with the weights that did best on the images held out, and the one with the last weights."""
+    """The model with the best weights on the held-out images, and the model with the last weights."""
 
     model: TokenModel
     last: TokenModel
@@ -66,23 +66,23 @@ def finetune(
 
     Args:
         pruned: the model, on the device to train on.
-        training: a folder or another name that `ssmcompress.open_images` takes, `Images` or `Batches`. The recipe
-            decides how the images are batched and augmented, so a DataLoader or a tensor is refused.
-        dense: the teacher; None: the labels alone are learnt.
-        held_out: batches for choosing the best epoch, as `evaluate` takes them, with a shard in each process; None: the
-            last epoch is used.
-        seed: seed of the order of the images and of their augmentation.
-        state: file for the state of the run; None: no state is kept. `StateFile(path, resume=True)` continues from the
+        training: a folder or another name accepted by `ssmcompress.open_images`, `Images` or `Batches`. The recipe
+            defines batching and augmentation, so a DataLoader or a tensor is rejected.
+        dense: the teacher; None: only the labels are used.
+        held_out: batches to select the best epoch, as for `evaluate`, sharded over the processes; None: the last epoch
+            is used.
+        seed: seed of the order and the augmentation of the images.
+        state: file for the state of the run; None: no state is saved. `StateFile(path, resume=True)` resumes from the
             state in the file, if there is one.
-        log: called with figures by name and the step, in the main process.
+        log: called in the main process with a dict of metrics and the step.
 
     Returns:
         Both models with a record of kind "finetuning" in their `steps`.
 
     Raises:
-        InputError: nothing to learn from, too few images, or the state of another run.
-        SsmCompressError: values that are not finite; the state is the last one that was good.
-        KeyboardInterrupt: after SIGINT or SIGTERM; the state is the one after the last complete step.
+        InputError: there are neither labels nor a teacher, too few images, or the state is from another run.
+        SsmCompressError: values are not finite; the state file keeps the last valid state.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the state file has the state after the last complete step.
     """
     check_model(pruned, "pruned")
     if dense is not None:
@@ -115,7 +115,7 @@ def finetune(
 
 
 class _Run:
-    """A run of fine-tuning: the trainer, the images, the best weights, the history, and the step it is at."""
+    """A fine-tuning run: the trainer, the images, the best weights, the history, and the current step."""
 
     def __init__(self, pruned, training, dense, recipe, held_out, seed, path):
         self.training, self.dense, self.recipe, self.seed, self.path = training, dense, recipe, seed, path
@@ -133,7 +133,7 @@ class _Run:
         self.save_seconds = 0.0
 
     def _identify(self, pruned: TokenModel) -> dict[str, Any]:
-        """Return what identifies this run to `describe_differences`; images held out that are tensors are not in it."""
+        """Return what identifies this run for `describe_differences`; held-out tensors are not included."""
         held_out = find_batches(self.best.held_out)
         return {
             "recipe": asdict(self.recipe),
@@ -145,7 +145,7 @@ class _Run:
         }
 
     def begin(self) -> None:
-        """Score the starting weights as well, so the result is never worse than the input."""
+        """Score the initial weights, so that the result is never worse than the input."""
         if self.best.held_out is not None:
             self.best.update({"weights": self.trainer.candidates()["weights"]}, 0)
 
@@ -175,20 +175,20 @@ class _Run:
                     raise KeyboardInterrupt
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
-        """Yield this process's parts of each remaining step."""
+        """Yield this process's micro-batches of each remaining step."""
         self._clock()
         while self.step < self.steps:
             yield from self.examples.iterate_epoch(*divmod(self.step, self.examples.steps))
 
     def _clock(self) -> float:
-        """Return the seconds since the last call, and add them to the seconds of the run."""
+        """Return the seconds since the last call, and add them to the total of the run."""
         now = time.perf_counter()
         seconds, self.clock_at = now - self.clock_at, now
         self.seconds += seconds
         return seconds
 
     def end_epoch(self, figures: dict[str, float]) -> None:
-        """Measure on the images held out, keep the weights if they do best there, and extend the history."""
+        """Evaluate on the held-out images, keep the weights if they are the best so far, and extend the history."""
         epoch = self.step // self.examples.steps
         name, held = self.best.update(self.trainer.candidates(), epoch)
         entry = {"epoch": epoch, "step": self.step, **figures, "held_out": held, "averaged": name == "average"}
@@ -236,7 +236,7 @@ class _Run:
         return time.perf_counter() - self.saved_at > max(SAVE_EVERY, SAVE_SHARE * self.save_seconds)
 
     def restore(self) -> None:
-        """Load the state in the file, so that the run continues from there."""
+        """Load the state from the file to resume the run."""
         content = read_state(self.path)
         run, best = content["run"], self.best
         check_same_run(self.path, run.get("about"), self.about)
@@ -296,8 +296,8 @@ class _Run:
         return Finetuned(best, model)
 
     def _read_images(self) -> list[Any]:
-        """Return what the weights were trained on and chosen by, read by all processes."""
-        # Images that were in no step, and those that other processes had read before this run was resumed.
+        """Return the images used to train and select the weights, read by all processes."""
+        # Images that were in no step, and images that other processes had read before this run was resumed.
         self.training.read_rest()
         held_out = self.best.held_out
         if (batches := find_batches(held_out)) is not None:

@@ -1,4 +1,4 @@
-"""The objective of fine-tuning: the distance from the teacher, from the labels, or from both."""
+"""The objective of fine-tuning: distillation from the teacher, the loss on labels, or both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .recipe import Recipe
 
 
 def distillation_loss(task: Task, logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return (images,) the distance from the teacher in nats at a temperature, times its square.
+    """Return (images,): the KL divergence from the teacher in nats at a temperature, times the temperature squared.
 
     This is the distillation loss of Hinton et al. (arXiv 1503.02531).
 
@@ -24,12 +24,12 @@ def distillation_loss(task: Task, logits: Tensor, teacher: Tensor, temperature: 
 
 
 def feature_distance(features: Tensor, teacher: Tensor, positions: Tensor) -> Tensor:
-    """Return (images,) 1 - cosine of features and the teacher's, averaged over the tokens that the teacher has, too.
+    """Return (images,): 1 - cosine similarity with the teacher's features, averaged over the tokens that both have.
 
     Args:
         features: (images, kept, d_model). teacher: (images, length, d_model), at all positions.
-        positions: (images, kept) of `features`. Tokens that others were fused into, with numbers from `length` on, have
-            no counterpart and are left out.
+        positions: (images, kept), positions of `features`. Fused tokens, with positions from `length` on, have no
+            counterpart and are excluded.
     """
     length = teacher.shape[1]
     same = gather_tokens(teacher.float(), positions.clamp(max=length - 1))
@@ -38,10 +38,10 @@ def feature_distance(features: Tensor, teacher: Tensor, positions: Tensor) -> Te
 
 
 def label_loss(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return (images,) `task.loss`; for outputs with pixels it is computed once more for the gradients, image by image.
+    """Return (images,): `task.loss`; for dense outputs it is checkpointed per image, that is, recomputed in backward.
 
-    So the logits at the size of a mask are there for one image at a time. With 150 classes and masks of 512 x 512
-    pixels, the loss of 8 images and its gradients take 0.5 GB instead of 1.5 GB, and no more time.
+    So the logits at mask size exist for only one image at a time. With 150 classes and masks of 512 x 512 pixels, the
+    loss of 8 images and its gradients take 0.5 GB instead of 1.5 GB, and no more time.
     """
     if logits.ndim == 2 or not logits.requires_grad:
         return task.loss(logits, targets)
@@ -60,12 +60,12 @@ def objective(
     teacher_features: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Return (images,) the loss of each image.
+    """Return (images,): the loss of each image.
 
     Args:
-        logits, teacher: (images, classes, ...); no teacher: the labels have all the weight.
-        targets: from the labels, as `task.loss` takes them; None: the teacher has all the weight.
-        features, teacher_features, positions: of the last layer, as `feature_distance` takes them.
+        logits, teacher: (images, classes, ...); without a teacher, the labels have all the weight.
+        targets: the targets for `task.loss`; None: the teacher has all the weight.
+        features, teacher_features, positions: of the last layer, see `feature_distance`.
     """
     weight = teacher_weight(recipe, teacher is not None, targets is not None)
     total = torch.zeros(len(logits), device=logits.device)
@@ -79,7 +79,7 @@ def objective(
 
 
 def teacher_weight(recipe: Recipe, has_teacher: bool, has_labels: bool) -> float:
-    """Return the weight of the teacher, 0 to 1; the labels have the rest."""
+    """Return the weight of the teacher, 0 to 1; the labels have the remaining weight."""
     if not has_teacher:
         return 0.0
     return recipe.teacher if has_labels else 1.0

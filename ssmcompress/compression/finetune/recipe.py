@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...tasks import Task
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Values that have a meaning for one task only, by its name; their defaults stand for off, or for what is usual.
+# Fields that apply to one task only, by its name; their defaults turn the option off or are the usual values.
 TASK_VALUES = {
     "classification": ("smoothing", "mixup", "cutmix", "randaugment", "erasing", "crop"),
     "segmentation": ("min_scale", "max_scale", "jitter"),
@@ -26,32 +26,32 @@ TASK_VALUES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the defaults are a short recipe with the dense model as teacher.
+    """The hyperparameters of fine-tuning; the defaults are a short recipe with the dense model as teacher.
 
     Attributes:
         epochs: passes over the training images. batch_size: images per step, over all processes; even.
         accumulate: number of micro-batches in which each process computes its share of a step.
-        lr: highest learning rate for `lr_images` images per step; for other batch sizes it scales linearly. It rises
-            from `warmup_lr` over `warmup` (share of all steps), then falls to `min_lr` along a cosine; these two are
-            not scaled.
+        lr: peak learning rate for `lr_images` images per step, scaled linearly for other batch sizes. It rises from
+            `warmup_lr` over `warmup` (share of all steps), then decays to `min_lr` along a cosine; `warmup_lr` and
+            `min_lr` are not scaled.
         weight_decay: AdamW's, for matrices only. beta2: AdamW's. clip_grad: largest norm of the gradient, 0: no limit.
-        norms: whether to train the norm layers, too; False leaves them unchanged in every layer.
-        teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the rest. Without
-            labels the teacher has all the weight, without a teacher the labels.
-        temperature: logits of both are divided by it in the KL, which is multiplied by its square.
-        features: weight, in addition to those, of 1 - cosine of the kept tokens' last features and the teacher's;
-            without a teacher it is 0. On the bundled model 0, 1 and 10 gave 89.58, 89.71 and 89.15 % top-1, one run
-            each.
+        norms: whether to train the norm layers as well; False freezes all of them.
+        teacher: weight of the teacher, KL(teacher || model) on logits, 0 to 1; the labels have the remaining weight.
+            Without labels the teacher has all the weight, without a teacher the labels.
+        temperature: in the KL, the logits of both models are divided by it, and the KL is multiplied by its square.
+        features: weight of an additional term, 1 - cosine similarity of the kept tokens' last features and the
+            teacher's; 0 without a teacher. On the bundled model 0, 1 and 10 gave 89.58, 89.71 and 89.15 % top-1, one
+            run each.
         smoothing: label smoothing. mixup, cutmix: their alphas, 0: off. randaugment: timm's config string, "": off.
-        erasing: probability of random erasing. crop: smallest share of an image's area that a random crop takes.
+        erasing: probability of random erasing. crop: smallest share of an image's area in a random crop.
         flip: probability of a horizontal flip.
-        min_scale, max_scale: for segmentation: images are resized to between these multiples of their size, before a
-            part of the model's image size is cut out.
-        jitter: for segmentation: largest change of brightness, contrast and saturation, each a share of 1; the hue
-            changes by up to a fifth of it, in turns.
-        ema: decay of the average of the weights, 0: none; the average is used if it does better than the weights.
+        min_scale, max_scale: for segmentation, the range of random scales of an image before it is cropped to the
+            model's image size.
+        jitter: for segmentation, the largest relative change of brightness, contrast and saturation; the hue changes
+            by up to a fifth of it, in turns.
+        ema: decay of the moving average of the weights, 0: none; the average is used if it scores better.
         ramp: share of the steps over which the pruning ratios rise from 0 to their targets.
-        dtype: dtype of the autocast: float32, bfloat16, or auto: bfloat16 on GPUs that have it.
+        dtype: autocast dtype: float32, bfloat16, or auto: bfloat16 on GPUs that support it.
     """
 
     epochs: int = 3
@@ -121,7 +121,7 @@ class Recipe:
                 expect("randaugment", False, f"a timm string such as rand-m9-mstd0.5-inc1 ({error})")
 
     def check_task(self, task: Task) -> None:
-        """Raise an InputError that names the values of other tasks than the model's that differ from the defaults."""
+        """Raise an InputError that names non-default values that apply only to tasks other than the model's."""
         default = Recipe()
         for other, names in TASK_VALUES.items():
             wrong = [name for name in names if getattr(self, name) != getattr(default, name)]
@@ -139,11 +139,11 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     def scaled_lr(self, images: int) -> float:
-        """Return the highest learning rate for steps of `images` images."""
+        """Return the peak learning rate for steps of `images` images."""
         return self.lr * images / self.lr_images
 
     def with_changes(self, assignments: Sequence[str]) -> Recipe:
-        """Return a recipe with texts like "mixup=0.8" applied; InputError for an unknown name or an invalid value."""
+        """Return a recipe with assignments like "mixup=0.8" applied; InputError for unknown names or invalid values."""
         types = {field.name: field.type for field in fields(self)}
         changes: dict[str, Any] = {}
         for text in assignments:
@@ -161,7 +161,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
-        """Read a recipe from JSON. Missing fields are those of `recipe`, a name in `RECIPES`, or of the default one."""
+        """Read a recipe from JSON. Missing fields come from `recipe`, a name in `RECIPES`, or from the defaults."""
         if not isinstance(value, Mapping):
             raise InputError(f"not a recipe: expected a JSON object, found a {type(value).__name__}")
         changes = dict(value)

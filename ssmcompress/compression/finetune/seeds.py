@@ -1,4 +1,4 @@
-"""Random generators with a seed of their own for a while."""
+"""Temporary seeding of the random number generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def seed_rng(*numbers: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's generators in the body of the with statement; their states return after it."""
+    """Seed Python's, numpy's and torch's generators for the body of the with statement, then restore their states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))

@@ -1,4 +1,4 @@
-"""Stop requests by signal, which a run answers after the step that it is in."""
+"""Stop requests by signal, which a run handles after the current step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 def catch_stop_requests() -> Iterator[Callable[[], bool]]:
     """Catch the first SIGINT or SIGTERM in the body of the with statement; a second one has its usual effect.
 
-    Signals can be caught in the main thread only; in other threads nothing is caught.
+    Signals are caught in the main thread only.
 
     Yields:
         A function that returns whether a signal was caught.

@@ -1,4 +1,4 @@
-"""The state of a run in one file, written atomically, which every command also takes as a checkpoint (MODEL)."""
+"""The state of a run in one file, written atomically and usable as a checkpoint (MODEL) in every command."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ...models.safe_pickle import read_pickle
 from ...models.saved import describe
 
 FORMAT = 2
-# What identifies a run, apart from single values: models and images, and what messages call them.
+# The models and images that identify a run, with their names in messages.
 MODELS = {"model": "model to start from", "dense": "dense model", "teacher": "dense model to learn from"}
 IMAGES = {"images": "images to learn from", "held_out": "images held out", "eval_images": "images to measure on"}
 
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where a run keeps its state.
+    """The file in which a run saves its state.
 
     Attributes:
         path: the file; it is no longer needed once the result of the run is saved.
-        resume: whether to continue from the state in the file, if there is one. The state of a run with another model,
-            dense model, recipe, seed or content of the images is refused.
+        resume: whether to continue from the state in the file, if there is one. A state with a different model, dense
+            model, recipe, seed or image content is rejected.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class StateFile:
 
 
 def write_state(file: Path, model: TokenModel, entries: Mapping[str, Any]) -> None:
-    """Replace `file` by the state of a run, atomically: after an interruption the file has the old or the new state.
+    """Atomically replace `file` by the state of a run: an interruption leaves either the old or the new state.
 
     Args:
         model: the model whose configuration makes the file loadable.
@@ -48,7 +48,7 @@ def write_state(file: Path, model: TokenModel, entries: Mapping[str, Any]) -> No
         SsmCompressError: the file cannot be written.
     """
     content = {"ssmcompress": json.dumps(describe(model)), "training_format": FORMAT, **entries}
-    # Always the same name, so that the next run replaces what a killed run left behind.
+    # A fixed name, so that the next run overwrites a file left by a killed run.
     temporary = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,33 +79,33 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def remove_state(file: Path) -> None:
-    """Remove a state that is no longer needed, and the partial file that a killed run may have left."""
+    """Remove a state that is no longer needed, and a partial file of a killed run."""
     for path in (file, file.with_name(f".{file.name}.part")):
         path.unlink(missing_ok=True)
 
 
 def check_same_run(file: Path, stored: Any, expected: Mapping[str, Any]) -> None:
-    """Raise an InputError that names the differences if a state is of another run.
+    """Raise an InputError that names the differences if a state belongs to another run.
 
     Args:
-        stored, expected: what identifies the run of the state and the present one, as `describe_differences` takes it.
+        stored, expected: identification of the stored and the current run, see `describe_differences`.
     """
     if differences := describe_differences(stored, expected):
         raise InputError(f"{file} belongs to another run, with {', '.join(differences)}; `force=True` starts over")
 
 
 def is_state_of(file: Path, expected: Mapping[str, Any]) -> bool:
-    """Return whether there is a state and nothing of `expected` differs in it; InputError for any other file."""
+    """Return whether there is a state that matches `expected`; InputError for any other file."""
     return file.exists() and not describe_differences(read_state(file)["run"].get("about"), expected)
 
 
 def describe_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
-    """Return how two runs differ, in words; an empty list if they do not.
+    """Describe the differences between two runs in words; an empty list if there are none.
 
     Args:
-        then, now: what identifies the runs, JSON objects: `recipe`, fingerprints of the models in `MODELS` or None,
-            signatures of the images in `IMAGES`, and single values. What is not in `now` is not compared; if `then` is
-            something else, nothing is known of that run.
+        then, now: JSON objects that identify the runs: `recipe`, fingerprints of the models in `MODELS` or None,
+            signatures of the images in `IMAGES`, and single values. Keys missing from `now` are not compared; if
+            `then` is not such an object, nothing is known about that run.
     """
     then = then if isinstance(then, Mapping) else {}
     found = []

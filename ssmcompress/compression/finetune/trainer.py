@@ -1,4 +1,4 @@
-"""The model in training and its optimiser: single steps of fine-tuning."""
+"""The model in training with its optimiser, for single steps of fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .recipe import Recipe
 
 
 class Student(nn.Module):
-    """A model that also returns the features that it reads out, so that one forward serves the whole objective."""
+    """Wraps a model to also return its last features, so that one forward pass is enough for the whole objective."""
 
     def __init__(self, model: TokenModel):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `readout` computes, last features (batch, kept, d_model) and their positions (batch, kept)."""
+        """Return the result of `readout`, the last features (batch, kept, d_model) and their positions."""
         tokens, _ = self.model.encode(images)
         return self.model.readout(tokens), tokens.features, tokens.explicit_positions()
 
 
 class StepResult(NamedTuple):
-    """Sums over the images of a step: loss, accuracy, images; whether the loss and the gradients are finite."""
+    """Sums over the images of a step (loss, accuracy, images), and whether the loss and the gradients are finite."""
 
     loss: float
     right: float
@@ -53,28 +53,28 @@ class EpochSums:
     finite: bool = True
 
     def add(self, step: StepResult) -> None:
-        """Add a step, apart from its seconds, which the caller adds."""
+        """Add a step; the caller adds its seconds."""
         self.total, self.right, self.images = self.total + step.loss, self.right + step.right, self.images + step.images
         self.finite = self.finite and step.finite
 
     def figures(self, task: Task) -> dict[str, float]:
-        """Return the figures of the augmented images, by name."""
+        """Return the metrics on the augmented images, by name."""
         rate = self.images / self.seconds
         accuracy = 100 * self.right / self.images
         return {"loss": self.total / self.images, task.hits: accuracy, "images_per_second": rate}
 
     def text(self, task: Task) -> str:
-        """Return the figures for a progress line."""
+        """Format the metrics for a progress line."""
         figures, name = self.figures(task), task.figure(task.hits).title
         accuracy, rate = figures[task.hits], figures["images_per_second"]
         return f"loss {figures['loss']:.4f}, {name} {accuracy:.1f} %, {rate:.0f} images/s"
 
 
 class Trainer:
-    """A copy of a pruned model with its optimiser, schedule and average of the weights.
+    """A copy of a pruned model with its optimiser, schedule and moving average of the weights.
 
-    The model is in eval mode throughout, so the statistics of batch norms do not change, and one process and several
-    compute the same.
+    The model stays in eval mode, so batch norm statistics do not change, and the result does not depend on the number
+    of processes.
 
     Args:
         pruned: the model, on the device to train on. dense: the teacher, or None.
@@ -117,7 +117,7 @@ class Trainer:
         self.dtype = torch.bfloat16 if _uses_bfloat16(recipe.dtype, self.device) else torch.float32
 
     def take_step(self, parts: list[MicroBatch], step: int) -> StepResult:
-        """Take one optimiser step on this process's parts of a batch; none if a value is not finite."""
+        """Take one optimiser step on this process's micro-batches; skip it if a value is not finite."""
         self.schedule.step_update(step)
         self.set_ratios(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +126,7 @@ class Trainer:
             last = number + 1 == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.student):
                 losses, right = self._compute_losses(part)
-                # The processes' gradients are averaged, so this factor makes them the mean over the whole batch.
+                # Gradients are averaged over processes, so this factor yields the mean over the whole batch.
                 self.accelerator.backward(losses.sum() * processes.count() / self.batch_size)
             loss = losses.detach().sum().double().cpu()
             sums += torch.stack(
@@ -147,7 +147,7 @@ class Trainer:
         return result
 
     def _compute_losses(self, part: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return (images,) the objective of each image, and the sum of their accuracies."""
+        """Return the objective of each image, (images,), and the sum of their accuracies."""
         images = part.images.to(self.device)
         targets = None if part.targets is None else part.targets.to(self.device)
         teacher = teacher_features = None
@@ -167,17 +167,17 @@ class Trainer:
         return losses, right.sum()
 
     def set_ratios(self, step: int | None) -> None:
-        """Set the pruning ratios of a step, which rise over the recipe's ramp; None: the final ones."""
+        """Set the pruning ratios of a step, which increase over the recipe's ramp; None: the final ratios."""
         length = self.recipe.ramp * self.steps
         share = 1.0 if step is None or step >= length else step / length
         for name, pruner in self.model.pruners.items():
             pruner.ratio = max(share * self.ratios[name], self.least[name])
 
     def _find_least_ratios(self) -> dict[str, float]:
-        """Return the ratio that each stage has at least during a ramp: that of one token in models with output levels.
+        """Return the minimum ratio of each stage during a ramp: one token in models with output levels, else zero.
 
-        A level may have a map for each stage that drops tokens, so a stage that does in the end has to from the
-        beginning.
+        A level may have a map for each stage that drops tokens, so a stage that drops tokens at the end must do so from
+        the start.
         """
         counts = self.model.token_counts() if self.model.levels else None
         return {
@@ -186,7 +186,7 @@ class Trainer:
         }
 
     def candidates(self) -> dict[str, TokenModel]:
-        """Return the models to choose from, with their final ratios: the weights, and their average if there is one."""
+        """Return the candidate models with final ratios: the weights, and their moving average if there is one."""
         self.set_ratios(None)
         return {"weights": self.model} | ({"average": self.average.module} if self.average is not None else {})
 

@@ -1,6 +1,6 @@
-"""Reconstruction without training: later layers are refitted in closed form to what the dense model computes.
+"""Reconstruction without training: later layers are refitted in closed form to the outputs of the dense model.
 
-Pruning changes what every later layer receives. The dense and the pruned model run layer by layer over unlabelled
+Pruning changes the inputs of all later layers. The dense and the pruned model run layer by layer over unlabelled
 images, with the layers refitted so far in place. In each layer some linear maps (`Block.refitted`), and finally the
 classifier, are replaced by a ridge regression (`ssmcompress.compression.reconstruct.least_squares`) at the kept tokens.
 Its targets are
@@ -9,35 +9,35 @@ Its targets are
 - for the maps before it: the output of the same map in the dense model;
 - for the classifier: the dense logits.
 
-Together with the projection a correction is fitted, a new part of the model: a low-rank linear map from the mean
-of the tokens pruned so far to a vector that is added to all kept ones, once per image and layer. The pruned tokens say
-what is missing; on two small Vims this alone reduced the divergence by another 13 to 36 %.
+A correction, which is a new part of the model, is fitted together with the projection: a low-rank linear map from the
+mean of the tokens pruned so far to a vector that is added to all kept tokens, once per image and layer. The pruned
+tokens predict the missing information; on two small Vims this alone reduced the divergence by another 13 to 36 %.
 
-After the projection, the class token, if the model reads that out, gets a correction of its own: a low-rank linear map
-of its update and of the sums of all tokens over segments of the image, the pruned ones as they were last seen
+After the projection, the class token, if it is read out, gets its own correction: a low-rank linear map of its update
+and of the sums of all tokens over segments of the image, where pruned tokens count with their last features
 (`ssmcompress.models.class_corrections`). On two small Vims that kept about a third of their tokens after layer 2 or 3
 it reduced the divergence on other images by another 13 and 35 % (0.070 to 0.061 and 0.077 to 0.050 nats; top-1 86.8 to
-88.2 % and 80.3 to 82.3 %), for 0.2 % of the FLOPs. What the projection receives, which is wider than the update, told
-no more (at full rank 0.057 and 0.052 nats with it, 0.059 and 0.050 with the update).
+88.2 % and 80.3 to 82.3 %), for 0.2 % of the FLOPs. Using the input of the projection, which is wider than the update,
+gave no gain (at full rank 0.057 and 0.052 nats with it, 0.059 and 0.050 with the update).
 
-Where a mean over tokens is read out, the logits get such a map instead, of the sums after the last layer; it is fitted
-together with the classifier. On a small PlainMamba at two plans the divergence on other images fell from 0.039 to 0.025
-and from 0.044 to 0.030 nats, for 0.05 % of the FLOPs.
+In models with mean pooling, the logits get such a map instead, of the sums after the last layer; it is fitted together
+with the classifier. On a small PlainMamba with two plans the divergence on other images fell from 0.039 to 0.025 and
+from 0.044 to 0.030 nats, for 0.05 % of the FLOPs.
 
-The weight of a row is the effect of an error there on the decision: the squared gradient of the dense model's margin
-between its two best classes with respect to that token's features. This finds the tokens that are read out in any
+Each row is weighted by the effect of an error there on the decision: the squared gradient of the dense model's margin
+between its two best classes with respect to that token's features. This finds the tokens that matter in any
 architecture.
 
-If a mean over the tokens is read out, the pruned ones can stay in it with their last features. Without reconstruction
-that is worse (a small PlainMamba at 42.9 % after layers 2, 3 and 5: 57.8 % top-1 instead of 71.5), with it mostly
-better (86.4 instead of 86.1; 90.1 instead of 89.1 in another plan). So the classifier is refitted for both, and the one
-that is closer to the dense model is used.
+With mean pooling, pruned tokens can stay in the mean with their last features. Without reconstruction this is worse (a
+small PlainMamba at 42.9 % after layers 2, 3 and 5: 57.8 % top-1 instead of 71.5), with reconstruction mostly better
+(86.4 instead of 86.1; 90.1 instead of 89.1 in another plan). So the classifier is refitted for both variants, and the
+one closer to the dense model is used.
 
-A fifth of the images is held out. They choose each ridge, a weight is replaced only if that helps on them, and a model
-that does not come closer to the dense one on them stays as it was.
+A fifth of the images is held out to choose each ridge. A weight is replaced only if this reduces the error on them, and
+a model that does not get closer to the dense model on them is returned unchanged.
 
-The residual streams of both models are kept in temporary files between layers, so memory does not grow with the number
-of images; running the models again for each layer would take depth / 2 times as long (12 times for 24 layers).
+The residual streams of both models are stored in temporary files between layers, so memory does not grow with the
+number of images; rerunning the models for each layer would take depth / 2 times as long (12 times for 24 layers).
 """
 
 from __future__ import annotations
@@ -72,29 +72,28 @@ def reconstruct(
 ) -> TokenModel:
     """Return a copy of `pruned` whose later layers are refitted to follow `dense`; the arguments are not changed.
 
-    The result does not depend on how the images are batched. It depends on their order, which decides the images that
-    are held out.
+    The result does not depend on the batching of the images, but on their order, which determines the held-out images.
 
     Args:
         pruned: a pruned model. dense: the model it was made from.
         images: as for `ssmcompress.calibrate`. They are iterated once, so an iterator is not read into memory. Labels
-            are not used. Duplicates of an image are ignored.
+            are not used, and duplicate images are ignored.
         name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, with the same models and
-            its own images; their sums are added, and all end with the same weights. If one fails, the others wait for
-            it until the group's timeout.
-        reference: the model whose inner maps are the targets of those of `pruned`, on the dense model's features: the
-            trimmed model before it lost channels and tokens, whose states are those of `pruned`. None: the dense model;
-            inner maps of another size are then not refitted.
-        options: what else is fitted.
+            its own images; their sums are added, and all processes get the same weights. If one fails, the others wait
+            for it until the group's timeout.
+        reference: the model whose inner maps, applied to the dense model's features, are the targets of the inner maps
+            of `pruned`: the trimmed model before channels and tokens were dropped, which has the same states as
+            `pruned`. None: the dense model; inner maps of another size are then not refitted.
+        options: additional parts to fit.
 
     Returns:
-        The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned or trimmed, the copy
-        has no changes and no record.
+        The model, with a record of kind "reconstruction" in its `steps`. If nothing was pruned or trimmed, the copy is
+        unchanged and has no record.
 
     Raises:
-        InputError: fewer than two different images, values that are not finite, or models that do not belong together.
-        SsmCompressError: no room for temporary files.
+        InputError: there are fewer than two different images, values are not finite, or the models do not match.
+        SsmCompressError: there is not enough space for temporary files.
     """
     check_model(pruned, "pruned")
     check_model(dense, "dense")
@@ -137,7 +136,7 @@ def reconstruct(
 
 
 def _find_changed(model: TokenModel, dense: TokenModel) -> range:
-    """Return the layers (from 1) from the first one whose result can differ from the dense model's."""
+    """Return the layers (1-based), starting at the first one whose output can differ from the dense model's."""
     depth, counts, whole = len(model.blocks), model.token_counts(), model.counts_for(())
     numbers = [*(model.origin.layers if model.origin is not None else range(1, depth + 1)), len(dense.blocks) + 1]
     ours, theirs = model.config.layers, dense.config.layers

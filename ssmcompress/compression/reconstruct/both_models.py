@@ -1,4 +1,4 @@
-"""A dense and a pruned model that run layer by layer over the same images, with their features in files in between."""
+"""Layer-by-layer execution of a dense and a pruned model on the same images, with features stored in files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .recording import record
 
 # One in HELD_OUT images is held out.
 HELD_OUT = 5
-# Least weight of a row, relative to the mean weight of the layer's rows: rows that are not read out still decide which
-# tokens are kept later. Values between 1e-4 and 0.5 made no difference (0.3 points).
+# Minimum weight of a row, relative to the mean weight of the layer's rows: rows without influence on the output still
+# determine which tokens are kept later. Values between 1e-4 and 0.5 made no difference (0.3 points).
 LEAST_WEIGHT = 1e-3
 # The fields of `Tokens` that change from layer to layer.
 TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes", "ranks")
@@ -37,12 +37,12 @@ TOKENS = ("features", "positions", "pruned_sum", "pruned_segments", "sizes", "ra
 class BothModels:
     """Runs a dense and a pruned model layer by layer on the same images.
 
-    The images are processed in chunks, which are identified by their number. `files` has for each chunk the `weights`
-    of all rows (points, images, tokens), see `margin_gradients`, the `dense` features and the `pruned` tokens before
-    the current layer, and the dense `targets` of the layer's inner maps at the kept tokens.
+    The images are processed in chunks, identified by their number. For each chunk, `files` stores the `weights` of all
+    rows (points, images, tokens), see `margin_gradients`, the `dense` features and the `pruned` tokens before the
+    current layer, and the dense `targets` of the layer's inner maps at the kept tokens.
 
     Args:
-        layers: the layers that are refitted, from 1. folder: an empty folder for values of chunks.
+        layers: the layers to refit (1-based). folder: an empty folder for the values of chunks.
         distributed, reference: as for `reconstruct`.
     """
 
@@ -57,7 +57,7 @@ class BothModels:
     ):
         self.dense, self.pruned, self.layers = dense, pruned, layers
         self.reference = reference
-        # The dense model's number of each layer, and of the end.
+        # For each layer, and for the end, the layer number in the dense model.
         numbers = pruned.origin.layers if pruned.origin is not None else range(1, len(pruned.blocks) + 1)
         self.numbers = (*numbers, len(dense.blocks) + 1)
         self.device = next(pruned.parameters()).device
@@ -86,7 +86,7 @@ class BothModels:
         return len(self.held)
 
     def start(self, batches: AnyBatches) -> float:
-        """Run both models up to the first layer to be refitted, and return the mean KL of the images held out."""
+        """Run both models up to the first layer to be refitted, and return the mean KL on the held-out images."""
         points = 1 + self.dense.count_points(len(self.dense.blocks))
         self.totals = torch.zeros(points, dtype=torch.float64, device="cpu")
         kl = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -95,7 +95,7 @@ class BothModels:
         for images in in_chunks(_drop_repeats(track(batches, "collecting features", batches.total)), self.size):
             images = images.to(self.device)
             seen.append(hash_of(images) if keeps_results() else "")
-            # The second image is held out, so that two are enough.
+            # The second image is held out, so that two images are enough.
             held = (self.images + torch.arange(len(images), device=self.device)) % HELD_OUT == 1
             if held.any():
                 kl += self.pruned.task.total_distance(
@@ -104,7 +104,7 @@ class BothModels:
             self.images += len(images)
             self.held_out += int(held.sum())
             self.add_chunk(images, held)
-        self.content = (models, seen)  # what the results follow from, where results are kept
+        self.content = (models, seen)  # hashed to identify the results, if they are cached
         counts = torch.tensor([self.images, self.rows, self.held_out], device="cpu")
         self.all_reduce_sum(self.totals, kl, counts)
         self.images, self.rows, self.held_out = counts.tolist()
@@ -116,7 +116,7 @@ class BothModels:
         return float(kl) / self.held_out
 
     def add_chunk(self, images: Tensor, held: Tensor) -> None:
-        """Run both models on images up to the first layer to be refitted, and write what they have there."""
+        """Run both models on images up to the first layer to be refitted, and store their features there."""
         chunk, weights = self.chunks, [gradient.cpu() for gradient in margin_gradients(self.dense, images)]
         self.totals += torch.stack([gradient.sum(dtype=torch.float64) for gradient in weights])
         full, kept = self.dense.embed(images), set_pool(self.pruned.embed(images), self.pruned.pools)
@@ -135,13 +135,13 @@ class BothModels:
         self.held.append(held)
 
     def take_template(self, tokens: Tokens) -> None:
-        """Take what tokens of a section have in common with those of its other layers, of the dense model, too."""
+        """Store the fields of `Tokens` that all layers of a section and both models share."""
         nothing = dict.fromkeys(("positions", "dropped", "update", "summary", "layout", "scores", "keys", "paths"))
         nothing |= dict.fromkeys(("pruned_sum", "pruned_segments", "sizes", "ranks"))
         self.template = replace(tokens, features=tokens.features[:1], fused=0, levels=(), **nothing)
 
     def enter(self, layer: int) -> Iterator[None]:
-        """Let both models enter a layer (`TokenModel.enter`), where its tokens are not those after the layer before."""
+        """Apply `TokenModel.enter` in both models where the input of a layer differs from the previous output."""
         for k in range(self.chunks):
             tokens = self.get_tokens(k)
             features = self.files.get("dense", k)
@@ -153,13 +153,13 @@ class BothModels:
         self.fused = entered.fused
 
     def reference_block(self, layer: int) -> nn.Module:
-        """Return the layer whose inner maps are the targets of those of a layer of the pruned model."""
+        """Return the layer whose inner maps are the targets for a layer of the pruned model."""
         return self.reference.blocks[(self.numbers[layer - 1] if self.reference is self.dense else layer) - 1]
 
     def advance_dense(self, layer: int, inner: Sequence[str]) -> Iterator[None]:
-        """Run the dense model up to the next projection that is refitted; write the inner maps' outputs at kept tokens.
+        """Run the dense model up to the next projection to be refitted; store the inner maps' outputs at kept tokens.
 
-        That is at the end of this layer, or of those after it that are not kept; or at the place of its stage if the
+        This is the end of this layer, or of the following layers that were dropped; or the position of its stage if the
         layer has a second part.
         """
         first, stop = self.numbers[layer - 1 : layer + 1]
@@ -180,7 +180,7 @@ class BothModels:
             yield
 
     def advance_dense_end(self, layer: int) -> Iterator[None]:
-        """Run the dense model from the place of the stage of a layer up to the next layer that is kept."""
+        """Run the dense model from the stage of a layer up to the next layer that was kept."""
         first, stop = self.numbers[layer - 1 : layer + 1]
         for k in range(self.chunks):
             tokens = self.dense.end(first, replace(self.template, features=self.files.get("dense", k)))
@@ -203,7 +203,7 @@ class BothModels:
     def targets_at(self, chunk: int, tokens: Tokens, point: int) -> tuple[Tensor, Tensor]:
         """Return the dense features (images, kept, d_model) of the kept tokens, and the weights of their rows.
 
-        A token without a position, which the dense model does not have, gets a weight of zero.
+        A token without a position has no counterpart in the dense model and gets a weight of zero.
         """
         positions, weights = tokens.explicit_positions(), self.row_weights(chunk, point)
         placed = positions.clamp(max=tokens.length - 1)
@@ -229,7 +229,7 @@ class BothModels:
 
 
 def _drop_repeats(batches: Iterable[LabelledBatch]) -> Iterator[LabelledBatch]:
-    """Yield the batches without repeated images, because a repeated image could be both fitted and held out."""
+    """Yield the batches without duplicate images, because a duplicate could be both fitted and held out."""
     digests: set[bytes] = set()
     for images, _ in batches:
         rows = []

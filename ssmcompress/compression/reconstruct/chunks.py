@@ -1,4 +1,4 @@
-"""Files of chunks: what a layer-by-layer pass keeps of its images between layers."""
+"""Temporary files with the values of image chunks that a layer-by-layer pass needs between layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ...errors import SsmCompressError, raise_if_out_of_memory
 
 
 class ChunkFiles:
-    """Values of chunks of images by kind and number, as files in a folder.
+    """Stores values of image chunks, by kind and number, as files in a folder.
 
     Args:
-        folder: an empty folder. device: where values are read to.
+        folder: an empty folder. device: the device to which values are read.
     """
 
     def __init__(self, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
 
     def put(self, kind: str, chunk: int, value: Any) -> None:
-        """Write a value of a chunk; SsmCompressError if there is no room."""
+        """Write a value of a chunk; SsmCompressError if there is not enough space."""
         try:
             torch.save(value, self.folder / f"{kind}{chunk}")
         except (OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""The fit of the class token's own corrections, see `ssmcompress.models.class_corrections`.
+"""Fitting of the class token's corrections, see `ssmcompress.models.class_corrections`.
 
-The map of a layer is fitted after its projection, on one row an image: what the class token's features still miss of
-the dense model's. Its inputs need no further pass over the images: the update that the refitted projection makes
-follows from what the projection receives, which the pass before has recorded.
+The map of a layer is fitted after its projection, on one row per image: the remaining error of the class token's
+features relative to the dense model. This needs no further pass over the images: the update by the refitted projection
+is computed from the inputs of the projection, which were recorded in the previous pass.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .split_rows import SplitRows
 
 
 class ClassRows(NamedTuple):
-    """What is recorded of the class token of each image of a chunk, before the projection of a layer is refitted.
+    """Values of the class token of each image of a chunk, recorded before the projection of a layer is refitted.
 
     Attributes:
-        inputs: (images, n), what the projection receives. summary: (images, segments * (d_model + 1)).
-        pruned_mean: (images, d_model). wanted: (images, d_model), the update that leads to the dense features.
+        inputs: (images, n), inputs of the projection. summary: (images, segments * (d_model + 1)).
+        pruned_mean: (images, d_model). wanted: (images, d_model), the update that would give the dense features.
         weights: (images,).
     """
 
@@ -43,7 +43,7 @@ class ClassRows(NamedTuple):
         """Record the rows.
 
         Args:
-            tokens: the pruned model's tokens before the layer. inputs: (images, kept, n), what its projection receives.
+            tokens: the pruned model's tokens before the layer. inputs: (images, kept, n), the inputs of its projection.
             dense: (images, tokens, d_model), the dense features after the layer. weights: (images, tokens).
         """
         protected, place = model.protected, tokens.protected_index()[:, None]
@@ -57,7 +57,7 @@ class ClassRows(NamedTuple):
 
 
 class ClassSums:
-    """Sums over the rows of a layer's class token, and the correction that they determine."""
+    """Sums over the rows of a layer's class token, and the correction fitted from them."""
 
     def __init__(self, model: TokenModel, device: torch.device):
         self.width, self.segments, self.device = model.d_model, model.segments, device
@@ -68,7 +68,7 @@ class ClassSums:
         """Add the rows of a chunk.
 
         Args:
-            projection: the refitted projection. scale: its factor. correction: the new correction of all tokens.
+            projection: the refitted projection. scale: its factor. correction: the new correction for all tokens.
             held: (images,), whether an image is held out.
         """
         update = scale * projection(rows.inputs)
@@ -78,13 +78,13 @@ class ClassSums:
         self.rows.add(inputs, rows.wanted, rows.weights, held)
 
     def refit(self) -> tuple[Refit, ClassCorrection | None]:
-        """Return the fit and the correction, or None if none helps on the images held out."""
-        # The map from the same inputs to the update that is wanted; without a correction that is the update itself.
+        """Return the fit and the correction; None if no correction helps on the held-out images."""
+        # The map from the same inputs to the wanted update; without a correction it returns the update itself.
         old = torch.eye(self.width, sum(self.groups), device="cpu").to(self.rows.held_out.gram)
         result = self.rows.refit(old, self.groups)
         if not result.ridges:
             return result, None
-        # Half the width: there are as many of these maps as layers, and their cost is reserved in budgets.
+        # Half the width: each layer has such a map, and its cost is reserved in budgets.
         columns, most = sum(self.groups), max(1, self.width // 2)
         reduced, outwards, inwards = self.rows.reduce_rank(result, columns, old, most)
         if reduced.after >= result.before:  # the rank is too low for any gain
@@ -96,5 +96,5 @@ class ClassSums:
 
 
 def empty_correction(model: TokenModel) -> ClassCorrection:
-    """Return a correction of nothing; with it in place, tokens carry what the fit of a layer needs."""
+    """Return a zero correction; with it in place, tokens carry the sums that the fit of a layer needs."""
     return fill_zero(ClassCorrection(model.d_model, model.segments, 1, model.classifier.weight.device))

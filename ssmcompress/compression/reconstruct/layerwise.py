@@ -1,4 +1,4 @@
-"""The layer-by-layer refit of a pruned model to a dense one, as `ssmcompress.compression.reconstruct` describes it."""
+"""The layer-by-layer refit of a pruned model to a dense one, see `ssmcompress.compression.reconstruct`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .recording import find_name, record
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """What is fitted besides the weights.
+    """Parts that are fitted in addition to the weights.
 
     Attributes:
-        class_corrections: whether the class token of later layers, or what is read out of a model without one, gets
-            corrections of its own. On the bundled Vim they take 0.2 % of the FLOPs and, because their operations are
-            many and small, 5 % of the time at batch size 8 and 9 % at batch size 1.
+        class_corrections: whether the class token of later layers, or the readout of a model without one, gets its own
+            corrections. On the bundled Vim they take 0.2 % of the FLOPs and, because they are many small operations,
+            5 % of the time at batch size 8 and 9 % at batch size 1.
     """
 
     class_corrections: bool = True
@@ -39,7 +39,7 @@ class RefitOptions:
 class LayerwiseRefit(BothModels):
     """Runs a dense and a pruned model layer by layer on the same images, and refits the layers of the pruned one.
 
-    In addition to what `BothModels` has, `files` has for each chunk what the fit of the `class` correction needs.
+    In addition to the values of `BothModels`, `files` stores the inputs of the fit of the `class` correction.
 
     Args:
         dense, pruned, layers, folder, distributed, reference: as for `BothModels`.
@@ -65,9 +65,9 @@ class LayerwiseRefit(BothModels):
         self.fits: list[Fit] = []
 
     def add_corrections(self, options: RefitOptions) -> None:
-        """Put corrections of nothing where new ones are fitted, so that the tokens carry what they need.
+        """Install zero corrections where new ones will be fitted, so that the tokens carry the required sums.
 
-        Those of all tokens have full rank while they are fitted.
+        Corrections for all tokens have full rank while they are fitted.
         """
         model = self.pruned
         for layer in map(str, self.layers):
@@ -83,7 +83,7 @@ class LayerwiseRefit(BothModels):
             model.readout_correction = zero_map(inputs, model.config.num_classes, self.device)
 
     def refit(self) -> Iterator[None]:
-        """Refit the layers and the classifier, one after the other; yields after every pass over a chunk."""
+        """Refit the layers and the classifier in sequence; yields after every pass over a chunk."""
         known = hash_of("reconstruction and its halves", *self.content, list(self.layers), self.corrects_logits)
         for layer in self.layers:
             yield from self.enter_layer(layer)
@@ -112,14 +112,14 @@ class LayerwiseRefit(BothModels):
         yield from self.refit_readout()
 
     def enter_layer(self, layer: int) -> Iterator[None]:
-        """Let both models enter a layer; where a section begins, with the map of the level at the end of the last."""
+        """Enter a layer in both models; at the start of a section, apply the level map of the previous section."""
         if self.pruned.starts_section(layer):
             yield from self.refit_level_after(layer - 1)
         if self.pruned.changes_at(layer):
             yield from self.enter(layer)
 
     def refit_level_after(self, layer: int) -> Iterator[None]:
-        """Fit the maps of the level after a layer, if the model has one there that is processed further."""
+        """Fit the maps of the level after a layer, if there is one that later layers process."""
         level = next((n for (n,) in self.section_levels() if self.pruned.level_layer(n) == layer), None)
         if level is None:
             return
@@ -137,14 +137,14 @@ class LayerwiseRefit(BothModels):
         return model.level_passes() if model.levels and not model.reads_levels and has_levels(model) else []
 
     def describe(self, layer: int, fits: Sequence[Fit]) -> dict[str, Any]:
-        """Return the weights of a layer that was refitted, and of its corrections, with the records."""
+        """Return the weights of a refitted layer and of its corrections, with the records."""
         key, model = str(layer), self.pruned
         corrections = {name: maps[key].state_dict() for name, maps in self.corrections() if key in maps}
         records = list(map(astuple, fits))
         return {"block": model.blocks[layer - 1].state_dict(), "corrections": corrections, "fits": records}
 
     def restore(self, layer: int, kept: dict[str, Any]) -> Iterator[None]:
-        """Take over what `describe` returned, and run both models past the layer; yields as `refit` does."""
+        """Load the result of `describe`, and run both models past the layer; yields as `refit` does."""
         key, block = str(layer), self.pruned.blocks[layer - 1]
         yield from self.advance_dense(layer, ())
         block.load_state_dict(kept["block"])
@@ -160,12 +160,12 @@ class LayerwiseRefit(BothModels):
             yield from self.advance_pruned(self.pruned.end, layer)
 
     def corrections(self) -> tuple[tuple[str, nn.ModuleDict], ...]:
-        """Return the corrections of the pruned model by layer, with the names of their kinds."""
+        """Return the corrections of the pruned model by kind, as (name, modules by layer)."""
         model = self.pruned
         return ("corrections", model.corrections), ("class_corrections", model.class_corrections)
 
     def refit_levels(self) -> Iterator[None]:
-        """Fit the maps of the output levels, and measure the model on the images held out."""
+        """Fit the maps of the output levels, and evaluate the model on the held-out images."""
         sums = None
         for k in range(self.chunks):
             images = self.files.get("images", k)
@@ -185,18 +185,18 @@ class LayerwiseRefit(BothModels):
         self.kl = float(kl) / self.held_out
 
     def passes(self) -> int:
-        """Return how many times `refit` passes over the chunks."""
+        """Return the number of passes of `refit` over the chunks."""
         inner = sum(bool(self.comparable(x, group)) for x in self.layers for group in self.maps(x)[:-1])
         ends = sum(self.pruned.blocks[layer - 1].end_projection is not None for layer in self.layers)
         entered = sum(map(self.pruned.changes_at, self.layers)) + len(self.section_levels())
         return inner + sum(len(self.maps(layer)[-1:]) + 2 for layer in self.layers) + 3 * ends + entered + 2
 
     def maps(self, layer: int) -> tuple[tuple[str, ...], ...]:
-        """Return the names of the linear layers of a layer that are refitted."""
+        """Return the names of the linear layers to refit in a layer."""
         return self.pruned.blocks[layer - 1].refitted
 
     def comparable(self, layer: int, names: Sequence[str]) -> tuple[str, ...]:
-        """Return those of the inner maps that have as many outputs in the reference."""
+        """Return the names of the inner maps that have the same number of outputs in the reference."""
         ours, theirs = self.pruned.blocks[layer - 1], dict(self.reference_block(layer).named_modules())
         return tuple(
             name
@@ -205,7 +205,7 @@ class LayerwiseRefit(BothModels):
         )
 
     def refit_end(self, layer: int) -> Iterator[None]:
-        """Refit the projection of the second part of a layer to the dense features after it, at tokens with a place."""
+        """Refit the projection of the second part of a layer to the dense features, at tokens with a position."""
         block = self.pruned.blocks[layer - 1]
         name, point = block.end_projection, self.dense.count_points(self.numbers[layer - 1])
         sums = LinearSums(block.get_submodule(name), self.device, scale=block.end_scale)
@@ -219,7 +219,7 @@ class LayerwiseRefit(BothModels):
         self.fits.append(self.solve(sums))
 
     def refit_inner(self, layer: int, names: Sequence[str]) -> Iterator[None]:
-        """Refit maps of a layer that do not feed each other to their outputs in the dense model."""
+        """Refit independent maps of a layer to their outputs in the dense model."""
         block = self.pruned.blocks[layer - 1]
         sums = {name: LinearSums(block.get_submodule(name), self.device) for name in names}
         for k in range(self.chunks):
@@ -295,7 +295,7 @@ class LayerwiseRefit(BothModels):
         self.kl = kl / self.held_out
 
     def solve(self, sums: LinearSums) -> Fit:
-        """Refit a linear layer by its sums over all processes, in place, and return the record."""
+        """Refit a linear layer in place from its sums over all processes, and return the record."""
         self.all_reduce_sum(*sums.rows.sums())
         result = sums.refit()
         return result.to_record(find_name(self.pruned, sums.linear))

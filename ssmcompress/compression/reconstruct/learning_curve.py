@@ -1,12 +1,13 @@
-"""What the refits of a reconstruction say about its number of images: too few, or enough.
+"""Estimate from the refits of a reconstruction whether its number of images was sufficient.
 
-A refit is measured on held-out images, fitted on all of the others and on half of them (`Fit.half`). The error of
-several refits is the geometric mean of their errors, each a share of the power of its target, so that no single map
-decides: with 64 images, one map of 17 made the arithmetic mean of half of the images 78 % higher, the geometric one 29.
+Each refit is measured on held-out images after fitting on all of the others and on half of them (`Fit.half`). The error
+of several refits is the geometric mean of their errors, each relative to the power of its target, so that no single map
+dominates: with 64 images, one map of 17 raised the arithmetic mean for half of the images by 78 %, the geometric one by
+29 %.
 
-Twice the images are expected to change the error by the factor that the second half has brought. In eleven doublings
-of 32 to 1,024 images (two plans of the bundled model) this was -10 % on average, as was the change on other images. The
-law 1/n of least squares would have been -5 %: with more images the ridges become smaller, too.
+Doubling the images is expected to change the error by the same factor as the second half did. In eleven doublings of 32
+to 1,024 images (two plans of the bundled model) this prediction was -10 % on average, as was the change on other
+images. The 1/n law of least squares would have predicted -5 %: with more images the ridges also become smaller.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from dataclasses import dataclass
 
 from ...models.records import Fit
 
-# Fewer images than these say nothing: a fifth of them is held out, and two choose no ridge.
+# With fewer images there is no estimate: a fifth of them is held out, and two images cannot choose a ridge.
 LEAST_IMAGES = 16
-# Of the gain that all images bring, half of them must bring this share, or there are too few. On two plans of the
-# bundled model, half brought 3 to 74 % in five of six cases with 32 to 128 images, where twice as many made 2 to 9 %
-# more of the images agree with the dense model, and 78 to 93 % in all others, where they made 1 to 4 %.
+# There are too few images if half of them achieve less than this share of the gain of all images. On two plans of the
+# bundled model, half achieved 3 to 74 % in five of six cases with 32 to 128 images, where twice as many images raised
+# the agreement with the dense model by 2 to 9 %, and 78 to 93 % in all others, where they raised it by 1 to 4 %.
 LEAST_GAIN = 0.75
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """The error of refits on held-out images, by the images that they are fitted on.
+    """The error of refits on held-out images as a function of the number of images for fitting.
 
     Attributes:
         refits: the number of refits. before, half, after: geometric mean of their errors with the old weights, with
-            those of half of the images, and with the new ones; shares of the targets' power.
+            weights fitted on half of the images, and with the new weights, relative to the targets' power.
     """
 
     refits: int
@@ -41,12 +42,12 @@ class LearningCurve:
 
     @property
     def twice(self) -> float:
-        """The error that is expected with twice the images; never more than `after`."""
+        """The expected error with twice the images; at most `after`."""
         return self.after * min(1.0, self.after / self.half)
 
     @property
     def half_gain(self) -> float:
-        """The share of the gain of all images that half of them bring."""
+        """The share of the gain of all images that half of them achieve."""
         return (self.before - self.half) / (self.before - self.after)
 
     @property
@@ -56,7 +57,7 @@ class LearningCurve:
 
 
 def learning_curve(fits: Iterable[Fit], images: int) -> LearningCurve | None:
-    """Return what the refits of a reconstruction say about its `images`; None: too few of them, or nothing measured."""
+    """Return the learning curve of a reconstruction on `images`; None if there are too few, or nothing was measured."""
     errors = [(fit.before, fit.half, fit.after) for fit in fits if fit.half is not None and fit.half > 0 < fit.after]
     if images < LEAST_IMAGES or not errors:
         return None

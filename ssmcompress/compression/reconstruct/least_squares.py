@@ -1,7 +1,7 @@
-"""Refit of a linear layer in closed form: sums over rows, and the ridge regression that they determine.
+"""Closed-form refit of a linear layer: sums over rows, and ridge regression from these sums.
 
 A row is an input x (inputs,) of a layer and its target t (outputs,), with a weight w. The regression needs only the
-sums in `Rows`, so memory does not depend on the number of rows, and the sums of several processes can be added.
+sums in `Rows`, so memory does not depend on the number of rows, and sums of several processes can be added.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from ...errors import NOT_FINITE, InputError
 from ...models.class_corrections import max_rank
 from ...models.records import Fit
 
-# Ridge strengths to choose from, relative to the inputs' mean power. Small Vims on 1,024 images chose 1e-6 to 1.
+# Candidate ridge strengths, relative to the inputs' mean power. For small Vims on 1,024 images, 1e-6 to 1 were chosen.
 RIDGES = tuple(10.0**exponent for exponent in range(-6, 2))
-# A layer is not refitted if its error is below this share of the targets' power, the rounding of float32 over several
-# layers. On two trained Vims that prune nothing the error was up to 7e-14.
+# A layer is not refitted if its error is below this share of the targets' power, which is float32 rounding over several
+# layers. On two trained Vims without pruning the error was up to 7e-14.
 NEGLIGIBLE = 1e-10
-# A ridge that keeps a weight at its old value.
+# A ridge so strong that a weight keeps its old value.
 FROZEN = 1e12
-# The share of a refit's gain on the held-out rows that must remain when a part of the weight is reduced in rank.
+# The share of a refit's gain on the held-out rows that must remain after a low-rank approximation of part of the
+# weight.
 KEPT_GAIN = 0.98
 
 
@@ -41,7 +42,7 @@ class Rows:
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Rows:
-        """Return the sums over no rows, on `device`; on the CPU if the device has no float64, as Apple's GPUs."""
+        """Return empty sums on `device`, or on the CPU if the device has no float64, like Apple GPUs."""
         options = {"dtype": torch.float64, "device": "cpu" if torch.device(device).type == "mps" else device}
         return cls(*(torch.zeros(shape, **options) for shape in ((inputs, inputs), (inputs, outputs), ())))
 
@@ -74,11 +75,11 @@ class Refit:
 
     Attributes:
         weight: (outputs, inputs), float64; the old weight if no new one is better.
-        ridges: for each group of inputs the ridge strength towards the old weight, relative to the group's mean power;
-            None for a group that keeps its old weight; empty if all groups do.
-        before, after: error of the old weight and of `weight` on the held-out rows, as shares of the targets' power.
-        half: that of a weight which was fitted in the same way on half of the images, with the same ridges and the same
-            rank; None: not measured, or nothing was refitted.
+        ridges: for each group of inputs, the strength of the ridge towards the old weight, relative to the group's mean
+            power; None for a group that keeps its old weight; empty if all groups do.
+        before, after: error of the old weight and of `weight` on the held-out rows, relative to the targets' power.
+        half: the error of a weight fitted in the same way on half of the images, with the same ridges and rank; None:
+            not measured, or nothing was refitted.
     """
 
     weight: Tensor
@@ -107,12 +108,12 @@ def ridge_regression(rows: Rows, weight: Tensor, penalty: Tensor) -> Tensor:
 
 
 def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | None = None) -> Refit:
-    """Return the ridge regression of the fitted rows with the best ridges on the held-out ones, if it beats `weight`.
+    """Fit a ridge regression to the fitted rows, with ridges chosen on the held-out rows; keep it if it beats `weight`.
 
     Args:
         weight: (outputs, inputs).
-        groups: sizes of the consecutive groups of inputs that share a ridge; None: one group. Ridges are chosen group
-            by group, while later groups keep their old weight.
+        groups: sizes of consecutive groups of inputs that share a ridge; None: one group. Ridges are chosen group by
+            group, while later groups keep their old weight.
 
     Raises:
         InputError: the rows are not finite.
@@ -139,7 +140,7 @@ def refit(fitted: Rows, held_out: Rows, weight: Tensor, groups: Sequence[int] | 
 
 
 def refit_with(rows: Rows, weight: Tensor, groups: Sequence[int], ridges: Sequence[float | None]) -> Tensor:
-    """Return the ridge regression of the rows, with a ridge for each group of inputs, as in `Refit`."""
+    """Return the ridge regression of the rows with a ridge for each group of inputs, as in `Refit`."""
     units = [part.mean().expand(len(part)) for part in rows.gram.diagonal().split(list(groups))]
     units = [torch.where(unit > 0, unit, 1) for unit in units]  # inputs that are always zero
     penalty = [(FROZEN if r is None else r) * unit for r, unit in zip(ridges, units, strict=True)]
@@ -151,8 +152,8 @@ def reduce_rank(
 ) -> tuple[Refit, Tensor, Tensor]:
     """Replace the last columns of a refit's weight by the product of two low-rank factors, added to `base` if given.
 
-    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, or the largest allowed. The
-    factors span the principal directions of what the columns add to the outputs.
+    The rank is the first of 1, 2, 4, ... that keeps most of the gain on the held-out rows, or the largest allowed rank.
+    The factors span the principal directions of the columns' contribution to the outputs.
 
     Args:
         most: the largest rank; None: `max_rank` of the columns.
@@ -171,9 +172,9 @@ def reduce_rank(
 
 
 def principal_directions(weight: Tensor, rows: Rows, columns: int, base: Tensor | None = None) -> Tensor:
-    """Return the directions (outputs, outputs) of what the last columns, less `base`, add to the outputs of rows.
+    """Return the principal directions (outputs, outputs) of the contribution of the last columns, minus `base`.
 
-    The direction in which they add most is the first column.
+    They are the columns of the result, sorted by decreasing power over the rows.
     """
     part = weight[:, -columns:] if base is None else weight[:, -columns:] - base
     return torch.linalg.eigh(part @ rows.gram[-columns:, -columns:] @ part.T).eigenvectors.flip(1)
@@ -182,7 +183,7 @@ def principal_directions(weight: Tensor, rows: Rows, columns: int, base: Tensor 
 def project(
     weight: Tensor, directions: Tensor, columns: int, base: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a weight whose last columns, less `base`, are projected on directions (outputs, rank), and the factors."""
+    """Project the last columns of a weight, minus `base`, on directions (outputs, rank); return it and the factors."""
     part = weight[:, -columns:]
     base = torch.zeros_like(part) if base is None else base
     inwards = directions.T @ (part - base)

@@ -1,12 +1,12 @@
-"""Maps of dropped and kept tokens to the output levels of the dense model, for models that need every position there.
+"""Fitting of maps from dropped and kept tokens to the output levels of the dense model.
 
-A segmentation model reads each token at several layers, the output levels; a model with several resolutions needs each
-token where the resolution changes. Of a dropped token it has the value that was last seen, which is stale; that of a
-kept token is changed, too, because others are gone. In each level, the tokens that one stage dropped, and those that
-are kept, get a linear map of their own (`ssmcompress.models.level_maps`), fitted in closed form to the dense model's
-values at the same positions on unlabelled images. Where a plan reads dropped tokens as zeros, their maps have zeros as
-input, too, and use the mean over the kept tokens alone. A fifth of the images is held out: they choose the ridge, and a
-group keeps its values if no map helps on them.
+A segmentation model reads all tokens at several layers, the output levels; a model with several resolutions needs all
+tokens where the resolution changes. The last value of a dropped token is stale there, and the values of kept tokens
+change too, because others are missing. In each level, the tokens dropped by each stage, and the kept tokens, get their
+own linear map (`ssmcompress.models.level_maps`), fitted in closed form to the dense model's values at the same
+positions on unlabelled images. If a plan reads dropped tokens as zeros, the inputs of their maps are also zeros, and
+the maps use only the mean over the kept tokens. A fifth of the images is held out to choose the ridge; a group keeps
+its values if no map helps on them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELD_OUT = 5
 
 
 def has_levels(model: TokenModel) -> bool:
-    """Return whether a model has levels, and drops tokens."""
+    """Return whether a model has output levels and drops tokens."""
     return model.levels > 0 and model.plan is not None and bool(model.plan.stages)
 
 
@@ -45,12 +45,12 @@ def has_levels(model: TokenModel) -> bool:
 def map_levels(
     pruned: TokenModel, dense: TokenModel, images: Any, *, name: str | None = None, distributed: bool = False
 ) -> TokenModel:
-    """Return a copy of `pruned` with maps of its output levels to those of `dense`; the arguments are not changed.
+    """Return a copy of `pruned` with maps from its output levels to those of `dense`; the arguments are not changed.
 
     Args:
         pruned: a pruned model with output levels. dense: the model it was made from.
-        images: as for `ssmcompress.calibrate`, without labels. They are iterated once where a model reads its levels
-            out, else once for each level with dropped tokens.
+        images: as for `ssmcompress.calibrate`, without labels. They are iterated once if the model reads out its
+            levels, else once for each level with dropped tokens.
         name: name of the images in reports; None: their own.
         distributed: every process of the default `torch.distributed` group makes this call, each with its own images.
 
@@ -58,7 +58,7 @@ def map_levels(
         The model, with a record of kind "level_maps" in its `steps`.
 
     Raises:
-        InputError: a model without output levels or without stages, or fewer than two images.
+        InputError: the model has no output levels or no stages, or there are fewer than two images.
     """
     check_model(pruned, "pruned")
     check_model(dense, "dense")
@@ -98,11 +98,11 @@ def _identity(width: int, device: torch.device) -> nn.Linear:
 
 
 class LevelSums:
-    """Sums over the tokens of each group of each level, by which the maps of a pruned model are fitted.
+    """Sums over the tokens of each group of each level, from which the maps of a pruned model are fitted.
 
     Args:
-        model: the pruned model. numbers: those of the levels, from 1.
-        levels: the levels on some images, which show the groups that there are.
+        model: the pruned model. numbers: the numbers of the levels (1-based).
+        levels: the levels for some images, from which the groups are inferred.
     """
 
     def __init__(self, model: TokenModel, numbers: Sequence[int], levels: Sequence[Level]):
@@ -115,7 +115,7 @@ class LevelSums:
         self.images = 0
 
     def add(self, dense: Sequence[Level], levels: Sequence[Level], held: Tensor | None = None) -> None:
-        """Add the levels of images: of the dense model, and of the pruned one without its maps.
+        """Add the levels of a batch of images from the dense model, and from the pruned model without its maps.
 
         Args:
             held: (images,), whether an image is held out; None: one in `HELD_OUT`.
@@ -133,7 +133,7 @@ class LevelSums:
                 rows.add(inputs, targets, torch.ones_like(values[..., 0]), held)
 
     def install(self, model: TokenModel, distributed: bool = False) -> list[Fit]:
-        """Fit the maps and put them into the model, in place of earlier ones; return what they bring."""
+        """Fit the maps and install them in the model, replacing earlier ones; return the records of the fits."""
         fits = []
         for number, sums in zip(self.numbers, self.sums, strict=True):
             parts = nn.ModuleList()

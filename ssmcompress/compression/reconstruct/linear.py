@@ -1,4 +1,4 @@
-"""The refit of one linear layer and of the correction that is added to its output: sums over rows, then new weights."""
+"""Refit of one linear layer and of the correction added to its output: sums over rows, then new weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from .split_rows import SplitRows
 
 
 class LinearSums:
-    """Sums over the rows of a linear layer; a bias is one more input, which is always 1.
+    """Sums over the rows of a linear layer; a bias is treated as an additional input that is always 1.
 
     Args:
-        correction: the full-rank correction that is refitted too.
-        scale: factor of the layer's output in what is fitted, to which the correction is added: one, or one for each
-            output.
+        correction: the full-rank correction to refit together with the layer.
+        scale: scalar or per-output factor of the layer's output in the targets, to which the correction is added.
         most: the largest rank of a new correction; None: `max_rank`.
     """
 
@@ -43,7 +42,7 @@ class LinearSums:
         """Add the rows of a chunk.
 
         Args:
-            inputs: (images, ..., n). targets: (images, ..., m), with the scale. weights: (images, ...).
+            inputs: (images, ..., n). targets: (images, ..., m), including the scale. weights: (images, ...).
             held: (images,), whether an image is held out.
             read: (images, m), the input of the correction, if there is one.
         """
@@ -54,7 +53,7 @@ class LinearSums:
         self.rows.add(inputs, targets, weights, held)
 
     def refit(self) -> Refit:
-        """Refit the layer in place; a new correction is then in `new_correction`, as two low-rank factors."""
+        """Refit the layer in place; a new correction is stored in `new_correction` as two low-rank factors."""
         weight, bias = self.linear.weight, self.linear.bias
         old = [weight * self.scale] + ([] if bias is None else [bias[:, None] * self.scale])
         old += [] if self.correction is None else [self.correction.weight]
@@ -75,7 +74,7 @@ class LinearSums:
         return result
 
     def _unscale(self, new: Tensor, old: Tensor) -> Tensor:
-        """Return new weights (outputs, inputs) without the scale; outputs with a scale of zero keep their old ones."""
+        """Divide new weights (outputs, inputs) by the scale; outputs with a scale of zero keep their old weights."""
         if not isinstance(self.scale, Tensor):
             return new / self.scale
         scale = self.scale.to(new)
@@ -83,7 +82,7 @@ class LinearSums:
 
 
 def zero_map(inputs: int, outputs: int, device: torch.device) -> nn.Sequential:
-    """Return a correction of rank 1 that is zero."""
+    """Return a zero correction of rank 1."""
     return fill_zero(low_rank(inputs, 1, outputs, device))
 
 

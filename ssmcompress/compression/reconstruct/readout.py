@@ -1,8 +1,8 @@
-"""The refit of what turns the last tokens into logits: the classifier, and where a mean is read out its correction.
+"""Refit of the readout: the classifier and, with mean pooling, the correction of the logits.
 
-If a mean over tokens is read out, the pruned ones can stay in it as they were last seen, and a summary of all tokens
-(`Tokens.summarise`), which says more than their mean, can correct the logits. Each way is fitted, and the one that is
-closest to the dense model on the images held out is used.
+With mean pooling, pruned tokens can stay in the mean with their last features, and a summary of all tokens
+(`Tokens.summarise`), which contains more information than their mean, can correct the logits. Every variant is fitted,
+and the one closest to the dense model on the held-out images is used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .recording import find_name, record
 
 @dataclass
 class Way:
-    """A way to read out.
+    """A variant of the readout.
 
     Attributes:
         pool: `Alignment.pool`. sums: rows of the classifier. fit: the record of its fit.
-        weights: the fitted classifier's. correction: what corrects its logits, or None.
-        kl: its distance from the dense model in nats, summed over the images held out.
+        weights: weights of the fitted classifier. correction: the correction of its logits, or None.
+        kl: its divergence from the dense model in nats, summed over the held-out images.
     """
 
     pool: bool
@@ -44,8 +44,8 @@ class ReadoutRefit:
     """Refits the classifier of a pruned model, in place, to dense logits.
 
     Args:
-        corrected: whether a correction of the logits is fitted, too. The model must have one already, which may be zero
-            (`zero_map`), so that its tokens carry what is needed.
+        corrected: whether a correction of the logits is also fitted. The model must already have one, which may be zero
+            (`zero_map`), so that its tokens carry the required sums.
     """
 
     def __init__(self, model: TokenModel, device: torch.device, corrected: bool = False):
@@ -53,7 +53,7 @@ class ReadoutRefit:
         self.name = find_name(model, self.classifier)
         self.old = model.readout_correction if corrected else None
         alignment = model.alignment
-        # A plan that aligns nothing keeps its readout.
+        # A plan without any alignment keeps its readout.
         choose = model.pools and bool(model.plan.stages) and (alignment.conv or alignment.scan)
         self.ways = []
         for pool in (False, True) if choose else (alignment.pool,):
@@ -67,7 +67,7 @@ class ReadoutRefit:
         """Add the rows of images.
 
         Args:
-            logits: (images, classes) of the dense model. tokens: the model's own after its last layer.
+            logits: (images, classes) of the dense model. tokens: the pruned model's tokens after its last layer.
             held: (images,), whether an image is held out.
         """
         ones, inputs = torch.ones_like(logits[:, :1]), {}
@@ -81,7 +81,7 @@ class ReadoutRefit:
             way.sums.add(inputs[way.pool], logits[:, None], ones, held, read)
 
     def solve(self, all_reduce_sum: Callable[..., None]) -> None:
-        """Fit the classifier for each way to read out."""
+        """Fit the classifier for each variant of the readout."""
         old = copy.deepcopy(self.classifier.state_dict())
         for way in self.ways:
             all_reduce_sum(*way.sums.rows.sums())
@@ -94,19 +94,19 @@ class ReadoutRefit:
                 way.correction = self.old if any(linear.weight.any() for linear in self.old) else None
 
     def use(self, way: Way) -> None:
-        """Read out in this way."""
+        """Install this variant of the readout."""
         self.classifier.load_state_dict(way.weights)
         self.model.readout_correction = way.correction
 
     def measure(self, logits: Tensor, tokens: Tokens, held: Tensor) -> None:
-        """Compare each way to read out with the dense logits, on the images held out; arguments as for `add`."""
+        """Compare each variant with the dense logits on the held-out images; arguments as for `add`."""
         for way in self.ways:
             self.use(way)
             outputs = self.model.readout(set_pool(tokens, way.pool))
             way.kl += self.model.task.total_distance(logits[held], outputs[held])
 
     def choose(self, all_reduce_sum: Callable[..., None]) -> tuple[Fit, float]:
-        """Use the best way; return its fit and its distance in nats, summed over all images held out."""
+        """Install the best variant; return its fit and its divergence in nats, summed over all held-out images."""
         kl = torch.stack([way.kl for way in self.ways])
         all_reduce_sum(kl)
         best = int(kl.argmin())

@@ -1,4 +1,4 @@
-"""Inputs and outputs of parts of a model, recorded while it runs, and the names of the parts."""
+"""Recording the inputs and outputs of submodules while a model runs, and finding their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a linear map, split into those to fit on and those held out, and the refit that these confirm."""
+"""The rows of a linear map, split into rows for fitting and held-out rows, and the refit validated on the latter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .least_squares import Refit, Rows, principal_directions, project, reduce_ra
 
 
 class SplitRows:
-    """Sums over the rows of a linear map: of images to fit on, and of those held out.
+    """Sums over the rows of a linear map, for fitted and for held-out images.
 
-    The images to fit on are two halves, every other one, so that the refit of one half alone can be measured, too. The
-    sums of the halves are apart and are added for the refit, which takes no more arithmetic; of three sums of rows, one
-    is new: with 2,305 inputs and 768 outputs (a Vim-base layer with its correction) 57 of 170 MB.
+    The fitted images are split into two halves, every other one, so that the refit on one half alone can be measured as
+    well. The sums of the halves are separate and are added for the refit, which needs no more arithmetic. One of the
+    three sums is additional: with 2,305 inputs and 768 outputs (a Vim-base layer with its correction) 57 of 170 MB.
 
     Args:
         inputs, outputs: sizes of the map.
@@ -44,7 +44,7 @@ class SplitRows:
         return [value for rows in (self.fitted, self.half, self.held_out) for value in rows.values()]
 
     def refit(self, weight: Tensor, groups: list[int]) -> Refit:
-        """Return the `refit` of a weight (outputs, inputs); to be called once, after all rows were added."""
+        """Return the `refit` of a weight (outputs, inputs); call it once, after all rows have been added."""
         weight, halves = weight.to(self.fitted.gram), all(rows.power > 0 for rows in (self.fitted, self.half))
         self.fitted.include(self.half)
         result = refit(self.fitted, self.held_out, weight, groups)
@@ -56,7 +56,7 @@ class SplitRows:
     def reduce_rank(
         self, full: Refit, columns: int, base: Tensor | None = None, most: int | None = None
     ) -> tuple[Refit, Tensor, Tensor]:
-        """Return what `least_squares.reduce_rank` makes of the result of `refit`; the arguments are those of it."""
+        """Apply `least_squares.reduce_rank` to the result of `refit`; see there for the arguments."""
         reduced, outwards, inwards = reduce_rank(full, self.fitted, self.held_out, columns, base, most)
         if full.half is None:
             return reduced, outwards, inwards

@@ -1,7 +1,7 @@
-"""What each axis costs and saves on a model: states, channels, layers and scan directions, each trimmed by itself.
+"""The cost and savings of trimming each axis of a model alone: states, channels, layers and scan directions.
 
-The loss is that of `proxy_loss`, with a refitted classifier; it is measured once, on images that nothing was fitted on.
-`combine` puts the axes together with the tokens, whose sensitivities are measured apart (`sensitivity`).
+The loss is `proxy_loss` with a refitted classifier, measured once on images that were not used for fitting. `combine`
+combines the axes with token pruning, whose sensitivities are measured separately (`sensitivity`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..trim.states import cut_states
 from ..trim.trims import Trims
 from .proxy_loss import Collector, sum_losses
 
-# Shares of the states and of the channels to keep; numbers of channels are multiples of CHANNELS_STEP.
+# Shares of the states and of the channels to keep; channel counts are multiples of CHANNELS_STEP.
 STATE_SHARES = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 CHANNEL_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 CHANNELS_STEP = 8
@@ -35,10 +35,10 @@ CHANNELS_STEP = 8
 
 @dataclass(frozen=True)
 class Option:
-    """One way to trim one axis: what it leaves of the dense FLOPs (`full`, tokens aside), and what it loses.
+    """One way to trim one axis, with its share of the dense FLOPs (`full`, without token pruning) and its loss.
 
     Attributes:
-        axis: "states", "channels" or "layers"; single scan directions belong to the latter.
+        axis: "states", "channels" or "layers"; single scan directions belong to "layers".
         flops: share of the dense model's FLOPs. loss: in nats per image, see `proxy_loss`.
     """
 
@@ -54,7 +54,7 @@ class Option:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Option:
-        """Return the option that `to_dict` wrote."""
+        """Read an option written by `to_dict`."""
         share, loss = float(value["flops"]), float(value["loss"])
         if not 0 < share <= 1 or not -1e9 < loss < 1e9:
             raise ValueError(f"flops {share}, loss {loss} of an axis")
@@ -62,7 +62,7 @@ class Option:
 
 
 def list_axes(model: TokenModel) -> tuple[str, ...]:
-    """Return the axes, apart from tokens, along which a model can be trimmed."""
+    """Return the axes, other than tokens, along which a model can be trimmed."""
     if not all(isinstance(block, TrimmableBlock) for block in model.blocks):
         return ()
     sizes = model.config.layers
@@ -75,7 +75,7 @@ def list_axes(model: TokenModel) -> tuple[str, ...]:
 
 
 def list_options(model: TokenModel, axes: Sequence[str]) -> list[tuple[str, Trims]]:
-    """Return (axis, trims) of all that is measured for a model."""
+    """Return (axis, trims) of all options that are measured for a model."""
     sizes = model.config.layers
     options: list[tuple[str, Trims]] = []
     if "states" in axes:
@@ -107,16 +107,16 @@ def measure_axes(
     refit: bool = True,
     key: str = "",
 ) -> tuple[Option, ...]:
-    """Measure what trimming a dense model along each axis alone costs, preferably on images that nothing was fitted on.
+    """Measure the loss of trimming a dense model along each axis alone, preferably on images not used for fitting.
 
     Args:
         data: images (count, C, H, W) and labels (count,) to compare with; no labels: the dense model's outputs.
         chains: function from "states" or "channels" to the chains of the model (`ssmcompress.compression.trim`).
-        refit: whether the classifier is refitted first, as for a model that is to be reconstructed.
-        key: hash of the model and of what the chains are made from, for `ssmcompress.compression.remember`.
+        refit: whether the classifier is refitted first, as for a model that will be reconstructed.
+        key: hash of the model and of the inputs of the chains, for `ssmcompress.compression.remember`.
 
     Raises:
-        InputError: values that are not finite.
+        InputError: values are not finite.
     """
     found, options = [], list_options(model, axes)
     dense = run(model, data.images)
@@ -124,7 +124,7 @@ def measure_axes(
 
     def measure(trims: Trims) -> float | None:
         if trims.states is not None and trims.states > chains("states").most:
-            return None  # more states than can be refitted in the memory that is free
+            return None  # more states than can be refitted in the free memory
         return average_loss(_trim(model, trims, chains), data, dense, refit=refit)
 
     for axis, trims in track(options, "measuring axes", len(options)):
@@ -148,7 +148,7 @@ def _trim(model: TokenModel, trims: Trims, chains: Callable[[str], Any]) -> Toke
 
 @torch.no_grad()
 def run(model: TokenModel, images: Tensor) -> Tensor:
-    """Return the outputs (images, ...) by which a model is compared with another one, on the CPU."""
+    """Return the outputs (images, ...) that are used to compare models, on the CPU."""
     device = next(model.parameters()).device
     return torch.cat([model.raw_outputs(part.to(device)).cpu() for part in images.split(model.chunk_size())])
 

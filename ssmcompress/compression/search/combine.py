@@ -1,8 +1,8 @@
-"""Combinations of axes for a budget, from what each axis costs alone: what is expected to lose least comes first.
+"""Combinations of axes for a budget, ranked by the expected loss computed from the loss of each axis alone.
 
-The losses of the axes are added, as those of stages are (`propose`): small, independent changes of the logits add up in
-the KL divergence. The caller checks the best few by running them. Layers and directions are dropped in the order of
-their loss per FLOP. Plans for tokens are those that `propose` finds for the dense model at several budgets.
+The losses of the axes are added, like those of stages (`propose`): small, independent changes of the logits are
+additive in the KL divergence. The caller checks the best few by running them. Layers and directions are dropped in the
+order of their loss per FLOP. Plans for tokens are those that `propose` finds for the dense model at several budgets.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..trim.trims import Trims
 from .axes import Option, iterate_axes
 from .propose import Candidate
 
-# At most one layer in LAYERS_SHARE is dropped, and one direction in as many of the others.
+# At most one layer in LAYERS_SHARE is dropped, and one direction in the same share of the other layers.
 LAYERS_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Trims, stages of the trimmed model, and what both are expected to leave and lose."""
+    """Trims, stages of the trimmed model, and their expected FLOPs and loss."""
 
     trims: Trims
     stages: tuple[Stage, ...]
@@ -33,15 +33,15 @@ class Combination:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that lose something."""
+        """The axes that are trimmed or pruned."""
         return (*self.trims.axes, *(("tokens",) if self.stages else ()))
 
 
 def combine(model: TokenModel, options: Sequence[Option], tokens: Sequence[Candidate]) -> list[Combination]:
-    """Return all combinations of the options and of the plans for tokens, the least expected loss first.
+    """Return all combinations of the options and the token plans, sorted by increasing expected loss.
 
     Args:
-        model: the dense model. options: of its axes. tokens: plans for the dense model.
+        model: the dense model. options: the options of its axes. tokens: token plans for the dense model.
     """
     plans = [Candidate((), 0.0), *tokens]
     combinations = []
@@ -60,14 +60,14 @@ def combine(model: TokenModel, options: Sequence[Option], tokens: Sequence[Candi
 
 
 def move_stages(stages: Sequence[Stage], dropped: Sequence[int], depth: int) -> tuple[Stage, ...] | None:
-    """Return stages by the layers that remain; None if two of them meet, or one has no layer on either side."""
+    """Renumber stages after dropping layers; None if two of them coincide, or one has no layer on either side."""
     moved = [replace(stage, after=stage.after - sum(layer <= stage.after for layer in dropped)) for stage in stages]
     places = [stage.after for stage in moved]
     return tuple(moved) if len(set(places)) == len(places) and all(1 <= a < depth for a in places) else None
 
 
 def _one_axis(options: Sequence[Option], axis: str) -> list[tuple[Trims, float]]:
-    """Return what an axis can trim, nothing first, and what that loses, made to rise with what it saves."""
+    """Return the trims of an axis, starting with none, and their losses, made monotone in the savings."""
     result, loss = [(Trims(), 0.0)], 0.0
     for option in sorted(iterate_axes(options, axis), key=lambda o: -o.flops):
         loss = max(loss, option.loss)
@@ -76,7 +76,7 @@ def _one_axis(options: Sequence[Option], axis: str) -> list[tuple[Trims, float]]
 
 
 def _layer_sets(model: TokenModel, options: Sequence[Option]) -> list[tuple[Trims, float]]:
-    """Return sets of layers and of directions to drop, of growing size, and the sums of their losses."""
+    """Return sets of layers and directions to drop, in increasing size, and the sums of their losses."""
     base = flops_of(model, model.config)
     ranked = sorted(iterate_axes(options, "layers"), key=lambda o: max(0.0, o.loss) / max(base - o.flops, 1e-9))
     most = max(1, model.config.depth // LAYERS_SHARE)

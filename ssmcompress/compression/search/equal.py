@@ -1,4 +1,4 @@
-"""A plan for a budget that prunes every stage alike."""
+"""A plan for a budget with the same ratio at every stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ...pruning.plan import MAX_RATIO, Plan, ratio_for_budget
 def plan_for_budget(
     model: TokenModel, budget: float, stages: Sequence[int] | None, *, reserve: float = 0.0, **options: Any
 ) -> Plan:
-    """Make the plan that prunes every stage alike, by the smallest ratio that leaves at most `budget` of the FLOPs.
+    """Make the plan with the smallest ratio, equal at every stage, that leaves at most `budget` of the FLOPs.
 
     Args:
         budget: share of the dense FLOPs to keep. stages: layers to prune after; None: those of `make_plan`.
-        reserve: share of the dense FLOPs to leave to the corrections of a reconstruction.
-        options: as `make_plan` takes them.
+        reserve: share of the dense FLOPs reserved for the corrections of a reconstruction.
+        options: those of `make_plan`.
 
     Raises:
-        BudgetError: these stages cannot reach it.
+        BudgetError: these stages cannot reach the budget.
     """
     options["stages"] = stages
     stages = tuple(stage.after for stage in make_plan(model, **options).stages)

@@ -1,14 +1,14 @@
-"""Plans for a budget, from sensitivities: an exact search in an additive model of the loss.
+"""Plans for a budget from sensitivities: an exact search in an additive model of the loss.
 
-The expected loss of a plan is the sum over its stages of what each adds: for a stage after layer l, from n tokens to m,
-loss_l(m) - loss_l(n). Here loss_l is the sensitivity of that layer by its best metric, interpolated between the counts
-it was measured at (its square root is interpolated, which is nearly linear in the count). FLOPs are a sum as well, of
-what each layer takes for its tokens, by any function of their number. So dynamic programming over (layer, tokens,
-budget left) finds the best plan of this model for each number of stages and each first layer; the caller checks the
-model by running the best few plans.
+The expected loss of a plan is the sum of the contributions of its stages: for a stage after layer l, from n tokens to
+m, loss_l(m) - loss_l(n). Here loss_l is the sensitivity of that layer with its best metric, interpolated between the
+measured counts (its square root is interpolated, which is nearly linear in the count). FLOPs are also a sum, over the
+layers, of any function of the number of tokens. So dynamic programming over (layer, tokens, budget left) finds the
+optimal plan of this additive model for each number of stages and each first layer; the caller validates it by running
+the best few plans.
 
-In a model of several sections (`TokenModel.sections`) all tokens are there again where one begins. A number of tokens
-stands for the same share of any section: it counts those of the first one.
+In a model with several sections (`TokenModel.sections`) all tokens are restored at the start of each section. Token
+counts refer to the first section and stand for the same share of the tokens in any other section.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from ...pruning.plan import MAX_RATIO, Stage, kept_count, share_removed
 from .sensitivity import Sensitivity
 
 MOST_STAGES = 3
-# Steps that a budget is divided into. Rounding loses at most four of them for three stages; `fill_budget` regains them.
+# Number of steps of a budget. Rounding loses at most four of them for three stages; `fill_budget` recovers them.
 STEPS = 1000
-# Counts of tokens on the grid, in addition to those that the sensitivity was measured at.
+# Token counts on the grid, in addition to those at which the sensitivity was measured.
 COUNTS = 40
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan's stages, and the loss expected from the sensitivities."""
+    """The stages of a plan, and its expected loss according to the sensitivities."""
 
     stages: tuple[Stage, ...]
     expected: float
 
 
 def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: int = 12) -> list[Candidate]:
-    """Return the plans with the least expected loss that leave at most `budget` of the dense FLOPs, best first.
+    """Return the plans with the lowest expected loss that leave at most `budget` of the dense FLOPs, best first.
 
     There is one for each first layer, number of tokens kept there (the three best) and number of later stages, at most
-    `most` in all. The list is empty if the budget is out of reach.
+    `most` in total. The list is empty if the budget cannot be reached.
     """
     grid = _Grid(model, sensitivity, budget)
     losses: dict[tuple[Stage, ...], float] = {}
@@ -57,13 +57,13 @@ def propose(model: TokenModel, sensitivity: Sensitivity, budget: float, most: in
 
 
 def prune_most(model: TokenModel, layers: Sequence[int], importance: str = "clip") -> tuple[Stage, ...]:
-    """Return the stages after some of these layers that drop the most: after the first one of each section."""
+    """Return the stages after these layers that drop the most tokens: after the first one of each section."""
     found = (min((x for x in layers if s.first <= x <= s.last), default=None) for s in model.sections)
     return tuple(Stage(layer, MAX_RATIO, importance) for layer in found if layer is not None)
 
 
 def list_before(model: TokenModel, stages: Sequence[Stage], kept: Sequence[int]) -> list[int]:
-    """Return the number of tokens before each stage, from those that are left after each."""
+    """Return the number of tokens before each stage, given the numbers kept after each."""
     before: list[int] = []
     for index, stage in enumerate(stages):
         section = model.section_of(stage.after)
@@ -81,7 +81,7 @@ def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tu
         for index, stage in enumerate(stages):
             before = list_before(model, stages, counts)[index]
             counts[index] = min(before, counts[index])
-            if counts[index] < before:  # a stage that removes nothing is left out
+            if counts[index] < before:  # a stage that removes nothing is omitted
                 scaled.append(Stage(stage.after, share_removed(before, counts[index], protected), stage.importance))
         return tuple(scaled)
 
@@ -94,7 +94,7 @@ def fill_budget(model: TokenModel, stages: Sequence[Stage], budget: float) -> tu
         middle = (low + high) / 2
         low, high = (middle, high) if remaining_share(model, scale(middle)) <= budget else (low, middle)
     best = scale(low)
-    # The rest of the budget is less than one token for every stage: add tokens to one stage at a time, the last first.
+    # The remaining budget is less than one token per stage: add tokens to one stage at a time, the last first.
     while (more := _add_token(model, best, budget)) is not None:
         best = more
     return best or None
@@ -119,7 +119,7 @@ def _add_token(model: TokenModel, stages: Sequence[Stage], budget: float) -> tup
 
 
 def count_kept(model: TokenModel, stages: Sequence[Stage]) -> list[int]:
-    """Return the number of tokens that are left after each stage."""
+    """Return the number of tokens kept after each stage."""
     counts = model.counts_for(stages)
     return [counts[model.count_index(stage.after) + 1] for stage in stages]
 
@@ -142,10 +142,11 @@ class _Grid:
         self.tables: dict[tuple[int, int], np.ndarray] = {}
 
     def _measure_costs(self) -> tuple[np.ndarray, float]:
-        """Return what numbers of tokens cost, and what costs the same with any, as shares of the dense FLOPs.
+        """Return the costs of token counts, and the cost independent of them, as shares of the dense FLOPs.
 
-        The first is (places + 1, counts + 1): in row i the cost of the first i of `token_counts` for all tokens (column
-        0) and for each of `counts`. FLOPs must be a sum over these numbers; what each of them adds need not be linear.
+        The first is (places + 1, counts + 1): row i has the cost of the first i entries of `token_counts` for all
+        tokens (column 0) and for each of `counts`. FLOPs must be a sum over these entries; each term need not be
+        linear.
         """
         full, dense = self.model.counts_for(()), dense_flops(self.model)["full"] * 1e9
 
@@ -155,44 +156,44 @@ class _Grid:
 
         run, rows = total(0, full[0]), []
         for place, length in enumerate(full):
-            # In a layer whose FLOPs are linear, this much for each token and nothing else.
+            # For a layer with linear FLOPs, the cost per token.
             each, counts = run - total(place, length - 1), [self.count_in(length, count) for count in self.counts]
             rows.append([each * length, *(total(place, count) - run + each * length for count in counts)])
         costs = np.array(rows)
         return np.concatenate([np.zeros((1, costs.shape[1])), costs.cumsum(0)]), run - costs[:, 0].sum()
 
     def count_in(self, length: int, count: int) -> int:
-        """Return the tokens of a section of `length` of which as large a share is left as of `count` in the first."""
+        """Return the token count of a section of `length` that keeps the same share as `count` in the first section."""
         protected = self.model.protected_count
         return kept_count(length, share_removed(self.model.length, count, protected), protected)
 
     def _interpolate(self, loss: np.ndarray) -> np.ndarray:
-        """Interpolate losses (metrics, measured counts) -> (metrics, counts), non-decreasing as tokens are removed."""
+        """Interpolate losses (metrics, measured counts) -> (metrics, counts), made monotone in the removed tokens."""
         measured = np.array([self.model.length, *self.sensitivity.kept], dtype=float)
         roots = np.sqrt(np.maximum(np.concatenate([np.zeros((len(loss), 1)), loss], 1), 0))
         roots = np.maximum.accumulate(roots, 1)
         return np.stack([np.interp(-np.array(self.counts, dtype=float), -measured, row) ** 2 for row in roots])
 
     def cost(self, start: int, stop: int | None, row: int | None) -> int:
-        """Return the steps of the budget that layers start + 1 to stop take, rounded up.
+        """Return the cost of layers start + 1 to stop in steps of the budget, rounded up.
 
         Args:
-            stop: None: to the end, the readout included. row: of the count of tokens, up to the end of the section of
-                layer `start`; None: all tokens.
+            stop: None: to the end, including the readout. row: the row of the token count, up to the end of the section
+                of layer `start`; None: all tokens.
         """
         model, column = self.model, 0 if row is None else row + 1
         first = model.count_index(start) + 1 if start else 0
         last = len(self.totals) - 1 if stop is None else model.count_index(stop) + 1
-        end = model.count_index(model.section_of(max(1, start)).last) + 2  # the tokens after the last layer, too
+        end = model.count_index(model.section_of(max(1, start)).last) + 2  # include the tokens after the last layer
         middle = max(first, min(last, end))
         spent = self.totals[middle, column] - self.totals[first, column] + self.totals[last, 0] - self.totals[middle, 0]
         return int(np.ceil(spent / self.unit - 1e-9))
 
     def rows_after(self, place: int, after: int, row: int) -> tuple[slice, float]:
-        """Return the counts that a stage at index `after` of the candidates can leave, and the loss before it.
+        """Return the counts that a stage at candidate index `after` can leave, and the loss before it.
 
         Args:
-            place, row: the stage before it, at another index, and what that leaves.
+            place, row: candidate index of the stage before it, and the row of the count that it leaves.
         """
         section = self.model.section_of(self.layers[after])
         if self.layers[place] >= section.first:
@@ -200,9 +201,9 @@ class _Grid:
         return slice(0, None), 0.0
 
     def table(self, place: int, later: int) -> np.ndarray:
-        """Return (counts, steps + 1), the least further loss with at most `later` more stages.
+        """Return (counts, steps + 1): the minimum additional loss with at most `later` more stages.
 
-        Rows are tokens after the layer at index `place` of the candidates, columns the steps of the budget left.
+        Rows are token counts after the layer at candidate index `place`, columns the remaining steps of the budget.
         """
         if (place, later) in self.tables:
             return self.tables[place, later]
@@ -226,7 +227,7 @@ class _Grid:
         return least
 
     def best_paths(self, first: int, later: int) -> list[list[tuple[int, int]]]:
-        """Return paths [(place, row of the count)] from a first layer, for the three best numbers of tokens there."""
+        """Return paths [(place, row of the count)] from a first layer, for the three best token counts there."""
         spent = self.cost(0, self.layers[first], None)
         if spent > STEPS:
             return []
@@ -235,7 +236,7 @@ class _Grid:
         return [self._backtrack(first, row, STEPS - spent, later) for row in rows]
 
     def _backtrack(self, place: int, row: int, left: int, later: int) -> list[tuple[int, int]]:
-        """Return the path of least loss from a table entry."""
+        """Return the path with the lowest loss from a table entry."""
         target = self.table(place, later)[row, left]
         if target > 0 or self.cost(self.layers[place], None, row) > left:
             for after in range(place + 1, len(self.layers)) if later else ():

@@ -1,9 +1,9 @@
-"""A cheap proxy for the loss of a reconstructed model: the pruned model's loss, as it is or with a refitted classifier.
+"""A cheap proxy for the loss of a reconstructed model: the pruned model's loss, optionally with refitted classifier.
 
 Reconstruction (`ssmcompress.compression.reconstruct`) takes twenty times as long as running a plan, so plans are ranked
-before it. The outputs as they are mislead, because part of their change is a shift that any refit removes. Refitting
-the classifier alone, in closed form, is free compared with the run. Over 35 plans of the bundled Vim (50 to 75 % of the
-FLOPs, one to three stages, eight metrics) its ranking and that of full reconstruction have a rank correlation of 0.96;
+before it. The raw outputs are misleading, because part of their change is a shift that any refit removes. A closed-form
+refit of the classifier alone costs almost nothing compared with the run. Over 35 plans of the bundled Vim (50 to 75 %
+of the FLOPs, one to three stages, eight metrics) its ranking has a rank correlation of 0.96 with full reconstruction;
 without the refit, 0.85.
 """
 
@@ -24,10 +24,10 @@ RIDGE = 1e-2
 
 
 class Collector:
-    """Collects what runs of a model in the body of the with statement are judged by.
+    """Collects the values needed to compute the loss of a model's runs in the body of the with statement.
 
-    That is (images, width), the input of the classifier if it is a linear layer, which can then be refitted; else the
-    outputs of the classifier are judged at once, since there is one for each pixel.
+    For a linear classifier, which can be refitted, these are its inputs (images, width). Otherwise the loss is computed
+    from the outputs immediately, since there is one output per pixel.
     """
 
     def __init__(self, model: TokenModel):
@@ -45,10 +45,10 @@ class Collector:
         self.hook.remove()
 
     def take(self, dense: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Return what was collected since the last call: the inputs, or the loss of each image, (images,).
+        """Return the values collected since the last call: the inputs, or the loss of each image, (images,).
 
         Args:
-            dense: outputs of the dense model on the same images. labels: of these images, or None.
+            dense: outputs of the dense model on the same images. labels: the labels of these images, or None.
         """
         values = torch.cat(self.parts)
         self.parts.clear()
@@ -66,13 +66,13 @@ def sum_losses(
     refit: bool = False,
     add: Callable[..., None] | None = None,
 ) -> float:
-    """Return the loss summed over the images: KL(dense || this) in nats, or cross entropy minus the dense model's.
+    """Return the loss summed over the images: KL(dense || model) in nats, or cross entropy minus the dense model's.
 
-    With `refit`, each half of the images (every second one) is measured with a classifier that was refitted to the
-    dense logits on the other half.
+    With `refit`, each half of the images (every second one) is evaluated with a classifier refitted to the dense logits
+    on the other half.
 
     Args:
-        collected: what `Collector.take` returned. dense: (images, classes) logits of the dense model.
+        collected: the result of `Collector.take`. dense: (images, classes), logits of the dense model.
         labels: (images,), for the cross entropy; None: KL.
         add: function that sums tensors over processes, in place, if each of them has its own images.
     """
@@ -91,7 +91,7 @@ def sum_losses(
 
 
 def _fit_change(rows: Tensor, missing: Tensor, add: Callable[..., None] | None) -> Tensor:
-    """Return the ridge regression (width + 1, classes) of what is missing in the logits, on the classifier's inputs."""
+    """Return the ridge regression (width + 1, classes) of the error of the logits on the classifier's inputs."""
     gram, cross = rows.T @ rows, rows.T @ missing
     if add is not None:
         add(gram, cross)

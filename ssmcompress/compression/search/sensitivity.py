@@ -1,8 +1,8 @@
-"""Sensitivity: the loss from pruning after one layer alone, for every layer, metric and number of tokens kept.
+"""Sensitivity: the loss of pruning after a single layer, for every layer, metric and number of kept tokens.
 
-It is measured once, on images; plans for any budget can be made from it afterwards
-(`ssmcompress.compression.search.propose`). For each chunk of images the dense model runs once and each layer's tokens
-are kept; for each stage only the layers after it are run again.
+It is measured once on images; afterwards plans for any budget can be derived from it
+(`ssmcompress.compression.search.propose`). For each chunk of images the dense model runs once and the tokens of each
+layer are stored; for each stage only the layers after it are rerun.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .proxy_loss import Collector, average_losses, sum_losses
 
 FORMAT_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
-# Metrics to choose from. `mean`, `clip-paths` and `random` came first at none of layers 1 to 3 of the bundled Vim
-# (60 % of the FLOPs, aligned, 1,024 images).
+# Candidate metrics. `mean`, `clip-paths` and `random` were best at none of layers 1 to 3 of the bundled Vim (60 % of
+# the FLOPs, aligned, 1,024 images).
 METRICS = ("clip", "l1", "l2", "delta", "saliency", "attention")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, MAX_RATIO)
 OBJECTIVES = ("kl", "labels")
-# Most candidate layers; in deeper models every second or third layer is a candidate.
+# Maximum number of candidate layers; in deeper models every second or third layer is a candidate.
 MOST_LAYERS = 12
 
 
@@ -52,18 +52,18 @@ NO_DIGESTS = np.zeros(0, np.uint64)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Loss per layer, metric and count of kept tokens, each for a single stage and nothing else pruned.
+    """Loss per layer, metric and number of kept tokens, each for a single stage with nothing else pruned.
 
     Attributes:
         model: {"weights", "depth", "length"} of the model it was measured on. data: {"name", "images"}.
         objective: "kl", mean KL(dense || pruned) in nats per image, or "labels", the cross entropy in excess of the
             dense model's. refit: whether the classifier was refitted for it.
         alignment, gap: as in a plan.
-        layers: candidate layers for a stage, from 1. metrics: importance metrics. kept: counts of tokens, decreasing.
+        layers: candidate layers (1-based) for a stage. metrics: importance metrics. kept: token counts, decreasing.
         loss: (layers, metrics, kept) float64.
         digests: digests of the images that the search saw (`ssmcompress.data.content`), ascending; None: unknown.
-        axes: what the other axes cost alone (`ssmcompress.compression.search.axes`). Then there may be no losses of
-            tokens, and no layers, metrics and counts.
+        axes: losses of trimming the other axes alone (`ssmcompress.compression.search.axes`). Then losses of tokens,
+            and layers, metrics and counts, may be empty.
     """
 
     model: dict[str, Any]
@@ -83,12 +83,12 @@ class Sensitivity:
     def empty(
         cls, model: dict[str, Any], data: dict[str, Any], objective: str, refit: bool, alignment: Alignment, gap: str
     ) -> Sensitivity:
-        """Return a sensitivity without losses of tokens."""
+        """Return a sensitivity without token losses."""
         nothing = torch.zeros(0, 0, 0, dtype=torch.float64)
         return cls(model, data, objective, refit, alignment, gap, (), (), (), nothing, NO_DIGESTS)
 
     def seen(self, digests: np.ndarray) -> Sensitivity:
-        """Return the same sensitivity, of which further images were seen."""
+        """Return the same sensitivity with the digests of further images added."""
         return replace(self, digests=None if self.digests is None else np.union1d(self.digests, digests))
 
     def to_json(self) -> str:
@@ -144,7 +144,7 @@ class Sensitivity:
         return sensitivity
 
     def _check(self) -> None:
-        """Raise a ValueError if the fields do not fit together."""
+        """Raise a ValueError if the fields are inconsistent."""
         depth, length = self.model["depth"], self.model["length"]
         sizes = (len(self.layers), len(self.metrics), len(self.kept))
         if tuple(self.loss.shape) != sizes or not (self.loss.numel() or (self.axes and not any(sizes))):
@@ -159,7 +159,7 @@ class Sensitivity:
             raise ValueError(f"an option of the axis {wrong[0].axis} that trims {wrong[0].trims.to_dict()}")
 
     def select(self, layers: Sequence[int] | None, metrics: Sequence[str] | None) -> Sensitivity:
-        """Return the sensitivity of some of the layers and metrics; None or an empty sequence selects all."""
+        """Select some of the layers and metrics; None or an empty sequence selects all."""
         for what, selected, measured in (("layer", layers, self.layers), ("importance", metrics, self.metrics)):
             if selected and (missing := [v for v in selected if v not in measured]):
                 raise InputError(
@@ -217,24 +217,25 @@ def candidate_layers(depth: int) -> tuple[int, ...]:
 
 
 class _StageRuns:
-    """Runs of single stages on one chunk of images after the other.
+    """Runs single stages on successive chunks of images.
 
     Args:
-        work: the model, without pruners. collector: of its outputs. plan: seed and probes. kept: counts of tokens.
+        work: the model, without pruners. collector: collects its outputs. plan: has the seed and probes. kept: token
+            counts.
     """
 
     def __init__(self, work: TokenModel, collector: Collector, plan: Plan, kept: Sequence[int]):
         self.work, self.collector, self.plan, self.kept = work, collector, plan, kept
 
     def start(self, images: Tensor) -> None:
-        """Take another chunk (images, C, H, W)."""
+        """Start with a new chunk (images, C, H, W)."""
         self.images = images
-        # The dense model's tokens before each layer, and, for each layer from 1, at the place of its stage.
+        # The dense model's tokens before each layer and, for each layer (1-based), at its stage.
         self.befores: list[Tokens] = []
         self.states: list[Tokens | None] = []
 
     def run_dense(self) -> Tensor:
-        """Return the dense logits of the chunk, and keep its tokens."""
+        """Return the dense logits of the chunk, and store its tokens."""
         work = self.work
         self.befores, self.states, after = [], [None], work.embed(self.images)
         for number in range(1, len(work.blocks) + 1):
@@ -246,10 +247,10 @@ class _StageRuns:
         return dense
 
     def run_stages(self, layer: int, metric: str, dense: Tensor, targets: Tensor | None) -> list[Tensor]:
-        """Return what was collected with a stage after a layer, for each count of tokens.
+        """Return the collected values with a stage after a layer, for each token count.
 
         Args:
-            dense: logits of the chunk. targets: its labels, or None.
+            dense: dense logits of the chunk. targets: its labels, or None.
         """
         if not self.states:
             self.run_dense()
@@ -284,26 +285,26 @@ def measure_sensitivity(
     name: str = "images",
     distributed: bool = False,
 ) -> Sensitivity:
-    """Measure the loss of each single stage on prepared images, preferably images that nothing was fitted on.
+    """Measure the loss of each single stage on prepared images, preferably images not used for fitting.
 
     Args:
         model: the dense model.
         data: images (count, C, H, W) and labels (count,) to compare with; no labels: the dense model's outputs.
         plan: its alignment, gap and seed are used, and its calibration's probes if "saliency" is among the metrics.
-        layers, metrics: what to measure.
-        refit: whether to refit the classifier first, which suits a model that is to be reconstructed
+        layers, metrics: the layers and metrics to measure.
+        refit: whether to refit the classifier first, recommended for a model that will be reconstructed
             (`ssmcompress.compression.search.proxy_loss`).
         name: name of the images.
         distributed: every process of the default group makes this call, each with its own images.
 
     Raises:
-        InputError: no images, or values that are not finite.
+        InputError: there are no images, or values are not finite.
     """
     images, labels = data
     length, device = model.length, next(model.parameters()).device
     counts = dict.fromkeys(kept_count(length, ratio, model.protected_count) for ratio in RATIOS)
     kept = tuple(count for count in counts if count < length)
-    # A stage that drops nothing is installed and removed again: it gives every later layer the delta of dropped tokens.
+    # Installing and removing a stage that drops nothing sets the delta of dropped tokens in every later layer.
     work = install(copy.deepcopy(model), replace(plan, stages=(Stage(1, 0.0, "random"),)))
     work.pruners.clear()
     order = [(i, j, k) for i in range(len(layers)) for j in range(len(metrics)) for k in range(len(kept))]

@@ -1,4 +1,4 @@
-"""The inputs of a dense model's layers on a set of images, one layer after the other."""
+"""The inputs of a dense model's layers on a set of images, computed layer by layer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ...progress import track
 from ...pruning.tokens import Tokens
 from ..margin import margin_gradients
 
-# Least weight of a token, relative to the mean weight of the layer's tokens. Of few images, only a few tokens have much
-# weight. KL from the dense model (bundled, 128 images) with 1e-3, 0.1 and equal weights: 2 states 0.0022, 0.0019 and
-# 0.0022; 1 state 0.022, 0.019 and 0.061. On another Vim, and for channels, 1e-3 and 0.1 were equal.
+# Minimum weight of a token, relative to the mean weight of the layer's tokens. With few images, only a few tokens have
+# a large weight. KL from the dense model (bundled, 128 images) with 1e-3, 0.1 and equal weights: 2 states 0.0022,
+# 0.0019 and 0.0022; 1 state 0.022, 0.019 and 0.061. On another Vim, and for channels, 1e-3 and 0.1 were equal.
 LEAST_WEIGHT = 0.1
 LEAST_IMAGES = 2
 
 
 class LayerInputs:
-    """Runs a model without dropped tokens layer by layer, and holds the features before the current layer in memory.
+    """Runs a model without dropped tokens layer by layer, with the features before the current layer in memory.
 
     128 images of 197 tokens and width 384 are 39 MB.
 
     Attributes:
-        layer: the current layer, from 1. chunk: the chunk of images, from 0, that `advance` runs through it.
-        batches: the images as `as_batches` has them, read once. images: their number.
+        layer: the current layer (1-based). chunk: the chunk of images (0-based) that `advance` is processing.
+        batches: the images, from `as_batches`, read once. images: their number.
     """
 
     def __init__(self, model: TokenModel, images: Any):
@@ -67,7 +67,7 @@ class LayerInputs:
     def weights(self, chunk: int, layer: int) -> Tensor:
         """Return the weights (images, tokens) of errors in the features after `layer` (0: before the first one).
 
-        They are the squared gradients of the margin, relative to the layer's mean.
+        They are the squared gradients of the margin, relative to the mean of the layer.
         """
         gradient, mean = self.gradients[chunk][layer], self.means[layer]
         return gradient / mean + LEAST_WEIGHT if mean > 0 else torch.ones_like(gradient)
@@ -84,7 +84,7 @@ class LayerInputs:
 
 
 def check_trimmable(model: Any) -> None:
-    """Raise an InputError if an argument is not a model, or has other layers, or drops tokens already."""
+    """Raise an InputError if an argument is not a model, has unsupported layers, or already drops tokens."""
     check_model(model)
     if not all(isinstance(block, TrimmableBlock) for block in model.blocks):
         raise InputError(

@@ -1,14 +1,14 @@
-"""Optimal brain surgeon in closed form: which parts of a linear map to drop, and how the others make up for them.
+"""Closed-form optimal brain surgeon: selects parts of a linear map to drop, and refits the others to compensate.
 
-A map is linear in its unknowns theta, so its error on given rows is (theta - theta_0)^T G (theta - theta_0) with a Gram
-matrix G, and the old unknowns theta_0 are exact. With I = (G + ridge)^-1, to hold a part n of theta at zero adds at
-least theta_n^T (I_nn)^-1 theta_n to the error. This is attained by
+A map is linear in its parameters theta, so its error on given rows is (theta - theta_0)^T G (theta - theta_0) with a
+Gram matrix G, where the old parameters theta_0 are exact. With I = (G + ridge)^-1, setting a part n of theta to zero
+increases the error by at least theta_n^T (I_nn)^-1 theta_n. This minimum is attained by
 
     theta -= I_:n (I_nn)^-1 theta_n,    I -= I_:n (I_nn)^-1 I_n:
 
 (Hassibi and Stork, 1993; in blocks, Optimal BERT Surgeon, arXiv 2203.07259). The part with the smallest loss is dropped
-first, then the next one with the new theta and I, so that one chain gives every count. The ridge draws theta towards
-theta_0. Everything is computed in float64.
+first, then the next one with the updated theta and I, so one chain gives every count. The ridge regularises theta
+towards theta_0. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torch import Tensor
 
 from ...errors import NOT_FINITE, InputError
 
-# Ridge over blocks, relative to the mean of the diagonal, separately for the blocks and for the rest. On 128 images, KL
+# Ridge of blocks, relative to the mean of the diagonal, separately for the blocks and for the rest. On 128 images, KL
 # from the dense model with 1e-4 and 1e-3: bundled model, 2 states of 8, 0.0025 and 0.0022; another Vim, 8 layers, 4
 # states of 16, 0.00030 and 0.00011, 2 states 0.0023 and 0.0006.
 BLOCK_RIDGE = 1e-3
-# Ridge over channels, relative to the mean of the diagonal.
+# Ridge of channels, relative to the mean of the diagonal.
 CHANNEL_RIDGE = 1e-3
-# Weight of the loss of the inner maps in the cost of a channel; that of the projection has the weight 1.
+# Weight of the loss of the inner maps in the cost of a channel; the loss of the projection has weight 1.
 INNER_WEIGHT = 0.1
 
 
 @dataclass
 class BlockSums:
-    """Sums over rows, of which the error of theta is power - 2 cross . theta + theta^T gram theta.
+    """Sums over rows that define the error of theta: power - 2 cross . theta + theta^T gram theta.
 
-    theta is a rest that is always kept, and then blocks of equal width.
+    theta consists of a part that is always kept (the rest), followed by blocks of equal width.
 
     Attributes:
         gram: (unknowns, unknowns) float64, symmetric.
-        cross: (unknowns,), or None where the old theta is exact: it is then gram theta.
-        power: weighted square of the output; None: as the old theta has it.
+        cross: (unknowns,), or None if the old theta is exact: it is then gram theta.
+        power: weighted square of the output; None: that of the old theta.
     """
 
     gram: Tensor
@@ -50,12 +50,12 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class Kept:
-    """One count of a chain over blocks.
+    """The result of a chain over blocks for one count.
 
     Attributes:
         index: (kept,) int64, the kept blocks, ascending.
         theta: (rest + kept * width,) float64, the refitted unknowns.
-        loss: the error, with the ridge's share of it, relative to the power of the output.
+        loss: the error, including the ridge term, relative to the power of the output.
         power: weighted square of the output.
     """
 
@@ -66,12 +66,12 @@ class Kept:
 
 
 def drop_blocks(sums: BlockSums, theta: Tensor, width: int, blocks: int, ridge: float = BLOCK_RIDGE) -> Iterator[Kept]:
-    """Yield the chain over blocks: all of them, then with one dropped, and so on down to the last one.
+    """Yield the chain over blocks: first all of them, then with one block dropped, and so on down to one block.
 
     Args:
-        sums: its `gram` is overwritten, because it may have gigabytes.
-        theta: (rest + blocks * width,), the old unknowns.
-        width: the number of unknowns of a block. blocks: their number.
+        sums: its `gram` is overwritten, because it may take gigabytes.
+        theta: (rest + blocks * width,), the old parameters.
+        width: the number of parameters of a block. blocks: the number of blocks.
 
     Raises:
         InputError: the sums are not finite.
@@ -110,11 +110,11 @@ def drop_blocks(sums: BlockSums, theta: Tensor, width: int, blocks: int, ridge: 
 
 @dataclass(frozen=True)
 class MapSums:
-    """A linear map that reads channels, and the sums over its input rows x; float64.
+    """A linear map whose inputs are the channels, and the sums over its input rows x, in float64.
 
     Attributes:
         weight: (outputs, channels). gram: (channels, channels), sum of w x x^T.
-        mean: (channels,), the weighted mean of x where the map has a bias; `gram` is then that of x - mean.
+        mean: (channels,), the weighted mean of x if the map has a bias; `gram` is then that of x - mean.
     """
 
     weight: Tensor
@@ -128,12 +128,12 @@ class MapSums:
 
 @dataclass(frozen=True)
 class ChannelChain:
-    """The order in which the channels of a layer are dropped, and what refits its maps for any number of them.
+    """The order in which the channels of a layer are dropped, and the sums to refit its maps for any number of them.
 
     Attributes:
-        order: (channels,) int64, the channel to drop first, second, ...; the last one is never dropped.
+        order: (channels,) int64, the channels in dropping order; the last one is never dropped.
         costs: (channels,) float64, the cost after dropping none, one, ... of them.
-        projection: the map into the residual stream. inner: the other maps that read the channels.
+        projection: the map into the residual stream. inner: the other maps whose inputs are the channels.
     """
 
     order: Tensor
@@ -143,11 +143,11 @@ class ChannelChain:
     ridge: float = CHANNEL_RIDGE
 
     def keep(self, count: int) -> Tensor:
-        """Return the channels that remain of this number, (count,) int64, ascending."""
+        """Return the channels to keep for this number, (count,) int64, ascending."""
         return self.order[len(self.order) - count :].sort().values
 
     def refit(self, sums: MapSums, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (outputs, kept) of a map that reads the channels `index` only, and what its bias gains."""
+        """Return the refitted weight (outputs, kept) of a map for the channels `index`, and the change of its bias."""
         dropped = torch.ones(len(self.order), dtype=torch.bool, device=index.device)
         dropped[index] = False
         gram = sums.gram + _penalty(sums.gram, (len(self.order),), self.ridge).diag()
@@ -159,8 +159,8 @@ class ChannelChain:
 def drop_channels(projection: MapSums, inner: Sequence[MapSums], ridge: float = CHANNEL_RIDGE) -> ChannelChain:
     """Return the chain over the channels of a layer.
 
-    The cost of a channel is its loss in the projection, relative to the power of its outputs, plus `INNER_WEIGHT` times
-    its losses in the inner maps, each a mean over outputs relative to their powers.
+    The cost of a channel is its loss in the projection, relative to the power of the outputs, plus `INNER_WEIGHT` times
+    its losses in the inner maps, each a mean over outputs, relative to their power.
 
     Raises:
         InputError: the sums are not finite.
@@ -168,7 +168,8 @@ def drop_channels(projection: MapSums, inner: Sequence[MapSums], ridge: float = 
     maps = []
     for sums, scale in ((projection, 1.0), *((m, INNER_WEIGHT) for m in inner)):
         powers = sums.powers()
-        # One scale for all outputs of the projection, which are added to one stream; one each for the inner maps.
+        # One scale for all outputs of the projection, which are added to the same stream; one per output for inner
+        # maps.
         unit = powers.sum().expand(len(powers)) if sums is projection else powers * len(powers)
         weight = sums.weight * torch.where(unit > 0, scale / unit, 0).sqrt()[:, None]
         gram = sums.gram.clone()
@@ -197,7 +198,7 @@ def drop_channels(projection: MapSums, inner: Sequence[MapSums], ridge: float = 
 
 
 def _penalty(gram: Tensor, groups: Sequence[int], ridge: float) -> Tensor:
-    """Return the ridge (unknowns,) of each unknown: relative to the mean of its group's diagonal, or 1 if that is 0."""
+    """Return the ridge (unknowns,) relative to the mean of each group's diagonal, or to 1 if that is 0."""
     means = [part.mean() for part in gram.diagonal().split(list(groups))]
     return torch.cat(
         [torch.where(mean > 0, ridge * mean, 1).expand(size) for mean, size in zip(means, groups, strict=True)]
@@ -217,7 +218,7 @@ def _invert(gram: Tensor, penalty: Tensor) -> Tensor:
 
 
 def _swap(matrix: Tensor, vector: Tensor, one: slice, other: slice) -> None:
-    """Exchange two parts, of equal size, of a symmetric matrix and of the rows of `vector`, in place."""
+    """Swap two parts of equal size of a symmetric matrix and of the rows of `vector`, in place."""
     if one == other:
         return
     for value in (matrix, matrix.T, vector):

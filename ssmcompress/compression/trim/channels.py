@@ -1,9 +1,9 @@
-"""Trimming of channels: a smaller `d_inner`, chosen and made up for in closed form.
+"""Trimming of channels: a smaller `d_inner` with closed-form selection and refit.
 
 The channels of a layer are dropped by optimal brain surgeon (`chain`) on the activations of the model: the projection
-into the residual stream and the maps inside the layer that read the channels are refitted to their outputs. On the
-bundled model with 2 states (90.50 % top-1 on 2,000 images; 256 images to fit on), 96 of 128 channels have 90.65 %, 80
-90.50, 64 90.10, and 64 random ones, refitted as well, 80.25. Below half, reconstruction should follow.
+into the residual stream and the inner maps whose inputs are the channels are refitted to their outputs. On the bundled
+model with 2 states (90.50 % top-1 on 2,000 images; 256 images for fitting), 96 of 128 channels give 90.65 %, 80 90.50,
+64 90.10, and 64 random ones, also refitted, 80.25. Below half of the channels, reconstruction should follow.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .requests import Count, copy_to_cut, count_per_layer
 
 @dataclass(frozen=True)
 class ChannelChains:
-    """The chains of a model's layers, from which `cut_channels` makes a model with any number of channels.
+    """The chains of a model's layers, with which `cut_channels` can create a model with any number of channels.
 
     Attributes:
         layers: a chain for each layer.
-        batches: the images, read, or their digests; `images`: their number.
+        batches: the images that were read, or their digests; `images`: their number.
     """
 
     layers: tuple[ChannelChain, ...]
@@ -41,7 +41,7 @@ class ChannelChains:
     images: int
 
     def cost(self, layer: int, e: int) -> float:
-        """Return the cost of keeping e channels of a layer, from 1; see `drop_channels`."""
+        """Return the cost of keeping e channels of a layer (1-based); see `drop_channels`."""
         costs = self.layers[layer - 1].costs
         return float(costs[len(costs) - e])
 
@@ -52,21 +52,22 @@ def trim_channels(
 ) -> TokenModel:
     """Return a copy of a model with fewer channels in its layers; the argument is not changed.
 
-    States are to be trimmed first, if at all, because fewer of them need fewer outputs of the maps to be kept.
+    Trim states first, if at all: with fewer states, fewer outputs of the maps must be preserved.
 
     Args:
         model: a model that drops no tokens.
         e: the channels to keep in every layer, or a number for each layer.
         images: as for `ssmcompress.calibrate`, without labels. All are used; 256 are enough. They are iterated once.
-        chains: of `channel_chains` for this model, instead of images.
+        chains: the result of `channel_chains` for this model, instead of images.
         name: name of the images in reports; None: their own.
 
     Returns:
-        The model, with a record of kind "channels" in its `steps`. If nothing is dropped, the copy has no changes and
+        The model, with a record of kind "channels" in its `steps`. If nothing is dropped, the copy is unchanged and has
         no record.
 
     Raises:
-        InputError: `e` out of range, fewer than two images, values that are not finite, or a model that drops tokens.
+        InputError: `e` is out of range, there are fewer than two images, values are not finite, or the model drops
+            tokens.
     """
     check_trimmable(model)
     counts = _counts(model, e)
@@ -83,7 +84,7 @@ def trim_channels(
 
 @torch.no_grad()
 def channel_chains(model: TokenModel, images: Any) -> ChannelChains:
-    """Measure what the channels of each layer are worth, for `cut_channels` with any numbers of them.
+    """Compute the chain of each layer, for `cut_channels` with any number of channels.
 
     Args:
         model, images: as for `trim_channels`.
@@ -101,7 +102,7 @@ def cut_channels(model: TokenModel, chains: ChannelChains | None, e: Count) -> T
     """Return a copy of a model with e channels in its layers, as `trim_channels` does but without a record.
 
     Args:
-        model: the model of which the chains are. chains: of `channel_chains`; None if nothing is dropped.
+        model: the model of the chains. chains: the result of `channel_chains`; None if nothing is dropped.
         e: as for `trim_channels`.
     """
     check_trimmable(model)
@@ -124,7 +125,7 @@ def _counts(model: TokenModel, e: Count) -> list[int]:
 
 
 def _cut(block: TrimmableBlock, chain: ChannelChain, count: int) -> None:
-    """Keep `count` channels of a layer in place, with its maps refitted."""
+    """Cut a layer to `count` channels in place, and refit its maps."""
     index = chain.keep(count)
     inner, projection = block.channel_maps
     refits = [chain.refit(sums, index) for sums in (*chain.inner, chain.projection)]
@@ -140,7 +141,7 @@ def _chains(inputs: LayerInputs) -> Iterator[ChannelChain]:
     """Yield the chain of each layer, in order."""
     for layer in range(1, len(inputs.model.blocks) + 1):
         inner, projection = inputs.block.channel_maps
-        # An error in what an inner map computes is weighed as one before the layer, as in reconstruction.
+        # An error in the output of an inner map has the weight of an error before the layer, as in reconstruction.
         weighed_after = {**dict.fromkeys(inner, layer - 1), projection: layer}
         sums = {name: _MapRows(inputs.block.get_submodule(name)) for name in weighed_after}
         hooks = [
@@ -176,7 +177,7 @@ class _MapRows:
         self.weight = self.weight + float(w.sum())
 
     def finish(self) -> MapSums:
-        """Return the sums, about the mean if the map has a bias, which makes up for a shift of the mean."""
+        """Return the sums, centred if the map has a bias, which compensates for a shift of the mean."""
         weight, gram = self.linear.weight.detach().to(self.device).double(), (self.gram + self.gram.T) / 2
         if self.linear.bias is None:
             return MapSums(weight, gram)

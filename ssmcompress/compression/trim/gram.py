@@ -1,4 +1,4 @@
-"""Sums over tokens that say what the states of a scan are worth: the Gram matrix of C and D.
+"""Sums over tokens that determine the importance of the states of a scan: the Gram matrix of C and D.
 
 The output of a scan is y_t = (sum over paths p and states n of (C_n . x_p) h_p,n + times * D u) * gate. An error dy
 counts w_t |W dy_t|^2, where W is the projection into the residual stream. The output is linear in
@@ -8,7 +8,7 @@ theta = [D, C_1, C_2, ...]; with v_p,n = W (gate * h_p,n) and q_p,n = (W^T v_p,n
     G[C_n, D] = times * sum w sum_p x_p q_p,n^T
     G[D, D] = times^2 * (W^T W) * sum w (gate * u) (gate * u)^T
 
-The products of a few hundred rows are float32, and their sums float64.
+Products of a few hundred rows are computed in float32, and their sums in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...models.sizes import ScanReading
 from .chain import BlockSums
 
-# Floats of the scaled rows that are multiplied at a time, 4 MB, and the least number of rows.
+# Number of floats of the scaled rows that are multiplied at a time (4 MB), and the minimum number of rows.
 ROW_FLOATS = 1 << 20
 LEAST_ROWS = 256
 
@@ -40,12 +40,12 @@ class ScanSums:
         size = (1 + len(self.states)) * self.width
         options = {"dtype": torch.float64, "device": "cpu" if C.device.type == "mps" else C.device}
         self.gram = torch.zeros(size, size, **options)
-        # With candidates only, the output of all states is the target.
+        # With a subset of candidate states, the target is the output of all states.
         self.cross = torch.zeros(size, **options) if len(self.states) < len(C) else None
         self.power = torch.zeros((), **options)
 
     def theta(self) -> Tensor:
-        """Return the present unknowns, D and then C of the candidates."""
+        """Return the current parameters: D, then C of the candidates."""
         return torch.cat([self.D, self.C[self.states].flatten()]).to(self.gram)
 
     def add(self, reading: ScanReading, weights: Tensor) -> None:
@@ -59,7 +59,7 @@ class ScanSums:
         self._add_skip(x, v, gu, w)
 
     def _add_states(self, x: Tensor, v: Tensor, w: Tensor) -> None:
-        """Add the products of C with C: the blocks on and above the diagonal, of which the others are mirror images."""
+        """Add the products of C with C: only the blocks on and above the diagonal, because the matrix is symmetric."""
         (rows, states, paths, _), E = v.shape, self.width
         # (v_p,n . v_q,m) as (rows, states and paths) squared
         products = v.flatten(1, 2) @ (v.flatten(1, 2) * w[:, None, None]).transpose(1, 2)
@@ -71,7 +71,7 @@ class ScanSums:
             total = x.new_zeros(E, columns)
             for part, factors in zip(x.split(size), products[:, n, :, n:].split(size), strict=True):
                 out = scaled[: len(part) * paths * columns].view(len(part), paths * (states - n), E)
-                # For one path, a multiplication is faster than products of matrices with one column.
+                # For one path, an elementwise product is faster than matrix products with one column.
                 multiply = torch.mul if paths == 1 else torch.bmm
                 multiply(factors.reshape(len(part), -1, paths), part, out=out)
                 total.addmm_(part.flatten(0, 1).T, out.view(-1, columns))
@@ -79,7 +79,7 @@ class ScanSums:
             self.gram[start : start + E, start:] += total.to(self.gram.device)
 
     def _add_skip(self, x: Tensor, v: Tensor, gu: Tensor, w: Tensor) -> None:
-        """Add the products of C and D with D; the latter is multiplied by W^T W in the end."""
+        """Add the products of C and D with D; the latter is multiplied by W^T W at the end."""
         E, weighted = self.width, gu * w[:, None]
         for n in range(v.shape[1]):
             q = (v[:, n] @ self.W) * weighted[:, None]
@@ -88,7 +88,7 @@ class ScanSums:
         self.gram[:E, :E] += (weighted.T @ gu).to(self.gram.device)
 
     def _add_target(self, reading: ScanReading, x: Tensor, v: Tensor, gu: Tensor, w: Tensor) -> None:
-        """Add the products of the unknowns with the output of all states."""
+        """Add the products of the parameters with the output of all states."""
         target = (gu * self.D) @ self.W.T
         for n, C in enumerate(self.C):
             own = v[:, self.states.index(n)] if n in self.states else _project(reading, n, self.W)
@@ -111,7 +111,7 @@ class ScanSums:
 
 
 def state_energies(reading: ScanReading, C: Tensor, projection: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted square of what each state adds to the residual stream, (d_state,) float64, of a chunk."""
+    """Return (d_state,) float64: the weighted square of each state's contribution to the residual stream."""
     x, W, w = _inputs(reading), projection.detach().float(), weights.flatten().float()
     energies = []
     for n, row in enumerate(C.float()):
@@ -121,10 +121,10 @@ def state_energies(reading: ScanReading, C: Tensor, projection: Tensor, weights:
 
 
 def _inputs(reading: ScanReading) -> Tensor:
-    """Return the rows that C multiplies on each path, (rows, paths, d_inner)."""
+    """Return the input rows of C on each path, (rows, paths, d_inner)."""
     return torch.stack([reader.flatten(0, 1).float() for reader in reading.readers], dim=1)
 
 
 def _project(reading: ScanReading, n: int, W: Tensor) -> Tensor:
-    """Return v of a state, (rows, paths, d_model): what it would add to the residual stream if C . x were 1."""
+    """Return v of a state, (rows, paths, d_model): its contribution to the residual stream for C . x = 1."""
     return torch.stack([(reading.gate * h).flatten(0, 1).float() @ W.T for h in reading.states(n)], dim=1)

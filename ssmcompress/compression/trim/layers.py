@@ -1,8 +1,8 @@
-"""Dropping of whole layers and of scan directions; no images are needed.
+"""Dropping whole layers and scan directions, without images.
 
-What remains is not adapted: reconstruction or fine-tuning should follow. On the bundled model (2,000 test images, dense
-90.80 % top-1, only the classifier refitted) without layer 6, 17 % of its FLOPs, 90.15 %, without layer 4 89.6, and
-without one direction of either 0.55 to 1.05 points less than dense.
+The remaining weights are not adapted, so reconstruction or fine-tuning should follow. On the bundled model (2,000 test
+images, dense 90.80 % top-1, only the classifier refitted), dropping layer 6, 17 % of its FLOPs, gives 90.15 %, dropping
+layer 4 89.6, and dropping one direction of either layer 0.55 to 1.05 points less than dense.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def drop_layers(model: TokenModel, layers: Sequence[int]) -> TokenModel:
     """Return a copy of a model without some of its layers; the argument is not changed.
 
     Args:
-        model: a model that drops no tokens. layers: numbers of layers, from 1, as the model has them now.
+        model: a model that drops no tokens. layers: 1-based numbers of layers of the current model.
 
     Returns:
-        The model, with a record of kind "layers", which has the numbers that all missing layers had in the dense model.
-        Without `layers`, the copy has no changes and no record.
+        The model, with a record of kind "layers" that lists all missing layers by their numbers in the dense model. If
+        `layers` is empty, the copy is unchanged and has no record.
 
     Raises:
-        InputError: numbers that are none of the model's layers, or all of them.
+        InputError: the numbers are not layers of the model, or include all of them.
     """
     check_trimmable(model)
     depth, chosen = len(model.blocks), sorted(set(_check_numbers(layers, "layers")))
@@ -42,7 +42,7 @@ def drop_layers(model: TokenModel, layers: Sequence[int]) -> TokenModel:
         numbers = [smaller.origin.layers[layer - 1] for layer in chosen]
         numbers += earlier.values["layers"] if earlier is not None else []
         smaller.drop_layers(chosen)
-        for kind, key in (("states", "n"), ("channels", "e")):  # what earlier steps left in the layers that remain
+        for kind, key in (("states", "n"), ("channels", "e")):  # sizes of the remaining layers from earlier steps
             if (record := smaller.find_record(kind)) is not None and isinstance(record.values.get(key), list):
                 left = [count for layer, count in enumerate(record.values[key], 1) if layer not in chosen]
                 smaller.add_record(StepRecord(kind, {**record.values, key: left}))
@@ -55,15 +55,15 @@ def drop_directions(model: TokenModel, directions: Mapping[int, Sequence[int]]) 
 
     Args:
         model: a model that drops no tokens.
-        directions: for a layer, from 1, the paths to drop: for a Vim 0, forward, or 1, backward; for a PlainMamba 0 to
-            3, in the order of `ssmcompress.models.snakes`.
+        directions: layer (1-based) -> paths to drop: for a Vim 0, forward, or 1, backward; for a PlainMamba 0 to 3, in
+            the order of `ssmcompress.models.snakes`.
 
     Returns:
-        The model, with a record of kind "directions", which has all missing paths by the numbers of their layers in the
-        dense model. If nothing is dropped, the copy has no changes and no record.
+        The model, with a record of kind "directions" that lists all missing paths by the numbers of their layers in the
+        dense model. If nothing is dropped, the copy is unchanged and has no record.
 
     Raises:
-        InputError: paths that a layer does not have, or all that it has.
+        InputError: a layer does not have such paths, or would lose all of its paths.
     """
     check_trimmable(model)
     if not isinstance(directions, Mapping):
@@ -83,7 +83,7 @@ def drop_directions(model: TokenModel, directions: Mapping[int, Sequence[int]]) 
     smaller = copy_to_cut(model, bool(chosen))
     if chosen:
         earlier = model.find_record("directions")
-        # Keys of a JSON object are texts.
+        # Keys of a JSON object are strings.
         record = {k: list(v) for k, v in earlier.values["directions"].items()} if earlier is not None else {}
         for layer, paths in chosen.items():
             block = smaller.blocks[layer - 1]
@@ -96,7 +96,7 @@ def drop_directions(model: TokenModel, directions: Mapping[int, Sequence[int]]) 
 
 
 def _check_numbers(values: Any, name: str) -> list[int]:
-    """Return whole numbers as a list; InputError naming the argument for anything else."""
+    """Return integers as a list; InputError naming the argument for anything else."""
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
         raise InputError(f"`{name}` {values!r}: expected whole numbers in a list"[:200])
     values = list(values)

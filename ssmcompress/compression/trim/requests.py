@@ -1,4 +1,4 @@
-"""Numbers of states or channels that a caller asks for, checked; and the copy that is cut."""
+"""Validation of requested numbers of states or channels, and the copy of the model to cut."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Count = int | Sequence[int]
 
 
 def count_per_layer(value: Any, sizes: Sequence[int], name: str, what: str) -> list[int]:
-    """Return what to keep in each layer.
+    """Return the number to keep in each layer.
 
     Args:
-        value: a number, of which layers that have fewer keep all; or one number per layer.
-        sizes: what each layer has. name: the argument. what: what is counted, for messages.
+        value: a number (layers that have fewer keep all), or one number per layer.
+        sizes: the current size of each layer. name: the argument. what: what is counted, for messages.
 
     Raises:
-        InputError: another value, or a number out of range.
+        InputError: the value has another type, or a number is out of range.
     """
     if is_whole(value):
         if not 1 <= value <= max(sizes):
@@ -39,14 +39,14 @@ def count_per_layer(value: Any, sizes: Sequence[int], name: str, what: str) -> l
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether a value is a whole number, and no bool."""
+    """Return whether a value is an integer, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def copy_to_cut(model: TokenModel, changes: bool = True) -> TokenModel:
-    """Return a copy of a model, marked as compressed if it is to be changed."""
+    """Return a copy of a model, marked as compressed if it will be changed."""
     copied = copy.deepcopy(model)
     if changes:
-        copied.learnt = learnt_from(model)  # a dense model without a note of it was learnt from no images
+        copied.learnt = learnt_from(model)  # for a dense model without a record, an empty set
         copied.mark_compressed()
     return copied

@@ -1,15 +1,15 @@
-"""Trimming of scan states: a smaller `d_state`, chosen and made up for in closed form.
+"""Trimming of scan states: a smaller `d_state` with closed-form selection and refit.
 
-The states of each scan are dropped by block optimal brain surgeon (`chain`) on the activations of the dense model, with
-its rows of C and its D refitted. Only the weights of errors in the decision (`margin`) and the scan itself are needed,
-so the scans are independent of each other. Refitting C is what matters, since D alone makes up for little. On the
-bundled model (128 images to fit on; dense 90.80 % top-1 on 2,000 others, KL from it):
+The states of each scan are dropped by block optimal brain surgeon (`chain`) on the activations of the dense model, and
+its rows of C and its D are refitted. This needs only the error weights (`margin`) and the scan itself, so the scans are
+independent of each other. Refitting C is essential; D alone compensates for little. On the bundled model (128 images
+for fitting; dense 90.80 % top-1 on 2,000 others, KL from it):
 
     states                      4                  2                  1
     by energy, refitted once    90.55 %, 0.0004    90.55 %, 0.0035
     this chain                  90.50 %, 0.00015   90.50 %, 0.0019    90.00 %, 0.020
 
-A number of states for each layer, chosen greedily, gained nothing on the test images.
+Greedily chosen numbers of states per layer gave no gain on the test images.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .chain import Kept, drop_blocks
 from .gram import ScanSums, state_energies
 from .requests import Count, copy_to_cut, count_per_layer
 
-# Most bytes of the float64 matrices of a scan: the sums, their Cholesky factor and its inverse. 16 states of 768
-# channels take 4.1 GB, 11 of 1,536 channels 8.2. Beyond that, states of little energy are dropped first, outside of the
+# Maximum bytes of the float64 matrices of a scan: the sums, their Cholesky factor and its inverse. 16 states of 768
+# channels take 4.1 GB, 11 of 1,536 channels 8.2. Beyond that, low-energy states are dropped first, without the
 # matrices.
 MOST_BYTES = 1 << 33
 MATRICES = 3
@@ -44,10 +44,10 @@ MATRICES = 3
 
 @dataclass(frozen=True)
 class StateChain:
-    """The states of one scan in the order of dropping.
+    """The states of one scan in dropping order.
 
     Attributes:
-        steps: by number of states kept: their index, [D, C_1, C_2, ...] refitted, and the loss.
+        steps: for each number of kept states, their index, the refitted [D, C_1, C_2, ...], and the loss.
         d_state, d_inner: sizes of the scan.
     """
 
@@ -63,11 +63,11 @@ class StateChain:
 
 @dataclass(frozen=True)
 class StateChains:
-    """The chains of a model's scans, from which `cut_states` makes a model with any number of states.
+    """The chains of a model's scans, with which `cut_states` can create a model with any number of states.
 
     Attributes:
-        layers: for each layer a chain for each of its sets of scan parameters.
-        batches: the images, read, or their digests; `images`: their number.
+        layers: for each layer, a chain for each of its sets of scan parameters.
+        batches: the images that were read, or their digests; `images`: their number.
     """
 
     layers: tuple[tuple[StateChain, ...], ...]
@@ -76,13 +76,14 @@ class StateChains:
 
     @property
     def most(self) -> int:
-        """The most states, fewer than all, that every scan can keep."""
+        """The largest number of states, below all, that every scan can keep."""
         return min(max(chain.steps) for sets in self.layers for chain in sets)
 
     def loss(self, layer: int, n: int) -> float:
-        """Return the error of a layer, from 1, with n states, relative to the power of its scans' outputs.
+        """Return the error of a layer (1-based) with n states, relative to the power of its scans' outputs.
 
-        The outputs are measured after the projection, and each token by what an error there does to the decision.
+        The outputs are measured after the projection, and tokens are weighted by the effect of an error on the
+        decision.
         """
         steps = [chain.steps[n] for chain in self.layers[layer - 1] if n < chain.d_state]
         power = sum(step.power for step in steps)
@@ -99,15 +100,16 @@ def trim_states(
         model: a model that drops no tokens.
         n: the states to keep in every layer, or a number for each layer.
         images: as for `ssmcompress.calibrate`, without labels. All are used; 128 are enough. They are iterated once.
-        chains: of `state_chains` for this model, instead of images.
+        chains: the result of `state_chains` for this model, instead of images.
         name: name of the images in reports; None: their own.
 
     Returns:
-        The model, with a record of kind "states" in its `steps`. If nothing is dropped, the copy has no changes and no
-        record.
+        The model, with a record of kind "states" in its `steps`. If nothing is dropped, the copy is unchanged and has
+        no record.
 
     Raises:
-        InputError: `n` out of range, fewer than two images, values that are not finite, or a model that drops tokens.
+        InputError: `n` is out of range, there are fewer than two images, values are not finite, or the model drops
+            tokens.
     """
     check_trimmable(model)
     counts = _counts(model, n)
@@ -124,7 +126,7 @@ def trim_states(
 
 @torch.no_grad()
 def state_chains(model: TokenModel, images: Any) -> StateChains:
-    """Measure what the states of each scan are worth, for `cut_states` with any numbers of them.
+    """Compute the chain of each scan, for `cut_states` with any number of states.
 
     Args:
         model, images: as for `trim_states`.
@@ -145,7 +147,7 @@ def cut_states(model: TokenModel, chains: StateChains | None, n: Count) -> Token
     """Return a copy of a model with n states in its scans, as `trim_states` does but without a record.
 
     Args:
-        model: the model of which the chains are. chains: of `state_chains`; None if nothing is dropped.
+        model: the model of the chains. chains: the result of `state_chains`; None if nothing is dropped.
         n: as for `trim_states`.
     """
     check_trimmable(model)
@@ -207,14 +209,14 @@ def _readings(inputs: LayerInputs, block: TrimmableBlock, scan: int) -> Iterator
 
 
 def _most_states(C: Tensor) -> int:
-    """Return how many states fit `MOST_BYTES`, and half of the memory that is free."""
+    """Return the number of states that fit `MOST_BYTES` and half of the free memory."""
     most = min(MOST_BYTES, _free_bytes(C.device) // 2)
     unknowns = int((most / (8 * MATRICES)) ** 0.5)
     return max(1, unknowns // C.shape[1] - 1)
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Return the free memory in bytes where the matrices of a device are kept; `MOST_BYTES` twice if unknown."""
+    """Return the free bytes of the memory that holds the matrices for a device; twice `MOST_BYTES` if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,4 +1,4 @@
-"""What is trimmed off a model, apart from tokens: a value that a report, a plan and the steps share."""
+"""A description of how a model is trimmed, without tokens, shared by reports, plans and steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ...models.sizes import LayeredConfig, LayerSize, Origin, spread
 
 @dataclass(frozen=True)
 class Trims:
-    """What is trimmed off a dense model.
+    """Describes how a dense model is trimmed.
 
     Attributes:
-        states, channels: what each layer keeps at most, one number or one for each layer that remains; None: all.
-        layers: numbers, from 1, of the layers that are dropped.
-        directions: (layer, paths) pairs: the scan paths that a layer loses. Layers are those of the dense model.
+        states, channels: the maximum that each layer keeps, one number or one per remaining layer; None: all.
+        layers: the dropped layers (1-based).
+        directions: (layer, paths) pairs: the scan paths that a layer loses. Layer numbers are those of the dense model.
     """
 
     states: int | tuple[int, ...] | None = None
@@ -36,7 +36,7 @@ class Trims:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes that lose something; directions belong to layers."""
+        """The trimmed axes; directions belong to layers."""
         used = {"states": self.states, "channels": self.channels, "layers": self.layers or self.directions}
         return tuple(axis for axis, value in used.items() if value)
 
@@ -44,7 +44,7 @@ class Trims:
         """Return the configuration of the trimmed model.
 
         Raises:
-            InputError: the model does not have that, or has no scans.
+            InputError: the model does not have such parts, or has no scans.
         """
         if not self:
             return config
@@ -63,7 +63,7 @@ class Trims:
         return config.with_layers(sizes)
 
     def _check(self, config: LayeredConfig) -> None:
-        """Raise an InputError for trims that a model of these sizes cannot have."""
+        """Raise an InputError if the trims are invalid for a model of these sizes."""
         numbers = range(1, config.depth + 1)
         for layer in (*self.layers, *(layer for layer, _ in self.directions)):
             if layer not in numbers:
@@ -83,7 +83,7 @@ class Trims:
                 raise InputError(f"trims: {min(values)} {name}, expected at least 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object, without what is not trimmed."""
+        """Return a JSON object without the fields that are not trimmed."""
         value = {
             "states": _to_json(self.states),
             "channels": _to_json(self.channels),
@@ -94,7 +94,7 @@ class Trims:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Trims:
-        """Return the trims that `to_dict` wrote; InputError for another value."""
+        """Read trims written by `to_dict`; InputError for any other value."""
         try:
             directions = {int(k): tuple(map(_parse, v)) for k, v in value.get("directions", {}).items()}
             return cls(
@@ -108,7 +108,7 @@ class Trims:
 
 
 def find_trims(steps: Sequence[Record]) -> Trims:
-    """Return what the records of a model's steps say was trimmed."""
+    """Return the trims in the records of a model's steps."""
     values = {step.kind: step.values for step in steps if isinstance(step, StepRecord)}
     return Trims.from_dict(
         {
@@ -121,7 +121,7 @@ def find_trims(steps: Sequence[Record]) -> Trims:
 
 
 def read_trims(file: str | Path) -> Trims:
-    """Read what was trimmed from the files that `read_plan` reads; nothing where they do not say."""
+    """Read the trims from a file that `read_plan` can read; empty trims if it has none."""
     value = read_plan_file(file)
     if not isinstance(value, Mapping):
         return Trims()
@@ -135,7 +135,7 @@ def read_trims(file: str | Path) -> Trims:
 
 
 def build_trimmed(model: TokenModel, trims: Trims) -> TokenModel:
-    """Return a model of the sizes that trims leave of a dense one, without weights."""
+    """Return a model without weights that has the sizes of a dense model after trimming."""
     with torch.device("meta"):
         trimmed = type(model)(trims.apply_to(model.config))
     trimmed.preprocessing = model.preprocessing
@@ -146,13 +146,13 @@ def build_trimmed(model: TokenModel, trims: Trims) -> TokenModel:
 
 
 def _compact(counts: Any) -> Any:
-    """Return the only number of a list of counts if all layers have the same."""
+    """Return a single number for a list of counts if all layers have the same."""
     same = isinstance(counts, list) and len({*map(str, counts)}) == 1
     return counts[0] if same else counts
 
 
 def fit_counts(most: int | tuple[int, ...], sizes: Sequence[int]) -> int | tuple[int, ...]:
-    """Return the most that layers keep, one number or one for each, not above what a layer has."""
+    """Limit the numbers that layers keep, one number or one per layer, to the size of each layer."""
     return min(most, max(sizes)) if isinstance(most, int) else most
 
 

@@ -1,4 +1,4 @@
-"""CPU backend: the ops compiled by Numba; they work in place on torch's tensors and run in torch's threads."""
+"""CPU backend: ops compiled by Numba that work in place on torch tensors and run in torch's threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .entries import address
 from .scan import BLOCK
 from .threads import run
 
-# Multiply-adds below which a second thread costs more than it saves.
+# Number of multiply-adds below which a second thread costs more than it saves.
 _SMALL = 1 << 15
 
 
@@ -43,7 +43,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, bias, steps, gap_delta, gap, orde
     du, ddelta = _new(u, u.shape, u.dtype), _new(u, u.shape, u.dtype)
     dz = _new(u, u.shape if z is not None else (0,), u.dtype)
     dgap = _new(u, u.shape if gap is not None else (0,))
-    # Partial sums, so that no two threads add to the same number.
+    # Partial sums, so that no two threads add to the same element.
     dA = _new(u, (batch, *A.shape))
     dB, dC = _new(u, (blocks, *B.shape)), _new(u, (blocks, *B.shape))
     dD = _new(u, (batch, d_inner) if D is not None else (0,))
@@ -118,17 +118,17 @@ def segment_sums(x, index, sums, segments, eps, sign) -> Tensor:
 
 @cache
 def _number(value: float) -> Tensor:
-    """Return a float32 number for a kernel, on the CPU whatever torch's default device is; it is kept."""
+    """Return a cached float32 scalar for a kernel, always on the CPU, regardless of torch's default device."""
     return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def _new(of: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor for a kernel over `of` to fill; zeros if `of` is empty and no kernel runs."""
+    """Return an uninitialised output tensor for a kernel over `of`; zeros if `of` is empty and no kernel runs."""
     return (of.new_empty if of.numel() else of.new_zeros)(shape, dtype=dtype)
 
 
 def _sum(parts: Tensor) -> Tensor:
-    """Sum partial results over the first axis; an optional input that is missing has only one."""
+    """Sum partial results over the first axis; a missing optional input has only one."""
     return parts.sum(0) if parts.ndim > 1 else parts
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is called with: a table of seven int64 a row, the same for every thread of a team.
+"""The arguments of a kernel: a table with seven int64 per row, shared by all threads of a team.
 
 The first row has the counter of items, flags and sizes; each further row has the address, shape and strides of one
 array.
@@ -23,7 +23,7 @@ _HAS_MXCSR = platform.machine().lower() in ("x86_64", "amd64")
 
 @intrinsic
 def next_item(typing_context, table):
-    """Return the first word of `table`, an int64 array, and increment it, atomically."""
+    """Atomically increment the first word of `table`, an int64 array, and return its previous value."""
 
     def code(context, builder, signature, values):
         counter = context.make_array(signature.args[0])(context, builder, values[0]).data
@@ -75,10 +75,10 @@ def _array(context, builder, array_type, data, shape, strides):
 
 @intrinsic
 def flush_denormals(typing_context):
-    """Make denormal numbers zero in this thread; return what `restore` takes.
+    """Set denormal numbers to zero in this thread; return the argument of `restore`.
 
-    Where decays are small, factors and states become denormal, with which a processor computes many times slower: a
-    scan in which a third of the tokens follow a gap of ten took 2.5 times as long. It is done on x86-64 alone.
+    With small decays, factors and states become denormal, for which processors are many times slower: a scan in which a
+    third of the tokens follow a gap of ten took 2.5 times as long. This is done on x86-64 only.
     """
 
     def code(context, builder, signature, values):
@@ -96,7 +96,7 @@ def flush_denormals(typing_context):
 
 @intrinsic
 def restore(typing_context, before):
-    """Undo `flush_denormals`, which returned `before`."""
+    """Undo `flush_denormals`, given its result `before`."""
 
     def code(context, builder, signature, values):
         if _HAS_MXCSR:
@@ -109,7 +109,7 @@ def restore(typing_context, before):
 
 
 def _register(builder):
-    """Return a place in memory for the control register, and a function that reads or writes it there."""
+    """Return a memory location for the control register, and a function that reads or writes the register there."""
     place, byte = cgutils.alloca_once(builder, ir.IntType(32)), ir.IntType(8).as_pointer()
 
     def access(instruction: str) -> None:

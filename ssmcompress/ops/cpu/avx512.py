@@ -1,4 +1,4 @@
-"""Instructions of AVX-512 that do in one step what the portable functions of `lane_functions` do in several."""
+"""AVX-512 instructions that replace several steps of the portable functions of `lane_functions`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .vector import FLOATS, vector
 
 
 def _instruction(name: str, *further: ir.Constant):
-    """Return the code of an intrinsic of vectors that is one instruction of AVX-512.
+    """Return the code generator of a vector intrinsic that is a single AVX-512 instruction.
 
     Args:
-        name: of LLVM's intrinsic. further: the arguments that it takes after the vectors.
+        name: name of LLVM's intrinsic. further: its arguments after the vectors.
     """
 
     def code(context, builder, signature, values):
@@ -25,7 +25,7 @@ def _instruction(name: str, *further: ir.Constant):
     return code
 
 
-# What lanes get that are switched off, the mask by which none is, and the rounding mode: the usual one.
+# Value of masked-out lanes, the mask that enables all lanes, and the default rounding mode.
 _NOTHING, _ALL_LANES, _ROUNDING = ir.Constant(FLOATS, ir.Undefined), ir.IntType(16)(0xFFFF), ir.IntType(32)(4)
 _MINUS_FLOOR = ir.IntType(32)(0b1001)
 
@@ -50,7 +50,7 @@ def estimated_reciprocal(typing_context, v):
 
 
 def _compiles_for_avx512() -> bool:
-    """Return whether Numba compiles for a processor with AVX-512; its settings can name another one than this."""
+    """Return whether Numba compiles for a processor with AVX-512; its settings can name a different target."""
     if not config.ENABLE_AVX:
         return False
     if config.CPU_FEATURES is not None:

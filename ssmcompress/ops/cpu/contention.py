@@ -1,8 +1,8 @@
-"""Shorter waits of OpenMP's threads while other processes take their cores, where `ssmcompress.openmp` came too late.
+"""Shorter spin waits of OpenMP threads while other processes use their cores, if `ssmcompress.openmp` came too late.
 
-GNU OpenMP has no function for that. But it spins only 100 times, instead of 300,000, while a process has more of its
-threads than the machine has cores. So a thread is started that holds a team of idle threads, which cost no time; when
-the machine is quiet, it ends, because there 100 spins make a forward a fifth slower.
+GNU OpenMP has no function for this. But it spins only 100 times, instead of 300,000, while a process has more OpenMP
+threads than the machine has cores. So a thread is started that holds a team of idle threads, which cost no time. It
+ends when the machine is idle, because then 100 spins make a forward pass a fifth slower.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from time import perf_counter
 
 from ...openmp import count_cores
 
-SECONDS = 0.5  # between two looks; the times of the system are counted in hundredths of a second
-# Cores that other processes take from the threads of this one, at which waits become short, and long again.
+SECONDS = 0.5  # between two checks; the system counts times in hundredths of a second
+# Number of cores used by other processes at which waits become short, and long again.
 BUSY, QUIET = 0.3, 0.1
-# Looks in a row at a quiet machine before waits are long again.
+# Number of consecutive checks with an idle machine before waits become long again.
 PATIENCE = 10
 
 Parallel = Callable[[ctypes.c_void_p, int | None, int, int], None]
@@ -27,11 +27,11 @@ _IDLE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
 
 
 class Watch:
-    """Looks from time to time whether other processes take cores from the threads of this one, and shortens waits then.
+    """Periodically checks whether other processes use the cores of this one's threads, and shortens waits if so.
 
     Args:
-        parallel: GOMP_parallel(function, data, threads, flags) of the OpenMP that torch uses.
-        others: function that returns the seconds of cores that other processes have used so far, or None.
+        parallel: GOMP_parallel(function, data, threads, flags) of the OpenMP library used by torch.
+        others: function that returns the core seconds used by other processes so far, or None.
     """
 
     def __init__(self, parallel: Parallel, others: Callable[[], float | None] | None = None):
@@ -43,11 +43,11 @@ class Watch:
 
     @property
     def shortens(self) -> bool:
-        """Whether waits are short now."""
+        """Whether waits are currently short."""
         return self._end is not None
 
     def look(self, threads: int) -> None:
-        """Shorten or lengthen the waits, if it is time to look again; `threads` are those that torch uses."""
+        """Shorten or lengthen the waits if it is time for a check; `threads` is the number of threads of torch."""
         if perf_counter() - self._looked < SECONDS or not self._lock.acquire(blocking=False):
             return
         try:
@@ -86,13 +86,13 @@ class Watch:
 
 
 def used_by_others(stat: Path = Path("/proc/stat")) -> float | None:
-    """Return the seconds that anything but this process has used of the cores that this process may run on.
+    """Return the seconds used by everything but this process on the cores that this process may use.
 
-    They count from when the machine started, with the time that the host of a virtual machine took for others. None:
-    the system does not say.
+    They count from the start of the machine, including time stolen by the host of a virtual machine. None: not provided
+    by the system.
 
     Args:
-        stat: file of Linux whose lines "cpu0", "cpu1", ... have the times of a core by kind, in ticks.
+        stat: Linux file whose lines "cpu0", "cpu1", ... have the times of a core by kind, in ticks.
     """
     try:
         own = {f"cpu{core}" for core in os.sched_getaffinity(0)}

@@ -1,4 +1,4 @@
-"""The kernels as C functions of one pointer, compiled at their first use and cached on disk.
+"""The kernels as C functions of one pointer, compiled at first use and cached on disk.
 
 Every thread of a team calls the same function with the same table, which `arguments` describes.
 """
@@ -28,7 +28,7 @@ from .segments import segment_sums
 
 
 class _Kernel(NamedTuple):
-    """A kernel and what it takes after the table: a letter of `_TYPES` for each flag and each array."""
+    """A kernel and its arguments after the table: a letter of `_TYPES` for each flag and each array."""
 
     function: Callable
     flags: str
@@ -51,7 +51,7 @@ _KERNELS = {
 
 
 def _run(name, table_and_arrays):
-    """Call a kernel; a closure over the kernel itself would be another one in each process for Numba's cache."""
+    """Call a kernel; for Numba's cache, a closure over the kernel itself would differ in each process."""
 
 
 @overload(_run, prefer_literal=True)
@@ -61,15 +61,15 @@ def _typed_run(name, table_and_arrays):
 
 
 def _make_entry(name, flags, dtypes, stamp):
-    # The cache checks only the file of a function for changes, but also the values of its closure: `stamp` is a hash of
-    # all files that a kernel is built from.
+    # The cache checks only the file of a function, and the values of its closure, for changes. So the closure includes
+    # `stamp`, a hash of all files that a kernel is built from.
     def entry(pointer):
         _ = stamp
         before = flush_denormals()
         _run(name, arguments(carray(pointer, (1,), int64), flags, dtypes))
         restore(before)
 
-    entry.__qualname__ = name  # by which files of the cache are called: one index for each kernel
+    entry.__qualname__ = name  # names the cache files: one index per kernel
     return entry
 
 
@@ -100,13 +100,13 @@ def _compiled(kernel: str, half: bool):
 def _made(function: Callable):
     try:
         return cfunc(void(types.voidptr), cache=True)(function)
-    except Exception as error:  # no writable folder, a full disk, a damaged file: they cost only time
+    except Exception as error:  # no writable folder, a full disk or a damaged file only cost time
         _logger.debug("compiled code cannot be kept: %s", error)
         return cfunc(void(types.voidptr))(function)
 
 
 class _Announcer(event.Listener):
-    """Announces that kernels are compiled, when the thread that it was made in runs the first pass of the compiler."""
+    """Announces the compilation of kernels when the thread that created it runs the first compiler pass."""
 
     def __init__(self):
         self.thread = threading.get_ident()

@@ -17,17 +17,17 @@ from .vector import LANES, helper, kernel, load, scratch, splat, store
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Vectors of channels that are accumulated in parallel: a single sum would wait for the latency of each addition.
+# Number of channel vectors accumulated in parallel: a single sum would wait for the latency of each addition.
 ABREAST = uint64(4)
-# Tokens that one thread processes at a time in the forward pass.
+# Number of tokens that one thread processes at a time in the forward pass.
 ROWS = uint64(16)
-# Channels that one thread processes at a time in the backward pass.
+# Number of channels that one thread processes at a time in the backward pass.
 BLOCK = ABREAST * WIDTH
 
 
 @kernel
 def grid_conv_forward(table, with_silu, rows, columns, height, width, x, weight, bias, positions, y):
-    """Compute y (batch, length, channels) for each stretch of tokens that this thread takes from `table`."""
+    """Compute y (batch, length, channels) for each range of tokens that this thread takes from `table`."""
     length, channels = uint64(x.shape[1]), uint64(x.shape[2])
     stretches = (length + ROWS - ONE) // ROWS
     vectors = (channels + WIDTH - ONE) // WIDTH
@@ -76,7 +76,7 @@ def grid_conv_backward(
     """Compute the gradients from dy (batch, length, channels) for each block of channels that this thread takes.
 
     dweight (batch, channels, height * width) and dbias (1, batch, channels) are partial sums, which the caller adds up
-    in an order that is the same each time. The window has odd sides.
+    in a deterministic order. The window has odd sides.
     """
     length, channels, window = uint64(x.shape[1]), uint64(x.shape[2]), uint64(height * width)
     blocks, most = (channels + BLOCK - ONE) // BLOCK, ABREAST
@@ -108,7 +108,7 @@ def grid_conv_backward(
                 for k in range(count):
                     row = (places[k] * most + v, ZERO)
                     store(dtap, row, WIDTH, load(dtap, row, WIDTH) + g * load(x, (b, sources[k], e), lanes))
-        # x at t contributes to each y in the window around t, by the tap at the opposite place.
+        # x at t contributes to each y in the window around t, through the tap at the opposite position.
         for t in range(length):
             count = _neighbours(token_at, positions[ZERO, b, t], rows, columns, height, width, sources, places)
             for e in range(start, end, WIDTH):
@@ -129,7 +129,7 @@ def grid_conv_backward(
 
 @helper
 def _place(positions, b, token_at):
-    """Write the token at each place of the grid, or -1, to `token_at`."""
+    """Write the token at each grid position, or -1, to `token_at`."""
     token_at[:] = -1
     for t in range(uint64(positions.shape[2])):
         position = positions[ZERO, b, t]
@@ -159,7 +159,7 @@ def _offset(bias, e, lanes):
 
 @kernel
 def _taps(weight):
-    """Return (height * width * vectors, 16): for each place in the window a row of the taps of all channels."""
+    """Return (height * width * vectors, 16): for each window position, a row with the taps of all channels."""
     channels, window = uint64(weight.shape[1]), uint64(weight.shape[2])
     vectors = (channels + WIDTH - ONE) // WIDTH
     taps = scratch(window * vectors)

@@ -19,8 +19,8 @@ def _fitted(function, low: float, high: float, degree: int) -> tuple[np.float32,
 def _interpolated_exp2() -> tuple[np.float32, ...]:
     """Return the coefficients of q, lowest first, where 1 + f q(f) interpolates 2^f on [0, 1], at 0 and 1 too.
 
-    The nodes are the zeros of the Chebyshev polynomial of degree 6, stretched so that the outermost lie at the ends.
-    The float32 sum of the coefficients, as Horner's rule adds them, is 1.
+    The nodes are the zeros of the Chebyshev polynomial of degree 6, stretched so that the outermost nodes are the ends
+    of the interval. The float32 sum of the coefficients, in the order of Horner's rule, is 1.
     """
     nodes = (1 + np.cos((2 * np.arange(6) + 1) * np.pi / 12) / np.cos(np.pi / 12)) / 2
     _, _, *others = np.linalg.solve(np.vander(nodes, increasing=True), np.exp2(nodes)).astype(np.float32)
@@ -55,7 +55,7 @@ def exp2_portable(v):
 def exp2_avx512(v):
     """Return 2^v, accurate to 2e-7 relative, in 7 instructions instead of 12: AVX-512 reduces and scales in one each.
 
-    Nothing is clamped: results below the smallest normal number are denormal or 0, and those beyond the largest inf.
+    There is no clamping: results below the smallest normal number are denormal or 0, those above the largest are inf.
     """
     f = fraction(v)
     p = 1.0 + f * (_F0 + f * (_F1 + f * (_F2 + f * (_F3 + f * _F4))))

@@ -1,7 +1,7 @@
-"""Settings of malloc that keep freed memory in the process, instead of returning it to the system after every layer.
+"""malloc settings that keep freed memory in the process instead of returning it to the system after every layer.
 
-glibc returns the top of its heap as soon as twice the largest tensor is free there. A forward of Vim-tiny, batch 8,
-then has 170,000 page faults and takes 1.5 times as long.
+glibc returns the top of its heap as soon as twice the size of the largest tensor is free there. A forward pass of
+Vim-tiny with batch size 8 then has 170,000 page faults and takes 1.5 times as long.
 """
 
 from __future__ import annotations

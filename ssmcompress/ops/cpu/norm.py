@@ -10,7 +10,7 @@ from .vector import LANES, kernel, lane_sum, load, splat, store
 
 ZERO = uint64(0)
 WIDTH = uint64(LANES)
-# Rows that one thread processes at a time.
+# Number of rows that one thread processes at a time.
 ROWS = uint64(32)
 
 

@@ -4,7 +4,7 @@ All arrays have three axes and are in token order. `reverse` walks all of them f
 `order` (1, batch or 1, length) int64 applies only to u, z, add, y and their gradients. These and delta (batch, length,
 d_inner), in the forward pass also B and C (batch, length, d_state), are float32, or bfloat16 held as uint16. The rest
 is float32: A (1, d_inner, d_state), D and bias (1, 1, d_inner), gap (batch, length, d_inner) or steps (1, batch,
-length) with gap_delta (1, 1, d_inner). An optional array that is missing has no elements.
+length) with gap_delta (1, 1, d_inner). A missing optional array has no elements.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from .vector import LANES, helper, kernel, lane_sum, load, number, prefetch, scr
 ZERO = uint64(0)
 ONE = uint64(1)
 WIDTH = uint64(LANES)
-# Channels of a tile, which one thread processes at a time. Their states and decays at 16 states are 8 KB. On an Intel
-# Xeon with 48 KB of first-level cache, two threads, (8, 197, 768, 16) takes 2.5 ms with 48, 64 or 80, and 3.3 with 384;
-# (1, 197, 384, 16) takes 0.24 and 0.35.
+# Number of channels of a tile, which one thread processes at a time. With 16 states, its states and decays take 8 KB.
+# On an Intel Xeon with 48 KB of L1 cache and two threads, (8, 197, 768, 16) takes 2.5 ms with 48, 64 or 80 channels,
+# and 3.3 with 384; (1, 197, 384, 16) takes 0.24 and 0.35.
 BLOCK = uint64(64)
-# Tokens to prefetch.
+# Number of tokens to prefetch ahead.
 AHEAD = uint64(4)
-# Adding and subtracting it leaves nothing of numbers below 1e-37.
+# Adding and subtracting it flushes numbers below 1e-37 to zero.
 FLUSH = 1e-30
-# Vectors of states and factors that the backward pass stores for one sequence: 512 KiB, half of a usual L2 cache.
+# Number of vectors of states and factors that the backward pass stores for one sequence: 512 KiB, half of a usual L2
+# cache.
 KEPT = uint64(1 << 13)
 
 
@@ -38,8 +39,8 @@ def scan_forward(
 ):  # fmt: skip
     """Compute y (batch, length, d_inner) for each tile of channels that this thread takes from `table`.
 
-    With a `weight` (1, d_inner, rank), delta is (batch, length, rank), and their product is computed here: it takes
-    less time than to read it from memory. With `log_A`, A holds logarithms of -A.
+    With a `weight` (1, d_inner, rank), delta is (batch, length, rank), and their product is computed here, which is
+    faster than reading it from memory. With `log_A`, A holds logarithms of -A.
     """
     length, d_inner, d_state = uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     rank = uint64(weight.shape[2])
@@ -152,8 +153,8 @@ def scan_rows(
                 for n in range(d_state):
                     factor = exp2(decay_t * load(a, (row + n, ZERO), WIDTH))
                     state = factor * load(h, (row + n, ZERO), WIDTH) + splat(C[b, t, n])
-                    # Where nothing is added, states shrink to denormal numbers, which are many times slower on
-                    # processors where they cannot be made zero (`flush_denormals`).
+                    # Without inputs, states decay to denormal numbers, which are many times slower on processors where
+                    # they cannot be flushed to zero (`flush_denormals`).
                     state = state + splat(FLUSH) - splat(FLUSH)
                     store(h, (row + n, ZERO), WIDTH, state)
                     y_t = y_t + state * B[b, t, n]
@@ -176,10 +177,10 @@ def scan_backward(
     """Compute the gradients of all inputs from dy (batch, length, d_inner) for each tile that this thread takes.
 
     dA (batch, d_inner, d_state), dD and dbias (1, batch, d_inner), dB and dC (blocks * batch, length, d_state), where
-    `blocks` counts tiles, are partial sums for the caller to add up: no two threads add to the same number, and the
+    `blocks` counts tiles, are partial sums for the caller to add up: no two threads add to the same element, and the
     order of summation is fixed. dgap is the gradient of `gap`; `steps` and `gap_delta` have none.
 
-    The states are recomputed, for as many tokens at a time as fit the cache.
+    The states are recomputed for as many tokens at a time as fit in the cache.
     """
     batch, length, d_inner, d_state = uint64(u.shape[0]), uint64(u.shape[1]), uint64(u.shape[2]), uint64(A.shape[2])
     blocks = (d_inner + BLOCK - ONE) // BLOCK
@@ -356,7 +357,7 @@ def _gap(steps, gap_delta, gap, b, t, e, count):
 
 @helper
 def _load_rates(A, log_A, e, end, a, row):
-    """Fill rows `row`.. (d_state, 16 channels) of a with A of channels e.. in units of log2: exp(x A) = 2^(x a)."""
+    """Load A of channels e.. into rows `row`.. of a (d_state, 16 channels), in units of log2: exp(x A) = 2^(x a)."""
     for n in range(uint64(A.shape[2])):
         for lane in range(WIDTH):
             a[row + n, lane] = A[ZERO, e + lane, n] * LOG2_E if e + lane < end else np.float32(0)

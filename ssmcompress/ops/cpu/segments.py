@@ -17,7 +17,7 @@ def segment_sums(table, segments, sign, x, index, sums, eps, y):
     """Compute y (1, batch, segments * (channels + 1)) for each image that this thread takes from `table`.
 
     x is (batch, tokens, channels), index (1, batch, tokens) int64, eps (1, 1, 1); sums, shaped like y, has no elements
-    if it is missing. A token whose index is no segment is left out.
+    if it is missing. A token whose index is not a segment is ignored.
     """
     tokens, channels = uint64(x.shape[1]), uint64(x.shape[2])
     length = segments * channels

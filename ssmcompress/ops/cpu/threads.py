@@ -1,7 +1,7 @@
-"""Teams of threads for the kernels: torch's OpenMP where it has one, so that both use the same threads.
+"""Thread teams for the kernels: torch's OpenMP if it has one, so that both use the same threads.
 
-A second thread pool next to torch's would compete with it: OpenMP's threads spin for a while after each op of torch,
-exactly when a kernel needs their cores.
+A second thread pool would compete with torch's: OpenMP threads spin for a while after each op of torch, exactly when a
+kernel needs their cores.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run(function: int, pointer: int, threads: int) -> None:
-    """Call the C function at address `function` with `pointer`, in `threads` threads at once, and wait for all.
+    """Call the C function at address `function` with `pointer` in `threads` threads concurrently, and wait for all.
 
-    The function is one of `entries`; its calls divide the work among themselves.
+    The function is one of `entries`; its calls share the work.
     """
     if threads > 1 and (openmp := _openmp()) is not None:
         if (watch := _watch()) is not None:
@@ -39,7 +39,7 @@ def run(function: int, pointer: int, threads: int) -> None:
 
 @cache
 def _find_task(function: int):
-    """Return the C function at an address; kernels stay where they are."""
+    """Return the C function at an address; kernels are never moved."""
     return _TASK(function)
 
 
@@ -58,7 +58,7 @@ if hasattr(os, "register_at_fork"):
 def _openmp():
     """Return GOMP_parallel(function, data, threads, flags) of the OpenMP library that torch uses, or None.
 
-    It is None in a forked child too: its OpenMP would wait for threads that exist only in the parent.
+    Also None in a forked child: its OpenMP would wait for threads that exist only in the parent.
     """
     return None if _forked else _find_openmp()
 
@@ -77,7 +77,7 @@ def _find_openmp():
 
 @cache
 def _watch() -> Watch | None:
-    """Return what shortens OpenMP's waits on a busy machine, or None where the environment says how long they are."""
+    """Return the watch that shortens OpenMP's waits on a busy machine; None if the environment sets the wait policy."""
     return None if has_own_waits() else Watch(_find_openmp())
 
 

@@ -2,7 +2,7 @@
 
 Numba vectorises a loop only if LLVM can prove that no arrays overlap, and then with a check before every inner loop:
 a scan of (8, 197, 768, 16) took 5.4 ms in that form and takes 3.2 in this one. LLVM's vector types need no such proof
-and run on any target: AVX-512 in one register, AVX2 in two, NEON in four.
+and compile for any target: AVX-512 in one register, AVX2 in two, NEON in four.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _operator(symbol, instruction: str) -> None:
     def apply(typing_context, a, b):
         def code(context, builder, signature, values):
             a, b = (_widened(context, builder, v, t) for v, t in zip(values, signature.args, strict=True))
-            # LLVM may fuse a product and the sum it goes into, on machines with fused multiply-add.
+            # LLVM may fuse a product and a following sum on machines with fused multiply-add.
             return getattr(builder, instruction)(a, b, flags=("contract",))
 
         return vector(a, b), code
@@ -117,7 +117,7 @@ def minus_magnitude(typing_context, v):
 
 @intrinsic
 def add_exponent(typing_context, p, exponent):
-    """Return p 2^n, n the low byte of the bits of `exponent`; adding it to p's exponent is cheaper than to multiply."""
+    """Return p 2^n, n the low byte of `exponent`; adding n to p's exponent is cheaper than a multiplication."""
 
     def code(context, builder, signature, values):
         p, exponent = (builder.bitcast(v, _INTS) for v in values)
@@ -255,15 +255,15 @@ def _rounded_to_bfloat16(builder, v):
     return builder.trunc(builder.lshr(bits, _ints(16)), ir.VectorType(ir.IntType(16), LANES))
 
 
-# Decorators of the kernels and of the functions that they call with arrays: division by numpy's rules, which raises no
-# exception, and no reference counting of arrays at each such call, which took half of the time.
+# Decorators of the kernels and of the functions that they call with arrays: numpy's division rules, which raise no
+# exception, and no reference counting of arrays in such calls, which took half of the time.
 kernel = njit(error_model="numpy")
 helper = njit(error_model="numpy", _nrt=False)
 
 
 @njit
 def scratch(rows):
-    """Allocate (rows, 16) float32, not filled, each row on one cache line: rows across two took 1.5 times as long."""
+    """Allocate uninitialised (rows, 16) float32, one cache line per row: rows across two took 1.5 times as long."""
     flat = np.empty((rows + 1) * LANES, np.float32)
     skip = (-flat.ctypes.data % (4 * LANES)) // 4
     return flat[skip : skip + rows * LANES].reshape(rows, LANES)

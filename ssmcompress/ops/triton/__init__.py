@@ -1,6 +1,6 @@
 """Backend of Triton kernels for CUDA devices; in Triton's interpreter (TRITON_INTERPRET=1), for CPU tensors.
 
-Activations are float32, bfloat16 or float16, read without a conversion. First derivatives, no second ones.
+Activations are float32, bfloat16 or float16, read without conversion. Only first derivatives are supported.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def causal_conv1d(x, weight, bias, positions, activation, reverse) -> Tensor:
 
 
 def grid_conv2d(x, weight, bias, grid, positions, activation) -> Tensor:
-    """See `ssmcompress.ops.grid_conv2d`. A full grid, and inputs that need gradients, go to torch's convolution."""
+    """See `ssmcompress.ops.grid_conv2d`. A full grid, or inputs that need gradients, use torch's convolution."""
     if positions is None or wants_gradient(x, weight, bias):
         return reference.grid_conv2d(x, weight, bias, grid, positions, activation)
     _check(x, weight)
@@ -99,7 +99,7 @@ def _check(*tensors: Tensor | None) -> None:
             )
 
 
-# A list holds one tensor for each path, or is empty for a missing input. A gap is one tensor, or steps (batch, length)
+# A list holds one tensor per path, or is empty for a missing input. A gap is one tensor, or steps (batch, length)
 # and gap_delta (d_inner,), which have no gradient; orders are (length,) on all paths, or (batch, length) on all.
 _INPUTS = """Tensor[] u, Tensor[] delta, Tensor[] A, Tensor[] B, Tensor[] C, Tensor[] D, Tensor[] bias,
     Tensor[] steps, Tensor[] gap_delta, Tensor[] gap, Tensor[] order, Tensor? z"""

@@ -33,7 +33,7 @@ def token_distances(positions, row0, t, length, REVERSE: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def source_at(t, distances, distance: tl.constexpr, length, REVERSE: tl.constexpr, WIDTH: tl.constexpr):
-    """Return (the token at `distance` before each of `t` on the path, whether it was kept), given all distances."""
+    """Return (index of the token at path distance `distance` before each of `t`, whether it was kept)."""
     source = t
     kept = t < 0
     for back in tl.static_range(WIDTH):
@@ -85,7 +85,7 @@ def conv_backward(
     x, weight, bias, positions, dy, slope, dweight, dbias, length, channels, x_stride,
     SILU: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute `slope`, the gradient of the input of the activation, and one image's part of dweight and dbias.
+    """Compute `slope`, the gradient of the activation's input, and one image's contribution to dweight and dbias.
 
     The gradient of x is the convolution of `slope` in the opposite direction. Grid: images x tiles of channels.
     """

@@ -16,7 +16,7 @@ OLDEST = 80
 
 
 def check_driver() -> None:
-    """Raise the error of a first launch if the GPU is too old, or the driver or a C compiler is missing."""
+    """Raise the error of a first launch early if the GPU is too old, or the driver or a C compiler is missing."""
     if not INTERPRETED:
         target = triton.runtime.driver.active.get_current_target()
         if target.backend == "cuda" and target.arch < OLDEST:
@@ -24,7 +24,7 @@ def check_driver() -> None:
 
 
 def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: Any) -> None:
-    """Run a kernel on the device of `like`, with those of `arguments` that are among its parameters."""
+    """Run a kernel on the device of `like`, passing only those `arguments` that it has as parameters."""
     accepted = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     with torch.cuda.device_of(like):
         kernel[grid](**accepted, **constants)
@@ -32,7 +32,7 @@ def launch(kernel, grid, like: Tensor, arguments: dict[str, Any], **constants: A
 
 @cache
 def capability(device: torch.device) -> int:
-    """Return the compute capability, 90 for NVIDIA's sm_90; 0 for CPUs and other vendors."""
+    """Return the compute capability, such as 90 for NVIDIA's sm_90; 0 for CPUs and other vendors."""
     if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -46,7 +46,7 @@ def processors(device: torch.device) -> int:
 
 
 def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return `tensor` (batch, length, channels) with evenly spaced rows, copied if it has none, and their distance."""
+    """Return `tensor` (batch, length, channels) with evenly spaced rows, copied if necessary, and the row stride."""
     batch, length, channels = tensor.shape
     stride = tensor.stride(1) if length > 1 else tensor.stride(0)  # the stride of an axis of size one has no meaning
     even = (channels == 1 or tensor.stride(2) == 1) and (batch == 1 or tensor.stride(0) == length * stride)
@@ -54,7 +54,7 @@ def even_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return a copy with contiguous rows; `contiguous` would leave the stride of a single row as it is."""
+    """Return a copy with contiguous rows; `contiguous` would not change the stride of a single row."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

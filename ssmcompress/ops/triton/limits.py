@@ -1,4 +1,4 @@
-"""Measured limits of a GPU: bytes copied and exponentials computed per second."""
+"""Measured limits of a GPU: copy bandwidth and exponentials per second."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The selective scan over several paths in Triton: arguments of the kernels and the shapes of their launches.
+"""The selective scan over several paths in Triton: kernel arguments and launch shapes.
 
-The arguments are those of the operators in `ssmcompress.ops.triton`: a list holds one tensor for each path; an empty
-list stands for a missing input.
+The arguments are those of the operators in `ssmcompress.ops.triton`: a list holds one tensor per path; an empty list
+stands for a missing input.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .launch import INTERPRETED, capability, dense, even_rows, launch, processor
 from .scan_backward import scan_backward
 from .scan_kernels import scan_chunks, scan_forward
 
-# Tokens whose states the backward pass holds in registers at a time.
+# Number of tokens whose states the backward pass holds in registers at a time.
 HELD = 4
-# Warps that a multiprocessor needs; if all programs have fewer, the tokens are split into chunks that run in parallel.
+# Warps needed to keep a multiprocessor busy; with fewer, the tokens are split into chunks that run in parallel.
 BUSY = 4
-# A chunk is scanned twice, and the state that enters it is composed from all chunks before it.
+# A chunk is scanned twice, and its initial state is composed from all chunks before it.
 FEWEST_CHUNKS, SHORTEST_CHUNK = 4, 12
 # Channels of a one-warp program. Which is fastest depends on the device, so they are autotuned once for each number of
 # channels, states and paths.
@@ -31,7 +31,7 @@ SMALLEST_BLOCK = 32
 
 @cache
 def _tuned_forward(capability: int):
-    # Four channels a thread do not fit the available registers of sm_80: two instructions spill, in float32.
+    # Four channels per thread exceed the available registers of sm_80: two instructions spill, in float32.
     shapes = [_shape(block, 1, capability) for block in BLOCKS if block < 128 or capability >= 90]
     configs = [triton.Config({"BLOCK": shape.pop("BLOCK")}, **shape) for shape in shapes]
     return triton.autotune(configs, key=["channels", "STATES", "PATHS"])(scan_forward)
@@ -41,9 +41,9 @@ def _shape(block: int, warps: int, capability: int, backward: bool = False) -> d
     """Return the channels and warps of a program, and a limit on its registers.
 
     Without a limit, the assembler for sm_80 or sm_100 spills a few registers in order to fit more programs. With two
-    channels of 16 states a thread, 200 are enough and allow 10 warps on a multiprocessor; four channels, or the values
-    that the backward pass keeps, need all registers. For sm_90 nothing spills, and a limit makes the inner loop 5 to
-    10 % longer. AMD's compiler accepts no limit.
+    channels of 16 states per thread, 200 registers are enough and allow 10 warps per multiprocessor; four channels, or
+    the values kept by the backward pass, need all registers. For sm_90 nothing spills, and a limit makes the inner loop
+    5 to 10 % longer. AMD's compiler accepts no limit.
     """
     shape = {"BLOCK": block, "num_warps": warps}
     if capability in (0, 90):
@@ -88,9 +88,9 @@ def forward(
 
 
 def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, softplus, reverse) -> list[list[Tensor]]:
-    """Return the gradients of u, delta, A, B, C, D, bias, gap and z, a list each, empty if there is no such input."""
+    """Return the gradients of u, delta, A, B, C, D, bias, gap and z, each a list, empty for a missing input."""
     batch, length, channels = u[0].shape
-    # With more channels and states, a thread's registers would not hold the values that it keeps.
+    # With more channels and states, the values kept by a thread would not fit in its registers.
     states, warps = A[0].shape[1], _warps(A[0])
     block = 32 if warps == 1 else 16
     blocks, zs = triton.cdiv(channels, block), [] if z is None else [z]
@@ -100,7 +100,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 
     du, ddelta = ([torch.empty_like(t, memory_format=torch.contiguous_format) for t in ts] for ts in (u, delta))
     dgap, dz = new(gap, batch, length, channels), new(zs, batch, length, channels)
-    # Partial sums over images or channels, so that no two programs add to the same number.
+    # Partial sums over images or channels, so that no two programs add to the same element.
     dA, dD, dbias = new(A, batch, channels, states), new(D, batch, channels), new(bias, batch, channels)
     dB, dC = new(B, batch, blocks, length, states), new(C, batch, blocks, length, states)
     if dy.numel():
@@ -118,7 +118,7 @@ def backward(dy, u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, so
 
 
 def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
-    """Return (tokens, channels, warps) of a program: all tokens and many channels if that keeps the device busy."""
+    """Return (tokens, channels, warps) of a program: all tokens and many channels if this keeps the device busy."""
     batch, length, channels = u.shape
     warps = _warps(A)
     wanted = BUSY * processors(u.device)
@@ -130,7 +130,7 @@ def forward_shape(u: Tensor, A: Tensor) -> tuple[int, int, int]:
 
 
 def _warps(A: Tensor) -> int:
-    """Return the warps of a program: one up to 16 states a channel, then one for every 16 states, 32 at most."""
+    """Return the warps of a program: one per 16 states of a channel, at most 32."""
     return min(32, max(1, triton.next_power_of_2(A.shape[1]) // 16))
 
 
@@ -161,7 +161,7 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
 
 
 def _same_strides(tensors: list[tuple[Tensor, int]]) -> tuple[list[Tensor], int]:
-    """Return the tensors, copied if the distances of their rows differ, and the common distance."""
+    """Return the tensors, copied if their row strides differ, and the common row stride."""
     distances = {stride for _, stride in tensors}
     if len(distances) == 1:
         return [tensor for tensor, _ in tensors], distances.pop()

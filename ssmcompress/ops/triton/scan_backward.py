@@ -27,7 +27,7 @@ def backward_step(
     before, after, dh, dA, dD, dbias, token, row, e, live, n, channels, state_stride, z_stride,
     SOFTPLUS: tl.constexpr, DZ_SUM: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Add a step to (dh, dA, dD, dbias), given the states before and after it, and store its other gradients."""
+    """Accumulate a step into (dh, dA, dD, dbias), given the states before and after it; store its other gradients."""
     u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,
                                                channels, state_stride, STATES, N)  # fmt: skip
     C_t = load_states(C + row * state_stride, n, STATES, N)
@@ -120,7 +120,7 @@ def backward_path(
         h = tl.load(entering + tl.cast(c, tl.int64) * N * channels + state_block)
         states = (h,)
         for j in tl.static_range(CHUNK):
-            # Steps beyond the last token repeat it; their states are never read.
+            # Steps past the last token repeat it; their states are never read.
             row = row_of(tl.minimum(c * CHUNK + j, length - 1), 0, length, REVERSE)
             token = token_of(row, order)
             u_t, raw, B_t, steps_t, gap_t = load_input(u, delta, B, steps, gap, token, row, e, n,

@@ -1,7 +1,7 @@
 """Triton kernels of the selective scan, forward: all paths of a layer, a token at a time.
 
-Tuples (`us`, `deltas`, ...) have one element for each path. The inputs of a token are loaded one step ahead, because a
-load cannot be moved before an earlier store. z has rows `z_stride` apart.
+Tuples (`us`, `deltas`, ...) have one element per path. The inputs of a token are loaded one step ahead, because the
+compiler cannot move a load before an earlier store. z has the row stride `z_stride`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load_step(
     u, delta, B, C, steps, gap, z, here, there, e, n, channels, state_stride, z_stride,
     STATES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Load `load_input`, C and z of a step, in this order: u, delta, B, C, pruned steps, gap, z."""
+    """Load the inputs of a step as `load_input` does, with C and z: u, delta, B, C, pruned steps, gap, z."""
     u, delta, B, steps, gap = load_input(u, delta, B, steps, gap, here, there, e, n, channels, state_stride, STATES, N)
     C = load_states(C + there * state_stride, n, STATES, N)
     return u, delta, B, C, steps, gap, optional_row(z, here * z_stride, e)
@@ -37,7 +37,7 @@ def load_step(
 
 @triton.jit
 def entering_state(h, ends, decays, a, n, columns, channels, stride, REVERSE: tl.constexpr, N: tl.constexpr):
-    """Return the state at the start of a chunk: the final states of all chunks before it on the path, decayed."""
+    """Return the initial state of a chunk: the decayed final states of all chunks before it on the path."""
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     before = chunks - 1 - chunk if REVERSE else chunk
     for i in range(before):
@@ -50,7 +50,7 @@ def entering_state(h, ends, decays, a, n, columns, channels, stride, REVERSE: tl
 
 @triton.jit
 def token_score(y, live, SCORE: tl.constexpr, EVEN: tl.constexpr):
-    """Return one tile's part of the sum over channels in a score."""
+    """Return one tile's contribution to the sum over channels in a score."""
     if SCORE == "clip":
         y = tl.where(y < 0.0, 0.0, y)  # NaN stays NaN
     elif SCORE == "l1":
@@ -69,7 +69,7 @@ def forward_path(
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, SCORE: tl.constexpr, SCORE_SUM: tl.constexpr,
     STATES: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scan one path of `scan_forward` over the tokens `first` .. `first + count - 1`, adding to the paths before it."""
+    """Scan one path of `scan_forward` over tokens `first` .. `first + count - 1`, adding to the previous paths."""
     n = tl.arange(0, N)[:, None]
     first_row = b * length
     u += first_row * channels
@@ -101,7 +101,7 @@ def forward_path(
     for i in range(count):
         u_t, raw, B_t, C_t, steps_t, gap_t, z_t = upcoming
         row_t, token_t = row, token
-        # These two are needed last, so a load in this step is early enough.
+        # These two are needed last, so they can be loaded in this step.
         out = optional_row(total, token * channels, e)
         more = optional_row(add, token * channels, e)
         row = row_of(tl.minimum(i + 1, count - 1), first, count, REVERSE)
@@ -135,9 +135,9 @@ def scan_forward(
 ):  # fmt: skip
     """Compute y = (sum over paths) * silu(z) + add. Grid: images x tiles of channels, chunks of tokens.
 
-    Before the last path the sum is kept in `sums` (shaped as y), which may be y itself. With `ends` and `decays` from
-    `scan_chunks`, a program starts from the state that enters its chunk. Each tile writes its part of the sum over
-    channels of the first SCORED paths, gated, to `scores` (images, tiles, length).
+    Until the last path, the sum is accumulated in `sums` (shaped like y), which may be y itself. With `ends` and
+    `decays` from `scan_chunks`, a program starts from the initial state of its chunk. Each tile writes its contribution
+    to the sum over channels of the first SCORED paths, gated, to `scores` (images, tiles, length).
     """
     program, c = tl.program_id(0), tl.program_id(1)
     b, e, columns, live = place(program, channels, True, EVEN, BLOCK)
@@ -145,7 +145,7 @@ def scan_forward(
     count = tl.minimum(chunk, length - first)
     score = scores + program.to(tl.int64) * length
     for p in tl.static_range(PATHS):
-        # The sum of the paths stays ungated until it is complete; only a score reads it gated before that.
+        # The sum of the paths stays ungated until it is complete; before that, only a score reads it gated.
         forward_path(
             us[p], deltas[p], A, Bs[p], Cs[p], Ds[p], biases[p], steps[p], gap_deltas[p], gaps[p], orders[p],
             z if p == PATHS - 1 or (SCORE is not None and p == SCORED - 1) else None,
@@ -204,8 +204,8 @@ def scan_chunks(
 ):  # fmt: skip
     """Compute the final state of each chunk of tokens from a zero state, and the sum of its decay exponents.
 
-    They go to `ends` (images, paths, chunks, N, channels) and `decays` (images, paths, chunks, channels). The grid is
-    that of `scan_forward`.
+    They are written to `ends` (images, paths, chunks, N, channels) and `decays` (images, paths, chunks, channels). The
+    grid is the same as for `scan_forward`.
     """
     c = tl.program_id(1)
     b, e, columns, live = place(tl.program_id(0), channels, True, EVEN, BLOCK)

@@ -1,10 +1,10 @@
-"""Building blocks of the scan's Triton kernels: the tile of a program, the loads of a step, and its step sizes.
+"""Building blocks of the Triton scan kernels: the tile of a program, the loads of a step, and its step sizes.
 
-A program runs a tile of channels of one image through its tokens one by one. A tile is (states, channels), in float32
-in registers, so that for up to 16 states a thread holds all of them and their sum needs no other thread. Activations
-are rows of `channels` numbers, B and C rows `state_stride` apart. None stands for a missing input. Rows of an image are
-counted in 32 bits, which takes fewer instructions; each path advances its pointers to the image itself, because with
-Triton 3.6 no function can return None.
+A program scans a tile of channels of one image, token by token. A tile is (states, channels), held in float32
+registers, so that for up to 16 states a thread holds all of them and their sum needs no communication. Activations are
+rows of `channels` elements; rows of B and C have the stride `state_stride`. None stands for a missing input. Rows of an
+image are indexed with 32 bits, which takes fewer instructions; each path advances its pointers to the image itself,
+because in Triton 3.6 no function can return None.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def store_states(pointer, value, STATES: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: tl.constexpr):
-    """Load a tile (N, channels) of a path's A times log2(e), with zeros, which mean no decay, beyond STATES.
+    """Load a tile (N, channels) of a path's A times log2(e), padded with zeros (no decay) beyond STATES.
 
-    `stride` is `channels`, but never specialised: as Triton does not know it as a multiple of any number, it does not
-    vectorise the loads over neighbours, and so does not split the states of a channel among threads.
+    `stride` equals `channels` but is never specialised: since Triton does not know its divisibility, it does not
+    vectorise the loads over neighbouring channels, and thus does not split the states of a channel among threads.
     """
     where = A + path * STATES * channels + n * stride + columns[None, :]
     if N == STATES:
@@ -85,12 +85,12 @@ def load_matrix(A, path, n, columns, channels, stride, STATES: tl.constexpr, N: 
 
 @triton.jit
 def place(program, channels, APART: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (image, e, columns, live) of a program: its channels are `e`, padded by repeating the last channel.
+    """Return (image, e, columns, live) of a program, where `e` are its channels, padded by repeating the last one.
 
-    `live` masks the channels that exist. `columns` are the same numbers, which Triton knows to be contiguous. With
-    APART, it does not know that of `e`, so that neighbours belong to different threads, which then hold all states of
-    their channels and exchange nothing; else a thread may load a few neighbours at once and share their states with
-    others.
+    `live` masks the channels that exist. `columns` holds the same numbers, which Triton knows to be contiguous. With
+    APART, it does not know that `e` is contiguous, so neighbouring channels belong to different threads, which then
+    hold all states of their channels and need no communication. Otherwise a thread may load a few neighbours at once
+    and share their states with other threads.
     """
     blocks = tl.cdiv(channels, BLOCK)
     columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -114,13 +114,13 @@ def store_row(pointer, e, value, live, EVEN: tl.constexpr):
 
 @triton.jit
 def row_of(step, first, count, REVERSE: tl.constexpr):
-    """Return the row of step `step` of a path over the tokens `first` .. `first + count - 1`."""
+    """Return the row of step `step` of a path over tokens `first` .. `first + count - 1`."""
     return first + (count - 1 - step if REVERSE else step)
 
 
 @triton.jit
 def token_of(row, order):
-    """Return the token whose u, z and y belong to the step at `row`: `row` itself, or order[row] with an order."""
+    """Return the token whose u, z and y belong to the step at `row`: `row` itself, or order[row] if given."""
     if order is None:
         return row
     else:
