@@ -49,7 +49,7 @@ def measure(images, repeats: int) -> dict:
     """Time both in the same rounds; return the points by increasing length and the slope of each, as a JSON value."""
     vims = sorted((make_vim(image) for image in images), key=lambda made: made[1])
     if len({length for _, length in vims}) < len(vims) or len(vims) < 2:
-        raise SystemExit(f"{' '.join(images)}: expected two or more images, each of another number of tokens")
+        raise SystemExit(f"{' '.join(images)}: expected two or more images with different numbers of tokens")
     calls = {("scan", length): make_scan(length) for _, length in vims}
     calls |= {("Vim-tiny", length): call for call, length in vims}
     found = {"settings": settings(CPU, torch.float32, repeats), "points": {}, "slopes": {}}

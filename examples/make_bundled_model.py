@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--idx", type=Path, default=FOLDER)
     parser.add_argument("--split", default="t10k", help="t10k or train")
-    parser.add_argument("--images", type=int, default=2000, help="the first so many")
-    parser.add_argument("--data-only", action="store_true", help="write only the images, to the file OUTPUT")
+    parser.add_argument("--images", type=int, default=2000, help="number of images, taken from the start")
+    parser.add_argument("--data-only", action="store_true", help="write only the images, to OUTPUT as a file")
     args = parser.parse_args()
 
     pixels, labels = (values[: args.images] for values in read(args.idx, args.split))

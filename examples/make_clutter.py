@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="a .parquet file, or an .npz file of masks")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--idx", type=Path, default=FOLDER, help="folder of the original files of Fashion-MNIST")
-    parser.add_argument("--side", type=int, default=SIDE, help="of the images, in pixels; default: %(default)s")
+    parser.add_argument("--side", type=int, default=SIDE, help="side of the images in pixels; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.side < LARGEST:

@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help=output)
     parser.add_argument("--cache", type=Path, help=f"default: {CACHE}; with --models: {CACHE_OF_MODELS}")
     parser.add_argument("--idx", type=Path, default=FOLDER, help="Fashion-MNIST; default: %(default)s")
-    parser.add_argument("--imagenet", type=Path, help="a folder with train and val, each with a folder for each class")
+    parser.add_argument("--imagenet", type=Path, help="a folder with train and val, each with one folder per class")
     parser.add_argument("--models", type=Path, help="a folder with checkpoints, with --imagenet or --scenes")
     parser.add_argument("--scenes", type=Path, help="a folder with images and annotations, each with both splits")
     parser.add_argument("--only", help="names of models, separated by commas; default: all")
@@ -81,19 +81,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=list_numbers, default="0,1,2", help="default: %(default)s")
     parser.add_argument("--share", type=int, default=60, help="percent of the FLOPs left; default: %(default)s")
     parser.add_argument(
-        "--further", type=list_numbers, default="75,50", help="more shares, for table 3; default: %(default)s"
+        "--further",
+        type=list_numbers,
+        default="75,50",
+        help="further shares in percent, for table 3; default: %(default)s",
     )
     numbers = {
         "samples": "images to calibrate, search and refit on", "tune-images": "training images of `tuned`",
         "tune-epochs": "epochs of `tuned` and `best`", "reason-images": "test images of `reasons`",
-        "batch-size": "images at a time",
+        "batch-size": "batch size",
     }  # fmt: skip
     for name, text in numbers.items():
         default = getattr(Settings, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--best-images", type=positive, help="training images of `best`; default: all")
     parser.add_argument("--device", default=Settings.device, help="such as cuda; default: %(default)s")
-    parser.add_argument("--threads", type=positive, help="of the CPU; another number changes the last digits")
+    parser.add_argument("--threads", type=positive, help="CPU threads; another number changes the last digits")
     parser.add_argument(
         "--workers", type=int, default=Settings.workers, help="processes that read images; default: %(default)s"
     )
@@ -175,7 +178,7 @@ def main() -> None:
     except SsmCompressError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        line("interrupted: the same command goes on from here")
+        line("interrupted: run the same command again to resume")
         sys.exit(128 + signal.SIGINT)
 
 

@@ -85,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="file that `ssmcompress export --onnx` wrote")
     parser.add_argument("picture")
-    parser.add_argument("--top", type=int, default=5, help="classes to show")
-    parser.add_argument("--threads", type=int, default=0, help="threads of onnxruntime (default: as the file says)")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to show")
+    parser.add_argument("--threads", type=int, default=0, help="onnxruntime threads (default: as the file says)")
     args = parser.parse_args()
     if args.threads < 0:
         parser.error(f"--threads {args.threads}: expected a number from 0")

@@ -39,8 +39,12 @@ from ssmcompress.progress import track
 PATCH = 8
 BATCH = 250  # batch size of a teacher
 PATCH_LOSS = "weight of a second loss, of the mean of the patches instead of the class token (as in arXiv 2104.10858)"
-MASKS = "an .npz file of make_clutter.py: the second loss is then of each patch, and background has a uniform target"
-TEACHER = "checkpoints of models of these images: half of each target is then their mean prediction, not the label"
+MASKS = (
+    "an .npz file of make_clutter.py: the second loss is then computed per patch, with a uniform target for background"
+)
+TEACHER = (
+    "checkpoints of models for these images: half of each target is then their mean prediction instead of the label"
+)
 LEFT_OUT = ("checkpoint", "training", "test", "steps")  # not stored with the settings in the checkpoint
 # Default widths; they give the three about the same FLOPs: 0.122, 0.126 and 0.112 billion.
 WIDTHS = {"vim": 64, "plain_mamba": 48, "deit": 48}
@@ -95,7 +99,9 @@ def read_masks(file: Path, labels: Tensor, side: int) -> Tensor:
     with np.load(file) as content:
         masks, found = content["masks"], content["labels"]
     if masks.shape[1] != side or not np.array_equal(found, labels):
-        raise SystemExit(f"{file} is not of these images: labels or side differ. Make both with one seed and side")
+        raise SystemExit(
+            f"{file} does not belong to these images: labels or side differ. Create both with the same seed and side"
+        )
     return torch.from_numpy(masks)
 
 
@@ -119,7 +125,9 @@ def predict(teacher: Path, training: Path, images: Tensor) -> Tensor:
         return torch.load(file, weights_only=True)
     model = ssmcompress.load(teacher, image_size=tuple(images.shape[-2:]))
     parts = images.split(BATCH)
-    found = torch.cat([model(normalise(part)).softmax(1) for part in track(parts, "asking the teacher", len(parts))])
+    found = torch.cat(
+        [model(normalise(part)).softmax(1) for part in track(parts, "computing teacher predictions", len(parts))]
+    )
     temporary = file.with_suffix(".tmp")
     torch.save(found, temporary)
     os.replace(temporary, file)
@@ -148,14 +156,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patch-loss", type=float, default=0.0, help=PATCH_LOSS)
     parser.add_argument("--masks", type=Path, help=MASKS)
     parser.add_argument("--teacher", type=Path, nargs="+", default=[], help=TEACHER)
-    parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
+    parser.add_argument("--start", type=Path, help="checkpoint of the same sizes to initialise a new run from")
     parser.set_defaults(d_model=None)
     args = parser.parse_args()
     args.d_model = args.d_model or WIDTHS[args.architecture]
     if args.patch_loss and args.architecture == "plain_mamba":
         parser.error("--patch-loss is for models with a class token: a PlainMamba reads the mean of its patches anyway")
     if args.masks and not args.patch_loss:
-        parser.error("--masks needs --patch-loss, the weight of the loss that they are for")
+        parser.error("--masks needs --patch-loss, the weight of the loss that uses them")
     return args
 
 

@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
         "--depth", type=int, help="default: 6 for a Vim, 8 for a PlainMamba, 12 for a DeiT, 5 in the third section"
     )
     parser.add_argument("--epochs", type=int, default=7)
-    parser.add_argument("--plain-epochs", type=int, default=0, help="the last so many without shifts")
+    parser.add_argument("--plain-epochs", type=int, default=0, help="number of final epochs without shifts")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--label-smoothing", type=float, default=0.1)

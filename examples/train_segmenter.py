@@ -101,12 +101,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("training", type=Path, help="a .parquet file of make_clutter.py")
     parser.add_argument("test", type=Path, help="a .parquet file of make_clutter.py")
     parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--backbone", type=Path, help="checkpoint of a Vim that a new run begins with; gives the sizes")
+    parser.add_argument(
+        "--backbone", type=Path, help="checkpoint of a Vim to initialise a new run from; determines the sizes"
+    )
     parser.add_argument("--channels", type=int, default=32, help="width of the head")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--start", type=Path, help="checkpoint of the same sizes whose weights a new run begins with")
+    parser.add_argument("--start", type=Path, help="checkpoint of the same sizes to initialise a new run from")
     args = parser.parse_args()
     if args.backbone is not None:
         sizes = ssmcompress.load(args.backbone, architecture="vim").config

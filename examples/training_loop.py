@@ -49,7 +49,7 @@ class Training(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every training script except sizes, epochs, batch size and learning rate."""
-    parser.add_argument("checkpoint", type=Path, help="written here; resumed from if it exists")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint to write; resumed from if it exists")
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--d-state", type=int, default=8)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -165,7 +165,7 @@ def train(training: Training, args: argparse.Namespace) -> None:
         before = saved["settings"]
         changed = [f"{k}={v} (was {before.get(k)})" for k, v in settings.items() if before.get(k) != v]
         if changed and saved["step"] < last:
-            print(f"resumed with other options: {', '.join(changed)}", flush=True)
+            print(f"resumed with changed options: {', '.join(changed)}", flush=True)
         model.load_state_dict(saved[weights])
         for optimizer, kept in zip(optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(kept)

@@ -175,7 +175,9 @@ def _refuse_existing(path: Path, force: bool, kind: Kind | None = None, marker: 
 def _foreign_error(folder: Path, names: list[str]) -> InputError:
     for marker, what in ((MODEL_FILE, "is the folder of a model"), (VISUALIZED, "has pictures of `visualize`")):
         if not _list_foreign(folder, marker):  # all files are ours, but of another kind
-            return InputError(f"{folder} {what}, which `force=True` does not replace by something else; choose another")
+            return InputError(
+                f"{folder} {what}, which `force=True` does not replace with something else; choose another"
+            )
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return InputError(
         f"{folder} holds files that ssmcompress did not write ({listed}); `force=True` does not remove those: move "

@@ -84,7 +84,7 @@ def at_revision(name: str | Path, revision: str) -> HubName:
     """
     hub = parse_hub_name(name)
     if hub is None:
-        what = "a local path" if isinstance(name, Path) or _exists(name) else "not a name of the Hub"
+        what = "a local path" if isinstance(name, Path) or _exists(name) else "not a Hub name"
         raise InputError(f"{name} is {what}: `revision` is for names of the Hub, {FORMS}")
     if hub.revision is not None:
         raise InputError(f"{name} has a revision, {hub.revision}, and `revision` is {revision!r}: give one of them")
@@ -95,7 +95,7 @@ def at_revision(name: str | Path, revision: str) -> HubName:
 def check_revision(revision: str) -> None:
     """Raise an InputError if a text is not a valid name of a branch, tag or commit on the Hub."""
     if not (_REVISION.fullmatch(revision) and revision.isprintable() and _is_inside(revision)):
-        raise InputError(f"`revision` {revision!r}: expected a branch, tag or commit, as v1.0")
+        raise InputError(f"`revision` {revision!r}: expected a branch, tag or commit, such as v1.0")
 
 
 def _is_inside(path: str) -> bool:

@@ -121,7 +121,7 @@ def test_an_architecture_with_a_taken_name_or_without_a_part_is_refused():
     class Unfinished(TokenModel):
         architecture = "unfinished"
 
-    for model_class, message in ((Same, "'Plain-Mamba' is there already"), (Unfinished, "config_class.* embed")):
+    for model_class, message in ((Same, "'Plain-Mamba' is already registered"), (Unfinished, "config_class.* embed")):
         with pytest.raises(ValueError, match=message):
             register_architecture(model_class)
     assert not {Same, Unfinished} & {*MODELS}

@@ -209,7 +209,7 @@ def test_a_data_set_of_datasets_is_read_as_its_file_is(vim):
     )
     assert ssmcompress.evaluate(vim, prepared) == ssmcompress.evaluate(vim, table)
     assert ssmcompress.evaluate(vim, DataLoader(prepared, 4)) == ssmcompress.evaluate(vim, table)
-    with pytest.raises(InputError, match="several data sets: train, test; pass one"):
+    with pytest.raises(InputError, match="several datasets: train, test; pass one"):
         ssmcompress.evaluate(vim, datasets.DatasetDict({"train": table, "test": table}))
 
 
@@ -235,9 +235,9 @@ def test_logits_of_an_earlier_pass_are_not_compared_with_other_images(vim, prune
     found = measure({"dense": earlier, "row": pruned}, [IMAGES[:5], IMAGES[5:]])["row"]
     assert (found.agreement, found.images) == (expected.agreement, 10)
     assert found.kl == pytest.approx(expected.kl, abs=1e-6)
-    with pytest.raises(InputError, match="come in another order: use a loader that neither shuffles nor augments"):
+    with pytest.raises(InputError, match="differ from the first pass: use a loader that neither shuffles nor augments"):
         measure({"dense": earlier, "row": pruned}, change(IMAGES))
-    with pytest.raises(InputError, match="not those of the first pass"):
+    with pytest.raises(InputError, match="differ from the first pass"):
         measure({"dense": earlier, "row": pruned}, [IMAGES, IMAGES])
 
 
@@ -264,7 +264,7 @@ class Once:
 def test_data_that_is_used_up_after_a_pass_is_said_to_be(vim):
     assert ssmcompress.evaluate(vim, Once()).images == 10
     with pytest.raises(
-        InputError, match="in the first pass and none in the second: pass what can be iterated repeatedly"
+        InputError, match="in the first pass and none in the second: pass something that can be iterated repeatedly"
     ):
         ssmcompress.calibrate(vim, Once())
 
@@ -446,7 +446,7 @@ def test_pruning_by_a_ratio_is_pruning_by_the_plan_of_it(vim):
         (
             (ssmcompress.Plan((ssmcompress.Stage(1, 0.3),)),),
             {"ratio": 0.3},
-            "`plan` and `ratio`: a plan has that in it",
+            "`plan` and `ratio`: the plan already sets that",
         ),
         ((), {"ratio": "30%"}, "`ratio` '30%': expected numbers, shares of tokens to remove"),
         ((), {"ratio": 30}, "ratio 30 after layer 1: expected a share"),
@@ -474,7 +474,7 @@ def test_ratios_and_stages_may_be_arrays(vim):
 
 
 def test_calibrate_takes_a_plan_or_options(vim):
-    with pytest.raises(InputError, match="`plan` and `ratio`: a plan has that in it"):
+    with pytest.raises(InputError, match="`plan` and `ratio`: the plan already sets that"):
         ssmcompress.calibrate(vim, IMAGES, ssmcompress.make_plan(vim), ratio=0.5)
     with pytest.raises(InputError, match="`plan` is 0.5: pass a share of tokens to remove as ratio=0.5"):
         ssmcompress.calibrate(vim, IMAGES, 0.5)

@@ -368,7 +368,7 @@ def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):
         (("--seeds", "a"), "0,1,2"),
         (("--tune-images", "0"), "above 0"),
         (("--best-images", "0"), "above 0"),
-        (("--idx", "nowhere", "--only", "plain_mamba"), "not made"),
+        (("--idx", "nowhere", "--only", "plain_mamba"), "not created"),
         (("--share", "0"), "--share"),
         (("--only", "resnet"), "expected some of vim, plain_mamba, deit, segmenter"),
     ],

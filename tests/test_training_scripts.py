@@ -128,9 +128,9 @@ def test_a_run_that_goes_on_with_other_options_says_so(run, tmp_path, capsys):
     options = ("--idx", tmp_path, "--d-model", 8, "--depth", 2, "--batch-size", 30, "--steps", 1)
     run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
     run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 2)
-    assert "other options" not in capsys.readouterr().out
+    assert "changed options" not in capsys.readouterr().out
     run("train_fashion_mnist", tmp_path / "one.pth", *options, "--epochs", 3, "--lr", 0.5)
-    assert "resumed with other options: epochs=3 (was 2), lr=0.5 (was" in capsys.readouterr().out
+    assert "resumed with changed options: epochs=3 (was 2), lr=0.5 (was" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_masks_of_clutter(run, tmp_path, monkeypatch):
         np.testing.assert_array_equal(masks[number, 0], shown == 2)
         assert (images[number].permute(1, 2, 0) - torch.tensor(np.asarray(picture)).int()).abs().float().mean() < 10
     for wrong in ((labels[:11], 112), ((labels + 1) % 10, 112), (labels, 80)):
-        with pytest.raises(SystemExit, match="not of these images"):
+        with pytest.raises(SystemExit, match="does not belong to these images"):
             train_clutter.read_masks(tmp_path / "masks.npz", *wrong)
     options = ("--architecture", "deit", "--d-model", 16, "--depth", 2, "--batch-size", 6, "--epochs", 1)
     files = (tmp_path / "images.parquet", tmp_path / "images.parquet", *options, "--patch-loss", 1)

@@ -109,7 +109,7 @@ def make_all(cache: Path, only: Sequence[str], idx: Path = FOLDER) -> None:
         try:
             subprocess.run([sys.executable, str(EXAMPLES / command[0]), *command[1:]], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{file} was not made: {command[0]} ended with exit code {error.returncode}") from error
+            raise SystemExit(f"{file} was not created: {command[0]} ended with exit code {error.returncode}") from error
         shown = re.sub(r"[{}]", "", making.arguments)
         value = {"command": f"python examples/{making.script}.py {shown}", "seconds": time.monotonic() - begin}
         if file.endswith(".pth"):  # training may have taken several runs

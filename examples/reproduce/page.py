@@ -59,17 +59,18 @@ def describe_run(found: Sequence[Found], settings: Settings) -> str:
     samples = sorted({f.samples for f in found if f.samples is not None}) or [settings.samples]
     images = " or ".join(f"{count:,}" for count in samples)
     paragraphs = (
-        f"Written on {date.today()} by `examples/reproduce_tables.py`, all but its notes. Machine: "
+        f"Written on {date.today()} by `examples/reproduce_tables.py`, except for the notes. Machine: "
         f"{'; and '.join(machines)}. Command:",
         f"""Figures without training: mean over {len(settings.seeds)} choices of the {images} images to calibrate,
-        search and refit on, in brackets the smallest and the largest, and how many choices were measured if not all.
-        Fine-tuned: the models of the first choice, after {settings.tune_epochs} epochs of {settings.tune_images:,}
-        training images with the default recipe of `finetune`; the dense model was fine-tuned the same way. Models of
-        smaller images learn from labels alone, because the dense model does not take their images. Methods are those of
-        [compare](compare.md). GFLOPs count what is run (`full`) and what papers count (`paper`,
-        [figures](figures.md#cost)). Images a second, at batch sizes 1 and 8: the models of the first choice were timed
-        in turn with the dense one, in groups; a figure is that of the dense model in the quickest group, divided by the
-        ratio of the two medians. {MISSING}: not measured, or not possible for this model.""",
+        search and refit on, with the smallest and the largest in brackets, and the number of choices measured if not
+        all. Fine-tuned: the models of the first choice, after {settings.tune_epochs} epochs of
+        {settings.tune_images:,} training images with the default recipe of `finetune`; the dense model was fine-tuned
+        in the same way. Models for smaller images learn from labels only, because the dense model does not take their
+        images. The methods are described in [compare](compare.md). GFLOPs count what is run (`full`) and what papers
+        count (`paper`, [figures](figures.md#cost)). Images per second, at batch sizes 1 and 8: the models of the first
+        choice were timed in turn with the dense one, in groups; a figure is the throughput of the dense model in the
+        fastest group, divided by the ratio of the two medians. {MISSING}: not measured, or not possible for this
+        model.""",
     )
     first, second = map(wrap, paragraphs)
     return f"# The tables of the paper, reproduced\n\n{first}\n\n```bash hours\n{settings.command}\n```\n\n{second}"
@@ -114,11 +115,11 @@ def describe_cost(found: Sequence[Found], made: dict[str, Any]) -> str:
         return ""
     rows = [[name, f"{v['seconds'] / 60:.0f}", show(v.get("peak_mb"), "{:,.0f}")] for name, v in parts]
     total = sum(value["seconds"] for _, value in parts) / 3600
-    note = f"""In all {total:.1f} hours, of parts that were partly run side by side. The peak is that of the process so
-        far, so a part that was run after another one has at least its peak."""
+    note = f"""{total:.1f} hours in total; some parts were run at the same time. The peak is the peak memory of the
+        process so far, so a part that was run after another one has at least its peak."""
     text = f"## Time and memory\n\n{table(['part', 'minutes', 'peak MB'], rows)}\n\n{wrap(note)}"
     if made:
         commands = "\n".join(value["command"] for value in made.values())
-        text += "\n\nImages and models are made by these commands, with all files in the cache:\n\n"
+        text += "\n\nImages and models are created by these commands; all files are in the cache:\n\n"
         text += f"```bash hours\n{commands}\n```"
     return text

@@ -79,7 +79,7 @@ def measure_rows(subject: Subject, settings: Settings) -> None:
         try:
             comparison = KeptComparison(model, folder, request, settings.command, force=False)
         except ssmcompress.InputError as error:
-            advice = f"remove {folder} to measure its rows anew, or use another --cache"
+            advice = f"remove {folder} to measure its rows again, or use another --cache"
             raise ssmcompress.InputError(f"{error}. Here: {advice}") from error
         if not comparison.measured.source.labelled:
             raise ssmcompress.InputError(f"{subject.test} has no labels, so there is nothing to measure")
@@ -103,7 +103,7 @@ def find_levels(model: TokenModel, request: CompareRequest, share: float) -> lis
     try:
         return list_levels(model, replace(request, flops=(asked,)))
     except ssmcompress.BudgetError as error:
-        line(f"{share:.0%} of the FLOPs is left out: {error}")
+        line(f"{share:.0%} of the FLOPs is skipped: {error}")
         return []
 
 

@@ -84,7 +84,9 @@ def find_subjects(models: Path, imagenet: Path | None, scenes: Path | None) -> l
             line(f"{checkpoint} is left out: a model for {task.name}, and no such images were given")
             continue
         if same := [subject.checkpoint.name for subject in subjects if subject.name == name]:
-            raise SystemExit(f"{same[0]} and {checkpoint.name} in {models} would have one name: rename one of them")
+            raise SystemExit(
+                f"{same[0]} and {checkpoint.name} in {models} would have the same name: rename one of them"
+            )
         subjects.append(Subject(name, checkpoint, f"{folder}:train", f"{folder}:validation"))
     if not subjects:
         raise SystemExit(f"no checkpoint in {models} can be measured: the lines above say why")

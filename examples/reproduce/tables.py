@@ -63,10 +63,10 @@ def show_best(found: Sequence[Found], settings: Settings) -> str:
                          f"{tuned['images']:,}", show(dense - tuned["figures"]["top1"])])  # fmt: skip
     header = ["model", "dense", "best row", "FLOPs", "lost without training", "training images", "lost fine-tuned"]
     recipe = " and ".join(f"{name} {value:g}" for name, value in BEST.items())
-    note = wrap(f"""Points of top-1 that the best row at {settings.share:.0%} of the FLOPs loses, and the same model
-        after {settings.tune_epochs} epochs of more training images than in table 1, with {recipe} in the recipe.
-        Table 1 has what the dense model gains. The best row is the one with the highest top-1 on the test images, with
-        the first seed; the recipe was chosen on the test images of the miniature, too.""")
+    note = wrap(f"""Points of top-1 lost by the best row at {settings.share:.0%} of the FLOPs, and by the same model
+        after {settings.tune_epochs} epochs on more training images than in table 1, with {recipe} in the recipe. What
+        the dense model gains is in table 1. The best row is the one with the highest top-1 on the test images, with the
+        first seed; the recipe was also chosen on the test images of the small-scale setup.""")
     return f"## The best rows\n\n{note}\n\n{table(header, rows)}" if rows else ""
 
 
@@ -133,10 +133,10 @@ def show_reasons(found: Sequence[Found], settings: Settings) -> str:
         parts.append(f"**{f.name}**, top-1 by which half is aligned:\n\n{table(header, rows)}")
         parts.append(layer_errors(f))
     text = f"""Each metric was measured again on {settings.reason_images:,} test images, with the model of the first
-        seed, and with the convolution alone aligned, the scan alone, or both. The mean gap is the number of dropped
-        tokens between two kept ones. The error of a layer is what it adds to the kept tokens, beside what it adds in
-        the dense model to the same tokens, when it gets the features of the dense model: squares as a share of those of
-        the dense model, over all kept tokens and at the class token."""
+        seed, and with only the convolution aligned, only the scan, or both. The mean gap is the number of dropped
+        tokens between two kept ones. The error of a layer compares what it adds to the kept tokens with what the same
+        layer of the dense model adds to them, given the features of the dense model: the squared difference as a share
+        of the squares of the dense model, over all kept tokens and at the class token."""
     return "\n\n".join(["## Why", wrap(text), *parts]) if parts else ""
 
 
@@ -159,9 +159,9 @@ def show_inputs(found: Sequence[Found], settings: Settings) -> str:
     rows = [
         [f.name, metric, *(show(r["top1"][name]) for name in CASES)] for f in found for metric, r in f.inputs.items()
     ]
-    text = f"""Top-1 on the same {settings.reason_images:,} test images of the aligned models, when the convolutions,
-        the scans, or both have at the dropped positions the tokens that the dense model has there. With both, the model
-        is the dense one."""
+    text = f"""Top-1 of the aligned models on the same {settings.reason_images:,} test images, when the convolutions,
+        the scans, or both get the tokens of the dense model at the dropped positions. With both, the model is the dense
+        one."""
     header = ["model", "tokens by", *CASES]
     return f"## What the dropped tokens would have brought\n\n{wrap(text)}\n\n{table(header, rows)}" if rows else ""
 

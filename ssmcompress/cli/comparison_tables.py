@@ -94,12 +94,12 @@ def show_models(value: Mapping[str, Any]) -> None:
     lines = [(name, [column.cells[number] for column in columns]) for number, name in enumerate(names)]
     show_table(["", *(column.title for column in columns)], lines)
     explained = "; ".join(figure.explain_column() for figure in list_figures(task) if figure.compared)
-    write(f"  {explained}; of dense: share of the FLOPs of the own dense model")
+    write(f"  {explained}; of dense: share of the FLOPs of its own dense model")
     timed = any(row.get("latency_ms") is not None for row in rows)
     places = "at FLOPs, at ms" if timed else "at FLOPs"
     write(f"  {places}: points to the best row, of any model, that costs at most as much; *: this is the best")
     if timed:
-        write("  ms, images/s: at batch 1, from the speed-up against the own dense model; ~: within the noise")
+        write("  ms, images/s: at batch 1, from the speed-up over its own dense model; ~: within the noise")
     if hidden:
         write(f"  left out at this width: {', '.join(hidden)}; compare.csv has them")
     about = value["settings"]

@@ -95,7 +95,7 @@ def explain_memory(command: str, values: Mapping[str, Any]) -> Iterator[None]:
             where = " of the GPU" if gpu else ""
             # A resumed training run must keep its batch split, so the two pieces of advice are mutually exclusive.
             resumes = goes_on.get() is not None and _current(steps) != TRAINING
-            kept = f"; then `{goes_on.get()}` goes on from what was kept" if resumes else ""
+            kept = f"; then `{goes_on.get()}` continues from the saved results" if resumes else ""
             raise SsmCompressError(
                 f"out of memory{where} in {_describe_step(command, steps)}; {_advise(values, steps, gpu)}{kept}"
             ) from error
@@ -135,7 +135,7 @@ def _advise(values: Mapping[str, Any], steps: Steps, gpu: bool) -> str:
         texts.append(f"lower {' or '.join(filter(None, [', '.join(options[:-1]), options[-1]]))}")
     if gpu and "device" in values:
         texts.append("use --device cpu")
-    return ", or ".join(texts) or "end other programs, or use a machine with more of it"
+    return ", or ".join(texts) or "close other programs, or use a machine with more memory"
 
 
 def explain_device(name: str, error: Exception) -> str:

@@ -72,7 +72,7 @@ def check_model(name: str, advice: str = "") -> None:
     if kind == IMAGES:
         raise InputError(f"{name} holds images; expected a checkpoint or a folder that prune wrote{advice}")
     if kind == REPORT:
-        raise InputError(f"{name} is no model; expected a checkpoint or a folder that prune wrote")
+        raise InputError(f"{name} is not a model; expected a checkpoint or a folder that prune wrote")
 
 
 def check_inputs(model: str, images: Mapping[str, str | None]) -> None:
@@ -93,7 +93,7 @@ def check_inputs(model: str, images: Mapping[str, str | None]) -> None:
     for option, name in given.items():
         kind = recognise(name)
         if kind in (MODEL, ONNX, REPORT):
-            what = {MODEL: "is a model", ONNX: "is an ONNX file", REPORT: "is no data set"}[kind]
+            what = {MODEL: "is a model", ONNX: "is an ONNX file", REPORT: "is not a dataset"}[kind]
             raise InputError(f"{option} {name} {what}; expected images: a folder, a parquet, arrow or tar file")
         if kind is None and not Path(name).exists():
             from ..data.find import check_name
@@ -110,6 +110,6 @@ def check_onnx_pair(model: str, file: str) -> None:
     if recognise(model) == ONNX and recognise(file) != ONNX:
         raise InputError(f"{model} is an ONNX file and {file} is not: swap them, {file} {model}")
     if recognise(file) in (MODEL, IMAGES, REPORT):
-        raise InputError(f"{file} is no ONNX file; expected the file that `export {model} --onnx` wrote")
+        raise InputError(f"{file} is not an ONNX file; expected the file that `export {model} --onnx` wrote")
     if not Path(file).exists():
         raise InputError(f"{file}: no such file; `ssmcompress export {model} --onnx -o {file}` writes it")

@@ -98,7 +98,9 @@ def _open_log(path: Path, level: int, stack: ExitStack) -> None:
             with open(path, "rb") as content:
                 start = content.read(100)
             if start and not re.match(rb"\d{4}-\d\d-\d\d \S+ [A-Z]+ ssmcompress: ", start):
-                raise InputError(f"--log-file {path} is no log of ssmcompress: it is left as it is, name another file")
+                raise InputError(
+                    f"--log-file {path} is not a log of ssmcompress and is left unchanged: choose another file"
+                )
         handler = _LogFile(path, level)
     except OSError as error:
         reason = error.strerror or error
@@ -154,7 +156,7 @@ class _LogFile(logging.FileHandler):
         """Report that the file cannot be written. Invalid records are reported by the logger's own handler."""
         if isinstance(error := sys.exc_info()[1], OSError) and not self.broken:
             self.broken = True
-            print(readable(f"--log-file {self.baseFilename}: {error.strerror}; it ends here"), file=sys.stderr)
+            print(readable(f"--log-file {self.baseFilename}: {error.strerror}; logging stops here"), file=sys.stderr)
 
     def close(self) -> None:
         """Close the file, even if its last lines cannot be written."""

@@ -61,7 +61,7 @@ class Option:
             return [self.flag] if value else [self.opposite] if self.opposite else []
         if self.several:
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise ValueError("a list of texts")
+                raise ValueError("a list of strings")
             return [text for v in value for text in (self.flag, v)]
         if self.kind is str:
             return [self.flag, self._text(value)]
@@ -82,7 +82,7 @@ class Option:
             raise ValueError(f"one of {', '.join(self.choices)}")
         parts = value if isinstance(value, list) and self.key not in FILES else [value]
         if not parts or not all(isinstance(p, (str, int, float)) and not isinstance(p, bool) for p in parts):
-            raise ValueError("a name" if self.key in FILES else "a text, a number or a list of these")
+            raise ValueError("a name" if self.key in FILES else "a string, a number or a list of these")
         return ",".join(map(str, parts))
 
 

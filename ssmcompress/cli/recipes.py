@@ -108,7 +108,7 @@ class Recipe:
             name = self.model if key == "model" else self._name(key)
             if _hash_file(key, name) not in (None, expected.lower()):
                 raise InputError(
-                    f"{name} has changed since {self.file} was made: give the {WHAT[key]} as it was by `{key}`, or "
+                    f"{name} has changed since {self.file} was made: give the original {WHAT[key]} with `{key}`, or "
                     f"remove {key}_sha256 from the recipe to run it with this one"
                 )
 
@@ -122,7 +122,7 @@ class Recipe:
         asked = _flags(overrides) & {options[key].flag for key in CHOOSE_IMAGES if key in options}
         if self.images is None or written is None or asked or written.get(IMAGES) in (None, self.images.lower()):
             return
-        say(f"warning: the images that were calibrated on are not those that {self.file} was made with", quiet)
+        say(f"warning: the calibration images are not the ones that {self.file} was made with", quiet)
 
     def _used(self, overrides: tuple[str, ...]) -> dict[str, Any]:
         """Return the values of the options, except a budget that the command line replaces by another one."""
@@ -170,7 +170,7 @@ def read_recipe(file: Path) -> Recipe:
         if digest is not None and not (isinstance(digest, str) and re.fullmatch(HASH, digest)):
             raise InputError(f"{file}: {key}_sha256 is {show(digest)}: expected 64 hexadecimal digits")
         if digest is not None and key != "model" and key not in content:
-            raise InputError(f"{file}: {key}_sha256 is there, but {key} is missing")
+            raise InputError(f"{file}: {key}_sha256 is given, but {key} is missing")
     if images is not None and not (isinstance(images, str) and re.fullmatch(IMAGES_HASH, images)):
         raise InputError(f"{file}: {IMAGES} is {show(images)}: expected 16 hexadecimal digits")
     if not isinstance(content.pop("versions", {}), dict):
@@ -192,7 +192,7 @@ def _unknown(key: Any, command: str, options: Mapping[str, Option]) -> str:
     common = ("command", "format_version", "model", *(f"{key}_sha256" for key in HASHED), IMAGES, "versions")
     close = difflib.get_close_matches(name.replace("-", "_").lower(), [*options, *common], 1, 0.5)
     others = [other for other in COMMANDS if other != command and name in options_of(other)]
-    advice = f"did you mean {close[0]}?" if close else f"there are {', '.join(options)}"
+    advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(options)}"
     return f"unknown key {name[:80]!r} for {command}; " + (f"{others[0]} has it" if others else advice)
 
 
@@ -231,9 +231,9 @@ def _make_loader() -> type:
             seen = set()
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.YAMLError(f"a key that is no text (line {key.start_mark.line + 1})")
+                    raise yaml.YAMLError(f"a key that is not a string (line {key.start_mark.line + 1})")
                 if key.value in seen:
-                    raise yaml.YAMLError(f"the key {key.value!r} is there twice (line {key.start_mark.line + 1})")
+                    raise yaml.YAMLError(f"the key {key.value!r} is duplicated (line {key.start_mark.line + 1})")
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
@@ -342,7 +342,7 @@ def schema() -> str:
         "format_version": {"const": FORMAT_VERSION},
         "command": {"enum": [*COMMANDS]},
         "model": {"type": "string", "minLength": 1, "description": "File, folder or name on the Hugging Face Hub."},
-        "versions": {"type": "object", "description": "What the recipe was made with."},
+        "versions": {"type": "object", "description": "Package versions that the recipe was made with."},
     }
     kinds = {}
     for command in COMMANDS:
@@ -351,12 +351,12 @@ def schema() -> str:
         hashes: dict[str, Any] = {
             f"{key}_sha256": {
                 "type": "string", "pattern": f"^{HASH}$",
-                "description": f"Refuse another {WHAT[key]} than the one with this hash.",
+                "description": f"SHA-256 of the {WHAT[key]}; any other is refused.",
             }
             for key in hashed
         }  # fmt: skip
         if command == "prune":
-            text = "Hash of the images that were calibrated on: a run on others warns."
+            text = "Hash of the calibration images; a run on others prints a warning."
             hashes[IMAGES] = {"type": "string", "pattern": f"^{IMAGES_HASH}$", "description": text}
         needs = {f"{key}_sha256": [key] for key in hashed}
         kinds[command] = {

@@ -103,7 +103,7 @@ def show_report(report: dict[str, Any], as_json: bool, verbose: bool = False) ->
         write(f"  {note}")
     maps, fits = report_text.format_fits(report)
     if fits and verbose:
-        print("\nwhat each refitted map misses of its target on held-out images, before -> after")
+        print("\nerror of each refitted map on held-out images, before -> after")
         show_table(["", *maps], fits)
     _show_axes(report, verbose)
 
@@ -175,9 +175,11 @@ def _show_models(models: list[dict[str, Any]]) -> None:
         rows.append((m["model"], [*cells, f"{m['peak_mb']:.1f}", _known(m["activations_mb"], "{:.1f}")]))
     show_table([*header, "peak MB", "one layer's MB"], rows)
     print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too few")
-    print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as they are run here. products:")
-    print("  the model's matrix products alone, and how many of them the forward takes. peak: most memory of tensors")
-    print("  at once, beside what the ops of one layer, or of a stem that takes more, hand to each other.")
+    print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as run here. products: the time")
+    print("  of the model's matrix products only, and how many times as long the forward takes. peak: peak memory of")
+    print(
+        "  tensors. one layer's: tensors that the ops of one layer, or of a stem that takes more, pass to each other."
+    )
     if with_reference:
         print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
 
@@ -279,11 +281,12 @@ def show_verification(result: Any, file: Path, as_json: bool) -> None:
         write(f"  the same tokens kept, by stage (images): {same}")
     if result.rounding:
         write(
-            f"  float16 weights: logits move by up to {result.rounding['max_difference']:.2g}, {kept} keep their class"
+            f"  float16 weights: logits change by up to {result.rounding['max_difference']:.2g}, {kept} keep their "
+            "class"
         )
     if result.ties:
         write(
-            f"  {len(result.ties)} images kept other tokens, their scores being equal but for rounding: "
+            f"  {len(result.ties)} images kept other tokens, because scores are equal up to rounding: "
             f"{', '.join(result.ties)}"
         )
 
@@ -322,7 +325,7 @@ def show_inspection(value: dict[str, Any]) -> None:
         kind, size = "video", f"{size} of {about['frames']} frames"
     counts = f"{value['tokens'][0]} tokens" + (f", {value['tokens'][-1]} at the end" if value["pruned"] else "")
     write(f"{about['type']}, {about['depth']} layers, {kind}s {size}, {counts}, {value['params']:,} parameters")
-    origin = f"written by {value['writer']}" if value["writer"] else "nothing in the file says what wrote it"
+    origin = f"written by {value['writer']}" if value["writer"] else "the file does not say what wrote it"
     write(f"{value['task']}; {origin}" + (f"; named by {value['named']}" if value["named"] else ""))
     write(f"commands that take it: {', '.join(value['commands'])}")
     from ..jobs.report_axes import format_trims
@@ -403,5 +406,5 @@ def show_visualized(value: dict[str, Any]) -> None:
     write(f"  maps of {value['reader']} ({value['method']}) on {data['images']} images, over the kept patches")
     for variant in value["variants"]:
         if variant["layers"] != value["layers"]:
-            write(f"  {variant['name']}: layers {', '.join(map(str, variant['layers']))} alone; it has lost the others")
+            write(f"  {variant['name']}: layers {', '.join(map(str, variant['layers']))} only; the others were removed")
     write(f"  drawn: {value['rule']}")

@@ -180,7 +180,7 @@ def say_how_to_resume(commands: Mapping[Path, str], quiet: bool) -> Iterator[Non
     except KeyboardInterrupt:
         for state, command in commands.items():
             if state.exists():
-                say(f"the state is in {state}: `{command}` goes on", quiet)
+                say(f"the state is saved in {state}: resume with `{command}`", quiet)
         raise
     except Exception:
         goes_on.set(next((command for state, command in commands.items() if state.exists()), None))
@@ -220,7 +220,7 @@ def say_about_images(result: Mapping[str, Any], quiet: bool, agreement: bool = T
         if agreement:
             say(f"accuracy was not measured: no labels in {data['name']}; {advice}", quiet)
         else:
-            say(f"nothing to measure: no labels in {data['name']}, and no dense model to agree with; {advice}", quiet)
+            say(f"nothing to measure: no labels in {data['name']}, and no dense model to compare with; {advice}", quiet)
     say_unreadable(data["unreadable"], quiet)
 
 

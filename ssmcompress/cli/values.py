@@ -19,7 +19,9 @@ def parse_merge(text: str | None) -> tuple[int, float] | None:
     try:
         return int(number), float(inflection or 0)
     except ValueError as error:
-        raise InputError(f"--merge {text!r}: expected a number of tokens, as 8, or with an inflection, 8,-1") from error
+        raise InputError(
+            f"--merge {text!r}: expected a number of tokens, such as 8, or with an inflection, 8,-1"
+        ) from error
 
 
 class GapSource(str, Enum):
@@ -51,7 +53,7 @@ def parse_numbers(text: str | None, option: str, kind: type = float) -> tuple | 
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise InputError(f"{option} {text}: expected numbers with commas between them") from error
+        raise InputError(f"{option} {text}: expected comma-separated numbers") from error
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -70,7 +72,7 @@ def parse_views(text: str | None) -> tuple[int, int] | None:
         return None
     counts = text.lower().split("x")
     if len(counts) != 2 or not all(count.isdecimal() and len(count) < 6 and int(count) > 0 for count in counts):
-        raise InputError(f"--views {text}: expected CLIPSxCROPS, as 4x3")
+        raise InputError(f"--views {text}: expected CLIPSxCROPS, such as 4x3")
     return int(counts[0]), int(counts[1])
 
 
@@ -92,9 +94,9 @@ def parse_share(text: str | None, option: str, what: str = "a share") -> float |
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{option} {text}: expected {what}, as 30% or 0.3")
+        raise InputError(f"{option} {text}: expected {what}, such as 30% or 0.3")
     if value >= 2 and not percent:
-        raise InputError(f"{option} {text}: expected {what}, as {value:g}% or {value / 100:g}")
+        raise InputError(f"{option} {text}: expected {what}, such as {value:g}% or {value / 100:g}")
     return value
 
 

@@ -98,7 +98,8 @@ def check_results(folder: Path) -> None:
     names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else [f"{folder.name}, no folder"]
     if others := [name for name in names if not _NAME.fullmatch(name)]:
         raise InputError(
-            f"{folder} holds {others[0]}, which is no result of an interrupted run: move it, or choose another output"
+            f"{folder} holds {others[0]}, which is not a result of an interrupted run: move it, or choose another "
+            "output"
         )
 
 
@@ -182,7 +183,7 @@ def keep(name: str, value: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        _logger.debug("a result cannot be kept in %s: %s", results.folder, error)
+        _logger.debug("a result cannot be saved in %s: %s", results.folder, error)
 
 
 def _file(results: Results, name: str) -> Path:

@@ -86,8 +86,8 @@ class AnyBatches:
             yield LabelledBatch(images.to(self.spec.dtype), labels)
         if self._seen and not count:
             raise InputError(
-                "the data gave images in the first pass and none in the second: pass what can be iterated repeatedly, "
-                "a list, a DataLoader or `Batches`"
+                "the data gave images in the first pass and none in the second: pass something that can be iterated "
+                "repeatedly, such as a list, a DataLoader or `Batches`"
             )
         self._seen = max(self._seen, count)
         if self._warn_unreadable and self.data.unreadable:

@@ -72,4 +72,4 @@ class VideoTransform:
         """Return a note about a video whose frames repeat, which is shown once."""
         if len(video) >= self.frames:
             return None
-        return f"some videos have fewer than {self.frames} frames, which the model takes: their frames are repeated"
+        return f"some videos have fewer than the {self.frames} frames that the model takes: their frames are repeated"

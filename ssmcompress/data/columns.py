@@ -83,7 +83,7 @@ def mask_column(table: Any, name: str) -> tuple[str | None, list[str]]:
     if not columns:
         listed = ", ".join(table.column_names)
         lines = [
-            f"none of the columns {listed} holds masks, called annotation or alike; the images count as unlabelled"
+            f"none of the columns {listed} holds masks, called annotation or similar; the images count as unlabelled"
         ]
         return None, lines
     others = [column for column in columns if column != chosen[0]]
@@ -133,7 +133,9 @@ def read_labels(table: Any, name: str, num_classes: int) -> Labels:
     columns = plain + longer
     if not columns:
         listed = ", ".join(table.column_names)
-        return Labels(notes=[f"none of the columns {listed} is called label or alike; the images count as unlabelled"])
+        return Labels(
+            notes=[f"none of the columns {listed} is called label or similar; the images count as unlabelled"]
+        )
     labelled: dict[str, Labels] = {}
     errors = []
     for column in columns:

@@ -130,7 +130,7 @@ def _parse_hub_name(name: str) -> re.Match[str]:
     hub = HUB_NAME.fullmatch(name)
     if hub and hub["split"]:
         return hub
-    advice = f"; a data set of the hub needs its split, as {name}:validation" if hub and "/" in name else ""
+    advice = f"; a Hub dataset needs its split, such as {name}:validation" if hub and "/" in name else ""
     raise InputError(f"no data at {name}: expected {EXPECTED}, or a hub name with :split{advice}")
 
 

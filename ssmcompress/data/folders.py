@@ -59,7 +59,7 @@ def label_by_folder(
     deeper = [item for item in items if item.count("/") > 1]
     if deeper:
         top = top_of(deeper[0])
-        notes.append(f"{what} in further folders count for their class folder: {len(deeper)} ({deeper[0]} is {top})")
+        notes.append(f"{what} in nested folders count for their class folder: {len(deeper)} ({deeper[0]} is {top})")
     for text in notes:
         note(f"{name}: {text}")
     return tuple(index[top_of(item)] for item in items), known_classes(index, num_classes)

@@ -22,7 +22,7 @@ from .transforms import Preprocessing
 
 # Batch size for data that is not batched.
 BATCH_SIZE = 64
-EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a data set or batches of images"
+EXPECTED = "a folder, a tensor (images, channels, height, width), a DataLoader, a dataset or batches of images"
 Transform = Callable[[Any], Tensor]
 IMAGE_SIDES = ("channels", "height", "width")
 VIDEO_SIDES = ("channels", "frames", "height", "width")
@@ -75,7 +75,7 @@ def as_items(data: Any, spec: InputSpec = IMAGES) -> Any:
     if isinstance(data, Batches):
         return data
     if isinstance(data, Mapping) and any(hasattr(value, "column_names") for value in data.values()):
-        raise InputError(f"several data sets: {', '.join(map(str, data))}; pass one of them")
+        raise InputError(f"several datasets: {', '.join(map(str, data))}; pass one of them")
     if isinstance(data, (Batch, LabelledBatch, Mapping)):
         return [data]
     if isinstance(data, np.ndarray):

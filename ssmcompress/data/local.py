@@ -40,7 +40,7 @@ def find_reader(path: Path, name: str, split: str | None, videos: bool = False) 
         return _find_folder_reader(path, name, split, videos=videos)
     kind = kind_of(path.name)
     if split is not None:
-        raise InputError(f"{path} is a file, which has no split {split}; name the file alone")
+        raise InputError(f"{path} is a file, which has no split {split}; give the file without a split")
     if videos:
         if suffix_of(path.name) in ARRAY_SUFFIXES:
             return partial(read_array_set, path, name)
@@ -61,13 +61,13 @@ def find_reader(path: Path, name: str, split: str | None, videos: bool = False) 
 def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = False, videos: bool = False) -> Reader:
     """Return a function that reads a folder; `inner`: what is left out in it was reported with the parent folder."""
     if videos and any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
-        raise InputError(f"{path} is a data set of tables, of which no videos are read: expected {VIDEOS}")
+        raise InputError(f"{path} is a dataset of tables, from which videos are not read: expected {VIDEOS}")
     if (path / "dataset_dict.json").is_file():
         splits = {key: key for key in _saved_splits(path / "dataset_dict.json")}
         return partial(read_saved, path / choose_split(splits, split, str(path)), name)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         if split is not None:
-            raise InputError(f"{path} is one data set, which has no split {split}; name the folder alone")
+            raise InputError(f"{path} is one dataset, which has no split {split}; give the folder without a split")
         return partial(read_saved, path, name)
     listing = list_files(path, VIDEO_FILES if videos else ())
     if inner:
@@ -88,7 +88,7 @@ def _find_folder_reader(path: Path, name: str, split: str | None, inner: bool = 
     if listing.images and pairs:
         return partial(_refuse_masks, path / pairs[0], name)
     if videos and not listing.images:
-        raise InputError(f"{path} holds tables or tar shards, of which no videos are read: expected {VIDEOS}")
+        raise InputError(f"{path} holds tables or tar shards, from which videos are not read: expected {VIDEOS}")
     listing.left_out.tell(name)
     if listing.images:
         return partial(read_video_folder if videos else read_folder, listing, name)
@@ -114,7 +114,7 @@ def _refuse_masks(path: Path, name: str, num_classes: int, masks: MaskRules | No
     """
     found = f"{name} holds images and masks for segmentation ({path / IMAGES} and {path / ANNOTATIONS})"
     if masks is not None:
-        raise InputError(f"{found}: name the folder around both, {path}")
+        raise InputError(f"{found}: give the folder that contains both, {path}")
     raise InputError(
         f"{found}, and the model classifies whole images: give class folders, or {path / IMAGES} for images without "
         f"labels"
@@ -187,7 +187,7 @@ def _choose_split(listing: Listing, split: str | None) -> None:
     others = groups.pop(None, [])
     if not groups:
         if split is not None:
-            raise InputError(f"{path} has no splits, so none called {split}; name the folder alone")
+            raise InputError(f"{path} has no splits, so none called {split}; give the folder without a split")
         return
     if others and split is None:
         raise InputError(

@@ -56,7 +56,9 @@ def make_rules(task: Task, classes: int, reduce_zero_label: bool | None) -> Mask
             raise InputError(f"`reduce_zero_label` is for the masks of {SEGMENTATION.title}, the task is {task.title}")
         return None
     if classes > IGNORED:
-        raise InputError(f"a model of {classes} classes: masks tell {IGNORED} apart, as label {IGNORED} is ignored")
+        raise InputError(
+            f"a model of {classes} classes: masks can distinguish {IGNORED}, as label {IGNORED} is ignored"
+        )
     return MaskRules(classes, reduce_zero_label)
 
 
@@ -123,8 +125,8 @@ def describe_channels(mode: str) -> str:
     channels = Image.getmodebands(mode)
     found = f"a mask of {channels} channels ({mode})" if channels > 1 else f"a mask of mode {mode}"
     return (
-        f"{found}: expected one channel of class numbers; the colours of the full ADE20K stand for classes and "
-        f"instances, those of other data for classes, and have to be converted"
+        f"{found}: expected one channel of class numbers; colours, which stand for classes and instances in the full "
+        "ADE20K and for classes in other data, have to be converted"
     )
 
 
@@ -195,12 +197,10 @@ def check_pairs(name: str, pairs: Sequence[str], headers: Callable[[int], tuple[
     if modes:
         names = some_names([mask for mask, _ in modes])
         raise InputError(
-            f"{name}: {len(modes)} of {total} masks ({names}) are no masks: {describe_channels(modes[0][1])}"
+            f"{name}: {len(modes)} of {total} masks ({names}) cannot be used: {describe_channels(modes[0][1])}"
         )
     if sizes:
-        raise InputError(
-            f"{name}: {len(sizes)} of {total} masks have another size than their image ({some_names(sizes)})"
-        )
+        raise InputError(f"{name}: {len(sizes)} of {total} masks differ in size from their image ({some_names(sizes)})")
 
 
 def drop_empty_masks(images: Images) -> Images:

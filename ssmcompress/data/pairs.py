@@ -76,7 +76,7 @@ def find_pair_reader(path: Path, name: str, split: str | None) -> Callable[[int,
         splits[split] = split
     where = str(root / IMAGES / inner if inner else root)
     if split is not None and not splits:
-        raise InputError(f"{where} has no splits, so none called {split}; name the folder alone")
+        raise InputError(f"{where} has no splits, so none called {split}; give the folder without a split")
     if splits:
         folder = choose_split(splits, split, where)
         _leave_out_others(listing, folder, set(splits))

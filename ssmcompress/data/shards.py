@@ -106,7 +106,7 @@ def read_index(files: Sequence[Path]) -> ShardIndex:
     """
     left_out, folders = LeftOut(), set()
     parts = []
-    for number, path in enumerate(track(files, "looking through shards", len(files))):
+    for number, path in enumerate(track(files, "indexing shards", len(files))):
         members = _Members()
         try:
             with tarfile.open(path, "r:") as tar:
@@ -260,7 +260,7 @@ def _read_label(content: bytes, suffix: str, where: str) -> int | None:
         else:
             raise ValueError(f"expected a whole number, found {content[:20].decode(errors='replace')!r}")
         if not -1 <= value < 2**31:
-            raise ValueError(f"{value} is no class")
+            raise ValueError(f"{value} is not a class")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: no label ({error})") from error
     return value

@@ -50,11 +50,11 @@ def compare_signatures(then: Any, now: Mapping[str, Any] | None) -> str | None:
     if then == now:
         return None
     if then is None or now is None:
-        return f"{_count(then)} for {_count(now)}"
+        return f"{_count(then)} instead of {_count(now)}"
     if not isinstance(then, Mapping) or not then.keys() >= now.keys():
-        return "it is not known which they were"
+        return "the earlier images were not recorded"
     if then["images"] != now["images"]:
-        return f"{_count(then)} for {_count(now)}"
+        return f"{_count(then)} instead of {_count(now)}"
     if then["content"] != now["content"]:
         return f"{_count(now)} of other content"
     return f"{_count(now)} with other labels"

@@ -55,7 +55,7 @@ def _read_tables(files: Sequence[Path]) -> Any:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     except Exception as error:  # as above
         raise_if_out_of_memory(error)
-        raise InputError(f"{files[0].parent}: the tables in it do not go together ({_first_line(error)})") from error
+        raise InputError(f"{files[0].parent}: the tables in it are not compatible ({_first_line(error)})") from error
 
 
 def read_saved(path: Path, name: str, num_classes: int, masks: MaskRules | None = None) -> Images:
@@ -101,7 +101,9 @@ def read_hub(repo: str, split: str, num_classes: int, masks: MaskRules | None = 
         raise_if_out_of_memory(error)
         if "config name is missing" in str(error).lower():
             found = " ".join(str(error).split())[:300]
-            raise InputError(f"{repo} has several configurations; name one, as {repo}:NAME:{rest} ({found})") from error
+            raise InputError(
+                f"{repo} has several configurations; name one, such as {repo}:NAME:{rest} ({found})"
+            ) from error
         raise InputError(f"no data at {name}, neither here nor on the hub ({_first_line(error)})") from error
     return _from_table(table, name, num_classes, Path(), masks)
 

@@ -84,7 +84,7 @@ class Preprocessing:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
         if not len(mean) == len(std) == channels:
-            raise InputError(f"mean {mean} and std {std}: expected one value, or {channels}, one a channel")
+            raise InputError(f"mean {mean} and std {std}: expected one value, or {channels}, one per channel")
         if not all(0 < s < float("inf") for s in std) or not all(abs(m) < float("inf") for m in mean):
             raise InputError(f"mean {mean} and std {std}: expected finite means and positive deviations")
         if not 0.05 <= crop_pct <= 1:

@@ -85,7 +85,7 @@ def _find_videos(listing: Listing, name: str) -> tuple[list[str], dict[str, list
             if around in frames:
                 raise InputError(
                     f"{name}: {around} holds pictures ({frames[around][0]}) and videos ({item}): {LAYOUT}; move the "
-                    f"pictures out if they are no frames"
+                    "pictures out if they are not frames"
                 )
     return list(items), frames
 
@@ -103,7 +103,7 @@ def _check_flat(folders: Sequence[str], count: int, name: str, num_classes: int)
         why = "called as classes of ImageNet are" if synsets else "as many as the model has classes"
         raise InputError(
             f"{name} holds {len(folders)} folders of pictures ({some_names(folders)}), {why}: pictures in a class "
-            f"folder are no videos. {LAYOUT[0].upper()}{LAYOUT[1:]}. If each folder is a video without a label, store "
+            f"folder are not videos. {LAYOUT[0].upper()}{LAYOUT[1:]}. If each folder is a video without a label, store "
             f"them as .npz files of frames"
         )
     note(
@@ -129,7 +129,7 @@ def _check_sizes(root: Path, frames: dict[str, list[str]]) -> None:
         if len(sizes) > 1:
             texts = [f"{file} {width}x{height}" for (width, height), file in list(sizes.items())[:2]]
             raise InputError(
-                f"the pictures in {root / folder} differ in size ({', '.join(texts)}), so they are no frames of one "
+                f"the pictures in {root / folder} differ in size ({', '.join(texts)}), so they are not frames of one "
                 f"video: {LAYOUT}"
             )
 

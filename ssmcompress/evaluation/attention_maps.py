@@ -117,7 +117,7 @@ def check_method(model: TokenModel, method: str) -> None:
         raise InputError(f"`method` {method!r}: expected one of {', '.join(METHODS)}")
     if method == "xai" and not _reads_as_published(model):
         raise InputError(
-            f"`method` 'xai' is of scans that a class token reads, as in a Vim, not a {model.architecture}"
+            f"`method` 'xai' needs scans that a class token reads, as in a Vim, not a {model.architecture}"
         )
     if method == "attribution" and (model.task is not CLASSIFICATION or not _has_scans(model)):
         raise InputError(

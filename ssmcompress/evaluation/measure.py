@@ -137,8 +137,7 @@ class Logits:
         rows = slice(start, start + len(images))
         if not torch.equal(self.samples[rows], _sample_values(images)):
             raise InputError(
-                "the images are not those of the first pass, or come in another order: use a loader that neither "
-                "shuffles nor augments"
+                "the images or their order differ from the first pass: use a loader that neither shuffles nor augments"
             )
         return self.values[rows]
 

@@ -338,7 +338,7 @@ def _describe_failure(result: Verification) -> str:
         f"{result.top1_agreement:.1f}% of {'the pixels of ' * pixels}{result.images} images in the same class",
     ]
     if result.mismatches:
-        parts.append(f"{len(result.mismatches)} keep other tokens ({', '.join(result.mismatches[:3])})")
+        parts.append(f"{len(result.mismatches)} keep different tokens ({', '.join(result.mismatches[:3])})")
     if result.weights:
         more = f" and {len(result.weights) - 3} more" if len(result.weights) > 3 else ""
         parts.append(f"other values in {', '.join(result.weights[:3])}{more}")

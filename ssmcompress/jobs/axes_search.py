@@ -157,12 +157,12 @@ class AxesSearch:
         if (count := len(self.runs.digests)) < LEAST_IMAGES:
             raise InputError(
                 f"{count} different images to search on: expected at least {LEAST_IMAGES}; give more images"
-                + ("" if request.max_drop is not None else ", or drop tokens alone (`axes`)")
+                + ("" if request.max_drop is not None else ", or only drop tokens (`axes`)")
             )
         of_tokens = {"`stages`": request.stages, "`importance`": request.importance}
         if "tokens" not in request.axes and (extra := [k for k, v in of_tokens.items() if v is not None]):
             raise InputError(
-                f"{' and '.join(extra)}: only tokens use that, and {', '.join(request.axes)} are searched for"
+                f"{' and '.join(extra)}: only for tokens, but the search is over {', '.join(request.axes)}"
             )
         self.layers = choose_layers(model, request, read) if "tokens" in request.axes else ()
         self.sensitivity: Sensitivity | None = read
@@ -260,13 +260,13 @@ class AxesSearch:
         chosen = self.best_for(budget)
         self.runs.keep_models(chosen)
         if not chosen:
-            raise BudgetError(f"no combination of {', '.join(self.request.axes)} comes to {budget:.1%} of the FLOPs")
+            raise BudgetError(f"no combination of {', '.join(self.request.axes)} reaches {budget:.1%} of the FLOPs")
         if new := [c for c in chosen if key_of(c) not in self.runs.tried]:
             for combination in track(new, "running the best combinations", len(new)):
                 self.runs.run(combination, budget)
         tried = [self.runs.run(c, budget) for c in chosen]
         if not (within := [run for run in tried if run is not None]):
-            raise BudgetError(f"no combination that was run comes to {budget:.1%} of the FLOPs, corrections included")
+            raise BudgetError(f"no combination that was run reaches {budget:.1%} of the FLOPs, corrections included")
         return within
 
     # ---------------------------------------------------------------------------------------- latency and loss
@@ -288,8 +288,7 @@ class AxesSearch:
             budget = (low + high) / 2
         if found is None:
             raise BudgetError(
-                f"{wanted:.1%} of the latency is out of reach: the least that was found is {least:.1%}; "
-                f"the machine may be busy"
+                f"{wanted:.1%} of the latency is out of reach: the lowest found is {least:.1%}; the machine may be busy"
             )
         timed = self.runs.run(self.best_for(kept)[0], kept)
         if timed is None:
@@ -324,7 +323,7 @@ class AxesSearch:
             else:
                 low = budget
         if good is None:
-            shown = f"the least that was lost is {min(drops.values()):.2f} points" if drops else "nothing could be run"
+            shown = f"the smallest loss was {min(drops.values()):.2f} points" if drops else "nothing could be run"
             raise BudgetError(
                 f"a loss of at most {most:g} points is out of reach below {high:.1%} of the FLOPs: {shown}"
             )
@@ -356,7 +355,7 @@ class AxesSearch:
         unused = [axis for axis in self.request.axes if axis not in used]
         if unused and len(used) == 1:
             others = " and ".join([", ".join(unused[:-1]), unused[-1]] if len(unused) > 1 else unused)
-            note(f"on this model {used[0]} alone lose least at {best.flops:.1%} of the FLOPs; {others} are left")
+            note(f"on this model, {used[0]} alone lose least at {best.flops:.1%} of the FLOPs; {others} are unchanged")
 
 
 def describe_combination(combination: Combination) -> str:

@@ -84,14 +84,11 @@ def list_doubts(rows: Sequence[Mapping[str, Any]], repeats: int) -> list[str]:
         rows: result of `ssmcompress.evaluation.latency.benchmark`. repeats: its number of rounds.
     """
     if any(row["times_faster_low"] is None for row in rows):
-        return [
-            f"{repeats} rounds are too few to say how sure a speed-up is, and whether it is more than noise: use "
-            f"{LEAST_ROUNDS} or more `repeats`"
-        ]
+        return [f"{repeats} rounds are too few to tell a speed-up from noise: use {LEAST_ROUNDS} or more `repeats`"]
     first = rows[0]["model"]
     return [
         f"the speed-up of {row['model']} at batch {row['batch']} is {row['times_faster']:.2f} "
-        f"({row['times_faster_low']:.2f} to {row['times_faster_high']:.2f}): not told from none; use more `repeats`, "
+        f"({row['times_faster_low']:.2f} to {row['times_faster_high']:.2f}): it may be noise; use more `repeats`, "
         "or a quieter machine"
         for row in rows
         if row["model"] != first and row["times_faster_low"] <= 1 <= row["times_faster_high"]

@@ -159,7 +159,7 @@ class Comparison:
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise InputError(f"{self.folder} exists and holds no {RESULT_FILE}; choose another output")
+                raise InputError(f"{self.folder} exists but has no {RESULT_FILE}; choose another output")
             return []
         try:
             value = json.loads(read_text(file))
@@ -176,12 +176,12 @@ class Comparison:
             return []
         if differences:
             raise InputError(
-                f"{file} was made with {', '.join(differences)}; choose another output, or pass `force=True` to start "
-                "afresh"
+                f"{file} was made with {', '.join(differences)}; choose another output, or pass `force=True` to "
+                "start over"
             )
         self._overlap = value.get("overlap")
         if rows:
-            line(f"{len(rows)} rows are there already")
+            line(f"{len(rows)} rows are already done")
         return rows
 
     def run(

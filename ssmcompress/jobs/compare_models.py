@@ -202,7 +202,7 @@ class ModelsComparison:
         file = self.folder / RESULT_FILE
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise InputError(f"{self.folder} exists and holds no {RESULT_FILE}; choose another output")
+                raise InputError(f"{self.folder} exists but has no {RESULT_FILE}; choose another output")
             return {}
         try:
             value = json.loads(read_text(file))
@@ -222,7 +222,7 @@ class ModelsComparison:
         if missing := [name for name in rows if name not in names]:
             raise InputError(
                 f"{file} also has {', '.join(missing)}; give that model too, choose another output, or pass "
-                "`force=True` to start afresh"
+                "`force=True` to start over"
             )
         return rows
 
@@ -242,7 +242,9 @@ class ModelsComparison:
                 self._check_like(self.surveys[0], survey)
             images = self.choose(model)
             if images.source.stand_in or images.measured.source.stand_in:
-                raise InputError("sample photographs have no labels to compare several models by; give `data`")
+                raise InputError(
+                    "comparing several models needs labels, which sample photographs do not have; give `data`"
+                )
         content = {"calibration": sign_images(images.calibration), "data": sign_images(images.measured)}
         if not self.surveys:
             self.settings = {
@@ -260,7 +262,8 @@ class ModelsComparison:
             if difference := compare_signatures(self.settings["content"][key], content[key]):
                 advice = "; give `data`" if self.request.data.data is None else ""
                 raise InputError(
-                    f"{self.surveys[0].name} and {candidate.name} would be {use} on other images ({difference}){advice}"
+                    f"{self.surveys[0].name} and {candidate.name} would be {use} on different images "
+                    f"({difference}){advice}"
                 )
         self.surveys.append(survey)
 
@@ -295,7 +298,7 @@ class ModelsComparison:
             folder = self.folder / candidate.name
             comparison = Comparison(model, folder, self.request, self.command, self.force, images)
             if comparison.settings["content"] != self.settings["content"]:
-                raise InputError("the images have changed since the comparison began: start it again")
+                raise InputError("the images have changed since the comparison was started: start it again")
             self._take(
                 candidate.name, comparison.run(levels, methods, lambda value: self._go_on(candidate.name, value))
             )

@@ -59,7 +59,7 @@ def find_start(
     check_model(model)
     if model.plan is None:
         if dense is not None:
-            raise InputError("`dense` goes with a compressed model, and this one is dense itself: leave it out")
+            raise InputError("`dense` is for compressed models, and this model is dense itself: leave it out")
         return Start(model, model)
     if not isinstance(dense, TokenModel):
         try:
@@ -68,12 +68,12 @@ def find_start(
             if dense is not None:
                 raise
             raise InputError(
-                f"to go on from a compressed model, the dense one is needed, and {error}: give it as `dense`"
+                f"compressing a compressed model further needs the dense one, but {error}: give it as `dense`"
             ) from error
     if dense.plan is not None:
         raise InputError("`dense` is compressed itself; expected the dense model that `model` was made from")
     if dense.dense_config != model.dense_config:
-        raise InputError("`dense` has other sizes than the model that `model` was made from: expected that one")
+        raise InputError("`dense` differs in size from the model that `model` was made from: expected that one")
     start = copy.deepcopy(model)
     start.add_record(StepRecord(INPUT, describe_input(model, folder)))
     return Start(start, dense, model)
@@ -108,7 +108,7 @@ def check_request(start: Start, request: PlanRequest) -> None:
     ways = f"`ratio`, `plan` or {'`search=False`' if by_flops else '`flops` with `search=False`'}"
     raise InputError(
         f"`{budget}`: a search measures what a dense model loses by each step, and this model is compressed already: "
-        f"give {ways} to go on from it, or search on the dense model{name_dense(start.model)}"
+        f"give {ways} to compress it further, or search on the dense model{name_dense(start.model)}"
     )
 
 

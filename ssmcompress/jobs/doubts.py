@@ -113,8 +113,8 @@ def doubt_calibration(calibration: Mapping[str, Any]) -> list[str]:
         lines.append(f"only {distinct} of {images} images to calibrate on are different: give more (`data`)")
     if classes and images >= MANY and classes["seen"] * 2 <= min(images, classes["of"]):
         lines.append(
-            f"the images to calibrate on are of {classes['seen']} of {classes['of']} classes: what is fitted may not "
-            "hold for the others; give images of all (`data`)"
+            f"the images to calibrate on cover only {classes['seen']} of {classes['of']} classes: what is fitted may "
+            "not hold for the others; give images of all classes (`data`)"
         )
     return lines
 
@@ -128,8 +128,8 @@ def doubt_reconstruction(section: Mapping[str, Any]) -> list[str]:
     lines = []
     if (curve := read_learning(section)) is not None and curve.is_starved:
         lines.append(
-            f"{section['images']} images are few to reconstruct on: half of them bring {curve.half_gain:.0%} of what "
-            "all bring to the refitted maps; give more (`samples`, `data`)"
+            f"{section['images']} images are few to reconstruct on: half of them bring {curve.half_gain:.0%} of the "
+            "improvement that all bring to the refitted maps; give more (`samples`, `data`)"
         )
     before, after = (section.get(f"kl_measured_{name}") for name in ("before", "after"))
     if before is not None and after > before:

@@ -61,7 +61,7 @@ def finetune_folder(
     options.recipe.check_task(model.task)
     model.check_views(measure.views)
     if data.data is None:
-        raise InputError("fine-tuning needs images to learn from: give `data`")
+        raise InputError("fine-tuning needs training images: give `data`")
     require_extra("finetune")
     if target.resume:
         run = describe_run(model, options, data, dense)
@@ -176,7 +176,7 @@ def warn_about_classes(training: Batches, num_classes: int) -> None:
         names = training.source.classes
         shown = ", ".join(names[i] if names else str(i) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
         classes = f"{len(missing)} class{'es' if len(missing) > 1 else ''}"
-        note(f"no image to learn from for {classes}: {shown}")
+        note(f"no training images for {classes}: {shown}")
 
 
 def read_earlier(folder: Path | None) -> dict[str, Any]:

@@ -74,11 +74,12 @@ class FinetuneTarget(Target):
         check_results(self.results)
         if self.resume:
             if processes.count() > 1:
-                note(f"{self.results} is not used by several processes: it stays until one process goes on with it")
+                note(f"{self.results} is ignored with several processes; it is kept until one process resumes the run")
             return
         if not self.force:
             raise InputError(
-                f"{self.results} holds results of an interrupted run: `resume=True` goes on, `force=True` starts afresh"
+                f"{self.results} holds results of an interrupted run: `resume=True` continues it, `force=True` "
+                "starts over"
             )
         remove_results(self.results)
 
@@ -104,8 +105,8 @@ class FinetuneTarget(Target):
         if self.state.exists() and not self.resume:
             if not self.force:
                 raise InputError(
-                    f"{self.state} holds the state of an interrupted run: `resume=True` goes on, `force=True` starts "
-                    f"afresh"
+                    f"{self.state} holds the state of an interrupted run: `resume=True` continues it, `force=True` "
+                    "starts over"
                 )
             remove_state(self.state)
 
@@ -145,7 +146,7 @@ def find_finished(
         return None
     way_out = "choose another output or `force=True`"
     if not isinstance(written, dict):
-        raise InputError(f"{target.path} holds a fine-tuned model that does not say what it was made from; {way_out}")
+        raise InputError(f"{target.path} holds a fine-tuned model without a record of what it was made from; {way_out}")
     measured = None if data.eval_data is None else open_for(model, data.eval_data, data)
     expected = {**run, **sign_run(open_for(model, data.data, data), measured, data)}
     if target.in_place:  # the initial model of the run was replaced by its result

@@ -125,9 +125,7 @@ def split_training_images(model: TokenModel, options: DataOptions) -> TrainingIm
     images = open_for(model, options.data, options)
     if options.eval_data is None:
         if len(images) < 3:
-            raise InputError(
-                f"{images.name} has {len(images)} images: expected two to learn from and one to measure on"
-            )
+            raise InputError(f"{images.name} has {len(images)} images: expected two to train on and one to measure on")
         others, rest = images, choose_measured(images, learnt_from(model), options)
         train = sorted(set(range(len(images))) - set(rest))
     else:
@@ -180,16 +178,16 @@ def choose_measured(images: Images, learnt: LearntFrom, options: DataOptions) ->
     chosen = chosen[:count]
     if not chosen:
         note(
-            f"measured on {_count_images(count)} that the model has learnt from: there is no other among "
-            f"{len(candidates)} of {images.name}"
+            f"measured on {_count_images(count)} that the model has already seen: no new ones among {len(candidates)} "
+            f"of {images.name}"
         )
         return sorted(order[:count])
     if len(chosen) < count:
         found = f"{_count_images(len(chosen))} instead of {count}"
-        note(f"measured on {found}: the model has learnt from the others of {images.name}")
+        note(f"measured on {found}: the model has already seen the others of {images.name}")
     elif replaced := len(set(order[:count]) - set(chosen)):
         verb = "replaces one" if replaced == 1 else "replace others"
-        note(f"{replaced} of the measured images of {images.name} {verb} that the model has learnt from")
+        note(f"{replaced} of the measured images of {images.name} {verb} that the model has already seen")
     return sorted(chosen)
 
 

@@ -78,7 +78,7 @@ def remove_steadily(make: Callable[[Method, TokenModel, int], Sequence[Stage]]) 
             found = tuple(make(method, model, number))
             if found and remaining_share(model, found) <= level.flops:
                 return found
-        raise InputError(f"{method.name} does not get to {level.flops:.1%}: a stage merges half of its tokens at most")
+        raise InputError(f"{method.name} cannot reach {level.flops:.1%}: a stage merges half of its tokens at most")
 
     return find
 
@@ -234,15 +234,15 @@ def find_obstacle(method: Method, model: TokenModel) -> str | None:
     This depends on what the layers of the model can do, not on the name of its architecture.
     """
     if method.axis == IMAGE:
-        return "is for classifiers alone" if model.reads_levels else None
+        return "is only for classifiers" if model.reads_levels else None
     if method.of_levels and not model.levels:
-        return "is for segmentation models alone, and those of several resolutions"
+        return "is only for segmentation models and models with several resolutions"
     if method.axis is not None:
         axes = list_axes(model)
         if axes and method.axis in (ALL, *axes):
             return None
         what = "states, channels or layers" if method.axis == ALL else method.axis
-        return f"trims {what}, and this {model.architecture} has none to spare"
+        return f"trims {what}, and this {model.architecture} has none that can be trimmed"
     if method.searched:
         return None  # a search only uses metrics that the model supports
     if method.importance not in model.importances:

@@ -120,7 +120,9 @@ def compress(
     start, found = find_start(model, dense), found or FoundPlan(plan)
     check_options(model, options)
     if start.input is not None and (found.trims or found.search is not None):
-        raise InputError("`found` trims or searched, and a compressed model only loses tokens: pass the dense model")
+        raise InputError(
+            "`found` trims or comes from a search, but a compressed model can only drop tokens: pass the dense model"
+        )
     return _compress(start, replace(found, plan=plan), Target(Path(output), force, command), options)
 
 

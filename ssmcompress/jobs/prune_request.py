@@ -56,7 +56,7 @@ class PruneRequest:
         """
         self.plan.check()
         if self.options.finetune is not None and self.options.data.data is None:
-            raise InputError("`finetune_epochs` needs images to learn from: give `data`")
+            raise InputError("`finetune_epochs` needs training images: give `data`")
 
     def folder(self, checkpoint: str) -> Path:
         """Return the default output folder, whose name includes what differs from the defaults."""

@@ -111,8 +111,8 @@ def list_stale(target: Target | None, request: PushRequest, files: Collection[st
         if foreign and not request.force:
             listed = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
             raise InputError(
-                f"{request.repository} exists and holds what ssmcompress did not write ({listed}): choose another "
-                "name, or write into it by `force=True`"
+                f"{request.repository} exists and has files that ssmcompress did not write ({listed}): choose "
+                "another name, or upload anyway with `force=True`"
             )
         return []
     own = {WEIGHTS_FILE, *FILES, *list_graphs(target.contents.get(REPORT_FILE, {}))}
@@ -125,7 +125,9 @@ def find_license(content: Content, dry_run: bool) -> str | None:
     Raises:
         InputError: the dense model is not on the Hub, or states no licence.
     """
-    advice = "give `license`, as mit or apache-2.0: that of the dense model's weights binds those of this one"
+    advice = (
+        "give `license`, such as mit or apache-2.0: the licence of the dense model's weights also covers these weights"
+    )
     if content.source is None:
         raise InputError(f"the licence of the weights is not known; {advice}")
     if dry_run:

@@ -128,7 +128,7 @@ def check_file(folder: Path, name: str) -> None:
         and found.parent == repository / "blobs"
     )
     if path.is_symlink() and not found.is_relative_to(root) and not is_blob:
-        raise InputError(f"{path} is a link to a file outside the folder: put a copy in its place, or remove it")
+        raise InputError(f"{path} is a link to a file outside the folder: replace it with a copy, or remove it")
 
 
 def read_recipe(file: Path) -> dict[Any, Any]:
@@ -197,7 +197,7 @@ def _read_object(file: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file} is no JSON object")
+        raise InputError(f"{file} is not a JSON object")
     for keys, kind in kinds.items():
         part: Any = value
         for key in keys.split("."):  # outer objects were checked before

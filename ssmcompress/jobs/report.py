@@ -293,7 +293,7 @@ def record_export(model: str | Path, file: Path, result: Exported) -> None:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) -> None:

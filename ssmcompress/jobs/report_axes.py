@@ -118,7 +118,7 @@ def list_search_notes(report: Report) -> list[str]:
         wish += "can be reached"
     else:
         return [f"{about}: {found}"]
-    return [f"{about}: {found}", f"asked for {wish}"]
+    return [f"{about}: {found}", f"requested: {wish}"]
 
 
 def _name_option(option: Mapping[str, Any], dense: Mapping[str, Any]) -> str:

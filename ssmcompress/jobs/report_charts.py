@@ -80,7 +80,7 @@ def read_sensitivity(folder: Path) -> tuple[Sensitivity | None, list[str]]:
         try:
             found = Sensitivity.read(folder / name)
         except InputError as error:
-            notes.append(f"there is no chart of the sensitivities: {error}")
+            notes.append(f"the chart of the sensitivities was not drawn: {error}")
             continue
         if found.loss.numel():
             return found, notes
@@ -295,8 +295,8 @@ def draw_fits(report: Report) -> Chart | None:
     if figure is None:
         return None
     caption = (
-        "What each refitted map misses of what it should give, before and after, by layer, as it is numbered in the "
-        "names of the weights. The numbers are in the table below."
+        "The error of each refitted map, before and after, by layer, numbered as in the names of the weights. The "
+        "numbers are in the table below."
     )
     return Chart("fits", _encode(figure, "fits", caption), caption)
 
@@ -354,9 +354,9 @@ def draw_sensitivity(sensitivity: Sensitivity) -> Chart:
     against = "the dense model's outputs" if sensitivity.objective == "kl" else "the labels"
     data = sensitivity.data
     caption = (
-        "What pruning after one layer alone loses, by the share of the tokens that are kept. Each cell has the metric "
-        f"that loses least, of {', '.join(sensitivity.metrics)}. Measured against {against} on {data['images']} images "
-        f"of {data['name']}."
+        "The loss of pruning after a single layer, by the share of the tokens that are kept. Each cell has the "
+        f"metric that loses least, of {', '.join(sensitivity.metrics)}. Measured against {against} on "
+        f"{data['images']} images of {data['name']}."
     )
     return Chart("sensitivity", _encode(plot_sensitivity(sensitivity), "sensitivity", caption), caption, (header, rows))
 

@@ -69,8 +69,8 @@ def list_learning_notes(section: Mapping[str, Any]) -> list[str]:
         return []
     worse, better = curve.half / curve.after - 1, 1 - curve.twice / curve.after
     if worse < LEAST_CHANGE:
-        return ["half of the images make refits with the same error on held-out images: more would bring little"]
+        return ["refits on half of the images have the same error on held-out images: more images would help little"]
     return [
-        f"with half of the images the error of the refits on held-out images is {worse:.0%} higher; twice as many "
+        f"with half of the images, the error of the refits on held-out images is {worse:.0%} higher; twice as many "
         f"would lower it by about {better:.0%}"
     ]

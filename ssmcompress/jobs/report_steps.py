@@ -69,9 +69,9 @@ def _describe_finetuning(tuned: Mapping[str, Any]) -> str:
     """Describe the fine-tuning: its images and settings, and which weights were selected."""
     teachers = [name for name in ("labels", "teacher") if tuned[name]]
     choice = f" of epoch {tuned['epoch']}" if tuned["held_out"] else " of the last epoch"
-    choice = choice if tuned["epoch"] else " as before, for those of no epoch did better"
+    choice = choice if tuned["epoch"] else " unchanged, because no epoch did better"
     choice += ", averaged" if tuned["averaged"] else ""
-    choice += f", chosen on {tuned['held_out']} others" if tuned["held_out"] else ""
+    choice += f", chosen on {tuned['held_out']} held-out images" if tuned["held_out"] else ""
     return (
         f"fine-tuned for {tuned['recipe']['epochs']} epochs on {tuned['images']} images of {tuned['name']} by "
         f"{' and '.join(teachers)}, {tuned['steps']} steps of {tuned['recipe']['batch_size']} images in "

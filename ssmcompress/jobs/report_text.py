@@ -14,7 +14,7 @@ from .report_axes import AXES_FILE, format_axes, format_tried, list_search_notes
 from .report_steps import list_input_notes, list_repair_notes, list_stage_notes
 
 PICTURE_FILE, SEGMENTS_FILE = "kept_tokens.png", "segments.png"
-UNKNOWN_IMAGES = "the model does not say what it was made on"
+UNKNOWN_IMAGES = "the model has no record of the images that it was made with"
 Report = Mapping[str, Any]
 
 
@@ -222,10 +222,11 @@ def describe_overlap(data: Mapping[str, Any], reason: str = UNKNOWN_IMAGES) -> s
     """
     overlap, images = data.get("overlap", 0), data["images"]
     if overlap is None:
-        return f"how many of the {images} measured images were calibrated on or learnt from is not known: {reason}"
+        return f"how many of the {images} measured images were used for calibration or training is not known: {reason}"
     if overlap == images:
-        return f"warning: all {images} measured images were learnt from: the figures say nothing about other images"
-    return f"{overlap} of the {images} measured images were also calibrated on or learnt from" if overlap else None
+        used = f"all {images} measured images were used for calibration or training"
+        return f"warning: {used}: the figures say nothing about other images"
+    return f"{overlap} of the {images} measured images were also used for calibration or training" if overlap else None
 
 
 # The pictures in the folder of a model, and their names in the templates.

@@ -127,16 +127,16 @@ class PlanRequest:
         own |= {"`reenter`": self.reenter or None, "`fuse`": self.fuse or None}
         of_stages = {name: own[name] for name in ("`stages`", "`importance`", "`fuse`", "`reenter`")}
         if self.merge is not None and (extra := [name for name, value in of_stages.items() if value is not None]):
-            raise InputError(f"`merge` and {', '.join(extra)}: merging has a number of tokens for every layer instead")
+            raise InputError(f"`merge` and {', '.join(extra)}: merging uses a number of tokens for every layer instead")
         if self.fuse and self.searches:
             raise InputError("`fuse`: a search drops tokens; leave out `fuse`, or give `ratio` or `search=False`")
         if self.reenter and self.budgets:
-            raise InputError("`reenter` goes with `ratio`: a budget is met with the tokens dropped to the end")
+            raise InputError("`reenter` needs `ratio`: with a budget, tokens stay dropped to the end")
         if self.file is not None and (extra := [name for name, value in own.items() if value is not None]):
-            raise InputError(f"`plan` and {', '.join(extra)}: a plan has that in it")
+            raise InputError(f"`plan` and {', '.join(extra)}: the plan already sets that")
         for name, value in (("latency", self.latency), ("max_drop", self.max_drop)):
             if value is not None and not self.search:
-                raise InputError(f"`{name}` is met by a search: leave out `search=False`")
+                raise InputError(f"`{name}` needs a search: leave out `search=False`")
         if self.max_drop is not None and (not isinstance(self.max_drop, Real) or not 0 < self.max_drop < 100):
             raise InputError(f"`max_drop` {self.max_drop}: expected percentage points, above 0 and below 100")
         if self.axes is not None:
@@ -146,15 +146,15 @@ class PlanRequest:
                 raise InputError(f"`axes` is empty: expected some of {', '.join(AXES)}")
             of_tokens = {"stages": self.stages, "importance": self.importance} if "tokens" not in self.axes else {}
             if extra := [f"`{name}`" for name, value in of_tokens.items() if value is not None]:
-                raise InputError(f"{' and '.join(extra)}: only tokens use that; add tokens to `axes`")
+                raise InputError(f"{' and '.join(extra)}: only for tokens; add tokens to `axes`")
         if not self.search and self.flops is None and self.flops_backbone is None:
-            raise InputError("`search=False` says how to meet `flops`: give it, or leave out `search=False`")
+            raise InputError("`search=False` needs `flops`: give it, or leave out `search=False`")
         if not self.searches:
             searching = {"sensitivity": self.sensitivity, "by_labels": self.by_labels or None, "axes": self.axes}
             searching["search_images"] = self.search_images if self.search_images != SEARCH_IMAGES else None
             if extra := [f"`{name}`" for name, value in searching.items() if value is not None]:
                 way_out = "give `flops` or `latency`, or `max_drop`" if self.search else "leave out `search=False`"
-                raise InputError(f"{' and '.join(extra)}: only a search uses that; {way_out}")
+                raise InputError(f"{' and '.join(extra)}: only for a search; {way_out}")
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def read_sensitivity(model: TokenModel, request: SearchRequest, refit: bool) -> 
         ("choice about reconstruction", refit, sensitivity.refit),
     ):
         if ours != theirs:
-            raise InputError(f"{request.sensitivity} was measured with another {what}: leave it out to measure anew")
+            raise InputError(f"{request.sensitivity} was measured with another {what}: leave it out to measure again")
     return sensitivity
 
 

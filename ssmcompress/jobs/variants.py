@@ -66,7 +66,7 @@ def match_layers(model: TokenModel, layers: Sequence[int]) -> tuple[int, ...]:
     if found := tuple(layer for layer, number in enumerate(numbers, 1) if number in layers):
         return found
     raise InputError(
-        f"the model has lost layers {', '.join(map(str, layers))}: expected some of {', '.join(map(str, numbers))}"
+        f"the model no longer has layers {', '.join(map(str, layers))}: expected some of {', '.join(map(str, numbers))}"
     )
 
 

@@ -331,7 +331,7 @@ class TokenModel(SectionedModel, InputModel, RunningModel, FeatureModel, Pretrai
     def check_plan(self, plan: Plan) -> Plan:
         """Return a plan adapted to the current model; InputError if the model cannot be pruned by it."""
         if plan.reenter and not self.reads_levels:
-            raise InputError("`reenter` is for models that read out every position, as those for segmentation do")
+            raise InputError("`reenter` is for models that read out every position, such as segmentation models")
         plan.validate(len(self.blocks), self.drops_inside)
         for stage in plan.stages:
             self.check_importance(stage.importance, stage.after)

@@ -166,7 +166,7 @@ def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | 
         values.pop("interpolation", None)  # "random", for instance, which is for training
     if not {"mean", "std"} <= values.keys() or not all(isinstance(values[name], tuple) for name in ("mean", "std")):
         return _normalise(default, said)
-    note(f"mean and std of the images are those of {said.options['mean'].where}")
+    note(f"mean and std of the images are taken from {said.options['mean'].where}")
     return default.changed(**values)
 
 
@@ -182,7 +182,7 @@ def _normalise(
     except InputError as error:
         note(f"mean and std of {where} are not used: {str(error)[:200]}")
         return default
-    note(f"mean and std of the images are those of {where}{more}")
+    note(f"mean and std of the images are taken from {where}{more}")
     return found
 
 
@@ -313,7 +313,7 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
         try:
             path = _find_place(source.path).path
         except SsmCompressError as error:  # callers can continue without the dense model, whatever the reason
-            raise InputError(f"the dense model is not there: {error}") from error
+            raise InputError(f"the dense model is not available: {error}") from error
         file = path / WEIGHTS_FILE if path.is_dir() else path
         if not file.is_file():
             raise InputError(f"the dense model {source.path} is gone")

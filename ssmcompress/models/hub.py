@@ -121,7 +121,7 @@ def inspect_target(name: HubName, wanted: Sequence[str]) -> Target | None:
     if constants.HF_HUB_OFFLINE:
         raise SsmCompressError(f"{name}: HF_HUB_OFFLINE is set, but an upload needs the network")
     if get_token() is None:
-        raise InputError(f"{name}: no token; log in with `hf auth login`, or set HF_TOKEN to one that may write")
+        raise InputError(f"{name}: no token; log in with `hf auth login`, or set HF_TOKEN to a token with write access")
     with explained(name, writes=True):
         ask = partial(HfApi().model_info, name.repository, files_metadata=True, timeout=TIMEOUT)
         try:
@@ -220,7 +220,7 @@ def _download(name: HubName, files: list[str], listing: Listing) -> list[Path]:
         except Exception as error:  # as in `list_files`
             if is_network(error) and not isinstance(error, LocalEntryNotFoundError):
                 raise SsmCompressError(
-                    f"{name}: the download of {file} broke off ({first_line(error)}); run the command again"
+                    f"{name}: the download of {file} was interrupted ({first_line(error)}); run the command again"
                 ) from error
             raise
         paths.append(path)

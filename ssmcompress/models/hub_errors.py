@@ -40,7 +40,7 @@ def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCom
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # from a thread that uploads a file
         error = error.__cause__
     if str(error).startswith("Invalid metadata"):
-        return InputError(f"{name}: the Hub refuses the card: {' '.join(str(error).split())[:300]}")
+        return InputError(f"{name}: the Hub rejects the model card: {' '.join(str(error).split())[:300]}")
     locally = "" if writes else "no such file or folder, and "
     repository, page = name.repository, f"{constants.ENDPOINT}/{name.repository}"
     status = _status(error)
@@ -55,15 +55,15 @@ def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCom
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return InputError(f"{name}: no such file in the repository, see {page}")
     if isinstance(error, errors.HFValidationError):
-        return InputError(f"{name}: no name of the Hub ({first_line(error)})")
+        return InputError(f"{name}: not a valid Hub name ({first_line(error)})")
     if is_offline(error):
         return not_cached(name)
     if status == 401:
-        return InputError(f"{name}: the Hub refuses the token; log in again with `hf auth login`, or check HF_TOKEN")
+        return InputError(f"{name}: the Hub rejects the token; log in again with `hf auth login`, or check HF_TOKEN")
     if status == 403:
-        return InputError(f"{name}: the Hub allows no access ({first_line(error)}); check the token's permissions")
+        return InputError(f"{name}: the Hub denies access ({first_line(error)}); check the token's permissions")
     if status is not None:
-        return SsmCompressError(f"{name}: the Hub answers {status} ({first_line(error)}); try again later")
+        return SsmCompressError(f"{name}: the Hub returned status {status} ({first_line(error)}); try again later")
     if is_network(error):
         return SsmCompressError(
             f"{name}: {locally}{constants.ENDPOINT} cannot be reached ({first_line(_root(error))}); check the network"
@@ -74,7 +74,7 @@ def explain(name: HubName, error: BaseException, writes: bool = False) -> SsmCom
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         return SsmCompressError(f"{name}: the cache {constants.HF_HUB_CACHE} cannot be written: {what}")
     kind = "" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__} "
-    return SsmCompressError(f"{name}: the answer of {constants.ENDPOINT} cannot be read ({kind}{first_line(error)})")
+    return SsmCompressError(f"{name}: the response of {constants.ENDPOINT} cannot be read ({kind}{first_line(error)})")
 
 
 def not_cached(name: HubName) -> SsmCompressError:

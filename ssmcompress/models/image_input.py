@@ -110,7 +110,7 @@ class InputModel(nn.Module):
     def label_rule(self, asked: bool | None = None) -> bool | None:
         """Return whether masks number the classes from 1: `asked`, which is stored, else the stored value."""
         if asked is None and self.reduce_zero_label:
-            note("masks count classes from 1, as the model remembers it (`reduce_zero_label`)")
+            note("masks count classes from 1, as recorded in the model (`reduce_zero_label`)")
         if asked is not None and self.task is SEGMENTATION:
             self.reduce_zero_label = asked
         return self.reduce_zero_label if asked is None else asked

@@ -90,7 +90,7 @@ def open_batches(model: nn.Module, data: Any) -> Batches | None:
             f"a {type(model).__name__} does not say how to prepare images: pass batches of tensors, or load(...) of it"
         )
     if table and model.frames is not None:
-        raise InputError("a data set of `datasets`: the model takes videos, which are read from folders and .npz files")
+        raise InputError("a dataset of `datasets`: the model takes videos, which are read from folders and .npz files")
     if table:
         data = read_dataset(data, model.config.num_classes, task=model.task)
     elif not isinstance(data, Images):
@@ -152,8 +152,8 @@ def open_training(model: TokenModel, data: Any) -> Batches:
     if batches is None:
         found = repr(data) if data is None else f"a {type(data).__name__}"
         raise InputError(
-            f"{found} to train on: expected a folder, open_images(...) or `Batches`, because the images are augmented "
-            f"anew in each epoch"
+            f"{found} to train on: expected a folder, open_images(...) or `Batches`, because the images are "
+            "augmented differently in each epoch"
         )
     return batches
 

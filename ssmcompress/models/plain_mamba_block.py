@@ -290,7 +290,7 @@ def read_backbone_sizes(shape: Shapes, stride: int | None) -> dict[str, Any]:
     d_model, _, side, _ = shape("backbone.patch_embed.projection.weight", 4)
     patch = STEM_STRIDE * side
     if stride not in (None, patch):
-        raise InputError(f"stride {stride}: a PlainMamba's patches, {patch} pixels here, lie side by side")
+        raise InputError(f"stride {stride}: a PlainMamba's patches, {patch} pixels here, do not overlap")
     dw_layers = tuple(i for i in range(depth) if f"backbone.layers.{i}.dw.0.weight" in shape.state)
     return {
         "d_model": d_model,

@@ -51,7 +51,7 @@ def register_architecture(model_class: type[TokenModel]) -> type[TokenModel]:
     if missing := [*missing, *sorted(model_class.__abstractmethods__)]:
         raise ValueError(f"{model_class.__name__} lacks {', '.join(missing)}: define them, see `TokenModel`")
     if _key(model_class.architecture) in {_key(name) for m in MODELS for name in (*m.families, m.architecture)}:
-        raise ValueError(f"architecture {model_class.architecture!r} is there already")
+        raise ValueError(f"architecture {model_class.architecture!r} is already registered")
     MODELS.insert(0, model_class)
     _registered.append(model_class)
     return model_class
@@ -88,7 +88,7 @@ def recognise(state: StateDict, writer: str | None = None, family: str | None = 
     typical = [model_class for model_class in fitting if model_class.has_own_size(state)]
     found = next(iter([*named, *typical, *fitting]), None)
     if found not in _registered and (family := find_family(state)) is not None:
-        origin = f"written by {writer}" if writer else "nothing in the file says what wrote it"
+        origin = f"written by {writer}" if writer else "the file does not say what wrote it"
         supported = ", ".join(m.architecture for m in MODELS)
         raise InputError(
             f"{family.name}, {family.task}, {origin}: not supported; this version compresses models of type {supported}"
@@ -179,7 +179,7 @@ def check_task(state: StateDict, task: str | None) -> None:
         missing = "head.weight or head.fc.weight, its classifier, is missing, and decode_head.* is there"
     else:
         missing = "decode_head.*, the head that segments, is missing"
-    raise InputError(f"`task` {task!r}: this is no model for {TASKS[task].title}; {missing}")
+    raise InputError(f"`task` {task!r}: this is not a model for {TASKS[task].title}; {missing}")
 
 
 def _add_classes(model: TokenModel, said: Statements) -> None:
@@ -235,7 +235,7 @@ def _note_another_name(said: Statements) -> None:
     others = {family_of_name(s.value) for s in said.names if s.where == FILE_NAME} - {None, said.family.value}
     for other in sorted(others):
         if not any(is_named(m, other) and is_named(m, said.family.value) for m in MODELS):
-            note(f"{FILE_NAME} says {other}, but {said.family.where} says {said.family.value}, which counts")
+            note(f"{FILE_NAME} says {other}, but {said.family.where} says {said.family.value}, which takes precedence")
 
 
 def _check(model: TokenModel, state: dict[str, Tensor]) -> None:

@@ -130,7 +130,7 @@ def check_plan(model: TokenModel, plan: Any, options: Mapping[str, Any], depth: 
         depth: number of layers that the model will have when the plan is applied; None: its current number.
     """
     if options:
-        raise InputError(f"`plan` and {', '.join(f'`{name}`' for name in options)}: a plan has that in it")
+        raise InputError(f"`plan` and {', '.join(f'`{name}`' for name in options)}: the plan already sets that")
     if isinstance(plan, Mapping):
         plan = Plan.from_dict(plan)
     if isinstance(plan, Real):

@@ -121,7 +121,7 @@ def _check_sums(file: Path) -> None:
         raise_if_out_of_memory(error)
         return
     if 0 < damaged < records:
-        raise InputError(f"damaged: {damaged} of {records} records differ from their check sums; get the file again")
+        raise InputError(f"damaged: {damaged} of {records} records differ from their checksums; get the file again")
 
 
 # Globals that occur in the pickles of tensors, state dicts and training arguments.

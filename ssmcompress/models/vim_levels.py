@@ -63,5 +63,5 @@ def find_level(said: Statements) -> str | None:
             raise InputError(f"the file says {text}: output levels that are not supported (see `level`)")
         return configured
     if configured not in (None, given.value):
-        note(f"{given.where} {given.value!r} counts, although the file says {configured!r} by its options")
+        note(f"{given.where} {given.value!r} takes precedence, although the options in the file say {configured!r}")
     return given.value

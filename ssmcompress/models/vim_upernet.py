@@ -258,7 +258,7 @@ class VimUperNet(UperNet):
         if patch != patch_size[1] or patch not in PATCH_SIZES:
             raise InputError(f"patches of {tuple(patch_size)} pixels: the neck has one for 16 or 8 pixels only")
         if stride not in (None, patch):
-            raise InputError(f"stride {stride}: a segmentation model's patches, {patch} pixels here, lie side by side")
+            raise InputError(f"stride {stride}: a segmentation model's patches, {patch} pixels here, do not overlap")
 
         def grid_of(size: Size) -> Size:
             return size[0] // patch, size[1] // patch
@@ -272,7 +272,7 @@ class VimUperNet(UperNet):
         ropes = [fitted.pop(key) for key in ROPE_KEYS if key in fitted]
         for table, expected in zip(ropes, rotations(trained, d_model) if ropes else (), strict=False):
             if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=1e-3):
-                raise InputError(f"{ROPE_KEYS[0]} holds other rotations than those of a grid of {trained} patches")
+                raise InputError(f"{ROPE_KEYS[0]} does not hold the rotations of a grid of {trained} patches")
         config = VimUperNetConfig(
             **sizes,
             d_model=d_model,
@@ -301,7 +301,7 @@ class VimUperNet(UperNet):
         if config.level and level not in (None, config.level):
             raise InputError(
                 f"the file has rotary positions ({ROPE_KEYS[0]}), which are supported with `level` {config.level!r} "
-                f"only, but {level!r} is said"
+                f"only, not with {level!r}"
             )
         level = level or config.level
         if not level:

@@ -241,7 +241,7 @@ class VisionTransformer(TokenModel):
         found = read_options(config, said)
         if config.pre_norm and "activation" not in found:
             raise InputError(
-                "a ViT with a norm before its layers, as of CLIP, whose activation is not in the weights: load it from "
+                "a ViT with a norm before its layers, as in CLIP, whose activation is not in the weights: load it from "
                 "a folder with timm's config.json, which names the model"
             )
         options = {"activation": "gelu", "epsilon": 1e-6, "pool": default, **found}
@@ -249,8 +249,8 @@ class VisionTransformer(TokenModel):
         if "num_heads" not in options:
             if config.d_model % HEAD_WIDTH:
                 raise InputError(
-                    f"the number of heads is not in the weights, and the width {config.d_model} is no multiple of "
-                    f"{HEAD_WIDTH}, which heads have in published models: give `num_heads`"
+                    f"the number of heads is not in the weights, and the width {config.d_model} is not a multiple of "
+                    f"{HEAD_WIDTH}, the width of a head in published models: give `num_heads`"
                 )
             options["num_heads"] = config.d_model // HEAD_WIDTH
         return replace(config, **options)

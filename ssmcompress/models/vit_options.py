@@ -52,7 +52,7 @@ def check_options(config: ViTConfig, options: dict[str, Any]) -> None:
             raise InputError(f"a ViT with {name} {options[name]!r} is not supported: expected {', '.join(supported)}")
     epsilon = options["epsilon"]
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise InputError(f"`epsilon` {epsilon!r}: expected a small number, as 1e-6")
+        raise InputError(f"`epsilon` {epsilon!r}: expected a small number, such as 1e-6")
     if options["pool"] == "token" and not config.class_token:
         raise InputError("a ViT without a class token cannot read it out (pool 'token')")
     if options["pool"] == "avg" and config.distillation_token:

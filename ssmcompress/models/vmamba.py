@@ -290,7 +290,7 @@ class VMamba(LevelledModel):
 
 HINTS = {
     "layers.0.blocks.0.mlp.fc1.weight": "its layers have no MLP, as in the first version, which is not supported",
-    "patch_embed.0.weight": "its patches are made otherwise, as in the first version, which is not supported",
+    "patch_embed.0.weight": "its patches are made differently, as in the first version, which is not supported",
 }
 
 
@@ -312,7 +312,7 @@ def to_own_form(state: StateDict) -> dict[str, Tensor]:
         elif key.endswith("op.dt_projs.weight") and value.ndim == 2 and len(value) % PATHS == 0:
             key, value = f"{key.removesuffix('.weight')}_weight", value.unflatten(0, (PATHS, -1))
         if key in found:
-            raise InputError(f"{key} of a VMamba is there twice, once as {stored}: remove one of them")
+            raise InputError(f"{key} of a VMamba is present twice, once as {stored}: remove one of them")
         found[key] = value
     return found
 

@@ -129,5 +129,5 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 def _find_backend(name: str) -> str | ModuleType:
     """Return a registered backend: its module, or its dotted name if it has not been imported yet."""
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
     return BACKENDS[name]

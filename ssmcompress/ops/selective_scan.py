@@ -173,7 +173,7 @@ def scan_paths(
         ValueError: the shapes do not match, there are no paths, or the score or the backend is unknown.
     """
     if score is not None and score not in SCORES:
-        raise ValueError(f"scan_paths: unknown score {score!r}; there are {', '.join(SCORES)}")
+        raise ValueError(f"scan_paths: unknown score {score!r}; expected one of {', '.join(SCORES)}")
     if is_observed():
         paths = _tell_paths(paths, delta_softplus)
     path_iterator = _check_paths(paths, z, scored)
@@ -302,6 +302,6 @@ def _check_shapes(u, delta, A, B, C, D, z, delta_bias, gap, add, order, reverse)
         fits = tuple(order.shape) == ((length,) if order.ndim == 1 else (batch, length))
         if reverse or not fits or order.is_floating_point():
             raise ValueError(
-                f"selective_scan: expected an order ({length},) or {(batch, length)}, of integers, and no reverse "
-                f"beside it, found {tuple(order.shape)} {order.dtype}{' and reverse' if reverse else ''}"
+                f"selective_scan: expected an order ({length},) or {(batch, length)}, of integers, and not together "
+                f"with reverse, found {tuple(order.shape)} {order.dtype}{' and reverse' if reverse else ''}"
             )

@@ -167,5 +167,5 @@ def register_importance(name: str, importance: Importance) -> None:
         ValueError: the name is taken.
     """
     if name in IMPORTANCES:
-        raise ValueError(f"importance {name!r} is there already")
+        raise ValueError(f"importance {name!r} is already registered")
     IMPORTANCES[name] = importance

@@ -111,8 +111,8 @@ class Segmentation(Task):
     def describe_chance(self, result: Evaluation, classes: int) -> str:
         more = "hardly" if result.miou > result.chance else "no"
         return (
-            f"has an mIoU of {result.miou:.3g} % on {result.images} images, {more} more than predictions that have "
-            f"nothing to do with them would get ({result.chance:.3g} %)"
+            f"has an mIoU of {result.miou:.3g} % on {result.images} images, {more} more than predictions independent "
+            f"of them would get ({result.chance:.3g} %)"
         )
 
     def causes_of_chance(self, by_name: bool) -> list[str]:

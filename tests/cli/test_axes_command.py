@@ -71,7 +71,7 @@ def test_the_table_of_the_axes_is_whole_in_80_columns():
     runs = tables[tables.index("combinations run") :]
     assert runs.count("(chosen)") == 1
     assert f"{found['search']['flops']:.1%}" in next(line for line in runs.splitlines() if "(chosen)" in line)
-    assert "asked for at most 55.0% of the FLOPs" in shown
+    assert "requested: at most 55.0% of the FLOPs" in shown
 
 
 def test_pictures_in_the_folder_are_those_that_its_card_shows():

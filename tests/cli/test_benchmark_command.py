@@ -81,7 +81,7 @@ def test_peers_are_timed_in_the_same_rounds(checkpoint, monkeypatch, dtype):
 
 
 def test_peers_that_cannot_be(checkpoint, monkeypatch):
-    assert "--peers are timed next to models" in refused("benchmark", "--ops", "--peers")
+    assert "--peers: expected at least one model to compare with" in refused("benchmark", "--ops", "--peers")
     torch.save({"model": make_vim_upernet().state_dict()}, "segments.pth")
     assert "--peers are models for classification" in refused("benchmark", "segments.pth", "--peers")
     monkeypatch.setitem(sys.modules, "timm", None)

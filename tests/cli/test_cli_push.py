@@ -168,12 +168,12 @@ def test_what_goes_wrong_is_one_line_and_nothing_is_uploaded(hub, pruned_folder,
     assert "a branch is given by --revision" in refused("push", pruned_folder, f"{TO}@v1", *given)
     assert f"is a web address: write {TO}" in refused("push", pruned_folder, f"https://hf.co/{TO}", *given)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the Hub refuses the token; log in again" in refused("push", pruned_folder, TO, *given)
+    assert "the Hub rejects the token; log in again" in refused("push", pruned_folder, TO, *given)
     monkeypatch.delenv("HF_TOKEN")
     assert "no token; log in with `hf auth login`" in refused("push", pruned_folder, TO, *given)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.forbidden = True
-    assert "the Hub allows no access" in refused("push", pruned_folder, TO, *given)
+    assert "the Hub denies access" in refused("push", pruned_folder, TO, *given)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1 cannot be reached" in refused("push", pruned_folder, TO, *given, code=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -333,8 +333,8 @@ def test_files_of_others_are_replaced_only_if_asked(hub, pruned_folder, config):
     hub.add(TO, {**theirs, **({"config.json": config} if config is not None else {})})
     before = dict(hub.repositories[TO].branches)
     said = refused("push", pruned_folder, TO, "--license", "mit")
-    assert f"{TO} exists and holds what ssmcompress did not write (" in said
-    assert "write into it by --force" in said
+    assert f"{TO} exists and has files that ssmcompress did not write (" in said
+    assert "upload anyway with --force" in said
     assert hub.repositories[TO].branches == before
     result = call_json("push", pruned_folder, TO, "--license", "mit", "--force")
     assert result["deleted"] == []

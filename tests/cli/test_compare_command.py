@@ -31,7 +31,7 @@ def test_two_families_are_compared_on_the_same_pictures(plain, tmp_path):
     assert (
         f"wrote {folder}/compare.json, compare.csv, pareto.png and pareto.svg, and a folder for each" in result.stderr
     )
-    assert "--image-size, --mean, --std: for the files; folders are read as they say" in result.stderr
+    assert "--image-size, --mean, --std: applied to files only; folders keep their own settings" in result.stderr
     for text in ("(vim, 28x28)", "(plain_mamba, 32x32)", "smaller image", "images/s", "at FLOPs", "12 images of"):
         assert text in result.stdout
     value = json.loads((folder / "compare.json").read_text())
@@ -60,7 +60,7 @@ def test_json_is_what_the_file_says_and_a_second_run_measures_nothing(checkpoint
 def test_a_warning_is_called_one_once(checkpoint, class_folders):
     data = ("--data", class_folders, "--eval-data", class_folders, "--ratios", 0.4, "--methods", "clip, aligned")
     printed = call("compare", checkpoint, *data, "--no-latency").stdout
-    assert "warning: all 20 measured images were learnt from" in " ".join(printed.split())
+    assert "warning: all 20 measured images were used for calibration or training" in " ".join(printed.split())
     assert "warning: warning:" not in printed
 
 
@@ -89,7 +89,7 @@ def test_models_that_do_not_fit_together_are_refused_in_one_line(checkpoint, cla
 def test_options_of_files_are_refused_where_all_models_are_folders(class_folders, tmp_path):
     folders = [ssmcompress.save(make_vim(seed=seed), tmp_path / f"m{seed}") for seed in (1, 2)]
     line = refused("compare", *folders, "--data", class_folders, "--mean", "0.5", "--crop-pct", "90%")
-    assert "--mean, --crop-pct: only files take that, and all models are folders; leave it out" in line
+    assert "--mean, --crop-pct: only for checkpoint files, but all models are folders; leave it out" in line
 
 
 def test_a_method_is_left_out_with_a_note(checkpoint, class_folders, tmp_path):
@@ -106,6 +106,6 @@ def test_heads_are_for_the_files_that_have_some(checkpoint, class_folders, tmp_p
     torch.save({"model": make_vit().state_dict()}, tmp_path / "vit.pth")
     options = ("--data", class_folders, *FEW, "--num-heads", 3)
     result = call("compare", checkpoint, tmp_path / "vit.pth", *options)
-    assert "a model of type vim has no such option; it is left out" in result.stderr
+    assert "a model of type vim has no such option; the option is ignored" in result.stderr
     assert "(vit, 16x16)" in result.stdout
     assert "a model of type vim has no such option" in refused("compare", checkpoint, *options)

@@ -54,7 +54,7 @@ def test_a_finished_run_is_done_at_once(pruned_folder, class_folders):
     stamp = os.stat("tuned/model.safetensors").st_mtime_ns
     assert call_json(*arguments) == first
     assert os.stat("tuned/model.safetensors").st_mtime_ns == stamp
-    assert "another fine-tuned model, with epochs 2 for 3" in refused(*arguments, "--epochs", 3)
+    assert "another fine-tuned model, with epochs 2 instead of 3" in refused(*arguments, "--epochs", 3)
     call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned", "--force", "--seed", 1)
     assert call_json("report", "tuned")["finetuning"]["seed"] == 1
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_fine_tuned(checkpoint, class_folders, pruned_folder, tmp
     assert "expected NAME=VALUE" in refused("finetune", "pruned", "--data", class_folders, *where, "--set", "speed=1")
     assert "no labels" in refused("finetune", "pruned", "--data", tmp_path / "plain", *where, "--no-teacher")
     Path("tuned.training.pt").write_bytes(b"nothing")
-    assert "--resume goes on" in refused("finetune", "pruned", "--data", class_folders, *where)
+    assert "--resume continues it" in refused("finetune", "pruned", "--data", class_folders, *where)
     assert "tuned.training.pt" in refused("finetune", "pruned", "--data", class_folders, *where, "--resume")
     call("finetune", "pruned", "--data", class_folders, *where, "--force", *TUNE)
 
@@ -91,7 +91,7 @@ def test_without_the_dense_model_labels_teach(checkpoint, class_folders, pruned_
     said = call("finetune", "pruned", "--data", tmp_path / "plain", "-o", "a", code=2).stderr
     assert "no dense model to learn from" in said.splitlines()[-1]
     result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
-    assert "learning from labels alone" in result.stderr
+    assert "training on labels only" in result.stderr
     found = call_json("report", "tuned")
     assert found["agreement"] == {"top1": None, "kl": None}
     assert found["dense"]["flops"]["full"] > found["pruned"]["flops"]["full"]
@@ -101,7 +101,7 @@ def test_a_class_without_images_is_named(class_folders, pruned_folder):
     for file in (class_folders / "class7").iterdir():
         file.unlink()
     result = call("finetune", "pruned", "--data", class_folders, *TUNE, "-o", "tuned")
-    assert "no image to learn from for 1 class: class7" in result.stderr
+    assert "no training images for 1 class: class7" in result.stderr
 
 
 def long_run(folder, images, *more):
@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(class_folders, pruned_folder):
     assert process.wait(60) == 130
     said = process.stderr.read().splitlines()
     assert said[-1].startswith("error: interrupted")
-    assert "--resume` goes on" in said[-2]
+    assert "--resume`" in said[-2]
     assert not any("Traceback" in line for line in said)
     assert ended(workers)
     state = torch.load("cut.training.pt", weights_only=True)
@@ -186,7 +186,7 @@ def test_a_second_run_in_place_that_is_interrupted_goes_on(pruned_folder, class_
     first = Path("pruned/model.safetensors").read_bytes()
     interrupted(monkeypatch, *options, "--force")
     again = call(*options, "--resume")
-    assert "going on after step 1 of 6" in again.stderr
+    assert "resuming after step 1 of 6" in again.stderr
     assert "is finished" not in again.stderr
     assert Path("pruned/model.safetensors").read_bytes() != first
     assert "before" in call_json("report", "pruned")
@@ -200,7 +200,7 @@ def test_a_forced_run_that_is_interrupted_replaces_the_older_result(pruned_folde
     changed = *options, "--epochs", 3
     interrupted(monkeypatch, *changed, "--force")
     assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 2
-    assert "going on after step 1 of 9" in call(*changed, "--resume").stderr
+    assert "resuming after step 1 of 9" in call(*changed, "--resume").stderr
     assert call_json("report", "tuned")["finetuning"]["recipe"]["epochs"] == 3
     assert not os.path.exists("tuned.training.pt")
 
@@ -255,5 +255,5 @@ def test_when_fine_tuning_is_killed_the_pruned_folder_is_there(checkpoint, class
     state["run"]["about"]["recipe"]["epochs"] = 5  # so that the end is near
     torch.save(state, "m.training.pt")
     again = call("finetune", "m", *options, "--epochs", 5, "--resume", "-o", "m")
-    assert f"going on after step {done} of" in again.stderr
+    assert f"resuming after step {done} of" in again.stderr
     assert ssmcompress.load("m").find_record("finetuning") is not None

@@ -100,7 +100,8 @@ def test_a_log_is_continued_and_nothing_else_is_touched(checkpoint):
     for name, content in (("notes.txt", b"mine\n"), ("model.pt", checkpoint.read_bytes())):
         Path(name).write_bytes(content)
         said = refused("inspect", checkpoint, "--log-file", name)
-        assert said == f"error: --log-file {name} is no log of ssmcompress: it is left as it is, name another file\n"
+        what = "is not a log of ssmcompress and is left unchanged: choose another file"
+        assert said == f"error: --log-file {name} {what}\n"
         assert Path(name).read_bytes() == content
     Path("empty.log").touch()
     call("inspect", checkpoint, "--log-file", "empty.log")
@@ -117,7 +118,7 @@ def test_a_log_that_cannot_be_written(checkpoint, file, reason):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
 def test_a_full_disk_ends_the_log_and_not_the_command(checkpoint):
     result = call("inspect", checkpoint, "--log-file", "/dev/full")
-    assert result.stderr == "--log-file /dev/full: No space left on device; it ends here\n"
+    assert result.stderr == "--log-file /dev/full: No space left on device; logging stops here\n"
     assert result.stdout == call("inspect", checkpoint).stdout
 
 

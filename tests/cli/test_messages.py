@@ -57,9 +57,11 @@ def test_every_command_takes_shares(checkpoint, class_folders):
     assert "as 70% or 0.7" in refused("prune", checkpoint, "--latency", "70")
     assert "as 60% or 0.6" in refused("compare", checkpoint, "--flops", "75%,60")
     assert "as 10% or 0.1" in refused("compare", checkpoint, "--ratios", "10")
-    assert "--crop-pct 87.5: expected a share, as 87.5% or 0.875" in refused("evaluate", checkpoint, "--crop-pct", 87.5)
+    assert "--crop-pct 87.5: expected a share, such as 87.5% or 0.875" in refused(
+        "evaluate", checkpoint, "--crop-pct", 87.5
+    )
     ramp = "finetune", checkpoint, "--data", class_folders, "-o", "x", "--ramp"
-    assert "--ramp 50: expected a share, as 50% or 0.5" in refused(*ramp, "50")
+    assert "--ramp 50: expected a share, such as 50% or 0.5" in refused(*ramp, "50")
     assert "ramp -0.5" in refused(*ramp, "-50%")
 
 
@@ -129,7 +131,7 @@ def test_a_typo_in_an_input_is_reported_before_an_output_that_exists(
     ("arguments", "message"),
     [
         (["verify", "graph.onnx", "pruned"], "graph.onnx is an ONNX file and pruned is not: swap them"),
-        (["verify", "pruned", "DENSE"], "is no ONNX file"),
+        (["verify", "pruned", "DENSE"], "is not an ONNX file"),
         (["prune", "IMAGES", "--data", "DENSE"], "holds images and --data {DENSE} is a model: swap them"),
         (["prune", "IMAGES", "--eval-data", "DENSE"], "holds images and --eval-data {DENSE} is a model"),
         (["evaluate", "IMAGES", "--data", "DENSE"], "swap them, {DENSE} --data {IMAGES}"),
@@ -140,7 +142,7 @@ def test_a_typo_in_an_input_is_reported_before_an_output_that_exists(
         (["export", "out.onnx"], "`export MODEL --onnx -o out.onnx` writes it"),
         (["inspect", "graph.onnx"], "graph.onnx is the name of an ONNX file"),
         (["benchmark", "graph.onnx"], "graph.onnx is the name of an ONNX file"),
-        (["evaluate", "pruned/report.json"], "pruned/report.json is no model"),
+        (["evaluate", "pruned/report.json"], "pruned/report.json is not a model"),
         (["prune", "pruned", "-o", "x"], "or start from the dense model, {DENSE}"),
         (["prune", "pruned", "--dry-run"], "by this plan it would have"),
         (["compare", "pruned", "-o", "x"], "pruned already; expected the dense model that it was made from, {DENSE}"),
@@ -262,11 +264,11 @@ def test_advice_is_not_what_was_given_already(checkpoint, tmp_path):
     for i in range(4):
         write_image(tmp_path / "plain" / f"{i}.png", i)
     result = call("evaluate", checkpoint, "--data", tmp_path / "plain")
-    nothing = f"nothing to measure: no labels in {tmp_path / 'plain'}, and no dense model to agree with; labels are "
+    nothing = f"nothing to measure: no labels in {tmp_path / 'plain'}, and no dense model to compare with; labels are "
     assert nothing + "class folders, a column label" in result.stderr
     assert "give --data" not in result.stderr
     assert "measured on" not in result.stdout
-    assert "no labels in sample photographs, and no dense model to agree with; give --data" in (
+    assert "no labels in sample photographs, and no dense model to compare with; give --data" in (
         call("evaluate", checkpoint).stderr
     )
     result = call("evaluate", checkpoint, "--dense", checkpoint)
@@ -276,7 +278,7 @@ def test_advice_is_not_what_was_given_already(checkpoint, tmp_path):
 
 def test_export_without_onnx_says_what_it_wrote(checkpoint):
     said = call("export", checkpoint, "-o", "m.safetensors").stderr
-    assert "wrote m.safetensors, one file that every command takes as MODEL (--onnx writes an ONNX file)" in said
+    assert "wrote m.safetensors, which every command accepts as MODEL (use --onnx to write an ONNX file)" in said
 
 
 @pytest.mark.parametrize(

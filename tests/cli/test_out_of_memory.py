@@ -212,7 +212,9 @@ def test_results_that_were_kept_are_gone_on_with(run_out, words, monkeypatch):
     arguments, track = words("prune DENSE --data IMAGES --no-latency -o out"), progress.FrontEnd.track
     run_out("reconstructing", MemoryError())
     said = refused_after_work(arguments)
-    assert said.endswith(f"; then `{shlex.join(['ssmcompress', *arguments])} --resume` goes on from what was kept")
+    assert said.endswith(
+        f"; then `{shlex.join(['ssmcompress', *arguments])} --resume` continues from the saved results"
+    )
     monkeypatch.setattr(progress.FrontEnd, "track", track)
     assert "wrote out" in call(*arguments, "--resume").stderr
 
@@ -232,7 +234,7 @@ def test_compiled_kernels_run_out_of_memory(words, monkeypatch):
 def test_a_command_without_such_options_names_none(monkeypatch):
     monkeypatch.setattr("ssmcompress.jobs.demo.run_demo", lambda *_, **__: fail(MemoryError()))
     said = refused("demo", "-o", "out", code=1)
-    assert said == "error: out of memory in demo; end other programs, or use a machine with more of it\n"
+    assert said == "error: out of memory in demo; close other programs, or use a machine with more memory\n"
 
 
 def test_what_ran_before_is_named_where_no_step_runs(words, monkeypatch):

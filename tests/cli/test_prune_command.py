@@ -106,7 +106,7 @@ def test_a_dry_run_writes_nothing_and_its_plan_can_be_used(checkpoint, class_fol
     made = call_json("prune", checkpoint, "--plan", "calibrated/config.json", *with_images, "-o", "o")
     assert made["alignment"]["gap"] == "calibrated"
     for option in (("--importance", "l1"), ("--no-align",), ("--stages", "1")):
-        assert "a plan has that in it" in refused("prune", checkpoint, "--plan", "plan.json", *option)
+        assert "the plan already sets that" in refused("prune", checkpoint, "--plan", "plan.json", *option)
     Path("empty.json").write_text('{"stages": []}')
     assert "prunes nothing" in refused("prune", checkpoint, "--plan", "empty.json")
 

@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(pruned_folder, class
     with monkeypatch.context() as patch:
         patch.setattr("ssmcompress.jobs.prune.write_folder", stop)
         patch.setattr("ssmcompress.jobs.prune.WORTH_KEEPING", 0)
-        assert "--resume` goes on" in call("prune", "pruned", *options, "-o", "n", code=130).stderr
+        assert "--resume`" in call("prune", "pruned", *options, "-o", "n", code=130).stderr
     assert os.listdir("n.results")
     call("prune", "pruned", *options, "-o", "n", "--resume")
     assert same("m", "n")
@@ -152,13 +152,13 @@ def test_a_budget_is_a_share_of_the_dense_model(checkpoint, pruned_folder, class
         (("--stages", "2"), "tokens left before layer 2, and by this plan it would have 17"),
         (
             ("--flops", "50%"),
-            "give --ratio, --plan or --no-search to go on from it, or search on the dense model, {DENSE}",
+            "give --ratio, --plan or --no-search to compress it further, or search on the dense model, {DENSE}",
         ),
         (("--latency", "50%"), "--latency: a search measures what a dense model loses"),
         (("--max-drop", "1"), "give --ratio, --plan or --flops with --no-search"),
         (("--plan", "trims.json"), "trims {{'states': 2}}, and the model has lost nothing but tokens"),
         (("--ratio", "0.7", "--dense", "pruned"), "pruned is pruned itself; expected a dense model"),
-        (("--ratio", "0.7", "--dense", "OTHER"), "--dense has other sizes"),
+        (("--ratio", "0.7", "--dense", "OTHER"), "--dense differs in size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -185,13 +185,13 @@ def test_the_dense_model_has_to_be_there(checkpoint, pruned_folder):
     moved = checkpoint.with_name("moved.pt")
     os.rename(checkpoint, moved)
     said = refused("prune", "pruned", "--ratio", "0.7")
-    assert f"the dense one is needed, and the dense model {checkpoint} is gone: give it as --dense" in said
+    assert f"further needs the dense one, but the dense model {checkpoint} is gone: give it as --dense" in said
     call("prune", "pruned", "--ratio", "0.7", "--dense", moved, *QUICK, "-o", "m")
     shutil.copy(moved, checkpoint)
     with open(checkpoint, "ab") as file:
         file.write(b" ")
     assert f"{checkpoint} has changed since: give it as --dense" in refused("prune", "pruned", "--ratio", "0.7")
-    assert "--dense goes with a compressed model" in refused("prune", moved, "--dense", moved)
+    assert "--dense is for compressed models" in refused("prune", moved, "--dense", moved)
 
 
 def test_a_fine_tuned_model_is_measured_on_images_that_it_did_not_learn_from(checkpoint, tmp_path):

@@ -127,7 +127,7 @@ def test_a_plan_or_a_sensitivity_that_has_changed_is_refused(searched, checkpoin
 
 
 def test_images_that_have_changed_are_said_in_one_line(recipe, class_folders):
-    said = "warning: the images that were calibrated on are not those that a/recipe.yaml was made with"
+    said = "warning: the calibration images are not the ones that a/recipe.yaml was made with"
     call("run", recipe, "-o", "a")
     kept = json.loads(Path("a/report.json").read_text())["calibration"]["content"]
     assert recipe_of("a")["images_digest"] == kept
@@ -166,12 +166,12 @@ WRONG = {
     "a text": ("prune the model\n", "expected lines such as"),
     "no YAML": ("model: [vim.pth\n", "not valid YAML"),
     "a tag of Python": ("model: !!python/object/apply:os.system [echo]\n", "not valid YAML"),
-    "a key twice": ("model: vim.pth\nratio: 0.1\nratio: 0.2\n", "'ratio' is there twice"),
+    "a key twice": ("model: vim.pth\nratio: 0.1\nratio: 0.2\n", "'ratio' is duplicated"),
     "no model": ("ratio: 0.3\n", "model is missing"),
     "a number as model": ("model: 3\n", "model is 3: expected its name"),
     "an unknown key": ("model: vim.pth\nflop: 60%\n", "unknown key 'flop' for prune; did you mean flops?"),
     "a key in other letters": ("model: vim.pth\nEval-Data: x\n", "did you mean eval_data?"),
-    "a key far from all": ("model: vim.pth\nzzz: 1\n", "unknown key 'zzz' for prune; there are ratio, flops,"),
+    "a key far from all": ("model: vim.pth\nzzz: 1\n", "unknown key 'zzz' for prune; expected one of ratio, flops,"),
     "a key of the other command": ("model: vim.pth\nteacher: false\n", "finetune has it"),
     "another command": ("model: vim.pth\ncommand: export\n", "command is 'export': expected prune or finetune"),
     "a newer version": ("model: vim.pth\nformat_version: 2\n", "format_version is 2: this version reads 1"),
@@ -182,10 +182,10 @@ WRONG = {
     "yes as number": ("model: vim.pth\nseed: yes\n", "seed is True: expected a whole number"),
     "a text as switch": ("model: vim.pth\nalign: maybe\n", "align is 'maybe': expected true or false"),
     "no such choice": ("model: vim.pth\ngap: guessed\n", "gap is 'guessed': expected one of calibrated, bias"),
-    "a switch as text": ("model: vim.pth\nflops: true\n", "flops is True: expected a text, a number or a list"),
-    "a mapping as text": ("model: vim.pth\nratio: {first: 0.1}\n", "expected a text, a number or a list"),
+    "a switch as text": ("model: vim.pth\nflops: true\n", "flops is True: expected a string, a number or a list"),
+    "a mapping as text": ("model: vim.pth\nratio: {first: 0.1}\n", "expected a string, a number or a list"),
     "a list as file": ("model: vim.pth\ndata: [a, b]\n", "expected a name"),
-    "a text as list": ("model: vim.pth\nset: lr=1\n", "set is 'lr=1': expected a list of texts"),
+    "a text as list": ("model: vim.pth\nset: lr=1\n", "set is 'lr=1': expected a list of strings"),
     "running code": ("model: vim.pth\nunsafe_load: true\n", "give --unsafe-load on the command line"),
     "overwriting": ("model: vim.pth\nforce: true\n", "give --force on the command line"),
     "an alias": ("model: vim.pth\nset: &a [x=1]\nstages: *a\n", "an alias (line 3)"),
@@ -195,12 +195,12 @@ WRONG = {
         + "model: *i\n",
         "an alias",
     ),
-    "a list as key": ("? [a, b]\n: 1\nmodel: vim.pth\n", "a key that is no text (line 1)"),
+    "a list as key": ("? [a, b]\n: 1\nmodel: vim.pth\n", "a key that is not a string (line 1)"),
     "versions as text": ("model: vim.pth\nversions: '1'\n", "versions: expected package names"),
     "a number as hash": ("model: vim.pth\nmodel_sha256: 12\n", "model_sha256 is 12: expected 64"),
     "a hash of nothing": (
         "model: vim.pth\nplan_sha256: " + "a" * 64 + "\n",
-        "plan_sha256 is there, but plan is missing",
+        "plan_sha256 is given, but plan is missing",
     ),
     "half a hash of a plan": ("model: vim.pth\nplan: p\nplan_sha256: ab\n", "plan_sha256 is 'ab': expected 64"),
     "a number for images": ("model: vim.pth\nimages_digest: 1\n", "images_digest is 1: expected 16 hexadecimal digits"),
@@ -292,7 +292,7 @@ def test_values_that_contradict_each_other_are_refused_by_the_command(recipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which recipe"),
+        ([], "no recipe to run"),
         (["gone.yaml"], "gone.yaml: no such file"),
         (["-o", "out", "mine.yaml"], "expected the recipe first"),
         (["mine.yaml", "extra.pt"], "extra"),

@@ -94,10 +94,10 @@ def test_options_of_onnx_without_onnx(checkpoint, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tensorboard", "tb"], "--tensorboard: how to fine-tune, but --finetune-epochs is not given"),
-        (["--search-images", "5"], "--search-images: only a search uses that; give --flops or --latency"),
-        (["--no-search"], "--no-search says how to meet --flops"),
-        (["--ratio", "0.3", "--no-search"], "--no-search says how to meet --flops"),
+        (["--tensorboard", "tb"], "--tensorboard: options of fine-tuning, but --finetune-epochs is not given"),
+        (["--search-images", "5"], "--search-images: only for a search; give --flops or --latency"),
+        (["--no-search"], "--no-search needs --flops"),
+        (["--ratio", "0.3", "--no-search"], "--no-search needs --flops"),
         (["--flops", "90%", "--no-search", "--search-images", "5", "--by-labels"], "leave out --no-search"),
         (["--stride", "5"], "--stride 5: expected at most 4, the patch size"),
     ],

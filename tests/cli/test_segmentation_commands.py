@@ -175,7 +175,7 @@ def test_a_comparison_has_rows_of_levels(data, tmp_path):
     assert {"miou", "pixel_accuracy", "agreement", "kl"} <= set(columns)
     assert "mIoU" in call("compare", "s.pth", *options, "-o", "c").stdout
     line = refused("compare", "s.pth", "--methods", "smaller image", "--data", data, "-o", "d")
-    assert "'smaller image' is for classifiers alone" in line
+    assert "'smaller image' is only for classifiers" in line
 
 
 def test_all_tokens_can_enter_the_last_layers_again(checkpoint, data):
@@ -183,12 +183,12 @@ def test_all_tokens_can_enter_the_last_layers_again(checkpoint, data):
     report = call_json("prune", checkpoint, *options)
     assert report["plan"]["reenter"] == 2
     assert ssmcompress.load("m").token_counts() == [16, 16, 12, 12, 16, 16, 16]
-    assert "goes with" in refused("prune", checkpoint, "--flops", "80%", "--reenter", 1, "--data", data)
+    assert "--reenter needs --ratio" in refused("prune", checkpoint, "--flops", "80%", "--reenter", 1, "--data", data)
 
 
 def test_what_is_not_for_the_task_is_refused(checkpoint, data, tmp_path, class_folders):
     assert "decode_head" in refused("inspect", make_classifier(tmp_path), "--task", "segmentation")
-    assert "no model for image classification" in refused("inspect", checkpoint, "--task", "classification")
+    assert "not a model for image classification" in refused("inspect", checkpoint, "--task", "classification")
     classifier = make_classifier(tmp_path)
     line = refused("prune", classifier, "--architecture", "vim", "--reenter", 1, "--data", class_folders)
     assert "read out every position" in line

@@ -264,7 +264,7 @@ def test_folders_that_lie_too_deep_are_named(checkpoint):
     write_scenes(Path("d/e/f"), 4)
     line = refused("evaluate", checkpoint, "--data", "d")
     assert "holds images and masks for segmentation" in line
-    assert "name the folder around both, d/e/f" in line
+    assert "give the folder that contains both, d/e/f" in line
     for name in ("d/e/f", "d/e"):
         assert call_json("evaluate", checkpoint, "--data", name)["data"]["labelled"] is True
 

@@ -61,7 +61,7 @@ def test_the_batch_size_changes_no_figure(folder):
 
 @pytest.mark.parametrize("views", ["4", "0x3", "3x", "axb", "4x3x2", "-1x3"])
 def test_other_texts_are_refused(folder, views):
-    assert f"--views {views}: expected CLIPSxCROPS, as 4x3" in refused(
+    assert f"--views {views}: expected CLIPSxCROPS, such as 4x3" in refused(
         "evaluate", folder / "tiny.pt", f"--views={views}"
     )
 

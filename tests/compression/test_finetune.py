@@ -468,9 +468,9 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(vim, pictures, tmp_p
     options = {"dense": vim, "state": StateFile(state, resume=True)}
     finetune(pruned_of(vim), data, recipe=SMALL, **options)
     for change in ({"recipe": replace(SMALL, lr=2e-3)}, {"recipe": SMALL, "seed": 1}):
-        with pytest.raises(InputError, match="of another run, with .*(lr|seed)"):
+        with pytest.raises(InputError, match="to another run, with .*(lr|seed)"):
             finetune(pruned_of(vim), data, **change, **options)
-    with pytest.raises(InputError, match="of another run, with .*model"):
+    with pytest.raises(InputError, match="to another run, with .*model"):
         finetune(pruned_of(make_vim(seed=5)), data, recipe=SMALL, **options)
     content = state.read_bytes()
     for part in (0, 1, 100, len(content) // 2, len(content) - 1):

@@ -321,7 +321,7 @@ def test_a_segmenters_run_cut_off_goes_on_to_the_same_weights(segmenter, pruned,
     resumed = finetune(pruned, batches(segmenter), state=StateFile(state, resume=True), **options)
     assert same(weights(whole.last), weights(resumed.last))
     other = batches(segmenter, pairs(mask=lambda i, size: read_mask(i + 1, size)))
-    with pytest.raises(InputError, match="of another run, with .*other labels"):
+    with pytest.raises(InputError, match="to another run, with .*other labels"):
         finetune(pruned, other, state=StateFile(state, resume=True), **options)
 
 

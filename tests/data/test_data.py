@@ -216,7 +216,7 @@ def test_a_tables_classes_must_be_the_heads(tmp_path):
 def test_tables_that_do_not_go_together(tmp_path):
     labelled_table(tmp_path / "a.parquet", [1])
     labelled_table(tmp_path / "b.parquet", ["x"], "string")
-    with pytest.raises(InputError, match="do not go together"):
+    with pytest.raises(InputError, match="are not compatible"):
         open_images(tmp_path, 10)
 
 

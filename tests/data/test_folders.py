@@ -231,9 +231,7 @@ def test_images_further_down_count_for_their_class_folder(data, lines):
     fill(data, "ant/a.png", "ant/more/still/b.png", "bee/images/c.png")
     images = open_images(data, 2)
     assert images.labels == (0, 0, 1)
-    assert any(
-        "further folders count for their class folder: 2 (ant/more/still/b.png is ant)" in line for line in lines
-    )
+    assert any("nested folders count for their class folder: 2 (ant/more/still/b.png is ant)" in line for line in lines)
 
 
 def test_system_files_and_folders_are_no_data(data, lines):

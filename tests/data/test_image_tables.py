@@ -158,7 +158,7 @@ def test_a_saved_data_set_is_what_its_state_says(tmp_path, lines):
     assert open_images(tmp_path / "saved", 5).labels == (3, 1, 2)
     assert "1 file outside of state.json (data-old.arrow)" in lines.pop()
     os.unlink(tmp_path / "saved" / "data-old.arrow")
-    with pytest.raises(InputError, match="one data set, which has no split test"):
+    with pytest.raises(InputError, match="one dataset, which has no split test"):
         open_images(f"{tmp_path / 'saved'}:test", 5)
     next((tmp_path / "saved").glob("data-*.arrow")).write_bytes(b"no table")
     with pytest.raises(InputError, match="not a whole folder of `save_to_disk`"):
@@ -217,7 +217,7 @@ def test_a_column_of_the_type_class_label_may_have_any_name(tmp_path):
 def test_a_table_without_labels_says_so(tmp_path, lines):
     table(species_number=[2, 0, 1]).to_parquet(tmp_path / "a.parquet")
     assert open_images(tmp_path / "a.parquet", 3).labels is None
-    assert "columns image, species_number is called label or alike; the images count as unlabelled" in lines[0]
+    assert "columns image, species_number is called label or similar; the images count as unlabelled" in lines[0]
 
 
 @pytest.mark.parametrize(("classes", "labels"), [(4, (3, 1, 0, 2)), (2, (1, 0, 0, 1))])
@@ -375,7 +375,7 @@ def test_a_hub_name_may_have_a_configuration_and_needs_a_split(tmp_path, monkeyp
         ("me/pets", None, "test[:10%]"),
         ("mnist", None, "train"),
     ]
-    with pytest.raises(InputError, match="needs its split, as me/pets:validation"):
+    with pytest.raises(InputError, match="needs its split, such as me/pets:validation"):
         open_images("me/pets", 3)
 
 
@@ -388,6 +388,6 @@ def test_several_configurations_are_named(tmp_path, monkeypatch):
         write(tmp_path / "repo" / config / "test-0.parquet", [1])
     configs = [{"config_name": c, "data_files": f"{c}/*.parquet"} for c in ("large", "small")]
     (tmp_path / "repo" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    with pytest.raises(InputError, match=r"name one, as .*repo:NAME:train .*'large', 'small'"):
+    with pytest.raises(InputError, match=r"name one, such as .*repo:NAME:train .*'large', 'small'"):
         read_hub(str(tmp_path / "repo"), "train", 3)
     assert read_hub(str(tmp_path / "repo"), "small:train", 3).labels == (1,)

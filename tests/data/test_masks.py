@@ -201,7 +201,7 @@ BROKEN = [
 COUNTED = {
     "channels": "2 of 3 masks",
     "alpha": "2 of 3 masks",
-    "size": "2 of 3 masks have another size than their image",
+    "size": "2 of 3 masks differ in size from their image",
 }
 
 
@@ -369,7 +369,7 @@ def test_masks_are_for_segmentation(tmp_path):
         InputError, match="`reduce_zero_label` is for the masks of semantic segmentation, the task is image"
     ):
         open_images(tmp_path, 9, reduce_zero_label=True)
-    with pytest.raises(InputError, match="a model of 300 classes: masks tell 255 apart"):
+    with pytest.raises(InputError, match="a model of 300 classes: masks can distinguish 255"):
         open_masks(tmp_path, 300)
 
 

@@ -158,7 +158,7 @@ def test_a_split_of_video_files_is_found_before_the_model_is_known(data):
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
 def test_tables_and_shards_are_refused(data, suffix):
     (data / f"data{suffix}").write_bytes(b"")
-    with pytest.raises(InputError, match="holds tables or tar shards, of which no videos are read"):
+    with pytest.raises(InputError, match="holds tables or tar shards, from which videos are not read"):
         open_videos(data)
     with pytest.raises(InputError, match="holds no videos: expected a folder of videos"):
         open_videos(data / f"data{suffix}")

@@ -135,7 +135,7 @@ def test_an_interval_that_holds_1_is_a_warning_for_each_model_and_batch(capsys):
     about = settings(torch.device("cpu"), torch.float32, 9)
     show_benchmark({"models": rows, "settings": about, "warnings": warnings}, False)
     shown = capsys.readouterr().out
-    assert "warning: the speed-up of b at batch 8 is 1.02 (0.97 to 1.08): not told from none" in shown
+    assert "warning: the speed-up of b at batch 8 is 1.02 (0.97 to 1.08): it may be noise" in shown
     table = " ".join(shown.split("faster: than")[0].split())
     assert "1.50x 1.40-1.60 1.25x" in table
     assert "~1.02x 0.97-1.08" in table
@@ -160,7 +160,7 @@ def test_the_benchmark_marks_a_difference_that_it_cannot_judge(vim, capsys):
     shown = capsys.readouterr().out
     assert "?: too few rounds to say so" in " ".join(shown.split())
     assert shown.count("warning: ") == 1
-    assert "warning: 2 rounds are too few to say how sure a speed-up is" in shown
+    assert "warning: 2 rounds are too few to tell a speed-up from noise" in shown
     assert "use 6 or more" in shown
     assert "~" not in shown.split("faster: than")[0]
     assert f"?{rows[1]['times_faster']:.2f}x" in shown

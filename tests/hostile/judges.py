@@ -20,7 +20,7 @@ def _json(run: Run) -> Any:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def same_logits(box: Box, file: Path, expected: np.ndarray | None = None, **options: Any) -> Judge:

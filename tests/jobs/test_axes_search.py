@@ -245,16 +245,16 @@ def test_a_loss_is_kept_on_images_that_nothing_was_fitted_on(checkpoint, folders
     ("arguments", "message"),
     [
         (("--axes", "states,heads", "--flops", "60%"), "expected some of states, channels, layers, tokens"),
-        (("--axes", "states"), "only a search uses that"),
+        (("--axes", "states"), "only for a search"),
         (("--flops", "60%", "--max-drop", "1"), "expected one of them"),
         (("--max-drop", "0"), "above 0 and below 100"),
-        (("--max-drop", "1", "--no-search"), "met by a search"),
+        (("--max-drop", "1", "--no-search"), "needs a search"),
         (("--flops", "60%", "--axes", "states", "--search-images", "4"), "expected at least 16"),
         (
             ("--flops", "60%", "--axes", "states", "--stages", "2"),
-            "--stages: only tokens use that; add tokens to --axes",
+            "--stages: only for tokens; add tokens to --axes",
         ),
-        (("--flops", "60%", "--axes", "states", "--importance", "l2"), "--importance: only tokens use that"),
+        (("--flops", "60%", "--axes", "states", "--importance", "l2"), "--importance: only for tokens"),
         (("--max-drop", "9", "--axes", "layers", "--stages", "1", "--importance", "l1"), "--stages and --importance"),
     ],
 )
@@ -363,7 +363,7 @@ def test_a_model_of_one_layer_has_no_stages(tmp_path, folders):
     """It has no layer after which tokens could be dropped, so token options have no effect."""
     path = write_checkpoint(tmp_path, depth=1)
     found = refused("prune", path, "--flops", "80%", "--stages", "1", "--data", folders, *QUICK)
-    assert "--stages: only tokens use that, and states, channels are searched for" in found
+    assert "--stages: only for tokens, but the search is over states, channels" in found
 
 
 def test_a_trimmed_model_is_refused_as_trimmed(vim, images, tmp_path):
@@ -373,7 +373,7 @@ def test_a_trimmed_model_is_refused_as_trimmed(vim, images, tmp_path):
         with pytest.raises(InputError, match="trimmed already; expected the dense model"):
             search(trimmed, many, flops=0.5)
     ssmcompress.save(trimmed, "m")
-    assert "the dense one is needed, and the dense model was never a file" in refused("prune", "m", "-o", "n")
+    assert "the dense one, but the dense model was never a file" in refused("prune", "m", "-o", "n")
     pruned = ssmcompress.prune(trimmed, ratio=0.5)
     with pytest.raises(InputError, match="pruned already; expected the dense model"):
         ssmcompress.search(pruned, many, flops=0.5)

@@ -101,9 +101,9 @@ def test_a_segmentation_model_has_methods_of_its_own():
     [
         ("clip, aligned", "method 'clip, aligned' ranks tokens by 'clip', which the layers of this vim do not compute"),
         ("l2, aligned", "method 'l2, aligned' aligns scans, and this vim has layers without one"),
-        ("states, reconstructed", "trims states, and this vim has none to spare"),
-        ("all axes", "trims states, channels or layers, and this vim has none to spare"),
-        ("zero-filled", "is for segmentation models alone"),
+        ("states, reconstructed", "trims states, and this vim has none that can be trimmed"),
+        ("all axes", "trims states, channels or layers, and this vim has none that can be trimmed"),
+        ("zero-filled", "is only for segmentation models"),
     ],
 )
 def test_a_method_that_one_model_cannot_carry_out_is_refused_by_name(without_scan, name, says):
@@ -175,7 +175,7 @@ def test_merging_that_does_not_save_as_much_says_so():
     model = make_vim(depth=4, image=(40, 40))
     (level,) = make_levels(model, (1,), [0.95])
     method = next(method for method in METHODS if method.name == "R-MeeTo")
-    with pytest.raises(InputError, match=r"R-MeeTo does not get to \d+.\d%: a stage merges half of its tokens at most"):
+    with pytest.raises(InputError, match=r"R-MeeTo cannot reach \d+.\d%: a stage merges half of its tokens at most"):
         stages_for_level(method, model, level, None)
 
 

@@ -206,7 +206,7 @@ def test_a_damaged_folder_is_refused(compared, pictures, tmp_path, damage):
     with pytest.raises(InputError, match="not a comparison of ssmcompress"):
         compare(folder, pictures)
     (folder / "compare.json").rename(folder / "mine.txt")
-    with pytest.raises(InputError, match="exists and holds no compare.json"):
+    with pytest.raises(InputError, match="exists but has no compare.json"):
         compare(folder, pictures)
 
 
@@ -251,7 +251,7 @@ def test_prepared_images_fit_models_of_one_size_alone(tmp_path):
 
 
 def test_images_of_ones_own_are_needed(tmp_path):
-    with pytest.raises(InputError, match="vim: sample photographs have no labels to compare several models by"):
+    with pytest.raises(InputError, match="vim: comparing several models needs labels"):
         compare(tmp_path / "c", None)
 
 
@@ -269,7 +269,10 @@ def test_folders_that_record_other_images_need_images_to_compare_on(pictures, tm
         return make
 
     makers = {"a": recording(pictures), "b": recording(other)}
-    says = r"a and b would be calibrated on other images \(10 images for 8 images\); give `data`|8 images for 10 images"
+    says = (
+        r"a and b would be calibrated on different images \(10 images instead of 8 images\); give `data`"
+        r"|8 images instead of 10 images"
+    )
     with pytest.raises(InputError, match=says):
         compare(tmp_path / "c", None, makers)
     value = compare(tmp_path / "c", None, {"a": recording(pictures), "b": recording(pictures)})
@@ -301,7 +304,7 @@ def test_a_method_that_a_model_cannot_carry_out_is_left_out_for_that_model(pictu
 
 
 def test_a_method_that_no_model_can_carry_out_is_refused(pictures, tmp_path):
-    with pytest.raises(InputError, match="'zero-filled' is for segmentation models alone, and .*: no model has it"):
+    with pytest.raises(InputError, match="'zero-filled' is only for segmentation models and .*: no model has it"):
         compare(tmp_path / "c", pictures, methods=("naive", "zero-filled"))
     with pytest.raises(InputError, match="unknown method 'naiv'; did you mean naive"):
         compare(tmp_path / "c", pictures, methods=("naiv",))

@@ -168,10 +168,10 @@ def test_default_preprocessing_is_said_once_and_remembered(tmp_path):
         (1024, 1024, None, []),
         (8, 4, {"seen": 1, "of": 10}, []),  # too few for it to be no accident
         (64, 32, None, ["only 32 of 64 images"]),
-        (1024, 1024, {"seen": 50, "of": 1000}, ["of 50 of 1000 classes"]),
-        (64, 64, {"seen": 5, "of": 10}, ["of 5 of 10 classes"]),
+        (1024, 1024, {"seen": 50, "of": 1000}, ["only 50 of 1000 classes"]),
+        (64, 64, {"seen": 5, "of": 10}, ["only 5 of 10 classes"]),
         (64, 64, {"seen": 6, "of": 10}, []),
-        (64, 3, {"seen": 1, "of": 10}, ["only 3 of 64", "of 1 of 10 classes"]),
+        (64, 3, {"seen": 1, "of": 10}, ["only 3 of 64", "only 1 of 10 classes"]),
     ],
 )
 def test_images_to_calibrate_on_that_are_alike_are_told(images, distinct, classes, words):

@@ -88,7 +88,7 @@ def test_prune_counts_a_table_of_the_pictures_of_a_folder(checkpoint, class_fold
     table = to_table(class_folders, tmp_path / "table.parquet")
     found = call_json("prune", checkpoint, "--data", class_folders, "--eval-data", table, "--samples", 7, *QUICK)
     assert (found["data"]["images"], found["data"]["overlap"]) == (20, 7)
-    assert "7 of the 20 measured images were also calibrated on" in " ".join(call("report").stdout.split())
+    assert "7 of the 20 measured images were also used for calibration" in " ".join(call("report").stdout.split())
 
 
 def test_repeated_pictures_are_each_counted(checkpoint, class_folders, tmp_path):
@@ -110,14 +110,14 @@ def test_evaluate_says_that_images_were_calibrated_on(checkpoint, class_folders,
     call("prune", checkpoint, "--data", class_folders, "--eval-data", class_folders, *QUICK, "--samples", 5, "-o", "p")
     result = call("evaluate", "p", "--data", f"{class_folders}/../images", "--json")
     assert json.loads(result.stdout)["data"]["overlap"] == 5
-    assert "5 of the 20 measured images were also calibrated on" in result.stderr
+    assert "5 of the 20 measured images were also used for calibration" in result.stderr
     write_image(tmp_path / "others" / "x.png", 777)
     result = call("evaluate", "p", "--data", tmp_path / "others", "--json")
     assert json.loads(result.stdout)["data"]["overlap"] == 0
-    assert "learnt from" not in result.stderr
+    assert "calibration or training" not in result.stderr
     result = call("evaluate", checkpoint, "--data", class_folders, "--json")
     assert json.loads(result.stdout)["data"]["overlap"] is None
-    assert "learnt from" not in result.stderr
+    assert "calibration or training" not in result.stderr
 
 
 def test_one_file_remembers_too(checkpoint, class_folders):
@@ -131,7 +131,7 @@ def test_a_folder_that_does_not_say_is_not_taken_for_one_that_learnt_nothing(che
     without_learnt(Path("p"))
     result = call("evaluate", "p", "--data", class_folders, "--json")
     assert json.loads(result.stdout)["data"]["overlap"] is None
-    assert "calibrated on or learnt from is not known" in result.stderr
+    assert "used for calibration or training is not known" in result.stderr
     found = call_json("finetune", "p", "--data", class_folders, *TUNE, "-o", "f")
     assert found["data"]["overlap"] is None
     assert "is not known" in " ".join(call("report", "f").stdout.split())
@@ -163,8 +163,12 @@ def test_finetune_counts_an_image_once_under_any_path(checkpoint, class_folders,
     call("prune", checkpoint, "--data", class_folders, *QUICK, "-o", "p")
     found = call_json("finetune", "p", "--data", class_folders, "--eval-data", table, *TUNE, "-o", "f")
     assert (found["data"]["images"], found["data"]["overlap"]) == (20, 20)
-    assert "all 20 measured images were learnt from" in " ".join(call("report", "f").stdout.split())
-    assert "all 20 measured images were learnt from" in " ".join(Path("f/README.md").read_text().split())
+    assert "all 20 measured images were used for calibration or training" in " ".join(
+        call("report", "f").stdout.split()
+    )
+    assert "all 20 measured images were used for calibration or training" in " ".join(
+        Path("f/README.md").read_text().split()
+    )
 
 
 def test_finetune_measures_on_images_that_the_earlier_prune_did_not_calibrate_on(checkpoint, class_folders):
@@ -173,7 +177,7 @@ def test_finetune_measures_on_images_that_the_earlier_prune_did_not_calibrate_on
     result = call("finetune", "p", "--data", class_folders, *TUNE, "-o", "f", "--json")
     found = json.loads(result.stdout)
     assert (found["data"]["images"], found["data"]["overlap"]) == (1, 0)
-    assert "measured on 1 image instead of 2: the model has learnt from the others of" in result.stderr
+    assert "measured on 1 image instead of 2: the model has already seen the others of" in result.stderr
     assert len(ssmcompress.load("f").learnt.digests) == 19
     call("prune", checkpoint, "--data", class_folders, *QUICK, "--samples", 10, "-o", "q")
     found = call_json("finetune", "q", "--data", class_folders, *TUNE, "-o", "g")
@@ -185,7 +189,7 @@ def test_where_all_images_were_learnt_from_the_report_says_so(checkpoint, class_
     result = call("finetune", "p", "--data", class_folders, *TUNE, "-o", "f", "--json")
     found = json.loads(result.stdout)
     assert (found["data"]["images"], found["data"]["overlap"]) == (2, 2)
-    assert "measured on 2 images that the model has learnt from: there is no other among 20 of" in result.stderr
+    assert "measured on 2 images that the model has already seen: no new ones among 20 of" in result.stderr
     assert "say nothing about other images" in " ".join(call("report", "f").stdout.split())
 
 
@@ -269,7 +273,7 @@ def test_the_tenth_is_the_usual_one_where_nothing_of_it_was_learnt_from(vim, cla
     assert len(parts.measured.index) == 2
     assert not set(parts.measured.index) & {test[0], *parts.training.index}
     assert sorted([*parts.measured.index, *parts.training.index]) == list(range(20))
-    said = f"1 of the measured images of {class_folders} replaces one that the model has learnt from"
+    said = f"1 of the measured images of {class_folders} replaces one that the model has already seen"
     assert said in notes
 
 
@@ -292,7 +296,7 @@ def test_compare_recognises_images_that_are_given_as_tensors(vim, repeated):
     other = torch.cat([x[:repeated], x[repeated:] + 1])
     found = ssmcompress.compare(vim, x, eval_data=other, ratios=[0.4], methods=["naive"])
     assert found["overlap"] == repeated
-    assert sum("2 of the 8 measured images were also calibrated on" in line for line in found["warnings"]) == (
+    assert sum("2 of the 8 measured images were also used for calibration" in line for line in found["warnings"]) == (
         repeated > 0
     )
 

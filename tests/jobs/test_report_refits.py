@@ -34,7 +34,7 @@ def test_more_images_are_not_expected_to_do_harm():
     curve = learning_curve(fits((0.4, 0.2, 0.19)), 100)
     assert curve.twice == curve.after
     assert list_learning_notes(section(0.4, 0.2, 0.19)) == [
-        "half of the images make refits with the same error on held-out images: more would bring little"
+        "refits on half of the images have the same error on held-out images: more images would help little"
     ]
 
 

@@ -73,9 +73,9 @@ def test_images_are_signed_by_content_and_labels_whatever_their_names(vim, class
     assert moved["images"] == 20
     assert compare_signatures(first, moved) is not None
     (copy / "class5" / "0.png").unlink()
-    assert compare_signatures(first, sign_images(batches(vim, copy))) == "20 images for 19 images"
-    assert compare_signatures(None, first) == "no images for 20 images"
-    assert "not known" in compare_signatures({}, first)
+    assert compare_signatures(first, sign_images(batches(vim, copy))) == "20 images instead of 19 images"
+    assert compare_signatures(None, first) == "no images instead of 20 images"
+    assert "not recorded" in compare_signatures({}, first)
 
 
 def test_other_labels_of_the_same_pictures_are_other_images(vim, class_folders):
@@ -128,15 +128,15 @@ def begun(vim, class_folders, tmp_path):
     [
         ({"dense": "other"}, "another dense model to learn from"),
         ({"dense": None}, "a dense model to learn from"),
-        ({"recipe": replace(RECIPE, lr=9e-3)}, "lr 0.00.* for 0.009"),
-        ({"seed": 1}, "seed 0 for 1"),
-        ({"held_out": None}, r"other images held out \(4 images for no images\)"),
+        ({"recipe": replace(RECIPE, lr=9e-3)}, "lr 0.00.* instead of 0.009"),
+        ({"seed": 1}, "seed 0 instead of 1"),
+        ({"held_out": None}, r"other images held out \(4 images instead of no images\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_state_is_bound_to_models_recipe_and_seed(vim, class_folders, begun, change, says):
     change = {name: make_vim(seed=7) if value == "other" else value for name, value in change.items()}
-    with pytest.raises(InputError, match=f"of another run, with .*{says}"):
+    with pytest.raises(InputError, match=f"to another run, with .*{says}"):
         finetune(pruned_of(vim), batches(vim, class_folders, range(16)), **begun | change)
 
 
@@ -147,7 +147,7 @@ def test_a_state_is_bound_to_the_content_of_the_images(vim, class_folders, begun
     resume()  # the same
     whole = Path("whole")
     shutil.copytree(class_folders, whole)
-    with pytest.raises(InputError, match=r"other images to learn from \(16 images for 14 images\)"):
+    with pytest.raises(InputError, match=r"other images to learn from \(16 images instead of 14 images\)"):
         resume(14)
     change_picture(class_folders, "class2/0.png")
     with pytest.raises(InputError, match=r"other images to learn from \(16 images of other content\)"):
@@ -235,7 +235,7 @@ def test_a_finished_folder_is_what_it_was_made_from(finished):
     ("change", "says"),
     [
         (lambda: change_picture(Path("images")), "other images to learn from (20 images of other content)"),
-        (lambda: Path("images/class5/0.png").unlink(), "other images to learn from (20 images for 19 images)"),
+        (lambda: Path("images/class5/0.png").unlink(), "other images to learn from (20 images instead of 19 images)"),
         (lambda: move_to_other_class(Path("images")), "other images to learn from"),
         (lambda: change_picture(Path("measured")), "other images to measure on (20 images of other content)"),
     ],
@@ -267,11 +267,11 @@ def test_a_finished_folder_is_bound_to_the_images_from_before_the_training(finis
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--epochs", 3], "with epochs 2 for 3"),
-        (["--seed", 4], "seed 0 for 4"),
+        (["--epochs", 3], "with epochs 2 instead of 3"),
+        (["--seed", 4], "seed 0 instead of 4"),
         (["--no-teacher"], "a dense model to learn from"),
         (["--set", "lr=5e-3"], "lr "),
-        (["--set", "batch_size=8"], "batch_size 6 for 8"),
+        (["--set", "batch_size=8"], "batch_size 6 instead of 8"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
@@ -285,7 +285,7 @@ def test_a_finished_folder_is_bound_to_its_models(finished, checkpoint, class_fo
     call("prune", checkpoint, "--ratio", 0.4, "--data", class_folders, "--no-latency", "-o", "elsewhere")
     assert "another model to start from" in refuse("finetune", "elsewhere", *finished[2:])
     without = [a for a in finished if a not in ("--eval-data", "measured")]
-    assert "other images to measure on (20 images for no images)" in refuse(*without)
+    assert "other images to measure on (20 images instead of no images)" in refuse(*without)
 
 
 def test_a_finished_folder_that_does_not_say_is_refused(finished):
@@ -293,7 +293,7 @@ def test_a_finished_folder_that_does_not_say_is_refused(finished):
     del config["pruning"]["finetuning"]["run"]
     Path("tuned/config.json").write_text(json.dumps(config))
     assert ssmcompress.load("tuned").find_record("finetuning").run is None
-    assert "does not say what it was made from" in refuse(*finished)
+    assert "without a record of what it was made from" in refuse(*finished)
 
 
 def test_a_model_that_was_replaced_by_its_result_is_finished(checkpoint, class_folders):
@@ -371,7 +371,7 @@ def test_a_comparison_that_does_not_say_its_images_is_refused(checkpoint, class_
     value = json.loads(Path("c/compare.json").read_text())
     del value["settings"]["content"]
     Path("c/compare.json").write_text(json.dumps(value))
-    assert "it is not known which they were" in refuse(*arguments, "-o", "c")
+    assert "the earlier images were not recorded" in refuse(*arguments, "-o", "c")
     value["settings"] = [1]
     Path("c/compare.json").write_text(json.dumps(value))
     assert "not a comparison" in refuse(*arguments, "-o", "c")

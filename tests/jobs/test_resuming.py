@@ -87,11 +87,11 @@ def test_what_is_left_of_an_interrupted_run_is_not_taken_unasked(work, monkeypat
     monkeypatch.chdir(work)
     interrupted = stopped(work, 6, "asked", by="2")
     assert interrupted.returncode == 130
-    assert "asked.results: `ssmcompress prune model.pt" in interrupted.stderr
-    assert "--resume` goes on" in interrupted.stderr
+    assert "asked.results: resume with `ssmcompress prune model.pt" in interrupted.stderr
+    assert "--resume`" in interrupted.stderr
     arguments = ["prune", "model.pt", "--data", "images.parquet", *OPTIONS, "-o", "asked"]
     error = call(*arguments, code=2).stderr
-    assert "asked.results holds results of an interrupted run: --resume goes on, --force starts afresh" in error
+    assert "asked.results holds results of an interrupted run: --resume continues it, --force starts over" in error
     call(*arguments, "--force")
     assert weights("asked") == weights("whole")
     assert not Path("asked.results").exists()

@@ -137,7 +137,7 @@ def test_a_loss_in_points_that_was_asked_for_and_found():
     for labels, what in ((True, "points of top-1"), (False, "% of the dense model's classes")):
         drop = {"points": 0.625, "images": 160, "labels": labels}
         assert list_search_notes(searched(asked=asked, drop=drop))[-1] == (
-            f"asked for at most 1 {what} lost; 0.62 lost on 160 images"
+            f"requested: at most 1 {what} lost; 0.62 lost on 160 images"
         )
 
 

@@ -198,7 +198,7 @@ def test_one_changed_bit_of_a_weight_is_noticed(vim, tmp_path):
     position = content.index(vim.head.weight.detach().numpy().tobytes())
     content[position] ^= 1
     (tmp_path / "v.pth").write_bytes(content)
-    with pytest.raises(InputError, match=r"damaged: 1 of \d+ records differ from their check sums"):
+    with pytest.raises(InputError, match=r"damaged: 1 of \d+ records differ from their checksums"):
         ssmcompress.load(tmp_path / "v.pth")
 
 

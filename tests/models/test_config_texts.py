@@ -129,7 +129,7 @@ def test_mean_and_std_of_the_configuration_are_used(load, text, expected):
     assert (found.mean, found.assumed) == (expected[0], False)
     assert found.std == pytest.approx(expected[1], rel=1e-10)
     name = next(name for name in ("data_preprocessor", "img_norm_cfg", "Normalize") if name in text)
-    assert notes == [f"mean and std of the images are those of meta.config.{name}; `short_side` 128 is assumed"]
+    assert notes == [f"mean and std of the images are taken from meta.config.{name}; `short_side` 128 is assumed"]
 
 
 def test_mean_and_std_for_a_classifier_and_from_a_dictionary():
@@ -140,7 +140,7 @@ def test_mean_and_std_for_a_classifier_and_from_a_dictionary():
         with hold_notes() as notes:
             preprocessing = ssmcompress.load({"state_dict": state, "meta": meta, "arch": "vim"}).preprocessing
         assert (preprocessing.mean, preprocessing.std) == HALF
-        assert any(note.startswith("mean and std of the images are those of meta.c") for note in notes)
+        assert any(note.startswith("mean and std of the images are taken from meta.c") for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_the_dense_model_of_a_pruned_one_is_fetched_again(hub, checkpoint, tmp_p
     assert hub.requests == []
     del hub.repositories["owner/vim"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("empty")))
-    with pytest.raises(InputError, match="the dense model is not there: owner/vim@.*no model owner/vim on the Hub"):
+    with pytest.raises(InputError, match="the dense model is not available: owner/vim@.*no model owner/vim on the Hub"):
         find_dense(ssmcompress.load("saved"))
 
 
@@ -280,7 +280,7 @@ def test_a_broken_transfer_leaves_nothing_behind(hub, checkpoint, monkeypatch):
     hub.cut.add("vim.pth")
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
     said = refuse("owner/vim", SsmCompressError)
-    assert said.startswith("owner/vim: the download of vim.pth broke off (")
+    assert said.startswith("owner/vim: the download of vim.pth was interrupted (")
     assert os.listdir() == []
     hub.cut.clear()
     check_same(ssmcompress.load("owner/vim"), checkpoint)
@@ -292,7 +292,7 @@ def test_a_broken_transfer_leaves_nothing_behind(hub, checkpoint, monkeypatch):
 def test_a_damaged_listing_is_said(hub, checkpoint, answer):
     hub.add("owner/vim", {"vim.pth": checkpoint})
     hub.damaged = answer
-    assert "owner/vim: the answer of http" in refuse("owner/vim", SsmCompressError)
+    assert "owner/vim: the response of http" in refuse("owner/vim", SsmCompressError)
 
 
 # ---------------------------------------------------------------------------------------------------- progress

@@ -353,7 +353,7 @@ MAMBA, STEM = "backbone.layers.0.mamba", "backbone.patch_embed.stem.0.weight"
         (lambda s: s.update({"backbone.ln1.weight": torch.ones(15)}), {}, "contradicting shapes: backbone.ln1.weight"),
         (lambda s: s.update({"backbone.pos_embed": torch.zeros(1, 15, 16)}), {}, "no square grid"),
         (lambda s: s["backbone.pos_embed"].fill_(torch.nan), {}, "not finite"),
-        (lambda s: None, {"stride": 8}, "stride 8: a PlainMamba's patches, 16 pixels here, lie side by side"),
+        (lambda s: None, {"stride": 8}, "stride 8: a PlainMamba's patches, 16 pixels here, do not overlap"),
         (lambda s: None, {"image_size": (64, 10)}, "smaller than the patches"),
         (lambda s: None, {"image_size": (64, 64, 3)}, "expected a whole number of pixels"),
         (lambda s: None, {"image_size": 64.5}, "expected a whole number of pixels"),

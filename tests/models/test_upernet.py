@@ -393,7 +393,7 @@ def test_what_is_assumed_is_said():
     ]
     with hold_notes() as notes:
         ssmcompress.load(VIM, level="residual")
-    assert list(notes) == ["`level` 'residual' counts, although the file says 'hidden' by its options"]
+    assert list(notes) == ["`level` 'residual' takes precedence, although the options in the file say 'hidden'"]
 
 
 @torch.no_grad()
@@ -406,9 +406,9 @@ def test_rotary_tables_in_the_file_say_what_the_levels_are():
     assert model.config.level == "rope"
     model = ssmcompress.load(with_config("x = dict(out_indices=[1, 2, 4, 5])", state))
     assert_close(model.readout(model.encode(normalise(golden["image_a"]))[0]), golden["head_a_rope"])
-    with pytest.raises(InputError, match=r"supported with `level` 'rope' only, but 'hidden' is said"):
+    with pytest.raises(InputError, match=r"supported with `level` 'rope' only, not with 'hidden'"):
         ssmcompress.load({"state_dict": state}, level="hidden")
-    with pytest.raises(InputError, match=r"freqs_cos holds other rotations than those of a grid of \(8, 8\) patches"):
+    with pytest.raises(InputError, match=r"freqs_cos does not hold the rotations of a grid of \(8, 8\) patches"):
         ssmcompress.load({"state_dict": {**state, ROPE[0]: tables[ROPE[1]]}})
 
 
@@ -517,11 +517,11 @@ def test_options_of_other_models_are_refused():
 
 def test_models_for_another_task_are_refused():
     for made in (make_vim(), make_plain_mamba()):
-        with pytest.raises(InputError, match=r"no model for semantic segmentation; decode_head.\*, .*is missing"):
+        with pytest.raises(InputError, match=r"not a model for semantic segmentation; decode_head.\*, .*is missing"):
             ssmcompress.load(made.state_dict(), task="segmentation")
         assert ssmcompress.load(made, task="classification").task.name == "classification"
     for file in (VIM, PLAIN_MAMBA):
-        with pytest.raises(InputError, match=r"no model for image classification; head.weight .*is missing"):
+        with pytest.raises(InputError, match=r"not a model for image classification; head.weight .*is missing"):
             ssmcompress.load(file, task="classification")
     with pytest.raises(InputError, match=r"`task` 'detection': expected one of 'classification', 'segmentation'"):
         ssmcompress.load(VIM, task="detection")
@@ -564,7 +564,7 @@ def test_a_trimmed_model_is_the_same_after_saving(tmp_path, pictures, changes):
         assert torch.equal(found(pictures), smaller(pictures))
         block = json.loads((folder / "config.json").read_text())["architecture"]
         assert {"type", "image_size", "stride", "out_layers"} <= block.keys()
-        with pytest.raises(InputError, match="no model for image classification"):
+        with pytest.raises(InputError, match="not a model for image classification"):
             ssmcompress.load(folder, task="classification")
 
 

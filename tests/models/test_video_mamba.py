@@ -101,7 +101,7 @@ def test_a_file_name_that_contradicts_the_arguments_is_noted(tmp_path, recwarn, 
             notes
             == [
                 f"the name of the file says {'video_mamba' if architecture == 'vim' else 'vim'}, "
-                f"but args.model '{said}' says {architecture}, which counts"
+                f"but args.model '{said}' says {architecture}, which takes precedence"
             ]
             * noted
         )

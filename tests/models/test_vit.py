@@ -155,7 +155,7 @@ def test_layer_scale_in_the_names_of_deit():
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [(None, "no multiple of 64, which heads have"), (5, "`num_heads` 5: expected a divisor of the width 24")],
+    [(None, "not a multiple of 64, the width of a head"), (5, "`num_heads` 5: expected a divisor of the width 24")],
 )
 def test_heads_must_be_told(heads, message):
     with pytest.raises(InputError, match=message):

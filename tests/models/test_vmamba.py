@@ -443,5 +443,5 @@ TWICE = {
 def test_a_parameter_in_two_forms_is_refused(vmamba, name, first):
     key, shape = TWICE[name]
     state, more = published(vmamba), {key: torch.zeros(shape)}
-    with pytest.raises(InputError, match="is there twice, once as .*: remove one of them"):
+    with pytest.raises(InputError, match="is present twice, once as .*: remove one of them"):
         ssmcompress.load({"model": more | state if first else state | more})

@@ -22,16 +22,16 @@ def benchmark(
     hardware: Hardware,
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Files and folders. A pruned one alone runs with its dense model."),
+        typer.Argument(metavar="MODEL", help="Files or folders. A single pruned model is timed with its dense model."),
     ] = None,
-    batch_sizes: Annotated[str, option(HARDWARE, help="Images at a time, one table row each.")] = "1,8",
-    repeats: Annotated[int, option(HARDWARE, min=1, help="Timed runs of each; the runs are interleaved.")] = 9,
+    batch_sizes: Annotated[str, option(HARDWARE, help="Comma-separated batch sizes, one table row each.")] = "1,8",
+    repeats: Annotated[int, option(HARDWARE, min=1, help="Timed runs per model; the runs are interleaved.")] = 9,
     reference: Annotated[bool, option(HARDWARE, "--reference", help="Also time each with the reference scan.")] = False,
     peers: Annotated[
         bool, option(HARDWARE, "--peers", help="Also time timm's DeiT-tiny and DeiT-small, with random weights.")
     ] = False,
     ops: Annotated[
-        bool, option(HARDWARE, "--ops", help="Time the scan and the convolution alone, by backend.")
+        bool, option(HARDWARE, "--ops", help="Time only the scan and the convolution, with each backend.")
     ] = False,
     shape: Annotated[
         str | None, option(HARDWARE, help="With --ops: batch,length,d_inner,d_state. Default: Vim-small's, 224 px.")
@@ -45,7 +45,7 @@ def benchmark(
     if not models and not ops:
         raise InputError("nothing to time: give models, or --ops")
     if peers and not models:
-        raise InputError("--peers are timed next to models: give at least one")
+        raise InputError("--peers: expected at least one model to compare with")
     if min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes}: expected numbers above 0")
     if extents and (len(extents) != 4 or min(extents) < 1):

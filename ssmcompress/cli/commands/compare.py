@@ -28,7 +28,7 @@ Checkpoints = Annotated[
     list[str],
     typer.Argument(
         metavar="CKPT",
-        help="Dense checkpoints, files or folders. With several, the options under Model file are for the files alone.",
+        help="Dense checkpoints, files or folders. With several, the options under Model file apply only to files.",
     ),
 ]
 
@@ -43,25 +43,28 @@ def compare(
     measure: Measure,
     ratios: Annotated[
         str | None,
-        option(BUDGET, help="Shares of tokens REMOVED at each stage, a level each. Default 0.1,0.2,0.3,0.5."),
+        option(BUDGET, help="Shares of tokens REMOVED at each stage, one per level. Default 0.1,0.2,0.3,0.5."),
     ] = None,
     flops: Annotated[str | None, option(BUDGET, help="Levels as shares of the FLOPs to KEEP: 75%,60%,50%.")] = None,
     methods: Annotated[
-        str | None, option(PRUNING, help="Only these, with semicolons between them: 'naive; clip, aligned; all axes'.")
+        str | None,
+        option(PRUNING, help="Only these methods, separated by semicolons: 'naive; clip, aligned; all axes'."),
     ] = None,
-    search: Annotated[bool, option(PRUNING, "--search", help="Also the plans that a search finds.")] = False,
+    search: Annotated[bool, option(PRUNING, "--search", help="Also compare plans found by a search.")] = False,
     reconstruct: Annotated[
         bool,
         option(
             PRUNING,
             "--reconstruct",
-            help="Also with later layers refitted; with --search also states, channels or layers trimmed, or all axes.",
+            help="Also refit later layers; with --search, also trim states, channels or layers, or all axes.",
         ),
     ] = False,
     output: Annotated[
-        str | None, option(OUTPUT, "--output", "-o", help="Folder to write; a comparison in it is continued.")
+        str | None, option(OUTPUT, "--output", "-o", help="Output folder; a comparison in it is resumed.")
     ] = None,
-    force: Annotated[bool, option(OUTPUT, "--force", help="Start afresh in a folder that has a comparison.")] = False,
+    force: Annotated[
+        bool, option(OUTPUT, "--force", help="Start over if the folder already has a comparison.")
+    ] = False,
     no_latency: NoLatency = False,
 ) -> None:
     """Compare pruning methods on one or several models: a table, JSON, CSV and a plot."""
@@ -107,7 +110,7 @@ def _open_any(load: Load, path: str, hardware: Hardware) -> TokenModel:
     try:
         return load.open(path, hardware)
     except OptionError as error:
-        say(f"{error}; it is left out", is_quiet())
+        say(f"{error}; the option is ignored", is_quiet())
         return replace(load, num_heads=None, level=None).open(path, hardware)
 
 
@@ -120,8 +123,11 @@ def _compare_several(
     folders = [checkpoint for checkpoint in checkpoints if Path(checkpoint).is_dir()]
     if given and folders:
         if len(folders) == len(checkpoints):
-            raise InputError(f"{', '.join(given)}: only files take that, and all models are folders; leave it out")
-        say(f"{', '.join(given)}: for the files; folders are read as they say, {', '.join(folders)}", is_quiet())
+            raise InputError(f"{', '.join(given)}: only for checkpoint files, but all models are folders; leave it out")
+        say(
+            f"{', '.join(given)}: applied to files only; folders keep their own settings ({', '.join(folders)})",
+            is_quiet(),
+        )
     from ...jobs.compare_models import Candidate, compare_models, name_folder, name_models
 
     names = name_models(checkpoints)

@@ -44,7 +44,7 @@ def export(
         export_weights(loaded, path, file, force)
         if printing.as_json:
             print_json({"file": str(file)})
-        say(f"wrote {file}, one file that every command takes as MODEL (--onnx writes an ONNX file)", printing.quiet)
+        say(f"wrote {file}, which every command accepts as MODEL (use --onnx to write an ONNX file)", printing.quiet)
         return
     with progress_bars(printing.quiet), show_when_it_fails(file, printing.as_json):
         options = graph.options(latency=not no_latency)

@@ -28,16 +28,20 @@ def finetune(
     hardware: Hardware,
     measure: Measure,
     epochs: Annotated[
-        int | None, option(FINETUNING, min=1, help="Passes over the images. Default: the recipe's, 3.")
+        int | None, option(FINETUNING, min=1, help="Number of epochs. Default: from the recipe, 3.")
     ] = None,
     dense: Annotated[
         str | None, option(FINETUNING, help="Teacher. Default: the dense model that MODEL was made from.")
     ] = None,
     teacher: Annotated[
-        bool, option(FINETUNING, "--teacher/--no-teacher", help="Also learn from the dense model.")
+        bool,
+        option(
+            FINETUNING, "--teacher/--no-teacher", help="Also train on the outputs of the dense model (distillation)."
+        ),
     ] = True,
     output: Annotated[
-        str | None, option(OUTPUT, "--output", "-o", help="Folder to write; MODEL itself with --force or --resume.")
+        str | None,
+        option(OUTPUT, "--output", "-o", help="Output folder; may be MODEL itself with --force or --resume."),
     ] = None,
     resume: Annotated[
         bool, option(OUTPUT, "--resume", help="Continue an interrupted run; a finished one returns at once.")
@@ -47,19 +51,17 @@ def finetune(
 ) -> None:
     """Train a pruned model with the dense one as teacher, labels, or both."""
     if images.data is None:
-        raise InputError("fine-tuning needs images to learn from: give --data")
+        raise InputError("fine-tuning needs training images: give --data")
     if output is None:
-        raise InputError("where to write the fine-tuned model: give -o FOLDER")
+        raise InputError("no output folder for the fine-tuned model: give -o FOLDER")
     if resume and force:
-        raise InputError("--resume goes on and --force starts afresh: expected one of them")
+        raise InputError("--resume continues a run and --force starts over: give only one of them")
     options = training.options(epochs, teacher)
     images.check(model)
     from ...jobs.finetune import FinetuneTarget, finetune_folder
 
     loaded = load.open(model, hardware)
-    found = find_dense_or_say(
-        loaded, dense, "learning from labels alone, agreement will not be measured", printing.quiet
-    )
+    found = find_dense_or_say(loaded, dense, "training on labels only; agreement will not be measured", printing.quiet)
     target = FinetuneTarget(Path(output), force, command_line(), inside=Path(model), resume=resume)
     if not target.in_place:  # otherwise the starting point of the recipe has been overwritten
         target = replace(target, recipe=make_recipe(target.path, model, loaded))

@@ -49,7 +49,7 @@ def prune(
         option(MODEL_FILE, help="Dense model of a compressed CKPT. Default: the one that it was made from."),
     ] = None,
     resume: Annotated[
-        bool, option(OUTPUT, "--resume", help="Go on with what an interrupted run of this command had found.")
+        bool, option(OUTPUT, "--resume", help="Resume an interrupted run of this command from its saved results.")
     ] = False,
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show the plan and its FLOPs; write nothing.")] = False,
 ) -> None:

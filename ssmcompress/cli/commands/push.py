@@ -27,12 +27,12 @@ def push(
     ] = False,
     license: Annotated[
         str | None,
-        option(OUTPUT, help="Licence on the card, as mit. Default: that of the dense model, if it is on the Hub."),
+        option(OUTPUT, help="Licence of the model, such as mit. Default: the dense model's, if that is on the Hub."),
     ] = None,
-    revision: Annotated[str | None, option(OUTPUT, help="Branch to write. Default: main.")] = None,
-    message: Annotated[str | None, option(OUTPUT, help="Message of the commit.")] = None,
+    revision: Annotated[str | None, option(OUTPUT, help="Branch to upload to. Default: main.")] = None,
+    message: Annotated[str | None, option(OUTPUT, help="Commit message.")] = None,
     force: Annotated[
-        bool, option(OUTPUT, "--force", help="Write into a repository with files that ssmcompress did not write.")
+        bool, option(OUTPUT, "--force", help="Upload even if the repository has files that ssmcompress did not write.")
     ] = False,
     dry_run: Annotated[bool, option(OUTPUT, "--dry-run", help="Show files and card; upload nothing.")] = False,
 ) -> None:
@@ -55,4 +55,4 @@ def push(
     if dry_run:
         say("nothing was uploaded", printing.quiet)
         if license is None:
-            say("the licence is read off the dense model's card when it is uploaded", printing.quiet)
+            say("the licence is read from the dense model's card at upload", printing.quiet)

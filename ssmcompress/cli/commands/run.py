@@ -24,9 +24,9 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 def run(
     context: typer.Context,
     recipe: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="Recipe, as there is one in every folder that prune wrote.")
+        str | None, typer.Argument(metavar="FILE", help="Recipe file; every folder that prune wrote has one.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Another model than that of the recipe.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to use instead of the one in the recipe.")] = None,
     print_schema: Annotated[
         bool, option(OUTPUT, "--schema", help="Print the JSON schema of recipes, for editors.")
     ] = False,
@@ -36,7 +36,7 @@ def run(
         print(schema())
         return
     if recipe is None:
-        raise InputError("which recipe to run: give FILE, a recipe.yaml")
+        raise InputError("no recipe to run: give FILE, a recipe.yaml")
     if recipe.startswith("-"):
         raise InputError(f"{recipe}: expected the recipe first, then options that override it")
     asked = read_recipe(Path(recipe))

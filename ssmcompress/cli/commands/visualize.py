@@ -24,19 +24,19 @@ def visualize(
     batching: Batching,
     data: Data = None,
     dense: Dense = None,
-    images: Annotated[int, option(IMAGES, min=1, help="Images that are drawn.")] = 8,
-    survey: Annotated[int, option(IMAGES, min=1, help="Images to compute the figures on, at most.")] = 1000,
-    seed: Annotated[int, option(IMAGES, min=0, max=2**31 - 1, help="Seed of the choice of images.")] = 0,
+    images: Annotated[int, option(IMAGES, min=1, help="Number of images to draw.")] = 8,
+    survey: Annotated[int, option(IMAGES, min=1, help="Maximum number of images to compute the figures on.")] = 1000,
+    seed: Annotated[int, option(IMAGES, min=0, max=2**31 - 1, help="Seed for the choice of images.")] = 0,
     layers: Annotated[
         str | None,
-        option(MAPS, help="Layers of the maps, as numbered in the dense model. Default: the last 3/8 of them."),
+        option(MAPS, help="Layers to map, numbered as in the dense model. Default: the last 3/8 of them."),
     ] = None,
     method: Annotated[
         str,
         option(
             MAPS,
             metavar="METHOD",
-            help="How maps are made: row (exact), or as published xai, raw, rollout or attribution.",
+            help="How to compute the maps: row (exact), or the published xai, raw, rollout or attribution.",
         ),
     ] = "row",
     output: Annotated[
@@ -45,7 +45,7 @@ def visualize(
             OUTPUT,
             "--output",
             "-o",
-            help="Folder to write. Default: attention in the folder of MODEL; of a file visualized/NAME.",
+            help="Output folder. Default: attention in the folder of MODEL; for a file, visualized/NAME.",
         ),
     ] = None,
     force: Annotated[bool, option(OUTPUT, "--force", help="Replace the output if it exists.")] = False,
@@ -72,4 +72,4 @@ def visualize(
     else:
         show_visualized(result)
     say_about_images(result, printing.quiet, agreement=len(result["variants"]) > 1)
-    say(f"wrote {folder}/index.html, {len(result['files']) - 1} other files beside it", printing.quiet)
+    say(f"wrote {folder}/index.html, {len(result['files']) - 1} other files", printing.quiet)

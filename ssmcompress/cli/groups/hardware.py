@@ -19,7 +19,7 @@ class Processor:
     """The CPU."""
 
     threads: Annotated[
-        int | None, option(HARDWARE, min=1, max=1024, help="Threads of the CPU. Default: all cores.")
+        int | None, option(HARDWARE, min=1, max=1024, help="Number of CPU threads. Default: all cores.")
     ] = None
 
     def start(self) -> Any:

@@ -17,7 +17,7 @@ Data = Annotated[
     str | None,
     option(
         IMAGES,
-        help="Folder of (class folders of) images or videos, parquet, arrow, tar, npz file, folder:split or hub:split.",
+        help="Folder of images, videos or class folders, parquet, arrow, tar or npz file, folder:split or hub:split.",
     ),
 ]
 
@@ -26,14 +26,16 @@ Data = Annotated[
 class Batching:
     """How images are read."""
 
-    batch_size: Annotated[int, option(HARDWARE, min=1, help="Images at a time; changes no result.")] = 64
-    workers: Annotated[int, option(HARDWARE, min=0, help="Processes that decode images; 0: the main process does.")] = 0
+    batch_size: Annotated[int, option(HARDWARE, min=1, help="Batch size; does not change results.")] = 64
+    workers: Annotated[
+        int, option(HARDWARE, min=0, help="Processes that decode images; 0: decode in the main process.")
+    ] = 0
     reduce_zero_label: Annotated[
         bool | None,
         option(
             IMAGES,
             "--reduce-zero-label/--no-reduce-zero-label",
-            help="In masks, 0 is no class and classes count from 1. Default: as the data says, else without.",
+            help="In masks, 0 means no class and classes start at 1. Default: as the data says, else off.",
         ),
     ] = None
 
@@ -44,14 +46,14 @@ class Measure(Batching):
 
     dtype: Annotated[
         Precision,
-        option(HARDWARE, help="Precision when measuring; with bfloat16, reports have figures in float32 beside it."),
+        option(HARDWARE, help="Precision of measurements; with bfloat16, reports also have the figures in float32."),
     ] = Precision.float32
     views: Annotated[
         str | None,
         option(
             IMAGES,
             metavar="CLIPSxCROPS",
-            help="Videos: measure the mean of these views, 4x3. Default: 1x1, one clip and its centre crop.",
+            help="Videos: average over CLIPSxCROPS views, such as 4x3. Default: 1x1, one clip and its centre crop.",
         ),
     ] = None
 
@@ -68,7 +70,7 @@ class TrainingImages:
 
     data: Data = None
     eval_data: Annotated[
-        str | None, option(IMAGES, help="Images to measure on. Default: those of --data that nothing was learnt from.")
+        str | None, option(IMAGES, help="Images to measure on. Default: held-out images of --data.")
     ] = None
     seed: Annotated[
         int,
@@ -97,5 +99,5 @@ class Images(TrainingImages):
     """Images for calibration, training and evaluation."""
 
     samples: Annotated[
-        int, option(IMAGES, min=1, help="Images to calibrate and reconstruct on, at most half of --data.")
+        int, option(IMAGES, min=1, help="Number of images to calibrate and reconstruct on, at most half of --data.")
     ] = 1024

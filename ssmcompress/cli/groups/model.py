@@ -28,7 +28,7 @@ Checkpoint = Annotated[
     str,
     model_argument(
         "CKPT",
-        "Dense checkpoint (.pth, .pt, .safetensors), a folder that prune wrote, to drop more tokens, or a Hub name: "
+        "Dense checkpoint (.pth, .pt, .safetensors), a folder that prune wrote (to drop more tokens), or a Hub name: "
         "owner/name[@rev][:file].",
     ),
 ]
@@ -38,7 +38,7 @@ Model = Annotated[str, model_argument("MODEL", "Checkpoint file, a folder that p
 
 
 MaybeModel = Annotated[
-    str | None, model_argument("MODEL", "Folder, file or Hub name; without it, the newest under compressed/.")
+    str | None, model_argument("MODEL", "Folder, file or Hub name. Default: the newest under compressed/.")
 ]
 
 
@@ -61,35 +61,38 @@ class Reading:
     stride: Annotated[
         int | None, option(MODEL_FILE, min=1, help="Step between patches in pixels. Default: the patch size.")
     ] = None
-    weights: Annotated[
-        str, option(MODEL_FILE, help="Entry of a checkpoint: model, model_ema, or the name of another one.")
-    ] = "model"
+    weights: Annotated[str, option(MODEL_FILE, help="Checkpoint entry to load: model, model_ema or another name.")] = (
+        "model"
+    )
     architecture: Annotated[
         str | None,
         option(
             MODEL_FILE,
-            help="vim, video_mamba, plain_mamba, vmamba or vit, where neither the weights nor the rest of the file "
-            "says it.",
+            help="vim, video_mamba, plain_mamba, vmamba or vit, if the weights and the file's metadata do not say.",
         ),
     ] = None
     task: Annotated[
         str | None,
-        option(MODEL_FILE, help="classification or segmentation: refuse a file of another task. Default: what it is."),
+        option(
+            MODEL_FILE, help="classification or segmentation: refuse a file for another task. Default: accept either."
+        ),
     ] = None
     level: Annotated[
         str | None,
         option(
             MODEL_FILE,
-            help="What a segmentation model on a Vim reads, where its file does not say it: hidden, residual, "
-            "residual_norm or rope.",
+            help="Features that the head of a Vim segmentation model reads, if its file does not say so: hidden, "
+            "residual, residual_norm or rope.",
         ),
     ] = None
     num_heads: Annotated[
         int | None,
-        option(MODEL_FILE, min=1, help="Attention heads of a ViT. Default: as its file says, else its width over 64."),
+        option(
+            MODEL_FILE, min=1, help="Attention heads of a ViT. Default: as its file says, else its width divided by 64."
+        ),
     ] = None
     frames: Annotated[
-        int | None, option(MODEL_FILE, min=1, help="Frames of a video, of a model for videos. Default: as trained.")
+        int | None, option(MODEL_FILE, min=1, help="Models for videos: frames per video. Default: as trained.")
     ] = None
     unsafe_load: Annotated[
         bool, option(MODEL_FILE, "--unsafe-load", help="Unpickle a file that could run code; only if trusted.")
@@ -130,9 +133,11 @@ class Load(Reading):
     """How a model file is read, and how images are prepared for it."""
 
     mean: Annotated[
-        str | None, option(MODEL_FILE, help="Normalisation mean, one value or one a channel (0.485,0.456,0.406).")
+        str | None, option(MODEL_FILE, help="Normalisation mean, one value or one per channel (0.485,0.456,0.406).")
     ] = None
-    std: Annotated[str | None, option(MODEL_FILE, help="Standard deviation of the same.")] = None
+    std: Annotated[
+        str | None, option(MODEL_FILE, help="Normalisation standard deviation, one value or one per channel.")
+    ] = None
     crop_pct: Annotated[
         str | None, option(MODEL_FILE, help="Share of the resized side that the centre crop keeps, 0.875 or 87.5%.")
     ] = None
@@ -140,7 +145,9 @@ class Load(Reading):
     short_side: Annotated[
         int | None,
         option(
-            MODEL_FILE, min=0, help="Segmentation: resize images to this shorter side; 0: do not. Default: as trained."
+            MODEL_FILE,
+            min=0,
+            help="Segmentation: resize images to this shorter side; 0: no resizing. Default: as trained.",
         ),
     ] = None
 

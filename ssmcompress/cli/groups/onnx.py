@@ -15,7 +15,7 @@ from .model import Dense
 if TYPE_CHECKING:
     from ...export.onnx import OnnxOptions
 
-Atol = Annotated[float, option(OUTPUT, min=0, help="Largest difference of a logit that passes.")]
+Atol = Annotated[float, option(OUTPUT, min=0, help="Largest allowed difference of a logit.")]
 Provider = Annotated[str, option(HARDWARE, help="onnxruntime's execution provider: cpu, cuda, ...")]
 
 
@@ -35,7 +35,7 @@ class OnnxFile:
         ),
     ] = ScanForm.auto
     dtype: Annotated[
-        Stored, option(OUTPUT, help="Type of the matrices in the ONNX file; it computes in float32 in any case.")
+        Stored, option(OUTPUT, help="Type of the matrices in the ONNX file; it always computes in float32.")
     ] = Stored.float32
     debug_outputs: Annotated[
         bool, option(OUTPUT, "--debug-outputs", help="Also output the tokens that each stage keeps.")
@@ -57,7 +57,7 @@ class OnnxFile:
         given = [f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name) != f.default]
         if given and not onnx:
             verb = "belongs" if len(given) == 1 else "belong"
-            raise InputError(f"{', '.join(given)} {verb} to --onnx: give it, too")
+            raise InputError(f"{', '.join(given)} {verb} to --onnx: give --onnx as well")
 
     def options(self, latency: bool) -> OnnxOptions:
         """Return the options as the library takes them."""

@@ -17,7 +17,7 @@ class Printing:
 
     as_json: Annotated[bool, option(OUTPUT, "--json", help="Print one JSON object instead of a table.")] = False
     quiet: Annotated[bool, option(OUTPUT, "--quiet", help="No progress and no messages.")] = False
-    verbose: Annotated[bool, option(OUTPUT, "--verbose", help="Also say what is done, on stderr.")] = False
+    verbose: Annotated[bool, option(OUTPUT, "--verbose", help="Also print details on stderr.")] = False
     log_file: Annotated[
         str | None, option(OUTPUT, help="Append messages, steps and warnings to this file, also with --quiet.")
     ] = None
@@ -40,7 +40,7 @@ class ReportPrinting(Printing):
         option(
             OUTPUT,
             "--verbose",
-            help="Also show what each refitted map misses, before and after; on stderr what is done.",
+            help="Also show the error of each refitted map, before and after, and print details on stderr.",
         ),
     ] = False
 
@@ -57,7 +57,7 @@ ForceFolder = Annotated[
 class Output:
     """The output folder."""
 
-    output: Annotated[str | None, option(OUTPUT, "--output", "-o", help="Folder to write.")] = None
+    output: Annotated[str | None, option(OUTPUT, "--output", "-o", help="Output folder.")] = None
     force: ForceFolder = False
 
     def path(self, default: Path) -> Path:

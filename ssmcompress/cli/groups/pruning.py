@@ -18,7 +18,7 @@ class Budget:
 
     ratio: Annotated[
         str | None,
-        option(BUDGET, help="Share of tokens REMOVED at each stage, or one a stage: 30%, 0.3, 20%,30%. Default 0.3."),
+        option(BUDGET, help="Share of tokens REMOVED at each stage, or one per stage: 30%, 0.3, 20%,30%. Default 0.3."),
     ] = None
     flops: Annotated[
         str | None, option(BUDGET, help="Share of the FLOPs to KEEP, 60%; searches for the plan that loses least.")
@@ -32,21 +32,26 @@ class Budget:
     ] = None
     max_drop: Annotated[
         float | None,
-        option(BUDGET, help="Points of accuracy (of agreement without labels) that may be LOST; saves most within it."),
+        option(
+            BUDGET,
+            help="Points of accuracy (of agreement without labels) that may be LOST; saves as much as possible.",
+        ),
     ] = None
     axes: Annotated[
         str | None,
         option(BUDGET, help="What a search may trim: states,channels,layers,tokens. Default: all that the model has."),
     ] = None
     search: Annotated[
-        bool, option(BUDGET, "--search/--no-search", help="Without: --flops prunes all stages alike by one metric.")
+        bool,
+        option(BUDGET, "--search/--no-search", help="With --no-search, --flops prunes all stages alike by one metric."),
     ] = True
     sensitivity: Annotated[
-        str | None, option(BUDGET, help="sensitivity.json of an earlier search, or its folder: not measured again.")
+        str | None,
+        option(BUDGET, help="sensitivity.json of an earlier search, or its folder; reused instead of measured again."),
     ] = None
     search_images: Annotated[int, option(BUDGET, min=1, help="Images to search on, at most half of --samples.")] = 512
     by_labels: Annotated[
-        bool, option(BUDGET, "--by-labels", help="Search by labels, not by the dense model's own outputs.")
+        bool, option(BUDGET, "--by-labels", help="Search by labels instead of the dense model's outputs.")
     ] = False
 
 
@@ -83,7 +88,7 @@ class Pruning(Stages):
             PRUNING,
             metavar="METRIC",
             autocompletion=complete_importance,
-            help=f"What tokens are ranked by: {', '.join(IMPORTANCE_NAMES)}. Default: clip; of a ViT attention.",
+            help=f"Metric to rank tokens by: {', '.join(IMPORTANCE_NAMES)}. Default: clip; for a ViT, attention.",
         ),
     ] = None
     fuse: Annotated[
@@ -102,12 +107,12 @@ class Pruning(Stages):
         option(
             PRUNING,
             "--reconstruct/--no-reconstruct",
-            help="Refit later layers to the dense model, without training. Default: where data is given.",
+            help="Refit later layers to the dense model, without training. Default: on if data is given.",
         ),
     ] = None
     reenter: Annotated[
         int,
-        option(PRUNING, min=0, help="Segmentation: number of last layers that all tokens enter again."),
+        option(PRUNING, min=0, help="Segmentation: number of last layers that process all tokens again."),
     ] = 0
     plan: Annotated[
         str | None,

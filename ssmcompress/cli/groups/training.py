@@ -23,7 +23,7 @@ class Training:
         str,
         option(
             FINETUNING,
-            help="How to fine-tune: default, top-vim (the paper's), or a JSON file with what differs from one.",
+            help="Fine-tuning recipe: default, top-vim (the paper's), or a JSON file with changes to one of them.",
         ),
     ] = "default"
     recipe_changes: Annotated[
@@ -37,11 +37,11 @@ class Training:
     ] = None
     ramp: Annotated[
         str | None,
-        option(FINETUNING, help="Share of the fine-tuning over which pruning rises from nothing to its target, 50%."),
+        option(FINETUNING, help="Share of the fine-tuning over which pruning increases from none to its target, 50%."),
     ] = None
-    tensorboard: Annotated[
-        str | None, option(FINETUNING, help="Folder to log the fine-tuning to, for TensorBoard.")
-    ] = None
+    tensorboard: Annotated[str | None, option(FINETUNING, help="Folder for TensorBoard logs of the fine-tuning.")] = (
+        None
+    )
 
     def options(self, epochs: int | None, teacher: bool = True) -> FinetuneOptions:
         """Return the options as the library takes them."""
@@ -66,7 +66,7 @@ class FinetuneToo(Training):
 
     finetune_epochs: Annotated[
         int | None,
-        option(FINETUNING, min=1, help="Passes over --data to fine-tune for, with the dense model as teacher."),
+        option(FINETUNING, min=1, help="Epochs to fine-tune on --data, with the dense model as teacher."),
     ] = None
 
     def options_if_asked(self) -> FinetuneOptions | None:
@@ -82,5 +82,5 @@ class FinetuneToo(Training):
         if self.finetune_epochs is not None:
             return self.options(self.finetune_epochs)
         if unused := [name for name, value in given.items() if value]:
-            raise InputError(f"{', '.join(unused)}: how to fine-tune, but --finetune-epochs is not given")
+            raise InputError(f"{', '.join(unused)}: options of fine-tuning, but --finetune-epochs is not given")
         return None

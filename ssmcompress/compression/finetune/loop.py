@@ -253,16 +253,16 @@ class _Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise_if_out_of_memory(error)
             raise InputError(
-                f"{self.path}: damaged ({type(error).__name__} {error}); remove it to start afresh"
+                f"{self.path}: damaged ({type(error).__name__} {error}); remove it to start over"
             ) from error
-        line(f"going on after step {self.step} of {self.steps}")
+        line(f"resuming after step {self.step} of {self.steps}")
 
     def _fail_not_finite(self) -> None:
         kept = f"; the last good state is in {self.path}" if self.path is not None and self.path.exists() else ""
         kept += ", loadable as a model" if kept else ""
         raise SsmCompressError(
             f"the loss is not finite at step {self.step + 1} of {self.steps}{kept}; try a lower lr (now "
-            f"{self.recipe.lr:g} for {self.recipe.lr_images} images) or clip_grad, and start afresh"
+            f"{self.recipe.lr:g} for {self.recipe.lr_images} images) or clip_grad, and start over"
         )
 
     def _any_process(self, value: bool) -> bool:

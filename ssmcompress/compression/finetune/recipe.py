@@ -118,7 +118,7 @@ class Recipe:
             try:
                 rand_augment_transform(self.randaugment, {})
             except Exception as error:  # its parser raises asserts and other errors
-                expect("randaugment", False, f"timm's text, as rand-m9-mstd0.5-inc1 ({error})")
+                expect("randaugment", False, f"a timm string such as rand-m9-mstd0.5-inc1 ({error})")
 
     def check_task(self, task: Task) -> None:
         """Raise an InputError that names non-default values that apply only to tasks other than the model's."""

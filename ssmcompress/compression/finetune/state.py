@@ -60,7 +60,7 @@ def write_state(file: Path, model: TokenModel, entries: Mapping[str, Any]) -> No
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
         raise_if_out_of_memory(error)
-        raise SsmCompressError(f"cannot keep the state of the run in {file}: {error}") from error
+        raise SsmCompressError(f"cannot save the state of the run in {file}: {error}") from error
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def read_state(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
     except InputError as error:
-        raise InputError(f"{file}: {error}; remove it to start afresh") from error
+        raise InputError(f"{file}: {error}; remove it to start over") from error
     return content
 
 
@@ -91,7 +91,7 @@ def check_same_run(file: Path, stored: Any, expected: Mapping[str, Any]) -> None
         stored, expected: identification of the stored and the current run, see `describe_differences`.
     """
     if differences := describe_differences(stored, expected):
-        raise InputError(f"{file} is of another run, with {', '.join(differences)}; `force=True` starts afresh")
+        raise InputError(f"{file} belongs to another run, with {', '.join(differences)}; `force=True` starts over")
 
 
 def is_state_of(file: Path, expected: Mapping[str, Any]) -> bool:
@@ -120,5 +120,5 @@ def describe_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
         elif isinstance(new, Mapping):
             found += describe_differences(old, new)
         else:
-            found.append(f"{name} {old!r} for {new!r}")
+            found.append(f"{name} {old!r} instead of {new!r}")
     return found

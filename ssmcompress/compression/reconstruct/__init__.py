@@ -102,7 +102,7 @@ def reconstruct(
     if pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
     if not dense.is_residual:
-        raise InputError("a model with rotary positions cannot be reconstructed: leave it out, `reconstruct=False`")
+        raise InputError("a model with rotary positions cannot be reconstructed: use `reconstruct=False`")
     if reference is not None:
         check_model(reference, "reference")
         numbers = [m.origin.layers if m.origin is not None else tuple(range(1, len(m.blocks) + 1))

@@ -92,7 +92,7 @@ class BothModels:
         kl = torch.zeros((), dtype=torch.float64, device="cpu")
         models = [fingerprint(model) for model in (self.dense, self.pruned, self.reference)] if keeps_results() else []
         seen: list[str] = []
-        for images in in_chunks(_drop_repeats(track(batches, "looking at images", batches.total)), self.size):
+        for images in in_chunks(_drop_repeats(track(batches, "collecting features", batches.total)), self.size):
             images = images.to(self.device)
             seen.append(hash_of(images) if keeps_results() else "")
             # The second image is held out, so that two images are enough.

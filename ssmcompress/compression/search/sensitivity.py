@@ -184,7 +184,7 @@ class Sensitivity:
                 what = "with other weights, another image size or other preprocessing"
                 if self.model[key] is None:
                     what = "by an older version of ssmcompress, which did not record the weights"
-            raise InputError(f"the sensitivity was measured {what}: leave it out to measure anew")
+            raise InputError(f"the sensitivity was measured {what}: leave it out to measure again")
         for option in self.axes:
             try:
                 option.trims.apply_to(model.config)
@@ -206,7 +206,7 @@ def _parse_digests(value: Any) -> np.ndarray | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        raise TypeError("digests that are no list")
+        raise TypeError("digests that are not a list")
     return np.unique(np.array([int(v, 16) for v in value], np.uint64))
 
 

@@ -41,7 +41,7 @@ class LayerInputs:
         self.features: list[Tensor] = []
         self.gradients: list[list[Tensor]] = []
         device = next(model.parameters()).device
-        for chunk in in_chunks(track(self.batches, "looking at images", self.batches.total), model.chunk_size()):
+        for chunk in in_chunks(track(self.batches, "collecting activations", self.batches.total), model.chunk_size()):
             chunk = chunk.to(device)
             self.gradients.append(margin_gradients(model, chunk))
             tokens = model.embed(chunk)
@@ -88,8 +88,8 @@ def check_trimmable(model: Any) -> None:
     check_model(model)
     if not all(isinstance(block, TrimmableBlock) for block in model.blocks):
         raise InputError(
-            f"a {model.architecture} cannot be trimmed, its layers have no states, channels or paths to spare: drop "
-            f"tokens instead"
+            f"a {model.architecture} cannot be trimmed, because its layers have no states, channels or paths to "
+            "remove: drop tokens instead"
         )
     if model.plan is not None and model.plan.stages:
         raise InputError("`model` drops tokens already: trim the dense model, then prune the result")

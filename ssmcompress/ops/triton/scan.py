@@ -139,7 +139,7 @@ def _arguments(u, delta, A, B, C, D, bias, steps, gap_delta, gap, order, z, soft
     z, z_stride = (None, 0) if z is None else even_rows(z)
     BC, state_stride = _same_strides([even_rows(t) for t in (*B, *C)])
     if max(z_stride, state_stride, u[0].shape[2]) * u[0].shape[1] >= 2**31:
-        raise ValueError(f"selective_scan: {u[0].shape[1]} tokens are more than 32 bits can count the numbers of")
+        raise ValueError(f"selective_scan: {u[0].shape[1]} tokens need offsets beyond 32 bits")
     plain = {"us": u, "deltas": delta, "Ds": D, "biases": bias, "steps": steps, "gap_deltas": gap_delta, "gaps": gap}
     tensors = {name: [t.contiguous() for t in ts] for name, ts in (plain | {"orders": order}).items()}
     tensors |= {"Bs": BC[: len(B)], "Cs": BC[len(B) :]}
