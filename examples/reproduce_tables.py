@@ -21,7 +21,8 @@ The parts, for each model:
     figure    attention maps
     page      the page and all of its data as JSON next to it; also written after each other part
 
-Everything but the page is kept in the cache. To resume a stopped run, repeat the command; parts that depend on a
+Everything but the page is kept in the cache. A page keeps the results of models whose checkpoints are not in the cache,
+so models measured on several machines can share it. To resume a stopped run, repeat the command; parts that depend on a
 changed model, image set or option are measured again. Text between the two marker comments of a page is kept when the
 page is rewritten. --only and --parts divide the work: after `--parts make`, several processes may share a cache if they
 work on different models.
@@ -127,24 +128,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str]]:
+def choose_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[str], list[str]]:
     """Return all models, from a folder or the small-scale setup, and the names of those to be measured in this run.
+
+    The third value has the names of the files that the script creates.
 
     Missing files of the small-scale setup are created.
     """
     asked = args.only.split(",") if args.only else None
     if args.models is not None:
-        subjects = find_subjects(args.models, args.imagenet, args.scenes)
+        subjects, created = find_subjects(args.models, args.imagenet, args.scenes), []
     else:
-        from reproduce.clutter import list_subjects, make_all  # needs scikit-image
+        from reproduce.clutter import list_makings, list_subjects, make_all  # needs scikit-image
 
-        subjects = list_subjects(args.cache, args.idx)
+        subjects, created = list_subjects(args.cache, args.idx), list(list_makings())
     names = [subject.name for subject in subjects]
     if unknown := set(asked or ()) - set(names):
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
     if args.models is None and MAKE in args.parts.split(","):
         make_all(args.cache, asked or names, args.idx)
-    return subjects, asked or names
+    return subjects, asked or names, created
 
 
 def run_part(name: str, subject: Subject, settings: Settings) -> None:
@@ -189,7 +192,7 @@ def run_all(args: argparse.Namespace, settings: Settings) -> None:
         SystemExit: a part failed for a model; later parts and the other models were run nevertheless.
     """
     read_notes(args.output)  # fail early if the page is damaged
-    subjects, only = choose_subjects(args)
+    subjects, only, created = choose_subjects(args)
     parts, failed = args.parts.split(","), []
     for subject in subjects:
         for name in PARTS:
@@ -200,8 +203,8 @@ def run_all(args: argparse.Namespace, settings: Settings) -> None:
                 except SsmCompressError as error:
                     failed.append(f"{subject.name}, {name}: {error}")
                     line(f"failed: {error}")
-                write_page(args.output, subjects, settings, args.models is None)
-    write_page(args.output, subjects, settings, args.models is None)
+                write_page(args.output, subjects, settings, created)
+    write_page(args.output, subjects, settings, created)
     line(f"wrote {args.output}")
     if failed:
         raise SystemExit("\n".join(f"error: {text}" for text in failed))

@@ -100,7 +100,7 @@ def test_published_checkpoints_on_a_data_set_of_the_user(run, stand_ins):
     assert Path("page_attention_vim_t_midclstok_76p1acc.png").stat().st_size > 10_000
     assert Path("page_attention_l1.png").exists()
     assert Image.open("page_methods.png").height > 400  # a panel for each of four models
-    results = json.loads(Path("page.json").read_text(encoding="utf-8"))
+    results = json.loads(Path("page.json").read_text(encoding="utf-8"))["models"]
     tuned, rows = results["l1"]["tuned"], results["l1"]["rows"]
     assert tuned.keys() == {key for key, seeds in rows.items() if not seeds["0"].get("failed")}
     assert set(results["l1"]["cost"]) == set(PARTS)
@@ -338,6 +338,36 @@ def test_models_with_grids_of_several_sizes_are_not_explained(monkeypatch, tmp_p
     explain(Subject("vssm", tmp_path / "vssm.pth", "", ""), Settings(tmp_path))
     assert "vssm: not explained" in caplog.text
     assert not (tmp_path / "reasons").exists()
+
+
+def test_a_page_keeps_models_that_were_measured_elsewhere(kept_rows, tmp_path):
+    """With another cache and without the checkpoint; not if the checkpoint is there and has no results."""
+    from reproduce.page import write_page
+    from reproduce.settings import write
+    from reproduce.subjects import Subject
+
+    folder = kept_rows.rows_of("m", 0)
+    flops = {"full": 2.0, "paper": 1.0}
+    row = {"method": "naive", "share": 0.6, "top1": 51.25, "flops": flops, "flops_share": 0.6, "images": 9}
+    dense = {**row, "method": "dense", "share": 1.0, "top1": 91.5}
+    write(folder / "compare.json", {"settings": {"calibration": {"images": 7}}, "rows": [dense, row]})
+    write(kept_rows.file_of("cost", "m"), {"rows": {"seconds": 240.0, "machine": "an old machine"}})
+    write(tmp_path / "made.json", {"m.pth": {"command": "python m.py", "seconds": 60.0}, "other": {"seconds": 1.0}})
+    subject = Subject("m", tmp_path / "m.pth", "", "")
+    page = tmp_path / "page.md"
+    write_page(page, [subject], kept_rows, ["m.pth"])
+    first = page.read_text(encoding="utf-8")
+    assert all(text in first for text in ("| naive | 51.25 |", "an old machine", "making m.pth", "7 images"))
+    assert "making other" not in first
+    (tmp_path / "page_attention_m.png").write_bytes(b"drawn there")
+    for _ in range(2):
+        write_page(page, [subject], replace(kept_rows, cache=tmp_path / "empty"), ["m.pth"])
+        again = page.read_text(encoding="utf-8")
+        assert again.partition("## Figures")[0] == first.partition("## Time")[0]
+        assert "(page_attention_m.png)" in again
+    subject.checkpoint.write_bytes(b"trained again")
+    write_page(page, [subject], replace(kept_rows, cache=tmp_path / "empty"), ["m.pth"])
+    assert "naive" not in page.read_text(encoding="utf-8")
 
 
 def test_notes_of_a_page_are_kept(monkeypatch, tmp_path):

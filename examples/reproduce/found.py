@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from ssmcompress.jobs.compare import RESULT_FILE
@@ -27,6 +28,7 @@ class Found:
         rows: row name -> its figures by seed, as in `compare.json`.
         samples: number of calibration images; None: there are no rows yet.
         tuned, best, speed, reasons, inputs, cost: see `Settings.file_of`.
+        elsewhere: whether all of it was measured with another cache, and is taken from the page that was there.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Found:
     reasons: dict[str, Any]
     inputs: dict[str, Any]
     cost: dict[str, Any]
+    elsewhere: bool = False
 
     @property
     def dense(self) -> dict[str, Any]:
@@ -69,8 +72,17 @@ class Found:
         return self.tuned.get(key, {}).get("figures", {}).get(self.figure)
 
 
-def find(subject: Subject, settings: Settings) -> Found:
-    """Return the results of a model, skipping those measured with other models, images or options than now."""
+def find(subject: Subject, settings: Settings, earlier: Mapping[str, Any] = MappingProxyType({})) -> Found:
+    """Return the results of a model, skipping those measured with other models, images or options than now.
+
+    A model whose checkpoint does not exist here keeps its results from an earlier page, so that models measured on
+    several machines can share a page.
+
+    Args:
+        earlier: the results in an earlier page by the names of the models.
+    """
+    if subject.name in earlier and not subject.checkpoint.exists():
+        return take_over(earlier[subject.name])
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in settings.seeds:
         for row in read_rows(subject.name, seed, settings):
@@ -83,6 +95,13 @@ def find(subject: Subject, settings: Settings) -> Found:
     compared = read(settings.rows_of(name, settings.seeds[0]) / RESULT_FILE).get("settings", {})
     samples = compared.get("calibration", {}).get("images")
     return Found(name, rows, samples, tuned, best, speed, reasons, inputs, read(settings.file_of("cost", name)))
+
+
+def take_over(value: Mapping[str, Any]) -> Found:
+    """Return the results of a model from the JSON of an earlier page."""
+    known = {f.name: value.get(f.name, {}) for f in fields(Found)}
+    rows = {key: {int(seed): row for seed, row in seeds.items()} for key, seeds in known["rows"].items()}
+    return Found(**known | {"rows": rows, "samples": value.get("samples"), "elsewhere": True})
 
 
 def list_methods(found: Found, names: Iterable[str], share: float) -> list[tuple[str, str]]:

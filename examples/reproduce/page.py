@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,26 @@ from .text import MISSING, show, table, wrap
 NOTES = ("<!-- notes, kept when the page is written again -->", "<!-- end of notes -->")
 
 
-def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, made: bool = True) -> None:
-    """Write the page, its images, and all of its data as JSON next to it; the notes of an earlier page are kept.
+def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, created: Collection[str] = ()) -> None:
+    """Write the page, its figures, and all results as JSON next to it; the notes of an earlier page are kept.
 
     Args:
-        made: whether the images and models are those that the script creates.
+        created: names of the images and models that the script creates.
     """
-    found = [f for f in (find(subject, settings) for subject in subjects) if DENSE in f.rows]
+    data = output.with_suffix(".json")
+    earlier = read(data)
+    everything = (find(subject, settings, earlier.get("models", {})) for subject in subjects)
+    found = [f for f in everything if DENSE in f.rows]
+    made = earlier.get("made", {}) | read(settings.cache / MADE)
+    made = {file: value for file, value in made.items() if file in created}
     output.parent.mkdir(parents=True, exist_ok=True)
     tables = [section(found, settings) for section in SECTIONS]
     parts = [describe_run(found, settings), read_notes(output), chart(found, output, settings), *tables]
     parts.append(draw(found, output, settings))
-    parts += [describe_cost(found, read(settings.cache / MADE) if made else {})]
+    parts.append(describe_cost(found, made))
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
-    write(output.with_suffix(".json"), {f.name: vars(f) for f in found})
+    write(data, {"models": {f.name: vars(f) for f in found}, "made": made})
 
 
 def read_notes(page: Path) -> str:
@@ -99,7 +104,8 @@ def draw(found: Sequence[Found], output: Path, settings: Settings) -> str:
     parts = []
     for f in found:
         target = output.with_name(f"{output.stem}_attention_{f.name}.png")
-        if f.figure == "top1" and copy_figure(f.name, settings, target):
+        kept = f.elsewhere and target.exists()
+        if f.figure == "top1" and (kept or copy_figure(f.name, settings, target)):
             title = f"Attention maps of three images, of {f.name}, dense, pruned and aligned"
             parts.append(f"![{title}]({target.name})\n\n*{f.name}*")
     note = f"""Models at {settings.share:.0%} of the FLOPs ([how to read it](visualize.md)). The images are chosen by a
