@@ -139,7 +139,7 @@ def test_bad_ratios(checkpoint, value):
     [
         (["--stages", "4"], "cannot prune after layer 4: the model has 4 layers, so a stage is 1 to 3"),
         (["--stages", "0"], "stage is 1 to 3"),
-        (["--stages", "a"], "--stages a: expected numbers"),
+        (["--stages", "a"], "--stages a: expected comma-separated numbers"),
         (["--stages", "2,1"], "rising order"),
         (["--importance", "best"], "'best'"),
         (["--flops", "60%", "--ratio", "0.3"], "expected one of them"),
