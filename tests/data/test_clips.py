@@ -117,7 +117,7 @@ def test_repeated_frames_are_noted_once():
         batches = Batches(videos, VideoTransform(PLAIN, (8, 8), 4), batch_size=1)
         assert [read_numbers(batch.images) for batch in batches] == [[[0, 0, 1, 1]], [[0, 1, 1, 2]], [[0, 1, 2, 3]]]
     assert len(set(recorder.lines)) == 1
-    assert "fewer than 4 frames" in recorder.lines[0]
+    assert "fewer than the 4 frames" in recorder.lines[0]
     assert recorder.lines[0].startswith("clips: ")
 
 

@@ -54,7 +54,7 @@ def test_reports_of_earlier_versions_say_nothing_of_it():
 
 def test_what_more_images_would_bring_in_words():
     assert list_learning_notes(section(0.4, 0.1, 0.11)) == [
-        "with half of the images the error of the refits on held-out images is 10% higher; twice as many would lower "
+        "with half of the images, the error of the refits on held-out images is 10% higher; twice as many would lower "
         "it by about 9%"
     ]
 
