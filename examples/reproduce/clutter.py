@@ -48,7 +48,8 @@ IMAGES = {
 TRAININGS = {
     "plain_mamba": {
         "plain_mamba80.pth": ("80", "--epochs 3 --lr 3e-3"),
-        "plain_mamba.pth": ("", "--epochs 2 --lr 1.5e-3"),
+        "plain_mamba-first.pth": ("", "--epochs 2 --lr 1.5e-3"),
+        "plain_mamba.pth": ("", "--epochs 3 --lr 1.5e-3 --seed 10"),
     },
     "vim": {
         "vim80.pth": ("80", "--epochs 6 --lr 4e-3 --patch-loss 1 --masks {train80-masks.npz}"),
