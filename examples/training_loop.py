@@ -130,11 +130,16 @@ def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.op
     both are comparable (arXiv 2502.16982), so there is one learning rate.
 
     Args:
-        args: optimizer, lr and weight_decay.
+        args: optimizer, lr, weight_decay and d_model.
+
+    Raises:
+        SystemExit: this version of torch has no Muon.
     """
     groups = parameter_groups(model, args.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if args.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise SystemExit(f"--optimizer muon needs torch 2.9 or later, this is {torch.__version__}")
         large = [p for p in groups[0]["params"] if p.ndim == 2 and min(p.shape) >= args.d_model]
         options = {"lr": args.lr, "weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(torch.optim.Muon(large, **options))
