@@ -177,9 +177,7 @@ def _show_models(models: list[dict[str, Any]]) -> None:
     print("  faster: than the first model, with its 95 % interval; ~: the difference is within the noise; ?: too few")
     print("  rounds to say so. fewer FLOPs: how many times more the first model takes, as run here. products: the time")
     print("  of the model's matrix products only, and how many times as long the forward takes. peak: peak memory of")
-    print(
-        "  tensors. one layer's: tensors that the ops of one layer, or of a stem that takes more, pass to each other."
-    )
+    print("  tensors. one layer's: what the ops of one layer, or of a stem that takes more, pass to each other.")
     if with_reference:
         print("  reference: with the scan in plain torch, and how many times faster the forward is than that.")
 
