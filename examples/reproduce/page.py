@@ -44,7 +44,8 @@ def write_page(output: Path, subjects: Sequence[Subject], settings: Settings, cr
     parts.append(describe_cost(found, made))
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_file(output, text.encode(), force=True)
-    write(data, {"models": {f.name: vars(f) for f in found}, "made": made})
+    models = {f.name: {key: value for key, value in vars(f).items() if key != "elsewhere"} for f in found}
+    write(data, {"models": models, "made": made})
 
 
 def read_notes(page: Path) -> str:
