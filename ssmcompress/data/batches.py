@@ -30,6 +30,7 @@ class Item(NamedTuple):
         mask: class numbers (height, width), if the source has masks, with their digest.
         error: error message for the mask, since a worker process cannot raise a one-line error.
         remark: a note about the image, shown once for all images with the same note.
+        reason: why the image is unreadable.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Item(NamedTuple):
     mask_digest: int = 0
     error: str | None = None
     remark: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ class Batches:
             if not self.reads_masks:
                 remark = getattr(self.transform, "remark", None)
                 return Item(i, self.transform(picture), digest, remark=remark and remark(picture))
-        except (OSError, ValueError):
-            return Item(i, None, 0)
+        except (OSError, ValueError) as error:
+            return Item(i, None, 0, reason=str(error))
         try:
             mask = self.source.masks(i)
             size = (picture.height, picture.width) if self.pictures else mask.shape
@@ -175,8 +177,8 @@ class Batches:
         try:
             pair = getattr(self.transform, "pair", None)
             image, target = (self.transform(picture), torch.from_numpy(mask)) if pair is None else pair(picture, mask)
-        except (OSError, ValueError):
-            return Item(i, None, 0)
+        except (OSError, ValueError) as error:
+            return Item(i, None, 0, reason=str(error))
         return Item(i, image, digest, target, int(self.mask_digests[i]) or digest_mask(mask))
 
     def _read(self) -> Iterator[list[Item]]:
@@ -185,14 +187,16 @@ class Batches:
 
     def _readable(self) -> Iterator[list[Item]]:
         """Yield the readable images of each batch; InputError if none of all images is readable."""
-        empty = True
+        empty, reason = True, None
         for items in self._read():
             self._note(items)
+            reason = reason or next((item.reason for item in items if item.reason), None)
             items = [item for item in items if item.image is not None]
             empty = empty and not items
             yield items
         if empty and self.index:
-            raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read")
+            shown = f" (first one: {reason[:200]})" if reason else ""
+            raise InputError(f"none of the {len(self.index)} images of {self.source.name} can be read{shown}")
 
     def __iter__(self) -> Iterator[Batch]:
         chunks = self._readable()

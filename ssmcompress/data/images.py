@@ -106,7 +106,10 @@ def load(source: Path | io.BytesIO) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large is fine; PIL rejects huge ones
         with Image.open(source) as image:
             image.load()
-            return image
+    if isinstance(image.info.get("transparency"), bytes):
+        # Models take opaque images. PIL's conversion of a palette ignores this entry too, but with a Python warning.
+        del image.info["transparency"]
+    return image
 
 
 def find_orientation(image: Image.Image) -> int:
@@ -129,6 +132,8 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: they are not a picture, or their scale is unknown; `decode` converts it to an OSError.
     """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
     if pixels.ndim not in (2, 3):
         raise ValueError(f"pixels are {pixels.ndim}-dimensional, expected rows and columns")
     if not np.issubdtype(pixels.dtype, np.integer) or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:

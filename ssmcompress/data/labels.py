@@ -137,7 +137,7 @@ def check_labels(values: Sequence[Any], name: str, num_classes: int) -> tuple[in
         return None
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_classes:
-            one_based = all(isinstance(v, int) and 1 <= v <= num_classes for v in values)
+            one_based = all(type(v) is int and 1 <= v <= num_classes for v in values)
             hint = "; labels start at 1 here, so subtract 1 from each" if one_based else ""
             raise InputError(f"{name}, row {row}: label {value!r}; expected classes 0 to {num_classes - 1}{hint}")
     return tuple(values)

@@ -28,8 +28,8 @@ def _words(name: str) -> tuple[str | None, list[str]]:
 
 
 def split_of_file(path: str) -> str | None:
-    """Return the split in the name of a table or shard: train for `train-00000-of-00002.parquet`."""
-    stem = PurePosixPath(path).name.partition(".")[0]
+    """Return the split in the name of a table or shard: train for `train-00000-of-00002.parquet`, `pets.train.tar`."""
+    stem = PurePosixPath(path).stem  # only the last suffix: names such as `v1.0-test.parquet` contain dots
     sharded = SHARDED.match(stem)
     word, _ = _words(stem)
     return word or (sharded[1] if sharded else None)

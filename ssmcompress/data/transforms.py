@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from ..errors import InputError
 from ..progress import note
 
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
+CROP_MODES = ("center", "squash", "border")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LARGEST = 2  # mean or std of pixels from 0 to 1; a larger one belongs to pixels from 0 to 255
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Preprocessing:
         mean, std: per channel, on a 0..1 scale.
         crop_pct: share of the resized image's side kept by the crop, above 0 and at most 1.
         interpolation: one of `INTERPOLATIONS`.
+        crop_mode: one of `CROP_MODES`, as in timm: "center" keeps the aspect ratio and cuts the longer side, "squash"
+            does not keep it, "border" keeps it and pads the shorter side.
         defaults: names of the values that are defaults, given by neither a file nor the user.
         recorded: whether they were read from a saved model, so that assumed values need not be noted again.
     """
@@ -33,6 +38,7 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
     defaults: tuple[str, ...] = field(default=(), compare=False)
     recorded: bool = field(default=False, compare=False)
 
@@ -68,10 +74,12 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON value that `from_dict` reads.
 
-        It has the key `assumed` only if mean or standard deviation is: true, or the list of assumed values if not all.
+        It has `crop_mode` only if that is not "center", and `assumed` only if mean or standard deviation is: true,
+        or the list of assumed values if not all.
         """
         values = {"mean": list(self.mean), "std": list(self.std)}
         values |= {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        values |= {"crop_mode": self.crop_mode} if self.crop_mode != "center" else {}
         return values | encode_assumed(self.defaults, VALUES)
 
     @classmethod
@@ -80,6 +88,7 @@ class Preprocessing:
         try:
             mean, std = (tuple(_parse_number(v) for v in value[k]) for k in ("mean", "std"))
             crop_pct, interpolation = _parse_number(value["crop_pct"]), str(value["interpolation"])
+            crop_mode = str(value.get("crop_mode", "center"))
             defaults = decode_assumed(value.get("assumed"), VALUES)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"not a preprocessing block: {type(error).__name__} {error}") from error
@@ -91,7 +100,9 @@ class Preprocessing:
             raise InputError(f"`crop_pct` {crop_pct:g}: expected 0.05 to 1")
         if interpolation not in INTERPOLATIONS:
             raise InputError(f"unknown interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
-        return cls(mean, std, crop_pct, interpolation, defaults, recorded=True)
+        if crop_mode not in CROP_MODES:
+            raise InputError(f"unknown crop mode {crop_mode!r}: expected one of {', '.join(CROP_MODES)}")
+        return cls(mean, std, crop_pct, interpolation, crop_mode, defaults, recorded=True)
 
     def transform(self, image_size: tuple[int, int]) -> Callable[[Any], Tensor]:
         """Return a function from a PIL image, in any mode, to (channels, height, width) float32.
@@ -132,6 +143,7 @@ class Preprocessing:
             std=self.std,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
+            crop_mode=self.crop_mode,
         )
         if self.assumed and not self.recorded:
             note(self.describe_assumption())
@@ -199,10 +211,12 @@ def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[flo
     """Return changes of a preprocessing with mean and std per channel, if one of the two is changed.
 
     Raises:
-        InputError: the number of values is neither one nor the number of channels.
+        InputError: the number of values is neither one nor the number of channels, or they are on a 0..255 scale.
     """
     changes, channels = dict(changes), len(mean)
     for name, present in (("mean", mean), ("std", std)):
+        if isinstance(changes.get(name), Real):
+            changes[name] = (changes[name],)
         count = len(changes.get(name, present))
         if count == 1:
             changes[name] = tuple(changes.get(name, present)) * channels
@@ -210,6 +224,9 @@ def per_channel(changes: dict[str, Any], mean: tuple[float, ...], std: tuple[flo
             typed = ",".join(f"{value:g}" for value in changes[name])
             model = f"the model has {channels} channel{'s' if channels > 1 else ''}"
             raise InputError(f"`{name}` {typed}: {count} values, {model}")
+        if name in changes and any(value > LARGEST for value in changes[name]):
+            typed = ",".join(f"{value:g}" for value in changes[name])
+            raise InputError(f"`{name}` {typed}: expected those of pixels from 0 to 1: divide by 255")
     return changes
 
 

@@ -160,6 +160,8 @@ def read_array_set(path: Path, name: str, num_classes: int, masks: MaskRules | N
         if videos.ndim == 4 and videos.dtype == np.uint8:
             raise InputError(f"{path} is a single video {videos.shape}; name a folder that holds it")
         check_frames(videos, ("videos", "frames", "height", "width"))
+        if not len(videos):
+            raise InputError(f"{path} has an array of 0 videos")
     except OSError as error:
         raise InputError(f"{path}: {error}") from error
     labels, classes = _read_labels(others.pop("labels", None), len(videos), name, num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,9 @@ class LoadOptions:
         if len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
             raise InputError(f"image_size {self.image_size}: expected a whole number of pixels, or (height, width)")
         return tuple(sides)
+
+
+SMALL_SIDE = 32  # pixels; DeiT's code, which writes `eval_crop_ratio`, does not crop images of this size or smaller
 
 
 class Loaded(NamedTuple):
@@ -124,7 +128,8 @@ def load(
             "residual", "residual_norm" or "rope"; see `ssmcompress.models.vim_levels.LEVELS`. None: as in the file,
             else "hidden".
         num_heads: number of attention heads of a ViT, which cannot be inferred from its weights. None: the number in
-            the file or of the timm model that it names, else the width divided by 64.
+            the file or of the timm model that it names, else the width divided by 64; required for widths whose
+            published models have other heads.
         frames: number of frames of the input videos, for a video model; the temporal embedding is interpolated.
             None: the number used in training.
 
@@ -160,14 +165,33 @@ def _find_preprocessing(model: TokenModel, said: Statements) -> Preprocessing | 
     default = model.default_preprocessing()
     if model.task is SEGMENTATION:  # images are not cropped, and arguments do not give the scale of mean and std
         return _normalise(default, said, f"; `short_side` {default.short_side or 'none'} is assumed")
-    names = [name for name in ("mean", "std", "crop_pct", "interpolation") if name in said.options]
-    values = {name: said.options[name].value for name in names}
-    if values.get("interpolation") not in INTERPOLATIONS:
-        values.pop("interpolation", None)  # "random", for instance, which is for training
-    if not {"mean", "std"} <= values.keys() or not all(isinstance(values[name], tuple) for name in ("mean", "std")):
-        return _normalise(default, said)
-    note(f"mean and std of the images are taken from {said.options['mean'].where}")
-    return default.changed(**values)
+    prepared = _recrop(default, said, min(model.config.image_size))
+    mean, std = (said.options[name].value if name in said.options else None for name in ("mean", "std"))
+    if not isinstance(mean, tuple) or not isinstance(std, tuple):
+        return _normalise(prepared, said)
+    return _recolour(prepared, mean, std, said.options["mean"].where)
+
+
+def _recrop(default: Preprocessing, said: Statements, side: int) -> Preprocessing:
+    """Return the preprocessing with the stated crop and interpolation, and show a note if they change the images."""
+    found = default
+    for name in ("crop_pct", "crop_mode", "interpolation"):
+        statement = said.options.get(name)
+        if statement is None or statement.value is None:
+            continue
+        if name == "interpolation" and statement.value not in INTERPOLATIONS:
+            continue  # "random", for instance, which is for training
+        if statement.where.endswith("eval_crop_ratio") and side <= SMALL_SIDE:
+            continue
+        try:
+            changed = found.changed(**{name: statement.value})
+        except InputError as error:
+            note(f"{statement.where} is not used: {str(error)[:200]}")
+            continue
+        if changed != found:
+            note(f"`{name}` of the images, {statement.value}, is taken from {statement.where}")
+        found = changed
+    return found
 
 
 def _normalise(
@@ -177,6 +201,13 @@ def _normalise(
     if said.normalisation is None:
         return default
     (mean, std), where = said.normalisation
+    return _recolour(default, mean, std, where, more)
+
+
+def _recolour(
+    default: Preprocessing | DensePreprocessing, mean: Any, std: Any, where: str, more: str = ""
+) -> Preprocessing | DensePreprocessing:
+    """Return a preprocessing with other mean and std, or unchanged if they are invalid, and show a note."""
     try:
         found = default.changed(mean=mean, std=std)
     except InputError as error:
@@ -299,6 +330,19 @@ def describe_file(name: str | Path) -> Source:
     return Source(place.recorded, sha256(place.path / WEIGHTS_FILE if place.path.is_dir() else place.path))
 
 
+def _find_entries(name: str | Path, source: Source) -> list[str]:
+    """Return the entries of a file that may have the weights a model was made from, the first one first.
+
+    A note is shown if the file is not the recorded one.
+    """
+    place = _find_place(name).path
+    file = place / WEIGHTS_FILE if place.is_dir() else place
+    if not source.sha256 or not file.is_file() or sha256(file) == source.sha256:
+        return [source.weights]
+    note(f"{name} is not the file that the model was made from: it has another SHA-256")
+    return list(dict.fromkeys([source.weights, "model"]))
+
+
 def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenModel:
     """Load the dense model that a pruned one was made from, or `override`; Hub models are downloaded again.
 
@@ -319,10 +363,16 @@ def find_dense(model: TokenModel, override: str | Path | None = None) -> TokenMo
             raise InputError(f"the dense model {source.path} is gone")
         if sha256(file) != source.sha256:
             raise InputError(f"the dense model {source.path} has changed since")
-    chosen, weights = (source.path, source.weights) if override is None else (override, "model")
+    chosen = source.path if override is None else override
     sizes = {"image_size": model.config.image_size, "stride": model.config.stride, "frames": model.frames}
     hidden = {name: getattr(model.config, name, None) for name in GIVEN}
-    dense = load(chosen, **sizes, weights=weights, architecture=model.architecture, **hidden)
+    *others, last = _find_entries(chosen, source)
+    for entry in others:
+        with contextlib.suppress(InputError):
+            dense = load(chosen, **sizes, weights=entry, architecture=model.architecture, **hidden)
+            break
+    else:
+        dense = load(chosen, **sizes, weights=last, architecture=model.architecture, **hidden)
     if dense.plan is not None:
         raise InputError(f"{chosen} is pruned itself; expected a dense model")
     classes, channels = dense.config.num_classes, dense.config.in_chans

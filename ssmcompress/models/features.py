@@ -252,7 +252,7 @@ class FeatureModel(nn.Module):
             "fixed_input_size": None not in self.image_shape,
             "interpolation": "bilinear" if dense else prepared.interpolation,
             "crop_pct": 1.0 if dense else prepared.crop_pct,
-            "crop_mode": "center",
+            "crop_mode": "center" if dense else prepared.crop_mode,
             "mean": tuple(prepared.mean),
             "std": tuple(prepared.std),
             "num_classes": self.num_classes,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..progress import note
+from .activation_names import name_activation
 from .config_texts import (
     ABOUT_OTHERS,
     ASSUMED,
@@ -39,12 +40,14 @@ SPELLINGS = {
     "if_devide_out": "if_divide_out",
     "image_mean": "mean",
     "image_std": "std",
+    "eval_crop_ratio": "crop_pct",  # in DeiT's code and what derives from it
     "forward_type": "SSM_FORWARDTYPE",
     "ssm_act_layer": "SSM_ACT_LAYER",
     "mlp_act_layer": "MLP_ACT_LAYER",
     "posembed": "POSEMBED",
     "gmlp": "GMLP",
 }
+PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 # Option in the section "DATA" of yacs configurations that also describes the model.
 IMAGE_SIZE = "IMG_SIZE"
 DEPTH = 4
@@ -302,6 +305,7 @@ def _read_module(module: nn.Module, said: Statements) -> None:
     projection = getattr(getattr(module, "patch_embed", None), "proj", None)
     if isinstance(projection, nn.Conv2d):
         said.add_option("stride", projection.stride[0], "the stride of its patch_embed.proj")
+    _read_vit(module, said)
     if mixer is None:
         return
     epsilon = getattr(getattr(module.layers[0], "norm", None), "eps", None)
@@ -311,6 +315,26 @@ def _read_module(module: nn.Module, said: Statements) -> None:
         said.add_option("use_middle_cls_token", False, "a model without the attribute use_middle_cls_token")
     if hasattr(mixer, "bimamba_type") and "if_divide_out" not in said.options:
         said.add_option("if_divide_out", False, "a mixer without the attribute if_divide_out")
+
+
+def _read_vit(module: nn.Module, said: Statements) -> None:
+    """Add the options of a live ViT that its weights do not show, and the preprocessing of a model of timm."""
+    prepared = getattr(module, "pretrained_cfg", None)
+    for name in PREPROCESSING if isinstance(prepared, Mapping) else ():
+        _read_value(name, prepared.get(name), f"its attribute pretrained_cfg.{name}", said)
+    blocks = module._modules.get("blocks")
+    block = blocks[0] if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) else None
+    heads = getattr(getattr(block, "attn", None), "num_heads", None)
+    if not isinstance(heads, int):
+        return
+    said.add_option("num_heads", heads, "its attention's attribute num_heads")
+    epsilon = getattr(getattr(block, "norm1", None), "eps", None)
+    if isinstance(epsilon, float):
+        said.add_option("epsilon", epsilon, "its norms' attribute eps")
+    activation = getattr(getattr(block, "mlp", None), "act", None)
+    if isinstance(activation, nn.Module):
+        name = name_activation(activation) or type(activation).__name__
+        said.add_option("activation", name, "its layers' attribute mlp.act")
 
 
 def _first_mixer(module: nn.Module) -> nn.Module | None:

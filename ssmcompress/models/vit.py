@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..progress import note
 from ..pruning.tokens import Tokens
 from .base import TokenModel
 from .classifier import has_no_classes, make_classifier
@@ -26,8 +27,11 @@ from .statements import Statements
 from .vit_block import ViTBlock, ViTConfig, count_layers
 from .vit_options import check_options, read_options
 
-# Head width of every published model; if it divides the width of a model, it determines the number of heads.
+# Head width of the models of DeiT and of most others; the number of heads is assumed from it.
 HEAD_WIDTH = 64
+KNOWN_WIDTHS = (192, 384, 768, 1024)  # of models of sizes tiny to large, whose heads all have that width
+# Widths whose published models have 16 heads, of another width: so400m, huge, giant, gigantic.
+OTHER_WIDTHS = (1152, 1280, 1408, 1664)
 # DeiT's own code uses different names than timm for the parameters of the layer scale.
 RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
 
@@ -195,7 +199,7 @@ class VisionTransformer(TokenModel):
         if patch != patch_size[1]:
             raise InputError(f"patches of {tuple(patch_size)} pixels: expected square ones")
         if stride not in (None, patch):
-            raise InputError(f"`stride` {stride}: patches of a ViT do not overlap, expected {patch}")
+            raise InputError(f"stride {stride}: patches of a ViT do not overlap, expected {patch}")
         own = [shape(name, 3)[1] if name in state else 0 for name in ("cls_token", "dist_token", "reg_token")]
         if max(own[:2]) > 1:
             raise InputError(f"a ViT with {max(own[:2])} class tokens is not supported: expected one")
@@ -238,22 +242,39 @@ class VisionTransformer(TokenModel):
     @classmethod
     def complete_config(cls, config: ViTConfig, said: Statements, image_size: tuple[int, int] | None) -> ViTConfig:
         default = "avg" if config.fc_norm or not config.class_token else "token"
-        found = read_options(config, said)
+        found, where = read_options(config, said)
         if config.pre_norm and "activation" not in found:
             raise InputError(
                 "a ViT with a norm before its layers, as in CLIP, whose activation is not in the weights: load it from "
                 "a folder with timm's config.json, which names the model"
             )
         options = {"activation": "gelu", "epsilon": 1e-6, "pool": default, **found}
-        check_options(config, options)
+        check_options(config, options, where)
         if "num_heads" not in options:
-            if config.d_model % HEAD_WIDTH:
-                raise InputError(
-                    f"the number of heads is not in the weights, and the width {config.d_model} is not a multiple of "
-                    f"{HEAD_WIDTH}, the width of a head in published models: give `num_heads`"
-                )
-            options["num_heads"] = config.d_model // HEAD_WIDTH
+            options["num_heads"] = _assume_heads(config.d_model)
         return replace(config, **options)
+
+
+def _assume_heads(width: int) -> int:
+    """Return the number of heads of a ViT of this width whose file does not say it; a note is shown for rare widths.
+
+    Raises:
+        InputError: the number cannot be assumed.
+    """
+    if width % HEAD_WIDTH:
+        raise InputError(
+            f"the number of heads is not in the weights, and the width {width} is not a multiple of {HEAD_WIDTH}, the "
+            f"width of a head in most published models: give `num_heads`"
+        )
+    heads = width // HEAD_WIDTH
+    if width in OTHER_WIDTHS:
+        raise InputError(
+            f"the number of heads is not in the weights: published models of width {width} have 16, but heads of the "
+            f"usual width {HEAD_WIDTH} would be {heads}: give `num_heads`"
+        )
+    if width not in KNOWN_WIDTHS:
+        note(f"the number of heads is not in the file; assumed: {heads}, of width {HEAD_WIDTH} (`num_heads`)")
+    return heads
 
 
 MISSING = {"pos_embed": "it has no learnt position embedding, and is not supported"}

@@ -6,23 +6,24 @@ norms, the pooling. A name such as "vit_base_patch16_clip_quickgelu_224" determi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError
+from .activation_names import ACTIVATIONS, name_activation
 from .statements import Statements
 from .vit_block import ViTConfig
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 POOLS = ("token", "avg")
 # timm's names of the options.
 TIMM_NAMES = {"global_pool": "pool", "act_layer": "activation"}
 
 
-def read_options(config: ViTConfig, said: Statements) -> dict[str, Any]:
-    """Return the stated options by the names of their fields.
+def read_options(config: ViTConfig, said: Statements) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the stated options, and the places where they were found, by the names of their fields.
 
     Raises:
         InputError: two statements contradict each other, or timm's model of that name is of a different kind.
@@ -39,14 +40,15 @@ def read_options(config: ViTConfig, said: Statements) -> dict[str, Any]:
         if name in where and options[name] != value and key not in TIMM_NAMES:
             raise InputError(f"{statement.where} says {name}={value!r}, {where[name]} says {options[name]!r}")
         options[name], where[name] = value, statement.where
-    return options
+    return options, where
 
 
-def check_options(config: ViTConfig, options: dict[str, Any]) -> None:
-    """Raise an InputError unless the model with these options is supported."""
+def check_options(config: ViTConfig, options: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """Raise an InputError unless the model with these options is supported; `where` has the places of stated ones."""
     heads = options.get("num_heads")
     if heads is not None and (type(heads) is not int or heads < 1 or config.d_model % heads):
-        raise InputError(f"`num_heads` {heads!r}: expected a divisor of the width {config.d_model}")
+        place = f" in {where['num_heads']}" if where.get("num_heads", "`num_heads`") != "`num_heads`" else ""
+        raise InputError(f"`num_heads` {heads!r}{place}: expected a divisor of the width {config.d_model}")
     for name, supported in (("activation", ACTIVATIONS), ("pool", POOLS)):
         if options[name] not in supported:
             raise InputError(f"a ViT with {name} {options[name]!r} is not supported: expected {', '.join(supported)}")
@@ -86,20 +88,13 @@ def read_timm_model(name: str, config: ViTConfig, said: Statements) -> dict[str,
     if wrong := [part for part, expected in kinds if type(part) not in expected]:
         raise InputError(f"{base} is made of timm's {type(wrong[0]).__name__}: not supported")
     block = model.blocks[0]
+    activation = name_activation(block.mlp.act)
+    if activation is None:
+        found = type(block.mlp.act).__name__
+        raise InputError(f"{base} has the activation {found}: expected {', '.join(ACTIVATIONS)}")
     return {
         "num_heads": block.attn.num_heads,
-        "activation": _name_activation(block.mlp.act, base),
+        "activation": activation,
         "epsilon": block.norm1.eps,
         "pool": model.global_pool,
     }
-
-
-def _name_activation(activation: nn.Module, model: str) -> str:
-    """Return the name of an activation, identified by its values."""
-    from timm.layers import get_act_layer
-
-    x = torch.linspace(-4, 4, 33, device="cpu")
-    for name in ACTIVATIONS:
-        if torch.allclose(activation(x), get_act_layer(name)()(x), rtol=0, atol=1e-6):
-            return name
-    raise InputError(f"{model} has the activation {type(activation).__name__}: expected {', '.join(ACTIVATIONS)}")

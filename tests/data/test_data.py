@@ -5,11 +5,13 @@ import io
 import json
 import tarfile
 import tracemalloc
+import warnings
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from conftest import BUNDLED, make_vim, write_image
 from datasets import ClassLabel, Dataset, Features, Value
@@ -19,7 +21,9 @@ from PIL import Image
 import ssmcompress
 from ssmcompress.data import open_images, photographs
 from ssmcompress.data.batches import Batches, sample_indices
+from ssmcompress.data.images import Images, decode
 from ssmcompress.data.tables import read_hub
+from ssmcompress.data.transforms import CROP_MODES, Preprocessing
 from ssmcompress.errors import InputError
 
 
@@ -162,6 +166,43 @@ def test_preprocessing_values_are_checked(vim):
         with pytest.raises(InputError):
             vim.preprocessing.changed(**bad)
     assert vim.preprocessing.changed(mean=(0.5,)).mean == (0.5, 0.5, 0.5)
+    assert vim.preprocessing.changed(std=0.5).std == (0.5, 0.5, 0.5)
+    for scale in ({"mean": (123.675, 116.28, 103.53)}, {"std": (58.395, 57.12, 57.375)}, {"mean": 127.5}):
+        with pytest.raises(InputError, match="expected those of pixels from 0 to 1: divide by 255"):
+            vim.preprocessing.changed(**scale)
+
+
+@pytest.mark.parametrize("mode", CROP_MODES)
+def test_crop_modes_are_those_of_timm(vim, mode):
+    prepared = vim.preprocessing.changed(crop_mode=mode, crop_pct=0.9)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8))
+    settings = {"mean": prepared.mean, "std": prepared.std, "crop_pct": 0.9, "interpolation": "bicubic"}
+    expected = timm.data.create_transform(16, is_training=False, crop_mode=mode, **settings)(photo)
+    assert torch.equal(prepared.transform((16, 16))(photo), expected)
+    assert Preprocessing.from_dict(prepared.to_dict(), 3) == prepared
+    with pytest.raises(InputError, match="unknown crop mode 'cut': expected one of center, squash, border"):
+        prepared.changed(crop_mode="cut")
+
+
+def test_grey_images_with_a_last_axis_of_one_are_read(vim):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 1), np.uint8)
+    assert np.array_equal(decode(pixels), pixels[..., 0])
+
+
+def test_the_reason_is_told_if_no_image_can_be_read(vim):
+    images = Images("floats", 3, lambda i: decode(np.zeros((8, 8, 3))), str)
+    with pytest.raises(InputError, match=r"none of the 3 images of floats can be read .*pixels are float64"):
+        list(Batches(images, vim.transform()))
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path, vim):
+    picture = Image.new("P", (20, 20), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    picture.save(tmp_path / "a.png", transparency=bytes([0, 90]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = decode(tmp_path / "a.png").convert("RGB")
+    assert read.getpixel((3, 3)) == (200, 100, 50)
 
 
 def test_workers_and_batch_sizes_give_the_same_images(class_folders, vim):

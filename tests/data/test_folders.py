@@ -9,6 +9,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torchvision.datasets import ImageFolder
 
 from ssmcompress.data import class_names, open_images
+from ssmcompress.data.splits import split_of_file
 from ssmcompress.errors import InputError
 from ssmcompress.progress import FrontEnd, use_front_end
 
@@ -395,6 +396,18 @@ def test_a_folder_after_the_colon_is_opened_whatever_it_is_called(data):
 def test_val_valid_and_validation_are_the_same_split(data):
     fill(data, "train/a.png", "valid/b.png", "valid/c.png", "devkit/notes.txt")
     assert {len(open_images(f"{data}:{name}", 2)) for name in ("val", "valid", "validation")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"), ("v1.0-test-00000-of-00001.parquet", "test"),
+        ("fashion.train.parquet", "train"), ("pets.val.000.tar", "val"), ("train.test.parquet", None),
+        ("en.data-00000-of-00001.arrow", "en.data"), ("images.parquet", None),
+    ],
+)  # fmt: skip
+def test_the_split_in_the_name_of_a_table_or_shard(name, split):
+    assert split_of_file(f"folder/{name}") == split
 
 
 @pytest.mark.parametrize("names", [("bus", "train"), ("test tube", "train station", "ant")])

@@ -19,6 +19,7 @@ import ssmcompress
 from ssmcompress.errors import InputError
 from ssmcompress.files import check_target, write_file
 from ssmcompress.models.checkpoint import find_dense
+from ssmcompress.progress import hold_notes
 
 
 def same(a, b, images):
@@ -150,6 +151,22 @@ def test_the_dense_model_is_found_again_unless_it_changed(vim, images, checkpoin
     torch.save({"model": make_vim(classes=3).state_dict()}, checkpoint)
     with pytest.raises(InputError, match="3 classes"):
         find_dense(pruned, checkpoint)
+
+
+def test_the_dense_model_is_read_from_the_entry_that_was_pruned(vim, images, tmp_path):
+    raw, averaged = tmp_path / "raw.pt", tmp_path / "averaged.pt"
+    torch.save({"model": make_vim(seed=9).state_dict(), "model_ema": vim.state_dict()}, averaged)
+    torch.save({"model": make_vim(seed=9).state_dict()}, raw)
+    dense = ssmcompress.load(averaged, weights="model_ema")
+    ssmcompress.save(ssmcompress.prune(dense, ratio=0.3), tmp_path / "m")
+    pruned = ssmcompress.load(tmp_path / "m")
+    moved = averaged.rename(tmp_path / "moved.pt")
+    with hold_notes() as notes:
+        assert same(find_dense(pruned, moved), dense, images)
+    assert not any("SHA-256" in text for text in notes)
+    with hold_notes() as notes:
+        assert same(find_dense(pruned, raw), make_vim(seed=9), images)
+    assert f"{raw} is not the file that the model was made from: it has another SHA-256" in notes
 
 
 # ---------------------------------------------------------------------------------------- damaged and hostile

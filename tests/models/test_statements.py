@@ -219,8 +219,27 @@ def test_mean_and_std_in_the_arguments_are_used(vim):
     preprocessing = ssmcompress.load({"model": vim.state_dict(), "args": args}).preprocessing
     assert (preprocessing.mean, preprocessing.std, preprocessing.crop_pct) == ((0.5,) * 3, (0.25,) * 3, 0.9)
     assert (preprocessing.interpolation, preprocessing.assumed) == ("bicubic", False)
-    only_crop = argparse.Namespace(model="vim", crop_pct=0.9)
-    assert ssmcompress.load({"model": vim.state_dict(), "args": only_crop}).preprocessing.assumed
+    for name, value, noted in (("crop_pct", 0.9, True), ("eval_crop_ratio", 0.9, False), ("crop_pct", "x", True)):
+        args = argparse.Namespace(model="vim", **{name: value})
+        with hold_notes() as notes:
+            preprocessing = ssmcompress.load({"model": vim.state_dict(), "args": args}).preprocessing
+        used = value == 0.9 and noted  # DeiT's code does not crop images of 32 pixels or smaller
+        assert (preprocessing.crop_pct, preprocessing.assumed) == (0.9 if used else 1.0, True)
+        assert any(f"args.{name}" in text for text in notes) == noted
+
+
+def test_the_evaluation_crop_of_deit_is_used():
+    vim = make_vim(image=(64, 64), patch=16)
+    args = argparse.Namespace(model="vim", eval_crop_ratio=0.875)
+    assert ssmcompress.load({"model": vim.state_dict(), "args": args}).preprocessing.crop_pct == 0.875
+
+
+def test_mean_and_std_of_another_scale_in_the_arguments_are_not_used(vim):
+    args = argparse.Namespace(model="vim", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
+    with hold_notes() as notes:
+        preprocessing = ssmcompress.load({"model": vim.state_dict(), "args": args}).preprocessing
+    assert preprocessing.assumed
+    assert any("mean and std of args.mean are not used" in text and "divide by 255" in text for text in notes)
 
 
 def test_a_live_module_of_older_code_has_its_class_token_in_front():

@@ -17,6 +17,7 @@ from ssmcompress.errors import InputError
 from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share
 from ssmcompress.models.vit import VisionTransformer
 from ssmcompress.models.vit_block import ViTConfig
+from ssmcompress.progress import hold_notes
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
 from ssmcompress.pruning.plan import Plan, Stage, token_counts
 from ssmcompress.pruning.schedules import evit_stages, tome_stages
@@ -160,6 +161,40 @@ def test_layer_scale_in_the_names_of_deit():
 def test_heads_must_be_told(heads, message):
     with pytest.raises(InputError, match=message):
         ssmcompress.load(dict(make_vit().state_dict()), num_heads=heads)
+
+
+LIVE = {
+    "heads": ("vit_small_patch16_224", {"num_heads": 12}),
+    "head width": ("vit_huge_patch14_224", {}),
+    "small": ("test_vit", {}),
+    "activation": ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}),
+    "mean": ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+}
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_a_live_module_of_timm_says_what_its_weights_do_not_show(kind):
+    name, options = LIVE[kind]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, depth=1, **options).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0, 0.1)
+    ours = ssmcompress.load(model)
+    images = images_of(ours, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), model(images), atol=1e-5, rtol=1e-5)
+    settings = {name: getattr(ours.preprocessing, name) for name in ("mean", "std", "crop_pct", "interpolation")}
+    assert settings == {name: model.pretrained_cfg[name] for name in settings}
+
+
+def test_heads_that_are_assumed_are_noted_or_asked_for():
+    with pytest.raises(InputError, match="published models of width 1280 have 16, but heads of the usual width 64"):
+        ssmcompress.load(dict(make_vit(d_model=1280, depth=1, heads=16).state_dict()))
+    for width, expected in ((192, []), (128, ["the number of heads is not in the file; assumed: 2, of width 64"])):
+        with hold_notes() as notes:
+            assert ssmcompress.load(dict(make_vit(d_model=width, depth=1, heads=1).state_dict())).config.num_heads > 1
+        assert [text.partition(" (")[0] for text in notes] == expected
 
 
 def test_heads_of_other_models_and_of_files_that_say_other_ones(vim, tmp_path):
