@@ -23,6 +23,7 @@ OWN_FILES = {
     "model.safetensors", "config.json", "report.json", "README.md", "kept_tokens.png", "segments.png", "axes.png",
     "sensitivity.json", "last.safetensors", "finetuning.png", "recipe.yaml",
 }  # fmt: skip
+TEMPORARY = ".ssmcompress-"  # prefix of temporary folders
 # The file that identifies a folder as ours: of a model, and of pictures, where it lists all other files in `files`.
 MODEL_FILE, VISUALIZED = "config.json", "visualize.json"
 RECIPE_FILE = "recipe.yaml"  # recreates the folder of a model
@@ -98,6 +99,7 @@ def check_target(
     if folder and os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{path} is a file; expected the name of a folder to write")
     marker = folder or MODEL_FILE
+    path = _follow(path) if folder else path
     with _workplace(path, force, kind, marker):
         if path.is_dir() and (foreign := _list_foreign(path, marker)):
             raise _foreign_error(path, foreign)
@@ -111,6 +113,7 @@ def new_folder(path: Path, force: bool = False, marker: str = MODEL_FILE) -> Ite
     contained. Before long work, callers use `check_target`, which refuses files that ssmcompress did not write.
     `marker` is the file that identifies such a folder.
     """
+    path = _follow(path)
     with _workplace(path, force, marker=marker) as workplace:
         folder = workplace / "new"
         folder.mkdir()
@@ -161,6 +164,8 @@ def _refuse_existing(path: Path, force: bool, kind: Kind | None = None, marker: 
         return
     if not force:
         raise InputError(f"{path} exists; choose another output or pass `force=True` to replace it")
+    if path.is_dir():
+        _refuse_fixed(path)
     if kind is not None and path.name in OWN_FILES and _is_ours(path.parent):
         raise InputError(f"{path} is part of the model in {path.parent}; choose another output")
     if kind is not None and path.is_file():
@@ -170,6 +175,19 @@ def _refuse_existing(path: Path, force: bool, kind: Kind | None = None, marker: 
             raise InputError(f"{path} is not {kind.name}, so `force=True` does not replace it; choose another output")
     if path.is_dir() and any(path.iterdir()) and not _is_ours(path, marker):
         raise _foreign_error(path, _list_foreign(path, marker))
+
+
+def _refuse_fixed(folder: Path) -> None:
+    """Raise an InputError for a folder that cannot be replaced by another one."""
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{folder} is, or holds, the working directory and cannot be replaced; choose another")
+    if os.path.ismount(folder):
+        raise InputError(f"{folder} is a mount point, which cannot be replaced; choose a folder in it")
+
+
+def _follow(path: Path) -> Path:
+    """Return the folder that a link points to; any other path unchanged."""
+    return path.resolve() if path.is_symlink() and path.is_dir() else path
 
 
 def _foreign_error(folder: Path, names: list[str]) -> InputError:
@@ -196,7 +214,8 @@ def is_model_folder(folder: Path) -> bool:
 
 def _list_foreign(folder: Path, marker: str = MODEL_FILE) -> list[str]:
     """Return the names of files that do not belong to a folder with this marker."""
-    names = {entry.name for entry in folder.iterdir()}
+    # A temporary folder is left behind if a process was killed.
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)}
     if not _is_ours(folder, marker):
         return sorted(names)
     if marker == VISUALIZED:
@@ -246,7 +265,7 @@ def _workplace(path: Path, force: bool, kind: Kind | None = None, marker: str = 
         _refuse_existing(path, force, kind, marker)
         parents = [p for p in path.absolute().parents if not p.exists()]
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=".ssmcompress-", dir=path.absolute().parent))
+        workplace = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.absolute().parent))
         yield workplace
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pkgutil
+import sys
 from importlib import import_module
 from typing import Annotated
 
@@ -65,4 +68,8 @@ _register()
 
 def main() -> None:
     """Entry point of the `ssmcompress` command."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, open until the process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):  # redirected output is cp1252 on Windows; names have any characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

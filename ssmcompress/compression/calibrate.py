@@ -17,6 +17,7 @@ from ..models.blocks import ScanBlock
 from ..models.continuation import check_fewer, is_pruned, remove_stages
 from ..models.fingerprint import fingerprint
 from ..models.inputs import as_batches, check_model
+from ..models.modes import runs_in_eval_mode
 from ..models.rewrite import check_plan, make_plan, prune
 from ..progress import track
 from ..pruning.plan import Calibration, Plan
@@ -27,6 +28,7 @@ from .saliency import fit_probes
 NO_DELTAS = torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
+@runs_in_eval_mode
 def calibrate(
     model: TokenModel,
     images: Any,

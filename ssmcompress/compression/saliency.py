@@ -28,6 +28,7 @@ from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..models.fingerprint import fingerprint
 from ..models.inputs import as_batches
+from ..models.modes import runs_in_eval_mode
 from ..progress import track
 from ..pruning.importance import normalize_rms
 from .margin import features_and_gradients
@@ -37,6 +38,7 @@ from .remember import hash_of, keeps_results, remembered
 RIDGE = 1e-3
 
 
+@runs_in_eval_mode
 @torch.no_grad()
 def fit_probes(
     model: TokenModel, images: Any, layers: Sequence[int], *, distributed: bool = False

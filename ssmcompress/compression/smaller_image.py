@@ -19,6 +19,7 @@ from ..errors import NOT_FINITE, InputError
 from ..evaluation.flops import flops_of
 from ..models.base import TokenModel
 from ..models.checkpoint import load
+from ..models.modes import runs_in_eval_mode
 from ..progress import track
 from .reconstruct.both_models import HELD_OUT
 from .reconstruct.least_squares import Rows, refit
@@ -50,6 +51,7 @@ def _list_sizes(model: TokenModel) -> Iterator[tuple[int, int]]:
         yield height - fewer * model.config.stride, width - (columns - kept) * model.config.stride
 
 
+@runs_in_eval_mode
 def shrink_image(model: TokenModel, image_size: tuple[int, int], images: Batches | None = None) -> TokenModel:
     """Return a copy of a dense model for images of another size.
 

@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..models.base import TokenModel
 from ..models.blocks import ScanBlock
 from ..models.inputs import as_batches, check_model
+from ..models.modes import runs_in_eval_mode
 from ..models.running import Decision
 from ..ops.observing import AttentionCall
 from ..progress import track
@@ -61,6 +62,7 @@ class Attention:
     places: list[Tensor]
 
 
+@runs_in_eval_mode
 def attention_maps(
     model: TokenModel, images: Any, *, layer: int | Sequence[int] | None = None, method: str = "row"
 ) -> Tensor:

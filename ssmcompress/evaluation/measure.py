@@ -14,12 +14,14 @@ from .. import processes
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
 from ..models.inputs import as_batches, check_module
+from ..models.modes import runs_in_eval_mode
 from ..models.precision import narrow_products
 from ..progress import track
 from ..tasks import CLASSIFICATION, Evaluation, Task
 from .views import predict
 
 
+@runs_in_eval_mode
 def evaluate(
     model: nn.Module,
     data: Any,

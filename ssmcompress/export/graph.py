@@ -283,14 +283,18 @@ def _store_half(graph: onnx.ModelProto) -> None:
     graph.graph.node.extend(nodes)
 
 
+# Entries of `pruning` that describe how a model was made.
+RECORDS = ("source", "command", "reconstruction", "finetuning", "steps")
+
+
 def _remove_paths(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without local paths, because ONNX files are meant to be shared.
 
-    The record of the reconstruction is also removed, because it names the data.
+    The records of the steps, among them reconstruction and fine-tuning, are also removed, because they name data.
     """
     pruning = config["pruning"]
     if pruning is not None:
-        pruning = {k: v for k, v in pruning.items() if k not in ("source", "command", "reconstruction")}
+        pruning = {k: v for k, v in pruning.items() if k not in RECORDS}
         pruning["source"] = {"sha256": config["pruning"]["source"]["sha256"]}
     return {**config, "data": None, "pruning": pruning}
 

@@ -20,6 +20,7 @@ from ..files import ONNX, check_target, replace_files
 from ..models.base import TokenModel
 from ..models.blocks import ScanBlock
 from ..models.inputs import check_model
+from ..models.modes import runs_in_eval_mode
 from ..models.precision import to_float32
 from ..progress import track
 from .functions import FORMS
@@ -100,6 +101,7 @@ class OnnxOptions:
     latency: bool = False
 
 
+@runs_in_eval_mode
 def export_onnx(
     model: TokenModel,
     file: str | Path,

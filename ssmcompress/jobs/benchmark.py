@@ -15,6 +15,7 @@ from ..evaluation.peers import describe_peers, make_peers
 from ..evaluation.timings import LEAST_ROUNDS, system_load
 from ..models.base import TokenModel
 from ..models.checkpoint import find_dense
+from ..models.modes import runs_in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def add_dense(models: Mapping[str, TokenModel]) -> dict[str, TokenModel]:
     return {name: find_dense(only), **models}
 
 
+@runs_in_eval_mode
 def benchmark_all(models: Mapping[str, TokenModel], request: BenchmarkRequest, device: torch.device) -> dict[str, Any]:
     """Return a JSON object with `settings`, `warnings`, and `models` and `ops` if they were timed.
 

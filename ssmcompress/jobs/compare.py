@@ -38,7 +38,15 @@ from ..progress import line, track
 from ..pruning.plan import Calibration, Plan
 from ..tasks import Evaluation
 from .compare_axes import AxisModels
-from .compare_rows import check_row, describe_differences, list_figures, rename_rows, select_measured, to_csv
+from .compare_rows import (
+    check_row,
+    describe_differences,
+    is_row_of,
+    list_figures,
+    rename_rows,
+    select_measured,
+    to_csv,
+)
 from .doubts import Subject, doubt_accuracy
 from .images import CalibrationImages, choose_images
 from .measuring import add_views, describe_views
@@ -173,6 +181,8 @@ class Comparison:
         if several:
             raise InputError(f"{file} is a comparison of several models; choose another output, or a folder in it")
         if force:
+            for file in self.folder.glob("sensitivity*.json"):  # of the run that is replaced
+                file.unlink()
             return []
         if differences:
             raise InputError(
@@ -195,10 +205,9 @@ class Comparison:
         Args:
             after_each: called with the comparison so far after each measured row.
         """
-        measured = {(row["method"], row["ratio"]) for row in self.rows}
         work: list[tuple[Method | None, Level]] = [(None, Level(0.0, 1.0))]
         work += [(method, level) for level in levels for method in methods]
-        work = [(m, level) for m, level in work if (m.name if m else "dense", level.ratio) not in measured]
+        work = [(m, level) for m, level in work if not any(is_row_of(row, m, level) for row in self.rows)]
         for method, level in track(work, "comparing", len(work)):
             self.rows.append(self.row(method, level))
             self.write()
@@ -210,6 +219,7 @@ class Comparison:
         """Measure one method at one level; None: the dense model."""
         begin = time.perf_counter()
         row: dict[str, Any] = {"method": method.name if method else "dense", "ratio": level.ratio}
+        row |= {"budget": level.budget} if method else {}
         try:
             model = self.build(method, level) if method else self.model
         except (InputError, BudgetError) as error:  # the method does not support this; the others may

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..compression.trim.trims import Trims
 from ..data.signature import compare_signatures
 from ..tasks import Figure, Task
+from .methods import Level, Method
 
 # Settings that must be equal to resume a comparison, and their names in messages.
 SETTINGS = {
@@ -55,7 +57,7 @@ def check_row(row: dict[str, Any], task: Task) -> None:
     """
     if not isinstance(row["method"], str) or isinstance(row["ratio"], bool):
         raise TypeError("a row without a method and a ratio")
-    float(row["ratio"])
+    float(row["ratio"]), float(row.get("budget", 0))
     if row.get("failed"):
         return
     for name in (*(figure.name for figure in list_figures(task)), "flops_share", "latency_ms", "latency_share"):
@@ -67,6 +69,17 @@ def check_row(row: dict[str, Any], task: Task) -> None:
     Trims.from_dict(row.get("trims", {}))
     for side in row.get("image_size", ()):
         int(side)
+
+
+def is_row_of(row: Mapping[str, Any], method: Method | None, level: Level) -> bool:
+    """Return whether a row was measured for a method (None: the dense model) at a level.
+
+    Levels with different budgets may have the same ratio of tokens. Rows of older files have no budget.
+    """
+    if method is None:
+        return row["method"] == "dense"
+    same = row["method"] == method.name and row["ratio"] == level.ratio
+    return same and math.isclose(row.get("budget", level.budget), level.budget, abs_tol=1e-9)
 
 
 def rename_rows(rows: list[dict[str, Any]], version: int | None) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ..evaluation.flops import share_of_whole
 from ..models.base import TokenModel
 from ..models.inputs import check_dense, to_batches
 from ..models.learnt import add_learnt
+from ..models.modes import runs_in_eval_mode
 from ..models.rewrite import list_numbers
 from ..pruning.alignment import Alignment
 from ..pruning.plan import Plan
@@ -31,6 +32,7 @@ from .steps import Reconstruct, pruning_steps, trimming_steps
 from .trial import SearchRequest
 
 
+@runs_in_eval_mode
 def search(
     model: TokenModel,
     data: Any,
@@ -76,6 +78,7 @@ def search(
     return calibrate(model, calibration, plan, name=batches.source.name)
 
 
+@runs_in_eval_mode
 def fit_budget(
     model: TokenModel,
     data: Any,
@@ -130,6 +133,7 @@ def fit_budget(
     return compressed
 
 
+@runs_in_eval_mode
 def compare(
     model: TokenModel,
     data: Any,

@@ -18,6 +18,7 @@ from ..evaluation.flops import flops, flops_as_run
 from ..models.base import TokenModel
 from ..models.continuation import check_fewer, is_pruned, make_ready
 from ..models.learnt import add_learnt, learnt_from
+from ..models.modes import runs_in_eval_mode
 from ..models.records import MadeBy
 from ..models.rewrite import check_plan, install
 from ..models.saved import versions
@@ -87,6 +88,7 @@ def preview_request(model: TokenModel, request: PruneRequest, dense: str | None 
     return value if found.search is None else {**value, "search": found.search.record}
 
 
+@runs_in_eval_mode
 def compress(
     model: TokenModel,
     plan: Plan,

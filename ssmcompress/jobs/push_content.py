@@ -104,12 +104,11 @@ def read_content(folder: Path) -> Content:
 
 
 def list_graphs(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the ONNX file exported into the folder of a report, and of its external data."""
-    onnx = report.get("onnx")
-    name = onnx.get("file") if isinstance(onnx, Mapping) else None
-    if not isinstance(name, str) or not re.fullmatch(r"[^./\\][^/\\]*\.onnx", name):
-        return ()
-    return name, f"{name}.data"
+    """Return the names of the ONNX files exported into the folder of a report, and of their external data."""
+    onnx, files = report.get("onnx"), report.get("files")
+    names = [onnx.get("file") if isinstance(onnx, Mapping) else None, *(files if isinstance(files, list) else ())]
+    graphs = [name for name in names if isinstance(name, str) and re.fullmatch(r"[^./\\][^/\\]*\.onnx", name)]
+    return tuple(part for name in dict.fromkeys(graphs) for part in (name, f"{name}.data"))
 
 
 def check_file(folder: Path, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ..models.hub import fetch, fetch_files, title_of
 from ..models.records import INPUT, list_own_steps
 from ..models.saved import CONFIG_FILE, versions
 from ..models.state_dict import read_metadata
+from ..progress import note
 from ..pruning.plan import Calibration
 from ..tasks import Evaluation
 from . import report_text as text
@@ -280,16 +281,37 @@ def _read_path(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def record_export(model: str | Path, file: Path, result: Exported) -> None:
-    """Record an ONNX file under `onnx` in the report of its folder; do nothing if there is no report."""
+    """Record an ONNX file under `onnx` in the report of its model's folder; do nothing if there is no report.
+
+    A note is shown if the report cannot be written, as in a folder that is read-only.
+    """
     folder = Path(model)
     try:
         report = read_report(folder)[1] if folder.is_dir() else None
     except InputError:  # a report is optional
         return
-    if report is not None:
-        report["onnx"] = {"file": file.name, **asdict(result), "passed": result.passed}
-        content = json.dumps(report, indent=2).encode() + b"\n"
+    if report is None:
+        return
+    inside = _is_in(file, folder)
+    report["onnx"] = {"file": file.name if inside else str(file.absolute()), **asdict(result), "passed": result.passed}
+    parts = [name for name in (file.name, f"{file.name}.data") if inside and (folder / name).is_file()]
+    _write_report(folder, report, parts)
+
+
+def _is_in(file: Path, folder: Path) -> bool:
+    """Return whether a file lies directly in a folder."""
+    return file.absolute().parent.resolve() == folder.resolve()
+
+
+def _write_report(folder: Path, report: dict[str, Any], files: Sequence[str]) -> None:
+    """Write the report of a folder, with further names of files that belong to it; show a note if that fails."""
+    if files:
+        report["files"] = sorted({*report.get("files", ()), *files})
+    content = json.dumps(report, indent=2).encode() + b"\n"
+    try:
         write_file(folder / REPORT_FILE, content, force=True)
+    except InputError as error:
+        note(f"the report was not updated: {error}")
 
 
 def _no_constant(name: str) -> None:
@@ -303,6 +325,8 @@ def write_page(report: Mapping[str, Any], model: Path, file: Path, force: bool) 
     charts, notes = draw_charts(report, model)
     page = text.render_html(report, title_of(model), pictures, charts, notes, link_attention(model, file))
     write_file(file, page.encode(), force, WEB_PAGE)
+    if model.is_dir() and _is_in(file, model):
+        _write_report(model, dict(report), [file.name])
 
 
 def find_newest(root: Path = Path("compressed")) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -273,6 +274,7 @@ def _render(template: str, report: Report, whole: bool = True, **values: Any) ->
         keep_trailing_newline=True,
     )
     environment.filters["code"] = _mark_code
+    environment.filters["markdown"] = _escape_markdown
     return environment.get_template(template).render(
         report=report,
         columns=list_columns(report),
@@ -293,6 +295,13 @@ def _mark_code(text: str) -> Any:
     if len(parts) % 2 == 0:  # an unpaired backtick, as in a file name, is an ordinary character
         return escape(text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def _escape_markdown(text: str) -> str:
+    """Return a text as one line in which names of files make no Markdown or HTML, except in backticks."""
+    parts = re.sub(r"\s+", " ", text).split("`")
+    paired = len(parts) % 2 == 1
+    return "`".join(p if i % 2 and paired else re.sub(r"([\\<>\[\]|*#])", r"\\\1", p) for i, p in enumerate(parts))
 
 
 def _cell(value: Any, form: str) -> str:

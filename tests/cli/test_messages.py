@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import typer
-from command_line import TUNE, call, call_json, refused
+from command_line import TUNE, call, call_json, process, refused
 from conftest import make_vim, write_image
 
 import ssmcompress
@@ -19,7 +19,10 @@ from ssmcompress.cli.app import app
 from ssmcompress.cli.values import parse_share, parse_shares
 from ssmcompress.errors import InputError
 from ssmcompress.evaluation.timings import Timings
+from ssmcompress.export.onnx import Exported
 from ssmcompress.jobs.prune import CompressOptions, compress
+from ssmcompress.jobs.report import record_export
+from ssmcompress.progress import hold_notes
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -199,6 +202,14 @@ def test_a_plan_is_read_from_whatever_has_one(checkpoint, pruned_folder):
 # ------------------------------------------------------------------------------------------------- what --force removes
 
 
+EXPORTED = Exported(1, "images", 0.0, 100.0, [], [], 1e-4)
+
+
+def write_graph(name):
+    Path(name).write_text("graph")
+    return Path(name)
+
+
 def test_force_names_what_it_would_remove_and_removes_nothing(checkpoint, class_folders, pruned_folder):
     Path("pruned/notes.txt").write_text("mine")
     Path("pruned/.DS_Store").write_bytes(b"")
@@ -230,6 +241,55 @@ def test_an_onnx_file_of_the_model_that_is_replaced_goes_with_a_line(checkpoint,
     assert "removed pruned/model.onnx, pruned/model.onnx.data with the model that was replaced" in call(*again).stderr
     assert not os.path.exists("pruned/model.onnx")
     assert "removed" not in call(*again).stderr
+
+
+def test_files_written_into_a_folder_stay_its_own_after_another_export(checkpoint, pruned_folder):
+    for file in ("pruned/a.onnx", "pruned/b.onnx", "elsewhere.onnx"):
+        record_export("pruned", write_graph(file), EXPORTED)
+    call("report", "pruned", "--html", "pruned/page.html")
+    report = json.loads(Path("pruned/report.json").read_text())
+    assert {"a.onnx", "b.onnx", "page.html"} <= set(report["files"])
+    assert report["onnx"]["file"] == str(Path("elsewhere.onnx").absolute())
+    again = "prune", checkpoint, "--ratio", "0.4", "-o", "pruned", "--force", "--no-latency"
+    write_graph("pruned/elsewhere.onnx")  # has the same name as the file outside, but was not exported
+    assert "did not write (elsewhere.onnx)" in refused(*again)
+    os.remove("pruned/elsewhere.onnx")
+    call(*again)
+    assert not Path("pruned/a.onnx").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_an_export(pruned_folder, monkeypatch):
+    def refuse(*args, **options):
+        raise InputError("cannot write pruned/report.json: Read-only file system")
+
+    monkeypatch.setattr("ssmcompress.jobs.report.write_file", refuse)
+    with hold_notes() as notes:
+        record_export("pruned", write_graph("elsewhere.onnx"), EXPORTED)
+    assert list(notes) == ["the report was not updated: cannot write pruned/report.json: Read-only file system"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused_before_the_work(checkpoint, pruned_folder, monkeypatch):
+    again = "prune", checkpoint.absolute(), "--ratio", "0.4", "--force", "--no-latency", "-o"
+    with monkeypatch.context() as mounted:
+        mounted.setattr("os.path.ismount", lambda path: Path(path).name == "pruned")
+        assert "pruned is a mount point, which cannot be replaced; choose a folder in it" in refused(*again, "pruned")
+    os.symlink("pruned", "link")
+    os.mkdir("pruned/.ssmcompress-killed")  # left behind by a process that was killed
+    call(*again, "link")
+    assert os.path.islink("link")
+    assert json.loads(Path("pruned/report.json").read_text())["command"].endswith("link")
+    assert not os.path.exists("pruned/.ssmcompress-killed")
+    with monkeypatch.context() as inside:
+        inside.chdir("pruned")
+        assert "the working directory and cannot be replaced" in refused(*again, ".")
+
+
+def test_names_with_any_characters_are_printed_in_any_encoding(pruned_folder):
+    report = json.loads(Path("pruned/report.json").read_text())
+    report["data"]["name"] = "d\u4e2d"
+    Path("pruned/report.json").write_text(json.dumps(report))
+    done = process("report", "pruned", env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert "d\\u4e2d" in done.stdout
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from ssmcompress.export.functions import FORMS, STANDARD_OPSET, function_text
 from ssmcompress.export.graph import assemble, trace
 from ssmcompress.export.onnx import build_onnx
 from ssmcompress.export.runtime import choose_forms, newest_opset
-from ssmcompress.export.verify import compare_kept, verify_onnx
+from ssmcompress.export.verify import Verification, compare_kept, verify_onnx
+from ssmcompress.models.records import StepRecord
 from ssmcompress.models.running import Decision
 from ssmcompress.ops import causal_conv1d, selective_scan
 from ssmcompress.pruning.alignment import Alignment
@@ -200,6 +201,23 @@ def test_the_file_says_what_it_is_and_nothing_about_this_machine(pruned, graph):
     assert "secret-place" in pruned.source.path
     assert b"secret-place" not in content
     assert pruned.source.sha256.encode() in content
+
+
+def test_the_file_of_a_model_that_was_pruned_twice_says_nothing_about_this_machine(checkpoint, tmp_path):
+    model = ssmcompress.prune(ssmcompress.load(checkpoint), ratio=0.2)
+    ssmcompress.save(model, tmp_path / "secret-place")
+    again = ssmcompress.prune(ssmcompress.load(tmp_path / "secret-place"), ratio=0.4)
+    again.steps = (*again.steps, StepRecord("input", {"path": str(tmp_path / "secret-place")}))
+    content = build_onnx(again).SerializeToString()
+    assert str(tmp_path).encode() not in content
+    assert b"secret-place" not in content
+
+
+def test_images_with_ties_may_get_other_classes():
+    result = Verification(36, "x", 1e-6, 100 * 35 / 36, ["a"], [], 1e-4)
+    assert result.passed
+    assert not replace(result, ties=[]).passed
+    assert not replace(result, top1_agreement=100 * 34 / 36).passed
 
 
 def test_nodes_tell_their_layer_and_weights_are_the_models(pruned, graph):

@@ -26,6 +26,7 @@ from ssmcompress.jobs.report_charts import (
     plot_quality,
     plot_sensitivity,
 )
+from ssmcompress.jobs.report_text import render_card
 from ssmcompress.models.rewrite import prune
 from ssmcompress.pruning.alignment import Alignment
 
@@ -80,6 +81,15 @@ def write(folder: Path, report, sensitivity=None) -> str:
 
 def charts_in(page: str) -> list[str]:
     return [name for name in CHARTS if f' id="{name}-' in page]
+
+
+def test_names_of_files_are_plain_text_in_the_card():
+    report = make_report()
+    report["data"]["unreadable"] = ["a <img src=x> [x](javascript:f()) | b.png", "new\n\n# Heading\nx.png"]
+    lines = render_card(report, "m", ()).splitlines()
+    line = next(line for line in lines if "a \\<img" in line)
+    assert r"a \<img src=x\> \[x\](javascript:f()) \| b.png, new \# Heading x.png" in line
+    assert not any(line.startswith("# Heading") for line in lines)
 
 
 def test_a_page_has_a_chart_for_all_that_there_are_data_for(tmp_path):

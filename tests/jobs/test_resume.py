@@ -20,6 +20,7 @@ from ssmcompress.data import Batches, open_images
 from ssmcompress.data.signature import SIGNED, compare_signatures, sign_images
 from ssmcompress.errors import InputError
 from ssmcompress.jobs import finetune as job
+from ssmcompress.jobs.methods import make_levels
 from ssmcompress.models.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -324,6 +325,24 @@ def test_a_comparison_goes_on_with_the_same_content_alone(checkpoint, class_fold
     torch.save({"model": make_vim(seed=3).state_dict()}, checkpoint)
     images = "--data", class_folders, "--eval-data", class_folders
     assert "compare.json was made with other weights; choose" in refuse("compare", checkpoint, *images, *options)
+
+
+def test_rows_belong_to_their_budget(checkpoint, class_folders):
+    """Budgets so close that they have the same ratio of tokens are different levels for the other axes."""
+    compared = "compare", checkpoint, "--methods", "smaller image", "--data", class_folders, "--no-latency", "-o", "c"
+    levels = make_levels(ssmcompress.load(checkpoint), None, (0.3,))
+    close = [f"{levels[0].flops + change:.6f}" for change in (0, 1e-5)]
+    for flops in (close[0], close[1], close[1]):
+        call(*compared, "--flops", flops)
+    rows = json.loads(Path("c/compare.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "smaller image", "smaller image"]
+    assert [f"{row['budget']:.6f}" for row in rows[1:]] == close
+
+
+def test_a_comparison_that_starts_over_measures_its_sensitivity_again(checkpoint, class_folders):
+    compared = "compare", checkpoint, "--ratios", 0.3, "--methods", "search", "--data", class_folders, "--no-latency"
+    assert "sensitivity measured" in call(*compared, "-o", "c").stderr
+    assert "sensitivity measured" in call(*compared, "-o", "c", "--seed", 5, "--force").stderr
 
 
 def test_a_comparison_names_what_differs_once(checkpoint, class_folders):

@@ -46,6 +46,8 @@ def benchmark(
         raise InputError("nothing to time: give models, or --ops")
     if peers and not models:
         raise InputError("--peers: expected at least one model to compare with")
+    if extents and not ops:
+        raise InputError("--shape is the shape of the input of --ops")
     if min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes}: expected numbers above 0")
     if extents and (len(extents) != 4 or min(extents) < 1):

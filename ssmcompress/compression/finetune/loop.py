@@ -27,6 +27,7 @@ from ...models.base import TokenModel
 from ...models.fingerprint import fingerprint
 from ...models.inputs import as_batches, check_model, open_training
 from ...models.learnt import add_learnt, find_batches
+from ...models.modes import runs_in_eval_mode
 from ...models.records import Finetuning
 from ...progress import line, status, track
 from .best import BestWeights
@@ -48,6 +49,7 @@ class Finetuned(NamedTuple):
     last: TokenModel
 
 
+@runs_in_eval_mode
 def finetune(
     pruned: TokenModel,
     training: Batches | Images | str | Path,

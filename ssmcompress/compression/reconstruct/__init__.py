@@ -54,11 +54,13 @@ from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
 from ...models.inputs import as_batches, check_model
 from ...models.learnt import add_learnt, find_batches
+from ...models.modes import runs_in_eval_mode
 from ...models.records import Reconstruction
 from ...progress import track
 from .layerwise import LayerwiseRefit, RefitOptions
 
 
+@runs_in_eval_mode
 @torch.no_grad()
 def reconstruct(
     pruned: TokenModel,

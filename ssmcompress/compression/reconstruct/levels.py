@@ -26,6 +26,7 @@ from ...models.base import TokenModel
 from ...models.inputs import as_batches, check_model
 from ...models.learnt import add_learnt, find_batches
 from ...models.level_maps import LevelMap
+from ...models.modes import runs_in_eval_mode
 from ...models.records import Fit, StepRecord
 from ...ops import gather_tokens
 from ...progress import track
@@ -41,6 +42,7 @@ def has_levels(model: TokenModel) -> bool:
     return model.levels > 0 and model.plan is not None and bool(model.plan.stages)
 
 
+@runs_in_eval_mode
 @torch.no_grad()
 def map_levels(
     pruned: TokenModel, dense: TokenModel, images: Any, *, name: str | None = None, distributed: bool = False

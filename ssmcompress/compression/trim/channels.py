@@ -20,6 +20,7 @@ from ...data.any_batches import AnyBatches
 from ...models.base import TokenModel
 from ...models.blocks import TrimmableBlock
 from ...models.learnt import add_learnt
+from ...models.modes import runs_in_eval_mode
 from ...models.records import StepRecord
 from ...progress import track
 from .activations import LayerInputs, check_trimmable
@@ -46,6 +47,7 @@ class ChannelChains:
         return float(costs[len(costs) - e])
 
 
+@runs_in_eval_mode
 @torch.no_grad()
 def trim_channels(
     model: TokenModel, e: Count, images: Any = None, *, chains: ChannelChains | None = None, name: str | None = None

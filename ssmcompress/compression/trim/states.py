@@ -28,6 +28,7 @@ from ...errors import InputError
 from ...models.base import TokenModel
 from ...models.blocks import TrimmableBlock
 from ...models.learnt import add_learnt
+from ...models.modes import runs_in_eval_mode
 from ...models.records import StepRecord
 from ...progress import track
 from .activations import LayerInputs, check_trimmable
@@ -90,6 +91,7 @@ class StateChains:
         return sum(step.loss * step.power for step in steps) / power if power > 0 else 0.0
 
 
+@runs_in_eval_mode
 @torch.no_grad()
 def trim_states(
     model: TokenModel, n: Count, images: Any = None, *, chains: StateChains | None = None, name: str | None = None

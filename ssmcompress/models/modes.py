@@ -1,0 +1,47 @@
+"""Evaluation mode for functions that run models which their caller may be training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode within the body of the with, and restore the mode of each of their modules."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def runs_in_eval_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function so that the models among its arguments are in evaluation mode while it runs.
+
+    In training mode, batch norms would normalise by the batch and overwrite the running statistics of the caller's
+    model, and results would depend on the batch size.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        with eval_mode(*(model for value in (*args, *options.values()) for model in _find_models(value))):
+            return function(*args, **options)
+
+    return run
+
+
+def _find_models(value: Any) -> list[nn.Module]:
+    """Return the models that an argument is or contains."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [model for model in values if isinstance(model, nn.Module)]
