@@ -442,7 +442,7 @@ def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path
     assert [Path(call[0]).stem for call in calls] == ["make_clutter"] * 6 + ["train_clutter"] * 5
     clutter.make_all(tmp_path, ["segmenter"])  # which begins with the Vim
     scripts = [Path(call[0]).stem for call in calls]
-    assert scripts[11:] == ["make_clutter"] * 2 + ["train_clutter"] * 2 + ["train_segmenter"]
+    assert scripts[11:] == ["make_clutter"] * 2 + ["train_clutter"] * 3 + ["train_segmenter"]
     for script, call in zip(scripts, calls, strict=True):
         monkeypatch.setattr(sys, "argv", call)
         if script != "make_clutter":
@@ -453,4 +453,4 @@ def test_the_miniature_is_made_by_commands_that_exist(run, monkeypatch, tmp_path
         "python examples/train_clutter.py deit.pth train.parquet test.parquet "
     )
     clutter.make_all(tmp_path, ["vim", "plain_mamba", "deit", "segmenter"])
-    assert len(calls) == 16
+    assert len(calls) == 17

@@ -53,7 +53,14 @@ TRAININGS = {
     },
     "vim": {
         "vim80.pth": ("80", "--epochs 6 --lr 4e-3 --patch-loss 1 --masks {train80-masks.npz}"),
-        "vim.pth": ("", "--epochs 3 --lr 1e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth}"),
+        "vim-first.pth": (
+            "",
+            "--epochs 3 --lr 2e-3 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba-first.pth}",
+        ),
+        "vim.pth": (
+            "",
+            "--epochs 6 --lr 2e-3 --seed 10 --patch-loss 1 --masks {train-masks.npz} --teacher {plain_mamba.pth}",
+        ),
     },
     "deit": {
         "deit80.pth": (

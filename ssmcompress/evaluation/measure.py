@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import processes
 from ..errors import NOT_FINITE, InputError
 from ..models.base import TokenModel
-from ..models.inputs import as_batches, check_module
+from ..models.inputs import as_batches, check_classes, check_module
 from ..models.modes import runs_in_eval_mode
 from ..models.precision import narrow_products
 from ..progress import track
@@ -51,6 +51,8 @@ def evaluate(
     check_module(model)
     if dense is not None:
         check_module(dense, "dense")
+        if isinstance(model, TokenModel) and isinstance(dense, TokenModel):
+            check_classes(model, dense)
     models = {"dense": dense, "model": model} if dense is not None else {"model": model}
     return measure(models, data, dtype=dtype, distributed=distributed)["model"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..compression.calibrate import calibrate
 from ..compression.reconstruct.layerwise import RefitOptions
 from ..data.batches import Batches, sample_indices
-from ..errors import InputError
+from ..errors import BudgetError, InputError
 from ..evaluation.flops import share_of_whole
 from ..models.base import TokenModel
 from ..models.inputs import check_dense, to_batches
@@ -75,6 +75,11 @@ def search(
     request = SearchRequest(**budgets, stages=layers, importance=importance, alignment=alignment)
     images = CalibrationImages(calibration, calibration, len(chosen))
     plan = search_plan(model, request, images, DataOptions(), gap="calibrated", reconstruct=reconstruct).plan
+    if not plan.stages:
+        raise BudgetError(
+            f"the dense model is within {given[0]}={budgets[given[0]]} as it is run, because its last layer computes "
+            "only what is read out: there is nothing to prune"
+        )
     return calibrate(model, calibration, plan, name=batches.source.name)
 
 

@@ -47,6 +47,17 @@ def check_dense(model: Any) -> None:
     raise InputError(f"the model is {done} already; expected the dense model that it was made from{origin}")
 
 
+def check_classes(pruned: TokenModel, dense: TokenModel) -> None:
+    """Raise an InputError if a model has a new classifier, and `dense` is the file with the former one."""
+    record = pruned.find_record("classifier")
+    before = record.values.get("source_sha256") if record is not None else None
+    if before is not None and dense.source is not None and dense.source.sha256 == before:
+        raise InputError(
+            "the classifier of the model was replaced (`reset_classifier`), so the dense model has other classes: "
+            "leave it out, or give a dense model of the new classes"
+        )
+
+
 def check_module(model: Any, name: str = "model") -> None:
     """Raise an InputError if an argument is not a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):

@@ -158,7 +158,8 @@ class RunningModel(nn.Module):
         tokens = self.observe(layer, tokens)
         if pruner is None:
             return tokens, None
-        kept = pruner(tokens)
+        ranking = pruner.rank(tokens)
+        kept = pruner(tokens, ranking)
         summed = self.readout_correction is not None or any(int(key) > layer for key in self.class_corrections)
         if summed:
             kept = kept.with_pruned_segments(tokens, self.segments)
@@ -167,4 +168,4 @@ class RunningModel(nn.Module):
                 kept = kept.with_sum_of_segments(self.segments)
             else:
                 kept = kept.with_pruned_sum(tokens, self.memory)
-        return kept, Decision(tokens.explicit_positions(), pruner.scores(tokens), kept.explicit_positions())
+        return kept, Decision(tokens.explicit_positions(), ranking.scores, kept.explicit_positions())

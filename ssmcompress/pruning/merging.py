@@ -34,13 +34,14 @@ MERGES = ("ordered", "grouped", "bipartite", "fused")
 MERGED_BY = {"similarity": "ordered", "keys": "bipartite"}
 
 
-def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -> Tokens:
+def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str, partner: Tensor | None = None) -> Tokens:
     """Return the tokens at `index`, with all others merged into some of them.
 
     Args:
         tokens: the tokens before the stage. index: (batch, kept) ascending, the tokens to keep.
         scores: (batch, tokens), the scores by which they were ranked, infinite for the protected token.
         merge: one of `MERGES`.
+        partner: (batch, tokens), the result of `link_tokens` if the scores are from it; None: it is computed here.
     """
     if merge == "fused":
         return _fuse(tokens, index, scores)
@@ -48,7 +49,7 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
     is_kept = torch.zeros(batch, count, dtype=torch.bool, device=index.device)
     is_kept = is_kept.scatter(1, index, torch.ones_like(index, dtype=torch.bool))  # torch.jit cannot scatter a bool
     if merge in MERGED_BY.values():
-        partner = (link_pairs if merge == "ordered" else match_keys)(tokens)[1]
+        partner = link_tokens(tokens, merge)[1] if partner is None else partner
         sizes = tokens.sizes if tokens.sizes is not None else torch.ones_like(scores)
     else:
         partner = _find_targets(tokens, int(index.shape[1]), is_kept, scores)
@@ -63,6 +64,11 @@ def merge_into_kept(tokens: Tokens, index: Tensor, scores: Tensor, merge: str) -
     if merge == "bipartite":
         kept = replace(kept, ranks=_rank(tokens).gather(1, index))
     return replace(kept, sizes=weight.gather(1, index)) if merge in MERGED_BY.values() else kept
+
+
+def link_tokens(tokens: Tokens, merge: str) -> tuple[Tensor, Tensor]:
+    """Return the scores and the partner of each token, (batch, tokens) each, for a method in `MERGED_BY`."""
+    return link_pairs(tokens) if merge == "ordered" else match_keys(tokens)
 
 
 def count_merge(merge: str, tokens: int, kept: int, width: int, key_width: int) -> int:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import topk_tokens
 from .importance import IMPORTANCES, draw_random
-from .merging import merge_into_kept
+from .merging import MERGED_BY, link_tokens, merge_into_kept
 from .plan import kept_count
 from .tokens import Tokens
+
+
+class Ranking(NamedTuple):
+    """The scores (batch, tokens) by which tokens are ranked, and the partner of each for a merge, if known."""
+
+    scores: Tensor
+    partner: Tensor | None = None
 
 
 class TokenPruner(nn.Module):
@@ -47,23 +56,29 @@ class TokenPruner(nn.Module):
         """The metric that the preceding block must compute; None if the pruner computes its own scores."""
         return IMPORTANCES[self.metric].block_metric
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept."""
+    def forward(self, tokens: Tokens, ranking: Ranking | None = None) -> Tokens:
+        """Select the tokens to keep; `tokens` carry scores of `block_metric`. The protected token is always kept.
+
+        Args:
+            ranking: the result of `rank` for these tokens; None: it is computed here.
+        """
         count = kept_count(int(tokens.features.shape[1]), self.ratio, tokens.protected_count)
         if count == tokens.features.shape[1]:  # bitwise equal: explicit positions change the rounding of a convolution
             return tokens.keep_all()
         positions = tokens.explicit_positions()
-        scores = self.scores(tokens)
+        scores, partner = self.rank(tokens) if ranking is None else ranking
         if tokens.protected is not None:
             # A NaN, from an image that is not finite, would rank above infinity.
             scores = scores.masked_fill(scores.isnan(), -torch.inf)
             scores = scores.masked_fill(tokens.is_protected(positions), torch.inf)
         index = topk_tokens(scores, count)
-        return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge)
+        return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge, partner)
 
-    def scores(self, tokens: Tokens) -> Tensor:
-        """Return the scores (batch, kept) by which tokens are ranked."""
-        return IMPORTANCES[self.metric].score(tokens, self)
+    def rank(self, tokens: Tokens) -> Ranking:
+        """Score the tokens, once for each stage: in a DeiT with ToMe, each match takes several percent of the time."""
+        if self.merge is not None and MERGED_BY.get(self.metric) == self.merge:
+            return Ranking(*link_tokens(tokens, self.merge))
+        return Ranking(IMPORTANCES[self.metric].score(tokens, self))
 
     def table_positions(self, tokens: Tokens) -> Tensor:
         """Return the indices (batch, kept) of the tokens in per-position tables, on another grid the nearest ones."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BUNDLED, images_of, make_plain_mamba, make_vim, select_bundled_images, write_checkpoint
+from conftest import BUNDLED, GOLDEN, images_of, make_plain_mamba, make_vim, select_bundled_images, write_checkpoint
 from typer.testing import CliRunner
 
 import ssmcompress
@@ -201,6 +201,12 @@ def test_a_sensitivity_is_what_the_pruned_model_loses(model):
         assert pruned.token_counts()[-1] == kept
         kl = ssmcompress.evaluate(pruned, images, dense=model).kl
         assert float(found.loss[i, j, k]) == pytest.approx(kl, abs=2e-5, rel=1e-3)
+
+
+def test_a_budget_that_the_dense_model_meets_has_no_plan():
+    dense = ssmcompress.load(GOLDEN / "vim.pth")
+    with pytest.raises(BudgetError, match="within flops=0.95 as it is run.*there is nothing to prune"):
+        ssmcompress.search(dense, images_of(dense, 12), flops=0.95)
 
 
 def test_a_refitted_classifier_is_judged_on_images_it_was_not_fitted_on():

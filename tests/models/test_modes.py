@@ -54,3 +54,17 @@ def test_the_mode_of_each_module_is_restored_after_an_error():
     except KeyboardInterrupt:
         pass
     assert [model.training, model[0].training, model[1].training] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "trim_states", "reconstruct", "search"])
+def test_inference_mode_of_the_caller_does_not_matter(name):
+    dense = make_plain_mamba(depth=3, image=(32, 32))
+    images = images_of(dense, 12)
+    pruned = ssmcompress.prune(dense, **RATIO)
+    expected = values_of(CALLS[name](dense, pruned, images), images)
+    with torch.inference_mode():
+        found = values_of(CALLS[name](dense, pruned, images.clone()), images)
+    if torch.is_tensor(found):
+        torch.testing.assert_close(found, expected)
+    else:
+        assert str(found) == str(expected)

@@ -332,6 +332,24 @@ def test_the_names_of_the_old_classes_go():
     assert (model.classes, model.palette, model.reduce_zero_label) == (None, None, None)
 
 
+def test_classes_of_the_former_dense_model_are_not_mixed_with_new_ones(checkpoint, class_folders, tmp_path):
+    dense = ssmcompress.load(checkpoint)
+    pruned, images = ssmcompress.prune(dense, ratio=0.3), images_of(dense)
+    pruned.reset_classifier(dense.num_classes)
+    for mix in (
+        lambda: ssmcompress.evaluate(pruned, images, dense=dense),
+        lambda: ssmcompress.reconstruct(pruned, dense, images),
+        lambda: ssmcompress.finetune(pruned, class_folders, dense=dense),
+    ):
+        with pytest.raises(InputError, match="so the dense model has other classes: leave it out"):
+            mix()
+    torch.save({"model": make_vim(seed=9).state_dict()}, tmp_path / "trained.pth")  # a dense model of the new classes
+    assert ssmcompress.evaluate(pruned, images, dense=ssmcompress.load(tmp_path / "trained.pth")).agreement is not None
+    dense.reset_classifier(0)
+    with pytest.raises(InputError, match="the models have no classes"):
+        ssmcompress.reconstruct(ssmcompress.prune(dense, ratio=0.3), dense, images)
+
+
 def test_a_new_classifier_has_the_dtype_and_mode_of_the_model(vim):
     model = vim.double().train()
     model.reset_classifier(2, global_pool="token")

@@ -18,6 +18,7 @@ from ssmcompress.evaluation.flops import flops, flops_by_part, remaining_share
 from ssmcompress.models.vit import VisionTransformer
 from ssmcompress.models.vit_block import ViTConfig
 from ssmcompress.progress import hold_notes
+from ssmcompress.pruning import merging
 from ssmcompress.pruning.alignment import UNALIGNED, Alignment
 from ssmcompress.pruning.plan import Plan, Stage, token_counts
 from ssmcompress.pruning.schedules import evit_stages, tome_stages
@@ -161,6 +162,15 @@ def test_layer_scale_in_the_names_of_deit():
 def test_heads_must_be_told(heads, message):
     with pytest.raises(InputError, match=message):
         ssmcompress.load(dict(make_vit().state_dict()), num_heads=heads)
+
+
+def test_tokens_are_matched_once_in_each_stage(deit, golden, monkeypatch):
+    calls = []
+    matched = merging.match_keys
+    monkeypatch.setattr(merging, "match_keys", lambda tokens: calls.append(0) or matched(tokens))
+    stages = tome_stages(len(deit.blocks), deit.length, 1, 2)
+    run(deit, golden, Plan(stages))
+    assert len(calls) == len(stages)
 
 
 LIVE = {

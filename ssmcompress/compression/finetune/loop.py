@@ -25,7 +25,7 @@ from ...data.signature import sign_images
 from ...errors import InputError, SsmCompressError, raise_if_out_of_memory
 from ...models.base import TokenModel
 from ...models.fingerprint import fingerprint
-from ...models.inputs import as_batches, check_model, open_training
+from ...models.inputs import as_batches, check_classes, check_model, open_training
 from ...models.learnt import add_learnt, find_batches
 from ...models.modes import runs_in_eval_mode
 from ...models.records import Finetuning
@@ -93,6 +93,8 @@ def finetune(
         raise InputError("the model prunes nothing; fine-tuning is for pruned models: run prune first")
     if dense is not None and pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    if dense is not None:
+        check_classes(pruned, dense)
     training = open_training(pruned, training)
     if held_out is not None:
         held_out = as_batches(pruned, held_out, labelled=True)

@@ -52,7 +52,8 @@ import torch
 
 from ...errors import NOT_FINITE, InputError
 from ...models.base import TokenModel
-from ...models.inputs import as_batches, check_model
+from ...models.classifier import NoClassifier
+from ...models.inputs import as_batches, check_classes, check_model
 from ...models.learnt import add_learnt, find_batches
 from ...models.modes import runs_in_eval_mode
 from ...models.records import Reconstruction
@@ -103,6 +104,9 @@ def reconstruct(
         raise InputError("reconstruct takes a pruned model and the dense one it was made from, in this order")
     if pruned.dense_config != dense.config:
         raise InputError("the pruned and the dense model differ in architecture or image size")
+    check_classes(pruned, dense)
+    if isinstance(dense.classifier, NoClassifier):
+        raise InputError("the models have no classes (`reset_classifier(0)`): reconstruct before that")
     if not dense.is_residual:
         raise InputError("a model with rotary positions cannot be reconstructed: use `reconstruct=False`")
     if reference is not None:
