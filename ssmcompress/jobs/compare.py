@@ -181,8 +181,8 @@ class Comparison:
         if several:
             raise InputError(f"{file} is a comparison of several models; choose another output, or a folder in it")
         if force:
-            for file in self.folder.glob("sensitivity*.json"):  # of the run that is replaced
-                file.unlink()
+            for earlier in self.folder.glob("sensitivity*.json"):  # of the run that is replaced
+                earlier.unlink()
             return []
         if differences:
             raise InputError(

@@ -75,7 +75,7 @@ class TokenPruner(nn.Module):
         return tokens.keep(index) if self.merge is None else merge_into_kept(tokens, index, scores, self.merge, partner)
 
     def rank(self, tokens: Tokens) -> Ranking:
-        """Score the tokens, once for each stage: in a DeiT with ToMe, each match takes several percent of the time."""
+        """Return the scores of the tokens, and the partner of each if they are scored by a match for this merge."""
         if self.merge is not None and MERGED_BY.get(self.metric) == self.merge:
             return Ranking(*link_tokens(tokens, self.merge))
         return Ranking(IMPORTANCES[self.metric].score(tokens, self))
