@@ -234,11 +234,13 @@ def _list_named(file: Path) -> set[str]:
 
 def _list_exported(folder: Path) -> set[str]:
     """Return the names of the ONNX files in a folder that were exported from the model in it."""
-    onnx = _read_json(folder / "report.json").get("onnx")
-    name = onnx.get("file") if isinstance(onnx, dict) else None
-    if not isinstance(name, str) or Path(name).name != name:
-        return set()
-    return {part for part in (name, f"{name}.data") if (folder / part).is_file()}
+    file = folder / "report.json"
+    onnx = _read_json(file).get("onnx")
+    named = {name for name in _list_named(file) if name.endswith(".onnx")}
+    if isinstance(onnx, dict) and isinstance(last := onnx.get("file"), str):  # in reports that do not list it
+        named.add(last)
+    own = (name for name in named if Path(name).name == name)
+    return {part for name in own for part in (name, f"{name}.data") if (folder / part).is_file()}
 
 
 def _list_added(folder: Path) -> set[str]:

@@ -254,7 +254,7 @@ def test_files_written_into_a_folder_stay_its_own_after_another_export(checkpoin
     write_graph("pruned/elsewhere.onnx")  # has the same name as the file outside, but was not exported
     assert "did not write (elsewhere.onnx)" in refused(*again)
     os.remove("pruned/elsewhere.onnx")
-    call(*again)
+    assert "removed pruned/a.onnx, pruned/b.onnx with the model" in call(*again).stderr
     assert not Path("pruned/a.onnx").exists()
 
 
